@@ -1,0 +1,94 @@
+"""The noun every source hands on: a block of cells with raw counts.
+
+Decides what raw counts are and which cell ids may be asked for. It does not read anything: `source.py` opens,
+its neighbours read.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from hashlib import sha256
+from typing import Any, TypeAlias
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+from scipy.sparse import csr_matrix, issparse
+
+Int64Array: TypeAlias = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class CellBlock:
+    """Some cells of a source, in the order they were asked for.
+
+    Attributes:
+        counts: raw counts, float32 or integer; genes ascend within each cell, no stored zeros, no repeats.
+            Shape (cells, genes).
+        obs: the obs columns asked for, indexed by cell id. Shape (cells, columns).
+        cell_ids: which cells these are, int64. Shape (cells,).
+    """
+
+    counts: csr_matrix
+    obs: pd.DataFrame
+    cell_ids: Int64Array
+
+    def __len__(self) -> int:
+        return len(self.cell_ids)
+
+
+def require_counts(counts: Any, where: str) -> None:
+    """Raise unless every count is finite, whole and at least zero.
+
+    Args:
+        counts: sparse or dense matrix. Shape (cells, genes).
+        where: names the matrix in the message, e.g. `"layer 'raw'"`.
+
+    Raises:
+        ValueError: a count is NaN or infinite, negative, or fractional.
+    """
+    stored = np.asarray(counts.data if issparse(counts) else counts).ravel()
+    if stored.dtype.kind in "ub":
+        return
+    for what, wrong in (
+        ("not finite", ~np.isfinite(stored)),
+        ("negative", stored < 0),
+        ("fractional", stored != np.floor(stored)),
+    ):
+        if n_wrong := int(np.count_nonzero(wrong)):
+            raise ValueError(
+                f"expected raw counts (whole numbers >= 0), found {stored[wrong.argmax()]:g} and {n_wrong - 1:,} more "
+                f"{what} values of {stored.size:,} in {where}; choose the layer with counts, e.g. layer='counts'"
+            )
+
+
+def require_cell_ids(cell_ids: Int64Array, known: NDArray[np.bool_]) -> Int64Array:
+    """Return the ids as int64 after checking that each can be read, once.
+
+    Args:
+        cell_ids: the cells asked for, in any order. Shape (cells,).
+        known: true at each id the source offers. Shape (largest id + 1,).
+
+    Raises:
+        ValueError: the ids are not a row of integers, one is asked twice, or one is not offered by the source.
+    """
+    ids = np.asarray(cell_ids)
+    if ids.ndim != 1 or (ids.dtype.kind not in "iu" and ids.size):
+        raise ValueError(f"expected cell ids as integers of shape (cells,), found {ids.dtype} of shape {ids.shape}")
+    ids = ids.astype(np.int64, copy=False)
+    inside = (ids >= 0) & (ids < len(known))
+    unknown = ids[~inside | ~known[np.where(inside, ids, 0)]] if len(known) else ids
+    if len(unknown):
+        raise ValueError(
+            f"{len(unknown):,} of {len(ids):,} cell ids are not among the {int(known.sum()):,} cells of this source, "
+            f"e.g. {unknown[:5].tolist()}; ask for ids from the index of `source.obs()`"
+        )
+    ascending = np.sort(ids)
+    repeated = ascending[1:][ascending[1:] == ascending[:-1]]
+    if len(repeated):
+        raise ValueError(f"{len(repeated):,} cell ids are asked for more than once, e.g. {repeated[:5].tolist()}")
+    return ids
+
+
+def gene_hash(feature_ids: Iterable[str]) -> str:
+    """Return a fingerprint of the genes and their order: the first 16 hexadecimal digits of a SHA-256."""
+    return sha256("\n".join(feature_ids).encode()).hexdigest()[:16]
