@@ -3,15 +3,21 @@
 The filter is evaluated by tiledbsoma for every source, so one syntax holds for the Census, h5ad and AnnData alike.
 """
 
+import ast
 import logging
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import pandas as pd
+import pyarrow as pa
+
+from scgpt_hf.cells.block import Int64Array
 
 logger = logging.getLogger(__name__)
 
 PRIMARY = "is_primary_data == True"
+_MENTIONS = (ast.Name, ast.Constant)  # a column by its name, or as attr("name with a dot")
 
 
 def full_filter(obs_filter: str | None, columns: Sequence[str], *, primary_only: bool) -> str | None:
@@ -71,6 +77,34 @@ def select_obs(
     obs = rows.concat().to_pandas().set_index("soma_joinid").rename_axis("cell_id")
     if obs.empty:
         raise ValueError(f"the obs filter {value_filter!r} matches none of the {frame.count:,} cells")
-    for name in obs.select_dtypes("category"):
-        obs[name] = obs[name].cat.remove_unused_categories()
-    return obs if obs.index.is_monotonic_increasing else obs.sort_index()
+    return drop_unused_categories(obs if obs.index.is_monotonic_increasing else obs.sort_index())
+
+
+def drop_unused_categories(obs: pd.DataFrame) -> pd.DataFrame:
+    """Return the table with only the categories that its own rows have."""
+    unused = {name: column.cat.remove_unused_categories() for name, column in obs.select_dtypes("category").items()}
+    return obs.assign(**unused)
+
+
+def select_rows(obs: pd.DataFrame, value_filter: str | None) -> Int64Array:
+    """Return the row numbers of a pandas table that match a SOMA value filter, ascending; raise as `select_obs` does.
+
+    tiledbsoma itself evaluates the filter, on the columns it mentions, written to a SOMA dataframe in memory.
+    """
+    import tiledbsoma as soma
+
+    rows = np.arange(len(obs), dtype=np.int64)
+    if value_filter is None:
+        return rows
+    nodes = ast.walk(ast.parse(value_filter, mode="eval"))
+    mentioned = {getattr(node, "id", getattr(node, "value", None)) for node in nodes if isinstance(node, _MENTIONS)}
+    columns = obs[[name for name in obs if name in mentioned]].assign(soma_joinid=rows)
+    table = pa.Table.from_pandas(columns, preserve_index=False)
+    # mem:// belongs to its context, and only a context with a setting of its own is not the one all share
+    uri, context = "mem://obs", soma.SOMATileDBContext(tiledb_config={"sm.compute_concurrency_level": 1})
+    domain = [[0, max(len(obs) - 1, 0)]]
+    soma.DataFrame.create(uri, schema=table.schema, domain=domain, context=context).close()
+    with soma.DataFrame.open(uri, "w", context=context) as frame:
+        frame.write(table)
+    with soma.DataFrame.open(uri, context=context) as frame:
+        return np.asarray(select_obs(frame, value_filter, (), list(obs)).index, dtype=np.int64)

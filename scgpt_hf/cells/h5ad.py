@@ -1,0 +1,261 @@
+"""Cells of .h5ad files, read from disk as they are asked for, or of an AnnData in memory, taken by reference.
+
+Decides where a file keeps its raw counts and its gene ids, and joins many files by gene id. Files stay on disk: memory
+holds `obs` and the cells of one read. To read millions of cells again and again, build a SOMA first (`build.py`).
+"""
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import h5py  # type: ignore[import-untyped]
+import numpy as np
+import pandas as pd
+from anndata import AnnData
+from anndata.io import read_elem, sparse_dataset
+from numpy.typing import NDArray
+from scipy.sparse import csr_matrix, issparse, vstack
+
+from scgpt_hf.cells.block import CellBlock, Int64Array, gene_hash, require_cell_ids, require_counts
+from scgpt_hf.cells.obs import drop_unused_categories, full_filter, require_columns, select_rows
+
+logger = logging.getLogger(__name__)
+
+ENSEMBL = r"^ENS[A-Z]*G\d+"
+ID_COLUMNS = ("feature_id", "gene_ids", "ensembl_id", "gene_id")
+NAME_COLUMNS = ("feature_name", "gene_symbols", "gene_symbol", "gene_name")
+RAW = ".raw"  # the name of AnnData's `.raw` among the layers
+LOOK = 1000  # cells looked at to tell whether a layer holds raw counts
+GAP = 16  # rows between two wanted ones up to which reading on is faster than reading twice
+
+
+@dataclass(frozen=True)
+class H5adPart:
+    """One file, or one AnnData, opened.
+
+    Attributes:
+        name: path of the file, or "AnnData".
+        counts: raw counts, in memory or on disk. Shape (cells, genes).
+        obs: all columns of all cells. Shape (cells, columns).
+        genes: `feature_id`, `feature_name`, `feature_length`; row i for column i of the counts.
+    """
+
+    name: str
+    counts: Any
+    obs: pd.DataFrame
+    genes: pd.DataFrame
+
+    def read(self, rows: Int64Array) -> csr_matrix:
+        """Return the raw counts of these ascending rows, float32, columns as in the file. Shape (rows, genes)."""
+        if issparse(self.counts) or isinstance(self.counts, np.ndarray):
+            counts = csr_matrix(self.counts[rows], dtype=np.float32)
+        else:
+            runs = np.split(rows, np.flatnonzero(np.diff(rows) > GAP) + 1)
+            read = [csr_matrix(self.counts[run[0] : run[-1] + 1])[run - run[0]] for run in runs if len(run)]
+            empty = csr_matrix((0, self.counts.shape[1]))
+            counts = vstack([empty, *read], format="csr", dtype=np.float32)
+        require_counts(counts, self.name)
+        counts.sum_duplicates()
+        counts.eliminate_zeros()
+        return counts
+
+
+class H5adSource:
+    """The cells of files or of one AnnData, numbered over all of them in order; see `CellSource` for its members."""
+
+    def __init__(
+        self,
+        data: AnnData | str | Path | Sequence[str | Path],
+        *,
+        obs_filter: str | None = None,
+        layer: str | None = None,
+        primary_only: bool = True,
+    ) -> None:
+        """Open the files, join their genes, and find the cells that match.
+
+        Args:
+            data: an AnnData, or one or many paths.
+            obs_filter: SOMA value filter.
+            layer: layer with the raw counts, `.raw` for AnnData's own; by default `X`.
+            primary_only: keep only cells with `is_primary_data == True`; a file without that column counts as primary.
+
+        Raises:
+            ValueError: a file cannot be read as h5ad, holds no raw counts there, repeats a gene; or no cell matches.
+        """
+        self._settings = {"data": data, "obs_filter": obs_filter, "layer": layer, "primary_only": primary_only}
+        self.parts = list(open_parts(data, layer))
+        genes, self._columns = join_genes([part.genes for part in self.parts])
+        self.genes = genes[["feature_id", "feature_name"]]
+        self._starts = np.cumsum([0, *(len(part.obs) for part in self.parts)])
+        obs = _join_obs([part.obs for part in self.parts])
+        self._filter = full_filter(obs_filter, list(obs), primary_only=primary_only)
+        rows = select_rows(obs, self._filter)
+        self._obs = drop_unused_categories(obs.iloc[rows])
+        self._offered = np.zeros(len(obs), dtype=np.bool_)
+        self._offered[rows] = True
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self._settings
+
+    def __setstate__(self, settings: dict[str, Any]) -> None:
+        self.__init__(**settings)  # type: ignore[misc]
+
+    def obs(self, columns: Sequence[str] = ()) -> pd.DataFrame:
+        """Return the cells that match the filter; see `CellSource.obs`."""
+        require_columns(columns, list(self._obs))
+        return self._obs[list(columns)].copy()
+
+    def read(self, cell_ids: Int64Array, columns: Sequence[str] = ()) -> CellBlock:
+        """Return these cells in this order; see `CellSource.read`."""
+        cell_ids = require_cell_ids(cell_ids, self._offered)
+        require_columns(columns, list(self._obs))
+        order = np.argsort(cell_ids)
+        edges = np.searchsorted(cell_ids[order], self._starts)
+        blocks = [csr_matrix((0, len(self.genes)), dtype=np.float32)]
+        for part, place, start, rows in zip(
+            self.parts, self._columns, self._starts, np.split(cell_ids[order], edges[1:-1]), strict=False
+        ):
+            counts = part.read(rows - start)
+            shape = (len(rows), len(self.genes))
+            blocks.append(csr_matrix((counts.data, place[counts.indices], counts.indptr), shape=shape))
+        counts = vstack(blocks, format="csr")[np.argsort(order)]
+        counts.sort_indices()
+        return CellBlock(counts, self._obs.loc[cell_ids, list(columns)], cell_ids)
+
+    def describe(self) -> dict[str, Any]:
+        """Return where the cells come from; see `CellSource.describe`."""
+        names = [part.name for part in self.parts]
+        return {
+            "kind": "anndata" if isinstance(self._settings["data"], AnnData) else "h5ad",
+            "paths": names,
+            "census_version": None,
+            "organism": None,
+            "layer": self._settings["layer"] or "X",
+            "obs_filter": self._filter,
+            "n_cells": len(self._obs),
+            "n_genes": len(self.genes),
+            "gene_hash": gene_hash(self.genes["feature_id"]),
+        }
+
+
+def open_parts(data: AnnData | str | Path | Sequence[str | Path], layer: str | None) -> Iterator[H5adPart]:
+    """Yield each file, or the AnnData, with its raw counts and its gene ids found.
+
+    Raises:
+        ValueError: a file is not h5ad, has no such layer, no raw counts there, no cells, or repeats a gene id.
+    """
+    if isinstance(data, AnnData):
+        raw = {} if data.raw is None else {RAW: data.raw.X}
+        var = data.var if data.raw is None else data.raw.var
+        yield _make_part("AnnData", {"X": data.X, **data.layers, **raw}, data.obs, {"X": data.var, RAW: var}, layer)
+        return
+    for path in [data] if isinstance(data, str | Path) else data:
+        try:
+            file = h5py.File(path, "r")
+            frames = {"X": read_elem(file["var"]), RAW: read_elem(file["raw/var"]) if "raw/var" in file else None}
+            obs = read_elem(file["obs"])
+        except (OSError, KeyError) as error:
+            raise ValueError(f"cannot read {str(path)!r} as an .h5ad file: {error}") from error
+        found = {"X": file.get("X"), **file.get("layers", {}), RAW: file.get("raw/X")}
+        matrices = {name: _on_disk(matrix) for name, matrix in found.items() if matrix is not None}
+        yield _make_part(str(path), matrices, obs, frames, layer)
+
+
+def find_gene_ids(var: pd.DataFrame, where: str) -> pd.DataFrame:
+    """Return the genes of a `var` table as `feature_id`, `feature_name` and `feature_length`.
+
+    Ids are the index if most of it looks like Ensembl, else the first such column of `feature_id`, `gene_ids`,
+    `ensembl_id` and `gene_id`, else the index as it is. Version suffixes (`ENSG00000141510.18`) are taken off and
+    counted in the log. `feature_length` is 0 where var does not tell.
+
+    Raises:
+        ValueError: a gene id occurs twice.
+    """
+    index = pd.Series(var.index.astype(str), dtype=object)
+    candidates = [index, *(_filled(var[name], index) for name in ID_COLUMNS if name in var)]
+    ensembl = [ids for ids in candidates if ids.str.match(ENSEMBL).mean() > 0.5]
+    ids = ensembl[0] if ensembl else index
+    if not ensembl and len(ids):
+        logger.info("%s: no Ensembl ids found; genes go by the index, e.g. %s", where, ids.iloc[0])
+    stripped = ids.str.replace(rf"({ENSEMBL})\.\d+$", r"\1", regex=True)
+    if n_stripped := int((stripped != ids).sum()):
+        logger.info("%s: took the version off %d Ensembl ids", where, n_stripped)
+    repeated = stripped[stripped.duplicated()].unique()
+    if len(repeated):
+        raise ValueError(
+            f"expected each gene id once, found {len(repeated):,} repeated in {where}, e.g. {list(repeated[:5])}; "
+            "sum or rename these genes first"
+        )
+    names = next((_filled(var[name], index) for name in NAME_COLUMNS if name in var), index)
+    lengths = var["feature_length"].to_numpy(np.int64) if "feature_length" in var else 0
+    return pd.DataFrame({"feature_id": stripped, "feature_name": names, "feature_length": lengths})
+
+
+def join_genes(tables: Sequence[pd.DataFrame]) -> tuple[pd.DataFrame, list[NDArray[np.int32]]]:
+    """Return the union of the genes in first-seen order, and for each table the place of each of its genes there."""
+    union = pd.concat(tables).drop_duplicates("feature_id", ignore_index=True)
+    place = pd.Index(union["feature_id"])
+    return union, [place.get_indexer(table["feature_id"]).astype(np.int32) for table in tables]
+
+
+def _make_part(
+    name: str, matrices: Mapping[str, Any], obs: pd.DataFrame, frames: Mapping[str, pd.DataFrame], layer: str | None
+) -> H5adPart:
+    """Return the part whose counts are the layer asked for, once its first cells are seen to be raw."""
+    chosen = layer or "X"
+    if chosen not in matrices and chosen == "raw":
+        chosen = RAW
+    if matrices.get(chosen) is None:
+        raise ValueError(f"{name} has no layer {chosen!r}; it has {list(matrices)}")
+    if not len(obs):
+        raise ValueError(f"{name} has no cells")
+    try:
+        require_counts(_head(matrices[chosen]), f"layer {chosen!r} of {name}")
+    except ValueError as error:
+        raw = [f"layer={other!r}" for other, matrix in matrices.items() if other != chosen and _looks_raw(matrix)]
+        raise ValueError(f"{error}; what looks raw here: {' or '.join(raw) or 'nothing'}") from error
+    genes = find_gene_ids(frames[RAW if chosen == RAW else "X"], name)
+    return H5adPart(name, matrices[chosen], obs, genes)
+
+
+def _on_disk(matrix: h5py.Group | h5py.Dataset) -> Any:
+    """Return a matrix of a file to be sliced by rows; one stored by columns is read whole, for it cannot be."""
+    if isinstance(matrix, h5py.Dataset):
+        return matrix
+    sparse = sparse_dataset(matrix)
+    if sparse.format == "csr":
+        return sparse
+    logger.warning("%s%s is stored by gene (CSC), not by cell: read into memory", matrix.file.filename, matrix.name)
+    return sparse.to_memory().tocsr()
+
+
+def _head(matrix: Any) -> Any:
+    return matrix[: min(LOOK, matrix.shape[0])]
+
+
+def _looks_raw(matrix: Any) -> bool:
+    try:
+        require_counts(_head(matrix), "")
+    except ValueError:
+        return False
+    return True
+
+
+def _filled(column: pd.Series, index: pd.Series) -> pd.Series:
+    """Return a column of var as strings, with the index where it is missing."""
+    values = pd.Series(column.to_numpy(dtype=object, na_value=None), dtype=object)
+    return values.where(values.notna(), index).astype(str)
+
+
+def _join_obs(tables: Sequence[pd.DataFrame]) -> pd.DataFrame:
+    """Return all cells, indexed by their number; text as categories, cells without `is_primary_data` as primary."""
+    obs = pd.concat(tables, ignore_index=True).rename_axis("cell_id")
+    obs.index = obs.index.astype(np.int64)
+    for name in obs.select_dtypes(object):
+        obs[name] = obs[name].astype("category")
+    if "is_primary_data" in obs:
+        primary = obs["is_primary_data"]
+        obs["is_primary_data"] = primary.isna() | primary.isin([True, "True", "true"])
+    return obs
