@@ -90,7 +90,8 @@ class H5adSource:
         self.genes = genes[["feature_id", "feature_name"]]
         self._starts = np.cumsum([0, *(len(part.obs) for part in self.parts)])
         obs = _join_obs([part.obs for part in self.parts])
-        self._filter = full_filter(obs_filter, list(obs), primary_only=primary_only)
+        self.columns = list(obs)
+        self._filter = full_filter(obs_filter, self.columns, primary_only=primary_only)
         rows = select_rows(obs, self._filter)
         self._obs = drop_unused_categories(obs.iloc[rows])
         self._offered = np.zeros(len(obs), dtype=np.bool_)
@@ -104,13 +105,13 @@ class H5adSource:
 
     def obs(self, columns: Sequence[str] = ()) -> pd.DataFrame:
         """Return the cells that match the filter; see `CellSource.obs`."""
-        require_columns(columns, list(self._obs))
+        require_columns(columns, self.columns)
         return self._obs[list(columns)].copy()
 
     def read(self, cell_ids: Int64Array, columns: Sequence[str] = ()) -> CellBlock:
         """Return these cells in this order; see `CellSource.read`."""
         cell_ids = require_cell_ids(cell_ids, self._offered)
-        require_columns(columns, list(self._obs))
+        require_columns(columns, self.columns)
         order = np.argsort(cell_ids)
         edges = np.searchsorted(cell_ids[order], self._starts)
         blocks = [csr_matrix((0, len(self.genes)), dtype=np.float32)]

@@ -1,0 +1,260 @@
+"""A local SOMA in the layout of the CELLxGENE Census, built from .h5ad files.
+
+Decides what is written and how it is stored. The files are opened, joined and checked next door in `h5ad.py`, and what
+is built here is read by `census.py`, or by anything else that reads a Census.
+
+Source of columns, types, tiles and filters: chanzuckerberg/cellxgene-census,
+tools/cellxgene_census_builder/src/cellxgene_census_builder/build_soma/globals.py.
+"""
+
+import logging
+import os
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import tiledbsoma as soma
+from numpy.typing import NDArray
+from scipy.sparse import csr_matrix
+from tqdm.auto import tqdm
+
+from scgpt_hf.cells.h5ad import H5adPart, H5adSource, join_genes
+from scgpt_hf.cells.obs import require_columns
+
+logger = logging.getLogger(__name__)
+
+ONTOLOGIES = (
+    *("assay", "cell_type", "development_stage", "disease", "self_reported_ethnicity", "sex", "tissue"),
+    "tissue_general",
+)
+OBS_LABELS = (
+    *("dataset_id", "donor_id", "suspension_type", "tissue_type"),
+    *(column for name in ONTOLOGIES for column in (name, f"{name}_ontology_term_id")),
+)
+OBS_NUMBERS = ("raw_sum", "nnz", "raw_mean_nnz", "raw_variance_nnz", "n_measured_vars")
+TILE = 2048  # cells and genes
+BLOCK = 4 * TILE  # cells written at once: whole bands, so that no band is spread over two fragments
+
+_ZSTD = {"_type": "ZstdFilter", "level": 9}
+_NUMBER = ["ByteShuffleFilter", _ZSTD]
+_JOINID = ["DoubleDeltaFilter", {"_type": "ZstdFilter", "level": 19}]
+
+
+def build_census(
+    paths: Sequence[str | Path],
+    folder: str | Path,
+    *,
+    organism: str = "homo_sapiens",
+    layer: str | None = None,
+    keep_obs: Sequence[str] = (),
+) -> Path:
+    """Return the folder of a new SOMA in the Census layout, with the cells of all files and the union of their genes.
+
+    One file becomes one dataset, named by its `dataset_id` if obs has exactly one, else by the file. Columns of the
+    Census that the files lack are "unknown" (cells are taken as primary data); other columns are left out; both are
+    logged. The folder appears when all is written: a build that fails leaves nothing behind.
+
+    Args:
+        paths: .h5ad files with raw counts and a `donor_id`.
+        folder: where to write; must not exist.
+        organism: name of the experiment.
+        layer: layer of the files with the raw counts; by default `X`.
+        keep_obs: columns of obs to keep besides those of the Census.
+
+    Raises:
+        FileExistsError: there is something at `folder`.
+        ValueError: a file holds no raw counts, repeats a gene, lacks a donor, or two files are of one name.
+    """
+    folder = Path(folder)
+    if folder.exists():
+        raise FileExistsError(f"{str(folder)!r} exists; choose another folder or remove it")
+    source = H5adSource(list(paths), layer=layer, primary_only=False)
+    dataset_ids = _name_datasets(source.parts)
+    labels = _label_cells(source, dataset_ids, keep_obs)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as scratch:
+        root = Path(scratch) / "soma"
+        _write_soma(str(root), organism, source, labels, dataset_ids)
+        os.rename(root, folder)
+    logger.info("built %s: %d cells, %d genes, %d datasets", folder, len(labels), len(source.genes), len(dataset_ids))
+    return folder
+
+
+def _name_datasets(parts: Sequence[H5adPart]) -> list[str]:
+    names = []
+    for part in parts:
+        require_columns(["donor_id"], list(part.obs))
+        if n_missing := int(part.obs["donor_id"].isna().sum()):
+            raise ValueError(
+                f"{part.name}: {n_missing:,} of {len(part.obs):,} cells have no donor_id; cells are split by donor"
+            )
+        given = part.obs["dataset_id"].unique() if "dataset_id" in part.obs else []
+        names.append(str(given[0]) if len(given) == 1 else Path(part.name).stem)
+    if repeated := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(f"expected one dataset per file, found two or more files called {repeated}; rename them")
+    return names
+
+
+def _label_cells(source: H5adSource, dataset_ids: Sequence[str], keep_obs: Sequence[str]) -> pd.DataFrame:
+    """Return the columns of obs that the files bring along; what the Census has and they lack is "unknown"."""
+    found = source.obs(source.columns)
+    require_columns(keep_obs, source.columns)
+    absent = [name for name in (*OBS_LABELS, "is_primary_data") if name not in found and name != "dataset_id"]
+    left_out = sorted(set(found) - {*OBS_LABELS, *OBS_NUMBERS, "is_primary_data", *keep_obs})
+    logger.info("unknown, for no file has them: %s; left out: %s", absent, left_out)
+    sizes = [len(part.obs) for part in source.parts]
+    labels = pd.DataFrame({"dataset_id": np.repeat(np.array(dataset_ids, dtype=object), sizes)})
+    for name in OBS_LABELS[1:]:
+        labels[name] = (
+            found[name].astype(object).where(found[name].notna(), "unknown").to_numpy() if name in found else "unknown"
+        )
+    labels["is_primary_data"] = found["is_primary_data"].to_numpy() if "is_primary_data" in found else True
+    for name in keep_obs:
+        if name not in labels:
+            labels[name] = found[name].to_numpy()
+    return labels
+
+
+def _write_soma(uri: str, organism: str, source: H5adSource, labels: pd.DataFrame, dataset_ids: Sequence[str]) -> None:
+    genes, places = join_genes([part.genes for part in source.parts])
+    shape = (len(labels), len(genes))
+    root: Any = soma.Collection.create(uri)
+    with root:
+        info = root.add_new_collection("census_info")
+        data = root.add_new_collection("census_data")
+        experiment = data.add_new_collection(organism, kind=soma.Experiment)
+        rna = experiment.add_new_collection("ms").add_new_collection("RNA", kind=soma.Measurement)
+        raw = rna.add_new_collection("X").add_new_sparse_ndarray(
+            "raw", type=pa.float32(), shape=shape, platform_config=_x_storage()
+        )
+        numbers, gene_nnz = _write_counts(raw, source)
+        sizes = [len(part.obs) for part in source.parts]
+        numbers["n_measured_vars"] = np.repeat([len(place) for place in places], sizes)
+        measured = np.zeros(len(genes), dtype=np.int64)
+        for place, size in zip(places, sizes, strict=True):
+            measured[place] += size
+        _write_table(experiment, "obs", pd.concat([labels, numbers], axis=1), OBS_LABELS)
+        _write_table(rna, "var", genes.assign(nnz=gene_nnz, n_measured_obs=measured))
+        _write_table(info, "datasets", _datasets_table(source.parts, dataset_ids))
+        _write_table(info, "summary", _summary_table(labels, organism))
+
+
+def _write_counts(raw: soma.SparseNDArray, source: H5adSource) -> tuple[pd.DataFrame, NDArray[np.int64]]:
+    """Write all counts, block by block; return the numbers of each cell for obs, and in how many cells each gene is."""
+    n_cells, n_genes = raw.shape
+    tables, gene_nnz = [], np.zeros(n_genes, dtype=np.int64)
+    with tqdm(total=n_cells, unit=" cells", unit_scale=True, desc="building") as progress:
+        for start in range(0, n_cells, BLOCK):
+            counts = source.read(np.arange(start, min(start + BLOCK, n_cells))).counts
+            raw.write(_entries_by_tile(counts, start), platform_config=soma.TileDBWriteOptions(sort_coords=False))
+            tables.append(_count_numbers(counts))
+            gene_nnz += np.bincount(counts.indices, minlength=n_genes)
+            progress.update(counts.shape[0])
+    return pd.concat(tables, ignore_index=True), gene_nnz
+
+
+def _entries_by_tile(counts: csr_matrix, first_cell: int) -> pa.Table:
+    """Return the entries tile after tile, as they are stored: letting TileDB sort takes five times as long."""
+    cells = np.repeat(np.arange(counts.shape[0], dtype=np.int64) + first_cell, np.diff(counts.indptr))
+    genes = counts.indices.astype(np.int64)
+    order = np.argsort((cells // TILE) * (counts.shape[1] // TILE + 1) + genes // TILE, kind="stable")
+    return pa.table({"soma_dim_0": cells[order], "soma_dim_1": genes[order], "soma_data": counts.data[order]})
+
+
+def _count_numbers(counts: csr_matrix) -> pd.DataFrame:
+    """Return per cell the sum, and over its expressed genes the number, mean and variance (n - 1), of the counts."""
+    nnz = np.diff(counts.indptr).astype(np.int64)
+    cell = np.repeat(np.arange(len(nnz)), nnz)
+    total = np.bincount(cell, counts.data, minlength=len(nnz))
+    mean = total / np.maximum(nnz, 1)
+    squares = np.bincount(cell, (counts.data - mean[cell]) ** 2, minlength=len(nnz))
+    return pd.DataFrame(
+        {"raw_sum": total, "nnz": nnz, "raw_mean_nnz": mean, "raw_variance_nnz": squares / np.maximum(nnz - 1, 1)}
+    )
+
+
+def _write_table(parent: Any, name: str, table: pd.DataFrame, dictionaries: Sequence[str] = ()) -> None:
+    """Write a dataframe into a collection with the row number as joinid, columns named as dictionaries stored so."""
+    table = table.assign(soma_joinid=np.arange(len(table), dtype=np.int64))
+    for column in table.select_dtypes(["object", "category"]):
+        table[column] = table[column].astype(str)
+    fields = [pa.field(column, _arrow_type(table[column], column in dictionaries)) for column in table]
+    schema = pa.schema(fields)
+    parent.add_new_dataframe(
+        name, schema=schema, domain=[[0, len(table) - 1]], platform_config=_table_storage(schema)
+    ).close()
+    # written through the handle of its creation, a table loses its dictionaries and filters match nothing: open it anew
+    with soma.DataFrame.open(f"{parent.uri}/{name}", "w") as frame:
+        frame.write(pa.Table.from_pandas(table, schema=schema, preserve_index=False))
+
+
+def _arrow_type(column: pd.Series, dictionary: bool) -> pa.DataType:
+    if column.dtype != object:
+        return pa.from_numpy_dtype(column.dtype)
+    return pa.dictionary(pa.int32(), pa.large_string()) if dictionary else pa.large_string()
+
+
+def _datasets_table(parts: Sequence[H5adPart], dataset_ids: Sequence[str]) -> pd.DataFrame:
+    return pd.DataFrame(
+        {
+            "dataset_id": dataset_ids,
+            "dataset_title": dataset_ids,
+            "dataset_h5ad_path": [Path(part.name).name for part in parts],
+            "dataset_total_cell_count": [len(part.obs) for part in parts],
+        }
+    )
+
+
+def _summary_table(labels: pd.DataFrame, organism: str) -> pd.DataFrame:
+    summary = {
+        "census_schema_version": "2.4.0",
+        "census_build_date": datetime.now(UTC).date().isoformat(),
+        "total_cell_count": len(labels),
+        "unique_cell_count": int(labels["is_primary_data"].sum()),
+        f"number_donors_{organism}": len(labels[["dataset_id", "donor_id"]].drop_duplicates()),
+        "built_by": "scgpt_hf",
+    }
+    return pd.DataFrame({"label": list(summary), "value": [str(value) for value in summary.values()]})
+
+
+def _x_storage() -> dict[str, Any]:
+    return {
+        "tiledb": {
+            "create": {
+                "capacity": 2**16,
+                "dims": {
+                    "soma_dim_0": {"tile": TILE, "filters": [_ZSTD]},
+                    "soma_dim_1": {"tile": TILE, "filters": _NUMBER},
+                },
+                "attrs": {"soma_data": {"filters": _NUMBER}},
+                "cell_order": "row-major",
+                "tile_order": "row-major",
+                "allows_duplicates": True,
+            }
+        }
+    }
+
+
+def _table_storage(schema: pa.Schema) -> dict[str, Any]:
+    numeric = [pa.types.is_integer(field.type) or pa.types.is_floating(field.type) for field in schema]
+    attrs = {
+        field.name: {"filters": _NUMBER if number else [_ZSTD]}
+        for field, number in zip(schema, numeric, strict=True)
+        if field.name != "soma_joinid"
+    }
+    return {
+        "tiledb": {
+            "create": {
+                "capacity": 2**16,
+                "dims": {"soma_joinid": {"filters": _JOINID}},
+                "attrs": attrs,
+                "offsets_filters": _JOINID,
+                "allows_duplicates": True,
+            }
+        }
+    }
