@@ -1,0 +1,111 @@
+"""Tokens of many cells end to end, and the two layouts in which a model reads them.
+
+`pack` lays the cells of a batch in one row without padding (training); `pad` gives each cell a row (any other use).
+What the tokens are is decided in `tokenizing_scgpt`.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+IGNORE = -100.0  # in labels: nothing to predict here
+
+
+@dataclass(frozen=True, eq=False)
+class Tokens:
+    """The tokens of many cells, end to end; `<cls>` is the first of each cell.
+
+    Attributes:
+        input_ids: vocabulary ids, int64 (tokens,).
+        values: what the model reads beside each id, float32 (tokens,).
+        labels: true values where hidden, `IGNORE` elsewhere, float32 (tokens,); None before masking.
+        indptr: where each cell begins and ends, int64 (cells + 1,), from 0.
+        cell_ids: which cell each one is, int64 (cells,).
+    """
+
+    input_ids: npt.NDArray[np.int64]
+    values: npt.NDArray[np.float32]
+    labels: npt.NDArray[np.float32] | None
+    indptr: npt.NDArray[np.int64]
+    cell_ids: npt.NDArray[np.int64]
+
+    def __len__(self) -> int:
+        return len(self.cell_ids)
+
+    def __getitem__(self, cells: slice) -> "Tokens":
+        """Return consecutive cells as views: `tokens[2:5]`."""
+        if not isinstance(cells, slice) or cells.step not in (None, 1):
+            raise TypeError(f"tokens are sliced by consecutive cells, as in tokens[2:5]; found {cells!r}")
+        first, last, _ = cells.indices(len(self))
+        last = max(first, last)
+        start, stop = self.indptr[first], self.indptr[last]
+        labels = None if self.labels is None else self.labels[start:stop]
+        indptr = self.indptr[first : last + 1] - start
+        return Tokens(self.input_ids[start:stop], self.values[start:stop], labels, indptr, self.cell_ids[first:last])
+
+
+def pack(tokens: Tokens) -> dict[str, Any]:
+    """Return the cells in one row, with the marks that keep their attention apart.
+
+    Returns:
+        input_ids int64, values float32 and, if masked, labels float32 (1, tokens) and label_positions int64 (masked,),
+        which index the flattened row; cu_seq_lens_q and cu_seq_lens_k int32 (cells + 1,); max_length_q and max_length_k
+        int.
+    """
+    boundaries = torch.from_numpy(tokens.indptr.astype(np.int32))
+    longest = int(np.diff(tokens.indptr).max(initial=0))
+    batch: dict[str, Any] = {
+        "input_ids": torch.from_numpy(tokens.input_ids)[None],
+        "values": torch.from_numpy(tokens.values)[None],
+        "cu_seq_lens_q": boundaries,
+        "cu_seq_lens_k": boundaries,
+        "max_length_q": longest,
+        "max_length_k": longest,
+    }
+    if tokens.labels is not None:
+        batch["labels"] = torch.from_numpy(tokens.labels)[None]
+        batch["label_positions"] = torch.from_numpy(np.flatnonzero(tokens.labels != IGNORE))
+    return batch
+
+
+def pad(tokens: Tokens, *, pad_id: int, pad_value: float) -> dict[str, Any]:
+    """Return one row per cell, filled on the right to the longest.
+
+    Returns:
+        input_ids int64, values float32 and attention_mask bool (cells, tokens), true at real tokens; if masked, labels
+        float32 (cells, tokens) and label_positions int64 (masked,), which index the flattened rows.
+    """
+    n_tokens = np.diff(tokens.indptr)
+    real = np.arange(n_tokens.max(initial=0)) < n_tokens[:, None]  # (cells, tokens)
+
+    def spread(flat: npt.NDArray[Any], filler: float) -> npt.NDArray[Any]:
+        rows = np.full(real.shape, filler, flat.dtype)
+        rows[real] = flat
+        return rows
+
+    batch = {
+        "input_ids": torch.from_numpy(spread(tokens.input_ids, pad_id)),
+        "values": torch.from_numpy(spread(tokens.values, pad_value)),
+        "attention_mask": torch.from_numpy(real),
+    }
+    if tokens.labels is not None:
+        labels = spread(tokens.labels, IGNORE)
+        batch["labels"] = torch.from_numpy(labels)
+        batch["label_positions"] = torch.from_numpy(np.flatnonzero(labels != IGNORE))
+    return batch
+
+
+def unpack(per_token: torch.Tensor, cu_seq_lens: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Return what a model said about each token of a packed row, cell by cell.
+
+    Args:
+        per_token: any output of the model for a packed batch. Shape (1, tokens, ...).
+        cu_seq_lens: the batch's boundaries. Shape (cells + 1,).
+
+    Returns:
+        One view per cell, shape (tokens of that cell, ...).
+    """
+    return torch.split(per_token[0], cu_seq_lens.diff().tolist())

@@ -1,0 +1,194 @@
+"""From a block of counts to tokens: which genes of a cell the model sees, in which order, with which value.
+
+Per cell: keep the genes that are expressed and known, bin them, sample down to `max_tokens`, order by vocabulary id,
+put `<cls>` first. Bins follow `binning_scgpt`; this file holds the rest of the rule and hands whole blocks to
+`kernels_scgpt`.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from .binning_scgpt import Ties, bin_cell, quantile_levels
+from .kernels_scgpt import COMPILED, TIE_CODES, count_block, tokenize_block
+from .packing_scgpt import Tokens
+from .randomness_scgpt import SAMPLING, TIES, Int64Array, SparseCounts, cell_keys, gene_words
+
+_EXACT_IN_FLOAT32 = 2**24
+
+
+@dataclass(frozen=True)
+class TokenRule:
+    """What `tokenize_counts` needs to know of a processor.
+
+    Attributes:
+        n_vocab: number of ids in the vocabulary.
+        cls_id: vocabulary id of `<cls>`.
+        cls_value: the value it carries.
+        max_tokens: most tokens per cell, with `<cls>`.
+        n_bins: number of bins with the zero bin, or None to leave values as they are.
+        ties: how `bin_counts` settles ties.
+        include_zeros: whether known genes that are not expressed become tokens with value 0.
+    """
+
+    n_vocab: int
+    cls_id: int
+    cls_value: float
+    max_tokens: int
+    n_bins: int | None
+    ties: Ties
+    include_zeros: bool
+
+
+@dataclass(frozen=True)
+class Block:
+    """The arrays of a CSR matrix, (cells, genes)."""
+
+    data: npt.NDArray[Any]
+    indices: npt.NDArray[Any]
+    indptr: npt.NDArray[Any]
+    shape: tuple[int, int]
+
+
+def csr_of(counts: Any) -> SparseCounts:
+    """Return counts in CSR with sorted columns, from scipy sparse, backed AnnData, numpy, torch or nested lists.
+
+    Raises:
+        ValueError: counts are not of shape (cells, genes).
+    """
+    if hasattr(counts, "to_memory"):
+        counts = counts.to_memory()
+    if hasattr(counts, "tocsr"):
+        counts = counts.tocsr()
+        if not counts.has_canonical_format:
+            counts = counts.copy()
+            counts.sum_duplicates()
+        block: SparseCounts = counts
+        return block
+    dense = np.asarray(counts)
+    if dense.ndim != 2:
+        raise ValueError(
+            f"expected counts of shape (cells, genes), found {dense.shape}; for one cell pass counts[None]"
+        )
+    cell_of_entry, columns = np.nonzero(dense)
+    indptr = np.searchsorted(cell_of_entry, np.arange(len(dense) + 1))
+    return Block(dense[cell_of_entry, columns], columns, indptr, dense.shape)
+
+
+def as_block(counts: SparseCounts) -> Block:
+    """Return the block with values in float32, or float64 where float32 would round them, and int32 columns.
+
+    Raises:
+        ValueError: a value is negative, NaN or infinite.
+    """
+    data: npt.NDArray[Any] = counts.data
+    if data.size and not (data.min() >= 0 and np.isfinite(data.max())):
+        bad = data[~(np.isfinite(data) & (data >= 0))]
+        raise ValueError(f"expected finite expression ≥ 0, found {bad[0]} ({len(bad):,} such entries); pass raw counts")
+    if data.dtype not in (np.float32, np.float64):
+        exact = data.dtype.kind in "iub" and (not data.size or data.max() < _EXACT_IN_FLOAT32)
+        data = data.astype(np.float32 if exact else np.float64)
+    return Block(data, counts.indices.astype(np.int32, copy=False), counts.indptr.astype(np.int64), counts.shape)
+
+
+def log_normalize(block: Block, target_sum: float) -> Block:
+    """Return log(1 + count · target_sum / total of the cell), in float32; totals are over all genes of the data."""
+    cell_of_entry = np.repeat(np.arange(block.shape[0]), np.diff(block.indptr))
+    totals = np.bincount(cell_of_entry, weights=block.data, minlength=block.shape[0])
+    values = np.log1p(block.data * (target_sum / np.maximum(totals, np.finfo(float).tiny))[cell_of_entry])
+    return replace(block, data=values.astype(np.float32))
+
+
+def count_known(block: SparseCounts, gene_ids: Int64Array) -> Int64Array:
+    """Return how many known genes each cell expresses. Shape (cells,).
+
+    Raises:
+        ValueError: the columns of a row are unsorted or repeated.
+    """
+    n_known = np.zeros(block.shape[0], np.int64)
+    if COMPILED:
+        ids = gene_ids.astype(np.int32)
+        canonical = count_block(block.indptr, block.indices, block.data, ids, n_known)
+    else:
+        cell_of_entry = np.repeat(np.arange(len(n_known)), np.diff(block.indptr))
+        known = (gene_ids[block.indices] >= 0) & (block.data > 0)
+        n_known[:] = np.bincount(cell_of_entry[known], minlength=len(n_known))
+        canonical = bool(np.all((np.diff(block.indices) > 0) | (np.diff(cell_of_entry) > 0)))
+    if not canonical:
+        raise ValueError("a row of the counts has unsorted or repeated columns; call counts.sum_duplicates() first")
+    return n_known
+
+
+def tokenize_counts(
+    block: SparseCounts, gene_ids: Int64Array, rule: TokenRule, *, cell_ids: Int64Array, seed: int, epoch: int
+) -> Tokens:
+    """Return the tokens of every cell that expresses a known gene.
+
+    Genes come by ascending vocabulary id, so the order of columns does not matter. Of a cell with too many genes, those
+    with the lowest counter-based numbers stay: a uniform sample, the same wherever the cell is met.
+
+    Args:
+        block: counts as `as_block` returns them. Shape (cells, genes).
+        gene_ids: vocabulary id of each column, each at most once, −1 where unknown. Shape (genes,).
+        rule: settings of the processor.
+        cell_ids: key of ties and sampling. Shape (cells,).
+        seed: changes ties and sampling.
+        epoch: the same.
+
+    Source: bowang-lab/scGPT:scgpt/data_collator.py (bin, then sample); the order of genes is ours and does not matter
+        to the model.
+    """
+    n_genes = count_known(block, gene_ids)
+    zero_genes = np.sort(gene_ids[gene_ids >= 0]) if rule.include_zeros else np.empty(0, np.int64)
+    n_wanted = np.full_like(n_genes, len(zero_genes)) if rule.include_zeros else n_genes
+    n_tokens = np.where(n_genes > 0, 1 + np.minimum(n_wanted, rule.max_tokens - 1), 0)
+    indptr = np.concatenate([[0], np.cumsum(n_tokens)])
+    input_ids, values = np.empty(indptr[-1], np.int64), np.empty(indptr[-1], np.float32)
+    tie_keys = cell_keys(cell_ids, seed=seed, epoch=epoch, purpose=TIES)
+    sampling_keys = cell_keys(cell_ids, seed=seed, epoch=epoch, purpose=SAMPLING)
+    if COMPILED:
+        levels = np.empty(0) if rule.n_bins is None else quantile_levels(rule.n_bins)
+        tokenize_block(
+            block.indptr, block.indices, block.data, gene_ids.astype(np.int32), zero_genes.astype(np.int32),
+            rule.n_vocab, levels, TIE_CODES[rule.ties], tie_keys, sampling_keys, indptr, input_ids, values,
+        )  # fmt: skip
+    else:
+        for cell in np.flatnonzero(n_tokens):  # plain numpy is for machines without numba
+            genes = slice(indptr[cell] + 1, indptr[cell + 1])
+            stored = slice(block.indptr[cell], block.indptr[cell + 1])
+            keys = tie_keys[cell : cell + 1], sampling_keys[cell : cell + 1]
+            input_ids[genes], values[genes] = _tokenize_cell(
+                gene_ids[block.indices[stored]], block.data[stored], zero_genes, rule, *keys
+            )
+    kept = n_tokens > 0
+    first = indptr[:-1][kept]
+    input_ids[first], values[first] = rule.cls_id, rule.cls_value
+    return Tokens(input_ids, values, None, np.append(first, indptr[-1]), cell_ids[kept])
+
+
+def _tokenize_cell(
+    genes: Int64Array,
+    values: npt.NDArray[Any],
+    zero_genes: Int64Array,
+    rule: TokenRule,
+    tie_key: npt.NDArray[np.uint64],
+    sampling_key: npt.NDArray[np.uint64],
+) -> tuple[Int64Array, npt.NDArray[np.float32]]:
+    """Return ids and values of one cell without `<cls>`: the rule in plain numpy."""
+    known = (genes >= 0) & (values > 0)
+    genes, values = genes[known], values[known]
+    order = np.argsort(genes)
+    genes, values = genes[order], values[order]
+    if rule.n_bins is not None:
+        values = bin_cell(values, genes, tie_key, rule.n_bins, rule.ties)
+    if rule.include_zeros:
+        with_zeros = np.zeros(len(zero_genes), np.float32)
+        with_zeros[np.searchsorted(zero_genes, genes)] = values
+        genes, values = zero_genes, with_zeros
+    if len(genes) > rule.max_tokens - 1:
+        words = gene_words(sampling_key, genes)
+        sampled = words <= np.partition(words, rule.max_tokens - 2)[rule.max_tokens - 2]
+        genes, values = genes[sampled], values[sampled]
+    return genes, values.astype(np.float32)
