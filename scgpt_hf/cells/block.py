@@ -46,7 +46,8 @@ def require_counts(counts: Any, where: str) -> None:
     Raises:
         ValueError: a count is NaN or infinite, negative, or fractional.
     """
-    stored = np.asarray(counts.data if issparse(counts) else counts).ravel()
+    matrix: Any = counts
+    stored = np.asarray(matrix.data if issparse(counts) else matrix).ravel()
     if stored.dtype.kind in "ub":
         return
     for what, wrong in (

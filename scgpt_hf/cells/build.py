@@ -88,12 +88,12 @@ def build_census(
 def _name_datasets(parts: Sequence[H5adPart]) -> list[str]:
     names = []
     for part in parts:
-        require_columns(["donor_id"], list(part.obs))
+        require_columns(["donor_id"], [str(name) for name in part.obs])
         if n_missing := int(part.obs["donor_id"].isna().sum()):
             raise ValueError(
                 f"{part.name}: {n_missing:,} of {len(part.obs):,} cells have no donor_id; cells are split by donor"
             )
-        given = part.obs["dataset_id"].unique() if "dataset_id" in part.obs else []
+        given = list(part.obs["dataset_id"].unique()) if "dataset_id" in part.obs else []
         names.append(str(given[0]) if len(given) == 1 else Path(part.name).stem)
     if repeated := sorted({name for name in names if names.count(name) > 1}):
         raise ValueError(f"expected one dataset per file, found two or more files called {repeated}; rename them")
@@ -105,7 +105,7 @@ def _label_cells(source: H5adSource, dataset_ids: Sequence[str], keep_obs: Seque
     found = source.obs(source.columns)
     require_columns(keep_obs, source.columns)
     absent = [name for name in (*OBS_LABELS, "is_primary_data") if name not in found and name != "dataset_id"]
-    left_out = sorted(set(found) - {*OBS_LABELS, *OBS_NUMBERS, "is_primary_data", *keep_obs})
+    left_out = sorted(set(source.columns) - {*OBS_LABELS, *OBS_NUMBERS, "is_primary_data", *keep_obs})
     logger.info("unknown, for no file has them: %s; left out: %s", absent, left_out)
     sizes = [len(part.obs) for part in source.parts]
     labels = pd.DataFrame({"dataset_id": np.repeat(np.array(dataset_ids, dtype=object), sizes)})

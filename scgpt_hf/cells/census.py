@@ -122,7 +122,7 @@ class CensusSource:
         def read() -> pd.DataFrame:
             with self._experiment() as experiment:
                 rows = experiment.ms["RNA"].var.read(column_names=["soma_joinid", "feature_id", "feature_name"])
-                return rows.concat().to_pandas()
+                return cast(pd.DataFrame, rows.concat().to_pandas())
 
         genes = self._retried(read).sort_values("soma_joinid", ignore_index=True)
         return genes.drop(columns="soma_joinid").astype(str)
@@ -180,7 +180,8 @@ class CensusSource:
         def read() -> pd.DataFrame:
             with self._experiment() as experiment:
                 names = ["soma_joinid", *columns]
-                return experiment.obs.read((pa.array(np.sort(cell_ids)),), column_names=names).concat().to_pandas()
+                rows = experiment.obs.read((pa.array(np.sort(cell_ids)),), column_names=names)
+                return cast(pd.DataFrame, rows.concat().to_pandas())
 
         return self._retried(read).set_index("soma_joinid").rename_axis("cell_id").loc[cell_ids]
 

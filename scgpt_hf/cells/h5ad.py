@@ -50,12 +50,12 @@ class H5adPart:
     def read(self, rows: Int64Array) -> csr_matrix:
         """Return the raw counts of these ascending rows, float32, columns as in the file. Shape (rows, genes)."""
         if issparse(self.counts) or isinstance(self.counts, np.ndarray):
-            counts = csr_matrix(self.counts[rows], dtype=np.float32)
+            in_memory: Any = self.counts
+            counts = csr_matrix(in_memory[rows], dtype=np.float32)
         else:
             runs = np.split(rows, np.flatnonzero(np.diff(rows) > GAP) + 1)
             read = [csr_matrix(self.counts[run[0] : run[-1] + 1])[run - run[0]] for run in runs if len(run)]
-            empty = csr_matrix((0, self.counts.shape[1]))
-            counts = vstack([empty, *read], format="csr", dtype=np.float32)
+            counts = vstack(read or [csr_matrix(self.counts[:0])], format="csr", dtype=np.float32)
         require_counts(counts, self.name)
         counts.sum_duplicates()
         counts.eliminate_zeros()
@@ -90,7 +90,7 @@ class H5adSource:
         self.genes = genes[["feature_id", "feature_name"]]
         self._starts = np.cumsum([0, *(len(part.obs) for part in self.parts)])
         obs = _join_obs([part.obs for part in self.parts])
-        self.columns = list(obs)
+        self.columns = [str(name) for name in obs]
         self._filter = full_filter(obs_filter, self.columns, primary_only=primary_only)
         rows = select_rows(obs, self._filter)
         self._obs = drop_unused_categories(obs.iloc[rows])
@@ -114,7 +114,7 @@ class H5adSource:
         require_columns(columns, self.columns)
         order = np.argsort(cell_ids)
         edges = np.searchsorted(cell_ids[order], self._starts)
-        blocks = [csr_matrix((0, len(self.genes)), dtype=np.float32)]
+        blocks = []
         for part, place, start, rows in zip(
             self.parts, self._columns, self._starts, np.split(cell_ids[order], edges[1:-1]), strict=False
         ):
@@ -246,7 +246,7 @@ def _looks_raw(matrix: Any) -> bool:
 
 def _filled(column: pd.Series, index: pd.Series) -> pd.Series:
     """Return a column of var as strings, with the index where it is missing."""
-    values = pd.Series(column.to_numpy(dtype=object, na_value=None), dtype=object)
+    values = column.astype(object).reset_index(drop=True)
     return values.where(values.notna(), index).astype(str)
 
 

@@ -82,8 +82,10 @@ def select_obs(
 
 def drop_unused_categories(obs: pd.DataFrame) -> pd.DataFrame:
     """Return the table with only the categories that its own rows have."""
-    unused = {name: column.cat.remove_unused_categories() for name, column in obs.select_dtypes("category").items()}
-    return obs.assign(**unused)
+    obs = obs.copy()
+    for name in obs.select_dtypes("category"):
+        obs[name] = obs[name].cat.remove_unused_categories()
+    return obs
 
 
 def select_rows(obs: pd.DataFrame, value_filter: str | None) -> Int64Array:
@@ -107,4 +109,4 @@ def select_rows(obs: pd.DataFrame, value_filter: str | None) -> Int64Array:
     with soma.DataFrame.open(uri, "w", context=context) as frame:
         frame.write(table)
     with soma.DataFrame.open(uri, context=context) as frame:
-        return np.asarray(select_obs(frame, value_filter, (), list(obs)).index, dtype=np.int64)
+        return np.asarray(select_obs(frame, value_filter, (), [str(name) for name in obs]).index, dtype=np.int64)

@@ -54,6 +54,8 @@ def open_source(
             filter are not usable; the message says what is there.
     """
     settings: dict[str, Any] = {"obs_filter": obs_filter, "layer": layer, "primary_only": primary_only}
+    if isinstance(address, Sequence) and not isinstance(address, str) and len(address) == 1:
+        address = address[0]
     if isinstance(address, str) and "://" in address:
         from scgpt_hf.cells.census import open_census
 
