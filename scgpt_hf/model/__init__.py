@@ -1,0 +1,1 @@
+"""The function the weights compute: configuration, encoder, heads, objectives."""

@@ -1,0 +1,218 @@
+"""The settings that change the function the weights compute, and the weights of the objectives.
+
+How counts become `values` is the processor's business; how weights are trained is `TrainingArguments`'.
+The class maps below travel in every `config.json`, so any Auto class loads from any head's checkpoint.
+"""
+
+import difflib
+from dataclasses import fields
+from typing import Any, ClassVar, Literal
+
+from transformers import GenerationConfig
+from transformers.configuration_utils import PreTrainedConfig, strict
+
+AUTO_MAP = {
+    "AutoConfig": "configuration_scgpt.ScGPTConfig",
+    "AutoModel": "modeling_scgpt.ScGPTModel",
+    "AutoModelForPreTraining": "modeling_scgpt.ScGPTForPreTraining",
+    "AutoModelForMaskedLM": "modeling_scgpt.ScGPTForPreTraining",
+    "AutoModelForSequenceClassification": "modeling_scgpt.ScGPTForSequenceClassification",
+}
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "tiny": {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64},
+    "small": {"hidden_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 128},
+    "base": {"hidden_size": 512, "num_hidden_layers": 12, "num_attention_heads": 8, "intermediate_size": 512},
+}
+
+OBJECTIVES = ("gep", "gepc", "gep_zero", "gepc_zero", "ecs", "cce", "dar", "cls")
+
+# What the library itself hands to a config, beyond its fields; everything else unknown is a typo or from the future.
+_LIBRARY_KEYWORDS = frozenset(
+    {
+        *("model_type", "auto_map", "torch_dtype", "num_labels", "name_or_path", "output_attentions"),
+        *("attn_implementation", "experts_implementation", "per_layer_config", "quantization_config", "use_cache"),
+        *("tie_word_embeddings", "tokenizer_class", "processor_class", "custom_pipelines", "gradient_checkpointing"),
+        *("bos_token_id", "eos_token_id", "sep_token_id", "decoder_start_token_id", "is_decoder", "is_causal"),
+        *("tie_last_hidden_states", "finetuning_task", "task_specific_params", "add_cross_attention"),
+    }
+)
+
+
+@strict
+class ScGPTConfig(PreTrainedConfig):
+    """Configuration of the scGPT encoder and its heads.
+
+    Args:
+        vocab_size: genes and special tokens, read from the processor when a model is built.
+        pad_token_id: vocabulary id of `<pad>`.
+        hidden_size: width of the hidden state.
+        num_hidden_layers: encoder layers.
+        num_attention_heads: heads per layer; divides `hidden_size`.
+        intermediate_size: width of the feed-forward layer.
+        dropout: share dropped of embedded values and of each residual branch, in training.
+        attention_dropout: share dropped of attention probabilities, in training. The original uses `dropout` here too; the
+            packed CUDA kernel has none, so any other value than 0 takes a slower path.
+        layer_norm_eps: epsilon of every LayerNorm.
+        norm_scheme: "post" normalises after each residual sum; "pre" before each branch, with a norm at the end; "scgpt_pre"
+            is the original's pre-norm, whose residual starts from the normalised input and which has no norm at the end.
+        value_encoder: "continuous" feeds values through a small network, "category" looks bins up in a table, "scaling"
+            multiplies the gene embedding by the value.
+        n_bins: bins of the processor, the zero bin included; the category table marks padding with `n_bins`.
+        n_value_ids: rows of the category table; by default `n_bins` + 2, for padding and the hidden value.
+        max_value: larger values are clamped to it by the continuous value encoder.
+        cell_pooling: "cls" takes the hidden state at `<cls>`; "average" and "weighted" (by `values`, then L2-normalised)
+            count padding, as the original does, so they need padded input.
+        gepc_query: how the GEPC head meets a gene with a cell: "inner_product", "concat" or "sum".
+        gepc_detach: whether the GEPC loss leaves the gene embedding untouched.
+        explicit_zero_prob: whether expression heads also predict that a gene is expressed at all.
+        n_domains: experimental batches known to the model.
+        domain_embedding: whether the expression heads are told the domain.
+        domain_head: whether an adversarial discriminator guesses the domain (DAR).
+        input_norm: batch norm over embedded input: "none", "batch", or "domain" with statistics per domain; both count padding.
+        class_head_layers: linear layers of the class head.
+        ecs_threshold: similarity that elastic cell similarity pulls towards or pushes from.
+        cce_temperature: temperature of the contrastive objective.
+        loss_weights: weight of each objective. A head exists where its objective weighs more than 0.
+
+    Raises:
+        ValueError: an unknown keyword, a choice or a combination that no model can satisfy.
+
+    Source: defaults as in Cui et al. 2024, Nature Methods 21:1470, and bowang-lab/scGPT:scgpt/model/model.py:22.
+    """
+
+    model_type = "scgpt"
+    _auto_class: ClassVar[str | None] = "AutoConfig"
+
+    vocab_size: int = 60697
+    pad_token_id: int | None = 60694
+    hidden_size: int = 512
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 8
+    intermediate_size: int = 512
+    dropout: float | int = 0.2
+    attention_dropout: float | int = 0.0
+    layer_norm_eps: float = 1e-5
+    norm_scheme: Literal["post", "pre", "scgpt_pre"] = "post"
+    value_encoder: Literal["continuous", "category", "scaling"] = "continuous"
+    n_bins: int = 51
+    n_value_ids: int | None = None
+    max_value: float | int = 512
+    cell_pooling: Literal["cls", "average", "weighted"] = "cls"
+    gepc_query: Literal["inner_product", "concat", "sum"] = "inner_product"
+    gepc_detach: bool = False
+    explicit_zero_prob: bool = False
+    n_domains: int = 0
+    domain_embedding: bool = False
+    domain_head: bool = False
+    input_norm: Literal["none", "batch", "domain"] = "none"
+    class_head_layers: int = 3
+    ecs_threshold: float | int = 0.3
+    cce_temperature: float | int = 0.5
+    loss_weights: dict[str, float | int] | None = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        self._reject_unknown(kwargs)
+        if self.n_value_ids is None:
+            self.n_value_ids = self.n_bins + 2
+        if self.loss_weights is None:
+            self.loss_weights = dict.fromkeys(("gep", "gepc"), 1.0)
+            self.loss_weights |= {"gep_zero": 1.0, "gepc_zero": 1.0} if self.explicit_zero_prob else {}
+            self.loss_weights |= {"dar": 1.0} if self.domain_head else {}
+        self.auto_map = {**AUTO_MAP, **(kwargs.pop("auto_map", None) or {})}
+        super().__post_init__(**kwargs)
+
+    def weighs(self, objective: str) -> bool:
+        """Return whether `objective` is part of the loss, and therefore its head part of the model."""
+        return (self.loss_weights or {}).get(objective, 0) > 0
+
+    def validate_architecture(self) -> None:
+        """Check sizes and shares; called by the library after construction.
+
+        Raises:
+            ValueError: a size below 1, a share outside [0, 1), or heads that do not divide the hidden size.
+        """
+        for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; expected at least 1")
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"hidden_size {self.hidden_size} is not a multiple of num_attention_heads {self.num_attention_heads}; "
+                "choose a number of heads that divides it"
+            )
+        for name in ("dropout", "attention_dropout"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; expected a share in [0, 1)")
+
+    def validate_objectives(self) -> None:
+        """Check that each objective has the head it needs, and each head an objective.
+
+        Raises:
+            ValueError: an unknown objective, a negative weight, or a head and its objective that do not go together.
+        """
+        weights = self.loss_weights or {}
+        if unknown := sorted(set(weights) - set(OBJECTIVES)):
+            raise ValueError(f"loss_weights names {unknown}; expected names from {list(OBJECTIVES)}")
+        if negative := {name: weight for name, weight in weights.items() if weight < 0}:
+            raise ValueError(f"loss_weights are negative: {negative}; leave an objective out or give it 0")
+        # A head without an objective gets no gradient, which distributed training refuses; a head is there to be trained.
+        zeros = {name for name in ("gep_zero", "gepc_zero") if self.weighs(name)}
+        expected = (
+            {f"{name}_zero" for name in ("gep", "gepc") if self.weighs(name)} if self.explicit_zero_prob else set()
+        )
+        if zeros != expected:
+            raise ValueError(
+                f"explicit_zero_prob={self.explicit_zero_prob} needs weights for {sorted(expected)}, found {sorted(zeros)}; "
+                "give both expression heads their zero objective, or set explicit_zero_prob=False and leave these out"
+            )
+        if self.domain_head != self.weighs("dar"):
+            raise ValueError(
+                f"domain_head={self.domain_head} does not go with a weight of {weights.get('dar', 0)} for 'dar'; set both or neither"
+            )
+
+    def validate_domains(self) -> None:
+        """Check that what needs domains has them, and that the GEPC style can carry what is asked of it.
+
+        Raises:
+            ValueError: no domains where they are needed, or a GEPC style without the option asked for.
+        """
+        needs = [name for name in ("domain_embedding", "domain_head") if getattr(self, name)]
+        needs += ["input_norm='domain'"] if self.input_norm == "domain" else []
+        if needs and self.n_domains < 1:
+            raise ValueError(f"{' and '.join(needs)} need n_domains >= 1, found {self.n_domains}")
+        options = [name for name in ("explicit_zero_prob", "domain_embedding") if getattr(self, name)]
+        if options and self.gepc_query != "inner_product" and self.weighs("gepc"):
+            raise ValueError(
+                f"gepc_query={self.gepc_query!r} has no {' or '.join(options)}; choose gepc_query='inner_product'"
+            )
+
+    def _reject_unknown(self, keywords: dict[str, Any]) -> None:
+        """Raise where a keyword is neither ours nor the library's; a misspelt setting must not pass unnoticed."""
+        known = {field.name for field in fields(self)}
+        passing = known | _LIBRARY_KEYWORDS | set(GenerationConfig().to_dict())
+        for name in keywords:
+            if name not in passing and not name.startswith("_"):
+                close = difflib.get_close_matches(name, known, n=1)
+                hint = f"did you mean {close[0]!r}?" if close else "it may come from a newer version of scgpt_hf"
+                raise ValueError(f"ScGPTConfig has no setting {name!r}; {hint}")
+
+
+def training_flops_per_token(config: ScGPTConfig, mean_tokens: float, masked: float = 0.5) -> float:
+    """Return the floating-point operations of one forward and backward pass, per token.
+
+    Counts matrix products, 2 operations per multiply-add, the backward pass as two forward passes. Embedding, norms and
+    what runs once per cell are left out.
+
+    Args:
+        config: sizes of the model.
+        mean_tokens: tokens per cell, averaged over tokens: sum of squares / sum of the lengths.
+        masked: share of tokens the heads predict.
+
+    Source: 6 N + 12 L H Q T of Chowdhery et al. 2022, arXiv:2204.02311, appendix B.
+    """
+    width = config.hidden_size
+    layer = 4 * width**2 + 2 * width * config.intermediate_size + 2 * width * mean_tokens
+    values = width**2 if config.value_encoder == "continuous" else 0
+    gep = 2 * width**2 * (1 + config.weighs("gep_zero"))
+    gepc = (2 + config.weighs("gepc_zero")) * width**2 * config.weighs("gepc")
+    return 6 * (config.num_hidden_layers * layer + values + masked * (gep + gepc))

@@ -1,0 +1,507 @@
+"""The scGPT encoder, and one thin class per task on top of it.
+
+`hidden = encoder(gene_embedding[input_ids] + value_encoder(values))`, without positions: the genes of a cell are a set. Input is
+padded, (cells, tokens) with `attention_mask`, or packed, (1, tokens of all cells) with `cu_seq_lens_q`; both give the same numbers.
+Heads are in `heads_scgpt.py`, objectives in `objectives_scgpt.py`, attention within cells in `attention_scgpt.py`.
+"""
+
+import math
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers import initialization as init
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import ModelOutput, SequenceClassifierOutput
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from .attention_scgpt import VARLEN, cell_boundaries, cell_of, eager_attention, mask_for, packing_of
+from .configuration_scgpt import ScGPTConfig
+from .heads_scgpt import CellToGeneHead, ClassHead, DomainNorm, ExpressionHead
+from .objectives_scgpt import (
+    bernoulli_nll,
+    class_cross_entropy,
+    contrastive_cells,
+    domain_cross_entropy,
+    elastic_cell_similarity,
+    masked_mse,
+    share_of_batch,
+)
+
+_BATCH_NORM = {"eps": 6.1e-5, "momentum": 0.1}  # bowang-lab/scGPT:scgpt/model/model.py:96
+
+
+@dataclass
+class ScGPTModelOutput(ModelOutput):
+    """What the encoder returns.
+
+    Args:
+        last_hidden_state: hidden state of every token, shaped like `input_ids` with the hidden axis appended.
+        cell_embedding: pooled hidden state of every cell, (cells, hidden).
+        gene_embedding: normalised embedding of every token's gene, before values; same shape as `last_hidden_state`.
+        hidden_states: input of the first layer and output of each, if asked for.
+        attentions: attention probabilities of each layer, (cells, heads, tokens, tokens), if asked for and eager.
+    """
+
+    last_hidden_state: Tensor | None = None
+    cell_embedding: Tensor | None = None
+    gene_embedding: Tensor | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
+
+
+@dataclass
+class ScGPTForPreTrainingOutput(ModelOutput):
+    """What pretraining returns; predictions are (masked,) where `label_positions` was given, else shaped like `input_ids`.
+
+    Args:
+        loss: weighted sum of `losses`.
+        losses: each objective by name, unweighted. With `num_items_in_batch` given, this part's share of the batch's mean.
+        gep: expression predicted from each token's hidden state.
+        gepc: expression predicted from the cell's embedding.
+        gep_zero: log-odds that the gene is expressed, from the hidden state.
+        gepc_zero: log-odds that the gene is expressed, from the cell's embedding.
+        dar: logits of each cell's domain, (cells, domains).
+        class_logits: logits of each cell's class, (cells, classes).
+        cell_embedding: (cells, hidden).
+        last_hidden_state: see `ScGPTModelOutput`.
+        hidden_states: see `ScGPTModelOutput`.
+        attentions: see `ScGPTModelOutput`.
+    """
+
+    loss: Tensor | None = None
+    losses: dict[str, Tensor] | None = None
+    gep: Tensor | None = None
+    gepc: Tensor | None = None
+    gep_zero: Tensor | None = None
+    gepc_zero: Tensor | None = None
+    dar: Tensor | None = None
+    class_logits: Tensor | None = None
+    cell_embedding: Tensor | None = None
+    last_hidden_state: Tensor | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
+
+
+class TableEncoder(nn.Module):
+    """Looks a whole number up in a table and normalises the row: genes, binned values, domains."""
+
+    def __init__(self, config: ScGPTConfig, n_rows: int, padding_idx: int | None = None) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(n_rows, config.hidden_size, padding_idx)
+        self.norm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Return one embedding per id."""
+        return self.norm(self.embedding(ids.long()))
+
+
+class ContinuousValueEncoder(nn.Module):
+    """Turns each value into a vector; mask and padding values go through it like any other number."""
+
+    def __init__(self, config: ScGPTConfig) -> None:
+        super().__init__()
+        self.max_value = config.max_value
+        self.linear1 = nn.Linear(1, config.hidden_size)
+        self.linear2 = nn.Linear(config.hidden_size, config.hidden_size)
+        self.norm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, values: Tensor) -> Tensor:
+        """Return one embedding per value."""
+        column = values.clamp(max=self.max_value)[..., None].to(self.linear1.weight.dtype)
+        return self.dropout(self.norm(self.linear2(F.relu(self.linear1(column)))))
+
+
+class ScGPTAttention(nn.Module):
+    """Multi-head self-attention within cells, through the attention function the config names."""
+
+    def __init__(self, config: ScGPTConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.config, self.layer_idx = config, layer_idx
+        self.head_dim = config.hidden_size // config.num_attention_heads
+        self.scaling = self.head_dim**-0.5
+        self.is_causal = False
+        self.qkv_proj = nn.Linear(config.hidden_size, 3 * config.hidden_size)
+        self.out_proj = nn.Linear(config.hidden_size, config.hidden_size)
+
+    def forward(
+        self, hidden: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return attended hidden states and, from eager attention, the probabilities."""
+        heads = self.qkv_proj(hidden).unflatten(-1, (3, -1, self.head_dim))
+        query, key, value = (states.transpose(1, 2) for states in heads.unbind(-3))  # (cells, heads, tokens, width)
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
+        dropout = self.config.attention_dropout if self.training else 0.0
+        attended, weights = attend(
+            self, query, key, value, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs
+        )
+        return self.out_proj(attended.flatten(-2)), weights
+
+
+class ScGPTLayer(GradientCheckpointingLayer):
+    """Attention and a ReLU feed-forward network, each with a residual and a norm placed by `norm_scheme`."""
+
+    def __init__(self, config: ScGPTConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.norm_scheme = config.norm_scheme
+        self.self_attn = ScGPTAttention(config, layer_idx)
+        self.linear1 = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.linear2 = nn.Linear(config.intermediate_size, config.hidden_size)
+        self.norm1 = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
+        self.norm2 = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, hidden: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor:
+        """Return hidden states of the same shape."""
+        if self.norm_scheme == "post":
+            hidden = self.norm1(hidden + self._attend(hidden, attention_mask, **kwargs))
+            return self.norm2(hidden + self._feed_forward(hidden))
+        if self.norm_scheme == "pre":
+            hidden = hidden + self._attend(self.norm1(hidden), attention_mask, **kwargs)
+            return hidden + self._feed_forward(self.norm2(hidden))
+        hidden = self.norm1(hidden)
+        hidden = self.norm2(hidden + self._attend(hidden, attention_mask, **kwargs))
+        return hidden + self._feed_forward(hidden)
+
+    def _attend(self, hidden: Tensor, attention_mask: Tensor | None, **kwargs: Any) -> Tensor:
+        return self.dropout(self.self_attn(hidden, attention_mask, **kwargs)[0])
+
+    def _feed_forward(self, hidden: Tensor) -> Tensor:
+        return self.dropout(self.linear2(self.dropout(F.relu(self.linear1(hidden)))))
+
+
+class ScGPTPreTrainedModel(PreTrainedModel):
+    """What all scGPT models share with the library: initial weights, and which of its features they support."""
+
+    config_class = ScGPTConfig
+    config: ScGPTConfig
+    base_model_prefix = "scgpt"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["ScGPTLayer"]
+    _supports_sdpa = True
+    _supports_attention_backend = True
+    _can_record_outputs = {"hidden_states": ScGPTLayer, "attentions": ScGPTAttention}
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """Draw initial weights as the original does: PyTorch's defaults, except for the gene table and the attention.
+
+        The library's normal(0.02) with zero biases would not do: normalised, the value encoder would see only signs.
+        """
+        super()._init_weights(module)
+        if isinstance(module, ScGPTAttention):
+            init.xavier_uniform_(module.qkv_proj.weight)
+            init.zeros_(module.qkv_proj.bias)
+            init.zeros_(module.out_proj.bias)
+        elif isinstance(module, nn.Linear):
+            bound = 1 / math.sqrt(module.in_features)
+            init.uniform_(module.weight, -bound, bound)
+            if module.bias is not None:
+                init.uniform_(module.bias, -bound, bound)
+        elif isinstance(module, nn.Embedding):
+            init.normal_(module.weight)
+        elif isinstance(module, ScGPTModel):
+            init.uniform_(module.gene_encoder.embedding.weight, -0.1, 0.1)
+        elif isinstance(module, nn.PReLU):
+            init.constant_(module.weight, 0.25)
+        elif isinstance(module, DomainNorm):
+            init.zeros_(module.running_mean)
+            init.ones_(module.running_var)
+            init.zeros_(module.num_batches_tracked)
+
+    def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
+        """Return the attention function to use: ours, which knows packed input, where none is asked for."""
+        if requested_attention is None:
+            requested_attention = "eager" if self.config.output_attentions else VARLEN
+        return super().get_correct_attn_implementation(requested_attention, is_init_check)
+
+
+class ScGPTModel(ScGPTPreTrainedModel):
+    """The encoder: hidden states of genes and an embedding of each cell."""
+
+    _auto_class = "AutoModel"
+
+    def __init__(self, config: ScGPTConfig) -> None:
+        super().__init__(config)
+        self.gene_encoder = TableEncoder(config, config.vocab_size, config.pad_token_id)
+        self.value_encoder: nn.Module | None = None
+        if config.value_encoder == "continuous":
+            self.value_encoder = ContinuousValueEncoder(config)
+        elif config.value_encoder == "category":
+            self.value_encoder = TableEncoder(config, config.n_value_ids, padding_idx=config.n_bins)
+        self.input_norm: nn.Module | None = None
+        if config.input_norm == "batch":
+            self.input_norm = nn.BatchNorm1d(config.hidden_size, **_BATCH_NORM)
+        elif config.input_norm == "domain":
+            self.input_norm = DomainNorm(config.n_domains, config.hidden_size, **_BATCH_NORM)
+        self.layers = nn.ModuleList(ScGPTLayer(config, layer_idx) for layer_idx in range(config.num_hidden_layers))
+        has_final_norm = config.norm_scheme == "pre"
+        self.final_norm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps) if has_final_norm else None
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        """Return the table of genes."""
+        return self.gene_encoder.embedding
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Replace the table of genes."""
+        self.gene_encoder.embedding = value
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: Tensor,
+        values: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        cu_seq_lens_q: Tensor | None = None,
+        cu_seq_lens_k: Tensor | None = None,
+        max_length_q: int | None = None,
+        max_length_k: int | None = None,
+        domain_ids: Tensor | None = None,
+        input_cell_embedding: Tensor | None = None,
+        **kwargs: Any,
+    ) -> ScGPTModelOutput:
+        """Return hidden states and cell embeddings.
+
+        Args:
+            input_ids: vocabulary ids, `<cls>` first in each cell; (cells, tokens), or (1, tokens) packed. int64.
+            values: what the model reads of each gene, same shape; may be left out when `input_cell_embedding` is given.
+            attention_mask: true at real tokens, (cells, tokens); only padded.
+            cu_seq_lens_q: where each packed cell begins and ends, int32 (cells + 1,).
+            cu_seq_lens_k: the same again, as the library passes it.
+            max_length_q: tokens of the longest packed cell.
+            max_length_k: the same again.
+            domain_ids: experimental batch of each cell, int64 (cells,).
+            input_cell_embedding: replaces the embedded `<cls>` of each cell, to generate from it; (cells, hidden).
+            **kwargs: `output_hidden_states`, `output_attentions`, `return_dict`.
+
+        Raises:
+            ValueError: layouts are mixed, or something the config needs is missing.
+        """
+        layout = (cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k)
+        packing = packing_of(input_ids, attention_mask, *layout)
+        if packing is not None:
+            self._refuse_packed()
+        gene_embedding = self.gene_encoder(input_ids)
+        hidden = self._add_values(gene_embedding, values, optional=input_cell_embedding is not None)
+        hidden = self._normalise_input(hidden, domain_ids)
+        boundaries = cell_boundaries(input_ids, cu_seq_lens_q)
+        if input_cell_embedding is not None:
+            flat = hidden.flatten(0, 1).index_copy(0, boundaries[:-1].long(), input_cell_embedding.to(hidden.dtype))
+            hidden = flat.view_as(hidden)
+        mask = mask_for(self.config._attn_implementation, attention_mask, packing, hidden)
+        kwargs["packing"] = packing
+        for layer in self.layers:
+            hidden = layer(hidden, mask, **kwargs)
+        if self.final_norm is not None:
+            hidden = self.final_norm(hidden)
+        return ScGPTModelOutput(hidden, self._pool_cells(hidden, values, boundaries), gene_embedding)
+
+    def _refuse_packed(self) -> None:
+        for name, choice in (("cell_pooling", "cls"), ("input_norm", "none")):
+            if (found := getattr(self.config, name)) != choice:
+                raise ValueError(
+                    f"{name}={found!r} counts padding, so it is not defined for packed input; pad the cells"
+                )
+
+    def _add_values(self, gene_embedding: Tensor, values: Tensor | None, *, optional: bool) -> Tensor:
+        """Return the embedded input: genes and values added, or multiplied when the encoder is "scaling"."""
+        if values is None:
+            if not optional:
+                raise ValueError("values are missing; only generation from input_cell_embedding can do without them")
+            return gene_embedding
+        if values.shape != gene_embedding.shape[:-1]:
+            raise ValueError(
+                f"values {tuple(values.shape)} and input_ids {tuple(gene_embedding.shape[:-1])} differ in shape"
+            )
+        if self.value_encoder is None:
+            return gene_embedding * values[..., None].to(gene_embedding.dtype)
+        return gene_embedding + self.value_encoder(values)
+
+    def _normalise_input(self, hidden: Tensor, domain_ids: Tensor | None) -> Tensor:
+        if self.input_norm is None:
+            return hidden
+        if isinstance(self.input_norm, DomainNorm):
+            if domain_ids is None:
+                raise ValueError(
+                    "input_norm='domain' needs domain_ids, int64 (cells,); pass the experimental batch of each cell"
+                )
+            return self.input_norm(hidden, domain_ids)
+        return self.input_norm(hidden.flatten(0, 1)).view_as(hidden)
+
+    def _pool_cells(self, hidden: Tensor, values: Tensor | None, boundaries: Tensor) -> Tensor:
+        """Return the embedding of each cell, (cells, hidden); averages count padding, as the original's do."""
+        if self.config.cell_pooling == "cls" or values is None:
+            return hidden.flatten(0, 1).index_select(0, boundaries[:-1])
+        if self.config.cell_pooling == "average":
+            return hidden.mean(dim=1)
+        return F.normalize((hidden * values[..., None].to(hidden.dtype)).sum(dim=1), dim=-1)
+
+
+class ScGPTForPreTraining(ScGPTPreTrainedModel):
+    """The encoder with every head the objectives in `loss_weights` need; also what AutoModelForMaskedLM loads."""
+
+    _auto_class = "AutoModelForPreTraining"
+    accepts_loss_kwargs = True  # the Trainer then passes num_items_in_batch
+
+    def __init__(self, config: ScGPTConfig) -> None:
+        super().__init__(config)
+        if not any(config.weighs(name) for name in config.loss_weights or {}):
+            raise ValueError(
+                f"loss_weights {config.loss_weights} leave nothing to train on; give an objective a weight above 0"
+            )
+        self.scgpt = ScGPTModel(config)
+        self.expression_head = ExpressionHead(config) if config.weighs("gep") else None
+        self.cell_to_gene_head = CellToGeneHead(config) if config.weighs("gepc") else None
+        self.domain_encoder = TableEncoder(config, config.n_domains) if config.domain_embedding else None
+        self.domain_head = ClassHead(config, config.n_domains, 3, adversarial=True) if config.domain_head else None
+        class_head_layers = config.class_head_layers
+        self.class_head = ClassHead(config, config.num_labels, class_head_layers) if config.weighs("cls") else None
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor,
+        values: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        cu_seq_lens_q: Tensor | None = None,
+        cu_seq_lens_k: Tensor | None = None,
+        max_length_q: int | None = None,
+        max_length_k: int | None = None,
+        labels: Tensor | None = None,
+        label_positions: Tensor | None = None,
+        domain_ids: Tensor | None = None,
+        class_labels: Tensor | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+        **kwargs: Any,
+    ) -> ScGPTForPreTrainingOutput:
+        """Return predictions and, given labels, the loss and its parts.
+
+        Args:
+            input_ids: as in `ScGPTModel.forward`, and so for the arguments not named here.
+            labels: true values where hidden, else `IGNORE`; float32, shaped like `values`.
+            label_positions: where `labels` holds something, as positions in the flattened input, int64 (masked,). With
+                it the heads run there only.
+            class_labels: class of each cell, int64 (cells,), for the objective "cls".
+            num_items_in_batch: labels in the whole batch, over accumulation steps and processes, of which this is a part.
+
+        Raises:
+            ValueError: something that the config's heads or objectives need is missing.
+        """
+        layout = (cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k)
+        encode = partial(self.scgpt, input_ids, values, attention_mask, *layout, domain_ids=domain_ids)
+        encoded = encode(**kwargs)
+        boundaries = cell_boundaries(input_ids, cu_seq_lens_q)
+        seen = self._predict(encoded, boundaries, label_positions, domain_ids)
+        loss, losses = None, None
+        if labels is not None:
+            labels = labels if label_positions is None else labels.flatten().index_select(0, label_positions)
+            share, config = share_of_batch(labels, num_items_in_batch), self.config
+            objectives = {
+                "gep": lambda: masked_mse(seen["gep"], labels, num_items_in_batch),
+                "gepc": lambda: masked_mse(seen["gepc"], labels, num_items_in_batch),
+                "gep_zero": lambda: bernoulli_nll(seen["gep_zero"], labels, num_items_in_batch),
+                "gepc_zero": lambda: bernoulli_nll(seen["gepc_zero"], labels, num_items_in_batch),
+                "ecs": lambda: share * elastic_cell_similarity(encoded.cell_embedding, config.ecs_threshold),
+                "cce": lambda: (
+                    share * contrastive_cells(encoded.cell_embedding, encode().cell_embedding, config.cce_temperature)
+                ),
+                "dar": lambda: share * domain_cross_entropy(seen["dar"], _needed(domain_ids, "domain_ids")),
+                "cls": lambda: share * class_cross_entropy(seen["class_logits"], _needed(class_labels, "class_labels")),
+            }
+            losses = {name: objective() for name, objective in objectives.items() if config.weighs(name)}
+            loss = sum(config.loss_weights[name] * value for name, value in losses.items())
+        return ScGPTForPreTrainingOutput(
+            loss=loss,
+            losses=losses,
+            **seen,
+            cell_embedding=encoded.cell_embedding,
+            last_hidden_state=encoded.last_hidden_state,
+            hidden_states=encoded.hidden_states,
+            attentions=encoded.attentions,
+        )
+
+    def _predict(
+        self, encoded: ScGPTModelOutput, boundaries: Tensor, positions: Tensor | None, domain_ids: Tensor | None
+    ) -> dict[str, Tensor | None]:
+        """Return what the heads see at the given positions, or at all, by name of the output field."""
+        cells, shape = encoded.cell_embedding, encoded.last_hidden_state.shape[:2]
+        at = torch.arange(shape.numel(), device=cells.device) if positions is None else positions
+        cell = cell_of(at, boundaries)
+        seen = dict.fromkeys(("gep", "gepc", "gep_zero", "gepc_zero", "dar", "class_logits"))
+        told = []  # what the expression heads are told beside a state: the domain of its cell
+        if self.domain_encoder is not None:
+            told = [self.domain_encoder(_needed(domain_ids, "domain_ids"))[cell]]
+        if self.expression_head is not None:
+            hidden = encoded.last_hidden_state.flatten(0, 1).index_select(0, at)
+            seen["gep"], seen["gep_zero"] = self.expression_head(torch.cat([hidden, *told], dim=-1))
+        if self.cell_to_gene_head is not None:
+            genes = encoded.gene_embedding.flatten(0, 1).index_select(0, at)
+            seen["gepc"], seen["gepc_zero"] = self.cell_to_gene_head(torch.cat([cells[cell], *told], dim=-1), genes)
+        if positions is None:
+            seen = {name: None if states is None else states.view(shape) for name, states in seen.items()}
+        if self.domain_head is not None:
+            seen["dar"] = self.domain_head(cells)
+        if self.class_head is not None:
+            seen["class_logits"] = self.class_head(cells)
+        return seen
+
+
+class ScGPTForSequenceClassification(ScGPTPreTrainedModel):
+    """The encoder with a head that tells each cell's class, or regresses `num_labels` numbers per cell."""
+
+    _auto_class = "AutoModelForSequenceClassification"
+    accepts_loss_kwargs = True
+
+    def __init__(self, config: ScGPTConfig) -> None:
+        super().__init__(config)
+        self.scgpt = ScGPTModel(config)
+        self.class_head = ClassHead(config, config.num_labels, config.class_head_layers)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor,
+        values: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        cu_seq_lens_q: Tensor | None = None,
+        cu_seq_lens_k: Tensor | None = None,
+        max_length_q: int | None = None,
+        max_length_k: int | None = None,
+        labels: Tensor | None = None,
+        domain_ids: Tensor | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+        **kwargs: Any,
+    ) -> SequenceClassifierOutput:
+        """Return logits, (cells, labels), and given labels the loss, chosen by `problem_type` as in the library.
+
+        Args:
+            input_ids: as in `ScGPTModel.forward`, and so for the arguments not named here.
+            labels: class of each cell, int64 (cells,); float (cells, labels) for several classes or regression.
+            num_items_in_batch: cells in the whole batch, over accumulation steps and processes.
+        """
+        layout = (cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k)
+        encoded = self.scgpt(input_ids, values, attention_mask, *layout, domain_ids=domain_ids, **kwargs)
+        logits, loss = self.class_head(encoded.cell_embedding), None
+        if labels is not None:
+            loss = self.loss_function(
+                labels=labels, pooled_logits=logits, config=self.config, num_items_in_batch=num_items_in_batch
+            )
+        return SequenceClassifierOutput(loss, logits, encoded.hidden_states, encoded.attentions)
+
+
+def _needed(given: Tensor | None, name: str) -> Tensor:
+    if given is None:
+        raise ValueError(f"{name} are missing, which this config's heads or objectives need; pass them, int64 (cells,)")
+    return given

@@ -1,0 +1,310 @@
+"""The original's weights, in our model, give the original's numbers: outputs, losses, gradients, statistics, training.
+
+The tensors were made by running the original; `shared/fixtures/scgpt_parity/README.md` says what each means and which
+tolerances are fair.
+"""
+
+import json
+import re
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from scgpt_hf.model.configuration_scgpt import ScGPTConfig
+from scgpt_hf.model.modeling_scgpt import ScGPTForPreTraining, ScGPTForPreTrainingOutput
+from scgpt_hf.model.objectives_scgpt import (
+    IGNORE,
+    bernoulli_nll,
+    contrastive_cells,
+    elastic_cell_similarity,
+    masked_mse,
+    masked_relative_error,
+)
+
+Tensors = dict[str, torch.Tensor]
+
+CASES = (
+    *("base_continuous", "flash_postnorm", "flash_prenorm", "category_values", "scaling_values", "explicit_zero_prob"),
+    *("batch_labels_dab", "dsbn_seed_config", "batchnorm_plain", "pool_avg", "pool_weighted", "ecs_threshold_08"),
+    *("mvc_concat_query", "mvc_sum_query", "mvc_inner_product_detach"),
+)
+COUNTS_PADDING = ("dsbn_seed_config", "batchnorm_plain", "pool_avg", "pool_weighted", "ecs_threshold_08")
+PACKABLE = tuple(case for case in CASES if case not in COUNTS_PADDING)
+
+KEYS = (
+    (r"^encoder\.embedding", "scgpt.gene_encoder.embedding"),
+    (r"^encoder\.enc_norm", "scgpt.gene_encoder.norm"),
+    (r"^value_encoder\.enc_norm", "scgpt.value_encoder.norm"),
+    (r"^value_encoder", "scgpt.value_encoder"),
+    (r"^bn\.", "scgpt.input_norm."),
+    (r"^transformer_encoder", "scgpt"),
+    (r"\.self_attn\.(_impl\.)?(in_proj_|Wqkv\.)", ".self_attn.qkv_proj."),
+    (r"\.self_attn\._impl\.", ".self_attn."),
+    (r"^decoder\.fc", "expression_head.value"),
+    (r"^decoder\.zero_logit", "expression_head.zero"),
+    (r"^mvc_decoder\.gene2query", "cell_to_gene_head.query"),
+    (r"^mvc_decoder\.W_zero_logit", "cell_to_gene_head.project_zero"),
+    (r"^mvc_decoder\.W\.", "cell_to_gene_head.project."),
+    (r"^mvc_decoder\.fc1", "cell_to_gene_head.hidden"),
+    (r"^mvc_decoder\.hidden_activation", "cell_to_gene_head.activation"),
+    (r"^mvc_decoder\.fc2", "cell_to_gene_head.value"),
+    (r"^cls_decoder\._decoder", "class_head.layers"),
+    (r"^cls_decoder\.out_layer", "class_head.out"),
+    (r"^grad_reverse_discriminator\._decoder", "domain_head.layers"),
+    (r"^grad_reverse_discriminator\.out_layer", "domain_head.out"),
+    (r"^batch_encoder\.embedding", "domain_encoder.embedding"),
+    (r"^batch_encoder\.enc_norm", "domain_encoder.norm"),
+)
+
+
+class Case(NamedTuple):
+    model: ScGPTForPreTraining
+    batch: Tensors
+    inputs: Tensors
+    expected: Tensors
+    real: torch.Tensor
+
+
+def our_name(name: str) -> str:
+    for pattern, replacement in KEYS:
+        name = re.sub(pattern, replacement, name)
+    return name
+
+
+def our_weights(weights: Tensors) -> Tensors:
+    domains = sum(name.endswith("running_mean") for name in weights if name.startswith("dsbn"))
+    ours = {our_name(name): tensor for name, tensor in weights.items() if not name.startswith("dsbn")}
+    for name in ("running_mean", "running_var", "num_batches_tracked") if domains else ():
+        ours[f"scgpt.input_norm.{name}"] = torch.stack([weights[f"dsbn.bns.{i}.{name}"] for i in range(domains)])
+    return ours
+
+
+def our_config(made: dict[str, Any], vocab: dict[str, int], expected: Tensors) -> ScGPTConfig:
+    weights = {"gep": 1.0, "gepc": 1.0}
+    weights |= {"gep_zero": 1.0, "gepc_zero": 1.0} if made.get("explicit_zero_prob") else {}
+    weights |= {"ecs": 10.0} if "loss_ecs" in expected else {}
+    weights |= {"cls": 1.0} if "loss_cls" in expected else {}
+    weights |= {"dar": 1.0} if made.get("do_dab") else {}
+    style, _, detach = made.get("mvc_decoder_style", "inner product").partition(",")
+    return ScGPTConfig(
+        vocab_size=made["ntoken"],
+        pad_token_id=vocab[made["pad_token"]],
+        hidden_size=made["d_model"],
+        num_hidden_layers=made["nlayers"],
+        num_attention_heads=made["nhead"],
+        intermediate_size=made["d_hid"],
+        dropout=made["dropout"],
+        norm_scheme="scgpt_pre" if made.get("pre_norm") else "post",
+        value_encoder=made.get("input_emb_style", "continuous"),
+        n_value_ids=made.get("n_input_bins"),
+        cell_pooling={"cls": "cls", "avg-pool": "average", "w-pool": "weighted"}[made.get("cell_emb_style", "cls")],
+        gepc_query=style.removesuffix(" query").replace(" ", "_"),
+        gepc_detach=bool(detach),
+        explicit_zero_prob=made.get("explicit_zero_prob", False),
+        n_domains=made.get("num_batch_labels", 0),
+        domain_embedding=made.get("use_batch_labels", False),
+        domain_head=made.get("do_dab", False),
+        input_norm={False: "none", True: "domain", "batchnorm": "batch"}[made.get("domain_spec_batchnorm", False)],
+        class_head_layers=made["nlayers_cls"],
+        num_labels=made["n_cls"],
+        ecs_threshold=made.get("ecs_threshold", 0.3),
+        loss_weights=weights,
+    )
+
+
+def load_case(folder: Path, attention: str = "eager", weights_file: str = "best_model.pt") -> Case:
+    made = json.loads((folder / "case.json").read_text())["constructor"]
+    expected = load_file(folder / "outputs.safetensors")
+    config = our_config(made, json.loads((folder / "vocab.json").read_text()), expected)
+    model = ScGPTForPreTraining._from_config(config, attn_implementation=attention).eval()
+    ours = our_weights(torch.load(folder / weights_file, weights_only=True))
+    missing, unexpected = model.load_state_dict(ours, strict=False)
+    assert not missing
+    assert all(name.startswith("class_head") for name in unexpected)
+    inputs = load_file(folder / "inputs.safetensors")
+    labels = inputs["target_values"].masked_fill(~inputs["masked_positions"], IGNORE)
+    batch = {
+        "input_ids": inputs["gene_ids"],
+        "values": inputs["values"],
+        "attention_mask": ~inputs["padding_mask"],
+        "labels": labels,
+        "domain_ids": inputs["batch_labels"],
+        "class_labels": inputs["celltype_labels"],
+    }
+    return Case(model, batch, inputs, expected, ~inputs["padding_mask"])
+
+
+def pack(batch: Tensors) -> dict[str, Any]:
+    real = batch["attention_mask"]
+    boundaries = torch.nn.functional.pad(real.sum(1).cumsum(0), (1, 0)).to(torch.int32)
+    packed: dict[str, Any] = {name: batch[name][real][None] for name in ("input_ids", "values", "labels")}
+    packed |= {name: batch[name] for name in ("domain_ids", "class_labels")}
+    longest = int(real.sum(1).max())
+    return packed | {"cu_seq_lens_q": boundaries, "cu_seq_lens_k": boundaries, "max_length_q": longest, "max_length_k": longest}
+
+
+def close(ours: torch.Tensor, theirs: torch.Tensor, atol: float = 2e-5) -> None:
+    torch.testing.assert_close(ours, theirs.view_as(ours), atol=atol, rtol=1e-4)
+
+
+def check_outputs(case: Case, output: ScGPTForPreTrainingOutput, atol: float, *, packed: bool) -> None:
+    def at_tokens(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor[0] if packed else tensor[case.real]
+
+    expected = case.expected
+    close(at_tokens(output.gep), expected["mlm_output"][case.real], atol)
+    close(at_tokens(output.gepc), expected["mvc_output"][case.real], atol)
+    close(output.cell_embedding, expected["cell_emb"], atol)
+    for ours, theirs in ((output.gep_zero, "mlm_zero_probs"), (output.gepc_zero, "mvc_zero_probs")):
+        if theirs in expected:
+            close(at_tokens(ours).sigmoid(), expected[theirs][case.real])
+    for ours, theirs in ((output.class_logits, "cls_output"), (output.dar, "dab_output")):
+        if theirs in expected:
+            close(ours, expected[theirs])
+    if "last_hidden_state" in expected:
+        close(at_tokens(output.last_hidden_state), expected["last_hidden_state"][case.real], atol)
+
+
+def check_losses(case: Case, output: ScGPTForPreTrainingOutput) -> None:
+    names = {"gep": "gep", "gepc": "gepc", "gep_zero": "gep_zero", "gepc_zero": "gepc_zero", "ecs": "ecs"}
+    names |= {"cls": "cls", "dar": "dab"}
+    assert {names[name] for name in output.losses} == {
+        name.removeprefix("loss_") for name in case.expected if name.startswith("loss_")
+    } - {"total", "cce"}
+    for name, value in output.losses.items():
+        close(value, case.expected[f"loss_{names[name]}"])
+    close(output.loss, case.expected["loss_total"], atol=1e-4)
+
+
+def check_gradients(case: Case, prefix: str) -> None:
+    ours = {name: parameter.grad for name, parameter in case.model.named_parameters()}
+    theirs = {name.removeprefix(prefix): grad for name, grad in case.expected.items() if name.startswith(prefix)}
+    for name, gradient in theirs.items():
+        close(ours.pop(our_name(name)), gradient, atol=2e-4)
+
+
+@pytest.fixture(scope="session")
+def fixtures(shared: Path) -> Path:
+    return shared / "fixtures" / "scgpt_parity"
+
+
+LAYOUTS = [
+    *((case, attention, False) for case in CASES for attention in ("eager", "sdpa", "scgpt_varlen")),
+    *((case, attention, True) for case in PACKABLE for attention in ("eager", "sdpa", "scgpt_varlen")),
+]
+
+
+@pytest.mark.parametrize(("name", "attention", "packed"), LAYOUTS)
+def test_outputs_losses_and_gradients_are_the_originals(
+    fixtures: Path, name: str, attention: str, packed: bool
+) -> None:
+    case = load_case(fixtures / name, attention)
+    batch = pack(case.batch) if packed else case.batch
+    output = case.model(**batch)
+    check_outputs(case, output, 2e-4 if name == "scaling_values" else 2e-5, packed=packed)
+    if "loss_total" not in case.expected:
+        return
+    check_losses(case, output)
+    output.loss.backward(retain_graph=True)
+    check_gradients(case, "grad.")
+    if "grad_global_norm" in case.expected:
+        norm = torch.nn.utils.get_total_norm([p.grad for p in case.model.parameters() if p.grad is not None])
+        close(norm, case.expected["grad_global_norm"], atol=2e-4)
+    case.model.zero_grad()
+    output.losses["gepc"].backward()
+    check_gradients(case, "grad_gepc.")
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_label_positions_give_the_same_losses(fixtures: Path, name: str) -> None:
+    case = load_case(fixtures / name)
+    if "loss_total" not in case.expected:
+        pytest.skip("this case has no losses")
+    positions = case.inputs["masked_positions"].flatten().nonzero()[:, 0]
+    output = case.model(**case.batch, label_positions=positions)
+    check_losses(case, output)
+    close(output.gep, case.expected["mlm_output"].flatten()[positions])
+    close(masked_relative_error(output.gep, case.inputs["target_values"].flatten()[positions]), case.expected["mre_gep"])
+
+
+@pytest.mark.parametrize("name", [case for case in CASES if case not in ("scaling_values", *COUNTS_PADDING)])
+def test_contrast_between_two_equal_passes_is_the_originals(fixtures: Path, name: str) -> None:
+    case = load_case(fixtures / name)
+    if "loss_cce" not in case.expected:
+        pytest.skip("this case has no CCE")
+    cells = case.model(**case.batch).cell_embedding
+    close(contrastive_cells(cells, cells, case.model.config.cce_temperature), case.expected["loss_cce"])
+
+
+@pytest.mark.parametrize("file", ["best_model.flash_direct.pt", "best_model.flash_wrapped.pt"])
+def test_every_key_layout_is_the_same_network(fixtures: Path, file: str) -> None:
+    folder = fixtures / "base_continuous"
+    same = load_case(folder).model.state_dict()
+    for name, tensor in load_case(folder, weights_file=file).model.state_dict().items():
+        assert torch.equal(tensor, same[name]), name
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_five_training_steps_are_the_originals(fixtures: Path, packed: bool) -> None:
+    case = load_case(fixtures / "base_continuous", "scgpt_varlen")
+    batch = pack(case.batch) if packed else case.batch
+    optimizer = torch.optim.Adam(case.model.parameters(), lr=1e-3)
+    for loss, norm in zip(case.expected["train_trace_loss"], case.expected["train_trace_gradnorm"], strict=True):
+        optimizer.zero_grad()
+        found = case.model(**batch).loss
+        found.backward()
+        found_norm = torch.nn.utils.clip_grad_norm_(case.model.parameters(), 1.0)
+        optimizer.step()
+        torch.testing.assert_close((found, found_norm), (loss, norm), atol=0, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["dsbn_seed_config", "batchnorm_plain"])
+def test_batch_norm_trains_like_the_originals(fixtures: Path, name: str) -> None:
+    case = load_case(fixtures / name)
+    case.model.scgpt.input_norm.train()
+    output = case.model(**case.batch)
+    close(output.gep[case.real], case.expected["train_mode_mlm_output"][case.real])
+    if "train_mode_cell_emb" in case.expected:
+        close(output.cell_embedding, case.expected["train_mode_cell_emb"])
+    domain = case.batch["domain_ids"][0]
+    norm = case.model.scgpt.input_norm
+    for statistic in ("running_mean", "running_var", "num_batches_tracked"):
+        if f"train_mode_{statistic}" in case.expected:
+            found = getattr(norm, statistic)
+            close(found[domain] if name == "dsbn_seed_config" else found, case.expected[f"train_mode_{statistic}"])
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_generation_from_a_cell_embedding_is_the_originals(fixtures: Path, packed: bool) -> None:
+    case = load_case(fixtures / "generate_from_cell_emb")
+    for values, expected in ((case.batch["values"], "generate_with_values"), (None, "generate_no_values")):
+        batch = case.batch if not packed else pack(case.batch)
+        batch = {**batch, "values": batch["values"] if values is not None else None, "labels": None}
+        found = case.model(**batch, input_cell_embedding=case.inputs["input_cell_emb"]).gep
+        close(found[0] if packed else found[case.real], case.expected[expected][case.real])
+
+
+def test_objectives_are_the_originals(fixtures: Path) -> None:
+    given = load_file(fixtures / "losses" / "losses.safetensors")
+    labels = given["target"].masked_fill(~given["mask"], IGNORE)
+    predicted = given["pred"].clone().requires_grad_()
+    loss = masked_mse(predicted, labels)
+    loss.backward()
+    close(loss, given["masked_mse"])
+    close(predicted.grad, given["masked_mse_grad"])
+
+    probability = given["zero_probs"].clone().requires_grad_()
+    loss = bernoulli_nll(torch.logit(probability), labels)
+    loss.backward()
+    close(loss, given["neg_log_bernoulli"])
+    close(probability.grad, given["neg_log_bernoulli_grad"])
+
+    nonzero = given["target"].masked_fill(~given["mask_nonzero"], IGNORE)
+    close(masked_relative_error(given["pred"], nonzero), given["mre_nonzero_targets"])
+    close(masked_relative_error(given["pred"], labels), given["mre_all_masked"])
+    for threshold in ("0.0", "0.3", "0.8"):
+        close(elastic_cell_similarity(given["ecs_cell_emb"], float(threshold)), given[f"ecs_{threshold}"])
+    close(contrastive_cells(given["cce_cell_emb_1"], given["cce_cell_emb_2"], 0.5), given["cce_loss"])
