@@ -1,0 +1,59 @@
+"""scgpt_hf: pretrain single-cell transformers, from a Census query to a checkpoint on the Hub.
+
+Importing is cheap: names load on first use, and neither tiledbsoma nor scanpy nor matplotlib comes with them. The Auto classes of transformers
+know our model as soon as this package is imported.
+"""
+
+from importlib import import_module
+from typing import Any
+
+_HOME_OF = {
+    "ScGPTConfig": "model.configuration_scgpt",
+    "ScGPTModel": "model.modeling_scgpt",
+    "ScGPTForPreTraining": "model.modeling_scgpt",
+    "ScGPTForSequenceClassification": "model.modeling_scgpt",
+    "ScGPTProcessor": "tokens.processing_scgpt",
+    "CellBlock": "cells.block",
+    "CellSource": "cells.source",
+    "open_source": "cells.source",
+    "build_census": "cells.build",
+    "demo_census": "demo",
+    "StreamSettings": "stream",
+    "read_ahead": "stream",
+    "stream_cells": "stream",
+    "ScGPTTrainer": "training.trainer",
+    "publish": "training.hub",
+    "embed_anndata": "analysis.embed",
+    "embed_cells": "analysis.embed",
+}
+
+__all__ = sorted(_HOME_OF)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME_OF:
+        raise AttributeError(f"module 'scgpt_hf' has no attribute {name!r}; public names: {', '.join(__all__)}")
+    return getattr(import_module(f"scgpt_hf.{_HOME_OF[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *__all__]
+
+
+def _register() -> None:
+    """Tell transformers' Auto classes which of ours to load for `model_type: scgpt`."""
+    import transformers
+
+    from scgpt_hf.model.configuration_scgpt import ScGPTConfig
+    from scgpt_hf.model.modeling_scgpt import ScGPTForPreTraining, ScGPTForSequenceClassification, ScGPTModel
+    from scgpt_hf.tokens.processing_scgpt import ScGPTProcessor
+
+    transformers.AutoConfig.register(ScGPTConfig.model_type, ScGPTConfig)
+    transformers.AutoModel.register(ScGPTConfig, ScGPTModel)
+    transformers.AutoModelForPreTraining.register(ScGPTConfig, ScGPTForPreTraining)
+    transformers.AutoModelForMaskedLM.register(ScGPTConfig, ScGPTForPreTraining)
+    transformers.AutoModelForSequenceClassification.register(ScGPTConfig, ScGPTForSequenceClassification)
+    transformers.AutoProcessor.register(ScGPTConfig, ScGPTProcessor)
+
+
+_register()

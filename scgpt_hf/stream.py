@@ -1,0 +1,284 @@
+"""The corridor from cells to the model: the cells a plan names in, packed batches of tokens out.
+
+`stream_cells` decides nothing about cells (`cells/plan.py` does) nor about tokens (`tokens/` does): it reads, tokenises, masks and packs, block
+by block, one block ahead. `StreamLoader` hands the batches of each epoch to the trainer and knows how many were consumed, which is all that
+an exact resume needs.
+"""
+
+import queue
+import threading
+import time
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+import datasets
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+import torch
+from scipy.sparse import csr_matrix
+
+from scgpt_hf.cells.block import CellBlock, require_counts
+from scgpt_hf.cells.plan import Plan
+from scgpt_hf.cells.source import CellSource
+from scgpt_hf.tokens.packing_scgpt import pack
+from scgpt_hf.tokens.processing_scgpt import ScGPTProcessor
+
+Batch = dict[str, torch.Tensor | int]
+Int64Array = npt.NDArray[np.int64]
+
+# Cells tokenised together: enough to keep every core of the tokeniser busy, little enough that 1,201 tokens of each stay below 50 MB.
+_TOKENIZED_TOGETHER = 2048
+
+
+@dataclass(frozen=True)
+class StreamSettings:
+    """What a stream adds to the cells of its plan.
+
+    Attributes:
+        seed: of the run; ties, gene samples and masks follow from it, the epoch, the cell and the gene.
+        mask_ratios: shares of the genes to hide, one drawn per cell; None for no labels.
+        rank: of this process, in [0, world_size).
+        world_size: number of processes.
+        micro_batches: equal parts in which a rank takes its cells of one step (gradient accumulation).
+        categories: batch key → (obs column, class id of each of its values), e.g. {"domain_ids": ("donor_id", {"d1": 0})}.
+    """
+
+    seed: int
+    mask_ratios: Sequence[float] | None = None
+    rank: int = 0
+    world_size: int = 1
+    micro_batches: int = 1
+    categories: Mapping[str, tuple[str, Mapping[str, int]]] = field(default_factory=dict)
+
+
+def stream_cells(
+    source: CellSource,
+    plans: Sequence[Plan],
+    processor: ScGPTProcessor,
+    settings: StreamSettings,
+    *,
+    start_step: int = 0,
+) -> datasets.IterableDataset:
+    """Return the packed batches of all epochs, one shard for each (epoch, block).
+
+    Args:
+        source: where the cells are read.
+        plans: one plan an epoch; epoch e is shuffled, sampled and masked as number e.
+        processor: turns counts into tokens.
+        settings: seed, masks and rank.
+        start_step: global steps, counted from the first epoch's first, that were trained on before.
+
+    Returns:
+        A dataset of dictionaries as `pack` makes them. With `micro_batches` M each step gives M of them. It can be iterated again and again,
+        and `state_dict` resumes it; cells without an expressed gene of the vocabulary are left out.
+
+    Raises:
+        ValueError: counts that are not raw, too few known genes, a value of a category without a class, a batch without any cell.
+    """
+    shards = [
+        (epoch, block, max(0, start_step - first)) for epoch, block, first, last in _lay_out(plans) if last > start_step
+    ]
+    blocks = _Blocks(source, plans, processor, settings, shards)
+    if not shards:
+        raise ValueError(
+            f"nothing is left to read after step {start_step:,}; the plan has {_lay_out(plans)[-1][3]:,} steps"
+        )
+    return datasets.IterableDataset.from_generator(blocks.batches, gen_kwargs={"shards": list(range(len(shards)))})
+
+
+def read_ahead(batches: Iterable[Batch], depth: int = 8) -> Generator[Batch, None, None]:
+    """Yield the batches in order while a background thread prepares the next `depth` of them.
+
+    An error in the thread is raised here, where the batch was due. Closing the generator stops the thread.
+    """
+    ready: queue.Queue[Any] = queue.Queue(maxsize=depth)
+    stopped = threading.Event()
+
+    def hand_over(item: object) -> bool:
+        while not stopped.is_set():
+            try:
+                ready.put(item, timeout=0.1)
+            except queue.Full:
+                continue
+            return True
+        return False
+
+    def work() -> None:
+        try:
+            for batch in batches:
+                if not hand_over(batch):
+                    return
+            hand_over(None)
+        except BaseException as error:  # noqa: BLE001 — nothing is swallowed: the consumer raises it
+            hand_over(error)
+
+    thread = threading.Thread(target=work, name="scgpt-read-ahead", daemon=True)
+    thread.start()
+    try:
+        while (item := ready.get()) is not None:
+            if isinstance(item, BaseException):
+                raise item
+            yield item
+    finally:
+        stopped.set()
+        thread.join()
+
+
+class StreamLoader:
+    """The trainer's loader: one epoch's batches an iteration, from wherever the last one stopped.
+
+    The stream under it runs on through the epochs, so the next epoch's first block is read while the model validates.
+
+    Attributes:
+        consumed: batches handed out since the start of the run: the state that a checkpoint keeps.
+        waited_s: seconds in which a batch was asked for and not ready.
+    """
+
+    def __init__(self, open_stream: Callable[[int], Iterable[Batch]], batches_per_epoch: int) -> None:
+        """Prepare to read; nothing is opened before the first batch is asked for.
+
+        Args:
+            open_stream: gives the batches from number n on.
+            batches_per_epoch: how many make an epoch.
+        """
+        self.open_stream = open_stream
+        self.batches_per_epoch = batches_per_epoch
+        self.consumed = 0
+        self.waited_s = 0.0
+        self._batches: Generator[Batch, None, None] | None = None
+
+    def __len__(self) -> int:
+        """Return the batches of one epoch."""
+        return self.batches_per_epoch
+
+    def __iter__(self) -> Iterator[Batch]:
+        """Yield what is left of the current epoch: all of it, unless it was resumed."""
+        for _ in range(self.batches_per_epoch - self.consumed % self.batches_per_epoch):
+            if self._batches is None:
+                self._batches = read_ahead(self.open_stream(self.consumed))
+            asked = time.perf_counter()
+            batch = next(self._batches)
+            self.waited_s += time.perf_counter() - asked
+            self.consumed += 1
+            yield batch
+
+    def state_dict(self) -> dict[str, int]:
+        """Return the position in the run: batches consumed, not batches read."""
+        return {"consumed": self.consumed}
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        """Go on after the batches that `state` counts."""
+        self.close()
+        self.consumed = state["consumed"]
+
+    def close(self) -> None:
+        """Stop the reading thread."""
+        if self._batches is not None:
+            self._batches.close()
+            self._batches = None
+
+
+class _Blocks:
+    """Reads the blocks of a plan one ahead and cuts them into batches; the generator under `stream_cells`."""
+
+    def __init__(
+        self,
+        source: CellSource,
+        plans: Sequence[Plan],
+        processor: ScGPTProcessor,
+        settings: StreamSettings,
+        shards: list[tuple[int, int, int]],
+    ) -> None:
+        self.source, self.plans, self.processor, self.settings, self.shards = source, plans, processor, settings, shards
+        self.gene_ids = processor.match_genes(list(source.genes["feature_id"]))
+        self.counts_checked = False
+        self.reader = ThreadPoolExecutor(1, thread_name_prefix="scgpt-read-block")
+        self.ahead: tuple[int, Future[tuple[list[Int64Array], CellBlock]] | None] = (0, None)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # `datasets` names a generator by pickling it; the description says as much as gigabytes of ids would.
+        return {"source": self.source.describe(), "settings": self.settings, "shards": self.shards[:1]}
+
+    def batches(self, shards: list[int]) -> Iterator[Batch]:
+        """Yield the batches of the numbered shards; `datasets` calls this once for each."""
+        for shard in shards:
+            yield from self._cut(*self._take(shard), epoch=self.shards[shard][0])
+
+    def _take(self, shard: int) -> tuple[list[Int64Array], CellBlock]:
+        """Return a shard that was read ahead, or read it now; then have the next one read."""
+        expected, ahead = self.ahead
+        current = ahead if ahead is not None and expected == shard else self.reader.submit(self._read, shard)
+        following = shard + 1
+        self.ahead = (following, self.reader.submit(self._read, following) if following < len(self.shards) else None)
+        return current.result()
+
+    def _read(self, shard: int) -> tuple[list[Int64Array], CellBlock]:
+        """Return the steps of a shard as cell ids, and the block that holds them in that order."""
+        epoch, index, first_step = self.shards[shard]
+        s = self.settings
+        steps = self.plans[epoch].steps(index, rank=s.rank, world_size=s.world_size)[first_step:]
+        if not steps:
+            return [], CellBlock(csr_matrix((0, len(self.gene_ids))), pd.DataFrame(), np.empty(0, np.int64))
+        columns = sorted({column for column, _ in s.categories.values()})
+        block = self.source.read(np.concatenate(steps), columns)
+        if not self.counts_checked:
+            require_counts(block.counts, where=f"block {index} of the source")
+            self.counts_checked = True
+        return steps, block
+
+    def _cut(self, steps: list[Int64Array], block: CellBlock, epoch: int) -> Iterator[Batch]:
+        """Yield the micro-batches of a block, tokenised a few thousand cells at a time."""
+        ends = np.cumsum([len(part) for step in steps for part in np.array_split(step, self.settings.micro_batches)])
+        first = 0
+        while first < len(block.cell_ids):
+            together = ends[(ends > first) & (ends <= first + _TOKENIZED_TOGETHER)]
+            if not len(together):
+                together = ends[ends > first][:1]
+            yield from self._tokenize(block, np.concatenate([[first], together]), epoch)
+            first = together[-1]
+
+    def _tokenize(self, block: CellBlock, edges: Int64Array, epoch: int) -> Iterator[Batch]:
+        """Yield one batch for each pair of neighbouring edges, positions in the block."""
+        s = self.settings
+        cells = slice(edges[0], edges[-1])
+        asked = block.cell_ids[cells]
+        tokens = self.processor.tokenize(block.counts[cells], self.gene_ids, cell_ids=asked, seed=s.seed, epoch=epoch)
+        if s.mask_ratios is not None:
+            tokens = self.processor.mask(tokens, seed=s.seed, epoch=epoch, ratios=s.mask_ratios)
+        kept = np.isin(asked, tokens.cell_ids)
+        kept_before = np.concatenate([[0], np.cumsum(kept)])[edges - edges[0]]
+        classes = {key: self._classes(block, key)[cells][kept] for key in s.categories}
+        for start, stop in zip(kept_before[:-1], kept_before[1:], strict=True):
+            if start == stop:
+                raise ValueError(
+                    f"no cell of a batch of epoch {epoch} expresses a gene of the vocabulary; first cell ids: {asked[:5].tolist()}; "
+                    "drop poor cells (min_genes), choose more genes or a larger batch"
+                )
+            batch: Batch = pack(tokens[start:stop])
+            yield batch | {key: torch.from_numpy(ids[start:stop]) for key, ids in classes.items()}
+
+    def _classes(self, block: CellBlock, key: str) -> Int64Array:
+        """Return the class of each cell of the block by its obs value, shape (cells,)."""
+        column, class_of_value = self.settings.categories[key]
+        classes = block.obs[column].astype(str).map(class_of_value)
+        if classes.isna().any():
+            unknown = sorted(set(block.obs[column].astype(str)) - set(class_of_value))
+            raise ValueError(
+                f"obs column {column!r} holds {unknown[:5]}, which have no class in {key}; known: {list(class_of_value)[:5]} …"
+            )
+        return classes.to_numpy(np.int64)
+
+
+def _lay_out(plans: Sequence[Plan]) -> list[tuple[int, int, int, int]]:
+    """Return (epoch, block, first step, one past the last step) of every block, steps counted through all epochs."""
+    blocks = []
+    first = 0
+    for epoch, plan in enumerate(plans):
+        for block in range(plan.n_blocks):
+            last = min(first + plan.steps_per_block, first + plan.n_steps - block * plan.steps_per_block)
+            blocks.append((epoch, block, first, last))
+            first = last
+    return blocks
