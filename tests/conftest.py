@@ -3,7 +3,11 @@
 import os
 from pathlib import Path
 
+import numpy as np
+import pandas as pd
 import pytest
+from anndata import AnnData
+from scipy.sparse import csr_matrix
 
 
 @pytest.fixture(scope="session")
@@ -13,3 +17,52 @@ def shared() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no shared data at {folder}; set SCGPT_HF_SHARED to the folder that holds data/ and fixtures/")
     return folder
+
+
+def _synthetic_cells(seed: int, genes: range, n_cells: int, donors: list[str], dataset_id: str) -> AnnData:
+    """Blood cells of four types, each with ten marker genes; gene i has the same rates in every data set."""
+    rates = np.random.default_rng(0).gamma(0.4, 2.0, size=(4, 200))
+    for cell_type in range(4):
+        rates[cell_type, 10 * cell_type : 10 * cell_type + 10] += 8
+    rng = np.random.default_rng(seed)
+    columns = rng.permutation(genes)
+    cell_type = rng.integers(4, size=n_cells)
+    counts = rng.poisson(rates[cell_type][:, columns] * rng.gamma(5, 0.1, size=(n_cells, 1)))
+    obs = pd.DataFrame(
+        {
+            "cell_type": np.array(["T cell", "B cell", "monocyte", "NK cell"])[cell_type],
+            "donor_id": np.array(donors)[np.arange(n_cells) % len(donors)],
+            "dataset_id": dataset_id,
+            "assay": "10x 3' v3",
+            "tissue_general": "blood",
+            "disease": np.where(np.arange(n_cells) % len(donors) == 0, "COVID-19", "normal"),
+            "suspension_type": "cell",
+            "is_primary_data": np.arange(n_cells) % 10 != 9,
+        },
+        index=[f"{dataset_id}-{cell}" for cell in range(n_cells)],
+    )
+    var = pd.DataFrame(
+        {"feature_name": [f"GENE{gene}" for gene in columns]}, index=[f"ENSG{gene:011d}" for gene in columns]
+    )
+    return AnnData(csr_matrix(counts.astype(np.float32)), obs, var)
+
+
+@pytest.fixture(scope="session")
+def small_cells() -> list[AnnData]:
+    """Two data sets of 160 and 140 blood cells: 200 genes of which 170 in both, 7 donors of which one in both."""
+    return [
+        _synthetic_cells(1, range(190), 160, ["donor_1", "donor_2", "donor_3", "donor_4"], "first"),
+        _synthetic_cells(2, range(20, 200), 140, ["donor_4", "donor_5", "donor_6", "donor_7"], "second"),
+    ]
+
+
+@pytest.fixture(scope="session")
+def small_census(small_cells: list[AnnData], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A local SOMA in the Census layout with the 300 cells of `small_cells`, 270 of them primary."""
+    from scgpt_hf.cells.build import build_census
+
+    folder = tmp_path_factory.mktemp("census")
+    paths = [folder / f"{name}.h5ad" for name in ("first", "second")]
+    for path, cells in zip(paths, small_cells, strict=True):
+        cells.write_h5ad(path)
+    return build_census(paths, folder / "soma")

@@ -21,7 +21,7 @@ import pyarrow as pa
 import tiledbsoma as soma
 from numpy.typing import NDArray
 from scipy.sparse import csr_matrix
-from tqdm.auto import tqdm
+from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
 from scgpt_hf.cells.h5ad import H5adPart, H5adSource, join_genes
 from scgpt_hf.cells.obs import require_columns

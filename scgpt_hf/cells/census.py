@@ -27,7 +27,9 @@ from scgpt_hf.cells.obs import full_filter, require_columns, select_obs
 logger = logging.getLogger(__name__)
 
 BAND = 2048  # cells of a tile. Source: chanzuckerberg/cellxgene-census, cellxgene_census_builder/build_soma/globals.py
-DENSE = 0.1  # wanted cells per cell of the range that holds them, above which the whole range is read
+DENSE = (
+    1 / 64
+)  # wanted cells per cell of the range they span, from which on reading the whole range is faster (measured)
 BUFFER_BYTES = 8 * 2**20  # of each column of a query; larger ones were slower
 ATTEMPTS = 5  # reads of a remote array before its error is passed on
 

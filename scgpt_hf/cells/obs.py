@@ -74,8 +74,8 @@ def select_obs(
     except SOMAError as error:
         reason = str(error).split("\n\nAt:")[0]
         raise ValueError(f"cannot apply the obs filter {value_filter!r}: {reason}; its columns are {known}") from error
-    obs = rows.concat().to_pandas().set_index("soma_joinid").rename_axis("cell_id")
-    if obs.empty:
+    obs = rows.concat().to_pandas().set_index("soma_joinid").rename_axis("cell_id")[list(columns)]
+    if not len(obs):
         raise ValueError(f"the obs filter {value_filter!r} matches none of the {frame.count:,} cells")
     return drop_unused_categories(obs if obs.index.is_monotonic_increasing else obs.sort_index())
 

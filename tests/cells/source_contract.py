@@ -1,0 +1,134 @@
+"""What every source of cells must do: run by the tests of each source on the same cells."""
+
+import pickle
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pandas as pd
+import pytest
+from anndata import AnnData
+
+from scgpt_hf.cells.block import CellBlock
+from scgpt_hf.cells.source import CellSource
+
+
+def expected_counts(cells: list[AnnData], feature_ids: list[str]) -> np.ndarray:
+    """All cells end to end, genes in the order given, zero where a data set lacks the gene."""
+    frames = [pd.DataFrame(part.X.toarray(), columns=part.var_names) for part in cells]
+    return pd.concat(frames).reindex(columns=feature_ids).fillna(0).to_numpy()
+
+
+class SourceContract:
+    """Subclass it, with a fixture `open_it` that opens `small_cells` with the filters given."""
+
+    @pytest.fixture
+    def source(self, open_it: Callable[..., CellSource]) -> CellSource:
+        return open_it(obs_filter="disease == 'normal'")
+
+    def check(self, block: CellBlock, source: CellSource, cells: list[AnnData], cell_ids: np.ndarray) -> None:
+        expected = expected_counts(cells, source.genes["feature_id"].tolist())[cell_ids]
+        assert block.counts.shape == expected.shape
+        assert (block.counts.toarray() == expected).all()
+        assert block.counts.nnz == np.count_nonzero(expected), "stored zeros"
+        for start, stop in zip(block.counts.indptr[:-1], block.counts.indptr[1:], strict=True):
+            assert (np.diff(block.counts.indices[start:stop]) > 0).all(), "genes do not ascend within a cell"
+        assert block.cell_ids.tolist() == cell_ids.tolist() == block.obs.index.tolist()
+        assert len(block) == len(cell_ids)
+
+    def test_genes_are_the_union_in_first_seen_order(self, source, small_cells):
+        first, second = (part.var_names.tolist() for part in small_cells)
+        assert source.genes["feature_id"].tolist() == first + [gene for gene in second if gene not in first]
+        names = dict(zip(source.genes["feature_id"], source.genes["feature_name"], strict=True))
+        assert all(names[gene] == name for part in small_cells for gene, name in part.var["feature_name"].items())
+
+    def test_obs_lists_the_cells_that_match_by_ascending_id(self, source, small_cells):
+        obs = source.obs(["disease", "donor_id"])
+        everything = pd.concat([part.obs for part in small_cells], ignore_index=True)
+        matching = everything[(everything["disease"] == "normal") & everything["is_primary_data"]]
+        assert obs.index.tolist() == matching.index.tolist()
+        assert obs.index.dtype == np.int64
+        assert obs.index.name == "cell_id"
+        assert obs["donor_id"].astype(str).tolist() == matching["donor_id"].tolist()
+        assert list(source.obs().columns) == []
+
+    @pytest.mark.parametrize("seed", range(4))
+    def test_read_returns_any_cells_in_the_order_asked_and_twice_the_same(self, source, small_cells, seed):
+        rng = np.random.default_rng(seed)
+        offered = source.obs().index.to_numpy()
+        cell_ids = rng.permutation(offered)[: rng.integers(1, len(offered) + 1)]
+        for _ in range(2):
+            block = source.read(cell_ids, ["cell_type"])
+            self.check(block, source, small_cells, cell_ids)
+            everything = pd.concat([part.obs for part in small_cells], ignore_index=True)
+            assert block.obs["cell_type"].astype(str).tolist() == everything.loc[cell_ids, "cell_type"].tolist()
+
+    def test_read_of_no_cell_is_empty(self, source, small_cells):
+        self.check(source.read(np.array([], dtype=np.int64)), source, small_cells, np.array([], dtype=np.int64))
+        assert list(source.read(np.array([], dtype=np.int64), ["cell_type"]).obs) == ["cell_type"]
+
+    def test_read_may_be_called_from_several_threads(self, source, small_cells):
+        offered = source.obs().index.to_numpy()
+        orders = [np.random.default_rng(seed).permutation(offered)[:50] for seed in range(12)]
+        with ThreadPoolExecutor(6) as pool:
+            for block, cell_ids in zip(pool.map(source.read, orders), orders, strict=True):
+                self.check(block, source, small_cells, cell_ids)
+
+    def test_unknown_and_filtered_cells_raise(self, source):
+        everything = set(range(300))
+        filtered = min(everything - set(source.obs().index))
+        for wrong in (filtered, 300, 10**9, -1):
+            with pytest.raises(ValueError, match=rf"1 of 2 cell ids are not among .*\[{wrong}\]"):
+                source.read(np.array([source.obs().index[0], wrong]))
+
+    def test_a_cell_asked_twice_raises(self, source):
+        first = source.obs().index[0]
+        with pytest.raises(ValueError, match="1 cell ids are asked for more than once"):
+            source.read(np.array([first, first]))
+
+    def test_all_cells_are_offered_when_asked_for(self, open_it):
+        assert len(open_it().obs()) == 270
+        assert len(open_it(primary_only=False).obs()) == 300
+
+    def test_describe_is_json_and_the_genes_have_one_hash(self, source, open_it):
+        import json
+
+        described = json.loads(json.dumps(source.describe()))
+        assert described["n_cells"] == len(source.obs())
+        assert described["gene_hash"] == open_it().describe()["gene_hash"]
+        assert "disease == 'normal'" in described["obs_filter"]
+
+    def test_a_source_travels_by_pickle(self, source, small_cells):
+        again = pickle.loads(pickle.dumps(source))
+        cell_ids = source.obs().index.to_numpy()[::-3]
+        self.check(again.read(cell_ids), source, small_cells, cell_ids)
+
+    @pytest.mark.parametrize(
+        ("obs_filter", "message"),
+        [
+            ("disease == 'gout'", "matches none of the 300 cells"),
+            ("organ == 'blood'", r"Column organ does not exist.*tissue_general"),
+            ("disease = 'normal'", "cannot parse the obs filter"),
+            ("disease == 'normal') or (disease == 'gout'", "cannot parse the obs filter"),
+            ("disease", "cannot apply the obs filter"),
+            ("is_primary_data > 'x'", "cannot apply the obs filter"),
+        ],
+    )
+    def test_a_filter_that_cannot_be_answered_raises(self, open_it, obs_filter, message):
+        with pytest.raises(ValueError, match=message):
+            open_it(obs_filter=obs_filter).obs()
+
+    def test_a_filter_may_use_everything_soma_knows(self, open_it):
+        obs_filter = "donor_id in ['donor_4', 'donor_5'] and not cell_type == 'T cell' or assay != \"10x 3' v3\""
+        obs = open_it(obs_filter=obs_filter, primary_only=False).obs(["donor_id", "cell_type"])
+        assert set(obs["donor_id"]) == {"donor_4", "donor_5"}
+        assert "T cell" not in set(obs["cell_type"])
+
+    def test_a_column_that_does_not_exist_raises_with_the_columns(self, source):
+        for read in (lambda: source.obs(["organ"]), lambda: source.read(np.array([1]), ["organ"])):
+            with pytest.raises(ValueError, match=r"no column \['organ'\].*tissue_general"):
+                read()
+
+    def test_a_layer_that_does_not_exist_raises_with_the_layers(self, open_it):
+        with pytest.raises(ValueError, match=r"no layer 'nope'.*; it has"):
+            open_it(layer="nope")

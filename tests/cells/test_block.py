@@ -1,0 +1,61 @@
+"""Raw counts are told from everything else, and cell ids are checked before anything is read."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+from scipy.sparse import csr_matrix
+
+from scgpt_hf.cells.block import gene_hash, require_cell_ids, require_counts
+
+
+@given(counts=arrays(np.float32, (3, 4), elements=st.integers(0, 2**20)))
+def test_require_counts_accepts_whole_numbers_sparse_or_dense(counts):
+    require_counts(counts, "X")
+    require_counts(csr_matrix(counts), "X")
+    require_counts(counts.astype(np.uint32), "X")
+
+
+@given(
+    counts=arrays(np.float64, (3, 4), elements=st.integers(0, 100)),
+    wrong=st.sampled_from([np.nan, np.inf, -np.inf, -1.0, 0.5, 3.0001]),
+    place=st.integers(0, 11),
+)
+def test_require_counts_refuses_one_wrong_value_anywhere(counts, wrong, place):
+    counts.flat[place] = wrong
+    for matrix in (counts, csr_matrix(counts)):
+        with pytest.raises(ValueError, match="expected raw counts"):
+            require_counts(matrix, "X")
+
+
+def test_require_counts_says_what_it_found_and_what_to_do():
+    with pytest.raises(
+        ValueError, match=r"found 1\.5 and 1 more fractional values of 3 in layer 'log'; choose the layer"
+    ):
+        require_counts(np.array([[1.5, 2.0, 2.5]]), "layer 'log'")
+
+
+def test_require_counts_accepts_nothing_at_all():
+    require_counts(csr_matrix((0, 5)), "X")
+
+
+@given(known=arrays(np.bool_, st.integers(0, 20)), cell_ids=st.lists(st.integers(-3, 25), max_size=10))
+def test_require_cell_ids_accepts_known_ids_once_and_nothing_else(known, cell_ids):
+    offered = set(np.flatnonzero(known))
+    if set(cell_ids) <= offered and len(set(cell_ids)) == len(cell_ids):
+        assert require_cell_ids(np.array(cell_ids, dtype=np.int64), known).tolist() == cell_ids
+    else:
+        with pytest.raises(ValueError, match="cell ids are"):
+            require_cell_ids(np.array(cell_ids, dtype=np.int64), known)
+
+
+@pytest.mark.parametrize("cell_ids", [np.array([0.5]), np.array([[1]]), np.array([True])])
+def test_require_cell_ids_refuses_what_is_not_a_row_of_integers(cell_ids):
+    with pytest.raises(ValueError, match=r"integers of shape \(cells,\), found"):
+        require_cell_ids(cell_ids, np.ones(3, dtype=bool))
+
+
+def test_gene_hash_depends_on_order():
+    assert gene_hash(["a", "b"]) != gene_hash(["b", "a"])
+    assert gene_hash(["a", "b"]) == gene_hash(iter(["a", "b"]))

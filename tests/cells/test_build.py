@@ -1,0 +1,188 @@
+"""What is built from files is a Census: readable by its own package, equal to the files, and never half there."""
+
+import logging
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import cellxgene_census
+import numpy as np
+import pandas as pd
+import pytest
+import tiledbsoma as soma
+from source_contract import expected_counts
+
+from scgpt_hf.cells import build
+from scgpt_hf.cells.build import build_census
+
+
+@pytest.fixture
+def files(tmp_path, small_cells):
+    paths = []
+    for part in small_cells:
+        paths.append(tmp_path / f"{part.obs['dataset_id'].iloc[0]}.h5ad")
+        part.write_h5ad(paths[-1])
+    return paths
+
+
+def table(frame, **filters):
+    return frame.read(**filters).concat().to_pandas()
+
+
+@pytest.mark.filterwarnings("ignore:Transforming to str index")  # by cellxgene_census itself
+def test_the_census_package_reads_what_was_built(small_census, small_cells):
+    with cellxgene_census.open_soma(uri=str(small_census)) as root:
+        adata = cellxgene_census.get_anndata(
+            root, "homo_sapiens", obs_value_filter="dataset_id == 'second' and cell_type in ['T cell', 'B cell']"
+        )
+        summary = table(root["census_info"]["summary"]).set_index("label")["value"]
+        datasets = table(root["census_info"]["datasets"])
+    chosen = small_cells[1][small_cells[1].obs["cell_type"].isin(["T cell", "B cell"])]
+    expected = expected_counts([chosen], adata.var["feature_id"].tolist())
+    assert (adata.X.toarray() == expected).all()
+    assert adata.obs["donor_id"].astype(str).tolist() == chosen.obs["donor_id"].tolist()
+    assert (summary["total_cell_count"], summary["unique_cell_count"]) == ("300", "270")
+    assert datasets["dataset_id"].tolist() == ["first", "second"]
+    assert datasets["dataset_total_cell_count"].tolist() == [160, 140]
+
+
+def test_obs_and_var_numbers_are_those_of_the_counts(small_census, small_cells):
+    with soma.Experiment.open(str(small_census / "census_data" / "homo_sapiens")) as experiment:
+        obs, var = table(experiment.obs), table(experiment.ms["RNA"].var)
+    counts = expected_counts(small_cells, var["feature_id"].tolist())
+    assert obs["raw_sum"].tolist() == counts.sum(axis=1).tolist()
+    assert obs["nnz"].tolist() == (counts > 0).sum(axis=1).tolist()
+    for row, cell in zip(obs.itertuples(), counts, strict=True):
+        assert row.raw_mean_nnz == pytest.approx(cell[cell > 0].mean())
+        assert row.raw_variance_nnz == pytest.approx(cell[cell > 0].var(ddof=1))
+    assert obs["n_measured_vars"].tolist() == [190] * 160 + [180] * 140
+    assert var["nnz"].tolist() == (counts > 0).sum(axis=0).tolist()
+    in_file = [np.isin(var["feature_id"], part.var_names) * part.n_obs for part in small_cells]
+    assert var["n_measured_obs"].tolist() == sum(in_file).tolist()
+
+
+@pytest.mark.parametrize("column", build.OBS_LABELS)
+def test_every_dictionary_survives_so_that_filters_match(small_census, column):
+    with soma.DataFrame.open(str(small_census / "census_data" / "homo_sapiens" / "obs")) as obs:
+        first = str(table(obs, column_names=[column])[column].iloc[0])
+        assert len(table(obs, value_filter=f'{column} == "{first}"')) > 0
+
+
+def test_storage_is_as_the_census_builder_lays_it_out(small_census):
+    with soma.SparseNDArray.open(
+        str(small_census / "census_data" / "homo_sapiens" / "ms" / "RNA" / "X" / "raw")
+    ) as raw:
+        storage = raw.schema_config_options()
+    assert storage.capacity == 2**16
+    assert (storage.cell_order, storage.tile_order, storage.allows_duplicates) == ("row-major", "row-major", True)
+
+
+@pytest.mark.parametrize("block", [1, 2048])
+def test_counts_do_not_depend_on_the_size_of_a_write(tmp_path, files, small_cells, monkeypatch, block):
+    monkeypatch.setattr(build, "BLOCK", 7 if block == 1 else block)
+    monkeypatch.setattr(build, "TILE", 32)
+    build_census(files, tmp_path / "soma")
+    with soma.Experiment.open(str(tmp_path / "soma" / "census_data" / "homo_sapiens")) as experiment:
+        genes = table(experiment.ms["RNA"].var)["feature_id"].tolist()
+        coo = experiment.ms["RNA"].X["raw"].read().coos().concat().to_scipy()
+    assert (coo.toarray() == expected_counts(small_cells, genes)).all()
+
+
+def test_unknown_and_left_out_columns_are_logged_and_kept_when_asked(tmp_path, small_cells, caplog):
+    cells = small_cells[0].copy()
+    del cells.obs["is_primary_data"]
+    cells.obs["lane"], cells.obs["age"] = "L1", np.arange(160)
+    cells.obs["disease"] = cells.obs["disease"].where(cells.obs["disease"] == "normal", None)
+    cells.write_h5ad(tmp_path / "a.h5ad")
+    with caplog.at_level(logging.INFO):
+        build_census([tmp_path / "a.h5ad"], tmp_path / "soma", keep_obs=["age"], organism="mus_musculus")
+    assert "left out: ['lane']" in caplog.text
+    assert "'sex'" in caplog.text
+    obs = table(soma.DataFrame.open(str(tmp_path / "soma" / "census_data" / "mus_musculus" / "obs")))
+    assert obs["is_primary_data"].all()
+    assert obs["age"].tolist() == list(range(160))
+    assert set(obs["sex"]) == {"unknown"}
+    assert set(obs["disease"]) == {"normal", "unknown"}
+    with pytest.raises(ValueError, match=r"no column \['nope'\]"):
+        build_census([tmp_path / "a.h5ad"], tmp_path / "other", keep_obs=["nope"])
+
+
+def test_a_dataset_is_called_as_its_column_says_or_as_its_file(tmp_path, small_cells):
+    cells = small_cells[0].copy()
+    del cells.obs["dataset_id"]
+    cells.write_h5ad(tmp_path / "mine.h5ad")
+    build_census([tmp_path / "mine.h5ad"], tmp_path / "soma")
+    obs = table(soma.DataFrame.open(str(tmp_path / "soma" / "census_data" / "homo_sapiens" / "obs")))
+    assert set(obs["dataset_id"]) == {"mine"}
+    with pytest.raises(ValueError, match=r"two or more files called \['mine'\]"):
+        build_census([tmp_path / "mine.h5ad"] * 2, tmp_path / "other")
+
+
+def spoil_donor(cells):
+    del cells.obs["donor_id"]
+
+
+def spoil_one_donor(cells):
+    cells.obs["donor_id"] = cells.obs["donor_id"].astype(object).where(np.arange(cells.n_obs) > 2, None)
+
+
+def spoil_counts(cells):
+    cells.X = cells.X.log1p()
+
+
+def spoil_genes(cells):
+    cells.var_names = [cells.var_names[0], *cells.var_names[:-1]]
+
+
+@pytest.mark.filterwarnings("ignore:Variable names are not unique:UserWarning")
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (spoil_donor, r"no column \['donor_id'\]"),
+        (spoil_one_donor, "3 of 160 cells have no donor_id"),
+        (spoil_counts, "expected raw counts"),
+        (spoil_genes, "expected each gene id once"),
+    ],
+)
+def test_bad_files_raise_and_leave_nothing(tmp_path, small_cells, spoil, message):
+    cells = small_cells[0].copy()
+    spoil(cells)
+    cells.write_h5ad(tmp_path / "bad.h5ad")
+    with pytest.raises(ValueError, match=message):
+        build_census([tmp_path / "bad.h5ad"], tmp_path / "soma")
+    assert [path.name for path in tmp_path.iterdir()] == ["bad.h5ad"]
+
+
+def test_counts_that_turn_bad_midway_raise_and_leave_nothing(tmp_path, small_cells, monkeypatch):
+    monkeypatch.setattr("scgpt_hf.cells.h5ad.LOOK", 10)
+    monkeypatch.setattr(build, "BLOCK", 32)
+    cells = small_cells[0].copy()
+    cells.X.data[cells.X.indptr[150]] = 0.5
+    cells.write_h5ad(tmp_path / "bad.h5ad")
+    with pytest.raises(ValueError, match="expected raw counts"):
+        build_census([tmp_path / "bad.h5ad"], tmp_path / "soma")
+    assert [path.name for path in tmp_path.iterdir()] == ["bad.h5ad"]
+
+
+def test_an_existing_folder_is_refused(tmp_path, files):
+    with pytest.raises(FileExistsError, match="exists; choose another folder"):
+        build_census(files, tmp_path)
+
+
+def test_the_script_builds_and_explains_itself(tmp_path, files):
+    script = Path(__file__).parents[2] / "scripts" / "build_census.py"
+    built = subprocess.run(
+        [sys.executable, script, *files, "--out", tmp_path / "soma"], capture_output=True, text=True, check=False
+    )
+    assert built.returncode == 0, built.stderr
+    assert "300" in built.stderr
+    assert (tmp_path / "soma" / "census_info" / "summary").is_dir()
+    with pytest.raises(SystemExit, match=r"error: .*exists; choose another folder"):
+        runpy.run_path(str(script))["main"]([str(path) for path in (*files, "--out", tmp_path / "soma")])
+
+
+def test_the_number_of_donors_counts_a_shared_id_once_per_dataset(small_census):
+    with soma.DataFrame.open(str(small_census / "census_info" / "summary")) as frame:
+        summary = pd.Series(dict(table(frame)[["label", "value"]].itertuples(index=False)))
+    assert summary["number_donors_homo_sapiens"] == "8"

@@ -1,0 +1,181 @@
+"""A local SOMA keeps the contract of a source; the remote Census is told from a network that is not there."""
+
+import threading
+
+import cellxgene_census
+import numpy as np
+import pytest
+import requests
+import tiledbsoma as soma
+from scipy.sparse import random as random_sparse
+from source_contract import SourceContract
+
+from scgpt_hf.cells import census
+from scgpt_hf.cells.census import CensusSource
+from scgpt_hf.cells.source import open_source
+
+
+class TestCensus(SourceContract):
+    @pytest.fixture
+    def open_it(self, small_census):
+        opened = []
+
+        def open_it(**settings):
+            opened.append(open_source(small_census, **settings))
+            return opened[-1]
+
+        yield open_it
+        for source in opened:
+            source.close()
+
+
+def test_genes_come_as_two_columns(small_census):
+    assert list(open_source(small_census).genes) == ["feature_id", "feature_name"]
+
+
+def test_one_organism_may_be_addressed_alone(small_census):
+    for address in (small_census / "census_data" / "homo_sapiens", [str(small_census)], f"file://{small_census}"):
+        assert len(open_source(address).obs()) == 270
+
+
+@pytest.mark.parametrize("n_threads", [1, 3])
+@pytest.mark.parametrize("dense", [0.0, 2.0])
+def test_bands_and_coordinates_read_the_same(tmp_path, monkeypatch, n_threads, dense):
+    monkeypatch.setattr(census, "DENSE", dense)
+    counts = random_sparse(
+        5000, 30, 0.2, format="csr", random_state=0, data_rvs=lambda n: np.arange(n) % 7
+    )  # with zeros
+    write_soma(tmp_path / "soma", counts)
+    with CensusSource(str(tmp_path / "soma"), n_threads=n_threads) as source:
+        for seed in range(3):
+            cell_ids = np.random.default_rng(seed).permutation(5000)[: 10 ** (seed + 1)]
+            block = source.read(cell_ids)
+            assert (block.counts.toarray() == counts[cell_ids].toarray()).all()
+            assert (block.counts.data > 0).all()
+            assert block.counts.has_canonical_format
+
+
+def test_close_ends_the_threads_and_the_source_opens_again(small_census):
+    source = open_source(small_census)
+    cell_ids = source.obs().index.to_numpy()
+    before = source.read(cell_ids).counts
+    assert any(thread.name.startswith("census-band") for thread in threading.enumerate())
+    source.close()
+    source.close()
+    assert not any(thread.name.startswith("census-band") for thread in threading.enumerate())
+    assert (source.read(cell_ids).counts != before).nnz == 0
+    source.close()
+
+
+def test_what_is_not_a_census_raises(tmp_path):
+    with pytest.raises(ValueError, match=r"cannot open .* as a SOMA"):
+        open_source(tmp_path)
+    soma.Collection.create(str(tmp_path / "empty")).close()
+    with pytest.raises(ValueError, match="no 'census_data' among"):
+        open_source(tmp_path / "empty")
+
+
+def test_two_organisms_are_asked_to_be_told_apart(tmp_path):
+    with soma.Collection.create(str(tmp_path / "two")) as root:
+        data = root.add_new_collection("census_data")
+        for organism in ("homo_sapiens", "mus_musculus"):
+            data.add_new_collection(organism, kind=soma.Experiment)
+    with pytest.raises(ValueError, match=r"more than one organism.*mus_musculus"):
+        open_source(tmp_path / "two")
+
+
+def test_counts_that_are_not_raw_raise(tmp_path):
+    write_soma(tmp_path / "soma", random_sparse(20, 5, 0.5, format="csr", random_state=0))
+    with pytest.raises(ValueError, match=r"expected raw counts.*layer 'raw'"):
+        CensusSource(str(tmp_path / "soma")).read(np.arange(20))
+
+
+def test_an_experiment_without_rna_raises(tmp_path):
+    with soma.Experiment.create(str(tmp_path / "soma")) as experiment:
+        experiment.add_new_collection("ms")
+    with pytest.raises(ValueError, match="no measurement 'RNA'"):
+        CensusSource(str(tmp_path / "soma"))
+
+
+def test_no_network_is_said_with_a_way_out(monkeypatch):
+    def unreachable():
+        raise requests.exceptions.ConnectionError("no route to census.cellxgene.cziscience.com")
+
+    monkeypatch.setattr(cellxgene_census, "get_census_version_directory", unreachable)
+    with pytest.raises(
+        ConnectionError, match=r"cannot reach the Census release '2025-11-08' \(no route.*local copy: aws"
+    ):
+        open_source("census://2025-11-08/homo_sapiens")
+
+
+@pytest.fixture
+def one_release(monkeypatch, small_census):
+    releases = {name: {"release_build": "2025-11-08"} for name in ("stable", "2025-11-08")}
+    monkeypatch.setattr(cellxgene_census, "get_census_version_directory", lambda: releases)
+    monkeypatch.setattr(cellxgene_census, "open_soma", lambda census_version: soma.open(str(small_census)))
+
+
+@pytest.mark.usefixtures("one_release")
+def test_a_release_is_found_by_date_or_alias_and_recorded_by_date():
+    for address in ("census://stable/homo_sapiens", "census://2025-11-08", "census://2025-11-08/homo_sapiens/"):
+        described = open_source(address).describe()
+        assert (described["census_version"], described["organism"]) == ("2025-11-08", "homo_sapiens")
+
+
+@pytest.mark.usefixtures("one_release")
+def test_an_unknown_release_or_organism_raises_with_those_there_are():
+    with pytest.raises(ValueError, match=r"unknown Census version '1999-01-01'; available are .*2025-11-08"):
+        open_source("census://1999-01-01/homo_sapiens")
+    with pytest.raises(ValueError, match=r"no organism 'danio_rerio'.*homo_sapiens"):
+        open_source("census://stable/danio_rerio")
+
+
+def test_remote_errors_are_tried_again_and_local_ones_are_not(small_census, monkeypatch):
+    waits, source = [], open_source(small_census)
+    monkeypatch.setattr(census.time, "sleep", waits.append)
+
+    def fails(n_times):
+        failures = iter(range(n_times))
+
+        def read():
+            if next(failures, None) is not None:
+                raise soma.SOMAError("connection reset")
+            return "read"
+
+        return read
+
+    with pytest.raises(soma.SOMAError):
+        source._retried(fails(1))
+    source._remote = True
+    assert source._retried(fails(3)) == "read"
+    assert waits == [1, 2, 4]
+    with pytest.raises(soma.SOMAError, match="connection reset"):
+        source._retried(fails(census.ATTEMPTS))
+
+
+def write_soma(folder, counts):
+    """An experiment with nothing but joinids and X, cells 0 to 2,999 written after the others."""
+    import pyarrow as pa
+
+    with soma.Experiment.create(str(folder)) as experiment:
+        for parent, name, size in ((experiment, "obs", 0), (None, "var", 1)):
+            if parent is None:
+                parent = experiment.add_new_collection("ms").add_new_collection("RNA", kind=soma.Measurement)
+            joinids = np.arange(counts.shape[size])
+            columns = {"soma_joinid": joinids, "feature_id": joinids.astype(str), "feature_name": joinids.astype(str)}
+            table = pa.table(columns)
+            parent.add_new_dataframe(name, schema=table.schema, domain=[[0, len(joinids) - 1]]).write(table)
+        raw = parent.add_new_collection("X").add_new_sparse_ndarray("raw", type=pa.float32(), shape=counts.shape)
+        for rows in (slice(3000, None), slice(0, 3000)):
+            part = counts[rows].tocoo()
+            if part.nnz:
+                cells = part.row + (rows.start if rows.start < counts.shape[0] else 0)
+                raw.write(
+                    pa.table(
+                        {
+                            "soma_dim_0": cells.astype(np.int64),
+                            "soma_dim_1": part.col.astype(np.int64),
+                            "soma_data": part.data.astype(np.float32),
+                        }
+                    )
+                )

@@ -1,0 +1,45 @@
+"""The demo's cells are real counts, recovered exactly, in wells that stand in for donors."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy.sparse import csr_matrix
+
+from scgpt_hf.cells.source import open_source
+from scgpt_hf.demo import demo_census, recover_counts
+
+
+def test_the_demo_is_built_once_and_read_as_a_census(tmp_path, caplog):
+    folder = demo_census(tmp_path / "demo")
+    written = (folder / "census_info").stat().st_mtime_ns
+    with caplog.at_level("INFO"):
+        assert demo_census(folder) == folder
+    assert (folder / "census_info").stat().st_mtime_ns == written
+    assert "wells stand in for donors" in caplog.text
+    with open_source(folder, obs_filter="tissue_general == 'blood' and disease == 'normal'") as source:
+        obs = source.obs(["donor_id", "cell_type"])
+        counts = source.read(obs.index.to_numpy()).counts
+    assert (obs["donor_id"].nunique(), obs["cell_type"].nunique()) == (8, 10)
+    assert counts.shape == (700, 765)
+    assert (counts.data == np.rint(counts.data)).all()
+    assert np.median(counts.data) == 1
+
+
+def test_another_folder_is_not_taken_for_the_demo(small_census):
+    with pytest.raises(ValueError, match="holds 270 cells, not the demo's 700"):
+        demo_census(small_census)
+
+
+@given(counts=st.lists(st.integers(1, 400), min_size=1, max_size=20), unseen=st.integers(2000, 4000))
+def test_recover_counts_inverts_scanpys_normalisation(counts, unseen):
+    row = np.array(counts, dtype=np.float64)
+    total = row.sum() + unseen
+    logged = np.log1p(row / total * 10_000).round(3).astype(np.float32)
+    recovered = recover_counts(csr_matrix(logged[None]), np.array([total]))
+    assert recovered.toarray()[0].tolist() == counts
+
+
+def test_recover_counts_refuses_what_was_not_counts():
+    with pytest.raises(ValueError, match="cannot recover raw counts: 1 of 2 log values"):
+        recover_counts(csr_matrix(np.log1p([[4.0, 4.6]])), np.array([10_000.0]))
