@@ -1,21 +1,27 @@
 """Attention within cells, with no token of one cell seeing another cell.
 
-Adds `scgpt_varlen` to the library's attention functions and makes it the model's default: for padded input it is SDPA, for
+Adds `scgpt_varlen` to the library's attention functions, and is the model's default: for padded input it is SDPA, for
 packed input it never builds a mask. `sdpa` and `eager` get the mask that `mask_for` builds for either layout.
 """
 
-from typing import Any, NamedTuple
+# Tensor.split has no types.
+# mypy: disable-error-code="no-untyped-call"
+
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface
+from transformers.utils import logging
 
 VARLEN = "scgpt_varlen"
 
+logger = logging.get_logger(__name__)
+
 
 class Packing(NamedTuple):
-    """Where packed cells lie in the row of all tokens: boundaries, int32 (cells + 1,), and the longest cell's length."""
+    """Where packed cells lie in the row of all tokens: boundaries, int32 (cells + 1,), and length of the longest."""
 
     boundaries: Tensor
     max_length: int
@@ -54,7 +60,7 @@ def packing_of(
 
 
 def cell_boundaries(input_ids: Tensor, packed: Tensor | None) -> Tensor:
-    """Return where each cell begins and ends in the flattened input, (cells + 1,): `packed`, or from the padded shape."""
+    """Return where each cell begins and ends in the flattened input, (cells + 1,): as packed, or by the shape."""
     if packed is not None:
         return packed
     cells, tokens = input_ids.shape
@@ -96,7 +102,7 @@ def eager_attention(
     dropout: float = 0.0,
     **_: Any,
 ) -> tuple[Tensor, Tensor]:
-    """Return the attended values, (cells, tokens, heads, width), and the probabilities, (cells, heads, tokens, tokens)."""
+    """Return attended values, (cells, tokens, heads, width), and probabilities, (cells, heads, tokens, tokens)."""
     scores = query @ key.mT * scaling
     if attention_mask is not None:
         scores = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
@@ -115,6 +121,7 @@ def varlen_attention(
     scaling: float,
     dropout: float = 0.0,
     packing: Packing | None = None,
+    output_attentions: bool = False,
     **_: Any,
 ) -> tuple[Tensor, None]:
     """Return the attended values, (cells, tokens, heads, width), each cell attending to itself alone.
@@ -128,7 +135,10 @@ def varlen_attention(
         scaling: factor of the scores.
         dropout: share of attention probabilities dropped.
         packing: where the cells lie, for packed input.
+        output_attentions: whether probabilities were asked for, which only eager attention has.
     """
+    if output_attentions:
+        logger.warning_once(f"{VARLEN} attention returns no attentions; load with attn_implementation='eager' for them")
     if packing is None:
         attended = F.scaled_dot_product_attention(query, key, value, attention_mask, dropout, scale=scaling)
     elif query.device.type == "cpu":
@@ -158,7 +168,7 @@ def _attend_with_varlen_kernel(query: Tensor, key: Tensor, value: Tensor, packin
     query, key, value = (states[0].transpose(0, 1) for states in (query, key, value))  # (tokens, heads, width)
     ends, longest = packing.boundaries, packing.max_length
     attended = varlen_attn(query, key, value, ends, ends, longest, longest, scale=scaling)
-    return attended.transpose(0, 1)[None]
+    return cast(Tensor, attended).transpose(0, 1)[None]
 
 
 def _attend_padded(

@@ -4,12 +4,14 @@ How counts become `values` is the processor's business; how weights are trained 
 The class maps below travel in every `config.json`, so any Auto class loads from any head's checkpoint.
 """
 
+# The library's configuration class is untyped.
+# mypy: disable-error-code="no-untyped-call"
+
 import difflib
-from dataclasses import fields
+from dataclasses import field, fields
 from typing import Any, ClassVar, Literal
 
-from transformers import GenerationConfig
-from transformers.configuration_utils import PreTrainedConfig, strict
+from transformers.configuration_utils import PreTrainedConfig, strict  # type: ignore[attr-defined]
 
 AUTO_MAP = {
     "AutoConfig": "configuration_scgpt.ScGPTConfig",
@@ -51,29 +53,31 @@ class ScGPTConfig(PreTrainedConfig):
         num_attention_heads: heads per layer; divides `hidden_size`.
         intermediate_size: width of the feed-forward layer.
         dropout: share dropped of embedded values and of each residual branch, in training.
-        attention_dropout: share dropped of attention probabilities, in training. The original uses `dropout` here too; the
-            packed CUDA kernel has none, so any other value than 0 takes a slower path.
+        attention_dropout: share dropped of attention probabilities, in training. The original uses `dropout` here
+            too; the packed CUDA kernel has none, so any other value than 0 takes a slower path.
         layer_norm_eps: epsilon of every LayerNorm.
-        norm_scheme: "post" normalises after each residual sum; "pre" before each branch, with a norm at the end; "scgpt_pre"
-            is the original's pre-norm, whose residual starts from the normalised input and which has no norm at the end.
+        norm_scheme: "post" normalises after each residual sum; "pre" before each branch, with a norm at the end;
+            "scgpt_pre" is the original's pre-norm, whose residual starts from the normalised input, without that norm.
         value_encoder: "continuous" feeds values through a small network, "category" looks bins up in a table, "scaling"
             multiplies the gene embedding by the value.
         n_bins: bins of the processor, the zero bin included; the category table marks padding with `n_bins`.
         n_value_ids: rows of the category table; by default `n_bins` + 2, for padding and the hidden value.
         max_value: larger values are clamped to it by the continuous value encoder.
-        cell_pooling: "cls" takes the hidden state at `<cls>`; "average" and "weighted" (by `values`, then L2-normalised)
-            count padding, as the original does, so they need padded input.
+        cell_pooling: "cls" takes the hidden state at `<cls>`; "average" and "weighted" (by `values`, then
+            L2-normalised) count padding, as the original does, so they need padded input.
         gepc_query: how the GEPC head meets a gene with a cell: "inner_product", "concat" or "sum".
         gepc_detach: whether the GEPC loss leaves the gene embedding untouched.
         explicit_zero_prob: whether expression heads also predict that a gene is expressed at all.
         n_domains: experimental batches known to the model.
         domain_embedding: whether the expression heads are told the domain.
         domain_head: whether an adversarial discriminator guesses the domain (DAR).
-        input_norm: batch norm over embedded input: "none", "batch", or "domain" with statistics per domain; both count padding.
+        input_norm: batch norm over embedded input: "none", "batch", or "domain" with statistics per domain; both count
+            padding, as the original's do, so they need padded input.
         class_head_layers: linear layers of the class head.
         ecs_threshold: similarity that elastic cell similarity pulls towards or pushes from.
         cce_temperature: temperature of the contrastive objective.
-        loss_weights: weight of each objective. A head exists where its objective weighs more than 0.
+        loss_weights: weight of each objective, by default 1 for GEP, GEPC and what the options above add. A head exists
+            where its objective weighs more than 0.
 
     Raises:
         ValueError: an unknown keyword, a choice or a combination that no model can satisfy.
@@ -109,13 +113,11 @@ class ScGPTConfig(PreTrainedConfig):
     class_head_layers: int = 3
     ecs_threshold: float | int = 0.3
     cce_temperature: float | int = 0.5
-    loss_weights: dict[str, float | int] | None = None
+    loss_weights: dict[str, float | int] = field(default_factory=dict)
 
     def __post_init__(self, **kwargs: Any) -> None:
         self._reject_unknown(kwargs)
-        if self.n_value_ids is None:
-            self.n_value_ids = self.n_bins + 2
-        if self.loss_weights is None:
+        if not self.loss_weights:
             self.loss_weights = dict.fromkeys(("gep", "gepc"), 1.0)
             self.loss_weights |= {"gep_zero": 1.0, "gepc_zero": 1.0} if self.explicit_zero_prob else {}
             self.loss_weights |= {"dar": 1.0} if self.domain_head else {}
@@ -124,7 +126,15 @@ class ScGPTConfig(PreTrainedConfig):
 
     def weighs(self, objective: str) -> bool:
         """Return whether `objective` is part of the loss, and therefore its head part of the model."""
-        return (self.loss_weights or {}).get(objective, 0) > 0
+        return self.loss_weights.get(objective, 0) > 0
+
+    @property
+    def counts_padding(self) -> str:
+        """Return the setting that makes results depend on padding, as in the original, or an empty string."""
+        defined = {"cell_pooling": "cls", "input_norm": "none"}
+        return ", ".join(
+            f"{name}={getattr(self, name)!r}" for name, plain in defined.items() if getattr(self, name) != plain
+        )
 
     def validate_architecture(self) -> None:
         """Check sizes and shares; called by the library after construction.
@@ -150,24 +160,25 @@ class ScGPTConfig(PreTrainedConfig):
         Raises:
             ValueError: an unknown objective, a negative weight, or a head and its objective that do not go together.
         """
-        weights = self.loss_weights or {}
+        weights = self.loss_weights
         if unknown := sorted(set(weights) - set(OBJECTIVES)):
             raise ValueError(f"loss_weights names {unknown}; expected names from {list(OBJECTIVES)}")
         if negative := {name: weight for name, weight in weights.items() if weight < 0}:
             raise ValueError(f"loss_weights are negative: {negative}; leave an objective out or give it 0")
-        # A head without an objective gets no gradient, which distributed training refuses; a head is there to be trained.
+        # A head without an objective would get no gradient, which distributed training refuses.
         zeros = {name for name in ("gep_zero", "gepc_zero") if self.weighs(name)}
         expected = (
             {f"{name}_zero" for name in ("gep", "gepc") if self.weighs(name)} if self.explicit_zero_prob else set()
         )
         if zeros != expected:
             raise ValueError(
-                f"explicit_zero_prob={self.explicit_zero_prob} needs weights for {sorted(expected)}, found {sorted(zeros)}; "
-                "give both expression heads their zero objective, or set explicit_zero_prob=False and leave these out"
+                f"explicit_zero_prob={self.explicit_zero_prob} goes with weights for {sorted(expected) or 'neither'}, "
+                f"found {sorted(zeros) or 'neither'} of gep_zero and gepc_zero; change the one or the other"
             )
         if self.domain_head != self.weighs("dar"):
             raise ValueError(
-                f"domain_head={self.domain_head} does not go with a weight of {weights.get('dar', 0)} for 'dar'; set both or neither"
+                f"domain_head={self.domain_head} does not go with a weight of {weights.get('dar', 0)} for 'dar'; "
+                "set both or neither"
             )
 
     def validate_domains(self) -> None:
@@ -189,9 +200,8 @@ class ScGPTConfig(PreTrainedConfig):
     def _reject_unknown(self, keywords: dict[str, Any]) -> None:
         """Raise where a keyword is neither ours nor the library's; a misspelt setting must not pass unnoticed."""
         known = {field.name for field in fields(self)}
-        passing = known | _LIBRARY_KEYWORDS | set(GenerationConfig().to_dict())
         for name in keywords:
-            if name not in passing and not name.startswith("_"):
+            if name not in _LIBRARY_KEYWORDS and not name.startswith("_"):
                 close = difflib.get_close_matches(name, known, n=1)
                 hint = f"did you mean {close[0]!r}?" if close else "it may come from a newer version of scgpt_hf"
                 raise ValueError(f"ScGPTConfig has no setting {name!r}; {hint}")

@@ -1,17 +1,57 @@
-"""What is read from hidden states: expression, cell class and domain; and the batch norm that knows domains.
+"""What is read from hidden states: expression, cell class and domain.
 
 Heads see flat tensors, one row per token or cell they predict, and never ask which layout those came from.
 """
 
+# PyTorch's modules return Any when called, and its autograd functions are untyped; their outputs here are tensors.
+# mypy: disable-error-code="no-any-return, no-untyped-call"
+
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers.utils.generic import ModelOutput
 
 from .configuration_scgpt import ScGPTConfig
 
-_QUERY_WIDTH = 64  # of the concat query and the hidden layer of the concat and sum styles; bowang-lab/scGPT:scgpt/model/model.py:860
+_QUERY_WIDTH = 64  # of the concat query, and of the hidden layer after both; bowang-lab/scGPT:scgpt/model/model.py:860
+_DISCRIMINATOR_LAYERS = 3  # bowang-lab/scGPT:scgpt/model/model.py:957
+
+
+@dataclass
+class ScGPTForPreTrainingOutput(ModelOutput):
+    """What pretraining returns.
+
+    Predictions of expression are (masked,) where `label_positions` was given, else shaped like `input_ids`.
+
+    Args:
+        loss: weighted sum of `losses`.
+        losses: each objective by name, unweighted; given `num_items_in_batch`, this part's share of the batch's mean.
+        gep: expression predicted from each token's hidden state.
+        gepc: expression predicted from the cell's embedding.
+        gep_zero: log-odds that the gene is expressed, from the hidden state.
+        gepc_zero: log-odds that the gene is expressed, from the cell's embedding.
+        dar: logits of each cell's domain, (cells, domains).
+        class_logits: logits of each cell's class, (cells, classes).
+        cell_embedding: of every cell, (cells, hidden).
+        last_hidden_state: of every token, (cells, tokens, hidden).
+        hidden_states: input of the first layer and output of each, if asked for.
+        attentions: attention probabilities of each layer, if asked for and eager.
+    """
+
+    loss: Tensor | None = None
+    losses: dict[str, Tensor] | None = None
+    gep: Tensor | None = None
+    gepc: Tensor | None = None
+    gep_zero: Tensor | None = None
+    gepc_zero: Tensor | None = None
+    dar: Tensor | None = None
+    class_logits: Tensor | None = None
+    cell_embedding: Tensor | None = None
+    last_hidden_state: Tensor | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
 
 
 class ExpressionHead(nn.Module):
@@ -55,8 +95,8 @@ class CellToGeneHead(nn.Module):
         """Return the value and, with explicit zeros, the log-odds of being expressed: both (tokens,).
 
         Args:
-            cell_embedding: of each token's cell, domain appended where the config says so. (tokens, hidden or 2 hidden).
-            gene_embedding: of each token's gene. (tokens, hidden).
+            cell_embedding: of each token's cell, its domain appended where the config says so.
+            gene_embedding: of each token's gene, (tokens, hidden).
         """
         query = torch.sigmoid(self.query(gene_embedding.detach() if self.detach else gene_embedding))
         if self.project is not None:
@@ -72,14 +112,15 @@ class ClassHead(nn.Module):
     Source: bowang-lab/scGPT:scgpt/model/model.py:910 (ClsDecoder) and :949 (AdversarialDiscriminator).
     """
 
-    def __init__(self, config: ScGPTConfig, n_classes: int, n_layers: int, *, adversarial: bool = False) -> None:
+    def __init__(self, config: ScGPTConfig, n_classes: int | None, *, adversarial: bool = False) -> None:
         super().__init__()
         width = config.hidden_size
         self.adversarial = adversarial
+        n_layers = _DISCRIMINATOR_LAYERS if adversarial else config.class_head_layers
         activation = nn.LeakyReLU if adversarial else nn.ReLU
         blocks = [(nn.Linear(width, width), activation(), nn.LayerNorm(width)) for _ in range(n_layers - 1)]
         self.layers = nn.Sequential(*(layer for block in blocks for layer in block))
-        self.out = nn.Linear(width, n_classes)
+        self.out = nn.Linear(width, n_classes or 0)
 
     def forward(self, cell_embedding: Tensor) -> Tensor:
         """Return logits, (cells, classes), of embeddings (cells, hidden)."""
@@ -100,44 +141,6 @@ class ReverseGradient(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
         """Return the gradient, negated."""
         return gradient.neg()
-
-
-class DomainNorm(nn.Module):
-    """Batch norm without affine parameters that keeps one set of statistics per domain (DSBN).
-
-    Each cell is normalised by its own domain; the original takes the domain of the first cell for all, which is the same
-    where a batch holds one domain. Padding counts, as there.
-
-    Source: bowang-lab/scGPT:scgpt/model/dsbn.py; Chang et al. 2019, arXiv:1906.03950.
-    """
-
-    def __init__(self, n_domains: int, width: int, *, eps: float, momentum: float) -> None:
-        super().__init__()
-        self.eps, self.momentum = eps, momentum
-        self.register_buffer("running_mean", torch.zeros(n_domains, width))
-        self.register_buffer("running_var", torch.ones(n_domains, width))
-        self.register_buffer("num_batches_tracked", torch.zeros(n_domains, dtype=torch.int64))
-
-    def forward(self, hidden: Tensor, domain_ids: Tensor) -> Tensor:
-        """Return normalised hidden states, (cells, tokens, hidden), of cells whose domains are `domain_ids` (cells,)."""
-        mean, var = self.running_mean, self.running_var
-        if self.training:
-            mean, var = self._batch_statistics(hidden.float(), domain_ids)
-        mean, var = mean[domain_ids][:, None], var[domain_ids][:, None]  # (cells, 1, hidden)
-        return ((hidden - mean) * torch.rsqrt(var + self.eps)).to(hidden.dtype)
-
-    def _batch_statistics(self, hidden: Tensor, domain_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Return mean and biased variance of each domain, (domains, hidden), having updated the running ones."""
-        member = F.one_hot(domain_ids, len(self.running_mean)).to(hidden.dtype)  # (cells, domains)
-        n_values = member.sum(0)[:, None] * hidden.shape[1]
-        mean = member.mT @ hidden.sum(1) / n_values.clamp(min=1)
-        var = member.mT @ (hidden - mean[domain_ids][:, None]).square().sum(1) / n_values.clamp(min=1)
-        with torch.no_grad():
-            share = self.momentum * (n_values > 0)
-            self.running_mean.lerp_(mean, share.expand_as(mean))
-            self.running_var.lerp_(var * n_values / (n_values - 1).clamp(min=1), share.expand_as(var))
-            self.num_batches_tracked += n_values[:, 0] > 0
-        return mean, var
 
 
 def _three_layers(config: ScGPTConfig) -> nn.Sequential:

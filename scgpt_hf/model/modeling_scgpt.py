@@ -1,9 +1,13 @@
 """The scGPT encoder, and one thin class per task on top of it.
 
-`hidden = encoder(gene_embedding[input_ids] + value_encoder(values))`, without positions: the genes of a cell are a set. Input is
-padded, (cells, tokens) with `attention_mask`, or packed, (1, tokens of all cells) with `cu_seq_lens_q`; both give the same numbers.
-Heads are in `heads_scgpt.py`, objectives in `objectives_scgpt.py`, attention within cells in `attention_scgpt.py`.
+`hidden = encoder(gene_embedding[input_ids] + value_encoder(values))`, without positions: the genes of a cell are a set.
+Input is padded, (cells, tokens) with `attention_mask`, or packed, (1, tokens of all cells) with `cu_seq_lens_q`; both
+give the same numbers. What enters the encoder is made in `embeddings_scgpt.py`; what leaves it is read in
+`heads_scgpt.py` and judged in `objectives_scgpt.py`; attention within cells is in `attention_scgpt.py`.
 """
+
+# transformers' methods and decorators are untyped, and PyTorch's modules return Any when called.
+# mypy: disable-error-code="no-untyped-call, untyped-decorator, no-any-return"
 
 import math
 from dataclasses import dataclass
@@ -16,14 +20,15 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import ModelOutput, SequenceClassifierOutput
+from transformers.modeling_outputs import SequenceClassifierOutput
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
+from transformers.utils.generic import ModelOutput, can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from .attention_scgpt import VARLEN, cell_boundaries, cell_of, eager_attention, mask_for, packing_of
 from .configuration_scgpt import ScGPTConfig
-from .heads_scgpt import CellToGeneHead, ClassHead, DomainNorm, ExpressionHead
+from .embeddings_scgpt import DomainNorm, TableEncoder, input_norm_of, value_encoder_of
+from .heads_scgpt import CellToGeneHead, ClassHead, ExpressionHead, ScGPTForPreTrainingOutput
 from .objectives_scgpt import (
     bernoulli_nll,
     class_cross_entropy,
@@ -33,8 +38,6 @@ from .objectives_scgpt import (
     masked_mse,
     share_of_batch,
 )
-
-_BATCH_NORM = {"eps": 6.1e-5, "momentum": 0.1}  # bowang-lab/scGPT:scgpt/model/model.py:96
 
 
 @dataclass
@@ -49,74 +52,11 @@ class ScGPTModelOutput(ModelOutput):
         attentions: attention probabilities of each layer, (cells, heads, tokens, tokens), if asked for and eager.
     """
 
-    last_hidden_state: Tensor | None = None
-    cell_embedding: Tensor | None = None
-    gene_embedding: Tensor | None = None
+    last_hidden_state: Tensor = None  # type: ignore[assignment]  # None is what ModelOutput asks of every field
+    cell_embedding: Tensor = None  # type: ignore[assignment]
+    gene_embedding: Tensor = None  # type: ignore[assignment]
     hidden_states: tuple[Tensor, ...] | None = None
     attentions: tuple[Tensor, ...] | None = None
-
-
-@dataclass
-class ScGPTForPreTrainingOutput(ModelOutput):
-    """What pretraining returns; predictions are (masked,) where `label_positions` was given, else shaped like `input_ids`.
-
-    Args:
-        loss: weighted sum of `losses`.
-        losses: each objective by name, unweighted. With `num_items_in_batch` given, this part's share of the batch's mean.
-        gep: expression predicted from each token's hidden state.
-        gepc: expression predicted from the cell's embedding.
-        gep_zero: log-odds that the gene is expressed, from the hidden state.
-        gepc_zero: log-odds that the gene is expressed, from the cell's embedding.
-        dar: logits of each cell's domain, (cells, domains).
-        class_logits: logits of each cell's class, (cells, classes).
-        cell_embedding: (cells, hidden).
-        last_hidden_state: see `ScGPTModelOutput`.
-        hidden_states: see `ScGPTModelOutput`.
-        attentions: see `ScGPTModelOutput`.
-    """
-
-    loss: Tensor | None = None
-    losses: dict[str, Tensor] | None = None
-    gep: Tensor | None = None
-    gepc: Tensor | None = None
-    gep_zero: Tensor | None = None
-    gepc_zero: Tensor | None = None
-    dar: Tensor | None = None
-    class_logits: Tensor | None = None
-    cell_embedding: Tensor | None = None
-    last_hidden_state: Tensor | None = None
-    hidden_states: tuple[Tensor, ...] | None = None
-    attentions: tuple[Tensor, ...] | None = None
-
-
-class TableEncoder(nn.Module):
-    """Looks a whole number up in a table and normalises the row: genes, binned values, domains."""
-
-    def __init__(self, config: ScGPTConfig, n_rows: int, padding_idx: int | None = None) -> None:
-        super().__init__()
-        self.embedding = nn.Embedding(n_rows, config.hidden_size, padding_idx)
-        self.norm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
-
-    def forward(self, ids: Tensor) -> Tensor:
-        """Return one embedding per id."""
-        return self.norm(self.embedding(ids.long()))
-
-
-class ContinuousValueEncoder(nn.Module):
-    """Turns each value into a vector; mask and padding values go through it like any other number."""
-
-    def __init__(self, config: ScGPTConfig) -> None:
-        super().__init__()
-        self.max_value = config.max_value
-        self.linear1 = nn.Linear(1, config.hidden_size)
-        self.linear2 = nn.Linear(config.hidden_size, config.hidden_size)
-        self.norm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
-        self.dropout = nn.Dropout(config.dropout)
-
-    def forward(self, values: Tensor) -> Tensor:
-        """Return one embedding per value."""
-        column = values.clamp(max=self.max_value)[..., None].to(self.linear1.weight.dtype)
-        return self.dropout(self.norm(self.linear2(F.relu(self.linear1(column)))))
 
 
 class ScGPTAttention(nn.Module):
@@ -184,10 +124,10 @@ class ScGPTPreTrainedModel(PreTrainedModel):
     config: ScGPTConfig
     base_model_prefix = "scgpt"
     supports_gradient_checkpointing = True
-    _no_split_modules = ["ScGPTLayer"]
+    _no_split_modules = ["ScGPTLayer"]  # noqa: RUF012
     _supports_sdpa = True
     _supports_attention_backend = True
-    _can_record_outputs = {"hidden_states": ScGPTLayer, "attentions": ScGPTAttention}
+    _can_record_outputs = {"hidden_states": ScGPTLayer, "attentions": ScGPTAttention}  # noqa: RUF012
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -231,16 +171,8 @@ class ScGPTModel(ScGPTPreTrainedModel):
     def __init__(self, config: ScGPTConfig) -> None:
         super().__init__(config)
         self.gene_encoder = TableEncoder(config, config.vocab_size, config.pad_token_id)
-        self.value_encoder: nn.Module | None = None
-        if config.value_encoder == "continuous":
-            self.value_encoder = ContinuousValueEncoder(config)
-        elif config.value_encoder == "category":
-            self.value_encoder = TableEncoder(config, config.n_value_ids, padding_idx=config.n_bins)
-        self.input_norm: nn.Module | None = None
-        if config.input_norm == "batch":
-            self.input_norm = nn.BatchNorm1d(config.hidden_size, **_BATCH_NORM)
-        elif config.input_norm == "domain":
-            self.input_norm = DomainNorm(config.n_domains, config.hidden_size, **_BATCH_NORM)
+        self.value_encoder = value_encoder_of(config)
+        self.input_norm = input_norm_of(config)
         self.layers = nn.ModuleList(ScGPTLayer(config, layer_idx) for layer_idx in range(config.num_hidden_layers))
         has_final_norm = config.norm_scheme == "pre"
         self.final_norm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps) if has_final_norm else None
@@ -253,7 +185,7 @@ class ScGPTModel(ScGPTPreTrainedModel):
 
     def set_input_embeddings(self, value: nn.Module) -> None:
         """Replace the table of genes."""
-        self.gene_encoder.embedding = value
+        self.gene_encoder.embedding = value  # type: ignore[assignment]
 
     @merge_with_config_defaults
     @capture_outputs
@@ -289,8 +221,10 @@ class ScGPTModel(ScGPTPreTrainedModel):
         """
         layout = (cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k)
         packing = packing_of(input_ids, attention_mask, *layout)
-        if packing is not None:
-            self._refuse_packed()
+        if packing is not None and self.config.counts_padding:
+            raise ValueError(
+                f"{self.config.counts_padding} is not defined for packed input, which has none; pad the cells"
+            )
         gene_embedding = self.gene_encoder(input_ids)
         hidden = self._add_values(gene_embedding, values, optional=input_cell_embedding is not None)
         hidden = self._normalise_input(hidden, domain_ids)
@@ -305,13 +239,6 @@ class ScGPTModel(ScGPTPreTrainedModel):
         if self.final_norm is not None:
             hidden = self.final_norm(hidden)
         return ScGPTModelOutput(hidden, self._pool_cells(hidden, values, boundaries), gene_embedding)
-
-    def _refuse_packed(self) -> None:
-        for name, choice in (("cell_pooling", "cls"), ("input_norm", "none")):
-            if (found := getattr(self.config, name)) != choice:
-                raise ValueError(
-                    f"{name}={found!r} counts padding, so it is not defined for packed input; pad the cells"
-                )
 
     def _add_values(self, gene_embedding: Tensor, values: Tensor | None, *, optional: bool) -> Tensor:
         """Return the embedded input: genes and values added, or multiplied when the encoder is "scaling"."""
@@ -328,23 +255,17 @@ class ScGPTModel(ScGPTPreTrainedModel):
         return gene_embedding + self.value_encoder(values)
 
     def _normalise_input(self, hidden: Tensor, domain_ids: Tensor | None) -> Tensor:
-        if self.input_norm is None:
-            return hidden
         if isinstance(self.input_norm, DomainNorm):
-            if domain_ids is None:
-                raise ValueError(
-                    "input_norm='domain' needs domain_ids, int64 (cells,); pass the experimental batch of each cell"
-                )
-            return self.input_norm(hidden, domain_ids)
-        return self.input_norm(hidden.flatten(0, 1)).view_as(hidden)
+            return self.input_norm(hidden, _needed(domain_ids, "domain_ids"))
+        return hidden if self.input_norm is None else self.input_norm(hidden.flatten(0, 1)).view_as(hidden)
 
     def _pool_cells(self, hidden: Tensor, values: Tensor | None, boundaries: Tensor) -> Tensor:
         """Return the embedding of each cell, (cells, hidden); averages count padding, as the original's do."""
-        if self.config.cell_pooling == "cls" or values is None:
-            return hidden.flatten(0, 1).index_select(0, boundaries[:-1])
         if self.config.cell_pooling == "average":
             return hidden.mean(dim=1)
-        return F.normalize((hidden * values[..., None].to(hidden.dtype)).sum(dim=1), dim=-1)
+        if self.config.cell_pooling == "weighted" and values is not None:
+            return F.normalize((hidden * values[..., None].to(hidden.dtype)).sum(dim=1), dim=-1)
+        return hidden.flatten(0, 1).index_select(0, boundaries[:-1])
 
 
 class ScGPTForPreTraining(ScGPTPreTrainedModel):
@@ -355,7 +276,7 @@ class ScGPTForPreTraining(ScGPTPreTrainedModel):
 
     def __init__(self, config: ScGPTConfig) -> None:
         super().__init__(config)
-        if not any(config.weighs(name) for name in config.loss_weights or {}):
+        if not any(config.weighs(name) for name in config.loss_weights):
             raise ValueError(
                 f"loss_weights {config.loss_weights} leave nothing to train on; give an objective a weight above 0"
             )
@@ -363,9 +284,8 @@ class ScGPTForPreTraining(ScGPTPreTrainedModel):
         self.expression_head = ExpressionHead(config) if config.weighs("gep") else None
         self.cell_to_gene_head = CellToGeneHead(config) if config.weighs("gepc") else None
         self.domain_encoder = TableEncoder(config, config.n_domains) if config.domain_embedding else None
-        self.domain_head = ClassHead(config, config.n_domains, 3, adversarial=True) if config.domain_head else None
-        class_head_layers = config.class_head_layers
-        self.class_head = ClassHead(config, config.num_labels, class_head_layers) if config.weighs("cls") else None
+        self.domain_head = ClassHead(config, config.n_domains, adversarial=True) if config.domain_head else None
+        self.class_head = ClassHead(config, config.num_labels) if config.weighs("cls") else None
         self.post_init()
 
     @can_return_tuple
@@ -387,13 +307,11 @@ class ScGPTForPreTraining(ScGPTPreTrainedModel):
     ) -> ScGPTForPreTrainingOutput:
         """Return predictions and, given labels, the loss and its parts.
 
-        Args:
-            input_ids: as in `ScGPTModel.forward`, and so for the arguments not named here.
-            labels: true values where hidden, else `IGNORE`; float32, shaped like `values`.
-            label_positions: where `labels` holds something, as positions in the flattened input, int64 (masked,). With
-                it the heads run there only.
-            class_labels: class of each cell, int64 (cells,), for the objective "cls".
-            num_items_in_batch: labels in the whole batch, over accumulation steps and processes, of which this is a part.
+        Input is as for `ScGPTModel.forward`. `labels`, float32, shaped like `values`, hold the true value where one is
+        hidden and `IGNORE` elsewhere; `label_positions`, int64 (masked,), says where that is in the flattened input,
+        and lets the heads run there only. `class_labels`, int64 (cells,), are for the objective "cls".
+        `num_items_in_batch` counts the labels of the whole batch, over accumulation steps and processes, of which this
+        is a part.
 
         Raises:
             ValueError: something that the config's heads or objectives need is missing.
@@ -404,14 +322,15 @@ class ScGPTForPreTraining(ScGPTPreTrainedModel):
         boundaries = cell_boundaries(input_ids, cu_seq_lens_q)
         seen = self._predict(encoded, boundaries, label_positions, domain_ids)
         loss, losses = None, None
+        config, given = self.config, num_items_in_batch
         if labels is not None:
             labels = labels if label_positions is None else labels.flatten().index_select(0, label_positions)
-            share, config = share_of_batch(labels, num_items_in_batch), self.config
+            share = share_of_batch(labels, given)
             objectives = {
-                "gep": lambda: masked_mse(seen["gep"], labels, num_items_in_batch),
-                "gepc": lambda: masked_mse(seen["gepc"], labels, num_items_in_batch),
-                "gep_zero": lambda: bernoulli_nll(seen["gep_zero"], labels, num_items_in_batch),
-                "gepc_zero": lambda: bernoulli_nll(seen["gepc_zero"], labels, num_items_in_batch),
+                "gep": lambda: masked_mse(seen["gep"], labels, given),
+                "gepc": lambda: masked_mse(seen["gepc"], labels, given),
+                "gep_zero": lambda: bernoulli_nll(seen["gep_zero"], labels, given),
+                "gepc_zero": lambda: bernoulli_nll(seen["gepc_zero"], labels, given),
                 "ecs": lambda: share * elastic_cell_similarity(encoded.cell_embedding, config.ecs_threshold),
                 "cce": lambda: (
                     share * contrastive_cells(encoded.cell_embedding, encode().cell_embedding, config.cce_temperature)
@@ -420,7 +339,7 @@ class ScGPTForPreTraining(ScGPTPreTrainedModel):
                 "cls": lambda: share * class_cross_entropy(seen["class_logits"], _needed(class_labels, "class_labels")),
             }
             losses = {name: objective() for name, objective in objectives.items() if config.weighs(name)}
-            loss = sum(config.loss_weights[name] * value for name, value in losses.items())
+            loss = torch.stack([config.loss_weights[name] * value for name, value in losses.items()]).sum()
         return ScGPTForPreTrainingOutput(
             loss=loss,
             losses=losses,
@@ -433,12 +352,12 @@ class ScGPTForPreTraining(ScGPTPreTrainedModel):
 
     def _predict(
         self, encoded: ScGPTModelOutput, boundaries: Tensor, positions: Tensor | None, domain_ids: Tensor | None
-    ) -> dict[str, Tensor | None]:
-        """Return what the heads see at the given positions, or at all, by name of the output field."""
+    ) -> dict[str, Any]:
+        """Return what the heads read at the given positions, or at all, by name of the output's field."""
         cells, shape = encoded.cell_embedding, encoded.last_hidden_state.shape[:2]
         at = torch.arange(shape.numel(), device=cells.device) if positions is None else positions
         cell = cell_of(at, boundaries)
-        seen = dict.fromkeys(("gep", "gepc", "gep_zero", "gepc_zero", "dar", "class_logits"))
+        seen: dict[str, Any] = dict.fromkeys(("gep", "gepc", "gep_zero", "gepc_zero", "dar", "class_logits"))
         told = []  # what the expression heads are told beside a state: the domain of its cell
         if self.domain_encoder is not None:
             told = [self.domain_encoder(_needed(domain_ids, "domain_ids"))[cell]]
@@ -466,7 +385,7 @@ class ScGPTForSequenceClassification(ScGPTPreTrainedModel):
     def __init__(self, config: ScGPTConfig) -> None:
         super().__init__(config)
         self.scgpt = ScGPTModel(config)
-        self.class_head = ClassHead(config, config.num_labels, config.class_head_layers)
+        self.class_head = ClassHead(config, config.num_labels)
         self.post_init()
 
     @can_return_tuple
@@ -486,10 +405,8 @@ class ScGPTForSequenceClassification(ScGPTPreTrainedModel):
     ) -> SequenceClassifierOutput:
         """Return logits, (cells, labels), and given labels the loss, chosen by `problem_type` as in the library.
 
-        Args:
-            input_ids: as in `ScGPTModel.forward`, and so for the arguments not named here.
-            labels: class of each cell, int64 (cells,); float (cells, labels) for several classes or regression.
-            num_items_in_batch: cells in the whole batch, over accumulation steps and processes.
+        Input is as for `ScGPTModel.forward`. `labels` are the class of each cell, int64 (cells,), or float (cells,
+        labels) for several classes or numbers per cell. `num_items_in_batch` counts the cells of the whole batch.
         """
         layout = (cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k)
         encoded = self.scgpt(input_ids, values, attention_mask, *layout, domain_ids=domain_ids, **kwargs)

@@ -1,7 +1,7 @@
 """The objectives a model is trained on, and the error it is read by: tensors in, one float32 scalar out.
 
-Every reduction is float32 under any autocast and has a defined value, 0, when there is nothing to reduce. Which objectives
-are added, and with which weights, is decided by `ScGPTConfig.loss_weights`.
+Every reduction is float32 under any autocast and has a defined value, 0, when there is nothing to reduce. Which
+objectives are added, and with which weights, is decided by `ScGPTConfig.loss_weights`.
 """
 
 import torch

@@ -143,7 +143,12 @@ def pack(batch: Tensors) -> dict[str, Any]:
     packed: dict[str, Any] = {name: batch[name][real][None] for name in ("input_ids", "values", "labels")}
     packed |= {name: batch[name] for name in ("domain_ids", "class_labels")}
     longest = int(real.sum(1).max())
-    return packed | {"cu_seq_lens_q": boundaries, "cu_seq_lens_k": boundaries, "max_length_q": longest, "max_length_k": longest}
+    return packed | {
+        "cu_seq_lens_q": boundaries,
+        "cu_seq_lens_k": boundaries,
+        "max_length_q": longest,
+        "max_length_k": longest,
+    }
 
 
 def close(ours: torch.Tensor, theirs: torch.Tensor, atol: float = 2e-5) -> None:
@@ -192,7 +197,7 @@ def fixtures(shared: Path) -> Path:
 
 
 LAYOUTS = [
-    *((case, attention, False) for case in CASES for attention in ("eager", "sdpa", "scgpt_varlen")),
+    *((case, attention, False) for case in CASES for attention in ("eager", "sdpa")),
     *((case, attention, True) for case in PACKABLE for attention in ("eager", "sdpa", "scgpt_varlen")),
 ]
 
@@ -218,25 +223,24 @@ def test_outputs_losses_and_gradients_are_the_originals(
     check_gradients(case, "grad_gepc.")
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", [case for case in CASES if case != "scaling_values"])
 def test_label_positions_give_the_same_losses(fixtures: Path, name: str) -> None:
     case = load_case(fixtures / name)
-    if "loss_total" not in case.expected:
-        pytest.skip("this case has no losses")
     positions = case.inputs["masked_positions"].flatten().nonzero()[:, 0]
     output = case.model(**case.batch, label_positions=positions)
     check_losses(case, output)
     close(output.gep, case.expected["mlm_output"].flatten()[positions])
-    close(masked_relative_error(output.gep, case.inputs["target_values"].flatten()[positions]), case.expected["mre_gep"])
+    close(
+        masked_relative_error(output.gep, case.inputs["target_values"].flatten()[positions]), case.expected["mre_gep"]
+    )
 
 
-@pytest.mark.parametrize("name", [case for case in CASES if case not in ("scaling_values", *COUNTS_PADDING)])
+@pytest.mark.parametrize("name", CASES)
 def test_contrast_between_two_equal_passes_is_the_originals(fixtures: Path, name: str) -> None:
     case = load_case(fixtures / name)
-    if "loss_cce" not in case.expected:
-        pytest.skip("this case has no CCE")
-    cells = case.model(**case.batch).cell_embedding
-    close(contrastive_cells(cells, cells, case.model.config.cce_temperature), case.expected["loss_cce"])
+    if "loss_cce" in case.expected:
+        cells = case.model(**case.batch).cell_embedding
+        close(contrastive_cells(cells, cells, case.model.config.cce_temperature), case.expected["loss_cce"])
 
 
 @pytest.mark.parametrize("file", ["best_model.flash_direct.pt", "best_model.flash_wrapped.pt"])
