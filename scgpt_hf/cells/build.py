@@ -1,10 +1,7 @@
 """A local SOMA in the layout of the CELLxGENE Census, built from .h5ad files.
 
-Decides what is written and how it is stored. The files are opened, joined and checked next door in `h5ad.py`, and what
-is built here is read by `census.py`, or by anything else that reads a Census.
-
-Source of columns, types, tiles and filters: chanzuckerberg/cellxgene-census,
-tools/cellxgene_census_builder/src/cellxgene_census_builder/build_soma/globals.py.
+Decides what is written; `layout.py` says how it is stored. The files are opened, joined and checked by `h5ad.py`, and
+what is built here is read by `census.py`, or by anything else that reads a Census.
 """
 
 import logging
@@ -23,26 +20,14 @@ from numpy.typing import NDArray
 from scipy.sparse import csr_matrix
 from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
-from scgpt_hf.cells.h5ad import H5adPart, H5adSource, join_genes
+from scgpt_hf.cells.genes import join_genes
+from scgpt_hf.cells.h5ad import H5adPart, H5adSource
+from scgpt_hf.cells.layout import OBS_LABELS, OBS_NUMBERS, TILE, table_storage, x_storage
 from scgpt_hf.cells.obs import require_columns
 
 logger = logging.getLogger(__name__)
 
-ONTOLOGIES = (
-    *("assay", "cell_type", "development_stage", "disease", "self_reported_ethnicity", "sex", "tissue"),
-    "tissue_general",
-)
-OBS_LABELS = (
-    *("dataset_id", "donor_id", "suspension_type", "tissue_type"),
-    *(column for name in ONTOLOGIES for column in (name, f"{name}_ontology_term_id")),
-)
-OBS_NUMBERS = ("raw_sum", "nnz", "raw_mean_nnz", "raw_variance_nnz", "n_measured_vars")
-TILE = 2048  # cells and genes
 BLOCK = 4 * TILE  # cells written at once: whole bands, so that no band is spread over two fragments
-
-_ZSTD = {"_type": "ZstdFilter", "level": 9}
-_NUMBER = ["ByteShuffleFilter", _ZSTD]
-_JOINID = ["DoubleDeltaFilter", {"_type": "ZstdFilter", "level": 19}]
 
 
 def build_census(
@@ -130,7 +115,7 @@ def _write_soma(uri: str, organism: str, source: H5adSource, labels: pd.DataFram
         experiment = data.add_new_collection(organism, kind=soma.Experiment)
         rna = experiment.add_new_collection("ms").add_new_collection("RNA", kind=soma.Measurement)
         raw = rna.add_new_collection("X").add_new_sparse_ndarray(
-            "raw", type=pa.float32(), shape=shape, platform_config=_x_storage()
+            "raw", type=pa.float32(), shape=shape, platform_config=x_storage()
         )
         numbers, gene_nnz = _write_counts(raw, source)
         sizes = [len(part.obs) for part in source.parts]
@@ -186,7 +171,7 @@ def _write_table(parent: Any, name: str, table: pd.DataFrame, dictionaries: Sequ
     fields = [pa.field(column, _arrow_type(table[column], column in dictionaries)) for column in table]
     schema = pa.schema(fields)
     parent.add_new_dataframe(
-        name, schema=schema, domain=[[0, len(table) - 1]], platform_config=_table_storage(schema)
+        name, schema=schema, domain=[[0, len(table) - 1]], platform_config=table_storage(schema)
     ).close()
     # written through the handle of its creation, a table loses its dictionaries and filters match nothing: open it anew
     with soma.DataFrame.open(f"{parent.uri}/{name}", "w") as frame:
@@ -220,41 +205,3 @@ def _summary_table(labels: pd.DataFrame, organism: str) -> pd.DataFrame:
         "built_by": "scgpt_hf",
     }
     return pd.DataFrame({"label": list(summary), "value": [str(value) for value in summary.values()]})
-
-
-def _x_storage() -> dict[str, Any]:
-    return {
-        "tiledb": {
-            "create": {
-                "capacity": 2**16,
-                "dims": {
-                    "soma_dim_0": {"tile": TILE, "filters": [_ZSTD]},
-                    "soma_dim_1": {"tile": TILE, "filters": _NUMBER},
-                },
-                "attrs": {"soma_data": {"filters": _NUMBER}},
-                "cell_order": "row-major",
-                "tile_order": "row-major",
-                "allows_duplicates": True,
-            }
-        }
-    }
-
-
-def _table_storage(schema: pa.Schema) -> dict[str, Any]:
-    numeric = [pa.types.is_integer(field.type) or pa.types.is_floating(field.type) for field in schema]
-    attrs = {
-        field.name: {"filters": _NUMBER if number else [_ZSTD]}
-        for field, number in zip(schema, numeric, strict=True)
-        if field.name != "soma_joinid"
-    }
-    return {
-        "tiledb": {
-            "create": {
-                "capacity": 2**16,
-                "dims": {"soma_joinid": {"filters": _JOINID}},
-                "attrs": attrs,
-                "offsets_filters": _JOINID,
-                "allows_duplicates": True,
-            }
-        }
-    }

@@ -11,39 +11,23 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
-from typing import Any, NamedTuple, TypeAlias, TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import pandas as pd
 import pyarrow as pa
 import tiledbsoma as soma
-from numba import njit
 from numpy.typing import NDArray
-from scipy.sparse import csr_matrix
 
+from scgpt_hf.cells.bands import BAND, Band, gather_bands, open_context, read_band
 from scgpt_hf.cells.block import CellBlock, Int64Array, gene_hash, require_cell_ids, require_counts
 from scgpt_hf.cells.obs import full_filter, require_columns, select_obs
 
 logger = logging.getLogger(__name__)
 
-BAND = 2048  # cells of a tile. Source: chanzuckerberg/cellxgene-census, cellxgene_census_builder/build_soma/globals.py
-DENSE = (
-    1 / 64
-)  # wanted cells per cell of the range they span, from which on reading the whole range is faster (measured)
-BUFFER_BYTES = 8 * 2**20  # of each column of a query; larger ones were slower
 ATTEMPTS = 5  # reads of a remote array before its error is passed on
 
-Float32Array: TypeAlias = NDArray[np.float32]
-Int32Array: TypeAlias = NDArray[np.int32]
 Result = TypeVar("Result")
-
-
-class _Band(NamedTuple):
-    """Some cells of one band, by ascending id: cell i holds entries `indptr[i]:indptr[i + 1]`."""
-
-    indptr: Int64Array
-    genes: Int32Array
-    counts: Float32Array
 
 
 class CensusSource:
@@ -65,7 +49,7 @@ class CensusSource:
         """Check the settings against the data.
 
         Args:
-            uri: the SOMA experiment of one organism; `open_census` finds it.
+            uri: the SOMA experiment of one organism; `address.py` finds it.
             obs_filter: SOMA value filter.
             layer: layer of X with the raw counts; by default "raw".
             primary_only: keep only cells with `is_primary_data == True`.
@@ -147,7 +131,7 @@ class CensusSource:
         edges = np.flatnonzero(np.diff(ascending // BAND)) + 1
         pool = self._threads()
         bands = list(pool.map(self._read_band, np.split(ascending, edges))) if len(order) else []
-        counts = _gather_rows(bands, np.split(order, edges), len(self.genes), pool)
+        counts = gather_bands(bands, np.split(order, edges), len(self.genes), pool)
         if not self._checked and len(cell_ids):
             require_counts(counts, f"layer {self._layer!r} of {self._uri}")
             self._checked = True
@@ -188,7 +172,7 @@ class CensusSource:
         return self._retried(read).set_index("soma_joinid").rename_axis("cell_id").loc[cell_ids]
 
     def _experiment(self) -> soma.Experiment:
-        return soma.Experiment.open(self._uri, context=_context(self._remote, n_threads=self._n_threads))
+        return soma.Experiment.open(self._uri, context=open_context(self._remote, n_threads=self._n_threads))
 
     def _threads(self) -> ThreadPoolExecutor:
         with self._lock:
@@ -199,13 +183,13 @@ class CensusSource:
     def _array(self) -> soma.SparseNDArray:
         """Return this thread's own handle on X, with its own context."""
         if not hasattr(self._local, "array"):
-            self._local.array = soma.SparseNDArray.open(self._x_uri, context=_context(self._remote, n_threads=1))
+            self._local.array = soma.SparseNDArray.open(self._x_uri, context=open_context(self._remote, n_threads=1))
             with self._lock:
                 self._arrays.append(self._local.array)
         return cast(soma.SparseNDArray, self._local.array)
 
-    def _read_band(self, cell_ids: Int64Array) -> _Band:
-        return self._retried(lambda: _read_rows(self._array(), cell_ids))
+    def _read_band(self, cell_ids: Int64Array) -> Band:
+        return self._retried(lambda: read_band(self._array(), cell_ids))
 
     def _retried(self, read: Callable[[], Result]) -> Result:
         """Return what `read` returns; on a remote store, try again after 1, 2, 4 and 8 s when it fails."""
@@ -218,66 +202,6 @@ class CensusSource:
         return read()
 
 
-def open_census(
-    address: str, *, obs_filter: str | None = None, layer: str | None = None, primary_only: bool = True
-) -> CensusSource:
-    """Return the source of `census://VERSION/ORGANISM`, of a SOMA in the Census layout, or of one of its organisms.
-
-    Raises:
-        ConnectionError: the Census cannot be reached.
-        ValueError: the version or the organism is unknown, or the address is not a SOMA.
-    """
-    version = None
-    if address.startswith("census://"):
-        version, _, organism = address.removeprefix("census://").strip("/").partition("/")
-        version, address = _find_release(version)
-        uri = _find_organism(address, organism or None)
-    else:
-        uri = _find_organism(address, None)
-    return CensusSource(uri, obs_filter=obs_filter, layer=layer, primary_only=primary_only, census_version=version)
-
-
-def _find_release(version: str) -> tuple[str, str]:
-    """Return the date and the URI of a release of the Census, following aliases such as `stable`."""
-    import cellxgene_census
-    from requests.exceptions import RequestException
-
-    advice = (
-        "check the network, or train on a local copy: aws s3 sync --no-sign-request "
-        f"s3://cellxgene-census-public-us-west-2/cell-census/{version}/soma/ DIR, then give DIR instead"
-    )
-    try:
-        releases = cellxgene_census.get_census_version_directory()
-        if version not in releases:
-            raise ValueError(f"unknown Census version {version!r}; available are {list(releases)}")
-        date = str(releases[version]["release_build"])
-        with cellxgene_census.open_soma(census_version=date) as census:
-            return date, str(census.uri)
-    except (RequestException, soma.SOMAError) as error:
-        raise ConnectionError(f"cannot reach the Census release {version!r} ({error}); {advice}") from error
-
-
-def _find_organism(uri: str, organism: str | None) -> str:
-    """Return the URI of an organism's experiment below a SOMA's root; by default, of its only organism."""
-    remote = "://" in uri and not uri.startswith("file://")
-    try:
-        root: Any = soma.open(uri, context=_context(remote, n_threads=1))
-    except soma.SOMAError as error:
-        raise ValueError(f"cannot open {uri!r} as a SOMA in the Census layout: {error}") from error
-    with root:
-        if isinstance(root, soma.Experiment):
-            return str(root.uri)
-        if "census_data" not in root:
-            raise ValueError(f"{uri!r} is a SOMA but not in the Census layout: no 'census_data' among {sorted(root)}")
-        found = {name: str(root["census_data"][name].uri) for name in root["census_data"]}
-    if organism is None and len(found) == 1:
-        return next(iter(found.values()))
-    if organism not in found:
-        wanted = "more than one organism" if organism is None else f"no organism {organism!r}"
-        raise ValueError(f"{uri!r} holds {wanted}: {found}; give the address of one of them")
-    return found[organism]
-
-
 def _find_layer(experiment: soma.Experiment, layer: str) -> str:
     """Return the URI of a layer of the measurement RNA, or raise a ValueError that lists what there is."""
     measurements: Any = experiment.ms
@@ -287,86 +211,3 @@ def _find_layer(experiment: soma.Experiment, layer: str) -> str:
     if layer not in layers:
         raise ValueError(f"{experiment.uri} has no layer {layer!r} of X; it has {sorted(layers)}")
     return str(layers[layer].uri)
-
-
-def _context(remote: bool, *, n_threads: int) -> soma.SOMATileDBContext:
-    """Return a fresh context with few threads and small buffers; a remote store is asked for 16 ranges at once."""
-    config: dict[str, str | float] = {
-        "soma.init_buffer_bytes": BUFFER_BYTES,
-        "sm.compute_concurrency_level": n_threads,
-        "sm.io_concurrency_level": 16 if remote else n_threads,
-    }
-    if not remote:
-        return soma.SOMATileDBContext(tiledb_config=config)
-    from cellxgene_census import get_default_soma_context
-
-    return get_default_soma_context(tiledb_config=config)
-
-
-def _read_rows(array: soma.SparseNDArray, cell_ids: Int64Array) -> _Band:
-    """Return cells of one band, given by ascending id."""
-    first, last = int(cell_ids[0]), int(cell_ids[-1])
-    whole = len(cell_ids) >= DENSE * (last - first + 1)
-    tables = list(array.read((slice(first, last) if whole else pa.array(cell_ids),)).tables())
-    row_of_id = np.full(last - first + 1, -1, dtype=np.int32)
-    row_of_id[cell_ids - first] = np.arange(len(cell_ids), dtype=np.int32)
-    entries = [[column.to_numpy() for column in batch.columns] for table in tables for batch in table.to_batches()]
-    indptr = np.zeros(len(cell_ids) + 1, dtype=np.int64)
-    for ids, _, counts in entries:
-        _count_entries(ids, counts, first, row_of_id, indptr[1:])
-    np.cumsum(indptr, out=indptr)
-    genes, values, cursor = np.empty(indptr[-1], np.int32), np.empty(indptr[-1], np.float32), indptr[:-1].copy()
-    for ids, columns, counts in entries:
-        _scatter_entries(ids, columns, counts, first, row_of_id, cursor, genes, values)
-    return _Band(indptr, genes, values)
-
-
-def _gather_rows(
-    bands: Sequence[_Band], places: Sequence[Int64Array], n_genes: int, pool: ThreadPoolExecutor
-) -> csr_matrix:
-    """Return the cells of all bands as one matrix; cell i of band b becomes row `places[b][i]`."""
-    indptr = np.zeros(sum(map(len, places)) + 1, dtype=np.int64)
-    for band, rows in zip(bands, places, strict=False):
-        indptr[rows + 1] = np.diff(band.indptr)
-    np.cumsum(indptr, out=indptr)
-    genes, values = np.empty(indptr[-1], np.int32), np.empty(indptr[-1], np.float32)
-    copies = [
-        pool.submit(_copy_rows, *band, rows, indptr, genes, values) for band, rows in zip(bands, places, strict=False)
-    ]
-    for copy in copies:
-        copy.result()
-    if indptr[-1] <= np.iinfo(np.int32).max:  # scipy wants both index arrays of one type
-        indptr = indptr.astype(np.int32)
-    counts = csr_matrix((values, genes, indptr), shape=(len(indptr) - 1, n_genes), copy=False)
-    counts.sort_indices()  # looks first, and sorts only if the fragments came out of order
-    return counts
-
-
-@njit(nogil=True, cache=True)
-def _count_entries(ids, counts, first, row_of_id, lengths):  # type: ignore[no-untyped-def]
-    """Add to each wanted cell's length the number of its entries."""
-    for entry in range(len(ids)):
-        row = row_of_id[ids[entry] - first]
-        if row >= 0 and counts[entry] != 0:
-            lengths[row] += 1
-
-
-@njit(nogil=True, cache=True)
-def _scatter_entries(ids, columns, counts, first, row_of_id, cursor, genes, values):  # type: ignore[no-untyped-def]
-    """Write each wanted entry behind the last one of its cell; the order within a cell is kept."""
-    for entry in range(len(ids)):
-        row = row_of_id[ids[entry] - first]
-        if row >= 0 and counts[entry] != 0:
-            place = cursor[row]
-            genes[place], values[place] = columns[entry], counts[entry]
-            cursor[row] = place + 1
-
-
-@njit(nogil=True, cache=True)
-def _copy_rows(from_indptr, from_genes, from_values, rows, indptr, genes, values):  # type: ignore[no-untyped-def]
-    """Copy each cell of a band to its row of the result."""
-    for cell in range(len(rows)):
-        start, stop, place = from_indptr[cell], from_indptr[cell + 1], indptr[rows[cell]]
-        for entry in range(start, stop):
-            genes[place + entry - start] = from_genes[entry]
-            values[place + entry - start] = from_values[entry]

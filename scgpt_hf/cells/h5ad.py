@@ -1,6 +1,6 @@
 """Cells of .h5ad files, read from disk as they are asked for, or of an AnnData in memory, taken by reference.
 
-Decides where a file keeps its raw counts and its gene ids, and joins many files by gene id. Files stay on disk: memory
+Decides where a file keeps its raw counts, and joins many files by gene id (`genes.py`). Files stay on disk: memory
 holds `obs` and the cells of one read. To read millions of cells again and again, build a SOMA first (`build.py`).
 """
 
@@ -15,17 +15,14 @@ import numpy as np
 import pandas as pd
 from anndata import AnnData
 from anndata.io import read_elem, sparse_dataset
-from numpy.typing import NDArray
 from scipy.sparse import csr_matrix, issparse, vstack
 
 from scgpt_hf.cells.block import CellBlock, Int64Array, gene_hash, require_cell_ids, require_counts
+from scgpt_hf.cells.genes import find_gene_ids, join_genes
 from scgpt_hf.cells.obs import drop_unused_categories, full_filter, require_columns, select_rows
 
 logger = logging.getLogger(__name__)
 
-ENSEMBL = r"^ENS[A-Z]*G\d+"
-ID_COLUMNS = ("feature_id", "gene_ids", "ensembl_id", "gene_id")
-NAME_COLUMNS = ("feature_name", "gene_symbols", "gene_symbol", "gene_name")
 RAW = ".raw"  # the name of AnnData's `.raw` among the layers
 LOOK = 1000  # cells looked at to tell whether a layer holds raw counts
 GAP = 16  # rows between two wanted ones up to which reading on is faster than reading twice
@@ -164,43 +161,6 @@ def open_parts(data: AnnData | str | Path | Sequence[str | Path], layer: str | N
         yield _make_part(str(path), matrices, obs, frames, layer)
 
 
-def find_gene_ids(var: pd.DataFrame, where: str) -> pd.DataFrame:
-    """Return the genes of a `var` table as `feature_id`, `feature_name` and `feature_length`.
-
-    Ids are the index if most of it looks like Ensembl, else the first such column of `feature_id`, `gene_ids`,
-    `ensembl_id` and `gene_id`, else the index as it is. Version suffixes (`ENSG00000141510.18`) are taken off and
-    counted in the log. `feature_length` is 0 where var does not tell.
-
-    Raises:
-        ValueError: a gene id occurs twice.
-    """
-    index = pd.Series(var.index.astype(str), dtype=object)
-    candidates = [index, *(_filled(var[name], index) for name in ID_COLUMNS if name in var)]
-    ensembl = [ids for ids in candidates if ids.str.match(ENSEMBL).mean() > 0.5]
-    ids = ensembl[0] if ensembl else index
-    if not ensembl and len(ids):
-        logger.info("%s: no Ensembl ids found; genes go by the index, e.g. %s", where, ids.iloc[0])
-    stripped = ids.str.replace(rf"({ENSEMBL})\.\d+$", r"\1", regex=True)
-    if n_stripped := int((stripped != ids).sum()):
-        logger.info("%s: took the version off %d Ensembl ids", where, n_stripped)
-    repeated = stripped[stripped.duplicated()].unique()
-    if len(repeated):
-        raise ValueError(
-            f"expected each gene id once, found {len(repeated):,} repeated in {where}, e.g. {list(repeated[:5])}; "
-            "sum or rename these genes first"
-        )
-    names = next((_filled(var[name], index) for name in NAME_COLUMNS if name in var), index)
-    lengths = var["feature_length"].to_numpy(np.int64) if "feature_length" in var else 0
-    return pd.DataFrame({"feature_id": stripped, "feature_name": names, "feature_length": lengths})
-
-
-def join_genes(tables: Sequence[pd.DataFrame]) -> tuple[pd.DataFrame, list[NDArray[np.int32]]]:
-    """Return the union of the genes in first-seen order, and for each table the place of each of its genes there."""
-    union = pd.concat(tables).drop_duplicates("feature_id", ignore_index=True)
-    place = pd.Index(union["feature_id"])
-    return union, [place.get_indexer(table["feature_id"]).astype(np.int32) for table in tables]
-
-
 def _make_part(
     name: str, matrices: Mapping[str, Any], obs: pd.DataFrame, frames: Mapping[str, pd.DataFrame], layer: str | None
 ) -> H5adPart:
@@ -242,12 +202,6 @@ def _looks_raw(matrix: Any) -> bool:
     except ValueError:
         return False
     return True
-
-
-def _filled(column: pd.Series, index: pd.Series) -> pd.Series:
-    """Return a column of var as strings, with the index where it is missing."""
-    values = column.astype(object).reset_index(drop=True)
-    return values.where(values.notna(), index).astype(str)
 
 
 def _join_obs(tables: Sequence[pd.DataFrame]) -> pd.DataFrame:

@@ -57,7 +57,7 @@ def open_source(
     if isinstance(address, Sequence) and not isinstance(address, str) and len(address) == 1:
         address = address[0]
     if isinstance(address, str) and "://" in address:
-        from scgpt_hf.cells.census import open_census
+        from scgpt_hf.cells.address import open_census
 
         return open_census(address, **settings)
     if not isinstance(address, str | Path | Sequence):
@@ -82,7 +82,7 @@ def _open_paths(paths: Sequence[Path], settings: dict[str, Any]) -> CellSource:
 
         return H5adSource(paths, **settings)
     if len(paths) == 1 and paths[0].is_dir():
-        from scgpt_hf.cells.census import open_census
+        from scgpt_hf.cells.address import open_census
 
         return open_census(str(paths[0]), **settings)
     wrong = [str(path) for path in paths if path.is_dir() or path.suffix != ".h5ad"]

@@ -15,6 +15,7 @@ from source_contract import expected_counts
 
 from scgpt_hf.cells import build
 from scgpt_hf.cells.build import build_census
+from scgpt_hf.cells.layout import OBS_LABELS
 
 
 @pytest.fixture
@@ -62,7 +63,7 @@ def test_obs_and_var_numbers_are_those_of_the_counts(small_census, small_cells):
     assert var["n_measured_obs"].tolist() == sum(in_file).tolist()
 
 
-@pytest.mark.parametrize("column", build.OBS_LABELS)
+@pytest.mark.parametrize("column", OBS_LABELS)
 def test_every_dictionary_survives_so_that_filters_match(small_census, column):
     with soma.DataFrame.open(str(small_census / "census_data" / "homo_sapiens" / "obs")) as obs:
         first = str(table(obs, column_names=[column])[column].iloc[0])
@@ -81,7 +82,6 @@ def test_storage_is_as_the_census_builder_lays_it_out(small_census):
 @pytest.mark.parametrize("block", [1, 2048])
 def test_counts_do_not_depend_on_the_size_of_a_write(tmp_path, files, small_cells, monkeypatch, block):
     monkeypatch.setattr(build, "BLOCK", 7 if block == 1 else block)
-    monkeypatch.setattr(build, "TILE", 32)
     build_census(files, tmp_path / "soma")
     with soma.Experiment.open(str(tmp_path / "soma" / "census_data" / "homo_sapiens")) as experiment:
         genes = table(experiment.ms["RNA"].var)["feature_id"].tolist()

@@ -10,7 +10,7 @@ import tiledbsoma as soma
 from scipy.sparse import random as random_sparse
 from source_contract import SourceContract
 
-from scgpt_hf.cells import census
+from scgpt_hf.cells import bands, census
 from scgpt_hf.cells.census import CensusSource
 from scgpt_hf.cells.source import open_source
 
@@ -41,7 +41,7 @@ def test_one_organism_may_be_addressed_alone(small_census):
 @pytest.mark.parametrize("n_threads", [1, 3])
 @pytest.mark.parametrize("dense", [0.0, 2.0])
 def test_bands_and_coordinates_read_the_same(tmp_path, monkeypatch, n_threads, dense):
-    monkeypatch.setattr(census, "DENSE", dense)
+    monkeypatch.setattr(bands, "DENSE", dense)
     counts = random_sparse(
         5000, 30, 0.2, format="csr", random_state=0, data_rvs=lambda n: np.arange(n) % 7
     )  # with zeros

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from scipy.sparse import csc_matrix, csr_matrix
 from source_contract import SourceContract
 
-from scgpt_hf.cells.h5ad import H5adSource, find_gene_ids, join_genes
+from scgpt_hf.cells.genes import find_gene_ids, join_genes
+from scgpt_hf.cells.h5ad import H5adSource
 from scgpt_hf.cells.source import open_source
 
 

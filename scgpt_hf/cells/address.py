@@ -1,0 +1,71 @@
+"""From the address of a SOMA, or of a release of the public Census, to the experiment of one organism.
+
+Decides how a release and an organism are found and what is said when they are not. Cells are read by `census.py`.
+"""
+
+from typing import Any
+
+import tiledbsoma as soma
+
+from scgpt_hf.cells.bands import open_context
+from scgpt_hf.cells.census import CensusSource
+
+
+def open_census(
+    address: str, *, obs_filter: str | None = None, layer: str | None = None, primary_only: bool = True
+) -> CensusSource:
+    """Return the source of `census://VERSION/ORGANISM`, of a SOMA in the Census layout, or of one of its organisms.
+
+    Raises:
+        ConnectionError: the Census cannot be reached.
+        ValueError: the version or the organism is unknown, or the address is not a SOMA.
+    """
+    version = None
+    if address.startswith("census://"):
+        version, _, organism = address.removeprefix("census://").strip("/").partition("/")
+        version, address = _find_release(version)
+        uri = _find_organism(address, organism or None)
+    else:
+        uri = _find_organism(address, None)
+    return CensusSource(uri, obs_filter=obs_filter, layer=layer, primary_only=primary_only, census_version=version)
+
+
+def _find_release(version: str) -> tuple[str, str]:
+    """Return the date and the URI of a release of the Census, following aliases such as `stable`."""
+    import cellxgene_census
+    from requests.exceptions import RequestException
+
+    advice = (
+        "check the network, or train on a local copy: aws s3 sync --no-sign-request "
+        f"s3://cellxgene-census-public-us-west-2/cell-census/{version}/soma/ DIR, then give DIR instead"
+    )
+    try:
+        releases = cellxgene_census.get_census_version_directory()
+        if version not in releases:
+            raise ValueError(f"unknown Census version {version!r}; available are {list(releases)}")
+        date = str(releases[version]["release_build"])
+        with cellxgene_census.open_soma(census_version=date) as census:
+            return date, str(census.uri)
+    except (RequestException, soma.SOMAError) as error:
+        raise ConnectionError(f"cannot reach the Census release {version!r} ({error}); {advice}") from error
+
+
+def _find_organism(uri: str, organism: str | None) -> str:
+    """Return the URI of an organism's experiment below a SOMA's root; by default, of its only organism."""
+    remote = "://" in uri and not uri.startswith("file://")
+    try:
+        root: Any = soma.open(uri, context=open_context(remote, n_threads=1))
+    except soma.SOMAError as error:
+        raise ValueError(f"cannot open {uri!r} as a SOMA in the Census layout: {error}") from error
+    with root:
+        if isinstance(root, soma.Experiment):
+            return str(root.uri)
+        if "census_data" not in root:
+            raise ValueError(f"{uri!r} is a SOMA but not in the Census layout: no 'census_data' among {sorted(root)}")
+        found = {name: str(root["census_data"][name].uri) for name in root["census_data"]}
+    if organism is None and len(found) == 1:
+        return next(iter(found.values()))
+    if organism not in found:
+        wanted = "more than one organism" if organism is None else f"no organism {organism!r}"
+        raise ValueError(f"{uri!r} holds {wanted}: {found}; give the address of one of them")
+    return found[organism]

@@ -1,0 +1,118 @@
+"""Rows of a SOMA sparse array, a band of 2,048 at a time.
+
+Decides how the entries of a band are read and put into order; `census.py` says which band is read by which thread. The
+loops over entries are compiled and release the GIL, so that threads read at the same time.
+"""
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple, TypeAlias
+
+import numpy as np
+import pyarrow as pa
+import tiledbsoma as soma
+from numba import njit
+from numpy.typing import NDArray
+from scipy.sparse import csr_matrix
+
+from scgpt_hf.cells.block import Int64Array
+
+BAND = 2048  # cells of a tile. Source: chanzuckerberg/cellxgene-census, cellxgene_census_builder/build_soma/globals.py
+DENSE = (
+    1 / 64
+)  # wanted cells per cell of the range they span, from which on reading the whole range is faster (measured)
+BUFFER_BYTES = 8 * 2**20  # of each column of a query; larger ones were slower
+
+Float32Array: TypeAlias = NDArray[np.float32]
+Int32Array: TypeAlias = NDArray[np.int32]
+
+
+class Band(NamedTuple):
+    """Some cells of one band, by ascending id: cell i holds entries `indptr[i]:indptr[i + 1]`."""
+
+    indptr: Int64Array
+    genes: Int32Array
+    counts: Float32Array
+
+
+def open_context(remote: bool, *, n_threads: int) -> soma.SOMATileDBContext:
+    """Return a fresh context with few threads and small buffers; a remote store is asked for 16 ranges at once."""
+    config: dict[str, str | float] = {
+        "soma.init_buffer_bytes": BUFFER_BYTES,
+        "sm.compute_concurrency_level": n_threads,
+        "sm.io_concurrency_level": 16 if remote else n_threads,
+    }
+    if not remote:
+        return soma.SOMATileDBContext(tiledb_config=config)
+    from cellxgene_census import get_default_soma_context
+
+    return get_default_soma_context(tiledb_config=config)
+
+
+def read_band(array: soma.SparseNDArray, cell_ids: Int64Array) -> Band:
+    """Return cells of one band, given by ascending id."""
+    first, last = int(cell_ids[0]), int(cell_ids[-1])
+    whole = len(cell_ids) >= DENSE * (last - first + 1)
+    tables = list(array.read((slice(first, last) if whole else pa.array(cell_ids),)).tables())
+    row_of_id = np.full(last - first + 1, -1, dtype=np.int32)
+    row_of_id[cell_ids - first] = np.arange(len(cell_ids), dtype=np.int32)
+    entries = [[column.to_numpy() for column in batch.columns] for table in tables for batch in table.to_batches()]
+    indptr = np.zeros(len(cell_ids) + 1, dtype=np.int64)
+    for ids, _, counts in entries:
+        _count_entries(ids, counts, first, row_of_id, indptr[1:])
+    np.cumsum(indptr, out=indptr)
+    genes, values, cursor = np.empty(indptr[-1], np.int32), np.empty(indptr[-1], np.float32), indptr[:-1].copy()
+    for ids, columns, counts in entries:
+        _scatter_entries(ids, columns, counts, first, row_of_id, cursor, genes, values)
+    return Band(indptr, genes, values)
+
+
+def gather_bands(
+    bands: Sequence[Band], places: Sequence[Int64Array], n_genes: int, pool: ThreadPoolExecutor
+) -> csr_matrix:
+    """Return the cells of all bands as one matrix; cell i of band b becomes row `places[b][i]`."""
+    indptr = np.zeros(sum(map(len, places)) + 1, dtype=np.int64)
+    for band, rows in zip(bands, places, strict=False):
+        indptr[rows + 1] = np.diff(band.indptr)
+    np.cumsum(indptr, out=indptr)
+    genes, values = np.empty(indptr[-1], np.int32), np.empty(indptr[-1], np.float32)
+    copies = [
+        pool.submit(_copy_rows, *band, rows, indptr, genes, values) for band, rows in zip(bands, places, strict=False)
+    ]
+    for copy in copies:
+        copy.result()
+    if indptr[-1] <= np.iinfo(np.int32).max:  # scipy wants both index arrays of one type
+        indptr = indptr.astype(np.int32)
+    counts = csr_matrix((values, genes, indptr), shape=(len(indptr) - 1, n_genes), copy=False)
+    counts.sort_indices()  # looks first, and sorts only if the fragments came out of order
+    return counts
+
+
+@njit(nogil=True, cache=True)
+def _count_entries(ids, counts, first, row_of_id, lengths):  # type: ignore[no-untyped-def]
+    """Add to each wanted cell's length the number of its entries."""
+    for entry in range(len(ids)):
+        row = row_of_id[ids[entry] - first]
+        if row >= 0 and counts[entry] != 0:
+            lengths[row] += 1
+
+
+@njit(nogil=True, cache=True)
+def _scatter_entries(ids, columns, counts, first, row_of_id, cursor, genes, values):  # type: ignore[no-untyped-def]
+    """Write each wanted entry behind the last one of its cell; the order within a cell is kept."""
+    for entry in range(len(ids)):
+        row = row_of_id[ids[entry] - first]
+        if row >= 0 and counts[entry] != 0:
+            place = cursor[row]
+            genes[place], values[place] = columns[entry], counts[entry]
+            cursor[row] = place + 1
+
+
+@njit(nogil=True, cache=True)
+def _copy_rows(from_indptr, from_genes, from_values, rows, indptr, genes, values):  # type: ignore[no-untyped-def]
+    """Copy each cell of a band to its row of the result."""
+    for cell in range(len(rows)):
+        start, stop, place = from_indptr[cell], from_indptr[cell + 1], indptr[rows[cell]]
+        for entry in range(start, stop):
+            genes[place + entry - start] = from_genes[entry]
+            values[place + entry - start] = from_values[entry]
