@@ -1,0 +1,1 @@
+"""What weights are for: embedding, annotating, scoring and drawing cells."""

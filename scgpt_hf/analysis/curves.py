@@ -1,0 +1,168 @@
+"""The course of a run, drawn from its `metrics.jsonl`: losses by name, and what the validation error means.
+
+Figures are returned; `plots.py` holds the palette and saves them.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.ticker import MaxNLocator
+
+from scgpt_hf.analysis.plots import GREY, PALETTE, SMALL, FloatArray
+
+Curves = dict[str, tuple[FloatArray, FloatArray]]
+
+# Objectives as the trainer logs them, in the order of the palette.
+OBJECTIVES = ("gep", "gepc", "ecs", "cce", "dar", "gep_zero", "gepc_zero", "cls")
+REFERENCES = {"eval_constant_mse": "constant", "eval_gene_mean_mse": "gene mean", "eval_tie_floor_mse": "tie floor"}
+_LABEL_GAP = 0.085  # between labels at line ends, as a share of the height of the axes
+
+
+def read_metrics(path: str | Path) -> list[dict[str, Any]]:
+    """Return the lines of a run's `metrics.jsonl`, each with at least `step` and `epoch`.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: a line is not a JSON object with a step and an epoch; the message gives its number.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"no metrics at {str(path)!r}; a run writes metrics.jsonl with its first log line")
+    metrics = []
+    for number, text in enumerate(Path(path).read_text().splitlines(), start=1):
+        try:
+            line = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ValueError(
+                f"line {number} of {path} is not JSON: {text[:60]!r}; remove it if the run was cut off while writing"
+            ) from error
+        if not isinstance(line, dict) or not {"step", "epoch"} <= line.keys():
+            raise ValueError(f"line {number} of {path} has no step and epoch: {text[:60]!r}")
+        metrics.append(line)
+    return metrics
+
+
+def plot_loss(metrics: Sequence[Mapping[str, Any]]) -> Figure:
+    """Return the course of a run: training losses by name, and validation MSE between its reference lines.
+
+    A run that was never validated, or logged no training loss, gets one panel instead of two. The best step is the
+    one with the lowest `eval_loss`, as the run keeps it.
+
+    Args:
+        metrics: lines as `read_metrics` gives them.
+
+    Raises:
+        ValueError: no line holds a loss.
+    """
+    training = {name: _curve(metrics, name) for name in ("loss", *OBJECTIVES)}
+    validation = {name: _curve(metrics, f"eval_{name}_mse") for name in ("gep", "gepc")}
+    panels = [
+        (draw, drawn)
+        for draw, curves in ((_draw_training, training), (_draw_validation, validation))
+        if (drawn := {name: curve for name, curve in curves.items() if len(curve[0])})
+    ]
+    if not panels:
+        raise ValueError(f"no line of {len(metrics):,} holds a loss; expected keys such as 'loss' or 'eval_gep_mse'")
+    figure = Figure(figsize=(3.7 * len(panels), 2.7), layout=ConstrainedLayoutEngine(w_pad=0.08))
+    for axes, (draw, curves) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+        draw(axes, curves, metrics)
+    return figure
+
+
+def _curve(metrics: Sequence[Mapping[str, Any]], key: str) -> tuple[FloatArray, FloatArray]:
+    """Return (epochs, values) of the lines that hold a finite number under the key."""
+    points = [(line["epoch"], line[key]) for line in metrics if np.isfinite(line.get(key, np.nan))]
+    epochs, values = np.array(points, dtype=float).reshape(-1, 2).T
+    return epochs, values
+
+
+def _draw_training(axes: Axes, curves: Curves, metrics: Sequence[Mapping[str, Any]]) -> None:
+    """Draw what was logged faintly, and its running mean over a fiftieth of the run firmly."""
+    colours = {"loss": GREY, **dict(zip(OBJECTIVES, PALETTE, strict=False))}
+    if set(curves) == {"loss", "gep"}:  # the sum of one: the objective says it all
+        curves = {"gep": curves["gep"]}
+    labels = []
+    for name, (epochs, values) in curves.items():
+        smooth = pd.Series(values).rolling(max(1, len(values) // 50), min_periods=1).mean().to_numpy()
+        dot = "o" if len(values) <= 20 else None  # a line through one point is not seen
+        axes.plot(epochs, values, color=colours[name], linewidth=0.6, alpha=0.35)
+        axes.plot(
+            epochs, smooth, color=colours[name], linewidth=1.4, label=name, marker=dot, markersize=2.5, clip_on=False
+        )
+        labels.append((f"{_title(name)} {smooth[-1]:.3g}", float(smooth[-1]), colours[name]))
+    everything = np.concatenate([values for _, values in curves.values()])
+    if everything.min() > 0 and everything.max() > 20 * everything.min():
+        axes.set_yscale("log")
+    _finish(axes, curves, "Training", "loss", labels)
+
+
+def _draw_validation(axes: Axes, curves: Curves, metrics: Sequence[Mapping[str, Any]]) -> None:
+    """Draw the MSE of each head, the reference lines and the best step."""
+    lines = [line for line in metrics if "eval_gep_mse" in line or "eval_gepc_mse" in line]
+    best = min(lines, key=lambda line: line.get("eval_loss", line.get("eval_gep_mse", np.inf)))
+    labels = []
+    for key, name in REFERENCES.items():
+        if key in best:
+            axes.axhline(best[key], color=GREY, linewidth=0.9, linestyle=(0, (4, 2)), label=name)
+            labels.append((f"{name} {best[key]:.1f}", float(best[key]), GREY))
+    for (name, (epochs, values)), colour in zip(curves.items(), PALETTE, strict=False):
+        axes.plot(epochs, values, color=colour, linewidth=1.4, marker="o", markersize=2.5, label=name, clip_on=False)
+        labels.append((f"{_title(name)} {values[-1]:.1f}", float(values[-1]), colour))
+        if f"eval_{name}_mse" in best:
+            place = (best["epoch"], best[f"eval_{name}_mse"])
+            axes.plot(*place, "o", markersize=7, fillstyle="none", color=colour, label=f"best {name}", clip_on=False)
+    axes.set_ylim(bottom=0)
+    _finish(axes, curves, f"Validation, best at step {best['step']:,} (○)", "mean squared error (bins²)", labels)
+
+
+def _title(name: str) -> str:
+    return "total" if name == "loss" else name.upper().replace("_", " ")
+
+
+def _finish(axes: Axes, curves: Curves, title: str, y_label: str, labels: list[tuple[str, float, str]]) -> None:
+    """Name the axes and put each label (text, height in data units, colour) beside the end of its line."""
+    last = max(float(epochs[-1]) for epochs, _ in curves.values())
+    axes.set_xlim(0, last or 1)
+    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    axes.get_ylim()  # settles the limits, which the transform to axes units below does not
+    axes.set_title(title, fontsize=9, loc="left")
+    axes.set_xlabel("epoch", fontsize=SMALL)
+    axes.set_ylabel(y_label, fontsize=SMALL)
+    axes.tick_params(labelsize=SMALL)
+    axes.spines[["top", "right"]].set_visible(False)
+    to_axes = axes.transScale + axes.transLimits
+    heights = np.array([to_axes.transform((1, value))[1] for _, value, _ in labels])
+    for (text, _, colour), height, free in zip(labels, heights, spread(heights, _LABEL_GAP), strict=True):
+        axes.annotate(
+            text,
+            (1, height),
+            (1.05, free),
+            "axes fraction",
+            "axes fraction",
+            color=colour,
+            va="center",
+            fontsize=SMALL,
+            arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.6, "shrinkA": 1},
+        )
+
+
+def spread(heights: FloatArray, gap: float) -> FloatArray:
+    """Return heights at least `gap` apart in the same order, as near to the given ones as least squares allows.
+
+    Source: isotonic regression of `height - rank * gap` by pooling adjacent violators.
+    """
+    order = np.argsort(heights, kind="stable")
+    pools: list[list[float]] = []
+    for rank, height in enumerate(heights[order]):
+        pools.append([float(height) - rank * gap])
+        while len(pools) > 1 and np.mean(pools[-2]) > np.mean(pools[-1]):
+            pools[-2:] = [pools[-2] + pools[-1]]
+    apart = np.empty(len(heights))
+    apart[order] = [np.mean(pool) for pool in pools for _ in pool] + gap * np.arange(len(heights))
+    return apart

@@ -1,0 +1,131 @@
+"""Figures of cells, and saving."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from matplotlib.axes import Axes
+from matplotlib.colors import to_hex, to_rgb
+from matplotlib.figure import Figure
+
+from scgpt_hf.analysis.plots import OTHER, PALETTE, plot_umap, save_figure
+
+
+def legend_of(axes: Axes) -> list[str]:
+    return [text.get_text() for text in axes.get_legend().get_texts()]
+
+
+def colours_of(axes: Axes) -> set[str]:
+    return {to_hex(colour).upper() for colour in axes.collections[0].get_facecolors()}
+
+
+@settings(deadline=None, max_examples=10)
+@given(st.lists(st.sampled_from("abcdefgh"), min_size=1, max_size=60))
+def test_legend_counts_every_cell_once_largest_first(categories: list[str]) -> None:
+    axes = plot_umap(np.zeros((len(categories), 2)), {"type": categories}).axes[0]
+    counts = sorted(((categories.count(name), name) for name in set(categories)), key=lambda pair: (-pair[0], pair[1]))
+    assert legend_of(axes) == [f"{name} ({count})" for count, name in counts]
+    assert len(axes.collections[0].get_offsets()) == len(categories)
+    assert len(colours_of(axes)) == len(counts)
+
+
+def test_each_point_keeps_its_place_and_colour_when_drawn_in_shuffled_order() -> None:
+    coordinates = np.arange(40.0).reshape(20, 2)
+    categories = ["a"] * 12 + ["b"] * 8
+    points = plot_umap(coordinates, {"type": categories}).axes[0].collections[0]
+    colour_at = dict(zip(map(tuple, points.get_offsets()), points.get_facecolors(), strict=True))
+    for place, category in zip(coordinates, categories, strict=True):
+        assert colour_at[tuple(place)][:3] == pytest.approx(to_rgb(PALETTE["ab".index(category)]))
+    assert points.get_rasterized()
+
+
+def test_more_than_twenty_categories_share_other_and_missing_labels_are_said() -> None:
+    names = [f"type {i:02}" for i in range(23) for _ in range(23 - i)]
+    categories = [*names, None, float("nan")]
+    axes = plot_umap(np.zeros((len(categories), 2)), {"type": categories}).axes[0]
+    legend = legend_of(axes)
+    assert len(legend) == 19 + 2
+    assert legend[0] == "type 00 (23)"
+    assert legend[-2:] == ["4 other (10)", "unlabelled (2)"]
+    assert colours_of(axes) == {*PALETTE[:19], OTHER}
+
+
+def test_twenty_categories_need_no_other() -> None:
+    names = [f"type {i:02}" for i in range(20)]
+    axes = plot_umap(np.zeros((20, 2)), {"type": names}).axes[0]
+    assert legend_of(axes) == [f"{name} (1)" for name in names]
+    assert len(colours_of(axes)) == 20
+
+
+def test_panels_stand_side_by_side_at_one_size_without_ticks_and_undistorted() -> None:
+    coordinates = np.random.default_rng(0).normal(size=(30, 2)) * [5, 1]
+    figure = plot_umap(
+        coordinates, {"cell type": ["a long name of a cell type"] * 30, "donor": ["d"] * 30}, title="run"
+    )
+    figure.draw_without_rendering()
+    left, right = figure.axes
+    assert [axes.get_title(loc="left") for axes in figure.axes] == ["cell type", "donor"]
+    assert figure.get_suptitle() == "run"
+    assert left.bbox.width == pytest.approx(right.bbox.width)
+    assert (left.bbox.y0, left.bbox.y1) == pytest.approx((right.bbox.y0, right.bbox.y1))
+    assert left.get_aspect() == 1
+    assert not left.get_xticks().size + left.get_yticks().size
+    assert (left.get_xlabel(), left.get_ylabel()) == ("UMAP 1", "UMAP 2")
+    assert left.get_legend().get_window_extent().x1 < right.bbox.x0
+    assert right.get_legend().get_window_extent().x1 <= figure.bbox.x1
+
+
+@pytest.mark.parametrize(
+    ("coordinates", "panels", "message"),
+    [
+        (np.zeros((3, 3)), {"a": ["x"] * 3}, r"shape \(cells, 2\).*found \(3, 3\)"),
+        (np.zeros((0, 2)), {"a": []}, "at least one cell"),
+        (np.array([[0, np.nan]]), {"a": ["x"]}, "1 of 1 cells have coordinates that are not finite"),
+        (np.zeros((3, 2)), {}, "no panel"),
+        (np.zeros((3, 2)), {"donor": ["x"]}, "'donor' has 1 categories for 3 cells"),
+    ],
+)
+def test_what_cannot_be_drawn_raises(coordinates: np.ndarray, panels: dict[str, list[str]], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        plot_umap(coordinates, panels)
+
+
+@pytest.mark.parametrize(("suffix", "start"), [(".png", b"\x89PNG"), (".svg", b"<?xml"), (".pdf", b"%PDF")])
+def test_save_figure_writes_what_the_suffix_says_and_nothing_else(tmp_path: Path, suffix: str, start: bytes) -> None:
+    before = dict(matplotlib.rcParams)
+    save_figure(plot_umap(np.zeros((2, 2)), {"type": ["naïve B", "T"]}), tmp_path / f"umap{suffix}")
+    assert [path.name for path in tmp_path.iterdir()] == [f"umap{suffix}"]
+    written = (tmp_path / f"umap{suffix}").read_bytes()
+    assert written.startswith(start)
+    assert suffix != ".svg" or "naïve B" in written.decode()  # text that can be searched and edited
+    assert dict(matplotlib.rcParams) == before
+
+
+def test_save_figure_refuses_other_suffixes(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"expected \.png, \.svg or \.pdf, found 'umap\.jpg'"):
+        save_figure(Figure(), tmp_path / "umap.jpg")
+
+
+def test_a_failed_save_leaves_the_old_figure_and_no_scraps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "umap.png"
+    path.write_bytes(b"old")
+
+    def full_disk(self: Figure, beside: Path, **_: object) -> None:
+        beside.write_bytes(b"half")
+        raise OSError(28, os.strerror(28))
+
+    monkeypatch.setattr(Figure, "savefig", full_disk)
+    with pytest.raises(OSError, match="No space left"):
+        save_figure(Figure(), path)
+    assert [(file.name, file.read_bytes()) for file in tmp_path.iterdir()] == [("umap.png", b"old")]
+
+
+def test_drawing_never_touches_pyplot() -> None:
+    code = "import sys, scgpt_hf.analysis.curves, scgpt_hf.analysis.plots; sys.exit('matplotlib.pyplot' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
