@@ -8,9 +8,8 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
-import numpy.typing as npt
 
-Int64Array = npt.NDArray[np.int64]
+from scgpt_hf.cells.block import Int64Array
 
 # Rows of one tile of X/raw, and so the aligned band of cells that is cheapest to read.
 # Source: chanzuckerberg/cellxgene-census:tools/cellxgene_census_builder (space tile of X/raw, 2048 x 2048).

@@ -18,7 +18,7 @@ import pandas as pd
 from scgpt_hf.cells.block import Int64Array
 
 # Random placements of the donors, of which the one closest to the asked fractions is kept.
-_PLACEMENTS = 1000
+_PLACEMENTS = 300
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,7 +45,7 @@ def split_cells(
 ) -> dict[str, Int64Array]:
     """Return the cell ids of each part; no donor is in two parts.
 
-    Donors are placed at random up to a thousand times, until each part is within a cell of its fraction of the cells;
+    Donors are placed at random up to 300 times, until each part is within a cell of its fraction of the cells;
     else the closest placement is kept. A donor found in several datasets is one donor. Every part of a positive
     fraction gets a donor, so a small part is larger than asked when all donors are large.
 
@@ -84,8 +84,10 @@ def find_donors(obs: pd.DataFrame, by: str) -> tuple[npt.NDArray[np.intp], pd.In
     """Return the number of each cell's donor, shape (cells,), and the donors by number, sorted, as text.
 
     Raises:
-        ValueError: there is no column `by`, or a cell has no value in it.
+        ValueError: no cells, no column `by`, or a cell without a value in it.
     """
+    if not len(obs):
+        raise ValueError("found no cells to take donors from; widen the filter")
     if by not in obs:
         raise ValueError(f"obs has no column {by!r} to tell donors apart; its columns are {list(obs.columns)}")
     missing = int(obs[by].isna().sum())
