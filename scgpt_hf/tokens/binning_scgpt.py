@@ -10,11 +10,14 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from .kernels_scgpt import COMPILED, TIE_CODES, bin_block
-from .randomness_scgpt import Int64Array, UInt64Array, gene_words, uniform
+from .drawing_scgpt import COMPILED
+from .kernels_scgpt import TIE_CODES, bin_block
+from .randomness_scgpt import Int64Array, UInt64Array, gene_words
 
 Ties = Literal["random", "midpoint", "upper", "lower"]
 Values = npt.NDArray[Any]  # float32 or float64, kept as it comes
+
+_HALF = np.uint64(32)  # half the bits of a word: the upper half times n, halved again, is uniform on 0..n − 1
 
 
 def quantile_levels(n_bins: int) -> npt.NDArray[np.float64]:
@@ -58,7 +61,8 @@ def bin_cell(values: Values, genes: npt.NDArray[np.integer], key: UInt64Array, n
     """Return the bins of one cell; arguments as in `bin_counts`, `key` of shape (1,)."""
     lowest, highest = bin_ranges(values, n_bins)
     if ties == "random":
-        bins = lowest + np.floor(uniform(gene_words(key, genes)) * (highest - lowest + 1)).astype(np.int64)
+        choices = (highest - lowest + 1).astype(np.uint64)
+        bins = lowest + (((gene_words(key, genes) >> _HALF) * choices) >> _HALF).astype(np.int64)
     else:
         bins = {"midpoint": (lowest + highest) // 2, "upper": highest, "lower": lowest}[ties]
     return bins.astype(np.float32)

@@ -1,188 +1,132 @@
-"""The rules of `binning_scgpt`, `tokenizing_scgpt` and `masking_scgpt`, compiled over whole blocks of cells.
+"""The rules of `binning_scgpt` and `tokenizing_scgpt`, compiled over whole blocks of cells.
 
 Each kernel releases the GIL, uses one thread, and gives the same bits as the plain numpy beside the rule; tests hold
-them together. Without numba, `COMPILED` is False and numpy does the work.
+them together.
 """
 
-from collections.abc import Callable
-from typing import Any, TypeVar, cast
+from typing import Any
 
 import numpy as np
 
-from .randomness_scgpt import GOLDEN, scramble
-
-try:
-    from numba import njit
-
-    COMPILED = True
-except ImportError:
-    COMPILED = False
+from .drawing_scgpt import ONE, Array, compiled, gene_word, keep_lowest
 
 TIE_CODES = {"random": 0, "midpoint": 1, "upper": 2, "lower": 3}
 _LARGEST_TABULATED = 4095  # counts up to here are binned by a table per count; larger or fractional values by sorting
-_BUCKET_SHIFT, _N_BUCKETS = np.uint64(54), 1024  # the upper ten bits of a word
-_ONE, _UNUSED_BITS, _STEP = np.uint64(1), np.uint64(11), 2.0**-53
+_HALF_WORD = np.uint64(32)
 _DE_BRUIJN = np.uint64(0x03F79D71B4CB0A89)  # times a power of two, its upper six bits tell which
 _BIT_OF = np.zeros(64, np.int64)
 for _bit in range(64):
     _BIT_OF[((0x03F79D71B4CB0A89 << _bit) & 0xFFFFFFFFFFFFFFFF) >> 58] = _bit
-_F = TypeVar("_F", bound=Callable[..., Any])
-Array = Any  # inside this file: a numpy array whose dtype numba specialises on
 
 
-def _compiled(function: _F) -> _F:
-    """Return the function compiled at its first call; kept on disk if there is a place to write to."""
-    if not COMPILED:
-        return function
-    try:
-        kernel: Any = njit(nogil=True, cache=True)(function)
-    except RuntimeError:  # numba found no writable cache folder
-        kernel = njit(nogil=True)(function)
-    return cast(_F, kernel)
-
-
-_scramble = _compiled(scramble)
-
-
-@_compiled
-def _gene_word(key: Any, gene: Any) -> Any:
-    return _scramble(key + GOLDEN * (np.uint64(gene) + _ONE))
-
-
-@_compiled
-def _settle(lowest: int, highest: int, key: Any, gene: Any, ties: int) -> int:
-    """Return one bin of lowest..highest; `ties` as in TIE_CODES."""
-    if ties == 2 or lowest == highest:
-        return highest
-    if ties == 0:
-        draw = np.float64(_gene_word(key, gene) >> _UNUSED_BITS) * _STEP
-        return lowest + int(draw * (highest - lowest + 1))
-    return (lowest + highest) // 2 if ties == 1 else lowest
-
-
-@_compiled
+@compiled
 def _edge(lower: Any, upper: Any, weight: float) -> Any:
     gap = upper - lower
     return upper - gap * (1.0 - weight) if weight >= 0.5 else lower + gap * weight
 
 
-@_compiled
-def _tabulate(histogram: Array, largest: int, n: int, levels: Array, lowest: Array, highest: Array) -> None:
-    """Fill the bin range of each count 1..largest from its frequency in a cell of n genes; no sorting is needed."""
-    edges = np.empty(len(levels))
+@compiled
+def _edges_by_counting(values: Array, histogram: Array, largest: int, levels: Array, edges: Array) -> None:
+    """Fill the quantiles of whole values 1..largest from how often each occurs; `histogram`: zeros before and after."""
+    for value in values:
+        histogram[int(value)] += 1
     lower, upper, n_lower, n_upper = 0, 0, 0, 0  # n_lower: genes with a count ≤ lower
     for k in range(len(levels)):
-        position = (n - 1) * levels[k]
+        position = (len(values) - 1) * levels[k]
         below = int(np.floor(position))
         while n_lower <= below:
             lower += 1
             n_lower += histogram[lower]
         if upper < lower:
             upper, n_upper = lower, n_lower
-        while n_upper <= min(below + 1, n - 1):
+        while n_upper <= min(below + 1, len(values) - 1):
             upper += 1
             n_upper += histogram[upper]
         edges[k] = _edge(float(lower), float(upper), position - below)
-    n_less = 0
-    for count in range(1, largest + 1):
-        if histogram[count]:
-            while n_less < len(edges) and edges[n_less] < count:
-                n_less += 1
-            n_less_equal = n_less
-            while n_less_equal < len(edges) and edges[n_less_equal] <= count:
-                n_less_equal += 1
-            lowest[count], highest[count] = min(n_less + 1, n_less_equal), n_less_equal
+    histogram[: largest + 1] = 0
 
 
-@_compiled
-def _bin_by_sorting(values: Array, genes: Array, key: Any, levels: Array, ties: int, bins: Array) -> None:
-    n = len(values)
+@compiled
+def _edges_by_sorting(values: Array, levels: Array, edges: Array) -> None:
     ordered = np.sort(values)
-    edges = np.empty(len(levels))
     for k in range(len(levels)):
-        position = (n - 1) * levels[k]
+        position = (len(values) - 1) * levels[k]
         below = int(np.floor(position))
-        edges[k] = _edge(ordered[below], ordered[min(below + 1, n - 1)], position - below)
-    for i in range(n):
-        highest = np.searchsorted(edges, values[i], side="right")
-        lowest = min(np.searchsorted(edges, values[i], side="left") + 1, highest)
-        bins[i] = _settle(lowest, highest, key, genes[i], ties)
+        edges[k] = _edge(ordered[below], ordered[min(below + 1, len(values) - 1)], position - below)
 
 
-@_compiled
-def _bin_cell(values: Array, genes: Array, key: Any, levels: Array, ties: int, tables: Array, bins: Array) -> None:
-    """Fill the bins of one cell. `tables`: zeros, int64 (3, _LARGEST_TABULATED + 1); left as zeros in the first row."""
+@compiled
+def _find_edges(values: Array, levels: Array, edges: Array, tables: Array) -> int:
+    """Fill the edges of a cell; for small whole values also the bins of each: lowest in tables[1], number in tables[2].
+
+    Returns the largest value of the tables, or −1 if they were not filled. `tables`: int64 (3, _LARGEST_TABULATED + 1),
+    first row zeros before and after.
+    """
     largest = 0
     for value in values:
         count = int(value) if value <= _LARGEST_TABULATED else -1
         if count != value:
-            _bin_by_sorting(values, genes, key, levels, ties, bins)
-            return
+            _edges_by_sorting(values, levels, edges)
+            return -1
         largest = max(largest, count)
-    histogram, lowest, highest = tables[0], tables[1], tables[2]
-    for value in values:
-        histogram[int(value)] += 1
-    _tabulate(histogram, largest, len(values), levels, lowest, highest)
+    _edges_by_counting(values, tables[0], largest, levels, edges)
+    n_less = n_less_equal = 0
+    for count in range(largest + 1):
+        while n_less < len(edges) and edges[n_less] < count:
+            n_less += 1
+        n_less_equal = max(n_less, n_less_equal)
+        while n_less_equal < len(edges) and edges[n_less_equal] <= count:
+            n_less_equal += 1
+        lowest = min(n_less + 1, n_less_equal)
+        tables[1, count], tables[2, count] = lowest, n_less_equal - lowest + 1
+    return largest
+
+
+@compiled
+def _assign_bins(
+    values: Array, genes: Array, key: Any, ties: int, edges: Array, tables: Array, largest: int, bins: Array
+) -> None:
+    """Fill the bin of each value, 0 for 0; `edges`, `tables` and `largest` as `_find_edges` left them."""
     for i in range(len(values)):
-        count = int(values[i])
-        bins[i] = _settle(lowest[count], highest[count], key, genes[i], ties)
-    histogram[: largest + 1] = 0
+        if largest >= 0:
+            lowest, n_choices = tables[1, int(values[i])], tables[2, int(values[i])]
+        else:
+            highest = np.searchsorted(edges, values[i], side="right")
+            lowest = min(np.searchsorted(edges, values[i], side="left") + 1, highest)
+            n_choices = highest - lowest + 1
+        if ties == 0:
+            step = int(((gene_word(key, genes[i]) >> _HALF_WORD) * np.uint64(n_choices)) >> _HALF_WORD)
+        elif ties == 1:
+            step = (n_choices - 1) // 2
+        else:
+            step = n_choices - 1 if ties == 2 else 0
+        bins[i] = lowest + step
 
 
-@_compiled
-def _smallest(words: Array, k: int) -> Any:
-    """Return the k-th smallest word, k ≥ 1. Words are uniform, so a bucket of 1/1024 of their range holds very few."""
-    sizes = np.zeros(_N_BUCKETS, np.int64)
-    for word in words:
-        sizes[word >> _BUCKET_SHIFT] += 1
-    bucket, n_before = 0, 0
-    while n_before + sizes[bucket] < k:
-        n_before += sizes[bucket]
-        bucket += 1
-    inside = np.empty(sizes[bucket], np.uint64)
-    n = 0
-    for word in words:
-        if word >> _BUCKET_SHIFT == np.uint64(bucket):
-            inside[n] = word
-            n += 1
-    return np.sort(inside)[k - n_before - 1]
-
-
-@_compiled
+@compiled
 def bin_block(values: Array, indptr: Array, genes: Array, keys: Array, levels: Array, ties: int, bins: Array) -> None:
     """Fill `bins` as `bin_counts` says."""
-    tables = np.zeros((3, _LARGEST_TABULATED + 1), np.int64)
+    tables, edges = np.zeros((3, _LARGEST_TABULATED + 1), np.int64), np.empty(len(levels))
     for cell in range(len(indptr) - 1):
         part = slice(indptr[cell], indptr[cell + 1])
         if part.stop > part.start:
-            _bin_cell(values[part], genes[part], keys[cell], levels, ties, tables, bins[part])
+            largest = _find_edges(values[part], levels, edges, tables)
+            _assign_bins(values[part], genes[part], keys[cell], ties, edges, tables, largest, bins[part])
 
 
-@_compiled
-def choose_block(genes: Array, starts: Array, stops: Array, keys: Array, n_chosen: Array, chosen: Array) -> None:
-    """Set `chosen` at the `n_chosen` tokens of each cell's starts..stops whose words are lowest; leave the rest."""
-    widest = 1
-    for cell in range(len(n_chosen)):
-        widest = max(widest, stops[cell] - starts[cell])
-    words = np.empty(widest, np.uint64)
-    for cell in range(len(n_chosen)):
-        start, n = starts[cell], stops[cell] - starts[cell]
-        if n_chosen[cell] == 0:
-            continue
-        for i in range(n):
-            words[i] = _gene_word(keys[cell], genes[start + i])
-        threshold = _smallest(words[:n], n_chosen[cell])
-        for i in range(n):
-            chosen[start + i] = words[i] <= threshold
-
-
-@_compiled
+@compiled
 def _gather_cell(
     columns: Array, counts: Array, gene_ids: Array, present: Array, by_gene: Array, genes: Array, values: Array
 ) -> int:
-    """Fill the known expressed genes of a cell by ascending id, and return how many; `present` is left all zero."""
-    n, last, ascending = 0, -1, True
+    """Fill the known expressed genes of a cell by ascending id, and return how many; `present` is left all zero.
+
+    Returns −1 if the columns do not ascend, or repeat.
+    """
+    n, last, last_column, ascending = 0, -1, -1, True
     for i in range(len(columns)):
+        if columns[i] <= last_column:
+            return -1
+        last_column = columns[i]
         gene = gene_ids[columns[i]]
         if gene >= 0 and counts[i] > 0:
             genes[n], values[n] = gene, counts[i]
@@ -193,13 +137,13 @@ def _gather_cell(
         return n
     for i in range(n):  # sort by marking ids in the bitmap and reading it back in order
         by_gene[genes[i]] = values[i]
-        present[genes[i] >> 6] |= _ONE << np.uint64(genes[i] & 63)
+        present[genes[i] >> 6] |= ONE << np.uint64(genes[i] & 63)
     n = 0
     for word in range(len(present)):
         bits = present[word]
         present[word] = np.uint64(0)
         while bits:
-            lowest = bits & (~bits + _ONE)
+            lowest = bits & (~bits + ONE)
             gene = (word << 6) + _BIT_OF[(lowest * _DE_BRUIJN) >> np.uint64(58)]
             genes[n], values[n] = gene, by_gene[gene]
             n += 1
@@ -207,59 +151,55 @@ def _gather_cell(
     return n
 
 
-@_compiled
-def count_block(indptr: Array, columns: Array, counts: Array, gene_ids: Array, n_known: Array) -> bool:
-    """Fill the number of known expressed genes of each cell; return whether columns ascend in each, without repeats."""
-    canonical = True
-    for cell in range(len(n_known)):
-        n, last = 0, -1
-        for i in range(indptr[cell], indptr[cell + 1]):
-            column = columns[i]
-            canonical &= column > last
-            last = column
-            n += gene_ids[column] >= 0 and counts[i] > 0
-        n_known[cell] = n
-    return canonical
+@compiled
+def _spread_zeros(zero_genes: Array, genes: Array, values: Array, n: int) -> int:
+    """Widen a cell's n genes to all of `zero_genes`, with value 0 where new; from the end, so that no value is lost."""
+    k = n - 1
+    for i in range(len(zero_genes) - 1, -1, -1):
+        if k >= 0 and genes[k] == zero_genes[i]:
+            values[i] = values[k]
+            k -= 1
+        else:
+            values[i] = 0
+    genes[: len(zero_genes)] = zero_genes
+    return len(zero_genes)
 
 
-@_compiled
+@compiled
 def tokenize_block(
-    indptr: Array, columns: Array, counts: Array, gene_ids: Array, zero_genes: Array, n_vocab: int, levels: Array, ties:
-        int,
-    tie_keys: Array, sampling_keys: Array, token_indptr: Array, input_ids: Array, token_values: Array,
-) -> None:  # fmt: skip
-    """Fill the tokens of a block but the first of each cell, which is `<cls>`; the rule is in `tokenizing_scgpt`."""
+    indptr: Array, columns: Array, counts: Array, gene_ids: Array, zero_genes: Array, n_vocab: int, levels: Array,
+    ties: int, limit: int, tie_keys: Array, sampling_keys: Array, n_tokens: Array, input_ids: Array, token_values:
+        Array,
+) -> int:  # fmt: skip
+    """Fill the tokens of a block, leaving room for `<cls>` before each cell; the rule is in `tokenizing_scgpt`.
+
+    Returns the first cell whose columns do not ascend, or −1.
+    """
     widest = len(zero_genes)
     for cell in range(len(indptr) - 1):
         widest = max(widest, indptr[cell + 1] - indptr[cell])
     present, by_gene = np.zeros((n_vocab >> 6) + 1, np.uint64), np.empty(n_vocab, counts.dtype)
-    genes, values = np.empty(widest, np.int32), np.empty(widest, counts.dtype)
-    bins, words = np.empty(widest, np.float32), np.empty(widest, np.uint64)
-    tables = np.zeros((3, _LARGEST_TABULATED + 1), np.int64)
+    genes, values, words = np.empty(widest, np.int32), np.empty(widest, counts.dtype), np.empty(widest, np.uint64)
+    tables, edges = np.zeros((3, _LARGEST_TABULATED + 1), np.int64), np.empty(len(levels))
+    start = 0
     for cell in range(len(indptr) - 1):
-        start, limit = token_indptr[cell] + 1, token_indptr[cell + 1] - token_indptr[cell] - 1
-        if limit <= 0:
-            continue
         stored = slice(indptr[cell], indptr[cell + 1])
         n = _gather_cell(columns[stored], counts[stored], gene_ids, present, by_gene, genes, values)
-        if len(levels):
-            _bin_cell(values[:n], genes[:n], tie_keys[cell], levels, ties, tables, bins[:n])
-        else:
-            bins[:n] = values[:n]
+        if n < 0:
+            return cell
+        n_tokens[cell] = 0
+        if n == 0:
+            continue
+        largest = _find_edges(values[:n], levels, edges, tables) if len(levels) else 0
         if len(zero_genes):
-            k = n - 1
-            for i in range(len(zero_genes) - 1, -1, -1):  # from the end, so nothing is overwritten before it is read
-                expressed = k >= 0 and genes[k] == zero_genes[i]
-                bins[i] = bins[k] if expressed else np.float32(0)
-                k -= expressed
-            n = len(zero_genes)
-            genes[:n] = zero_genes
-        threshold = ~np.uint64(0)
-        if n > limit:
-            for i in range(n):
-                words[i] = _gene_word(sampling_keys[cell], genes[i])
-            threshold = _smallest(words[:n], limit)
-        for i in range(n):
-            if n <= limit or words[i] <= threshold:
-                input_ids[start], token_values[start] = genes[i], bins[i]
-                start += 1
+            n = _spread_zeros(zero_genes, genes, values, n)
+        n = keep_lowest(genes, values, n, limit, sampling_keys[cell], words)
+        tokens = slice(start + 1, start + 1 + n)
+        input_ids[tokens] = genes[:n]
+        if len(levels):
+            _assign_bins(values[:n], genes[:n], tie_keys[cell], ties, edges, tables, largest, token_values[tokens])
+        else:
+            token_values[tokens] = values[:n]
+        n_tokens[cell] = n + 1
+        start += n + 1
+    return -1

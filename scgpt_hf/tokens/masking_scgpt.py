@@ -9,7 +9,7 @@ from dataclasses import replace
 import numpy as np
 import numpy.typing as npt
 
-from .kernels_scgpt import COMPILED, choose_block
+from .drawing_scgpt import COMPILED, choose_block, hide_block
 from .packing_scgpt import IGNORE, Tokens
 from .randomness_scgpt import MASK_RATIO, MASKING, Int64Array, cell_keys, gene_words, uniform
 
@@ -64,5 +64,10 @@ def choose_masked(
 
 def mask_tokens(tokens: Tokens, masked: npt.NDArray[np.bool_], *, mask_value: float) -> Tokens:
     """Return the tokens with `mask_value` where masked, and labels that say what was there."""
-    labels = np.where(masked, tokens.values, np.float32(IGNORE))
-    return replace(tokens, values=np.where(masked, np.float32(mask_value), tokens.values), labels=labels)
+    if COMPILED:
+        values, labels = np.empty_like(tokens.values), np.empty_like(tokens.values)
+        hide_block(masked, tokens.values, float(mask_value), IGNORE, values, labels)
+    else:
+        values = np.where(masked, np.float32(mask_value), tokens.values)
+        labels = np.where(masked, tokens.values, np.float32(IGNORE))
+    return replace(tokens, values=values, labels=labels)

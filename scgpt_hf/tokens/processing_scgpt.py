@@ -66,7 +66,9 @@ class ScGPTProcessor(ProcessorMixin):
         self.ties, self.input_style = ties, input_style
         self.target_sum, self.include_zeros = target_sum, include_zeros
         self._check_settings()
-        check_vocab(tokenizer.get_vocab())
+        vocab = tokenizer.get_vocab()
+        check_vocab(vocab)
+        self._n_vocab, self._pad_id, self._cls_id = len(vocab), vocab[PAD], vocab[CLS]
 
     @classmethod
     def from_genes(cls, genes: Sequence[str], **settings: Any) -> "ScGPTProcessor":
@@ -81,17 +83,17 @@ class ScGPTProcessor(ProcessorMixin):
     @property
     def vocab_size(self) -> int:
         """Number of ids, special tokens included: `ScGPTConfig.vocab_size`."""
-        return len(self.tokenizer)
+        return self._n_vocab
 
     @property
     def pad_id(self) -> int:
         """Vocabulary id of `<pad>`: `ScGPTConfig.pad_token_id`."""
-        return int(self.tokenizer.get_vocab()[PAD])
+        return self._pad_id
 
     @property
     def cls_id(self) -> int:
         """Vocabulary id of `<cls>`."""
-        return int(self.tokenizer.get_vocab()[CLS])
+        return self._cls_id
 
     @property
     def genes(self) -> list[str]:

@@ -6,15 +6,17 @@ put `<cls>` first. Bins follow `binning_scgpt`; this file holds the rest of the 
 """
 
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from .binning_scgpt import Ties, bin_cell, quantile_levels
-from .kernels_scgpt import COMPILED, TIE_CODES, count_block, tokenize_block
+from .drawing_scgpt import COMPILED
+from .kernels_scgpt import TIE_CODES, tokenize_block
 from .packing_scgpt import Tokens
-from .randomness_scgpt import SAMPLING, TIES, Int64Array, SparseCounts, cell_keys, gene_words
+from .randomness_scgpt import SAMPLING, TIES, Int64Array, SparseCounts, UInt64Array, cell_keys, gene_words
 
 _EXACT_IN_FLOAT32 = 2**24
 
@@ -101,28 +103,16 @@ def log_normalize(block: Block, target_sum: float) -> Block:
     return replace(block, data=values.astype(np.float32))
 
 
-def count_known(block: SparseCounts, gene_ids: Int64Array) -> Int64Array:
-    """Return how many known genes each cell expresses. Shape (cells,).
-
-    Raises:
-        ValueError: the columns of a row are unsorted or repeated.
-    """
-    n_known = np.zeros(block.shape[0], np.int64)
-    if COMPILED:
-        ids = gene_ids.astype(np.int32)
-        canonical = count_block(block.indptr, block.indices, block.data, ids, n_known)
-    else:
-        cell_of_entry = np.repeat(np.arange(len(n_known)), np.diff(block.indptr))
-        known = (gene_ids[block.indices] >= 0) & (block.data > 0)
-        n_known[:] = np.bincount(cell_of_entry[known], minlength=len(n_known))
-        canonical = bool(np.all((np.diff(block.indices) > 0) | (np.diff(cell_of_entry) > 0)))
-    if not canonical:
-        raise ValueError("a row of the counts has unsorted or repeated columns; call counts.sum_duplicates() first")
+def count_known(block: Block, gene_ids: Int64Array) -> Int64Array:
+    """Return how many known genes each cell expresses. Shape (cells,)."""
+    known = (gene_ids[block.indices] >= 0) & (block.data > 0)
+    n_before: Int64Array = np.concatenate([[0], np.cumsum(known)])
+    n_known: Int64Array = np.diff(n_before[block.indptr])
     return n_known
 
 
 def tokenize_counts(
-    block: SparseCounts, gene_ids: Int64Array, rule: TokenRule, *, cell_ids: Int64Array, seed: int, epoch: int
+    block: Block, gene_ids: Int64Array, rule: TokenRule, *, cell_ids: Int64Array, seed: int, epoch: int
 ) -> Tokens:
     """Return the tokens of every cell that expresses a known gene.
 
@@ -137,58 +127,81 @@ def tokenize_counts(
         seed: changes ties and sampling.
         epoch: the same.
 
+    Raises:
+        ValueError: the columns of a row are unsorted or repeated.
+
     Source: bowang-lab/scGPT:scgpt/data_collator.py (bin, then sample); the order of genes is ours and does not matter
         to the model.
     """
-    n_genes = count_known(block, gene_ids)
     zero_genes = np.sort(gene_ids[gene_ids >= 0]) if rule.include_zeros else np.empty(0, np.int64)
-    n_wanted = np.full_like(n_genes, len(zero_genes)) if rule.include_zeros else n_genes
-    n_tokens = np.where(n_genes > 0, 1 + np.minimum(n_wanted, rule.max_tokens - 1), 0)
-    indptr = np.concatenate([[0], np.cumsum(n_tokens)])
-    input_ids, values = np.empty(indptr[-1], np.int64), np.empty(indptr[-1], np.float32)
     tie_keys = cell_keys(cell_ids, seed=seed, epoch=epoch, purpose=TIES)
     sampling_keys = cell_keys(cell_ids, seed=seed, epoch=epoch, purpose=SAMPLING)
-    if COMPILED:
-        levels = np.empty(0) if rule.n_bins is None else quantile_levels(rule.n_bins)
-        tokenize_block(
-            block.indptr, block.indices, block.data, gene_ids.astype(np.int32), zero_genes.astype(np.int32),
-            rule.n_vocab, levels, TIE_CODES[rule.ties], tie_keys, sampling_keys, indptr, input_ids, values,
-        )  # fmt: skip
-    else:
-        for cell in np.flatnonzero(n_tokens):  # plain numpy is for machines without numba
-            genes = slice(indptr[cell] + 1, indptr[cell + 1])
-            stored = slice(block.indptr[cell], block.indptr[cell + 1])
-            keys = tie_keys[cell : cell + 1], sampling_keys[cell : cell + 1]
-            input_ids[genes], values[genes] = _tokenize_cell(
-                gene_ids[block.indices[stored]], block.data[stored], zero_genes, rule, *keys
-            )
-    kept = n_tokens > 0
-    first = indptr[:-1][kept]
-    input_ids[first], values[first] = rule.cls_id, rule.cls_value
-    return Tokens(input_ids, values, None, np.append(first, indptr[-1]), cell_ids[kept])
+    n_most = int((1 + np.minimum(np.maximum(np.diff(block.indptr), len(zero_genes)), rule.max_tokens - 1)).sum())
+    n_tokens = np.zeros(block.shape[0], np.int64)
+    input_ids, values = np.empty(n_most, np.int64), np.empty(n_most, np.float32)
+    fill = _fill_compiled if COMPILED else _fill
+    unsorted = fill(block, gene_ids, zero_genes, rule, (tie_keys, sampling_keys), (n_tokens, input_ids, values))
+    if unsorted >= 0:
+        raise ValueError(f"row {unsorted} has unsorted or repeated columns; call counts.sum_duplicates() first")
+    indptr = np.concatenate([[0], np.cumsum(n_tokens[n_tokens > 0])])
+    input_ids, values = _trim(input_ids, indptr[-1]), _trim(values, indptr[-1])
+    input_ids[indptr[:-1]], values[indptr[:-1]] = rule.cls_id, rule.cls_value
+    return Tokens(input_ids, values, None, indptr, cell_ids[n_tokens > 0])
+
+
+def _trim(flat: npt.NDArray[Any], n: int) -> npt.NDArray[Any]:
+    """Return the first n; as a copy where a view would hold on to much more memory."""
+    return flat[:n] if 2 * n > len(flat) else flat[:n].copy()
+
+
+_Keys = tuple[UInt64Array, UInt64Array]  # of ties and of sampling, each (cells,)
+_Out = tuple[Int64Array, Int64Array, npt.NDArray[np.float32]]  # tokens per cell; ids; values, to be filled
+
+
+def _fill_compiled(
+    block: Block, gene_ids: Int64Array, zero_genes: Int64Array, rule: TokenRule, keys: _Keys, out: _Out
+) -> int:
+    """Fill `out`, leaving room for `<cls>` before each cell; return the first row with unsorted columns, or −1."""
+    levels = np.empty(0) if rule.n_bins is None else quantile_levels(rule.n_bins)
+    genes = gene_ids.astype(np.int32), zero_genes.astype(np.int32), rule.n_vocab
+    how = levels, TIE_CODES[rule.ties], rule.max_tokens - 1
+    unsorted: int = tokenize_block(block.indptr, block.indices, block.data, *genes, *how, *keys, *out)
+    return unsorted
+
+
+def _fill(block: Block, gene_ids: Int64Array, zero_genes: Int64Array, rule: TokenRule, keys: _Keys, out: _Out) -> int:
+    """Do what `_fill_compiled` does, one cell at a time: the rule in plain numpy, for machines without numba."""
+    n_tokens, input_ids, values = out
+    start = 0
+    for cell, (first, last) in enumerate(pairwise(block.indptr)):
+        columns, counts = block.indices[first:last], block.data[first:last]
+        if (np.diff(columns) <= 0).any():
+            return cell
+        known = (gene_ids[columns] >= 0) & (counts > 0)
+        if known.any():
+            own_keys = keys[0][cell : cell + 1], keys[1][cell : cell + 1]
+            genes, bins = _tokenize_cell(gene_ids[columns][known], counts[known], zero_genes, rule, own_keys)
+            n_tokens[cell] = len(genes) + 1
+            tokens = slice(start + 1, start + 1 + len(genes))
+            input_ids[tokens], values[tokens] = genes, bins
+            start = tokens.stop
+    return -1
 
 
 def _tokenize_cell(
-    genes: Int64Array,
-    values: npt.NDArray[Any],
-    zero_genes: Int64Array,
-    rule: TokenRule,
-    tie_key: npt.NDArray[np.uint64],
-    sampling_key: npt.NDArray[np.uint64],
+    genes: Int64Array, values: npt.NDArray[Any], zero_genes: Int64Array, rule: TokenRule, keys: _Keys
 ) -> tuple[Int64Array, npt.NDArray[np.float32]]:
-    """Return ids and values of one cell without `<cls>`: the rule in plain numpy."""
-    known = (genes >= 0) & (values > 0)
-    genes, values = genes[known], values[known]
+    """Return ids and values of a cell from its known expressed genes, at least one, in any order."""
     order = np.argsort(genes)
     genes, values = genes[order], values[order]
     if rule.n_bins is not None:
-        values = bin_cell(values, genes, tie_key, rule.n_bins, rule.ties)
+        values = bin_cell(values, genes, keys[0], rule.n_bins, rule.ties)
     if rule.include_zeros:
         with_zeros = np.zeros(len(zero_genes), np.float32)
         with_zeros[np.searchsorted(zero_genes, genes)] = values
         genes, values = zero_genes, with_zeros
     if len(genes) > rule.max_tokens - 1:
-        words = gene_words(sampling_key, genes)
+        words = gene_words(keys[1], genes)
         sampled = words <= np.partition(words, rule.max_tokens - 2)[rule.max_tokens - 2]
         genes, values = genes[sampled], values[sampled]
     return genes, values.astype(np.float32)

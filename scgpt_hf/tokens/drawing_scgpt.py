@@ -1,0 +1,107 @@
+"""Compiled draws by counter-based numbers: which genes of a cell have the lowest, for sampling and for masking.
+
+Also how anything here is compiled. Without numba, `COMPILED` is False and plain numpy beside each rule does the work.
+"""
+
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
+
+import numpy as np
+
+from .randomness_scgpt import GOLDEN, scramble
+
+try:
+    from numba import njit
+
+    COMPILED = True
+except ImportError:
+    COMPILED = False
+
+Array = Any  # in kernels: a numpy array, on whose dtype numba specialises
+ONE = np.uint64(1)
+_BUCKET_SHIFT, _N_BUCKETS = np.uint64(54), 1024  # the upper ten bits of a word
+_F = TypeVar("_F", bound=Callable[..., Any])
+
+
+def compiled(function: _F) -> _F:
+    """Return the function compiled at its first call, without the GIL; kept on disk if there is a place to write to.
+
+    What is kept is renewed when the function's own file changes, not when a kernel it calls does: after changing this
+    file, remove `__pycache__`.
+    """
+    if not COMPILED:
+        return function
+    try:
+        kernel: Any = njit(nogil=True, cache=True)(function)
+    except RuntimeError:  # numba found no writable cache folder
+        kernel = njit(nogil=True)(function)
+    return cast(_F, kernel)
+
+
+_scramble = compiled(scramble)
+
+
+@compiled
+def gene_word(key: Any, gene: Any) -> Any:
+    """Return `gene_words` of one gene."""
+    return _scramble(key + GOLDEN * (np.uint64(gene) + ONE))
+
+
+@compiled
+def _smallest(words: Array, k: int) -> Any:
+    """Return the k-th smallest word, k ≥ 1. Words are uniform, so a bucket of 1/1024 of their range holds very few."""
+    sizes = np.zeros(_N_BUCKETS, np.int64)
+    for word in words:
+        sizes[word >> _BUCKET_SHIFT] += 1
+    bucket, n_before = 0, 0
+    while n_before + sizes[bucket] < k:
+        n_before += sizes[bucket]
+        bucket += 1
+    inside = np.empty(sizes[bucket], np.uint64)
+    n = 0
+    for word in words:
+        if word >> _BUCKET_SHIFT == np.uint64(bucket):
+            inside[n] = word
+            n += 1
+    return np.sort(inside)[k - n_before - 1]
+
+
+@compiled
+def choose_block(genes: Array, starts: Array, stops: Array, keys: Array, n_chosen: Array, chosen: Array) -> None:
+    """Set `chosen` at the `n_chosen` tokens of each cell's starts..stops whose words are lowest; leave the rest."""
+    widest = 1
+    for cell in range(len(n_chosen)):
+        widest = max(widest, stops[cell] - starts[cell])
+    words = np.empty(widest, np.uint64)
+    for cell in range(len(n_chosen)):
+        start, n = starts[cell], stops[cell] - starts[cell]
+        if n_chosen[cell] == 0:
+            continue
+        for i in range(n):
+            words[i] = gene_word(keys[cell], genes[start + i])
+        threshold = _smallest(words[:n], n_chosen[cell])
+        for i in range(n):
+            chosen[start + i] = words[i] <= threshold
+
+
+@compiled
+def keep_lowest(genes: Array, values: Array, n: int, limit: int, key: Any, words: Array) -> int:
+    """Keep the `limit` genes of a cell whose words are lowest, in order, and return how many there are."""
+    if n <= limit:
+        return n
+    for i in range(n):
+        words[i] = gene_word(key, genes[i])
+    threshold = _smallest(words[:n], limit)
+    k = 0
+    for i in range(n):
+        genes[k], values[k] = genes[i], values[i]
+        k += words[i] <= threshold
+    return limit
+
+
+@compiled
+def hide_block(masked: Array, values: Array, mask_value: float, ignore: float, hidden: Array, labels: Array) -> None:
+    """Fill `hidden` with the values, or `mask_value` where masked, and `labels` the other way round."""
+    for i in range(len(values)):
+        hidden[i] = mask_value if masked[i] else values[i]
+        labels[i] = values[i] if masked[i] else ignore
