@@ -1,7 +1,7 @@
 """scgpt_hf: pretrain single-cell transformers, from a Census query to a checkpoint on the Hub.
 
-Importing is cheap: names load on first use, and neither tiledbsoma nor scanpy nor matplotlib comes with them. The Auto classes of transformers
-know our model as soon as this package is imported.
+Importing is cheap: names load on first use, and neither tiledbsoma nor scanpy nor matplotlib comes with them.
+The Auto classes of transformers know our model as soon as this package is imported.
 """
 
 from importlib import import_module
@@ -53,7 +53,7 @@ def _register() -> None:
     transformers.AutoModelForPreTraining.register(ScGPTConfig, ScGPTForPreTraining)
     transformers.AutoModelForMaskedLM.register(ScGPTConfig, ScGPTForPreTraining)
     transformers.AutoModelForSequenceClassification.register(ScGPTConfig, ScGPTForSequenceClassification)
-    transformers.AutoProcessor.register(ScGPTConfig, ScGPTProcessor)
+    transformers.AutoProcessor.register(ScGPTConfig, ScGPTProcessor)  # type: ignore[no-untyped-call]
 
 
 _register()

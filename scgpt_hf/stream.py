@@ -1,8 +1,8 @@
-"""The corridor from cells to the model: the cells a plan names in, packed batches of tokens out.
+"""The corridor from cells to the model: the cells that a plan names in, packed batches out.
 
-`stream_cells` decides nothing about cells (`cells/plan.py` does) nor about tokens (`tokens/` does): it reads, tokenises, masks and packs, block
-by block, one block ahead. `StreamLoader` hands the batches of each epoch to the trainer and knows how many were consumed, which is all that
-an exact resume needs.
+`stream_cells` decides nothing about cells (`cells/plan.py` does) nor tokens (`tokens/` does): it reads, tokenises,
+masks and packs, one block ahead. `StreamLoader` hands the batches of each epoch to the trainer and knows how many were
+consumed, which is all that an exact resume needs.
 """
 
 import queue
@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import datasets
@@ -29,7 +30,7 @@ from scgpt_hf.tokens.processing_scgpt import ScGPTProcessor
 Batch = dict[str, torch.Tensor | int]
 Int64Array = npt.NDArray[np.int64]
 
-# Cells tokenised together: enough to keep every core of the tokeniser busy, little enough that 1,201 tokens of each stay below 50 MB.
+# Cells tokenised together: enough to keep the tokeniser busy, few enough that 1,201 tokens of each stay below 50 MB.
 _TOKENIZED_TOGETHER = 2048
 
 
@@ -43,7 +44,7 @@ class StreamSettings:
         rank: of this process, in [0, world_size).
         world_size: number of processes.
         micro_batches: equal parts in which a rank takes its cells of one step (gradient accumulation).
-        categories: batch key → (obs column, class id of each of its values), e.g. {"domain_ids": ("donor_id", {"d1": 0})}.
+        categories: batch key → (obs column, class id of each of its values), e.g. {"domain_ids": ("assay", {"v2": 0})}.
     """
 
     seed: int
@@ -72,11 +73,13 @@ def stream_cells(
         start_step: global steps, counted from the first epoch's first, that were trained on before.
 
     Returns:
-        A dataset of dictionaries as `pack` makes them. With `micro_batches` M each step gives M of them. It can be iterated again and again,
-        and `state_dict` resumes it; cells without an expressed gene of the vocabulary are left out.
+        A dataset of dictionaries as `pack` makes them; with `micro_batches` M each step gives M of them. It can be
+        iterated again and again, and `state_dict` resumes it. Cells without an expressed gene of the vocabulary are
+        left out.
 
     Raises:
-        ValueError: counts that are not raw, too few known genes, a value of a category without a class, a batch without any cell.
+        ValueError: counts that are not raw, too few known genes, a value of a category without a class, a batch without
+            any cell.
     """
     shards = [
         (epoch, block, max(0, start_step - first)) for epoch, block, first, last in _lay_out(plans) if last > start_step
@@ -251,11 +254,11 @@ class _Blocks:
         kept = np.isin(asked, tokens.cell_ids)
         kept_before = np.concatenate([[0], np.cumsum(kept)])[edges - edges[0]]
         classes = {key: self._classes(block, key)[cells][kept] for key in s.categories}
-        for start, stop in zip(kept_before[:-1], kept_before[1:], strict=True):
+        for start, stop in pairwise(kept_before.tolist()):
             if start == stop:
                 raise ValueError(
-                    f"no cell of a batch of epoch {epoch} expresses a gene of the vocabulary; first cell ids: {asked[:5].tolist()}; "
-                    "drop poor cells (min_genes), choose more genes or a larger batch"
+                    f"no cell of a batch of epoch {epoch} expresses a gene of the vocabulary; first cell ids: "
+                    f"{asked[:5].tolist()}; drop poor cells (min_genes), choose more genes or a larger batch"
                 )
             batch: Batch = pack(tokens[start:stop])
             yield batch | {key: torch.from_numpy(ids[start:stop]) for key, ids in classes.items()}
@@ -267,9 +270,10 @@ class _Blocks:
         if classes.isna().any():
             unknown = sorted(set(block.obs[column].astype(str)) - set(class_of_value))
             raise ValueError(
-                f"obs column {column!r} holds {unknown[:5]}, which have no class in {key}; known: {list(class_of_value)[:5]} …"
+                f"obs column {column!r} holds {unknown[:5]}, which have no class in {key}; "
+                f"known: {list(class_of_value)[:5]} …"
             )
-        return classes.to_numpy(np.int64)
+        return np.asarray(classes, dtype=np.int64)
 
 
 def _lay_out(plans: Sequence[Plan]) -> list[tuple[int, int, int, int]]:

@@ -167,8 +167,7 @@ def test_read_ahead_keeps_order_raises_what_the_thread_raised_and_stops_it():
 
     seen = []
     with pytest.raises(OSError, match="the disk is gone"):
-        for batch in read_ahead(broken(), depth=3):
-            seen.append(batch["number"])
+        seen.extend(batch["number"] for batch in read_ahead(broken(), depth=3))
     assert seen == list(range(20))
 
     endless = read_ahead(iter(lambda: {"number": 0}, None), depth=2)

@@ -1,0 +1,60 @@
+"""The two pictures that close a run: the course of its losses, and its cells on a map."""
+
+from pathlib import Path
+
+import numpy as np
+from transformers import PreTrainedModel
+
+from scgpt_hf.analysis.curves import plot_loss, read_metrics
+from scgpt_hf.analysis.embed import embed_cells, umap_of
+from scgpt_hf.analysis.plots import plot_umap, save_figure
+from scgpt_hf.cells.block import Int64Array
+from scgpt_hf.cells.source import CellSource
+from scgpt_hf.tokens.processing_scgpt import ScGPTProcessor
+
+# A map of more cells says no more, and UMAP takes minutes.
+MAPPED_CELLS = 5_000
+
+
+def draw_losses(folder: Path) -> None:
+    """Write loss.png from the metrics.jsonl of a run's folder."""
+    save_figure(plot_loss(read_metrics(folder / "metrics.jsonl")), folder / "loss.png")
+
+
+def draw_map(
+    folder: Path,
+    source: CellSource,
+    cell_ids: Int64Array,
+    model: PreTrainedModel,
+    processor: ScGPTProcessor,
+    *,
+    donor_key: str,
+    seed: int,
+) -> None:
+    """Write umap.png: the embedded cells, or 5,000 of them drawn at random, coloured by cell type and by donor.
+
+    Args:
+        folder: of the run.
+        source: where the cells are read.
+        cell_ids: the cells that may be drawn. Shape (cells,).
+        model: embeds them.
+        processor: the model's.
+        donor_key: obs column of the second panel.
+        seed: of the draw and of the map.
+    """
+    drawn = np.random.default_rng(seed).permutation(cell_ids)[:MAPPED_CELLS]
+    embedding = embed_cells(source, drawn, model, processor, empty="nan", progress=False)
+    told = np.isfinite(embedding).all(axis=1)
+    columns = [column for column in dict.fromkeys(("cell_type", donor_key)) if _has(source, column)]
+    obs = source.obs(columns).loc[drawn[told]]
+    panels = {column.replace("_", " "): obs[column].astype(str).tolist() for column in columns}
+    title = f"{told.sum():,} cells embedded by the model"
+    save_figure(plot_umap(umap_of(embedding[told], seed), panels, title=title), folder / "umap.png")
+
+
+def _has(source: CellSource, column: str) -> bool:
+    try:
+        source.obs([column])
+    except ValueError:
+        return False
+    return True

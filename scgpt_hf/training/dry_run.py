@@ -1,0 +1,84 @@
+"""What a run would be, told without training it; time and memory come from a few real steps."""
+
+import resource
+import sys
+import time
+from itertools import islice
+
+import numpy as np
+import torch
+from accelerate.utils import send_to_device
+
+from scgpt_hf.model.configuration_scgpt import training_flops_per_token
+from scgpt_hf.model.modeling_scgpt import ScGPTForPreTraining
+from scgpt_hf.stream import Batch, read_ahead
+from scgpt_hf.training.pretraining import Streams, device_name
+from scgpt_hf.training.settings import TrainingSettings
+
+_TIMED_STEPS = 5
+
+
+def describe_run(streams: Streams, model: ScGPTForPreTraining, args: TrainingSettings) -> str:
+    """Return the plan of a run in a few lines; a few steps are trained on a copy that nobody keeps.
+
+    Args:
+        streams: of the run.
+        model: new; its weights change.
+        args: of the run.
+    """
+    parts, donors, plan = streams.selection.parts, streams.selection.n_donors, streams.plans[0]
+    batches = list(islice(read_ahead(streams.train(0)), _TIMED_STEPS + 1))
+    lengths = np.concatenate([np.diff(batch["cu_seq_lens_q"].numpy()) for batch in batches])  # type: ignore[union-attr]
+    n_steps = args.max_steps if args.max_steps > 0 else int(plan.n_steps * args.num_train_epochs)
+    low, high = np.quantile(lengths, [0.25, 0.75])
+    mean_tokens = float(np.square(lengths).sum() / lengths.sum())
+    flops = training_flops_per_token(model.config, mean_tokens) * lengths.mean() * plan.batch_size
+    seconds = _time_step(model, batches, args) * args.gradient_accumulation_steps
+    lines = {
+        "cells": f"{len(parts['train']):,} of {donors['train']:,} donors to train on, "
+        f"{len(parts['validation']):,} of {donors['validation']:,} others to validate on",
+        "genes": f"{len(streams.selection.genes):,} of {len(streams.source.genes):,}",
+        "tokens per cell": f"mean {lengths.mean():.0f}, half of them {low:.0f} to {high:.0f}, most {lengths.max()} "
+        f"(the first {len(lengths):,} cells)",
+        "steps": f"{n_steps:,} of {plan.batch_size:,} cells; {plan.n_steps:,} an epoch, "
+        f"which leaves {plan.n_dropped:,} cells out",
+        "parameters": f"{model.num_parameters():,}",
+        "arithmetic": f"{flops / 1e9:,.1f} GFLOP a step, {flops * n_steps / 1e15:,.3g} PFLOP in all",
+        "time": f"about {_duration(seconds * n_steps)} on {device_name(args.device)} x {args.world_size}, without "
+        f"validation ({seconds * 1e3:,.0f} ms a step, measured)",
+        "memory": f"about {_peak_memory(args.device) / 2**30:.1f} GiB a process, measured",
+    }
+    return "\n".join(f"{name:>16}  {line}" for name, line in lines.items()) + "\nNothing was written (--dry_run)."
+
+
+def _time_step(model: ScGPTForPreTraining, batches: list[Batch], args: TrainingSettings) -> float:
+    """Return the seconds of one micro-batch forwards, backwards and in the optimiser; the first one warms up."""
+    model.train().to(args.device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.0)
+    started = 0.0
+    for number, batch in enumerate(batches):
+        if number == 1:
+            started = time.perf_counter()
+        moved = send_to_device(batch, args.device)
+        with torch.autocast(args.device.type, torch.bfloat16, enabled=args.bf16):
+            loss = model(**moved).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    if args.device.type == "cuda":
+        torch.cuda.synchronize()
+    return (time.perf_counter() - started) / max(len(batches) - 1, 1)
+
+
+def _peak_memory(device: torch.device) -> float:
+    """Return the most memory in use so far, in bytes: the GPU's where there is one, else this process's."""
+    if device.type == "cuda":
+        return float(torch.cuda.max_memory_allocated(device))
+    unit = 1 if sys.platform == "darwin" else 1024
+    return float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

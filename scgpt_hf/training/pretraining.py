@@ -1,0 +1,197 @@
+"""Puts a run together: plans and streams for the trainer, baselines for its validation, what is written at its end."""
+
+import math
+import os
+import platform
+import shutil
+from contextlib import closing
+from copy import copy
+from dataclasses import asdict, replace
+from importlib.metadata import version
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from transformers.trainer_pt_utils import get_model_param_count
+
+from scgpt_hf.cells.plan import EpochPlan, plan_epoch, plan_validation
+from scgpt_hf.cells.source import CellSource
+from scgpt_hf.model.modeling_scgpt import ScGPTForPreTraining
+from scgpt_hf.stream import StreamSettings, read_ahead, stream_cells
+from scgpt_hf.tokens.processing_scgpt import ScGPTProcessor
+from scgpt_hf.training.baselines import Baselines, Float64Array, baselines_from, sum_bins, sum_errors
+from scgpt_hf.training.recipe import Selection
+from scgpt_hf.training.run_folder import BEST_MODEL, METRICS, SUMMARY, MetricsFile, write_json
+from scgpt_hf.training.settings import Settings, TrainingSettings
+from scgpt_hf.training.trainer import ScGPTTrainer
+
+# Training cells whose bins make the gene means: over so many, only the rarest genes move by more than 0.1 bin.
+BASELINE_CELLS = 100_000
+_PACKAGES = ("scgpt_hf", "torch", "transformers", "datasets", "accelerate", "tiledbsoma", "cellxgene-census")
+
+
+class Streams:
+    """The batches of one rank, for training, for validation and for the baselines."""
+
+    def __init__(self, source: CellSource, selection: Selection, processor: ScGPTProcessor, settings: Settings) -> None:
+        """Plan every epoch; nothing is read yet.
+
+        Raises:
+            ValueError: fewer training cells than one global batch.
+        """
+        args, data = settings.training, settings.data
+        self.source, self.processor, self.selection = source, processor, selection
+        self.feed = StreamSettings(
+            seed=args.seed,
+            mask_ratios=tuple(data.mask_ratios),
+            rank=args.process_index,
+            world_size=args.world_size,
+            micro_batches=args.gradient_accumulation_steps,
+            categories=_categories(data.domain_key, selection.domains),
+        )
+        self.plans = plan_training(selection, settings)
+        self.validation_plan = plan_validation(selection.parts["validation"], args.per_device_eval_batch_size)
+
+    def train(self, consumed: int) -> Any:
+        """Return the training batches of this rank after the first `consumed`, a multiple of its micro-batches."""
+        step = consumed // self.feed.micro_batches
+        return stream_cells(self.source, self.plans, self.processor, self.feed, start_step=step)
+
+    def validation(self, processor: ScGPTProcessor | None = None) -> Any:
+        """Return the validation batches of this rank; masks and ties are the same every time."""
+        feed = replace(self.feed, micro_batches=1)
+        return stream_cells(self.source, [self.validation_plan], processor or self.processor, feed)
+
+    def unmasked(self) -> Any:
+        """Return training batches without masks, in the first epoch's order."""
+        feed = replace(self.feed, micro_batches=1, mask_ratios=None)
+        return stream_cells(self.source, self.plans[:1], self.processor, feed)
+
+
+def plan_training(selection: Selection, settings: Settings) -> list[EpochPlan]:
+    """Return one plan for each epoch, their steps the cells of all ranks and micro-batches together."""
+    args = settings.training
+    keywords = {
+        "seed": args.seed,
+        "batch_size": args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size,
+        "bands_per_block": settings.data.bands_per_block,
+    }
+    first = plan_epoch(selection.parts["train"], epoch=0, **keywords)
+    n_epochs = math.ceil(args.max_steps / first.n_steps if args.max_steps > 0 else args.num_train_epochs)
+    return [first, *(plan_epoch(selection.parts["train"], epoch=epoch, **keywords) for epoch in range(1, n_epochs))]
+
+
+def measure_baselines(streams: Streams, accelerator: Accelerator) -> Baselines:
+    """Return what simple predictors score on the validation masks, over all ranks; see `Baselines`."""
+    processor = streams.processor
+    batch_size = streams.plans[0].batch_size // accelerator.num_processes
+    with closing(read_ahead(streams.unmasked())) as batches:
+        wanted = islice(batches, math.ceil(BASELINE_CELLS / (batch_size * accelerator.num_processes)))
+        bin_sums = sum_bins(wanted, processor.vocab_size)
+    bin_sums[:, processor.tokenizer.all_special_ids] = 0
+    midpoint = copy(processor)
+    midpoint.ties = "midpoint"
+    errors = sum_errors(streams.validation(), streams.validation(midpoint), _over_ranks(bin_sums, accelerator))
+    return baselines_from(_over_ranks(errors, accelerator))
+
+
+def make_trainer(streams: Streams, model: ScGPTForPreTraining, args: TrainingSettings) -> ScGPTTrainer:
+    """Return the trainer of a run, metrics.jsonl included."""
+    trainer = ScGPTTrainer(
+        model=model,
+        args=args,
+        processing_class=streams.processor,
+        train_stream=streams.train,
+        batches_per_epoch=streams.plans[0].n_steps * args.gradient_accumulation_steps,
+        validation_stream=streams.validation,
+        callbacks=[MetricsFile(Path(args.output_dir))],
+    )
+    trainer.baselines = measure_baselines(streams, trainer.accelerator)
+    return trainer
+
+
+def save_best_model(trainer: ScGPTTrainer, folder: Path) -> None:
+    """Write the best model and its processor to `folder/best_model`, whole or not at all."""
+    beside = folder / f"{BEST_MODEL}.tmp"
+    trainer.save_model(str(beside))
+    if trainer.is_world_process_zero():
+        (beside / "training_args.bin").unlink(missing_ok=True)  # a pickle; settings.yaml says the same
+        shutil.rmtree(folder / BEST_MODEL, ignore_errors=True)
+        os.replace(beside, folder / BEST_MODEL)
+
+
+def summarize(trainer: ScGPTTrainer, streams: Streams, train_seconds: float) -> dict[str, Any]:
+    """Return what a reader of the run wants to know first, and write it to summary.json."""
+    args, parts, donors = trainer.args, streams.selection.parts, streams.selection.n_donors
+    history = trainer.state.log_history
+    rates = [line["cells_per_second"] for line in history if "cells_per_second" in line]
+    validations = [line for line in history if "eval_loss" in line]
+    summary = {
+        "model_parameters": get_model_param_count(trainer.model),  # type: ignore[no-untyped-call]
+        "train_cells": len(parts["train"]),
+        "validation_cells": len(parts["validation"]),
+        "train_donors": donors["train"],
+        "validation_donors": donors["validation"],
+        "genes": len(streams.selection.genes),
+        "steps": trainer.state.global_step,
+        "epochs": trainer.state.epoch,
+        "global_batch_size": streams.plans[0].batch_size,
+        "train_seconds": round(train_seconds, 1),
+        "device": device_name(args.device),
+        "processes": args.world_size,
+        "precision": "bf16" if args.bf16 else "fp16" if args.fp16 else "fp32",
+        "cells_per_second": round(float(np.median(rates)), 1) if rates else None,
+        "versions": {name: version(name) for name in _PACKAGES},
+        "baselines": asdict(trainer.baselines) if trainer.baselines else None,
+        "best": min(validations, key=lambda line: line["eval_loss"]) if validations else None,
+        "data": streams.source.describe(),
+    }
+    if trainer.is_world_process_zero():
+        write_json(Path(args.output_dir) / SUMMARY, summary)
+    return summary
+
+
+def tell(summary: dict[str, Any], folder: Path) -> str:
+    """Return the closing words of a run: what was learned, beside what it means, and where everything lies."""
+    best, base = summary["best"], summary["baselines"]
+    lines = [
+        "Trained {model_parameters:,} parameters on {train_cells:,} cells of {train_donors} donors for "
+        "{epochs:.3g} epochs ({steps:,} steps) in {train_seconds:.0f} s on {device}.".format(**summary),
+    ]
+    if best and base:
+        lines += [
+            f"Best validation at step {best['step']:,}, "
+            "{validation_cells:,} cells of {validation_donors} other donors, mean squared error in bins:".format(
+                **summary
+            ),
+            f"  model, from the other genes (GEP)   {best['eval_gep_mse']:8.2f}" if "eval_gep_mse" in best else "",
+            f"  model, from <cls> alone (GEPC)      {best['eval_gepc_mse']:8.2f}" if "eval_gepc_mse" in best else "",
+            f"  each gene's mean                    {base['gene_mean_mse']:8.2f}",
+            f"  one constant                        {base['constant_mse']:8.2f}",
+            f"  a perfect guess but for ties        {base['tie_floor_mse']:8.2f}",
+            f"  share of the variance explained     {best.get('eval_variance_explained', math.nan):8.1%}",
+        ]
+    lines += [f"Everything is in {folder}: {BEST_MODEL}/ README.md {METRICS} {SUMMARY} loss.png umap.png"]
+    return "\n".join(line for line in lines if line)
+
+
+def device_name(device: torch.device) -> str:
+    """Return what a person would call the device."""
+    if device.type == "cuda":
+        return str(torch.cuda.get_device_name(device))
+    return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+
+
+def _categories(domain_key: str | None, domains: list[str]) -> dict[str, tuple[str, dict[str, int]]]:
+    if domain_key is None:
+        return {}
+    return {"domain_ids": (domain_key, {domain: index for index, domain in enumerate(domains)})}
+
+
+def _over_ranks(sums: Float64Array, accelerator: Accelerator) -> Float64Array:
+    """Return the sums of all ranks."""
+    total = accelerator.reduce(torch.from_numpy(sums).to(accelerator.device), "sum")
+    return np.asarray(total.cpu().numpy(), dtype=np.float64)

@@ -1,0 +1,62 @@
+"""How fast training goes: cells/s, tokens/s, share of the time spent waiting, and on a GPU model-FLOPs utilisation."""
+
+import time
+from collections.abc import Iterable
+
+import torch
+
+from scgpt_hf.model.configuration_scgpt import ScGPTConfig, training_flops_per_token
+from scgpt_hf.stream import Batch
+
+# Dense bf16 matrix products, FLOP/s, without sparsity. Source: NVIDIA data sheets (SXM modules).
+PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12, "L40S": 362e12}
+
+
+class Throughput:
+    """Counts what went through one rank; ranks are in step, so all together do `world_size` times as much."""
+
+    def __init__(self, config: ScGPTConfig, device: torch.device, world_size: int) -> None:
+        """Start the clock."""
+        self.config, self.world_size = config, world_size
+        self.peak = device_peak(device)
+        self._reset(waited_s=0.0)
+
+    def count(self, batches: Iterable[Batch]) -> None:
+        """Add the cells and tokens of packed batches."""
+        for batch in batches:
+            lengths = batch["cu_seq_lens_q"].diff().double()  # type: ignore[union-attr]
+            self.cells += len(lengths)
+            self.tokens += int(lengths.sum())
+            self.squares += float(lengths.square().sum())
+
+    def since_last(self, waited_s: float) -> dict[str, float]:
+        """Return the rates since the last call.
+
+        Args:
+            waited_s: seconds that the loader has made the trainer wait since the start of the run.
+        """
+        seconds = time.perf_counter() - self.started
+        rates = {
+            "cells_per_second": self.cells * self.world_size / seconds,
+            "tokens_per_second": self.tokens * self.world_size / seconds,
+            "waiting_share": (waited_s - self.waited_s) / seconds,
+        }
+        if self.peak and self.cells:
+            flops = training_flops_per_token(self.config, self.squares / self.tokens) * self.tokens
+            rates["mfu"] = flops / seconds / self.peak
+        self._reset(waited_s)
+        return rates
+
+    def _reset(self, waited_s: float) -> None:
+        self.cells = self.tokens = 0
+        self.squares = 0.0
+        self.waited_s = waited_s
+        self.started = time.perf_counter()
+
+
+def device_peak(device: torch.device) -> float | None:
+    """Return the bf16 peak of a device in FLOP/s, or None where it is not known (every CPU)."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for key, peak in PEAK_FLOPS.items() if key in name), None)

@@ -1,0 +1,186 @@
+"""The Trainer of transformers, reading our stream: exact position, named losses, streaming validation, throughput.
+
+Everything else (precision, accumulation, clipping, checkpoints, trackers, processes) is the library's own.
+"""
+
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from scgpt_hf.stream import Batch, StreamLoader, read_ahead
+from scgpt_hf.training.baselines import Baselines
+from scgpt_hf.training.settings import TrainingSettings
+from scgpt_hf.training.throughput import Throughput
+
+# Objectives that are squared errors in bins; the log calls them so.
+_SQUARED_ERRORS = ("gep", "gepc")
+
+
+class ScGPTTrainer(Trainer):
+    """Pretrains on a stream of packed batches.
+
+    A checkpoint's position in the stream is its step number, nothing else: the plan says which cells every step holds.
+    """
+
+    args: TrainingSettings
+
+    def __init__(
+        self,
+        *,
+        train_stream: Callable[[int], Iterable[Batch]],
+        batches_per_epoch: int,
+        validation_stream: Callable[[], Iterable[Batch]],
+        baselines: Baselines | None = None,
+        **trainer_arguments: Any,
+    ) -> None:
+        """Wire the streams into the trainer.
+
+        Args:
+            train_stream: batches of this rank from number n of the run on; a step takes one per accumulation step.
+            batches_per_epoch: batches of this rank in an epoch, a multiple of the accumulation steps.
+            validation_stream: batches of this rank, the same every time.
+            baselines: logged beside every validation.
+            trainer_arguments: of `transformers.Trainer`; at least model, args and processing_class.
+        """
+        super().__init__(**trainer_arguments, eval_dataset=_Placeholder())
+        config = trainer_arguments["model"].config
+        self.weights: dict[str, float] = {name: weight for name, weight in config.loss_weights.items() if weight}
+        self.validation_stream = validation_stream
+        self.baselines = baselines
+        self.loader = StreamLoader(train_stream, batches_per_epoch)
+        self.throughput = Throughput(config, self.args.device, self.args.world_size)
+        self.loss_sums: dict[str, torch.Tensor] = {}
+        self.steps_summed = 0
+        self.add_callback(_TrueEpoch(batches_per_epoch // self.args.gradient_accumulation_steps))
+
+    def get_train_dataloader(self) -> StreamLoader:  # type: ignore[override]
+        """Return the loader, which stands where the last step left it."""
+        return self.loader
+
+    def train(self, *arguments: Any, **keywords: Any) -> Any:
+        """Train as `transformers.Trainer.train`, and stop the reading threads whatever happens."""
+        try:
+            return super().train(*arguments, **keywords)
+        finally:
+            self.loader.close()
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Batch], num_batches: int, device: torch.device
+    ) -> tuple[list[Batch], torch.Tensor | int | None]:
+        """Return the micro-batches of one step, and the number of masked positions of all of them on all ranks.
+
+        Losses are sums divided by that number: 1 x 8 = 2 x 4 = accumulation.
+        """
+        consumed = self.state.global_step * self.args.gradient_accumulation_steps
+        if self.loader.consumed != consumed:
+            self.loader.load_state_dict({"consumed": consumed})
+        batches, n_masked = super().get_batch_samples(epoch_iterator, num_batches, device)
+        self.throughput.count(batches)
+        return batches, n_masked
+
+    def compute_loss(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> Any:
+        """Return the loss, and keep this micro-batch's share of each objective for the log."""
+        keywords = {"num_items_in_batch": num_items_in_batch}
+        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **keywords)
+        for name, share in outputs.losses.items():
+            self.loss_sums[name] = self.loss_sums.get(name, torch.zeros_like(share)) + share.detach()
+        return (loss, outputs) if return_outputs else loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log, and with the training loss its objectives and the throughput since the last time."""
+        if "loss" in logs and self.loss_sums:
+            steps = self.state.global_step - self.steps_summed
+            sums = self.accelerator.reduce(torch.stack(list(self.loss_sums.values())), "sum") / max(steps, 1)
+            logs |= dict(zip(self.loss_sums, sums.tolist(), strict=True))
+            logs |= self.throughput.since_last(self.loader.waited_s)
+            self.loss_sums, self.steps_summed = {}, self.state.global_step
+        super().log(logs, start_time)
+
+    def create_scheduler(
+        self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
+    ) -> torch.optim.lr_scheduler.LRScheduler:
+        """Return the schedule; with `lr_decay_per_epoch`, warm-up, then a step down after each epoch (seed recipe)."""
+        decay = self.args.lr_decay_per_epoch
+        if decay is None or self.lr_scheduler is not None:
+            return super().create_scheduler(num_training_steps, optimizer)
+        n_warmup = self.args.get_warmup_steps(num_training_steps)
+        steps_per_epoch = len(self.loader) // self.args.gradient_accumulation_steps
+
+        def factor(step: int) -> float:
+            warmed_up = min(1.0, (step + 1) / max(n_warmup, 1))
+            return float(warmed_up * decay ** (step // steps_per_epoch))
+
+        optimizer = optimizer or self.optimizer
+        assert optimizer is not None
+        self.lr_scheduler = LambdaLR(optimizer, factor)
+        self._created_lr_scheduler = True
+        return self.lr_scheduler
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Validate on the stream and return the metrics, baselines beside them."""
+        started = time.perf_counter()
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in self.validate().items()}
+        metrics[f"{metric_key_prefix}_seconds"] = time.perf_counter() - started
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    @torch.inference_mode()
+    def validate(self) -> dict[str, float]:
+        """Return loss, GEP and GEPC MSE over the masked positions of all validation cells, and what they mean."""
+        model = self.accelerator.unwrap_model(self.model)
+        model.eval()
+        # Per objective its sum and the terms of its mean, then the cells; zeros where a rank has no batch.
+        sums = torch.zeros(2 * len(self.weights) + 1, dtype=torch.float64, device=self.args.device)
+        for batch in read_ahead(self.validation_stream()):
+            with self.accelerator.autocast():
+                losses = model(**self._prepare_inputs(batch)).losses
+            n_masked, n_cells = len(batch["label_positions"]), len(batch["cu_seq_lens_q"]) - 1  # type: ignore[arg-type]
+            n_terms = [n_masked if name.startswith("gep") else n_cells for name in self.weights]
+            shares = [losses[name].double() * n for name, n in zip(self.weights, n_terms, strict=True)]
+            sums += torch.stack([*shares, *sums.new_tensor([*n_terms, n_cells])])
+        model.train()
+        return self._metrics(self.accelerator.reduce(sums, "sum").tolist())
+
+    def _metrics(self, sums: list[float]) -> dict[str, float]:
+        """Return means by name; see `Baselines` for the three that frame them."""
+        n = len(self.weights)
+        means = {name: sums[row] / max(sums[n + row], 1.0) for row, name in enumerate(self.weights)}
+        metrics = {"loss": sum((self.weights[name] * mean for name, mean in means.items()), 0.0)}
+        metrics |= {f"{name}_mse" if name in _SQUARED_ERRORS else name: mean for name, mean in means.items()}
+        metrics["cells"] = sums[-1]
+        if self.baselines is not None:
+            metrics |= asdict(self.baselines)
+            if "gep" in means:
+                metrics["variance_explained"] = 1 - means["gep"] / self.baselines.constant_mse
+        return metrics
+
+
+class _TrueEpoch(TrainerCallback):
+    """Keeps `state.epoch` right in the epoch a run resumes in, where the library counts from the epoch's start."""
+
+    def __init__(self, steps_per_epoch: int) -> None:
+        self.steps_per_epoch = steps_per_epoch
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        state.epoch = state.global_step / self.steps_per_epoch
+
+
+class _Placeholder(torch.utils.data.IterableDataset[Batch]):
+    """Stands for the validation stream where the library insists on a dataset."""
+
+    def __iter__(self) -> Iterator[Batch]:
+        raise AssertionError("ScGPTTrainer.evaluate reads the stream itself")
