@@ -1,0 +1,262 @@
+"""The model card of a run: data, training, results beside their baselines, use, limits, how to load and cite.
+
+Nothing is guessed: what no file of the run records is called "not recorded". Where the card goes, `hub.py` decides.
+"""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+from scgpt_hf.training.record import UNKNOWN, Record
+
+# How a card names its own checkpoint until it is published; `name_checkpoint` puts the repository there.
+LOCAL_CHECKPOINT = "best_model"
+_CENSUS = "cellxgene-census"
+_ERRORS = {
+    "model, from the cell's visible genes (GEP)": "eval_gep_mse",
+    "model, from the cell embedding alone (GEPC)": "eval_gepc_mse",
+    "mean of each gene over training cells": "eval_gene_mean_mse",
+    "one constant": "eval_constant_mse",
+    "a perfect prediction up to tie noise (tie floor)": "eval_tie_floor_mse",
+}
+_RESULTS = {
+    "eval_gep_mse": ("mse", "GEP MSE, bins squared"),
+    "eval_gepc_mse": ("mse", "GEPC MSE, bins squared"),
+    "eval_variance_explained": ("explained_variance", "share of the variance explained, against a constant"),
+}
+
+
+def model_card(run: Path, repo_id: str | None = None) -> ModelCard:
+    """Return the card of a run.
+
+    Args:
+        run: the run folder, with any of settings.yaml, split.json, summary.json, metrics.jsonl, loss.png, umap.png and
+            best_model/processor_config.json.
+        repo_id: where the checkpoint will be found; `best_model`, next to the card, when not given.
+
+    Raises:
+        ValueError: a file is malformed; the message names the file and the key.
+    """
+    settings, split = Record(run / "settings.yaml"), Record(run / "split.json")
+    summary = _complete(Record(run / "summary.json"), split, run / "metrics.jsonl")
+    title = repo_id.split("/")[-1] if repo_id else run.resolve().name
+    sections = [
+        f"# {title}\n\n{_WHAT}",
+        _how_to_load(Record(run / "best_model" / "processor_config.json"), settings),
+        _data(summary, settings),
+        _training(summary, settings),
+        _results(summary, [name for name in ("loss.png", "umap.png") if (run / name).is_file()]),
+        _USE_AND_LIMITS,
+        _how_to_cite(summary),
+    ]
+    text = f"---\n{_metadata(summary, title).to_yaml()}\n---\n\n" + "\n\n".join(sections) + "\n"
+    return ModelCard(name_checkpoint(text, repo_id) if repo_id else text)
+
+
+def name_checkpoint(card: str, repo_id: str) -> str:
+    """Return the text of a card whose lines of code load the checkpoint from a repository."""
+    return card.replace(f'from_pretrained("{LOCAL_CHECKPOINT}"', f'from_pretrained("{repo_id}"')
+
+
+def _complete(summary: Record, split: Record, metrics: Path) -> Record:
+    """Return the summary; what it lacks while training goes on comes from the split and the metrics."""
+    if not summary.get("data", dict):
+        source = split.get("source", dict) or {}
+        summary.content["data"] = source.get("source", source)
+    best = summary.get("best", dict) or _best_validation(metrics)
+    baselines = summary.get("baselines", dict) or {}
+    summary.content["best"] = {f"eval_{name}": value for name, value in baselines.items()} | best
+    for part in ("train", "validation"):
+        if summary.get(f"{part}_donors", int) is None and (donors := split.get(f"parts.{part}.donors", list)):
+            summary.content[f"{part}_donors"] = len(donors)
+    return summary
+
+
+def _best_validation(metrics: Path) -> dict[str, Any]:
+    """Return the validation line of the smallest loss, or nothing.
+
+    Raises:
+        ValueError: a line is malformed; the message names it.
+    """
+    best: dict[str, Any] = {"eval_loss": math.inf}
+    lines = metrics.read_text(encoding="utf-8").splitlines() if metrics.is_file() else []
+    for number, line in enumerate(lines, start=1):
+        try:
+            logged = json.loads(line)
+            best = min(best, logged, key=lambda one: float(one.get("eval_loss", math.inf)))
+        except (ValueError, TypeError, AttributeError) as error:
+            raise ValueError(
+                f"{metrics.name}, line {number}: expected JSON with a number at 'eval_loss', found {line[:80]!r}"
+            ) from error
+    return {} if best["eval_loss"] == math.inf else best
+
+
+def _metadata(summary: Record, title: str) -> ModelCardData:
+    """Return what the Hub itself reads: library, licence, tags, results."""
+    census = summary.get("data.census_version", str)
+    results = [
+        EvalResult(
+            task_type="feature-extraction",
+            task_name="masked gene expression prediction, donors held out",
+            dataset_type=_CENSUS if census else "custom",
+            dataset_name=f"CELLxGENE Census {census}" if census else "see the card",
+            dataset_revision=census,
+            metric_type=kind,
+            metric_name=name,
+            metric_value=value,
+        )
+        for key, (kind, name) in _RESULTS.items()
+        if (value := summary.get(f"best.{key}", (int, float))) is not None
+    ]
+    return ModelCardData(
+        library_name="transformers",
+        pipeline_tag="feature-extraction",
+        tags=["scgpt", "single-cell", "biology", "transcriptomics", "gene-expression"],
+        datasets=[_CENSUS] if census else None,
+        model_name=title,
+        eval_results=results or None,
+        license="cc-by-4.0" if census else "other",
+        license_name=None if census else "see-the-sources",
+    )
+
+
+def _how_to_load(processor: Record, settings: Record) -> str:
+    cls_value = processor.number("cls_value", "g")
+    cls_value = settings.number("data.cls_value", "g") if cls_value == UNKNOWN else cls_value
+    return f"""## How to load
+
+```python
+import scanpy as sc, scgpt_hf
+from transformers import AutoModel, AutoProcessor
+processor = AutoProcessor.from_pretrained("{LOCAL_CHECKPOINT}")
+model = AutoModel.from_pretrained("{LOCAL_CHECKPOINT}").eval()
+embedding = model(**processor(sc.read_h5ad("cells.h5ad"))).cell_embedding  # raw counts in, (cells, hidden) out
+```
+
+Without the package, the code that travels with the weights does the same:
+
+```python
+import scanpy as sc
+from transformers import AutoModel, AutoProcessor
+processor = AutoProcessor.from_pretrained("{LOCAL_CHECKPOINT}", trust_remote_code=True)
+model = AutoModel.from_pretrained("{LOCAL_CHECKPOINT}", trust_remote_code=True).eval()
+embedding = model(**processor(sc.read_h5ad("cells.h5ad"))).cell_embedding
+```
+
+`AutoModelForPreTraining`, `AutoModelForMaskedLM` and `AutoModelForSequenceClassification` load too; a class head starts
+untrained. The token `<cls>` carries the value {cls_value}: the processor sets it, other tokenisers must do the same."""
+
+
+def _data(summary: Record, settings: Record) -> str:
+    census = summary.get("data.census_version", str)
+    files = summary.get("data.paths", list) or [summary.text("data.uri")]
+    obs_filter = summary.get("data.obs_filter", str)
+    rows = {
+        "Source": f"CELLxGENE Census, {summary.text('data.organism')}" if census else ", ".join(map(str, files)),
+        "Census version": census or "none: not read from a release of the Census",
+        "Filter": f"`{obs_filter}`" if obs_filter else "none",
+        **{
+            part.capitalize(): f"{summary.number(f'{part}_cells')} cells of {summary.number(f'{part}_donors')} donors"
+            for part in ("train", "validation")
+        },
+        "Kept together": f"`{settings.text('data.split_by')}`, never in both parts",
+        "Tissues": _composition(summary, "tissue_general"),
+        "Assays": _composition(summary, "assay"),
+        "Genes": f"{summary.number('genes')}, chosen on training cells ({settings.text('data.gene_selection')})",
+        "Gene hash of the source": summary.text("data.gene_hash"),
+        "Licence of the data": "CC BY 4.0, as all of the Census" if census else "see the sources",
+    }
+    return f"## Data\n\n{_table(rows)}\n\n`split.json` names the donors and the cells of each part, and every gene."
+
+
+def _training(summary: Record, settings: Record) -> str:
+    seconds, processes = (summary.get(key, (int, float)) for key in ("train_seconds", "processes"))
+    hours = UNKNOWN if seconds is None or processes is None else f"{seconds * processes / 3600:.3g}"
+    layers, width, heads = (
+        settings.number(f"model.{name}", "d") for name in ("num_hidden_layers", "hidden_size", "num_attention_heads")
+    )
+    values = f"{settings.text('data.input_style')}, {settings.number('data.n_bins')} bins per cell"
+    steps = f"{summary.number('steps')}, each of {summary.number('global_batch_size')} cells"
+    rows = {
+        "Model": f"{layers} layers x {width}, {heads} heads, {summary.number('model_parameters')} parameters",
+        "Objectives and weights": _pairs(settings.get("model.loss_weights", dict)),
+        "Values": f"{values}, at most {settings.number('data.max_tokens')} tokens",
+        "Hidden share of a cell's genes": ", ".join(map(str, settings.get("data.mask_ratios", list) or [UNKNOWN])),
+        "Steps": f"{steps}; {summary.number('epochs', '.3g')} epochs",
+        "Learning rate": settings.number("training.learning_rate", "g"),
+        "Precision": summary.text("precision"),
+        "Hardware": f"{summary.number('processes')} x {summary.text('device')}",
+        "Time": f"{summary.number('train_seconds', ',.0f')} s, {summary.number('cells_per_second', ',.0f')} cells/s",
+        "Device-hours, what energy goes by": hours,
+        "Software": _pairs(summary.get("versions", dict)),
+    }
+    repeat = "`settings.yaml` holds every setting; `pretrain.py settings.yaml` repeats the run where the data is."
+    return f"## Training\n\n{_table(rows)}\n\n{repeat}"
+
+
+def _results(summary: Record, figures: list[str]) -> str:
+    rows = "\n".join(f"| {name} | {summary.number(f'best.{key}', '.2f')} |" for name, key in _ERRORS.items())
+    shown = "\n\n".join(f"![{name}]({name})" for name in figures)
+    return f"""## Results
+
+Hidden genes of held-out donors, step {summary.number("best.step")}. Expression is in bins, errors in bins squared.
+
+| prediction | mean squared error |
+| --- | --- |
+{rows}
+
+Share of the variance explained (1 - GEP / constant): {summary.number("best.eval_variance_explained", ".1%")}.
+
+{shown}""".rstrip()
+
+
+def _how_to_cite(summary: Record) -> str:
+    lines = [
+        "- scGPT: Cui, H. et al. scGPT: toward building a foundation model for single-cell multi-omics using "
+        "generative AI. *Nature Methods* 21, 1470-1480 (2024). https://doi.org/10.1038/s41592-024-02201-0",
+        f"- this software: scgpt_hf, version {summary.text('versions.scgpt_hf')}",
+    ]
+    if census := summary.get("data.census_version", str):
+        lines.append(
+            f"- CELLxGENE Census, version {census}: CZI Cell Science Program et al. CZ CELLxGENE Discover. "
+            "*Nucleic Acids Research* 53, D886-D900 (2025). https://doi.org/10.1093/nar/gkae1142"
+        )
+    return "\n".join(["## How to cite\n", *lines])
+
+
+def _composition(summary: Record, column: str) -> str:
+    """Return the values of an obs column with their number of cells, most frequent first."""
+    cells = summary.get(f"composition.{column}", dict) or {}
+    if not all(isinstance(number, int) for number in cells.values()):
+        raise ValueError(f"{summary.name}: expected numbers of cells at 'composition.{column}', found {cells}")
+    return ", ".join(f"{name} ({cells[name]:,})" for name in sorted(cells, key=lambda one: -cells[one])) or UNKNOWN
+
+
+def _pairs(values: dict[str, Any] | None) -> str:
+    return ", ".join(f"{name} {value}" for name, value in (values or {}).items()) or UNKNOWN
+
+
+def _table(rows: dict[str, str]) -> str:
+    cells = [f"| {name} | {text} |" for name, text in ((name, rows[name].replace("|", "\\|")) for name in rows)]
+    return "\n".join(["| | |", "| --- | --- |", *cells])
+
+
+_WHAT = """A transformer over the genes of a cell, pretrained to predict hidden expression from the visible genes,
+with the architecture and objectives of scGPT."""
+
+_USE_AND_LIMITS = """## Intended use
+
+Embeddings of single cells, to explore, integrate and annotate them, and a start for fine-tuning. Input: raw counts of
+the organism above; `processor.match_genes` says which of your genes the vocabulary knows.
+
+## Limits
+
+- Not for diagnosis, nor for any decision about a person.
+- It has seen only the tissues, assays and states listed above; elsewhere its embeddings are untested.
+- Effects of donor and assay remain in the embeddings.
+- Bins are ranks within a cell: equal bins of two cells are not equal counts.
+- Read the errors beside their baselines: ties among low counts cannot be predicted, and each gene's mean is easy.
+- Compare with a simple method (variable genes and PCA) on your own data before relying on it."""

@@ -1,0 +1,36 @@
+"""A small Hub for the session, and a process in which the real client is set to it."""
+
+import os
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+
+import pytest
+from hub_run import make_run
+from hub_server import Client, Hub, client_environment
+
+
+@pytest.fixture(scope="session")
+def hub() -> Iterator[Hub]:
+    """The Hub, served on this machine."""
+    with Hub() as served:
+        yield served
+
+
+@pytest.fixture(scope="session")
+def client(hub: Hub, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
+    """`client(function, *arguments)` calls the function in a process whose huggingface_hub talks to `hub`."""
+    pool = ProcessPoolExecutor(1, mp_context=get_context("spawn"))
+    with pool, pytest.MonkeyPatch.context() as patch:
+        for name, value in client_environment(hub, tmp_path_factory.mktemp("hf_home")).items():
+            patch.setitem(os.environ, name, value)
+        pool.submit(os.getpid).result()  # starts the process, which keeps the variables
+        patch.undo()
+        yield lambda function, *arguments, **keywords: pool.submit(function, *arguments, **keywords).result()
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """A run folder with everything in it but real weights."""
+    return make_run(tmp_path / "blood")

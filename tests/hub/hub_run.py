@@ -1,0 +1,49 @@
+"""A run folder as training leaves it, with stand-ins for weights and code; also what must not leave the machine."""
+
+import json
+from pathlib import Path
+
+import yaml
+
+AUTO_MAP = {"AutoConfig": "configuration_scgpt.ScGPTConfig", "AutoModel": "modeling_scgpt.ScGPTModel"}
+SECRET = "hf_secret"
+FILES_OF_A_MODEL = {
+    "config.json": json.dumps({"model_type": "scgpt", "auto_map": AUTO_MAP}),
+    "configuration_scgpt.py": "# config",
+    "model.safetensors": "weights" * 100,
+    "modeling_scgpt.py": "# model",
+    "processing_scgpt.py": "# processor",
+    "processor_config.json": json.dumps(
+        {"auto_map": {"AutoProcessor": "processing_scgpt.ScGPTProcessor"}, "cls_value": 0.0}
+    ),
+    "tokenizer.json": "{}",
+    "tokenizer_config.json": "{}",
+}
+RECORD = {"metrics.jsonl", "loss.png", "umap.png", "settings.yaml", "split.json", "README.md"}
+
+
+def make_run(folder: Path) -> Path:
+    """Write the run and return its folder."""
+    for name, content in FILES_OF_A_MODEL.items():
+        for parent in (folder / "best_model", folder / "checkpoint-10"):
+            parent.mkdir(parents=True, exist_ok=True)
+            (parent / name).write_text(content)
+    kept_at_home = (
+        "best_model/training_args.bin",
+        "checkpoint-10/optimizer.pt",
+        "checkpoint-10/trainer_state.json",
+        "notes.txt",
+    )
+    for name in kept_at_home:
+        (folder / name).write_text(SECRET)
+    data = {"data": [str(folder.parent / "cells.h5ad")], "cls_value": 0.0}
+    training = {"output_dir": str(folder), "learning_rate": 1e-4, "hub_token": SECRET}
+    (folder / "settings.yaml").write_text(yaml.safe_dump({"data": data, "training": training}))
+    source = {"kind": "h5ad", "paths": [str(folder.parent / "cells.h5ad")], "census_version": None}
+    parts = {"train": {"donors": ["a", "b"]}, "validation": {"donors": ["c"]}}
+    (folder / "split.json").write_text(json.dumps({"source": source, "parts": parts}))
+    (folder / "metrics.jsonl").write_text('{"step": 1, "eval_loss": 2.0, "eval_gep_mse": 90.5}\n')
+    (folder / "summary.json").write_text(json.dumps({"train_cells": 600, "data": source}))
+    for name in ("loss.png", "umap.png"):
+        (folder / name).write_bytes(b"\x89PNG")
+    return folder

@@ -1,0 +1,150 @@
+"""Serves the small Hub of `hub_api.py` on this machine, with faults on demand: errors, and connections that drop.
+
+The client is the real `huggingface_hub`: HF_ENDPOINT sends it here (`client_environment`). Nothing in it is replaced.
+"""
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qs, urlsplit
+
+from hub_api import Answer, Files, HubState, Request, respond
+
+# What the fixture `client` is: calls a function with its arguments where the real client talks to the Hub.
+Client = Callable[..., Any]
+
+
+@dataclass
+class Fault:
+    """What goes wrong with the next `times` requests whose "METHOD /path" contains `match`.
+
+    With a `status` the request is answered by it; otherwise the connection is closed after `after_bytes` of the body,
+    of the request's if it has one, else of the answer's.
+    """
+
+    match: str
+    status: int | None = None
+    after_bytes: int = 0
+    times: int = 1
+
+
+class Hub:
+    """The Hub while it is served: `with Hub() as hub: ... hub.url`."""
+
+    def __init__(self) -> None:
+        self.state = HubState()
+        self.faults: list[Fault] = []
+        self.requests: list[str] = []  # "METHOD /path" of every request, in the order of arrival
+        self._lock = threading.Lock()
+
+    def __enter__(self) -> "Hub":
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), type("HubHandler", (_Handler,), {"hub": self}))
+        self.url = self.state.url = f"http://127.0.0.1:{self._server.server_port}"
+        threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+
+    def files(self, repo_id: str, revision: str = "main", kind: str = "models") -> Files:
+        """Return the files of a repository by name."""
+        repository = self.state.repositories[f"{kind}/{repo_id}"]
+        return repository.commits[repository.branches[revision]]
+
+    @contextmanager
+    def fault(self, match: str, **what: int) -> Iterator[Fault]:
+        """Arrange a fault, and forget it afterwards; see `Fault`."""
+        fault = Fault(match, **what)
+        self.faults.append(fault)
+        try:
+            yield fault
+        finally:
+            self.faults.remove(fault)
+
+    def meet(self, request: str) -> Fault | None:
+        """Note a request, and return the fault it meets."""
+        with self._lock:
+            self.requests.append(request)
+            for fault in self.faults:
+                if fault.times and fault.match in request:
+                    fault.times -= 1
+                    return fault
+        return None
+
+
+def client_environment(hub: Hub, home: Path) -> dict[str, str]:
+    """Return the variables that send the real client to this server; they must be set before it is imported."""
+    proxies = ("http_proxy", "https_proxy", "all_proxy", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY")
+    return dict.fromkeys((*proxies, "HF_TOKEN"), "") | {
+        "HF_ENDPOINT": hub.url,
+        "HF_HOME": str(home),
+        "HF_HUB_DISABLE_XET": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "HF_HUB_OFFLINE": "0",
+        "OMP_NUM_THREADS": "1",
+    }
+
+
+class _Handler(BaseHTTPRequestHandler):
+    """One connection: reads requests, meets faults, sends answers."""
+
+    protocol_version = "HTTP/1.1"
+    hub: Hub
+
+    def log_message(self, format: str, *arguments: Any) -> None:
+        """Keep quiet."""
+
+    def do_GET(self) -> None:
+        """Answer a request, or fail as arranged."""
+        address = urlsplit(self.path)
+        fault = self.hub.meet(f"{self.command} {address.path}")
+        drop_after = fault.after_bytes if fault and fault.status is None else None
+        body = self._read(drop_after)
+        if body is None:
+            return self._hang_up()
+        if fault and fault.status:
+            return self._send(Answer(fault.status, b'{"error": "fault on demand"}', {"Retry-After": "0"}), None)
+        query = {name: values[-1] for name, values in parse_qs(address.query).items()}
+        request = Request(self.hub.state, self.command, address.path, query, self.headers, body)
+        self._send(respond(request), drop_after)
+
+    do_HEAD = do_POST = do_PUT = do_GET
+
+    def _read(self, drop_after: int | None) -> bytes | None:
+        """Return the body, or None where the connection is to drop within it."""
+        chunked = self.headers.get("Transfer-Encoding") == "chunked"
+        length = int(self.headers.get("Content-Length", 0))
+        if drop_after is not None and (length or chunked):
+            self.rfile.read(drop_after)
+            return None
+        if not chunked:
+            return self.rfile.read(length)
+        chunks = []
+        while size := int(self.rfile.readline(), 16):
+            chunks.append(self.rfile.read(size))
+            self.rfile.readline()
+        self.rfile.readline()
+        return b"".join(chunks)
+
+    def _send(self, answer: Answer, drop_after: int | None) -> None:
+        self.send_response(answer.status)
+        headers = {"Content-Type": "application/json", "Content-Length": str(len(answer.content)), **answer.headers}
+        for name, value in headers.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(answer.content[:drop_after])
+        if drop_after is not None:
+            self.wfile.flush()
+            self._hang_up()
+
+    def _hang_up(self) -> None:
+        self.close_connection = True
+        with suppress(OSError):
+            self.connection.shutdown(2)

@@ -1,0 +1,229 @@
+"""Publishing a run to a Hub, by the real client: what goes up, again, after interruptions, and when the Hub refuses."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hub_run import FILES_OF_A_MODEL, RECORD, SECRET
+from hub_server import Client, Hub
+
+from scgpt_hf.training.hub import HubError, publish
+
+
+def commits(hub: Hub, repo_id: str) -> int:
+    return len(hub.state.repositories[f"models/{repo_id}"].commits)
+
+
+def sent_since(hub: Hub, start: int, what: str = "PUT /lfs") -> list[str]:
+    return [request for request in hub.requests[start:] if what in request]
+
+
+def test_publish_sends_model_and_record_and_nothing_else(hub: Hub, client: Client, run: Path) -> None:
+    address = client(publish, run, "org/all", token="hf_owner")
+    assert address == f"{hub.url}/org/all"
+    files = hub.files("org/all")
+    assert set(files) == {*FILES_OF_A_MODEL, *RECORD, ".gitattributes"}
+    assert files["model.safetensors"].decode() == FILES_OF_A_MODEL["model.safetensors"]
+    assert not any(
+        word in content for content in files.values() for word in (SECRET.encode(), str(run.parent).encode())
+    )
+    assert yaml.safe_load(files["settings.yaml"])["data"] == {"data": ["cells.h5ad"], "cls_value": 0.0}
+    assert json.loads(files["split.json"])["parts"]["train"]["donors"] == ["a", "b"]
+    assert b'from_pretrained("org/all"' in files["README.md"]
+    assert b"# all\n" in files["README.md"]
+
+
+def test_publish_again_changes_nothing_and_sends_nothing(hub: Hub, client: Client, run: Path) -> None:
+    client(publish, run, "org/again", token="hf_owner")
+    start = len(hub.requests)
+    client(publish, run, "org/again", token="hf_owner")
+    assert commits(hub, "org/again") == 2
+    assert not sent_since(hub, start, "PUT")
+    assert not sent_since(hub, start, "/commit/")
+
+
+def test_publish_keeps_the_words_somebody_wrote_into_the_readme(hub: Hub, client: Client, run: Path) -> None:
+    (run / "README.md").write_text('---\nlicense: mit\n---\nOurs. `AutoModel.from_pretrained("best_model")`\n')
+    client(publish, run, "org/words", token="hf_owner")
+    readme = hub.files("org/words")["README.md"].decode()
+    assert readme == '---\nlicense: mit\n---\nOurs. `AutoModel.from_pretrained("org/words")`\n'
+
+
+def test_publish_removes_weights_that_would_be_loaded_in_place_of_the_new(hub: Hub, client: Client, run: Path) -> None:
+    client(publish, run, "org/shards", token="hf_owner")
+    shards = {f"model-0000{number}-of-00002.safetensors": f"shard {number}" for number in (1, 2)}
+    (run / "best_model" / "model.safetensors").unlink()
+    for name, content in shards.items():
+        (run / "best_model" / name).write_text(content)
+    index = {"weight_map": dict(zip(("a", "b"), shards, strict=True))}
+    (run / "best_model" / "model.safetensors.index.json").write_text(json.dumps(index))
+    client(publish, run, "org/shards", token="hf_owner")
+    weights = {name for name in hub.files("org/shards") if "safetensors" in name}
+    assert weights == {*shards, "model.safetensors.index.json"}
+
+
+def test_publish_of_a_checkpoint_leaves_the_state_of_training_at_home(hub: Hub, client: Client, run: Path) -> None:
+    client(publish, run, "org/checkpoint", token="hf_owner", weights="checkpoint-10")
+    assert set(hub.files("org/checkpoint")) == {*FILES_OF_A_MODEL, *RECORD, ".gitattributes"}
+
+
+def download(repo_id: str, **keywords: Any) -> dict[str, str]:
+    from huggingface_hub import snapshot_download
+
+    folder = Path(snapshot_download(repo_id, **keywords))
+    return {path.name: path.read_text() for path in folder.iterdir() if path.suffix == ".safetensors"}
+
+
+def test_a_revision_is_published_and_downloaded_beside_main(hub: Hub, client: Client, run: Path) -> None:
+    client(publish, run, "org/revisions", token="hf_owner")
+    first = hub.state.repositories["models/org/revisions"].branches["main"]
+    (run / "best_model" / "model.safetensors").write_text("second")
+    address = client(publish, run, "org/revisions", token="hf_owner", revision="v2")
+    assert address.endswith("/org/revisions/tree/v2")
+    assert client(download, "org/revisions", revision="v2")["model.safetensors"] == "second"
+    for revision in ("main", first):
+        weights = client(download, "org/revisions", revision=revision)["model.safetensors"]
+        assert weights == FILES_OF_A_MODEL["model.safetensors"]
+
+
+def why_not(repo_id: str, **keywords: Any) -> str:
+    """Return the name of what the client raises on the way to a file."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        download(repo_id, **keywords)
+    except HfHubHTTPError as error:
+        return type(error).__name__
+    return "nothing"
+
+
+def test_a_private_repository_is_there_only_for_its_owner(hub: Hub, client: Client, run: Path) -> None:
+    client(publish, run, "org/private", token="hf_owner", private=True)
+    for token in (False, "hf_stranger"):
+        assert client(why_not, "org/private", token=token) == "RepositoryNotFoundError"
+    assert client(download, "org/private", token="hf_owner")
+
+
+def test_an_upload_goes_on_after_its_connection_drops(hub: Hub, client: Client, run: Path) -> None:
+    (run / "best_model" / "model.safetensors").write_text("weights of its own" * 50)
+    start = len(hub.requests)
+    with hub.fault("PUT /lfs", after_bytes=100) as fault:
+        client(publish, run, "org/dropped", token="hf_owner")
+    assert fault.times == 0
+    assert hub.files("org/dropped")["model.safetensors"] == b"weights of its own" * 50
+    assert len(sent_since(hub, start)) == 2
+
+
+def test_an_upload_goes_on_after_an_error_of_the_server(hub: Hub, client: Client, run: Path) -> None:
+    with hub.fault("/preupload/", status=502) as fault:
+        client(publish, run, "org/retried", token="hf_owner")
+    assert fault.times == 0
+    assert "model.safetensors" in hub.files("org/retried")
+
+
+def test_a_publication_that_broke_off_sends_only_the_rest(hub: Hub, client: Client, run: Path) -> None:
+    (run / "best_model" / "model.safetensors").write_text("new weights" * 50)
+    with hub.fault("/commit/", after_bytes=0), pytest.raises(HubError, match="run the same again: files that arrived"):
+        client(publish, run, "org/broken", token="hf_owner")
+    assert set(hub.files("org/broken")) == {".gitattributes"}
+    start = len(hub.requests)
+    client(publish, run, "org/broken", token="hf_owner")
+    assert not sent_since(hub, start)
+    assert hub.files("org/broken")["model.safetensors"] == b"new weights" * 50
+
+
+@pytest.mark.parametrize("place", ["/api/repos/create", "/commit/", "validate-yaml"])
+def test_an_error_of_the_server_says_to_try_later(hub: Hub, client: Client, run: Path, place: str) -> None:
+    with (
+        hub.fault(place, status=500, times=9),
+        pytest.raises(HubError, match=r"fails \(500\); run the same again later"),
+    ):
+        client(publish, run, f"org/errors-{place.strip('/').split('/')[-1]}", token="hf_owner")
+
+
+def test_a_connection_that_drops_at_once_names_the_hub(hub: Hub, client: Client, run: Path) -> None:
+    with hub.fault("/api/repos/create"), pytest.raises(HubError, match=f"connection to {hub.url} failed"):
+        client(publish, run, "org/unreachable", token="hf_owner")
+
+
+@pytest.mark.parametrize(
+    ("token", "expected"),
+    [
+        (None, r"the Hub does not know you \(401\); run `hf auth login`"),
+        ("hf_wrong", r"does not know you \(401\)"),
+        ("hf_stranger", r"may not write to org/.* \(403\); use a token that may write for org"),
+    ],
+)
+def test_a_token_that_may_not_write_says_which_may(
+    hub: Hub, client: Client, run: Path, token: str | None, expected: str
+) -> None:
+    with pytest.raises(HubError, match=expected):
+        client(publish, run, "org/forbidden", token=token)
+    client(publish, run, "org/taken", token="hf_owner")
+    with pytest.raises(HubError, match=expected):
+        client(publish, run, "org/taken", token=token)
+
+
+@pytest.mark.parametrize(("status", "expected"), [(409, "taken or being changed"), (412, "meanwhile"), (418, "418")])
+def test_a_commit_that_is_refused_says_why(hub: Hub, client: Client, run: Path, status: int, expected: str) -> None:
+    with hub.fault("/commit/", status=status), pytest.raises(HubError, match=expected):
+        client(publish, run, f"org/refused-{status}", token="hf_owner")
+
+
+def test_a_revision_that_is_no_branch_name_is_refused(hub: Hub, client: Client, run: Path) -> None:
+    with hub.fault("/revision/", status=404), pytest.raises(HubError, match="no such revision"):
+        client(publish, run, "org/revision", token="hf_owner", revision="v1")
+
+
+def test_a_name_taken_by_another_kind_of_model_is_refused(hub: Hub, client: Client, run: Path) -> None:
+    client(publish, run, "org/bert", token="hf_owner")
+    hub.files("org/bert")["config.json"] = b'{"model_type": "bert"}'
+    with pytest.raises(HubError, match="org/bert already holds a model of type 'bert'; choose another name"):
+        client(publish, run, "org/bert", token="hf_owner")
+
+
+def test_private_is_not_promised_where_the_repository_is_public(hub: Hub, client: Client, run: Path) -> None:
+    client(publish, run, "org/public", token="hf_owner")
+    with pytest.raises(HubError, match="exists and is public"):
+        client(publish, run, "org/public", token="hf_owner", private=True)
+
+
+@pytest.mark.parametrize("repo_id", ["", "name", "org/name/more", "org/na me", "org/-name", "/name", "org/name.git"])
+def test_a_malformed_id_is_refused_before_anything_is_sent(hub: Hub, run: Path, repo_id: str) -> None:
+    start = len(hub.requests)
+    with pytest.raises(ValueError, match="expected a repository id"):
+        publish(run, repo_id)
+    assert len(hub.requests) == start
+
+
+@pytest.mark.parametrize(
+    "lost", ["config.json", "tokenizer.json", "processor_config.json", "model.safetensors", "modeling_scgpt.py"]
+)
+def test_a_model_that_lacks_a_file_is_refused_by_name(run: Path, lost: str) -> None:
+    (run / "best_model" / lost).unlink()
+    with pytest.raises(ValueError, match=f"best_model is not complete, it lacks {lost}"):
+        publish(run, "org/name")
+
+
+def test_a_run_without_a_best_model_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="publish a run that has ended"):
+        publish(tmp_path, "org/name")
+
+
+def test_offline_mode_is_named(client: Client, run: Path) -> None:
+    with pytest.raises(HubError, match="HF_HUB_OFFLINE is set; unset it"):
+        client(publish_offline, run)
+
+
+def publish_offline(run: Path) -> None:
+    from huggingface_hub import constants, utils
+
+    constants.HF_HUB_OFFLINE = True
+    utils.close_session()
+    try:
+        publish(run, "org/offline", token="hf_owner")
+    finally:
+        constants.HF_HUB_OFFLINE = False
+        utils.close_session()

@@ -1,0 +1,114 @@
+"""A checkpoint stands alone: published, then loaded by a process without this package; and by one with it."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hub_run import make_run
+from hub_server import Client, Hub, client_environment
+
+from scgpt_hf.training.hub import publish
+
+N_GENES, N_CELLS = 40, 6
+
+
+def make_and_publish(folder: Path) -> str:
+    """Publish a tiny model sharded and in bf16, and a classifier on its encoder; write what loading must give."""
+    import torch
+    from safetensors.torch import save_file
+
+    import scgpt_hf
+
+    torch.manual_seed(0)
+    genes = [f"ENSG{number:011d}" for number in range(N_GENES)]
+    processor = scgpt_hf.ScGPTProcessor.from_genes(genes, max_tokens=30)
+    shape = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 32}
+    config = scgpt_hf.ScGPTConfig(vocab_size=processor.vocab_size, pad_token_id=processor.pad_id, **shape)
+    model = scgpt_hf.ScGPTForPreTraining(config).eval()
+    counts = np.random.default_rng(0).poisson(1.0, (N_CELLS, N_GENES)).astype(np.float32)
+    batch = processor(counts, genes)
+    with torch.no_grad():
+        output = model(**batch)
+    expected = {f"weights.{name}": weight.clone() for name, weight in model.state_dict().items()}
+    expected |= {"gep": output.gep, "cell_embedding": output.cell_embedding.clone(), "counts": torch.from_numpy(counts)}
+    expected |= {f"batch.{name}": batch[name] for name in ("input_ids", "values")}
+    save_file(expected, folder / "expected.safetensors")
+
+    save_and_publish(folder / "tiny", model, processor, max_shard_size="20KB")
+    config.num_labels = 3
+    classifier = scgpt_hf.ScGPTForSequenceClassification(config)
+    classifier.scgpt.load_state_dict(model.scgpt.state_dict())
+    save_and_publish(folder / "classifier", classifier, processor)
+    save_and_publish(folder / "tiny-bf16", model.bfloat16(), processor)
+    return str(folder / "expected.safetensors")
+
+
+def save_and_publish(run: Path, model: Any, processor: Any, **options: Any) -> None:
+    """Save model and processor as training does, and publish them under the run's name."""
+    make_run(run)
+    for path in (run / "best_model").iterdir():
+        path.unlink()
+    model.save_pretrained(run / "best_model", **options)
+    processor.save_pretrained(run / "best_model")
+    publish(run, f"org/{run.name}", token="hf_owner")
+
+
+@pytest.fixture(scope="module")
+def expected(client: Client, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The file of what loading must give, after the models are published."""
+    return str(client(make_and_publish, tmp_path_factory.mktemp("published")))
+
+
+def test_what_is_published_is_sharded_and_carries_its_code(hub: Hub, expected: str) -> None:
+    files = hub.files("org/tiny")
+    assert sum(name.endswith(".safetensors") for name in files) > 1
+    assert {"modeling_scgpt.py", "processing_scgpt.py", "configuration_scgpt.py", "tokenizer.json"} <= set(files)
+    assert not any("scgpt_hf" in line for line in imports_of(files))
+
+
+def imports_of(files: dict[str, bytes]) -> list[str]:
+    """Return the lines of the published code that import something."""
+    code = [content.decode() for name, content in files.items() if name.endswith(".py")]
+    return [line for text in code for line in text.splitlines() if line.lstrip().startswith(("import ", "from "))]
+
+
+def test_a_process_with_little_more_than_transformers_loads_everything(hub: Hub, expected: str, tmp_path: Path) -> None:
+    environment = os.environ | client_environment(hub, tmp_path / "hf_home")
+    script = Path(__file__).with_name("standalone.py")
+    finished = subprocess.run(
+        [sys.executable, str(script), expected],
+        env=environment,
+        cwd=tmp_path,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+    )
+    assert finished.returncode == 0, finished.stderr[-3000:]
+    held = json.loads(finished.stdout.splitlines()[-1])
+    assert len(held) == 30
+    assert held[-1] == "nothing else was needed"
+
+
+def load_with_the_package() -> list[str]:
+    """Return the modules of the classes that the Auto classes choose when scgpt_hf is imported and no flag is given."""
+    import transformers
+
+    import scgpt_hf  # noqa: F401  # registers the classes
+
+    names = (
+        "AutoConfig",
+        "AutoModel",
+        "AutoModelForPreTraining",
+        "AutoModelForSequenceClassification",
+        "AutoProcessor",
+    )
+    return [type(getattr(transformers, name).from_pretrained("org/tiny")).__module__ for name in names]
+
+
+def test_with_the_package_no_flag_is_needed(client: Client, expected: str) -> None:
+    assert {module.split(".")[0] for module in client(load_with_the_package)} == {"scgpt_hf"}

@@ -1,0 +1,207 @@
+"""The model card: what is recorded is told, what is not is said, and nothing of this machine is in it."""
+
+import json
+import platform
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from huggingface_hub import ModelCard
+
+from scgpt_hf.training.card import UNKNOWN, model_card, name_checkpoint
+
+BEST = {
+    "step": 900,
+    "eval_loss": 200.0,
+    "eval_gep_mse": 95.5,
+    "eval_gepc_mse": 101.25,
+    "eval_variance_explained": 0.541,
+}
+SUMMARY = {
+    "model_parameters": 51_300_000,
+    "train_cells": 291_000,
+    "validation_cells": 9_000,
+    "train_donors": 60,
+    "validation_donors": 2,
+    "genes": 1200,
+    "steps": 9094,
+    "epochs": 1.0,
+    "global_batch_size": 32,
+    "train_seconds": 7200.0,
+    "device": "NVIDIA H100",
+    "processes": 2,
+    "precision": "bf16",
+    "cells_per_second": 4100.5,
+    "versions": {"scgpt_hf": "0.1.0", "torch": "2.13"},
+    "baselines": {"constant_mse": 208.0, "gene_mean_mse": 120.0, "tie_floor_mse": 40.0},
+    "best": BEST,
+    "data": {
+        "kind": "census",
+        "uri": "census://2025-11-08/homo_sapiens",
+        "census_version": "2025-11-08",
+        "organism": "homo_sapiens",
+        "obs_filter": "tissue_general == 'blood' || x == '|'",
+        "gene_hash": "abc123",
+    },
+    "composition": {"tissue_general": {"blood": 300_000}, "assay": {"10x 3' v2": 100_000, "10x 3' v3": 200_000}},
+}
+SETTINGS = {
+    "data": {
+        "split_by": "donor_id",
+        "gene_selection": "hvg",
+        "input_style": "binned",
+        "n_bins": 51,
+        "max_tokens": 1201,
+        "mask_ratios": [0.25, 0.5, 0.75],
+        "cls_value": -2.0,
+    },
+    "model": {"num_hidden_layers": 12, "hidden_size": 512, "num_attention_heads": 8, "loss_weights": {"gep": 1.0}},
+    "training": {"learning_rate": 1e-4, "hub_token": "hf_secret"},
+}
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """A run that recorded everything."""
+    folder = tmp_path / "blood"
+    (folder / "best_model").mkdir(parents=True)
+    (folder / "summary.json").write_text(json.dumps(SUMMARY))
+    (folder / "settings.yaml").write_text(yaml.safe_dump(SETTINGS))
+    (folder / "best_model" / "processor_config.json").write_text('{"cls_value": 0.0}')
+    (folder / "loss.png").write_bytes(b"")
+    return folder
+
+
+def change(run: Path, **changes: Any) -> None:
+    """Write summary.json again, changed."""
+    (run / "summary.json").write_text(json.dumps(SUMMARY | changes))
+
+
+def test_the_card_tells_data_training_and_results_beside_baselines(run: Path) -> None:
+    text = model_card(run).text
+    assert UNKNOWN not in text
+    for row in (
+        "| Source | CELLxGENE Census, homo_sapiens |",
+        "| Census version | 2025-11-08 |",
+        "| Filter | `tissue_general == 'blood' \\|\\| x == '\\|'` |",
+        "| Train | 291,000 cells of 60 donors |",
+        "| Validation | 9,000 cells of 2 donors |",
+        "| Tissues | blood (300,000) |",
+        "| Assays | 10x 3' v3 (200,000), 10x 3' v2 (100,000) |",
+        "| Gene hash of the source | abc123 |",
+        "| Licence of the data | CC BY 4.0, as all of the Census |",
+        "| Hardware | 2 x NVIDIA H100 |",
+        "| Device-hours, what energy goes by | 4 |",
+        "| model, from the cell's visible genes (GEP) | 95.50 |",
+        "| model, from the cell embedding alone (GEPC) | 101.25 |",
+        "| mean of each gene over training cells | 120.00 |",
+        "| one constant | 208.00 |",
+        "| a perfect prediction up to tie noise (tie floor) | 40.00 |",
+        "constant): 54.1%.",
+        "`<cls>` carries the value 0:",
+        "![loss.png](loss.png)",
+        "10.1038/s41592-024-02201-0",
+        "10.1093/nar/gkae1142",
+        "scgpt_hf, version 0.1.0",
+    ):
+        assert row in text
+    assert "umap.png" not in text
+
+
+def test_the_metadata_is_what_the_hub_reads(run: Path) -> None:
+    card = ModelCard(str(model_card(run, "org/blood-300k")))
+    data = card.data.to_dict()
+    assert (data["library_name"], data["license"], data["datasets"]) == (
+        "transformers",
+        "cc-by-4.0",
+        ["cellxgene-census"],
+    )
+    assert "single-cell" in data["tags"]
+    assert card.data.model_name == "blood-300k"
+    results = {result.metric_name: result.metric_value for result in card.data.eval_results}
+    assert list(results.values()) == [95.5, 101.25, 0.541]
+    assert {result.dataset_revision for result in card.data.eval_results} == {"2025-11-08"}
+
+
+def test_the_lines_of_code_load_what_the_card_goes_with(run: Path) -> None:
+    local, published = model_card(run), model_card(run, "org/blood")
+    assert str(local).count('from_pretrained("best_model"') == str(published).count('from_pretrained("org/blood"') == 4
+    assert name_checkpoint(str(published), "org/blood") == str(published)
+    assert published.text.count("```python") == 2
+    for code in published.text.split("```python")[1:]:
+        lines = code.split("```")[0].strip().splitlines()
+        compile("\n".join(lines), "card", "exec")
+        assert len(lines) == 5
+
+
+def test_a_source_that_is_no_census_release_has_the_licence_of_its_sources(run: Path, tmp_path: Path) -> None:
+    paths = [str(tmp_path / "one.h5ad"), str(tmp_path / "two.h5ad")]
+    change(run, data={"kind": "h5ad", "paths": paths, "census_version": None})
+    card = model_card(run)
+    assert "| Source | one.h5ad, two.h5ad |" in card.text
+    assert "| Licence of the data | see the sources |" in card.text
+    assert (card.data.license, card.data.license_name) == ("other", "see-the-sources")
+    assert "CELLxGENE" not in card.text
+
+
+def test_no_path_host_or_credential_is_in_the_card(run: Path, tmp_path: Path) -> None:
+    settings = {
+        "data": {"data": [str(tmp_path)], "split_by": str(tmp_path / "x")},
+        "training": {"hub_token": "hf_secret"},
+    }
+    (run / "settings.yaml").write_text(yaml.safe_dump(settings))
+    change(run, data={"kind": "census", "uri": f"file://{tmp_path}/soma", "census_version": None})
+    text = str(model_card(run))
+    for secret in (str(tmp_path), str(Path.home()) + "/", platform.node(), "hf_secret", "file://"):
+        assert secret not in text
+
+
+def test_an_empty_run_says_that_nothing_is_recorded(tmp_path: Path) -> None:
+    text = model_card(tmp_path).text
+    assert f"| Train | {UNKNOWN} cells of {UNKNOWN} donors |" in text
+    assert f"| one constant | {UNKNOWN} |" in text
+    assert f"`<cls>` carries the value {UNKNOWN}:" in text
+
+
+def test_while_training_goes_on_split_and_metrics_stand_in_for_the_summary(run: Path) -> None:
+    (run / "summary.json").unlink()
+    parts = {"train": {"donors": ["a", "b"]}, "validation": {"donors": ["c"]}}
+    (run / "split.json").write_text(json.dumps({"source": SUMMARY["data"], "parts": parts}))
+    lines = [
+        {"step": 1, "loss": 9.0},
+        {"step": 2, "eval_loss": 3.0, "eval_gep_mse": 30.0},
+        {"step": 3, "eval_loss": 4.0},
+    ]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    text = model_card(run).text
+    assert "cells of 2 donors |" in text
+    assert "step 2." in text
+    assert "(GEP) | 30.00 |" in text
+    assert "| Census version | 2025-11-08 |" in text
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"train_seconds": "long"}, "summary.json: expected int or float at 'train_seconds'"),
+        ({"best": {"eval_gep_mse": "x"}}, r"summary.json: expected int or float at 'best.eval_gep_mse'"),
+        ({"data": [1]}, "summary.json: expected dict at 'data'"),
+        (
+            {"composition": {"assay": {"10x": "many"}}},
+            r"summary.json: expected numbers of cells at 'composition.assay'",
+        ),
+    ],
+)
+def test_a_malformed_value_is_refused_by_file_and_key(run: Path, changes: dict[str, Any], expected: str) -> None:
+    change(run, **changes)
+    with pytest.raises(ValueError, match=expected):
+        model_card(run)
+
+
+@pytest.mark.parametrize("line", ["{", "[1]", '{"eval_loss": "low"}'])
+def test_a_malformed_line_of_the_metrics_is_named(run: Path, line: str) -> None:
+    change(run, best=None)
+    (run / "metrics.jsonl").write_text('{"step": 1, "eval_loss": 1.0}\n' + line)
+    with pytest.raises(ValueError, match=r"metrics\.jsonl, line 2"):
+        model_card(run)
