@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 # A donor with fewer cells shares a batch with others when variable genes are chosen: the curve of variance over mean
-# that is fitted to each batch fails, or is noise, on few cells.
+# that is fitted to each batch fails, or is noise, on few cells. Measured on 17,736 cells of shared/data/blood: ranking 13
+# donors of 55 to 83 cells one by one instead of together replaced 565 of 1,200 genes.
 MIN_CELLS_PER_BATCH = 100
 # Four bands, as many as a source reads at once: 100 MB of counts, at 1,500 expressed genes per cell.
 _CELLS_PER_READ = 4 * BAND_SIZE
@@ -135,7 +136,7 @@ def highly_variable_genes(
 
     Seurat v3: per donor a curve of variance over mean is fitted, counts are standardised by it and clipped, and genes
     ranked; a gene's place is the median of its ranks among the best of each donor. The counts are read twice. Memory
-    is about 60 bytes for each donor and candidate gene: 0.3 GB for 150 donors and 30,000 genes.
+    is about 80 bytes for each donor and candidate gene: 0.4 GB for 150 donors and 30,000 genes.
 
     Args:
         source: of the cells.
