@@ -131,24 +131,20 @@ class ScGPTPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """Draw initial weights as the original does: PyTorch's defaults, except for the gene table and the attention.
+        """Draw initial weights as the original does: PyTorch's defaults, and a narrow uniform for tables.
 
         The library's normal(0.02) with zero biases would not do: normalised, the value encoder would see only signs.
+
+        Source: bowang-lab/scGPT:scgpt/model/model.py:151.
         """
         super()._init_weights(module)
-        if isinstance(module, ScGPTAttention):
-            init.xavier_uniform_(module.qkv_proj.weight)
-            init.zeros_(module.qkv_proj.bias)
-            init.zeros_(module.out_proj.bias)
-        elif isinstance(module, nn.Linear):
+        if isinstance(module, nn.Linear):
             bound = 1 / math.sqrt(module.in_features)
             init.uniform_(module.weight, -bound, bound)
             if module.bias is not None:
                 init.uniform_(module.bias, -bound, bound)
         elif isinstance(module, nn.Embedding):
-            init.normal_(module.weight)
-        elif isinstance(module, ScGPTModel):
-            init.uniform_(module.gene_encoder.embedding.weight, -0.1, 0.1)
+            init.uniform_(module.weight, -0.1, 0.1)
         elif isinstance(module, nn.PReLU):
             init.constant_(module.weight, 0.25)
         elif isinstance(module, DomainNorm):

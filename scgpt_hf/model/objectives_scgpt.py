@@ -63,10 +63,10 @@ def elastic_cell_similarity(cell_embedding: Tensor, threshold: float) -> Tensor:
 
     Source: bowang-lab/scGPT:scgpt/model/model.py:381; ECS of Cui et al. 2024.
     """
-    direction = F.normalize(cell_embedding.float(), dim=-1)
-    diagonal = torch.eye(len(direction), dtype=torch.bool, device=direction.device)
-    similarity = (direction @ direction.mT).masked_fill(diagonal, 0.0).relu()  # (cells, cells)
-    return _mean(1 - (similarity - threshold).square())
+    diagonal = torch.eye(len(cell_embedding), dtype=torch.bool, device=cell_embedding.device)
+    similarity = _cosine_similarity(cell_embedding, cell_embedding).masked_fill(diagonal, 0.0).relu()
+    terms = 1 - (similarity - threshold).square()
+    return terms.sum() / max(terms.numel(), 1)
 
 
 def contrastive_cells(first: Tensor, second: Tensor, temperature: float) -> Tensor:
@@ -79,8 +79,8 @@ def contrastive_cells(first: Tensor, second: Tensor, temperature: float) -> Tens
 
     Source: bowang-lab/scGPT:scgpt/model/model.py:366; CCE of Cui et al. 2024, after Gao et al. 2021, arXiv:2104.08821.
     """
-    similarity = F.normalize(first.float(), dim=-1) @ F.normalize(second.float(), dim=-1).mT / temperature
-    return class_cross_entropy(similarity, torch.arange(len(first), device=first.device))
+    similarity = _cosine_similarity(first, second)
+    return class_cross_entropy(similarity / temperature, torch.arange(len(first), device=first.device))
 
 
 def class_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
@@ -113,5 +113,7 @@ def _mean_where(counted: Tensor, terms: Tensor, num_items: Tensor | int | None =
     return terms.masked_fill(~counted, 0.0).sum() / n_terms.clamp(min=1)
 
 
-def _mean(terms: Tensor) -> Tensor:
-    return terms.sum() / max(terms.numel(), 1)
+def _cosine_similarity(first: Tensor, second: Tensor) -> Tensor:
+    """Return the similarity of every cell of one with every cell of the other, (cells, cells)."""
+    with torch.autocast(first.device.type, enabled=False):  # which would take the product in half precision
+        return F.normalize(first.float(), dim=-1) @ F.normalize(second.float(), dim=-1).mT

@@ -1,0 +1,77 @@
+"""The configuration keeps what it is given, refuses what no model can satisfy, and knows what training costs."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from huggingface_hub.errors import StrictDataclassError
+from transformers import AutoConfig
+
+import scgpt_hf
+from scgpt_hf.model.configuration_scgpt import AUTO_MAP, PRESETS, ScGPTConfig, training_flops_per_token
+
+
+def test_defaults_are_the_papers() -> None:
+    config = ScGPTConfig()
+    assert (config.num_hidden_layers, config.hidden_size, config.num_attention_heads) == (12, 512, 8)
+    assert (config.intermediate_size, config.dropout) == (512, 0.2)
+    assert config.loss_weights == {"gep": 1.0, "gepc": 1.0}
+
+
+def test_a_saved_configuration_is_the_same_when_loaded(tmp_path: Path) -> None:
+    assert scgpt_hf.ScGPTConfig is ScGPTConfig
+    config = ScGPTConfig(
+        norm_scheme="pre", n_domains=3, domain_head=True, num_labels=5, loss_weights={"gep": 0.5, "dar": 2, "gepc": 0}
+    )
+    config.save_pretrained(tmp_path)
+    loaded = AutoConfig.from_pretrained(tmp_path)
+    assert loaded.to_diff_dict() == config.to_diff_dict()
+    assert loaded.auto_map == AUTO_MAP
+
+
+def test_loading_passes_the_librarys_keywords(tmp_path: Path) -> None:
+    ScGPTConfig(architectures=["ScGPTModel"], torch_dtype="float32").save_pretrained(tmp_path)
+    loaded = ScGPTConfig.from_pretrained(tmp_path, dtype="bfloat16", num_labels=7, attn_implementation="eager")
+    assert (loaded.num_labels, loaded._attn_implementation) == (7, "eager")
+    assert ScGPTConfig.from_dict({**loaded.to_dict(), "_written_by": "a tool"}).num_labels == 7
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_are_configurations(name: str) -> None:
+    assert ScGPTConfig(**PRESETS[name]).hidden_size == PRESETS[name]["hidden_size"]
+
+
+def test_options_bring_their_objectives() -> None:
+    assert ScGPTConfig(explicit_zero_prob=True).weighs("gepc_zero")
+    assert ScGPTConfig(domain_head=True, n_domains=2).weighs("dar")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"num_hiden_layers": 3}, "did you mean 'num_hidden_layers'"),
+        ({"zzz": 3}, "newer version"),
+        ({"hidden_size": 30, "num_attention_heads": 4}, "not a multiple"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers is 0"),
+        ({"dropout": 1.0}, r"share in \[0, 1\)"),
+        ({"dropout": "much"}, "dropout"),
+        ({"norm_scheme": "middle"}, "norm_scheme"),
+        ({"loss_weights": {"gpe": 1.0}}, "gpe"),
+        ({"loss_weights": {"gep": -1.0}}, "negative"),
+        ({"explicit_zero_prob": True, "loss_weights": {"gep": 1.0}}, "gep_zero"),
+        ({"loss_weights": {"gep": 1.0, "gep_zero": 1.0}}, "explicit_zero_prob=False"),
+        ({"domain_head": True, "n_domains": 2, "loss_weights": {"gep": 1.0}}, "'dar'"),
+        ({"domain_embedding": True}, "n_domains"),
+        ({"input_norm": "domain"}, "n_domains"),
+        ({"gepc_query": "sum", "domain_embedding": True, "n_domains": 2}, "domain_embedding"),
+        ({"gepc_query": "concat", "explicit_zero_prob": True}, "explicit_zero_prob"),
+    ],
+)
+def test_what_no_model_can_satisfy_is_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises((ValueError, StrictDataclassError), match=message):
+        ScGPTConfig(**settings)
+
+
+@pytest.mark.parametrize(("mean_tokens", "measured"), [(120, 128e6), (450, 153e6), (1201, 208e6)])
+def test_training_flops_are_those_measured_for_the_seed_model(mean_tokens: int, measured: float) -> None:
+    assert training_flops_per_token(ScGPTConfig(), mean_tokens) == pytest.approx(measured, rel=0.02)
