@@ -64,8 +64,7 @@ def name_checkpoint(card: str, repo_id: str) -> str:
 def _complete(summary: Record, split: Record, metrics: Path) -> Record:
     """Return the summary; what it lacks while training goes on comes from the split and the metrics."""
     if not summary.get("data", dict):
-        source = split.get("source", dict) or {}
-        summary.content["data"] = source.get("source", source)
+        summary.content["data"] = split.get("source", dict) or {}
     best = summary.get("best", dict) or _best_validation(metrics)
     baselines = summary.get("baselines", dict) or {}
     summary.content["best"] = {f"eval_{name}": value for name, value in baselines.items()} | best

@@ -9,6 +9,7 @@ import yaml
 from hub_run import FILES_OF_A_MODEL, RECORD, SECRET
 from hub_server import Client, Hub
 
+from scgpt_hf.training.card import model_card
 from scgpt_hf.training.hub import HubError, publish
 
 
@@ -42,6 +43,12 @@ def test_publish_again_changes_nothing_and_sends_nothing(hub: Hub, client: Clien
     assert commits(hub, "org/again") == 2
     assert not sent_since(hub, start, "PUT")
     assert not sent_since(hub, start, "/commit/")
+
+
+def test_publish_names_the_repository_in_a_card_that_nobody_changed(hub: Hub, client: Client, run: Path) -> None:
+    model_card(run).save(run / "README.md")
+    client(publish, run, "org/card", token="hf_owner")
+    assert hub.files("org/card")["README.md"].decode() == str(model_card(run, "org/card"))
 
 
 def test_publish_keeps_the_words_somebody_wrote_into_the_readme(hub: Hub, client: Client, run: Path) -> None:
