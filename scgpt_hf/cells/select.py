@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
-from tqdm import tqdm  # type: ignore[import-untyped]
+from tqdm import tqdm
 
 from scgpt_hf.cells.block import CellBlock, Int64Array
 from scgpt_hf.cells.hvg import add_sums, expected_std, moments, rank_genes, standardized_variances
@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 # A donor with fewer cells shares a batch with others when variable genes are chosen: the curve of variance over mean
-# that is fitted to each batch fails, or is noise, on few cells. Measured on 17,736 cells of shared/data/blood: ranking 13
-# donors of 55 to 83 cells one by one instead of together replaced 565 of 1,200 genes.
+# that is fitted to each batch fails, or is noise, on few cells. Measured on 17,736 cells of shared/data/blood: ranking
+# 13 donors of 55 to 83 cells one by one instead of together replaced 565 of 1,200 genes.
 MIN_CELLS_PER_BATCH = 100
 # Four bands, as many as a source reads at once: 100 MB of counts, at 1,500 expressed genes per cell.
 _CELLS_PER_READ = 4 * BAND_SIZE
