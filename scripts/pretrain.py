@@ -51,6 +51,8 @@ def main() -> None:
         draw_map(folder, source, cell_ids, trainer.model, processor, donor_key=settings.data.split_by, seed=args.seed)
         model_card(folder).save(folder / "README.md")
         print(tell(summary, folder))
+        if args.push_to_hub:
+            print(f"Published at {trainer.push_to_hub()}")
     trainer.accelerator.end_training()
 
 

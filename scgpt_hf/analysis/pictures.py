@@ -47,7 +47,7 @@ def draw_map(
     told = np.isfinite(embedding).all(axis=1)
     columns = [column for column in dict.fromkeys(("cell_type", donor_key)) if _has(source, column)]
     obs = source.obs(columns).loc[drawn[told]]
-    panels = {column.replace("_", " "): obs[column].astype(str).tolist() for column in columns}
+    panels = {column.replace("_", " ").removesuffix(" id"): obs[column].tolist() for column in columns}
     title = f"{told.sum():,} cells embedded by the model"
     save_figure(plot_umap(umap_of(embedding[told], seed), panels, title=title), folder / "umap.png")
 

@@ -18,7 +18,7 @@ import pyarrow as pa
 import tiledbsoma as soma
 from numpy.typing import NDArray
 from scipy.sparse import csr_matrix
-from tqdm.auto import tqdm  # type: ignore[import-untyped]
+from tqdm.auto import tqdm
 
 from scgpt_hf.cells.genes import join_genes
 from scgpt_hf.cells.h5ad import H5adPart, H5adSource

@@ -70,7 +70,7 @@ def expected_std(means: FloatArray, variances: FloatArray) -> FloatArray:
     Raises:
         ValueError: too few genes vary, or no curve can be fitted because most of them have the same few counts.
     """
-    from skmisc.loess import loess  # type: ignore[import-untyped]
+    from skmisc.loess import loess
 
     varying = variances > 0
     std = np.ones_like(means)

@@ -4,9 +4,10 @@ import math
 import os
 import platform
 import shutil
-from contextlib import closing
+from contextlib import closing, suppress
 from copy import copy
 from dataclasses import asdict, replace
+from functools import partial
 from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
@@ -17,6 +18,7 @@ import torch
 from accelerate import Accelerator
 from transformers.trainer_pt_utils import get_model_param_count
 
+from scgpt_hf.cells.block import Int64Array
 from scgpt_hf.cells.plan import EpochPlan, plan_epoch, plan_validation
 from scgpt_hf.cells.source import CellSource
 from scgpt_hf.model.modeling_scgpt import ScGPTForPreTraining
@@ -53,7 +55,9 @@ class Streams:
             categories=_categories(data.domain_key, selection.domains),
         )
         self.plans = plan_training(selection, settings)
-        self.validation_plan = plan_validation(selection.parts["validation"], args.per_device_eval_batch_size)
+        plan = plan_validation(selection.parts["validation"], args.per_device_eval_batch_size)
+        self._validation = partial(stream_cells, source, [plan], settings=replace(self.feed, micro_batches=1))
+        self._validated = self._validation(processor)
 
     def train(self, consumed: int) -> Any:
         """Return the training batches of this rank after the first `consumed`, a multiple of its micro-batches."""
@@ -62,8 +66,7 @@ class Streams:
 
     def validation(self, processor: ScGPTProcessor | None = None) -> Any:
         """Return the validation batches of this rank; masks and ties are the same every time."""
-        feed = replace(self.feed, micro_batches=1)
-        return stream_cells(self.source, [self.validation_plan], processor or self.processor, feed)
+        return self._validated if processor is None else self._validation(processor)
 
     def unmasked(self) -> Any:
         """Return training batches without masks, in the first epoch's order."""
@@ -116,7 +119,7 @@ def make_trainer(streams: Streams, model: ScGPTForPreTraining, args: TrainingSet
 def save_best_model(trainer: ScGPTTrainer, folder: Path) -> None:
     """Write the best model and its processor to `folder/best_model`, whole or not at all."""
     beside = folder / f"{BEST_MODEL}.tmp"
-    trainer.save_model(str(beside))
+    trainer.save_model(str(beside), _internal_call=True)  # without the library's own push
     if trainer.is_world_process_zero():
         (beside / "training_args.bin").unlink(missing_ok=True)  # a pickle; settings.yaml says the same
         shutil.rmtree(folder / BEST_MODEL, ignore_errors=True)
@@ -147,6 +150,7 @@ def summarize(trainer: ScGPTTrainer, streams: Streams, train_seconds: float) -> 
         "versions": {name: version(name) for name in _PACKAGES},
         "baselines": asdict(trainer.baselines) if trainer.baselines else None,
         "best": min(validations, key=lambda line: line["eval_loss"]) if validations else None,
+        "composition": _composition(streams.source, parts),
         "data": streams.source.describe(),
     }
     if trainer.is_world_process_zero():
@@ -183,6 +187,17 @@ def device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return str(torch.cuda.get_device_name(device))
     return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+
+
+def _composition(source: CellSource, parts: dict[str, Int64Array]) -> dict[str, dict[str, int]]:
+    """Return the number of cells of each tissue and assay, as far as the source tells."""
+    cell_ids = np.concatenate(list(parts.values()))
+    composition = {}
+    for column in ("tissue_general", "assay"):
+        with suppress(ValueError):  # no such column
+            counts = source.obs([column]).loc[cell_ids, column].astype(str).value_counts()
+            composition[column] = {str(value): int(n) for value, n in counts.items() if n}
+    return composition
 
 
 def _categories(domain_key: str | None, domains: list[str]) -> dict[str, tuple[str, dict[str, int]]]:

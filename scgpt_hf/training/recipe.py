@@ -11,9 +11,10 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from accelerate import PartialState
 
-from scgpt_hf.cells.select import filter_cells, filter_genes, highly_variable_genes, sample_donors
+from scgpt_hf.cells.select import filter_cells, filter_genes, highly_variable_genes, null_free, sample_donors
 from scgpt_hf.cells.source import CellSource, open_source
 from scgpt_hf.cells.splits import load_split, save_split, split_cells
 from scgpt_hf.demo import demo_cells, demo_census
@@ -76,6 +77,7 @@ def choose(source: CellSource, data: DataSettings, seed: int) -> Selection:
     """
     columns = sorted({data.split_by, *([data.domain_key] if data.domain_key else [])})
     obs = source.obs(columns)
+    obs = obs.loc[null_free(obs, data.split_by)]
     if data.max_cells is not None:
         obs = obs.loc[sample_donors(obs, data.max_cells, seed=seed, by=data.split_by)]
     obs = obs.loc[filter_cells(source, obs.index.to_numpy(np.int64), data.min_genes)]
@@ -159,7 +161,11 @@ def build_processor(genes: list[str], data: DataSettings) -> ScGPTProcessor:
 
 
 def build_model(processor: ScGPTProcessor, model: ModelSettings, n_domains: int) -> ScGPTForPreTraining:
-    """Return a new model for the processor's vocabulary; weights follow from torch's seed."""
+    """Return a new model for the processor's vocabulary; weights follow from torch's seed.
+
+    Bins are nearly uniform on 1 … n_bins - 1, so the expression head starts at their mean: one that starts at 0 spends
+    its first hundreds of steps on getting there.
+    """
     shape: dict[str, Any] = asdict(model)
     config = ScGPTConfig(
         vocab_size=processor.vocab_size,
@@ -168,4 +174,8 @@ def build_model(processor: ScGPTProcessor, model: ModelSettings, n_domains: int)
         n_domains=n_domains,
         **shape,
     )
-    return ScGPTForPreTraining(config)
+    new = ScGPTForPreTraining(config)
+    if processor.input_style == "binned" and new.expression_head is not None:
+        last: Any = new.expression_head.value[-1]
+        torch.nn.init.constant_(last.bias, processor.n_bins / 2)
+    return new

@@ -147,6 +147,10 @@ class TrainingSettings(TrainingArguments):
                 self.bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
         else:
             self.bf16, self.fp16 = self.precision == "bf16", self.precision == "fp16"
+        if self.hub_strategy in {"checkpoint", "all_checkpoints"}:
+            raise ValueError(
+                f"hub_strategy {self.hub_strategy!r} would publish optimiser states; choose 'every_save' or 'end'"
+            )
         super().__post_init__()  # type: ignore[no-untyped-call]
 
 

@@ -3,19 +3,28 @@
 Everything else (precision, accumulation, clipping, checkpoints, trackers, processes) is the library's own.
 """
 
+import logging
 import time
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import HfApi
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import HubStrategy
+from transformers.utils.hub import PushInProgress
 
 from scgpt_hf.stream import Batch, StreamLoader, read_ahead
 from scgpt_hf.training.baselines import Baselines
+from scgpt_hf.training.hub import publish
 from scgpt_hf.training.settings import TrainingSettings
 from scgpt_hf.training.throughput import Throughput
+
+logger = logging.getLogger(__name__)
 
 # Objectives that are squared errors in bins; the log calls them so.
 _SQUARED_ERRORS = ("gep", "gepc")
@@ -167,6 +176,38 @@ class ScGPTTrainer(Trainer):
             if "gep" in means:
                 metrics["variance_explained"] = 1 - means["gep"] / self.baselines.constant_mse
         return metrics
+
+    def create_model_card(self, *_: Any, **__: Any) -> None:
+        """Leave README.md alone: `card.model_card` writes it, and the library's draft must not replace it."""
+
+    def push_to_hub(self, *_: Any, **__: Any) -> Any:
+        """Publish the finished run; return its address on the process that does."""
+        if not self.is_world_process_zero():
+            return None
+        self._finish_current_push()
+        return publish(self.args.output_dir, self._repository(), **self._hub_arguments())
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """Publish a checkpoint in the background; the library's own way leaves out the code and adds pickles."""
+        busy = self.push_in_progress is not None and not self.push_in_progress.is_done()
+        if not self.is_world_process_zero() or self.args.hub_strategy == HubStrategy.END or busy:
+            return
+        settings = {**self._hub_arguments(), "weights": Path(checkpoint_folder).name}
+        job = HfApi().run_as_future(publish, self.args.output_dir, self._repository(), **settings)
+        job.add_done_callback(_report_failure)
+        self.push_in_progress: Any = PushInProgress([job])  # type: ignore[arg-type]
+
+    def _repository(self) -> str:
+        return str(self.args.hub_model_id or Path(self.args.output_dir).resolve().name)
+
+    def _hub_arguments(self) -> dict[str, Any]:
+        args = self.args
+        return {"private": bool(args.hub_private_repo), "token": args.hub_token, "revision": args.hub_revision}
+
+
+def _report_failure(job: Future[str]) -> None:
+    if error := job.exception():
+        logger.warning("a checkpoint could not be published, training goes on: %s", error)
 
 
 class _TrueEpoch(TrainerCallback):

@@ -1,0 +1,205 @@
+"""The trainer: resumed equals uninterrupted, 1 x 8 equals accumulation, and every number of the log is there."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from huggingface_hub.errors import StrictDataclassClassValidationError
+from transformers import set_seed
+
+from scgpt_hf.training.dry_run import describe_run
+from scgpt_hf.training.pretraining import Streams, make_trainer, save_best_model, summarize, tell
+from scgpt_hf.training.recipe import begin_run, build_model, build_processor, open_cells
+from scgpt_hf.training.settings import parse_settings
+from scgpt_hf.training.trainer import ScGPTTrainer
+
+TINY = [
+    *("--hidden_size", "16", "--num_hidden_layers", "1", "--num_attention_heads", "2", "--intermediate_size", "16"),
+    *("--min_gene_counts", "1", "--validation_fraction", "0.3", "--use_cpu", "true", "--disable_tqdm", "true"),
+    *("--num_train_epochs", "2", "--logging_steps", "5", "--bands_per_block", "1"),
+]
+
+
+def prepare(census: Path, folder: Path, *flags: str) -> tuple[ScGPTTrainer, Streams, str | None]:
+    settings = parse_settings([*TINY, "--data", str(census), "--output_dir", str(folder), *flags], "test")
+    source = open_cells(settings)
+    selection, checkpoint = begin_run(source, settings)
+    set_seed(settings.training.seed)
+    processor = build_processor(selection.genes, settings.data)
+    model = build_model(processor, settings.model, len(selection.domains))
+    streams = Streams(source, selection, processor, settings)
+    return make_trainer(streams, model, settings.training), streams, checkpoint
+
+
+def weights_of(trainer: ScGPTTrainer) -> dict[str, torch.Tensor]:
+    return {name: weight.detach().clone() for name, weight in trainer.model.named_parameters()}
+
+
+@pytest.fixture(scope="module")
+def trained(small_census, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run") / "whole"
+    trainer, streams, checkpoint = prepare(
+        small_census,
+        folder,
+        "--save_strategy",
+        "steps",
+        "--save_steps",
+        "4",
+        "--eval_steps",
+        "4",
+        "--eval_strategy",
+        "steps",
+        "--save_total_limit",
+        "20",
+        "--load_best_model_at_end",
+        "false",
+    )
+    trainer.train(resume_from_checkpoint=checkpoint)
+    return trainer, streams, folder
+
+
+def test_the_log_says_what_was_learned_and_how_fast(trained):
+    _, _, folder = trained
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    losses = [line for line in lines if "gep" in line]
+    assert losses[-1]["loss"] < losses[0]["loss"]
+    assert all(line["loss"] == pytest.approx(line["gep"] + line["gepc"], rel=1e-5) for line in losses)
+    assert {"cells_per_second", "tokens_per_second", "waiting_share", "grad_norm", "learning_rate"} <= losses[0].keys()
+    validation = next(line for line in lines if "eval_loss" in line)
+    named = {
+        "gep_mse",
+        "gepc_mse",
+        "constant_mse",
+        "gene_mean_mse",
+        "tie_floor_mse",
+        "variance_explained",
+        "cells",
+        "seconds",
+    }
+    assert {f"eval_{name}" for name in named} <= validation.keys()
+    assert validation["eval_tie_floor_mse"] < validation["eval_gene_mean_mse"] < 1.2 * validation["eval_constant_mse"]
+    explained = 1 - validation["eval_gep_mse"] / validation["eval_constant_mse"]
+    assert validation["eval_variance_explained"] == pytest.approx(explained)
+
+
+def test_validation_is_the_same_every_time(trained):
+    trainer, streams, _ = trained
+    assert trainer.validate() == trainer.validate()
+    assert trainer.validate()["cells"] == len(streams.selection.parts["validation"])
+
+
+@pytest.mark.parametrize("step", [4, 8])
+def test_resumed_equals_uninterrupted(small_census, trained, step):
+    whole, _, folder = trained
+    checkpoint = folder / f"checkpoint-{step}"
+    flags = ("--save_strategy", "no", "--eval_strategy", "no", "--load_best_model_at_end", "false")
+    resumed, _, found = prepare(small_census, folder, *flags, "--resume_from_checkpoint", str(checkpoint))
+    resumed.train(resume_from_checkpoint=found)
+    assert resumed.state.global_step == whole.state.global_step
+    for name, weight in weights_of(resumed).items():
+        assert torch.equal(weight, whole.model.get_parameter(name)), name
+
+
+def test_one_batch_of_32_equals_four_of_8_accumulated(small_census, tmp_path):
+    flags = (
+        "--dropout",
+        "0",
+        "--optim",
+        "sgd",
+        "--learning_rate",
+        "1e-4",
+        "--eval_strategy",
+        "no",
+        "--save_strategy",
+        "no",
+        "--load_best_model_at_end",
+        "false",
+        "--logging_steps",
+        "1",
+    )
+    weights, losses = [], []
+    for name, batch, accumulation in (("whole", "32", "1"), ("parts", "8", "4")):
+        trainer, _, _ = prepare(
+            small_census,
+            tmp_path / name,
+            *flags,
+            "--per_device_train_batch_size",
+            batch,
+            "--gradient_accumulation_steps",
+            accumulation,
+        )
+        trainer.train()
+        weights.append(weights_of(trainer))
+        losses.append([line["loss"] for line in trainer.state.log_history if "loss" in line])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    for name, weight in weights[0].items():
+        torch.testing.assert_close(weight, weights[1][name], atol=1e-5, rtol=1e-4)
+
+
+def test_the_learning_rate_of_the_seed_recipe_steps_down_after_each_epoch(small_census, tmp_path):
+    trainer, streams, _ = prepare(
+        small_census, tmp_path / "run", "--lr_decay_per_epoch", "0.5", "--warmup_steps", "0", "--learning_rate", "1e-3"
+    )
+    n_steps = streams.plans[0].n_steps
+    trainer.create_optimizer_and_scheduler(2 * n_steps)
+    rates = []
+    for _ in range(2 * n_steps):
+        rates.append(trainer.lr_scheduler.get_last_lr()[0])
+        trainer.optimizer.step()
+        trainer.lr_scheduler.step()
+    assert rates == pytest.approx([1e-3] * n_steps + [5e-4] * n_steps)
+
+
+def test_a_finished_run_has_its_best_model_and_its_summary(trained):
+    trainer, streams, folder = trained
+    save_best_model(trainer, folder)
+    saved = {path.name for path in (folder / "best_model").iterdir()}
+    assert {"model.safetensors", "config.json", "tokenizer.json", "processor_config.json"} <= saved
+    assert not [name for name in saved if name.endswith((".bin", ".pt", ".pth"))]
+    summary = summarize(trainer, streams, 12.0)
+    assert json.loads((folder / "summary.json").read_text())["train_cells"] == summary["train_cells"]
+    words = tell(summary, folder)
+    assert "each gene's mean" in words
+    assert f"{summary['best']['eval_gep_mse']:.2f}" in words
+
+
+def test_a_second_run_into_the_folder_is_refused(small_census, trained):
+    _, _, folder = trained
+    with pytest.raises(FileExistsError, match="holds an earlier run"):
+        prepare(small_census, folder)
+
+
+def test_a_dry_run_writes_nothing_and_says_all(small_census, tmp_path):
+    settings = parse_settings(
+        [*TINY, "--data", str(small_census), "--output_dir", str(tmp_path / "run"), "--dry_run", "true"], "test"
+    )
+    source = open_cells(settings)
+    selection, _ = begin_run(source, settings)
+    processor = build_processor(selection.genes, settings.data)
+    model = build_model(processor, settings.model, 0)
+    words = describe_run(Streams(source, selection, processor, settings), model, settings.training)
+    for name in ("cells", "genes", "tokens per cell", "steps", "parameters", "arithmetic", "time", "memory"):
+        assert f"{name}  " in words
+    assert f"{model.num_parameters():,}" in words
+    assert not list(tmp_path.iterdir())
+
+
+def test_donor_heads_train_and_unseen_objectives_are_refused(small_census, tmp_path):
+    weights = json.dumps({"gep": 1, "gepc": 1, "dar": 1, "ecs": 10})
+    flags = (
+        "--domain_key",
+        "dataset_id",
+        "--domain_embedding",
+        "true",
+        "--domain_head",
+        "true",
+        "--loss_weights",
+        weights,
+    )
+    trainer, _, _ = prepare(small_census, tmp_path / "run", *flags, "--max_steps", "4", "--logging_steps", "2")
+    trainer.train()
+    line = next(line for line in trainer.state.log_history if "dar" in line)
+    assert {"gep", "gepc", "dar", "ecs"} <= line.keys()
+    with pytest.raises(StrictDataclassClassValidationError, match="no_such_loss"):
+        prepare(small_census, tmp_path / "other", "--loss_weights", '{"no_such_loss": 1}')
