@@ -25,13 +25,20 @@ class SparseCounts(Protocol):
     """A CSR matrix (cells, genes), as scipy makes it; scipy itself is not needed here."""
 
     @property
-    def data(self) -> npt.NDArray[Any]: ...  # noqa: D102
+    def data(self) -> npt.NDArray[Any]:
+        """Values of the stored entries."""
+
     @property
-    def indices(self) -> npt.NDArray[Any]: ...  # noqa: D102
+    def indices(self) -> npt.NDArray[Any]:
+        """Their columns."""
+
     @property
-    def indptr(self) -> npt.NDArray[Any]: ...  # noqa: D102
+    def indptr(self) -> npt.NDArray[Any]:
+        """Where each row begins and ends, (cells + 1,)."""
+
     @property
-    def shape(self) -> tuple[int, int]: ...  # noqa: D102
+    def shape(self) -> tuple[int, int]:
+        """Number of cells and of genes."""
 
 
 def scramble(words: UInt64Array) -> UInt64Array:

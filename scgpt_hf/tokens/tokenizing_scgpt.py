@@ -99,7 +99,7 @@ def log_normalize(block: Block, target_sum: float) -> Block:
     """Return log(1 + count · target_sum / total of the cell), in float32; totals are over all genes of the data."""
     cell_of_entry = np.repeat(np.arange(block.shape[0]), np.diff(block.indptr))
     totals = np.bincount(cell_of_entry, weights=block.data, minlength=block.shape[0])
-    values = np.log1p(block.data * (target_sum / np.maximum(totals, np.finfo(float).tiny))[cell_of_entry])
+    values = np.log1p(block.data * (target_sum / np.where(totals > 0, totals, 1.0))[cell_of_entry])
     return replace(block, data=values.astype(np.float32))
 
 
