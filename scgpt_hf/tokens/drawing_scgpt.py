@@ -61,9 +61,13 @@ def _smallest(words: Array, k: int) -> Any:
     n = 0
     for word in words:
         if word >> _BUCKET_SHIFT == np.uint64(bucket):
-            inside[n] = word
+            at = n
+            while at > 0 and inside[at - 1] > word:  # insert in order
+                inside[at] = inside[at - 1]
+                at -= 1
+            inside[at] = word
             n += 1
-    return np.sort(inside)[k - n_before - 1]
+    return inside[k - n_before - 1]
 
 
 @compiled

@@ -43,7 +43,8 @@ def _edges_by_counting(values: Array, histogram: Array, largest: int, levels: Ar
             upper += 1
             n_upper += histogram[upper]
         edges[k] = _edge(float(lower), float(upper), position - below)
-    histogram[: largest + 1] = 0
+    for count in range(largest + 1):
+        histogram[count] = 0
 
 
 @compiled
@@ -91,8 +92,17 @@ def _assign_bins(
         if largest >= 0:
             lowest, n_choices = tables[1, int(values[i])], tables[2, int(values[i])]
         else:
-            highest = np.searchsorted(edges, values[i], side="right")
-            lowest = min(np.searchsorted(edges, values[i], side="left") + 1, highest)
+            n_less, n_more = 0, len(edges)  # by bisection: edges below the value; then those equal to it
+            while n_less < n_more:
+                middle = (n_less + n_more) // 2
+                if edges[middle] < values[i]:
+                    n_less = middle + 1
+                else:
+                    n_more = middle
+            highest = n_less
+            while highest < len(edges) and edges[highest] <= values[i]:
+                highest += 1
+            lowest = min(n_less + 1, highest)
             n_choices = highest - lowest + 1
         if ties == 0:
             step = int(((gene_word(key, genes[i]) >> _HALF_WORD) * np.uint64(n_choices)) >> _HALF_WORD)
@@ -161,7 +171,7 @@ def _spread_zeros(zero_genes: Array, genes: Array, values: Array, n: int) -> int
             k -= 1
         else:
             values[i] = 0
-    genes[: len(zero_genes)] = zero_genes
+        genes[i] = zero_genes[i]
     return len(zero_genes)
 
 
@@ -195,11 +205,10 @@ def tokenize_block(
             n = _spread_zeros(zero_genes, genes, values, n)
         n = keep_lowest(genes, values, n, limit, sampling_keys[cell], words)
         tokens = slice(start + 1, start + 1 + n)
-        input_ids[tokens] = genes[:n]
+        for i in range(n):  # slices are not assigned to, which numba takes seconds to compile
+            input_ids[tokens.start + i], token_values[tokens.start + i] = genes[i], values[i]
         if len(levels):
             _assign_bins(values[:n], genes[:n], tie_keys[cell], ties, edges, tables, largest, token_values[tokens])
-        else:
-            token_values[tokens] = values[:n]
         n_tokens[cell] = n + 1
         start += n + 1
     return -1

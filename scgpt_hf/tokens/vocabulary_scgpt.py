@@ -111,13 +111,12 @@ def match_genes(vocab: Mapping[str, int], genes: Sequence[str]) -> Int64Array:
     names = [str(gene) for gene in genes]
     _require_unique(names, "gene names of the data")
     targets = {token: index for token, index in vocab.items() if token not in (PAD, CLS, EOC)}
-    bare = [name if name in targets or not (hit := _VERSIONED.fullmatch(name)) else hit[1] for name in names]
-    ids = np.fromiter((targets.get(name, -1) for name in bare), np.int64, len(bare))
-    _require_unique(
-        [name for name, index in zip(bare, ids, strict=True) if index >= 0], "genes after dropping versions"
-    )
-    n_known, n_stripped = int((ids >= 0).sum()), sum(a != b for a, b in zip(bare, names, strict=True))
-    if 2 * n_known < len(names) and 2 * n_known < len(targets):
+    bare = {name: hit[1] for name in names if name not in targets and (hit := _VERSIONED.fullmatch(name))}
+    ids = np.fromiter((targets.get(bare.get(name, name), -1) for name in names), np.int64, len(names))
+    found = [bare.get(name, name) for name, index in zip(names, ids, strict=True) if index >= 0]
+    _require_unique(found, "genes after dropping versions")
+    n_known = len(found)
+    if not n_known or (2 * n_known < len(names) and 2 * n_known < len(targets)):
         unknown = [name for name, index in zip(names, ids, strict=True) if index < 0]
         raise ValueError(
             f"only {n_known:,} of the {len(names):,} genes of the data are among the vocabulary's {len(targets):,}; "
@@ -126,7 +125,7 @@ def match_genes(vocab: Mapping[str, int], genes: Sequence[str]) -> Int64Array:
         )
     logger.info(
         "%d of %d genes of the data are known, %d of the vocabulary's %d are present; %d version suffixes ignored",
-        n_known, len(names), n_known, len(targets), n_stripped,
+        n_known, len(names), n_known, len(targets), sum(name in targets for name in bare.values()),
     )  # fmt: skip
     return ids
 

@@ -1,4 +1,4 @@
-"""Every row of the original's binning, both bin counts: edges to the digit, tie ranges, and the range of our own draws."""
+"""Every row of the original's binning, both bin counts: edges to the digit, tie ranges, our own draws."""
 
 import json
 from pathlib import Path

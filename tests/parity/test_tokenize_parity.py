@@ -1,4 +1,4 @@
-"""The original's tokenising: genes and values with and without zeros, the inference collator, the masking share, embed_data."""
+"""The original's tokenising: with and without zeros, the inference collator, the masking share, embed_data."""
 
 import json
 from pathlib import Path
@@ -27,7 +27,7 @@ def vocab(folder: Path) -> dict[str, int]:
 
 
 def _cells(ids: np.ndarray, values: np.ndarray, pad_id: int) -> list[dict[int, float]]:
-    """Each row as {id: value}: the original keeps the order of columns, we that of the vocabulary, and genes are a set."""
+    """Each row as {id: value}: the original keeps the order of columns, we that of the vocabulary, and genes a set."""
     return [
         {int(i): float(v) for i, v in zip(*row, strict=True) if i != pad_id} for row in zip(ids, values, strict=True)
     ]

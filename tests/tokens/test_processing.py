@@ -1,0 +1,242 @@
+"""The processor as users meet it: what it accepts, what it refuses, and that it survives saving."""
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from anndata import AnnData
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.sparse import csc_matrix, csr_matrix
+from transformers import AutoProcessor, AutoTokenizer
+
+import scgpt_hf  # noqa: F401  # registers the processor
+from scgpt_hf.tokens.packing_scgpt import IGNORE
+from scgpt_hf.tokens.processing_scgpt import ScGPTProcessor
+
+GENES = [f"ENSG{i:011d}" for i in range(60)]
+SETTINGS: dict[str, Any] = {
+    "n_bins": 11,
+    "max_tokens": 20,
+    "cls_value": -2.0,
+    "pad_value": -3.0,
+    "mask_value": -4.0,
+    "ties": "midpoint",
+    "input_style": "log1p",
+    "target_sum": 1000.0,
+    "include_zeros": True,
+}
+
+
+def _counts(seed: int = 0, n_cells: int = 12) -> np.ndarray:
+    rng = np.random.default_rng(seed)
+    counts = rng.poisson(rng.gamma(0.5, 2, (n_cells, 60))).astype(np.float32)
+    counts[:, 0] += 1  # no cell is empty
+    return counts
+
+
+def _rows(batch: dict[str, torch.Tensor]) -> list[list[tuple[int, float]]]:
+    real = batch["attention_mask"]
+    ids, values = batch["input_ids"], batch["values"]
+    return [list(zip(ids[i, real[i]].tolist(), values[i, real[i]].tolist(), strict=True)) for i in range(len(ids))]
+
+
+def test_from_genes_numbers_genes_in_order_and_names_them_back() -> None:
+    processor = ScGPTProcessor.from_genes(GENES[::-1])
+    assert (processor.vocab_size, processor.pad_id, processor.cls_id) == (63, 60, 61)
+    assert processor.genes == GENES[::-1]
+    assert processor.gene_names(np.array([0, 61, 59])) == [GENES[-1], "<cls>", GENES[0]]
+    assert processor.match_genes(GENES).tolist() == list(range(59, -1, -1))
+
+
+def test_specials_may_sit_anywhere_in_a_published_vocabulary() -> None:
+    vocab = {"<cls>": 0, **{gene: i + 1 for i, gene in enumerate(GENES[:30])}, "<pad>": 31}
+    vocab |= {gene: i + 32 for i, gene in enumerate(GENES[30:])}
+    processor = ScGPTProcessor.from_vocab(vocab, cls_value=-2.0)
+    batch = processor(_counts(), GENES)
+    assert (batch["input_ids"][:, 0] == 0).all()
+    assert (batch["values"][:, 0] == -2).all()
+    assert (batch["input_ids"][~batch["attention_mask"]] == 31).all()
+    assert processor.genes == GENES
+
+
+@pytest.mark.parametrize("ties", ["random", "midpoint", "upper", "lower"])
+@pytest.mark.parametrize("max_tokens", [8, 1201])
+def test_a_cell_gives_the_same_tokens_in_any_batch_order_or_storage(ties: str, max_tokens: int) -> None:
+    processor = ScGPTProcessor.from_genes(GENES, ties=ties, max_tokens=max_tokens)
+    counts, rng = _counts(), np.random.default_rng(1)
+    whole = _rows(processor(counts, GENES))
+    order, columns = rng.permutation(12), rng.permutation(60)
+    moved = processor(csc_matrix(counts[order][:, columns].astype(int)), [GENES[i] for i in columns])
+    assert _rows(moved) == [whole[cell] for cell in order]
+    assert [_rows(processor(counts[i : i + 1], GENES))[0] for i in range(12)] == whole
+    masked = processor(counts, GENES, mask_ratios=(0.5,))["labels"]
+    alone = processor(counts[3:4], GENES, mask_ratios=(0.5,))["labels"]
+    assert torch.equal(masked[3, : alone.shape[1]], alone[0])
+
+
+def test_midpoint_ties_are_free_of_randomness() -> None:
+    processor = ScGPTProcessor.from_genes(GENES, ties="midpoint")
+    first, other = (processor(_counts(), GENES, seed=seed, epoch=seed) for seed in (0, 9))
+    assert torch.equal(first["values"], other["values"])
+    random = ScGPTProcessor.from_genes(GENES)
+    assert not torch.equal(random(_counts(), GENES)["values"], random(_counts(), GENES, epoch=1)["values"])
+
+
+def test_cell_ids_key_the_draws() -> None:
+    processor, counts = ScGPTProcessor.from_genes(GENES), np.repeat(_counts(n_cells=1), 3, axis=0)
+    values = processor(counts, GENES, cell_ids=np.array([5, 6, 5]))["values"]
+    assert torch.equal(values[0], values[2])
+    assert not torch.equal(values[0], values[1])
+    by_content = processor(counts, GENES)["values"]
+    assert torch.equal(by_content[0], by_content[1])
+
+
+@settings(deadline=None, max_examples=20)
+@given(seed=st.integers(0, 2**16), target_sum=st.floats(1, 1e6))
+def test_bins_do_not_depend_on_target_sum(seed: int, target_sum: float) -> None:
+    plain, other = (ScGPTProcessor.from_genes(GENES, target_sum=total) for total in (1e4, target_sum))
+    assert torch.equal(plain(_counts(seed), GENES)["values"], other(_counts(seed), GENES)["values"])
+
+
+def test_log1p_values_are_normalised_over_all_genes_of_the_data() -> None:
+    processor = ScGPTProcessor.from_genes(GENES[:40], input_style="log1p", target_sum=100.0)
+    counts = _counts()
+    tokens = processor.tokenize(csr_matrix(counts), processor.match_genes(GENES), seed=0, epoch=0)
+    expected = np.log1p(counts * 100 / counts.sum(1, keepdims=True))[:, :40]
+    genes = tokens.input_ids != processor.cls_id
+    cells = np.repeat(np.arange(12), np.diff(tokens.indptr))
+    np.testing.assert_allclose(tokens.values[genes], expected[cells[genes], tokens.input_ids[genes]], rtol=1e-6)
+
+
+def test_include_zeros_gives_every_known_gene_of_the_data() -> None:
+    processor = ScGPTProcessor.from_genes(GENES, include_zeros=True)
+    batch = processor(_counts(), GENES)
+    assert batch["input_ids"].shape == (12, 61)
+    np.testing.assert_array_equal(batch["values"][:, 1:].numpy() == 0, _counts() == 0)
+
+
+def test_packed_and_padded_hold_the_same_tokens_and_labels() -> None:
+    processor = ScGPTProcessor.from_genes(GENES)
+    padded, packed = (processor(_counts(), GENES, mask_ratios=(0.25, 0.75), packed=flag) for flag in (False, True))
+    for key in ("input_ids", "values", "labels"):
+        assert torch.equal(padded[key][padded["attention_mask"]], packed[key][0])
+    assert (packed["values"][packed["labels"] != IGNORE] == -1).all()
+
+
+def test_mask_draws_afresh_each_epoch_and_never_hides_cls() -> None:
+    processor = ScGPTProcessor.from_genes(GENES)
+    tokens = processor.tokenize(csr_matrix(_counts()), processor.match_genes(GENES), seed=0, epoch=0)
+    first, second, again = (processor.mask(tokens, seed=0, epoch=epoch) for epoch in (0, 1, 0))
+    assert not np.array_equal(first.labels, second.labels)
+    np.testing.assert_array_equal(first.labels, again.labels)
+    assert (first.labels[first.indptr[:-1]] == IGNORE).all()
+
+
+def test_an_anndata_is_read_by_the_column_that_fits() -> None:
+    var = pd.DataFrame({"feature_id": GENES}, index=[f"S{i}" for i in range(60)])
+    processor = ScGPTProcessor.from_genes(GENES)
+    expected = processor(_counts(), GENES)
+    for counts in (_counts(), csr_matrix(_counts())):
+        batch = processor(AnnData(counts, var=var))
+        assert all(torch.equal(batch[key], expected[key]) for key in expected)
+    named = processor(AnnData(_counts(), var=var), genes=GENES)
+    assert torch.equal(named["values"], expected["values"])
+
+
+def test_cells_without_known_genes_raise_or_are_dropped(caplog: pytest.LogCaptureFixture) -> None:
+    processor, counts = ScGPTProcessor.from_genes(GENES), _counts()
+    counts[[2, 7]] = 0
+    with pytest.raises(ValueError, match=r"2 of 12 cells express no gene of the vocabulary, e.g. rows \[2, 7\]"):
+        processor(counts, GENES)
+    assert processor(counts, GENES, drop_empty=True)["input_ids"].shape[0] == 10
+    gene_ids = processor.match_genes(GENES)
+    with caplog.at_level(logging.DEBUG):
+        tokens = processor.tokenize(csr_matrix(counts), gene_ids, cell_ids=np.arange(12), seed=0, epoch=0)
+    assert tokens.cell_ids.tolist() == [0, 1, 3, 4, 5, 6, 8, 9, 10, 11]
+    assert "2 of 12 cells express no known gene" in caplog.text
+    n_known = processor.count_known(csr_matrix(counts), gene_ids)
+    assert n_known.tolist() == (counts > 0).sum(1).tolist()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((_counts(),), "without gene names"),
+        ((_counts(), GENES[:-1]), r"found \(59,\) gene ids for 60 columns"),
+        ((-_counts(), GENES), "finite expression ≥ 0"),
+        ((_counts()[0], GENES), "shape"),
+        ((_counts(), [*GENES[:-1], GENES[0]]), "are repeated"),
+        ((_counts(), [f"S{i}" for i in range(60)]), "only 0 of the 60"),
+    ],
+)
+def test_bad_counts_raise(arguments: tuple[Any, ...], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ScGPTProcessor.from_genes(GENES)(*arguments)
+
+
+def test_bad_ids_raise() -> None:
+    processor, counts = ScGPTProcessor.from_genes(GENES), csr_matrix(_counts())
+    with pytest.raises(ValueError, match=r"found \(3,\) cell ids for 12 cells"):
+        processor.tokenize(counts, np.arange(60), cell_ids=np.arange(3), seed=0, epoch=0)
+    with pytest.raises(ValueError, match="gene id 63 is beyond the vocabulary of 63"):
+        processor.tokenize(counts, np.arange(60) + 4, seed=0, epoch=0)
+    with pytest.raises(ValueError, match="two columns have gene id 7"):
+        processor.tokenize(counts, np.where(np.arange(60) == 3, 7, np.arange(60)), seed=0, epoch=0)
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"ties": "left"}, "unknown ties 'left'; choose one of random, midpoint"),
+        ({"input_style": "raw"}, "unknown input_style 'raw'; choose one of binned, log1p"),
+        ({"n_bins": 1}, "n_bins must be a whole number ≥ 2, found 1"),
+        ({"n_bins": 51.0}, "n_bins must be a whole number"),
+        ({"max_tokens": True}, "max_tokens must be a whole number"),
+        ({"max_tokens": 1}, "max_tokens must be a whole number ≥ 2"),
+        ({"cls_value": float("nan")}, "cls_value must be a finite number, found nan"),
+        ({"pad_value": "-2"}, "pad_value must be a finite number"),
+        ({"mask_value": None}, "mask_value must be a finite number"),
+        ({"target_sum": 0}, "target_sum must be > 0"),
+        ({"include_zeros": 1}, "include_zeros must be true or false"),
+    ],
+)
+def test_bad_settings_raise(setting: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ScGPTProcessor.from_genes(GENES, **setting)
+
+
+def test_misspelt_settings_raise() -> None:
+    with pytest.raises(TypeError, match="n_bin"):
+        ScGPTProcessor.from_genes(GENES, n_bin=51)
+
+
+def test_a_saved_processor_loads_identical(tmp_path: Path) -> None:
+    processor = ScGPTProcessor.from_genes(GENES, **SETTINGS)
+    processor.save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "processor_config.json").read_text())
+    assert {key: saved[key] for key in SETTINGS} == SETTINGS
+    for loaded in (ScGPTProcessor.from_pretrained(tmp_path), AutoProcessor.from_pretrained(tmp_path)):
+        assert type(loaded) is ScGPTProcessor
+        assert {key: getattr(loaded, key) for key in SETTINGS} == SETTINGS
+        assert loaded.tokenizer.get_vocab() == processor.tokenizer.get_vocab()
+        first, second = processor(_counts(), GENES, mask_ratios=(0.5,)), loaded(_counts(), GENES, mask_ratios=(0.5,))
+        assert first.keys() == second.keys()
+        assert all(torch.equal(first[key], second[key]) for key in first)
+    again = tmp_path / "again"
+    loaded.save_pretrained(again)
+    for name in ("processor_config.json", "tokenizer.json"):
+        assert json.loads((tmp_path / name).read_text()) == json.loads((again / name).read_text())
+    assert AutoTokenizer.from_pretrained(tmp_path)(" ".join(GENES))["input_ids"] == list(range(60))
+
+
+def test_settings_can_be_changed_while_loading(tmp_path: Path) -> None:
+    ScGPTProcessor.from_genes(GENES).save_pretrained(tmp_path)
+    assert ScGPTProcessor.from_pretrained(tmp_path, ties="midpoint").ties == "midpoint"
+    with pytest.raises(ValueError, match="n_bins must be"):
+        ScGPTProcessor.from_pretrained(tmp_path, n_bins=0)

@@ -1,0 +1,81 @@
+"""A saved processor without this package: from its own files, with and without numba, in a fresh process."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from scgpt_hf.tokens.processing_scgpt import ScGPTProcessor
+
+GENES = [f"ENSG{i:011d}" for i in range(50)]
+
+# Runs where neither scgpt_hf nor (if asked) numba can be imported; writes what the processor says about counts.npy.
+STRANGER = """
+import sys
+for name in sys.argv[2:]:
+    sys.modules[name] = None
+import numpy as np
+from transformers import AutoProcessor, AutoTokenizer
+folder = sys.argv[1]
+tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+assert type(tokenizer).__module__.startswith("transformers."), type(tokenizer)
+processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+assert type(processor).__module__.startswith("transformers_modules."), type(processor)
+genes = [f"ENSG{i:011d}" for i in range(50)]
+assert tokenizer.convert_tokens_to_ids(genes) == list(range(50))
+batch = processor(np.load(folder + "/counts.npy"), genes, mask_ratios=(0.25, 0.75))
+np.savez(folder + "/batch.npz", **{key: tensor.numpy() for key, tensor in batch.items()})
+processor.save_pretrained(folder + "/again")
+"""
+
+
+def _run(folder: Path, *absent: str, **environment: str) -> None:
+    variables = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"} | environment
+    command = [sys.executable, "-c", STRANGER, str(folder), *absent]
+    done = subprocess.run(command, cwd=folder, env=variables, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("absent", [("scgpt_hf",), ("scgpt_hf", "numba")])
+def test_a_saved_processor_stands_alone(tmp_path: Path, absent: tuple[str, ...]) -> None:
+    processor = ScGPTProcessor.from_genes(GENES, max_tokens=20)
+    folder = tmp_path / "saved"
+    processor.save_pretrained(folder)
+    counts = np.random.default_rng(0).poisson(1.5, (30, 50))
+    np.save(folder / "counts.npy", counts)
+    _run(folder, *absent, HF_HOME=str(tmp_path / "home"), HF_HUB_OFFLINE="1")
+    expected: dict[str, Any] = processor(counts, GENES, mask_ratios=(0.25, 0.75))
+    with np.load(folder / "batch.npz") as batch:
+        assert set(batch) == set(expected)
+        for key in batch:
+            np.testing.assert_array_equal(batch[key], expected[key].numpy())
+    code = {path.name for path in folder.glob("*.py")}
+    assert {path.name for path in (folder / "again").glob("*.py")} == code
+    saved, again = (json.loads((at / "processor_config.json").read_text()) for at in (folder, folder / "again"))
+    assert saved == again
+
+
+def test_kernels_compile_where_nothing_can_be_written(tmp_path: Path) -> None:
+    home = Path(sys.modules[ScGPTProcessor.__module__].__file__ or "").parent
+    package = tmp_path / "room"
+    shutil.copytree(home, package, ignore=shutil.ignore_patterns("__pycache__"))
+    (package / "__pycache__").write_text("a file where numba wants a folder")
+    code = """
+import numpy as np
+from room.drawing_scgpt import COMPILED, gene_word
+assert COMPILED
+assert type(gene_word._cache).__name__ == "NullCache"
+assert gene_word(np.uint64(1234567), 0) == 6457827717110365317
+"""
+    nowhere = tmp_path / "file"
+    nowhere.write_text("")
+    variables = os.environ | {"HOME": str(nowhere), "XDG_CACHE_HOME": str(nowhere), "NUMBA_CACHE_DIR": ""}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=tmp_path, env=variables, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,123 @@
+"""The gene vocabulary: ids as given, specials anywhere, and errors that name the genes."""
+
+import logging
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+from anndata import AnnData
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from scgpt_hf.tokens.vocabulary_scgpt import (
+    build_tokenizer,
+    check_vocab,
+    gene_names_of,
+    match_genes,
+    vocab_of_genes,
+)
+
+ENSEMBL = [f"ENSG{i:011d}" for i in range(20)]
+VOCAB = vocab_of_genes(ENSEMBL)
+
+
+@settings(deadline=None, max_examples=25)
+@given(order=st.permutations(["CD3D", "HLA-DRA", "MT-CO1", "RP11-34P13.7", "<pad>", "<cls>"]), eoc=st.booleans())
+def test_the_tokenizer_answers_with_the_ids_given_wherever_the_specials_sit(order: list[str], eoc: bool) -> None:
+    vocab = {token: index for index, token in enumerate([*order, "<eoc>"] if eoc else order)}
+    tokenizer = build_tokenizer(vocab)
+    assert tokenizer.get_vocab() == vocab
+    assert tokenizer(" ".join(vocab))["input_ids"] == list(vocab.values())
+    assert (tokenizer.pad_token_id, tokenizer.cls_token_id) == (vocab["<pad>"], vocab["<cls>"])
+    assert tokenizer.convert_tokens_to_ids(["CD3D", "CD3d"]) == [vocab["CD3D"], None]
+
+
+def test_vocab_of_genes_puts_the_specials_last() -> None:
+    assert vocab_of_genes(["B", "A"]) == {"B": 0, "A": 1, "<pad>": 2, "<cls>": 3, "<eoc>": 4}
+    with pytest.raises(ValueError, match=r"2 genes of the vocabulary are repeated, e.g. \['A', 'B'\]"):
+        vocab_of_genes(["A", "B", "A", "B", "C"])
+    with pytest.raises(ValueError, match=r"\['<cls>'\] are special tokens"):
+        vocab_of_genes(["A", "<cls>"])
+
+
+@pytest.mark.parametrize(
+    ("vocab", "message"),
+    [
+        ({"A": 0, "<cls>": 1}, "lacks <pad>"),
+        ({"A": 0}, "lacks <pad> and <cls>"),
+        ({"<pad>": 0, "<cls>": 1, "A": 1}, r"1 ids of the vocabulary are used twice, e.g. 1 for \['<cls>', 'A'\]"),
+        ({"<pad>": 0, "<cls>": 1, "A": 4}, r"run from 0 to 2; found 0 to 4, missing \[2, 3\]"),
+        ({"<pad>": 1, "<cls>": 2, "A": 3}, r"found 1 to 3, missing \[0\]"),
+        ({"<pad>": 0, "<cls>": 1, "A": -2}, "found -2 to 1"),
+        ({"<pad>": 0, "<cls>": 1, "A": "2"}, "whole numbers; found '2' for 'A'"),
+        ({"<pad>": 0, "<cls>": 1, "A": 2.0}, "whole numbers; found 2.0 for 'A'"),
+        ({"<pad>": 0, "<cls>": True, "A": 2}, "whole numbers; found True for '<cls>'"),
+        ({"<pad>": 0, "<cls>": 1, "": 2}, r"ids \[2\] have an empty name"),
+        ({"<pad>": 0, "<cls>": 1, None: 2}, r"ids \[2\] have an empty name"),
+        ({"<pad>": 0, "<cls>": 1, "<eoc>": 2}, "at least one gene"),
+    ],
+)
+def test_a_broken_vocabulary_raises(vocab: dict[Any, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        check_vocab(vocab)
+    with pytest.raises(ValueError, match=message):
+        build_tokenizer(vocab)
+
+
+@given(known=st.permutations(range(20)), n_unknown=st.integers(0, 5))
+def test_match_genes_finds_each_gene_where_it_is(known: list[int], n_unknown: int) -> None:
+    names = [ENSEMBL[i] for i in known] + [f"other {i}" for i in range(n_unknown)]
+    assert match_genes(VOCAB, names).tolist() == [*known, *[-1] * n_unknown]
+
+
+def test_versions_are_ignored_only_where_that_finds_the_gene(caplog: pytest.LogCaptureFixture) -> None:
+    vocab = vocab_of_genes(["ENSG00000000001", "ENSG00000000002.7", "AC0001.2"])
+    with caplog.at_level(logging.INFO):
+        ids = match_genes(
+            vocab, ["ENSG00000000001.12", "ENSG00000000002.7", "AC0001.2", "AC0001.3", "ENSG00000000009.1"]
+        )
+    assert ids.tolist() == [0, 1, 2, -1, -1]
+    assert "3 of 5 genes of the data are known, 3 of the vocabulary's 3 are present; 1 version" in caplog.text
+    assert match_genes(vocab_of_genes(["ENSMUSG01", "A"]), ["ENSMUSG01.3", "A"]).tolist() == [0, 1]
+
+
+def test_special_tokens_are_not_genes() -> None:
+    assert match_genes(VOCAB, [*ENSEMBL, "<cls>"]).tolist() == [*range(20), -1]
+
+
+def test_repeated_names_raise() -> None:
+    with pytest.raises(ValueError, match=rf"1 gene names of the data are repeated, e.g. \['{ENSEMBL[0]}'\]"):
+        match_genes(VOCAB, [*ENSEMBL, ENSEMBL[0]])
+    with pytest.raises(ValueError, match=rf"1 genes after dropping versions are repeated, e.g. \['{ENSEMBL[0]}'\]"):
+        match_genes(VOCAB, [*ENSEMBL, f"{ENSEMBL[0]}.2"])
+
+
+def test_few_known_genes_raise_only_if_they_are_few_both_ways() -> None:
+    many = [f"other {i}" for i in range(1000)]
+    assert (match_genes(VOCAB, [*ENSEMBL, *many]) >= 0).sum() == 20  # the whole vocabulary in a large data set
+    assert (match_genes(VOCAB, ENSEMBL[:2]) >= 0).all()  # a panel that covers little of the vocabulary
+    half = [*ENSEMBL[:10], *many]
+    assert (match_genes(VOCAB, half) >= 0).sum() == 10
+    symbols = ["CD3D", "CD3E", "LYZ", "MS4A1", "NKG7", "PPBP"]
+    with pytest.raises(ValueError, match=r"only 0 of the 6 genes .* vocabulary's 20") as error:
+        match_genes(VOCAB, symbols)
+    for example in (*symbols[:5], *ENSEMBL[:5], "Ensembl ids or symbols", "species"):
+        assert example in str(error.value)
+    with pytest.raises(ValueError, match="only 9 of the 1,009 genes"):
+        match_genes(VOCAB, half[1:])
+    with pytest.raises(ValueError, match="only 0 of the 0 genes"):
+        match_genes(VOCAB, [])
+
+
+def _adata(var_names: list[str], **columns: list[str]) -> AnnData:
+    return AnnData(np.ones((1, len(var_names))), var=pd.DataFrame(columns, index=var_names))
+
+
+def test_names_come_from_the_column_the_vocabulary_knows_best() -> None:
+    symbols = [f"S{i}" for i in range(20)]
+    assert gene_names_of(_adata(ENSEMBL), VOCAB) == ENSEMBL
+    assert gene_names_of(_adata(symbols, feature_id=ENSEMBL), VOCAB) == ENSEMBL
+    assert gene_names_of(_adata(symbols, gene_ids=[f"{name}.1" for name in ENSEMBL]), VOCAB)[3] == f"{ENSEMBL[3]}.1"
+    assert gene_names_of(_adata(ENSEMBL, feature_name=symbols), vocab_of_genes(symbols)) == symbols
+    assert gene_names_of(_adata(ENSEMBL, feature_id=ENSEMBL[::-1]), VOCAB) == ENSEMBL  # no column is better
