@@ -5,6 +5,7 @@ masks and packs, one block ahead. `StreamLoader` hands the batches of each epoch
 consumed, which is all that an exact resume needs.
 """
 
+import logging
 import queue
 import threading
 import time
@@ -16,19 +17,19 @@ from typing import Any
 
 import datasets
 import numpy as np
-import numpy.typing as npt
 import pandas as pd
 import torch
 from scipy.sparse import csr_matrix
 
-from scgpt_hf.cells.block import CellBlock, require_counts
+from scgpt_hf.cells.block import CellBlock, Int64Array
 from scgpt_hf.cells.plan import Plan
 from scgpt_hf.cells.source import CellSource
 from scgpt_hf.tokens.packing_scgpt import pack
 from scgpt_hf.tokens.processing_scgpt import ScGPTProcessor
 
+logger = logging.getLogger(__name__)
+
 Batch = dict[str, torch.Tensor | int]
-Int64Array = npt.NDArray[np.int64]
 
 # Cells tokenised together: enough to keep the tokeniser busy, few enough that 1,201 tokens of each stay below 50 MB.
 _TOKENIZED_TOGETHER = 2048
@@ -197,7 +198,6 @@ class _Blocks:
     ) -> None:
         self.source, self.plans, self.processor, self.settings, self.shards = source, plans, processor, settings, shards
         self.gene_ids = processor.match_genes(list(source.genes["feature_id"]))
-        self.counts_checked = False
         self.reader = ThreadPoolExecutor(1, thread_name_prefix="scgpt-read-block")
         self.ahead: tuple[int, Future[tuple[list[Int64Array], CellBlock]] | None] = (0, None)
 
@@ -227,9 +227,6 @@ class _Blocks:
             return [], CellBlock(csr_matrix((0, len(self.gene_ids))), pd.DataFrame(), np.empty(0, np.int64))
         columns = sorted({column for column, _ in s.categories.values()})
         block = self.source.read(np.concatenate(steps), columns)
-        if not self.counts_checked:
-            require_counts(block.counts, where=f"block {index} of the source")
-            self.counts_checked = True
         return steps, block
 
     def _cut(self, steps: list[Int64Array], block: CellBlock, epoch: int) -> Iterator[Batch]:
@@ -252,6 +249,8 @@ class _Blocks:
         if s.mask_ratios is not None:
             tokens = self.processor.mask(tokens, seed=s.seed, epoch=epoch, ratios=s.mask_ratios)
         kept = np.isin(asked, tokens.cell_ids)
+        if n_empty := int((~kept).sum()):
+            logger.info("left out %d of %d cells: they express no gene of the vocabulary", n_empty, len(asked))
         kept_before = np.concatenate([[0], np.cumsum(kept)])[edges - edges[0]]
         classes = {key: self._classes(block, key)[cells][kept] for key in s.categories}
         for start, stop in pairwise(kept_before.tolist()):

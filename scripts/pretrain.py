@@ -14,6 +14,7 @@ from pathlib import Path
 
 import accelerate
 import numpy as np
+from huggingface_hub.errors import StrictDataclassError
 from transformers import set_seed
 
 from scgpt_hf.analysis.pictures import draw_losses, draw_map
@@ -26,22 +27,25 @@ from scgpt_hf.training.settings import parse_settings
 
 def main() -> None:
     """Read the settings, train, and leave a run folder that speaks for itself."""
-    settings = parse_settings(sys.argv[1:], __doc__)
-    args, folder = settings.training, Path(settings.training.output_dir)
-    logging.basicConfig(format="%(message)s")
-    logging.getLogger("scgpt_hf").setLevel(logging.INFO if args.process_index == 0 else logging.WARNING)
-    with accelerate.PartialState().main_process_first():
-        source = open_cells(settings)
-    set_seed(args.seed)
-    selection, checkpoint = begin_run(source, settings)
-    processor = build_processor(selection.genes, settings.data)
-    model = build_model(processor, settings.model, len(selection.domains))
-    streams = Streams(source, selection, processor, settings)
-    if args.dry_run:
-        print(describe_run(streams, model, args))
-        return
     started = time.perf_counter()
-    trainer = make_trainer(streams, model, args)
+    try:
+        settings = parse_settings(sys.argv[1:], __doc__)
+        args, folder = settings.training, Path(settings.training.output_dir)
+        logging.basicConfig(format="%(message)s")
+        logging.getLogger("scgpt_hf").setLevel(logging.INFO if args.process_index == 0 else logging.WARNING)
+        with accelerate.PartialState().main_process_first():
+            source = open_cells(settings)
+        selection, checkpoint = begin_run(source, settings)
+        processor = build_processor(selection.genes, settings.data)
+        set_seed(args.seed)
+        model = build_model(processor, settings.model, len(selection.domains))
+        streams = Streams(source, selection, processor, settings)
+        if args.dry_run:
+            print(describe_run(streams, model, args))
+            return
+        trainer = make_trainer(streams, model, args)
+    except (ValueError, OSError, StrictDataclassError) as error:
+        sys.exit(f"pretrain.py: {error}")
     trainer.train(resume_from_checkpoint=checkpoint)
     save_best_model(trainer, folder)
     summary = summarize(trainer, streams, time.perf_counter() - started)

@@ -26,12 +26,13 @@ from scgpt_hf.stream import StreamSettings, read_ahead, stream_cells
 from scgpt_hf.tokens.processing_scgpt import ScGPTProcessor
 from scgpt_hf.training.baselines import Baselines, Float64Array, baselines_from, sum_bins, sum_errors
 from scgpt_hf.training.recipe import Selection
-from scgpt_hf.training.run_folder import BEST_MODEL, METRICS, SUMMARY, MetricsFile, write_json
+from scgpt_hf.training.run_folder import BEST_MODEL, METRICS, SUMMARY, MetricsFile, require_space, write_json
 from scgpt_hf.training.settings import Settings, TrainingSettings
 from scgpt_hf.training.trainer import ScGPTTrainer
 
 # Training cells whose bins make the gene means: over so many, only the rarest genes move by more than 0.1 bin.
 BASELINE_CELLS = 100_000
+_CHECKPOINT_BYTES = 12  # per parameter: a weight and two moments of Adam, 4 bytes each
 _PACKAGES = ("scgpt_hf", "torch", "transformers", "datasets", "accelerate", "tiledbsoma", "cellxgene-census")
 
 
@@ -102,7 +103,14 @@ def measure_baselines(streams: Streams, accelerator: Accelerator) -> Baselines:
 
 
 def make_trainer(streams: Streams, model: ScGPTForPreTraining, args: TrainingSettings) -> ScGPTTrainer:
-    """Return the trainer of a run, metrics.jsonl included."""
+    """Return the trainer of a run, metrics.jsonl included.
+
+    Raises:
+        OSError: the disk has no room for the checkpoints.
+        ValueError: validation masks nothing.
+    """
+    n_checkpoints = (args.save_total_limit or 1) + 2  # one more while it is written, and the best model
+    require_space(Path(args.output_dir), n_checkpoints * _CHECKPOINT_BYTES * model.num_parameters())
     trainer = ScGPTTrainer(
         model=model,
         args=args,

@@ -81,18 +81,23 @@ class ModelSettings:
     num_hidden_layers: int = setting(2, "encoder layers")
     num_attention_heads: int = setting(4, "attention heads")
     intermediate_size: int = setting(128, "width of the feed-forward")
-    dropout: float = setting(0.1, "dropout everywhere but in attention to <cls> pooling")
+    dropout: float = setting(0.1, "dropout of embeddings, residuals and feed-forward")
+    attention_dropout: float = setting(
+        0.0, "dropout of attention probabilities; above 0 the GPU's fast kernel is not used"
+    )
     norm_scheme: Literal["post", "pre", "scgpt_pre"] = setting(
         "post", "where LayerNorm sits; scgpt_pre is the original's odd one"
     )
     value_encoder: Literal["continuous", "category", "scaling"] = setting("continuous", "how values are embedded")
     cell_pooling: Literal["cls", "average", "weighted"] = setting("cls", "how a cell's embedding is made of its tokens")
     gepc_query: Literal["inner_product", "concat", "sum"] = setting("inner_product", "query style of the GEPC head")
+    gepc_detach: bool = setting(False, "keep the GEPC head's gradient from the gene embeddings")
     explicit_zero_prob: bool = setting(False, "predict the probability of expression too")
     domain_embedding: bool = setting(False, "tell the expression heads the experimental batch")
     domain_head: bool = setting(False, "adversarial head that guesses the experimental batch (DAR)")
     input_norm: Literal["none", "batch", "domain"] = setting("none", "batch norm of the embeddings; 'domain' is DSBN")
     ecs_threshold: float = setting(0.3, "similarity at which elastic cell similarity turns")
+    cce_temperature: float = setting(0.5, "temperature of the contrast between two dropout passes (CCE)")
     loss_weights: dict[str, float] | str | None = setting(
         {"gep": 1.0, "gepc": 1.0},
         'weights of the objectives, JSON on the command line, e.g. \'{"gep": 1, "gepc": 1, "ecs": 10}\'',

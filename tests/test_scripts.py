@@ -1,0 +1,175 @@
+"""Every script as a user starts it: from a shell, on two processes where it can."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+SMALL = [
+    *("--hidden_size", "16", "--num_hidden_layers", "1", "--num_attention_heads", "2", "--intermediate_size", "16"),
+    *("--min_gene_counts", "1", "--validation_fraction", "0.3", "--num_train_epochs", "2", "--logging_steps", "4"),
+    *("--per_device_train_batch_size", "16", "--disable_tqdm", "true"),
+]
+TWO_PROCESSES = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", "0"]
+
+
+def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run Python on the arguments; `accelerate launch` on CPU needs its wish in the environment."""
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **environment}
+    return subprocess.run([sys.executable, *arguments], cwd=ROOT, env=env, capture_output=True, text=True, timeout=280)
+
+
+def script(name: str) -> str:
+    return str(ROOT / "scripts" / f"{name}.py")
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in (ROOT / "scripts").glob("*.py")))
+def test_help_teaches(name):
+    done = run(script(name), "--help")
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout) > 300
+
+
+@pytest.fixture(scope="module")
+def finished(small_census, tmp_path_factory):
+    """A run on two processes, from a local Census to the model card."""
+    folder = tmp_path_factory.mktemp("runs") / "two"
+    arguments = [script("pretrain"), "--data", str(small_census), "--output_dir", str(folder), *SMALL]
+    done = run(*TWO_PROCESSES, *arguments, ACCELERATE_USE_CPU="true")
+    assert done.returncode == 0, done.stderr[-3000:]
+    return folder, done.stdout
+
+
+def test_pretraining_on_two_processes_leaves_a_whole_run_folder(finished):
+    folder, said = finished
+    names = {
+        "best_model",
+        "settings.yaml",
+        "split.json",
+        "metrics.jsonl",
+        "summary.json",
+        "loss.png",
+        "umap.png",
+        "README.md",
+    }
+    assert names <= {path.name for path in folder.iterdir()}
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["processes"] == 2
+    assert summary["global_batch_size"] == 32
+    losses = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    losses = [line["loss"] for line in losses if "gep" in line]
+    assert losses[-1] < losses[0]
+    assert said.count("Everything is in") == 1
+    assert (folder / "loss.png").read_bytes()[:4] == (folder / "umap.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_two_processes_learn_what_one_does(small_census, tmp_path):
+    arguments = ["--data", str(small_census), "--output_dir", str(tmp_path / "one"), *SMALL, "--use_cpu", "true"]
+    done = run(
+        script("pretrain"), *arguments, "--per_device_train_batch_size", "32", "--dropout", "0", "--max_steps", "4"
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    two = run(
+        *TWO_PROCESSES, script("pretrain"), "--data", str(small_census), "--output_dir", str(tmp_path / "two"), *SMALL,
+        "--dropout", "0", "--max_steps", "4", ACCELERATE_USE_CPU="true",
+    )  # fmt: skip
+    assert two.returncode == 0, two.stderr[-3000:]
+
+    def lines(run: str) -> list[dict[str, float]]:
+        return [json.loads(line) for line in (tmp_path / run / "metrics.jsonl").read_text().splitlines()]
+
+    for one, other in zip(lines("one"), lines("two"), strict=True):
+        for name in ("loss", "gep", "gepc", "eval_loss", "eval_gene_mean_mse", "eval_tie_floor_mse"):
+            if name in one:
+                assert one[name] == pytest.approx(other[name], rel=1e-4), name
+
+
+def test_a_second_run_is_refused_and_a_resumed_one_goes_on(finished, small_census):
+    folder, _ = finished
+    arguments = [
+        script("pretrain"),
+        "--data",
+        str(small_census),
+        "--output_dir",
+        str(folder),
+        *SMALL,
+        "--use_cpu",
+        "true",
+    ]
+    refused = run(*arguments)
+    assert refused.returncode != 0
+    assert "--resume_from_checkpoint latest" in refused.stderr
+    assert "Traceback" not in refused.stderr
+
+
+def test_bad_settings_end_in_one_sentence(tmp_path, small_census):
+    cases = {
+        "unknown setting '--n_hgv'; did you mean 'n_hvg'": ["--n_hgv", "3"],
+        "do not exist": ["--data", str(tmp_path / "absent.h5ad")],
+        "no_such_column": ["--data", str(small_census), "--obs_filter", "no_such_column == 1"],
+    }
+    for message, flags in cases.items():
+        done = run(script("pretrain"), "--use_cpu", "true", "--output_dir", str(tmp_path / "run"), *flags)
+        assert done.returncode != 0
+        assert message in done.stderr, done.stderr[-2000:]
+        assert "Traceback" not in done.stderr
+        assert not (tmp_path / "run").exists()
+
+
+def test_the_demo_dry_run_writes_nothing(tmp_path):
+    done = run(script("pretrain"), "--use_cpu", "true", "--output_dir", str(tmp_path / "runs" / "demo"), "--dry_run")
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "Nothing was written" in done.stdout
+    assert not (tmp_path / "runs").exists()
+
+
+def test_embed_writes_the_vectors_of_every_cell(finished, small_cells, tmp_path):
+    import anndata
+
+    folder, _ = finished
+    small_cells[0].write_h5ad(tmp_path / "cells.h5ad")
+    done = run(
+        script("embed"),
+        str(tmp_path / "cells.h5ad"),
+        "--model",
+        str(folder / "best_model"),
+        "--out",
+        str(tmp_path / "out.h5ad"),
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert anndata.read_h5ad(tmp_path / "out.h5ad").obsm["X_scgpt"].shape == (small_cells[0].n_obs, 16)
+
+
+def test_build_census_writes_what_pretraining_reads(small_cells, tmp_path):
+    small_cells[0].write_h5ad(tmp_path / "cells.h5ad")
+    done = run(script("build_census"), str(tmp_path / "cells.h5ad"), "--out", str(tmp_path / "census"))
+    assert done.returncode == 0, done.stderr[-2000:]
+    dry = run(
+        script("pretrain"),
+        "--data",
+        str(tmp_path / "census"),
+        *SMALL,
+        "--dry_run",
+        "--use_cpu",
+        "true",
+        "--output_dir",
+        str(tmp_path / "run"),
+    )
+    assert dry.returncode == 0, dry.stderr[-2000:]
+
+
+def test_the_python_of_the_readme_runs(finished, small_cells, tmp_path):
+    folder, _ = finished
+    small_cells[0].write_h5ad(tmp_path / "cells.h5ad")
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert blocks
+    code = "\n".join(blocks).replace("runs/demo", str(folder))  # a model of these cells instead of the demo's
+    code = code.replace("scgpt_hf.demo_cells()", f"anndata.read_h5ad({str(tmp_path / 'cells.h5ad')!r})")
+    done = run("-c", f"{code}\nprint(adata.obsm['X_scgpt'].shape)")
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert f"({small_cells[0].n_obs}, 16)" in done.stdout
