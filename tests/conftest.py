@@ -3,6 +3,9 @@
 import os
 from pathlib import Path
 
+# Several test processes share the cores; torch and numpy read this when they are first imported, below.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import numpy as np
 import pandas as pd
 import pytest
