@@ -1,11 +1,10 @@
-"""The original's weights, in our model, give the original's numbers: outputs, losses, gradients, statistics, training.
+"""The original's weights, through the converter, give the original's outputs, losses, gradients, statistics, training.
 
 The tensors were made by running the original; `shared/fixtures/scgpt_parity/README.md` says what each means and which
 tolerances are fair.
 """
 
 import json
-import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from scgpt_hf.model.configuration_scgpt import ScGPTConfig
+from scgpt_hf.convert import Switches, convert_scgpt
 from scgpt_hf.model.modeling_scgpt import ScGPTForPreTraining, ScGPTForPreTrainingOutput
 from scgpt_hf.model.objectives_scgpt import (
     IGNORE,
@@ -34,96 +33,35 @@ CASES = (
 COUNTS_PADDING = ("dsbn_seed_config", "batchnorm_plain", "pool_avg", "pool_weighted", "ecs_threshold_08")
 PACKABLE = tuple(case for case in CASES if case not in COUNTS_PADDING)
 
-KEYS = (
-    (r"^encoder\.embedding", "scgpt.gene_encoder.embedding"),
-    (r"^encoder\.enc_norm", "scgpt.gene_encoder.norm"),
-    (r"^value_encoder\.enc_norm", "scgpt.value_encoder.norm"),
-    (r"^value_encoder", "scgpt.value_encoder"),
-    (r"^bn\.", "scgpt.input_norm."),
-    (r"^transformer_encoder", "scgpt"),
-    (r"\.self_attn\.(_impl\.)?(in_proj_|Wqkv\.)", ".self_attn.qkv_proj."),
-    (r"\.self_attn\._impl\.", ".self_attn."),
-    (r"^decoder\.fc", "expression_head.value"),
-    (r"^decoder\.zero_logit", "expression_head.zero"),
-    (r"^mvc_decoder\.gene2query", "cell_to_gene_head.query"),
-    (r"^mvc_decoder\.W_zero_logit", "cell_to_gene_head.project_zero"),
-    (r"^mvc_decoder\.W\.", "cell_to_gene_head.project."),
-    (r"^mvc_decoder\.fc1", "cell_to_gene_head.hidden"),
-    (r"^mvc_decoder\.hidden_activation", "cell_to_gene_head.activation"),
-    (r"^mvc_decoder\.fc2", "cell_to_gene_head.value"),
-    (r"^cls_decoder\._decoder", "class_head.layers"),
-    (r"^cls_decoder\.out_layer", "class_head.out"),
-    (r"^grad_reverse_discriminator\._decoder", "domain_head.layers"),
-    (r"^grad_reverse_discriminator\.out_layer", "domain_head.out"),
-    (r"^batch_encoder\.embedding", "domain_encoder.embedding"),
-    (r"^batch_encoder\.enc_norm", "domain_encoder.norm"),
-)
-
 
 class Case(NamedTuple):
     model: ScGPTForPreTraining
+    taken: dict[str, str]
     batch: Tensors
     inputs: Tensors
     expected: Tensors
     real: torch.Tensor
 
 
-def our_name(name: str) -> str:
-    for pattern, replacement in KEYS:
-        name = re.sub(pattern, replacement, name)
-    return name
-
-
-def our_weights(weights: Tensors) -> Tensors:
-    domains = sum(name.endswith("running_mean") for name in weights if name.startswith("dsbn"))
-    ours = {our_name(name): tensor for name, tensor in weights.items() if not name.startswith("dsbn")}
-    for name in ("running_mean", "running_var", "num_batches_tracked") if domains else ():
-        ours[f"scgpt.input_norm.{name}"] = torch.stack([weights[f"dsbn.bns.{i}.{name}"] for i in range(domains)])
-    return ours
-
-
-def our_config(made: dict[str, Any], vocab: dict[str, int], expected: Tensors) -> ScGPTConfig:
-    weights = {"gep": 1.0, "gepc": 1.0}
-    weights |= {"gep_zero": 1.0, "gepc_zero": 1.0} if made.get("explicit_zero_prob") else {}
-    weights |= {"ecs": 10.0} if "loss_ecs" in expected else {}
-    weights |= {"cls": 1.0} if "loss_cls" in expected else {}
-    weights |= {"dar": 1.0} if made.get("do_dab") else {}
-    style, _, detach = made.get("mvc_decoder_style", "inner product").partition(",")
-    return ScGPTConfig(
-        vocab_size=made["ntoken"],
-        pad_token_id=vocab[made["pad_token"]],
-        hidden_size=made["d_model"],
-        num_hidden_layers=made["nlayers"],
-        num_attention_heads=made["nhead"],
-        intermediate_size=made["d_hid"],
-        dropout=made["dropout"],
+def switches_of(made: dict[str, Any]) -> Switches:
+    """What the files of a case do not record, from the constructor's arguments."""
+    return Switches(
         norm_scheme="scgpt_pre" if made.get("pre_norm") else "post",
-        value_encoder=made.get("input_emb_style", "continuous"),
-        n_value_ids=made.get("n_input_bins"),
         cell_pooling={"cls": "cls", "avg-pool": "average", "w-pool": "weighted"}[made.get("cell_emb_style", "cls")],
-        gepc_query=style.removesuffix(" query").replace(" ", "_"),
-        gepc_detach=bool(detach),
-        explicit_zero_prob=made.get("explicit_zero_prob", False),
-        n_domains=made.get("num_batch_labels", 0),
-        domain_embedding=made.get("use_batch_labels", False),
-        domain_head=made.get("do_dab", False),
-        input_norm={False: "none", True: "domain", "batchnorm": "batch"}[made.get("domain_spec_batchnorm", False)],
-        class_head_layers=made["nlayers_cls"],
-        num_labels=made["n_cls"],
+        gepc_detach=made.get("mvc_decoder_style", "").endswith("detach"),
         ecs_threshold=made.get("ecs_threshold", 0.3),
-        loss_weights=weights,
     )
 
 
 def load_case(folder: Path, attention: str = "eager", weights_file: str = "best_model.pt") -> Case:
     made = json.loads((folder / "case.json").read_text())["constructor"]
     expected = load_file(folder / "outputs.safetensors")
-    config = our_config(made, json.loads((folder / "vocab.json").read_text()), expected)
-    model = ScGPTForPreTraining._from_config(config, attn_implementation=attention).eval()
-    ours = our_weights(torch.load(folder / weights_file, weights_only=True))
-    missing, unexpected = model.load_state_dict(ours, strict=False)
-    assert not missing
-    assert all(name.startswith("class_head") for name in unexpected)
+    model, _, report = convert_scgpt(folder, weights_file=weights_file, **switches_of(made))
+    assert not report.left_out
+    weighed = {"loss_ecs": {"ecs": 10.0}, "loss_cls": {"cls": 1.0}}
+    for loss, weight in weighed.items():
+        model.config.loss_weights |= weight if loss in expected else {}
+    model.set_attn_implementation(attention)
     inputs = load_file(folder / "inputs.safetensors")
     labels = inputs["target_values"].masked_fill(~inputs["masked_positions"], IGNORE)
     batch = {
@@ -134,7 +72,7 @@ def load_case(folder: Path, attention: str = "eager", weights_file: str = "best_
         "domain_ids": inputs["batch_labels"],
         "class_labels": inputs["celltype_labels"],
     }
-    return Case(model, batch, inputs, expected, ~inputs["padding_mask"])
+    return Case(model, report.taken, batch, inputs, expected, ~inputs["padding_mask"])
 
 
 def pack(batch: Tensors) -> dict[str, Any]:
@@ -188,7 +126,7 @@ def check_gradients(case: Case, prefix: str) -> None:
     ours = {name: parameter.grad for name, parameter in case.model.named_parameters()}
     theirs = {name.removeprefix(prefix): grad for name, grad in case.expected.items() if name.startswith(prefix)}
     for name, gradient in theirs.items():
-        close(ours.pop(our_name(name)), gradient, atol=2e-4)
+        close(ours.pop(case.taken[name]), gradient, atol=2e-4)
 
 
 @pytest.fixture(scope="session")
@@ -312,3 +250,7 @@ def test_objectives_are_the_originals(fixtures: Path) -> None:
     for threshold in ("0.0", "0.3", "0.8"):
         close(elastic_cell_similarity(given["ecs_cell_emb"], float(threshold)), given[f"ecs_{threshold}"])
     close(contrastive_cells(given["cce_cell_emb_1"], given["cce_cell_emb_2"], 0.5), given["cce_loss"])
+
+    with_cls = given["target_cls_zero"].masked_fill(~given["mask_cls_included"], IGNORE)
+    close(masked_mse(given["pred"], with_cls), given["masked_mse_cls_included"])
+    close(masked_relative_error(given["pred"], with_cls), given["mre_cls_included"])
