@@ -4,7 +4,6 @@ Whether they agree with each other is asked in `convert.py`; what the keys of th
 """
 
 import json
-import math
 import pickle
 import re
 import struct
@@ -27,6 +26,7 @@ _PUBLISHED: dict[str, Any] = {
     **{"pad_token": PAD, "input_style": "binned"},
 }
 _WHOLE = dict.fromkeys((*_SIZES, "n_layers_cls"), 1) | {"n_bins": 2, "max_seq_len": 2}  # and the least of each
+_TOO_LARGE = 2**31  # and not below it: infinity and NaN
 _NUMBERS = {"dropout", "pad_value", "mask_value"}
 _CHOICES = {
     "pad_token": (PAD,),
@@ -88,7 +88,7 @@ def read_args(path: Path) -> tuple[dict[str, Any], tuple[str, ...]]:
         if name not in written:
             raise ValueError(f"{path}: {name!r} is missing; expected a whole number ≥ {_WHOLE[name]}")
     for name, value in written.items():
-        number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        number = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < _TOO_LARGE
         if name in _WHOLE and not (number and isinstance(value, int) and value >= _WHOLE[name]):
             raise ValueError(f"{path}: {name!r} is {value!r}; expected a whole number ≥ {_WHOLE[name]}")
         if name in _NUMBERS and not number:

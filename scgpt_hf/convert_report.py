@@ -52,9 +52,9 @@ tags: [scgpt, single-cell, biology, transcriptomics, gene-expression]
 
 # {report.source}, converted to scgpt_hf
 
-Weights of an original [scGPT](https://github.com/bowang-lab/scGPT) checkpoint, unchanged, in the format of scgpt_hf
-{version("scgpt_hf")}: {config.num_hidden_layers} layers x {config.hidden_size}, {processor.vocab_size:,} genes and
-special tokens, {config.n_bins} bins.
+Weights of an original [scGPT](https://github.com/bowang-lab/scGPT) checkpoint, unchanged, in the format of
+scgpt_hf {version("scgpt_hf")}: {config.num_hidden_layers} layers x {config.hidden_size}, {config.n_bins} bins,
+{processor.vocab_size:,} genes and special tokens.
 
 **The token `<cls>` carries the value {processor.cls_value:g}.** The processor sets it; other tokenisers must do so too.
 

@@ -380,7 +380,8 @@ def test_json_that_is_none_is_named(tmp_path: Path, name: str, content: bytes, m
         ("dropout", 1, "share in [0, 1)"),
         ("dropout", "much", "expected a number"),
         ("mask_value", "auto", "expected a number"),
-        ("pad_value", float("nan"), "expected a number"),
+        *(("pad_value", value, "expected a number") for value in (float("nan"), float("inf"), 10**400)),
+        ("nheads", 10**400, "expected a whole number"),
         *((key, 1, "is 1; expected a whole number ≥ 2") for key in ("n_bins", "max_seq_len")),
     ],
 )
