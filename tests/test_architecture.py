@@ -12,8 +12,6 @@ PACKAGE = ROOT / "scgpt_hf"
 FILES = sorted(PACKAGE.rglob("*.py"))
 ROOMS = ("cells", "tokens", "model", "training", "analysis")
 
-CONVERT = ("convert_files", "convert_keys", "convert_report")
-
 # What a room may import of ours; the corridor and the border (stream, demo, convert) are named by file.
 MAY_IMPORT = {
     "cells": {"cells"},
@@ -21,7 +19,7 @@ MAY_IMPORT = {
     "model": set(),
     "stream": {"cells", "tokens"},
     "demo": {"cells"},
-    **{room: {"tokens", "model", "convert", *CONVERT} for room in ("convert", *CONVERT)},
+    "convert": {"tokens", "model", "convert_files", "convert_keys", "convert_report"},
     "training": {"training", "stream", "cells", "tokens", "model", "demo"},
     "analysis": {"analysis", "stream", "cells", "tokens", "model"},
     "__init__": {*ROOMS, "stream", "demo", "convert"},
