@@ -1,4 +1,6 @@
-"""Write losses.json: the first 20 losses of a tiny model on 96 made-up cells. Run it when a change is meant to move them.
+"""Write losses.json: the first 20 losses of a tiny model on 96 made-up cells.
+
+Run it when a change is meant to move them, and say why in the CHANGELOG:
 
 python tests/golden/make_losses.py
 """
