@@ -26,25 +26,36 @@ def _edge(lower: Any, upper: Any, weight: float) -> Any:
 
 
 @compiled
-def _edges_by_counting(values: Array, histogram: Array, largest: int, levels: Array, edges: Array) -> None:
-    """Fill the quantiles of whole values 1..largest from how often each occurs; `histogram`: zeros before and after."""
-    for value in values:
-        histogram[int(value)] += 1
+def _count_values(values: Array, histogram: Array) -> int:
+    """Add how often each value occurs and return the largest, or add nothing and return −1 if one is not tabulated."""
+    largest = 0
+    for i in range(len(values)):
+        count = int(values[i]) if values[i] <= _LARGEST_TABULATED else -1
+        if count != values[i]:
+            for j in range(i):
+                histogram[int(values[j])] -= 1
+            return -1
+        histogram[count] += 1
+        largest = max(largest, count)
+    return largest
+
+
+@compiled
+def _edges_by_counting(n: int, histogram: Array, levels: Array, edges: Array) -> None:
+    """Fill the quantiles of n whole values from how often each occurs."""
     lower, upper, n_lower, n_upper = 0, 0, 0, 0  # n_lower: genes with a count ≤ lower
     for k in range(len(levels)):
-        position = (len(values) - 1) * levels[k]
+        position = (n - 1) * levels[k]
         below = int(np.floor(position))
         while n_lower <= below:
             lower += 1
             n_lower += histogram[lower]
         if upper < lower:
             upper, n_upper = lower, n_lower
-        while n_upper <= min(below + 1, len(values) - 1):
+        while n_upper <= min(below + 1, n - 1):
             upper += 1
             n_upper += histogram[upper]
         edges[k] = _edge(float(lower), float(upper), position - below)
-    for count in range(largest + 1):
-        histogram[count] = 0
 
 
 @compiled
@@ -63,14 +74,11 @@ def _find_edges(values: Array, levels: Array, edges: Array, tables: Array) -> in
     Returns the largest value of the tables, or −1 if they were not filled. `tables`: int64 (3, _LARGEST_TABULATED + 1),
     first row zeros before and after.
     """
-    largest = 0
-    for value in values:
-        count = int(value) if value <= _LARGEST_TABULATED else -1
-        if count != value:
-            _edges_by_sorting(values, levels, edges)
-            return -1
-        largest = max(largest, count)
-    _edges_by_counting(values, tables[0], largest, levels, edges)
+    largest = _count_values(values, tables[0])
+    if largest < 0:
+        _edges_by_sorting(values, levels, edges)
+        return -1
+    _edges_by_counting(len(values), tables[0], levels, edges)
     n_less = n_less_equal = 0
     for count in range(largest + 1):
         while n_less < len(edges) and edges[n_less] < count:
@@ -79,7 +87,7 @@ def _find_edges(values: Array, levels: Array, edges: Array, tables: Array) -> in
         while n_less_equal < len(edges) and edges[n_less_equal] <= count:
             n_less_equal += 1
         lowest = min(n_less + 1, n_less_equal)
-        tables[1, count], tables[2, count] = lowest, n_less_equal - lowest + 1
+        tables[0, count], tables[1, count], tables[2, count] = 0, lowest, n_less_equal - lowest + 1
     return largest
 
 
