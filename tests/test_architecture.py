@@ -19,7 +19,7 @@ MAY_IMPORT = {
     "model": set(),
     "stream": {"cells", "tokens"},
     "demo": {"cells"},
-    "convert": {"tokens", "model", "convert_files", "convert_keys", "convert_report"},
+    "convert": {"tokens", "model", "convert"},
     "training": {"training", "stream", "cells", "tokens", "model", "demo"},
     "analysis": {"analysis", "stream", "cells", "tokens", "model"},
     "__init__": {*ROOMS, "stream", "demo", "convert"},
