@@ -12,7 +12,7 @@ give the same numbers. What enters the encoder is made in `embeddings_scgpt.py`;
 import math
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 import torch
 import torch.nn.functional as F
@@ -38,6 +38,14 @@ from .objectives_scgpt import (
     masked_mse,
     share_of_batch,
 )
+
+
+class Recording(TypedDict, total=False):
+    """What any of the models may be asked to return beside its output, or instead of it."""
+
+    output_hidden_states: bool | None
+    output_attentions: bool | None
+    return_dict: bool | None
 
 
 @dataclass
@@ -196,7 +204,7 @@ class ScGPTModel(ScGPTPreTrainedModel):
         max_length_k: int | None = None,
         domain_ids: Tensor | None = None,
         input_cell_embedding: Tensor | None = None,
-        **kwargs: Any,
+        **kwargs: Unpack[Recording],
     ) -> ScGPTModelOutput:
         """Return hidden states and cell embeddings.
 
@@ -210,7 +218,7 @@ class ScGPTModel(ScGPTPreTrainedModel):
             max_length_k: the same again.
             domain_ids: experimental batch of each cell, int64 (cells,).
             input_cell_embedding: replaces the embedded `<cls>` of each cell, to generate from it; (cells, hidden).
-            **kwargs: `output_hidden_states`, `output_attentions`, `return_dict`.
+            **kwargs: see `Recording`.
 
         Raises:
             ValueError: layouts are mixed, or something the config needs is missing.
@@ -229,9 +237,8 @@ class ScGPTModel(ScGPTPreTrainedModel):
             flat = hidden.flatten(0, 1).index_copy(0, boundaries[:-1].long(), input_cell_embedding.to(hidden.dtype))
             hidden = flat.view_as(hidden)
         mask = mask_for(self.config._attn_implementation, attention_mask, packing, hidden)
-        kwargs["packing"] = packing
         for layer in self.layers:
-            hidden = layer(hidden, mask, **kwargs)
+            hidden = layer(hidden, mask, packing=packing, **kwargs)
         if self.final_norm is not None:
             hidden = self.final_norm(hidden)
         return ScGPTModelOutput(hidden, self._pool_cells(hidden, values, boundaries), gene_embedding)
@@ -299,7 +306,7 @@ class ScGPTForPreTraining(ScGPTPreTrainedModel):
         domain_ids: Tensor | None = None,
         class_labels: Tensor | None = None,
         num_items_in_batch: Tensor | int | None = None,
-        **kwargs: Any,
+        **kwargs: Unpack[Recording],
     ) -> ScGPTForPreTrainingOutput:
         """Return predictions and, given labels, the loss and its parts.
 
@@ -397,7 +404,7 @@ class ScGPTForSequenceClassification(ScGPTPreTrainedModel):
         labels: Tensor | None = None,
         domain_ids: Tensor | None = None,
         num_items_in_batch: Tensor | int | None = None,
-        **kwargs: Any,
+        **kwargs: Unpack[Recording],
     ) -> SequenceClassifierOutput:
         """Return logits, (cells, labels), and given labels the loss, chosen by `problem_type` as in the library.
 
