@@ -1,0 +1,18 @@
+"""transformers' own tests of every model pass on ours, run as a user runs them."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "conformance.py"
+
+
+@pytest.mark.network  # pip fetches the source package of transformers
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_our_models_behave_like_the_librarys(tmp_path: Path) -> None:
+    done = subprocess.run([sys.executable, str(SCRIPT), "--cache", str(tmp_path)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-1000:]
+    assert "failed" not in done.stdout.splitlines()[-1]
