@@ -40,7 +40,9 @@ def build_tokenizer(vocab: Mapping[str, int]) -> PreTrainedTokenizerFast:
         "pre_tokenizer": {"type": "WhitespaceSplit"},
         "model": {"type": "WordLevel", "vocab": ids, "unk_token": "<unk>"},
     }
-    specials = {"pad_token": PAD, "cls_token": CLS} | ({"eos_token": EOC} if EOC in vocab else {})
+    specials: dict[str, Any] = {"pad_token": PAD, "cls_token": CLS}
+    if EOC in vocab:  # no `eos_token`: a cell is a set and has no end, and the Trainer would tell the config of one
+        specials["extra_special_tokens"] = [EOC]
     with TemporaryDirectory() as folder:  # through a file, so that this room needs nothing beside transformers
         path = Path(folder, "tokenizer.json")
         path.write_text(json.dumps(backend), encoding="utf-8")
