@@ -218,7 +218,7 @@ class ScGPTModel(ScGPTPreTrainedModel):
             max_length_k: the same again.
             domain_ids: experimental batch of each cell, int64 (cells,).
             input_cell_embedding: replaces the embedded `<cls>` of each cell, to generate from it; (cells, hidden).
-            **kwargs: see `Recording`.
+            **kwargs: `output_hidden_states`, `output_attentions`, `return_dict`; see `Recording`.
 
         Raises:
             ValueError: layouts are mixed, or something the config needs is missing.

@@ -14,7 +14,6 @@ from scgpt_hf.training.record import UNKNOWN, Record
 
 # How a card names its own checkpoint until it is published; `name_checkpoint` puts the repository there.
 LOCAL_CHECKPOINT = "best_model"
-_CENSUS = "cellxgene-census"
 _ERRORS = {
     "model, from the cell's visible genes (GEP)": "eval_gep_mse",
     "model, from the cell embedding alone (GEPC)": "eval_gepc_mse",
@@ -100,7 +99,7 @@ def _metadata(summary: Record, title: str) -> ModelCardData:
         EvalResult(
             task_type="feature-extraction",
             task_name="masked gene expression prediction, donors held out",
-            dataset_type=_CENSUS if census else "custom",
+            dataset_type="custom",  # the Census is no data set of the Hub
             dataset_name=f"CELLxGENE Census {census}" if census else "see the card",
             dataset_revision=census,
             metric_type=kind,
@@ -114,7 +113,6 @@ def _metadata(summary: Record, title: str) -> ModelCardData:
         library_name="transformers",
         pipeline_tag="feature-extraction",
         tags=["scgpt", "single-cell", "biology", "transcriptomics", "gene-expression"],
-        datasets=[_CENSUS] if census else None,
         model_name=title,
         eval_results=results or None,
         license="cc-by-4.0" if census else "other",
@@ -167,6 +165,10 @@ def _data(summary: Record, settings: Record) -> str:
         "Genes": f"{summary.number('genes')}, chosen on training cells ({settings.text('data.gene_selection')})",
         "Gene hash of the source": summary.text("data.gene_hash"),
         "Licence of the data": "CC BY 4.0, as all of the Census" if census else "see the sources",
+        "Licence of this repository": (
+            f"{'weights CC BY 4.0, as the data they learned from' if census else 'weights: see the sources'}; "
+            "code Apache-2.0"
+        ),
     }
     return f"## Data\n\n{_table(rows)}\n\n`split.json` names the donors and the cells of each part, and every gene."
 

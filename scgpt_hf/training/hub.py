@@ -29,15 +29,34 @@ _STATE_OF_TRAINING = {"trainer_state.json"}
 _HttpError: type[Exception] = HfHubHTTPError.__bases__[0]
 
 
-class HubError(RuntimeError):
+class HubError(OSError):
     """The Hub did not take a run; the message says why and what to do."""
+
+
+def check_repository(
+    repo_id: str | None, *, private: bool | None = None, token: str | None = None, revision: str | None = None
+) -> None:
+    """Raise unless a run can be published there; to be asked before it is trained. Arguments as of `publish`.
+
+    A repository that does not exist is made, as the only sure way to know that it can be.
+
+    Raises:
+        ValueError: no id, or a malformed one.
+        HubError: the Hub cannot be reached, or would not take the run.
+    """
+    if repo_id is None:
+        raise ValueError("push_to_hub needs to know where to; give --hub_model_id OWNER/NAME")
+    _require_repo_id(repo_id)
+    api = HfApi(token=token)
+    with _plain_words(repo_id, api.endpoint):
+        _claim(api, repo_id, private, revision)
 
 
 def publish(
     run: str | Path,
     repo_id: str,
     *,
-    private: bool = False,
+    private: bool | None = None,
     token: str | None = None,
     revision: str | None = None,
     weights: str = LOCAL_CHECKPOINT,
@@ -49,7 +68,7 @@ def publish(
     Args:
         run: the run folder.
         repo_id: ORGANISATION/NAME; made if it does not exist.
-        private: whether a new repository is private.
+        private: whether a new repository is private; by default as its owner has set.
         token: that may write there; the one of `hf auth login` when not given.
         revision: branch to put it on, made from main if it does not exist; main when not given.
         weights: folder within the run that holds model and processor, e.g. checkpoint-500 while training goes on.
@@ -63,11 +82,7 @@ def publish(
     files = collect_files(run, repo_id, weights)
     api = HfApi(token=token)
     with _plain_words(repo_id, api.endpoint):
-        api.create_repo(repo_id, private=private, exist_ok=True)
-        if revision is not None:
-            api.create_branch(repo_id, branch=revision, exist_ok=True)
-        found = api.model_info(repo_id, revision=revision)
-        _require_ours(found, private)
+        found = _claim(api, repo_id, private, revision)
         operations: list[CommitOperationAdd | CommitOperationDelete] = [
             CommitOperationAdd(name, content if isinstance(content, bytes) else str(content))
             for name, content in files.items()
@@ -79,19 +94,31 @@ def publish(
     return address
 
 
+def _claim(api: HfApi, repo_id: str, private: bool | None, revision: str | None) -> ModelInfo:
+    """Return what is in the repository, made if it does not exist, after checking that a run may be put there."""
+    api.create_repo(repo_id, private=private, exist_ok=True)
+    api.auth_check(repo_id, write=True)
+    if revision is not None:
+        api.create_branch(repo_id, branch=revision, exist_ok=True)
+    found = api.model_info(repo_id, revision=revision)
+    _require_ours(found, private)
+    return found
+
+
 def collect_files(run: Path, repo_id: str, weights: str = LOCAL_CHECKPOINT) -> dict[str, Path | bytes]:
     """Return what is published of a run, by name in the repository: the file as it is, or the bytes sent instead.
 
     Raises:
-        ValueError: model or processor are not complete, or a file is malformed.
+        ValueError: model or processor are not complete or do not belong together, or a file is malformed.
     """
     folder = run / weights
     _require_complete(folder)
+    check_pair(folder)
     named = [path for path in sorted(folder.iterdir()) if path.suffix in {".safetensors", ".json", ".py"}]
     files: dict[str, Path | bytes] = {path.name: path for path in named if path.name not in _STATE_OF_TRAINING}
-    for name in ("metrics.jsonl", "loss.png", "umap.png"):
-        if (run / name).is_file():
-            files[name] = run / name
+    files |= {path.name: path for path in (run / "loss.png", run / "umap.png") if path.is_file()}
+    if (run / "metrics.jsonl").is_file():
+        files["metrics.jsonl"] = (run / "metrics.jsonl").read_bytes()  # read once: it grows while training goes on
     if (run / "settings.yaml").is_file():
         files["settings.yaml"] = yaml.safe_dump(Record(run / "settings.yaml").content, sort_keys=False).encode()
     if (run / "split.json").is_file():
@@ -132,7 +159,25 @@ def _require_complete(folder: Path) -> None:
         )
 
 
-def _require_ours(found: ModelInfo, private: bool) -> None:
+def check_pair(folder: Path) -> None:
+    """Raise unless the weights in a folder know exactly the genes of the processor beside them.
+
+    Raises:
+        ValueError: they have another number of rows than the vocabulary has entries.
+    """
+    n_rows = Record(folder / "config.json").get("vocab_size", int)
+    tokenizer = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    ids = set(tokenizer.get("model", {}).get("vocab", {}).values()) | {
+        x["id"] for x in tokenizer.get("added_tokens", [])
+    }
+    if n_rows is not None and len(ids) != n_rows:
+        raise ValueError(
+            f"the model in {folder} was made for a vocabulary of {n_rows:,}, its tokenizer.json has {len(ids):,}; "
+            "put the processor there that the model was trained with"
+        )
+
+
+def _require_ours(found: ModelInfo, private: bool | None) -> None:
     """Raise where publishing would bury another model, or show what should be private."""
     model_type = (found.config or {}).get("model_type", MODEL_TYPE)
     if model_type != MODEL_TYPE:

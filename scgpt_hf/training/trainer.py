@@ -20,7 +20,7 @@ from transformers.utils.hub import PushInProgress
 
 from scgpt_hf.stream import Batch, StreamLoader, read_ahead
 from scgpt_hf.training.baselines import Baselines
-from scgpt_hf.training.hub import publish
+from scgpt_hf.training.hub import check_repository, publish
 from scgpt_hf.training.settings import TrainingSettings
 from scgpt_hf.training.throughput import Throughput
 
@@ -180,12 +180,22 @@ class ScGPTTrainer(Trainer):
     def create_model_card(self, *_: Any, **__: Any) -> None:
         """Leave README.md alone: `card.model_card` writes it, and the library's draft must not replace it."""
 
+    def init_hf_repo(self, *_: Any, **__: Any) -> None:
+        """Raise unless the run can be published in the end; see `check_repository`."""
+        self.push_in_progress: Any = None
+        if self.is_world_process_zero():
+            check_repository(self.args.hub_model_id, **self._hub_arguments())
+
     def push_to_hub(self, *_: Any, **__: Any) -> Any:
-        """Publish the finished run; return its address on the process that does."""
+        """Publish the finished run; return its address on the process that does.
+
+        Raises:
+            HubError: see `publish`.
+        """
         if not self.is_world_process_zero():
             return None
         self._finish_current_push()
-        return publish(self.args.output_dir, self._repository(), **self._hub_arguments())
+        return publish(self.args.output_dir, self.args.hub_model_id or "", **self._hub_arguments())
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         """Publish a checkpoint in the background; the library's own way leaves out the code and adds pickles."""
@@ -193,16 +203,13 @@ class ScGPTTrainer(Trainer):
         if not self.is_world_process_zero() or self.args.hub_strategy == HubStrategy.END or busy:
             return
         settings = {**self._hub_arguments(), "weights": Path(checkpoint_folder).name}
-        job = HfApi().run_as_future(publish, self.args.output_dir, self._repository(), **settings)
+        job = HfApi().run_as_future(publish, self.args.output_dir, self.args.hub_model_id or "", **settings)
         job.add_done_callback(_report_failure)
-        self.push_in_progress: Any = PushInProgress([job])  # type: ignore[arg-type]
-
-    def _repository(self) -> str:
-        return str(self.args.hub_model_id or Path(self.args.output_dir).resolve().name)
+        self.push_in_progress = PushInProgress([job])  # type: ignore[arg-type]
 
     def _hub_arguments(self) -> dict[str, Any]:
         args = self.args
-        return {"private": bool(args.hub_private_repo), "token": args.hub_token, "revision": args.hub_revision}
+        return {"private": args.hub_private_repo, "token": args.hub_token, "revision": args.hub_revision}
 
 
 def _report_failure(job: Future[str]) -> None:

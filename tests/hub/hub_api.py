@@ -162,6 +162,12 @@ def info(request: Request, kind: str, id: str, revision: str = "main") -> Any:
     return described | {"id": id, "sha": sha, "private": repository.private, "siblings": siblings, "tags": []}
 
 
+def may_write(request: Request, kind: str, id: str) -> Any:
+    """Say whether the token may write there."""
+    find(request, kind, id, write=True)
+    return {}
+
+
 def refs(request: Request, kind: str, id: str) -> Any:
     """List the branches."""
     branches = find(request, kind, id).branches.items()
@@ -307,6 +313,7 @@ ROUTES = {
     r"POST /api/repos/create": create,
     r"POST /api/validate-yaml": validate,
     rf"GET {_API}(/revision/(?P<revision>.+))?": info,
+    rf"GET {_API}/auth-check/write": may_write,
     rf"GET {_API}/refs": refs,
     rf"POST {_API}/branch/(?P<revision>.+)": branch,
     rf"GET {_API}/tree/(?P<revision>[^/]+)(/(?P<path>.*))?": tree,

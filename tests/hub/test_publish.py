@@ -10,7 +10,7 @@ from hub_run import FILES_OF_A_MODEL, RECORD, SECRET
 from hub_server import Client, Hub
 
 from scgpt_hf.training.card import model_card
-from scgpt_hf.training.hub import HubError, publish
+from scgpt_hf.training.hub import HubError, check_pair, check_repository, publish
 
 
 def commits(hub: Hub, repo_id: str) -> int:
@@ -195,6 +195,43 @@ def test_private_is_not_promised_where_the_repository_is_public(hub: Hub, client
     client(publish, run, "org/public", token="hf_owner")
     with pytest.raises(HubError, match="exists and is public"):
         client(publish, run, "org/public", token="hf_owner", private=True)
+
+
+def test_a_repository_is_checked_before_anything_is_trained(hub: Hub, client: Client) -> None:
+    client(check_repository, "org/checked", token="hf_owner", private=True, revision="v2")
+    assert set(hub.files("org/checked", "v2")) == {".gitattributes"}
+    assert hub.state.repositories["models/org/checked"].private
+    client(check_repository, "org/checked", token="hf_owner")
+    with pytest.raises(HubError, match="you may not write to org/checked-too"):
+        client(check_repository, "org/checked-too", token="hf_stranger")
+    with pytest.raises(HubError, match=r"does not know you \(401\); run `hf auth login`"):
+        client(check_repository, "org/checked-too", token=None)
+
+
+def test_a_repository_of_somebody_else_is_refused_though_it_can_be_read(hub: Hub, client: Client, run: Path) -> None:
+    client(publish, run, "org/theirs", token="hf_owner")
+    with pytest.raises(HubError, match="may not write to org/theirs"):
+        client(check_repository, "org/theirs", token="hf_stranger")
+
+
+@pytest.mark.parametrize(
+    ("repo_id", "expected"),
+    [(None, "give --hub_model_id OWNER/NAME"), ("name", "like 'my-lab/name'"), ("a b/c", "found 'a b/c'")],
+)
+def test_a_malformed_id_is_refused_before_anything_is_trained(repo_id: str | None, expected: str) -> None:
+    with pytest.raises(ValueError, match=expected):
+        check_repository(repo_id)
+
+
+def test_a_model_with_another_vocabulary_than_its_processor_is_refused(run: Path) -> None:
+    model = run / "best_model"
+    vocabulary = {"model": {"vocab": {"ENSG1": 0, "<pad>": 1}}, "added_tokens": [{"id": 1}, {"id": 2}]}
+    (model / "tokenizer.json").write_text(json.dumps(vocabulary))
+    (model / "config.json").write_text(json.dumps({"vocab_size": 5}))
+    with pytest.raises(ValueError, match=r"made for a vocabulary of 5, its tokenizer.json has 3; put the processor"):
+        publish(run, "org/name")
+    (model / "config.json").write_text(json.dumps({"vocab_size": 3}))
+    check_pair(model)
 
 
 @pytest.mark.parametrize("repo_id", ["", "name", "org/name/more", "org/na me", "org/-name", "/name", "org/name.git"])

@@ -1,0 +1,113 @@
+"""Pretraining that pushes: a checkpoint while it goes on, the finished run at the end, and what happens when it cannot.
+
+`scripts/pretrain.py` runs in its own process, whose real client talks to the small Hub.
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hub_server import Hub, client_environment
+
+SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "pretrain.py"
+SMALL = [
+    *("--hidden_size", "16", "--num_hidden_layers", "1", "--num_attention_heads", "2", "--intermediate_size", "16"),
+    *("--min_gene_counts", "1", "--validation_fraction", "0.3", "--num_train_epochs", "2", "--logging_steps", "4"),
+    *("--per_device_train_batch_size", "32", "--disable_tqdm", "true", "--use_cpu", "true"),
+]
+TOKEN = "hf_owner"
+
+
+def pretrain(
+    hub: Hub, census: Path, folder: Path, repo_id: str, *flags: str, token: str = TOKEN
+) -> subprocess.CompletedProcess[str]:
+    """Train a tiny model that pushes to the repository; the token comes by the environment, as users have it."""
+    environment = os.environ | client_environment(hub, folder.parent / "hf_home") | {"HF_TOKEN": token}
+    arguments = ["--data", str(census), "--output_dir", str(folder), *SMALL, "--push_to_hub", "--hub_model_id", repo_id]
+    command = [sys.executable, str(SCRIPT), *arguments, *flags]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
+
+
+@pytest.fixture(scope="module")
+def pushed(hub: Hub, small_census: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """The folder of a run that was pushed to org/pushed, and what it said."""
+    folder = tmp_path_factory.mktemp("runs") / "pushed"
+    done = pretrain(hub, small_census, folder, "org/pushed", "--hub_token", TOKEN, token="")
+    assert done.returncode == 0, done.stderr[-3000:]
+    return folder, done.stdout
+
+
+def test_a_run_pushes_while_it_trains_and_at_its_end(hub: Hub, pushed: tuple[Path, str]) -> None:
+    folder, said = pushed
+    assert said.splitlines()[-1] == f"Published at {hub.url}/org/pushed"
+    first, *_, last = list(hub.state.repositories["models/org/pushed"].commits.values())[1:]
+    assert {"model.safetensors", "processor_config.json", "modeling_scgpt.py", "split.json", "README.md"} <= set(first)
+    assert not {"loss.png", "umap.png"} & set(first)
+    assert {"loss.png", "umap.png"} <= set(last)
+    assert last["model.safetensors"] == (folder / "best_model" / "model.safetensors").read_bytes()
+
+
+def test_the_pushed_card_is_ours(hub: Hub, pushed: tuple[Path, str]) -> None:
+    for files in list(hub.state.repositories["models/org/pushed"].commits.values())[1:]:
+        card = files["README.md"].decode()
+        assert card.startswith("---\n")
+        assert "# pushed\n" in card
+        assert 'from_pretrained("org/pushed"' in card
+        assert "held-out donors" in card
+    assert "![loss.png](loss.png)" in card
+    assert "generated automatically" not in card
+
+
+def test_nothing_of_this_machine_is_pushed(hub: Hub, pushed: tuple[Path, str], small_census: Path) -> None:
+    for files in hub.state.repositories["models/org/pushed"].commits.values():
+        assert not [name for name in files if name.endswith((".bin", ".pt", ".pth", ".pkl")) or "trainer_state" in name]
+        for name, content in files.items():
+            for private in (TOKEN, str(small_census.parent), str(pushed[0].parent), "file://"):
+                assert private.encode() not in content, (name, private)
+            if name.endswith((".md", ".json", ".jsonl", ".yaml")):
+                found = re.findall(r"""(?<=["' ])/(?:home|tmp|root|work|Users|private|var)/\S*""", content.decode())
+                assert not found, name
+
+
+LOAD = """
+import sys
+sys.modules["scgpt_hf"] = None  # as if it were not installed
+import json, torch
+from transformers import AutoModel, AutoModelForPreTraining, AutoProcessor, AutoTokenizer
+AutoTokenizer.from_pretrained("org/pushed", trust_remote_code=False)
+processor = AutoProcessor.from_pretrained("org/pushed", trust_remote_code=True)
+for auto in (AutoModel, AutoModelForPreTraining):
+    model, report = auto.from_pretrained("org/pushed", trust_remote_code=True, output_loading_info=True)
+    assert not report["missing_keys"]
+genes = processor.tokenizer.convert_ids_to_tokens(range(20))
+batch = processor(torch.ones(3, 20).numpy(), genes)
+print(json.dumps(list(model.eval()(**batch).cell_embedding.shape)))
+"""
+
+
+def test_what_was_pushed_loads_without_this_package(hub: Hub, pushed: tuple[Path, str], tmp_path: Path) -> None:
+    environment = os.environ | client_environment(hub, tmp_path / "hf_home")
+    done = subprocess.run([sys.executable, "-c", LOAD], env=environment, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert json.loads(done.stdout) == [3, 16]
+
+
+def test_a_run_that_could_not_be_pushed_does_not_train(hub: Hub, small_census: Path, tmp_path: Path) -> None:
+    done = pretrain(hub, small_census, tmp_path / "run", "org/untrained", token="hf_stranger")
+    assert done.returncode != 0
+    assert done.stderr.splitlines()[-1].startswith("pretrain.py: you may not write to org/untrained (403)")
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_pushes_that_fail_are_told_and_leave_the_run_whole(hub: Hub, small_census: Path, tmp_path: Path) -> None:
+    with hub.fault("/commit/", status=403, times=99):
+        done = pretrain(hub, small_census, tmp_path / "run", "org/lost", "--num_train_epochs", "1")
+    assert "a checkpoint could not be published, training goes on: you may not write to org/lost (403)" in done.stderr
+    assert done.returncode != 0
+    assert "you may not write to org/lost (403)" in done.stderr.splitlines()[-1]
+    names = {path.name for path in (tmp_path / "run").iterdir()}
+    assert {"best_model", "summary.json", "README.md", "loss.png", "umap.png", "split.json", "settings.yaml"} <= names
