@@ -24,7 +24,7 @@ from scipy.sparse import csr_matrix
 from scgpt_hf.cells.block import CellBlock, Int64Array
 from scgpt_hf.cells.plan import Plan
 from scgpt_hf.cells.source import CellSource
-from scgpt_hf.tokens.packing_scgpt import pack
+from scgpt_hf.tokens.packing_scgpt import Tokens, pack, pad
 from scgpt_hf.tokens.processing_scgpt import ScGPTProcessor
 
 logger = logging.getLogger(__name__)
@@ -45,6 +45,7 @@ class StreamSettings:
         rank: of this process, in [0, world_size).
         world_size: number of processes.
         micro_batches: equal parts in which a rank takes its cells of one step (gradient accumulation).
+        padded: pad the cells of a batch to one length, for the models whose pooling or norm counts padding.
         categories: batch key → (obs column, class id of each of its values), e.g. {"domain_ids": ("assay", {"v2": 0})}.
     """
 
@@ -53,6 +54,7 @@ class StreamSettings:
     rank: int = 0
     world_size: int = 1
     micro_batches: int = 1
+    padded: bool = False
     categories: Mapping[str, tuple[str, Mapping[str, int]]] = field(default_factory=dict)
 
 
@@ -91,6 +93,13 @@ def stream_cells(
             f"nothing is left to read after step {start_step:,}; the plan has {_lay_out(plans)[-1][3]:,} steps"
         )
     return datasets.IterableDataset.from_generator(blocks.batches, gen_kwargs={"shards": list(range(len(shards)))})
+
+
+def lengths_of(batch: Batch) -> torch.Tensor:
+    """Return the tokens of each cell of a packed or padded batch, `<cls>` included. Shape (cells,)."""
+    bounds, mask = batch.get("cu_seq_lens_q"), batch.get("attention_mask")
+    assert isinstance(bounds, torch.Tensor) or isinstance(mask, torch.Tensor)
+    return bounds.diff() if isinstance(bounds, torch.Tensor) else mask.sum(1)  # type: ignore[union-attr]
 
 
 def read_ahead(batches: Iterable[Batch], depth: int = 8) -> Generator[Batch, None, None]:
@@ -259,8 +268,14 @@ class _Blocks:
                     f"no cell of a batch of epoch {epoch} expresses a gene of the vocabulary; first cell ids: "
                     f"{asked[:5].tolist()}; drop poor cells (min_genes), choose more genes or a larger batch"
                 )
-            batch: Batch = pack(tokens[start:stop])
-            yield batch | {key: torch.from_numpy(ids[start:stop]) for key, ids in classes.items()}
+            yield self._lay_out(tokens[start:stop]) | {
+                key: torch.from_numpy(ids[start:stop]) for key, ids in classes.items()
+            }
+
+    def _lay_out(self, tokens: Tokens) -> Batch:
+        if self.settings.padded:
+            return pad(tokens, pad_id=self.processor.pad_id, pad_value=self.processor.pad_value)
+        return pack(tokens)
 
     def _classes(self, block: CellBlock, key: str) -> Int64Array:
         """Return the class of each cell of the block by its obs value, shape (cells,)."""

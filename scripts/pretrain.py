@@ -9,28 +9,26 @@ Settings come from a YAML file, then from flags. The run folder (--output_dir) g
 
 import logging
 import sys
-import time
 from pathlib import Path
 
 import accelerate
 import numpy as np
-from huggingface_hub.errors import StrictDataclassError
 from transformers import set_seed
 
 from scgpt_hf.analysis.pictures import draw_losses, draw_map
 from scgpt_hf.training.card import model_card
 from scgpt_hf.training.dry_run import describe_run
-from scgpt_hf.training.pretraining import Streams, make_trainer, save_best_model, summarize, tell
-from scgpt_hf.training.recipe import begin_run, build_model, build_processor, open_cells
+from scgpt_hf.training.pretraining import Streams, make_trainer, save_best_model, share_cores, summarize, tell
+from scgpt_hf.training.recipe import begin_run, build_model, build_processor, open_cells, save_selection
 from scgpt_hf.training.settings import parse_settings
 
 
 def main() -> None:
     """Read the settings, train, and leave a run folder that speaks for itself."""
-    started = time.perf_counter()
     try:
         settings = parse_settings(sys.argv[1:], __doc__)
         args, folder = settings.training, Path(settings.training.output_dir)
+        share_cores(args)
         logging.basicConfig(format="%(message)s")
         logging.getLogger("scgpt_hf").setLevel(logging.INFO if args.process_index == 0 else logging.WARNING)
         with accelerate.PartialState().main_process_first():
@@ -41,15 +39,18 @@ def main() -> None:
         model = build_model(processor, settings.model, len(selection.domains))
         streams = Streams(source, selection, processor, settings)
         if args.dry_run:
-            print(describe_run(streams, model, args))
+            if args.process_index == 0:
+                print(describe_run(streams, model, args))
             return
         trainer = make_trainer(streams, model, args)
-    except (ValueError, OSError, StrictDataclassError) as error:
+        if args.process_index == 0 and checkpoint is None:
+            save_selection(selection, source, settings)
+        trainer.train(resume_from_checkpoint=checkpoint)
+    except (ValueError, OSError, FloatingPointError) as error:
         sys.exit(f"pretrain.py: {error}")
-    trainer.train(resume_from_checkpoint=checkpoint)
     save_best_model(trainer, folder)
-    summary = summarize(trainer, streams, time.perf_counter() - started)
-    if trainer.is_world_process_zero():
+    if args.process_index == 0:
+        summary = summarize(trainer, streams)
         draw_losses(folder)
         cell_ids = np.concatenate(list(selection.parts.values()))
         draw_map(folder, source, cell_ids, trainer.model, processor, donor_key=settings.data.split_by, seed=args.seed)

@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[1]
 SMALL = [
     *("--hidden_size", "16", "--num_hidden_layers", "1", "--num_attention_heads", "2", "--intermediate_size", "16"),
     *("--min_gene_counts", "1", "--validation_fraction", "0.3", "--num_train_epochs", "2", "--logging_steps", "4"),
-    *("--per_device_train_batch_size", "16", "--disable_tqdm", "true"),
+    *("--per_device_train_batch_size", "16", "--disable_tqdm", "true", "--cpu_threads", "1"),
 ]
 TWO_PROCESSES = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", "0"]
 
@@ -105,6 +105,12 @@ def test_a_second_run_is_refused_and_a_resumed_one_goes_on(finished, small_censu
     assert refused.returncode != 0
     assert "--resume_from_checkpoint latest" in refused.stderr
     assert "Traceback" not in refused.stderr
+
+    # One process instead of two, so twice the cells each: the same steps.
+    more = ["--resume_from_checkpoint", "latest", "--num_train_epochs", "3", "--per_device_train_batch_size", "32"]
+    resumed = run(*arguments, *more)
+    assert resumed.returncode == 0, resumed.stderr[-2000:]
+    assert json.loads((folder / "summary.json").read_text())["epochs"] == 3
 
 
 def test_bad_settings_end_in_one_sentence(tmp_path, small_census):

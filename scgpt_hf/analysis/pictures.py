@@ -1,5 +1,6 @@
 """The two pictures that close a run: the course of its losses, and its cells on a map."""
 
+import logging
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,8 @@ from scgpt_hf.analysis.plots import plot_umap, save_figure
 from scgpt_hf.cells.block import Int64Array
 from scgpt_hf.cells.source import CellSource
 from scgpt_hf.tokens.processing_scgpt import ScGPTProcessor
+
+logger = logging.getLogger(__name__)
 
 # A map of more cells says no more, and UMAP takes minutes.
 MAPPED_CELLS = 5_000
@@ -42,19 +45,14 @@ def draw_map(
         donor_key: obs column of the second panel.
         seed: of the draw and of the map.
     """
+    if counted := model.config.counts_padding:
+        logger.warning("no umap.png: with %s a cell's embedding depends on the cells beside it", counted)
+        return
     drawn = np.random.default_rng(seed).permutation(cell_ids)[:MAPPED_CELLS]
     embedding = embed_cells(source, drawn, model, processor, empty="nan", progress=False)
     told = np.isfinite(embedding).all(axis=1)
-    columns = [column for column in dict.fromkeys(("cell_type", donor_key)) if _has(source, column)]
-    obs = source.obs(columns).loc[drawn[told]]
+    columns = [column for column in dict.fromkeys(("cell_type", donor_key)) if column in source.columns]
+    obs = source.read(drawn[told], columns).obs
     panels = {column.replace("_", " ").removesuffix(" id"): obs[column].tolist() for column in columns}
     title = f"{told.sum():,} cells embedded by the model"
     save_figure(plot_umap(umap_of(embedding[told], seed), panels, title=title), folder / "umap.png")
-
-
-def _has(source: CellSource, column: str) -> bool:
-    try:
-        source.obs([column])
-    except ValueError:
-        return False
-    return True

@@ -72,7 +72,7 @@ def sample_donors(obs: pd.DataFrame, max_cells: int, *, seed: int, by: str = "do
         smallest = int(n_cells.argmin())
         raise ValueError(
             f"no donor has at most {max_cells:,} cells: the smallest, {donors[smallest]!r}, has {n_cells[smallest]:,}; "
-            "raise the number of cells"
+            "raise max_cells (--max_cells)"
         )
     logger.info("took %d of %d donors: %d of %d cells", taken.sum(), len(donors), max_cells - left, len(obs))
     return np.sort(obs.index.to_numpy(np.int64)[taken[donor_of_cell]])
@@ -90,7 +90,7 @@ def filter_cells(source: "CellSource", cell_ids: Int64Array, min_genes: int) -> 
     if min_genes <= 0:
         return cell_ids
     kept = _count_genes(source, cell_ids) >= min_genes
-    _report_dropped("cells", kept, f"fewer than {min_genes:,} expressed genes")
+    _report_dropped("cells", kept, f"fewer than {min_genes:,} expressed genes (--min_genes)")
     return cell_ids[kept]
 
 
@@ -111,8 +111,30 @@ def filter_genes(source: "CellSource", cell_ids: Int64Array, min_counts: int) ->
     if min_counts <= 0:
         return np.arange(len(source.genes))
     kept = gene_totals(source, cell_ids) >= min_counts
-    _report_dropped("genes", kept, f"fewer than {min_counts:,} counts in {len(cell_ids):,} cells")
+    _report_dropped("genes", kept, f"fewer than {min_counts:,} counts in {len(cell_ids):,} cells (--min_gene_counts)")
     return np.flatnonzero(kept)
+
+
+def cells_expressing(source: "CellSource", cell_ids: Int64Array, genes: Int64Array) -> Int64Array:
+    """Return the ids of the cells that express at least one of these genes, in the order given; others are logged.
+
+    Args:
+        source: of the cells.
+        cell_ids: shape (cells,).
+        genes: columns of the counts. Shape (genes,).
+
+    Raises:
+        ValueError: no cell does.
+    """
+    wanted = np.zeros(len(source.genes), np.bool_)
+    wanted[genes] = True
+    expressing = [np.empty(0, np.int64)]
+    for block in _stream_blocks(source, cell_ids, "counting expressed genes"):
+        n_before = np.concatenate([[0], np.cumsum(wanted[block.counts.indices])])
+        expressing.append(block.cell_ids[np.diff(n_before[block.counts.indptr]) > 0])
+    kept = np.isin(cell_ids, np.concatenate(expressing))
+    _report_dropped("cells", kept, f"none of the {len(genes):,} chosen genes expressed")
+    return cell_ids[kept]
 
 
 def gene_totals(source: "CellSource", cell_ids: Int64Array) -> Int64Array:
@@ -158,7 +180,7 @@ def highly_variable_genes(
     if not 1 <= n_genes <= len(columns):
         raise ValueError(
             f"asked for {n_genes:,} highly variable genes of {len(columns):,}; "
-            f"choose a number in [1, {len(columns):,}], or drop fewer genes"
+            f"choose --n_hvg in [1, {len(columns):,}], or drop fewer genes (a lower --min_gene_counts)"
         )
     cell_ids = np.sort(cell_ids)
     batch_of_cell = np.zeros(len(cell_ids), np.int64)
@@ -234,5 +256,7 @@ def _report_dropped(what: str, kept: npt.NDArray[np.bool_], why: str) -> None:
     """Log how many were dropped and why; raise when nothing is left."""
     n_dropped = len(kept) - int(kept.sum())
     if n_dropped == len(kept):
-        raise ValueError(f"all {len(kept):,} {what} would be dropped: {why}; lower the threshold or widen the filter")
+        raise ValueError(
+            f"all {len(kept):,} {what} would be dropped: {why}; lower the threshold or widen the filter (--obs_filter)"
+        )
     logger.info("dropped %d of %d %s: %s", n_dropped, len(kept), what, why)

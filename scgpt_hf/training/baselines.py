@@ -50,12 +50,15 @@ def sum_bins(batches: Iterable[Batch], vocab_size: int) -> Float64Array:
     return sums
 
 
-def sum_errors(batches: Iterable[Batch], midpoints: Iterable[Batch], bin_sums: Float64Array) -> Float64Array:
+def sum_errors(
+    batches: Iterable[Batch], lowest: Iterable[Batch], highest: Iterable[Batch], bin_sums: Float64Array
+) -> Float64Array:
     """Return the sums under `Baselines`: squared errors of the three predictors, and the number of masked positions.
 
     Args:
         batches: validation batches with labels, ties broken at random.
-        midpoints: the same batches with ties in the middle of their bins.
+        lowest: the same batches with every tie in the lowest of its bins.
+        highest: the same batches with every tie in the highest of its bins.
         bin_sums: of the training cells, as `sum_bins` returns; the specials' columns set to 0. Shape (2, vocab_size).
 
     Returns:
@@ -64,8 +67,8 @@ def sum_errors(batches: Iterable[Batch], midpoints: Iterable[Batch], bin_sums: F
     constant = bin_sums[1].sum() / max(bin_sums[0].sum(), 1)
     gene_mean = np.where(bin_sums[0] > 0, bin_sums[1] / np.maximum(bin_sums[0], 1), constant)
     sums = np.zeros(4)
-    for batch, middle in zip(batches, midpoints, strict=True):
-        labels, middles = _flat(batch, "labels"), _flat(middle, "labels")
+    for batch, low, high in zip(batches, lowest, highest, strict=True):
+        labels, middles = _flat(batch, "labels"), (_flat(low, "labels") + _flat(high, "labels")) / 2
         masked = labels != IGNORE
         bins, genes = labels[masked].astype(np.float64), _flat(batch, "input_ids")[masked]
         for row, guess in enumerate((constant, gene_mean[genes], middles[masked])):

@@ -3,6 +3,7 @@
 import resource
 import sys
 import time
+from contextlib import closing
 from itertools import islice
 
 import numpy as np
@@ -11,7 +12,7 @@ from accelerate.utils import send_to_device
 
 from scgpt_hf.model.configuration_scgpt import training_flops_per_token
 from scgpt_hf.model.modeling_scgpt import ScGPTForPreTraining
-from scgpt_hf.stream import Batch, read_ahead
+from scgpt_hf.stream import Batch, lengths_of, read_ahead
 from scgpt_hf.training.pretraining import Streams, device_name
 from scgpt_hf.training.settings import TrainingSettings
 
@@ -27,8 +28,9 @@ def describe_run(streams: Streams, model: ScGPTForPreTraining, args: TrainingSet
         args: of the run.
     """
     parts, donors, plan = streams.selection.parts, streams.selection.n_donors, streams.plans[0]
-    batches = list(islice(read_ahead(streams.train(0)), _TIMED_STEPS + 1))
-    lengths = np.concatenate([np.diff(batch["cu_seq_lens_q"].numpy()) for batch in batches])  # type: ignore[union-attr]
+    with closing(read_ahead(streams.train(0))) as stream:
+        batches = list(islice(stream, _TIMED_STEPS + 1))
+    lengths = np.concatenate([lengths_of(batch).numpy() for batch in batches])
     n_steps = args.max_steps if args.max_steps > 0 else int(plan.n_steps * args.num_train_epochs)
     low, high = np.quantile(lengths, [0.25, 0.75])
     mean_tokens = float(np.square(lengths).sum() / lengths.sum())
@@ -52,10 +54,10 @@ def describe_run(streams: Streams, model: ScGPTForPreTraining, args: TrainingSet
 
 
 def _time_step(model: ScGPTForPreTraining, batches: list[Batch], args: TrainingSettings) -> float:
-    """Return the seconds of one micro-batch forwards, backwards and in the optimiser; the first one warms up."""
+    """Return the seconds of one micro-batch forwards, backwards and in the optimiser; the first of several warms up."""
     model.train().to(args.device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.0)
-    started = 0.0
+    started = time.perf_counter()
     for number, batch in enumerate(batches):
         if number == 1:
             started = time.perf_counter()

@@ -4,7 +4,7 @@ import math
 import os
 import platform
 import shutil
-from contextlib import closing, suppress
+from contextlib import closing
 from copy import copy
 from dataclasses import asdict, replace
 from functools import partial
@@ -24,11 +24,19 @@ from scgpt_hf.cells.source import CellSource
 from scgpt_hf.model.modeling_scgpt import ScGPTForPreTraining
 from scgpt_hf.stream import StreamSettings, read_ahead, stream_cells
 from scgpt_hf.tokens.processing_scgpt import ScGPTProcessor
-from scgpt_hf.training.baselines import Baselines, Float64Array, baselines_from, sum_bins, sum_errors
-from scgpt_hf.training.recipe import Selection
-from scgpt_hf.training.run_folder import BEST_MODEL, METRICS, SUMMARY, MetricsFile, require_space, write_json
+from scgpt_hf.training.baselines import Baselines, baselines_from, sum_bins, sum_errors
+from scgpt_hf.training.recipe import Selection, global_batch_size
+from scgpt_hf.training.run_folder import (
+    BEST_MODEL,
+    METRICS,
+    SUMMARY,
+    MetricsFile,
+    read_lines,
+    require_space,
+    write_json,
+)
 from scgpt_hf.training.settings import Settings, TrainingSettings
-from scgpt_hf.training.trainer import ScGPTTrainer
+from scgpt_hf.training.trainer import ScGPTTrainer, over_ranks
 
 # Training cells whose bins make the gene means: over so many, only the rarest genes move by more than 0.1 bin.
 BASELINE_CELLS = 100_000
@@ -53,6 +61,7 @@ class Streams:
             rank=args.process_index,
             world_size=args.world_size,
             micro_batches=args.gradient_accumulation_steps,
+            padded=settings.model.cell_pooling != "cls" or settings.model.input_norm != "none",
             categories=_categories(data.domain_key, selection.domains),
         )
         self.plans = plan_training(selection, settings)
@@ -80,7 +89,7 @@ def plan_training(selection: Selection, settings: Settings) -> list[EpochPlan]:
     args = settings.training
     keywords = {
         "seed": args.seed,
-        "batch_size": args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size,
+        "batch_size": global_batch_size(args),
         "bands_per_block": settings.data.bands_per_block,
     }
     first = plan_epoch(selection.parts["train"], epoch=0, **keywords)
@@ -96,10 +105,12 @@ def measure_baselines(streams: Streams, accelerator: Accelerator) -> Baselines:
         wanted = islice(batches, math.ceil(BASELINE_CELLS / (batch_size * accelerator.num_processes)))
         bin_sums = sum_bins(wanted, processor.vocab_size)
     bin_sums[:, processor.tokenizer.all_special_ids] = 0
-    midpoint = copy(processor)
-    midpoint.ties = "midpoint"
-    errors = sum_errors(streams.validation(), streams.validation(midpoint), _over_ranks(bin_sums, accelerator))
-    return baselines_from(_over_ranks(errors, accelerator))
+    low, high = copy(processor), copy(processor)
+    if processor.ties == "random":  # any other rule leaves no noise, and the floor is 0
+        low.ties, high.ties = "lower", "upper"
+    bin_sums = over_ranks(torch.from_numpy(bin_sums), accelerator).numpy()
+    errors = sum_errors(streams.validation(), streams.validation(low), streams.validation(high), bin_sums)
+    return baselines_from(over_ranks(torch.from_numpy(errors), accelerator).numpy())
 
 
 def make_trainer(streams: Streams, model: ScGPTForPreTraining, args: TrainingSettings) -> ScGPTTrainer:
@@ -109,7 +120,10 @@ def make_trainer(streams: Streams, model: ScGPTForPreTraining, args: TrainingSet
         OSError: the disk has no room for the checkpoints.
         ValueError: validation masks nothing.
     """
-    n_checkpoints = (args.save_total_limit or 1) + 2  # one more while it is written, and the best model
+    n_saves = len(streams.plans) * (
+        1 if args.save_strategy == "epoch" else math.ceil(streams.plans[0].n_steps / args.save_steps)
+    )
+    n_checkpoints = min(args.save_total_limit or n_saves, n_saves) + 2  # one while it is written, and the best model
     require_space(Path(args.output_dir), n_checkpoints * _CHECKPOINT_BYTES * model.num_parameters())
     trainer = ScGPTTrainer(
         model=model,
@@ -126,16 +140,21 @@ def make_trainer(streams: Streams, model: ScGPTForPreTraining, args: TrainingSet
 
 def save_best_model(trainer: ScGPTTrainer, folder: Path) -> None:
     """Write the best model and its processor to `folder/best_model`, whole or not at all."""
-    beside = folder / f"{BEST_MODEL}.tmp"
+    beside, old = folder / f"{BEST_MODEL}.tmp", folder / f"{BEST_MODEL}.old"
+    if trainer.is_world_process_zero():
+        shutil.rmtree(beside, ignore_errors=True)
+    trainer.accelerator.wait_for_everyone()
     trainer.save_model(str(beside), _internal_call=True)  # without the library's own push
     if trainer.is_world_process_zero():
         (beside / "training_args.bin").unlink(missing_ok=True)  # a pickle; settings.yaml says the same
-        shutil.rmtree(folder / BEST_MODEL, ignore_errors=True)
+        if (folder / BEST_MODEL).exists():
+            os.replace(folder / BEST_MODEL, old)
         os.replace(beside, folder / BEST_MODEL)
+        shutil.rmtree(old, ignore_errors=True)
 
 
-def summarize(trainer: ScGPTTrainer, streams: Streams, train_seconds: float) -> dict[str, Any]:
-    """Return what a reader of the run wants to know first, and write it to summary.json."""
+def summarize(trainer: ScGPTTrainer, streams: Streams) -> dict[str, Any]:
+    """Return what a reader of the run wants to know first, and write it to summary.json; for the first process."""
     args, parts, donors = trainer.args, streams.selection.parts, streams.selection.n_donors
     history = trainer.state.log_history
     rates = [line["cells_per_second"] for line in history if "cells_per_second" in line]
@@ -150,10 +169,10 @@ def summarize(trainer: ScGPTTrainer, streams: Streams, train_seconds: float) -> 
         "steps": trainer.state.global_step,
         "epochs": trainer.state.epoch,
         "global_batch_size": streams.plans[0].batch_size,
-        "train_seconds": round(train_seconds, 1),
+        "train_seconds": read_lines(Path(args.output_dir) / METRICS)[-1]["seconds"],
         "device": device_name(args.device),
         "processes": args.world_size,
-        "precision": "bf16" if args.bf16 else "fp16" if args.fp16 else "fp32",
+        "precision": {"no": "fp32"}.get(trainer.accelerator.mixed_precision, trainer.accelerator.mixed_precision),
         "cells_per_second": round(float(np.median(rates)), 1) if rates else None,
         "versions": {name: version(name) for name in _PACKAGES},
         "baselines": asdict(trainer.baselines) if trainer.baselines else None,
@@ -161,8 +180,7 @@ def summarize(trainer: ScGPTTrainer, streams: Streams, train_seconds: float) -> 
         "composition": _composition(streams.source, parts),
         "data": streams.source.describe(),
     }
-    if trainer.is_world_process_zero():
-        write_json(Path(args.output_dir) / SUMMARY, summary)
+    write_json(Path(args.output_dir) / SUMMARY, summary)
     return summary
 
 
@@ -190,6 +208,13 @@ def tell(summary: dict[str, Any], folder: Path) -> str:
     return "\n".join(line for line in lines if line)
 
 
+def share_cores(args: TrainingSettings) -> None:
+    """Give a process that trains on the CPU its share of the cores; launchers leave it one thread."""
+    if args.device.type == "cpu":
+        here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        torch.set_num_threads(args.cpu_threads or max(1, (os.cpu_count() or 1) // here))
+
+
 def device_name(device: torch.device) -> str:
     """Return what a person would call the device."""
     if device.type == "cuda":
@@ -201,10 +226,9 @@ def _composition(source: CellSource, parts: dict[str, Int64Array]) -> dict[str, 
     """Return the number of cells of each tissue and assay, as far as the source tells."""
     cell_ids = np.concatenate(list(parts.values()))
     composition = {}
-    for column in ("tissue_general", "assay"):
-        with suppress(ValueError):  # no such column
-            counts = source.obs([column]).loc[cell_ids, column].astype(str).value_counts()
-            composition[column] = {str(value): int(n) for value, n in counts.items() if n}
+    for column in {"tissue_general", "assay"} & set(source.columns):
+        counts = source.obs([column]).loc[cell_ids, column].astype(str).value_counts()
+        composition[column] = {str(value): int(n) for value, n in counts.items() if n}
     return composition
 
 
@@ -212,9 +236,3 @@ def _categories(domain_key: str | None, domains: list[str]) -> dict[str, tuple[s
     if domain_key is None:
         return {}
     return {"domain_ids": (domain_key, {domain: index for index, domain in enumerate(domains)})}
-
-
-def _over_ranks(sums: Float64Array, accelerator: Accelerator) -> Float64Array:
-    """Return the sums of all ranks."""
-    total = accelerator.reduce(torch.from_numpy(sums).to(accelerator.device), "sum")
-    return np.asarray(total.cpu().numpy(), dtype=np.float64)

@@ -1,7 +1,6 @@
 """The seed recipe, step by step: settings → cells → split → genes → processor and model.
 
-Which cells and genes is decided once, by the first process, and written to split.json; every process and every resumed
-run reads it there.
+Which cells and genes is decided once, by the first process, which tells the others; split.json keeps it for resuming.
 """
 
 import logging
@@ -10,11 +9,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
+from huggingface_hub.errors import StrictDataclassError
 
-from scgpt_hf.cells.select import filter_cells, filter_genes, highly_variable_genes, null_free, sample_donors
+from scgpt_hf.cells.block import Int64Array
+from scgpt_hf.cells.select import (
+    cells_expressing,
+    filter_cells,
+    filter_genes,
+    highly_variable_genes,
+    null_free,
+    sample_donors,
+)
 from scgpt_hf.cells.source import CellSource, open_source
 from scgpt_hf.cells.splits import load_split, save_split, split_cells
 from scgpt_hf.demo import demo_cells, demo_census
@@ -22,9 +30,7 @@ from scgpt_hf.model.configuration_scgpt import ScGPTConfig
 from scgpt_hf.model.modeling_scgpt import ScGPTForPreTraining
 from scgpt_hf.tokens.processing_scgpt import ScGPTProcessor
 from scgpt_hf.training.run_folder import SETTINGS, SPLIT, claim_run_folder, write_whole
-from scgpt_hf.training.settings import DataSettings, ModelSettings, Settings, settings_yaml
-
-Int64Array = npt.NDArray[np.int64]
+from scgpt_hf.training.settings import DataSettings, ModelSettings, Settings, TrainingSettings, settings_yaml
 
 logger = logging.getLogger(__name__)
 
@@ -83,7 +89,10 @@ def choose(source: CellSource, data: DataSettings, seed: int) -> Selection:
     obs = obs.loc[filter_cells(source, obs.index.to_numpy(np.int64), data.min_genes)]
     fractions = {"train": 1 - data.validation_fraction, "validation": data.validation_fraction}
     parts = split_cells(obs, fractions, by=data.split_by, seed=seed)
-    genes = source.genes["feature_id"].to_numpy()[_choose_genes(source, parts["train"], data)]
+    columns_chosen = _choose_genes(source, parts["train"], data)
+    if data.gene_selection == "hvg":  # a cell may express none of a few genes; among all, min_genes sees to it
+        parts = {part: cells_expressing(source, ids, columns_chosen) for part, ids in parts.items()}
+    genes = source.genes["feature_id"].to_numpy()[columns_chosen]
     domains = [] if data.domain_key is None else sorted(obs[data.domain_key].astype(str).unique())
     n_donors = {part: int(obs.loc[cell_ids, data.split_by].nunique()) for part, cell_ids in parts.items()}
     return Selection(parts, genes.tolist(), domains, n_donors)
@@ -98,39 +107,79 @@ def _choose_genes(source: CellSource, train: Int64Array, data: DataSettings) -> 
 
 
 def begin_run(source: CellSource, settings: Settings) -> tuple[Selection, str | None]:
-    """Return the run's cells and genes, and the checkpoint it resumes from.
+    """Return the run's cells and genes, and the checkpoint it resumes from; nothing is written.
 
-    The first process decides and writes, the others read what it wrote. A dry run writes nothing.
+    The first process decides, or reads what was decided when the run began, and tells the others.
 
     Raises:
         FileExistsError, FileNotFoundError: see `claim_run_folder`.
-        ValueError: see `choose`; a resumed run whose cells are not there any more.
+        ValueError: settings no model can have; see `choose`; a resumed run whose cells or steps are other ones now.
     """
     args, folder = settings.training, Path(settings.training.output_dir)
-    state, checkpoint = PartialState(), None
-    if args.dry_run:
-        return choose(source, settings.data, args.seed), None
-    with state.main_process_first():
-        if state.is_main_process or args.resume_from_checkpoint is not None:
-            checkpoint = claim_run_folder(folder, args.resume_from_checkpoint)
-        if state.is_main_process and checkpoint is None:
-            selection = choose(source, settings.data, args.seed)
-            folder.mkdir(parents=True, exist_ok=True)
-            save_selection(selection, source, settings.data, args.seed, folder / SPLIT)
-            write_whole(folder / SETTINGS, settings_yaml(settings))
-        selection = load_selection(folder / SPLIT)
-    return selection, checkpoint
+    _config(settings.model, vocab_size=4, pad_token_id=1, n_bins=settings.data.n_bins, n_domains=2)
+    checkpoint = None if args.dry_run else claim_run_folder(folder, args.resume_from_checkpoint)
+    told: list[Any] = [None]
+    if PartialState().is_main_process:
+        if checkpoint is None:
+            told = [choose(source, settings.data, args.seed)]
+        else:
+            selection, recorded = load_selection(folder / SPLIT)
+            require_same_run(recorded, run_record(source, settings))
+            told = [selection]
+    return broadcast_object_list(told)[0], checkpoint
 
 
-def save_selection(selection: Selection, source: CellSource, data: DataSettings, seed: int, path: Path) -> None:
-    """Write split.json: donors and cells of each part, genes, and where they came from."""
+def run_record(source: CellSource, settings: Settings) -> dict[str, Any]:
+    """Return what must not change when a run is resumed: where its cells come from, and which cells a step holds."""
+    args = settings.training
+    steps = {
+        "seed": args.seed,
+        "global_batch_size": global_batch_size(args),
+        "bands_per_block": settings.data.bands_per_block,
+        "mask_ratios": list(settings.data.mask_ratios),
+    }
+    return {**source.describe(), "steps": steps}
+
+
+def global_batch_size(args: TrainingSettings) -> int:
+    """Return the cells of one step: of all processes and micro-batches together."""
+    return int(args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size)
+
+
+def require_same_run(recorded: dict[str, Any], now: dict[str, Any]) -> None:
+    """Raise unless a resumed run reads the same cells in the same steps.
+
+    Raises:
+        ValueError: naming what differs, and how it was.
+    """
+
+    def comparable(record: dict[str, Any]) -> dict[str, Any]:
+        flat = {key: value for key, value in record.items() if key not in {"uri", "genes", "domains", "steps"}}
+        if "paths" in flat:  # the files may have moved, but their order gives the cells their ids
+            flat["paths"] = [Path(path).name for path in flat["paths"]]
+        return {**flat, **record.get("steps", {})}
+
+    then, new = comparable(recorded), comparable(now)
+    if changed := {key: then.get(key) for key in new if then.get(key) != new[key]}:
+        found = {key: new[key] for key in changed}
+        raise ValueError(
+            f"cannot resume exactly: the run began with {changed}, found {found}; give the same settings and data "
+            "(global_batch_size is per_device_train_batch_size x gradient_accumulation_steps x processes)"
+        )
+
+
+def save_selection(selection: Selection, source: CellSource, settings: Settings) -> None:
+    """Write settings.yaml and split.json into the run folder: donors and cells of each part, genes, provenance."""
+    folder, data = Path(settings.training.output_dir), settings.data
+    folder.mkdir(parents=True, exist_ok=True)
+    record = {**run_record(source, settings), "genes": selection.genes, "domains": selection.domains}
     obs = source.obs([data.split_by])
-    chosen = {"genes": selection.genes, "domains": selection.domains}
-    save_split(path, selection.parts, obs, by=data.split_by, seed=seed, source={**source.describe(), **chosen})
+    save_split(folder / SPLIT, selection.parts, obs, by=data.split_by, seed=settings.training.seed, source=record)
+    write_whole(folder / SETTINGS, settings_yaml(settings))
 
 
-def load_selection(path: Path) -> Selection:
-    """Return what `save_selection` wrote.
+def load_selection(path: Path) -> tuple[Selection, dict[str, Any]]:
+    """Return what `save_selection` wrote: the selection, and its record.
 
     Raises:
         ValueError: a malformed file, named with the key.
@@ -138,7 +187,7 @@ def load_selection(path: Path) -> Selection:
     split = load_split(path)
     try:
         n_donors = {part: len(donors) for part, donors in split.donors.items()}
-        return Selection(split.parts, split.source["genes"], split.source["domains"], n_donors)
+        return Selection(split.parts, split.source["genes"], split.source["domains"], n_donors), dict(split.source)
     except KeyError as error:
         raise ValueError(
             f"{path} lacks the key {error} under 'source'; it was not written by a pretraining run"
@@ -166,16 +215,25 @@ def build_model(processor: ScGPTProcessor, model: ModelSettings, n_domains: int)
     Bins are nearly uniform on 1 … n_bins - 1, so the expression head starts at their mean: one that starts at 0 spends
     its first hundreds of steps on getting there.
     """
-    shape: dict[str, Any] = asdict(model)
-    config = ScGPTConfig(
-        vocab_size=processor.vocab_size,
-        pad_token_id=processor.pad_id,
-        n_bins=processor.n_bins,
-        n_domains=n_domains,
-        **shape,
+    new = ScGPTForPreTraining(
+        _config(
+            model,
+            vocab_size=processor.vocab_size,
+            pad_token_id=processor.pad_id,
+            n_bins=processor.n_bins,
+            n_domains=n_domains,
+        )
     )
-    new = ScGPTForPreTraining(config)
     if processor.input_style == "binned" and new.expression_head is not None:
         last: Any = new.expression_head.value[-1]
         torch.nn.init.constant_(last.bias, processor.n_bins / 2)
     return new
+
+
+def _config(model: ModelSettings, **sizes: int) -> ScGPTConfig:
+    """Return the config; one that cannot be raises, naming the field."""
+    fields: dict[str, Any] = {name: value for name, value in asdict(model).items() if value is not None}
+    try:
+        return ScGPTConfig(**fields, **sizes)
+    except StrictDataclassError as error:
+        raise ValueError(f"the model's settings do not fit together: {error.__cause__ or error}") from error

@@ -8,7 +8,7 @@ import dataclasses
 import difflib
 import json
 from argparse import ArgumentDefaultsHelpFormatter
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -99,8 +99,9 @@ class ModelSettings:
     ecs_threshold: float = setting(0.3, "similarity at which elastic cell similarity turns")
     cce_temperature: float = setting(0.5, "temperature of the contrast between two dropout passes (CCE)")
     loss_weights: dict[str, float] | str | None = setting(
-        {"gep": 1.0, "gepc": 1.0},
-        'weights of the objectives, JSON on the command line, e.g. \'{"gep": 1, "gepc": 1, "ecs": 10}\'',
+        None,
+        "weights of the objectives; gep and gepc 1, with those that other options bring, when not given; "
+        'JSON on the command line, e.g. \'{"gep": 1, "gepc": 1, "ecs": 10}\'',
     )
 
     def __post_init__(self) -> None:
@@ -110,6 +111,8 @@ class ModelSettings:
                 self.loss_weights = json.loads(self.loss_weights)
             except json.JSONDecodeError as error:
                 raise ValueError(f"expected loss_weights as JSON, found {self.loss_weights!r}: {error}") from error
+        if "cls" in (self.loss_weights or {}):
+            raise ValueError("the objective 'cls' needs labelled cells, which pretraining does not read")
 
 
 @dataclass
@@ -140,6 +143,8 @@ class TrainingSettings(TrainingArguments):
     precision: Literal["auto", "no", "fp16", "bf16"] = setting(
         "auto", "mixed precision; auto: bf16 where the GPU has it"
     )
+    ddp_timeout: int = setting(86_400, "seconds the processes wait for the first one, which chooses cells and genes")
+    cpu_threads: int = setting(0, "threads of a process that trains on the CPU; 0: all cores, shared by the processes")
     lr_decay_per_epoch: float | None = setting(
         None, "multiply the learning rate by this after each epoch, instead of lr_scheduler_type (the seed recipe: 0.9)"
     )
@@ -157,17 +162,26 @@ class TrainingSettings(TrainingArguments):
                 f"hub_strategy {self.hub_strategy!r} would publish optimiser states; choose 'every_save' or 'end'"
             )
         super().__post_init__()  # type: ignore[no-untyped-call]
+        self.mixed_precision = "bf16" if self.bf16 else "fp16" if self.fp16 else "no"  # not the launcher's
+        if self.n_gpu > 1:
+            raise ValueError(f"one process sees {self.n_gpu} GPUs; start one process a GPU with accelerate launch")
+        if not self.average_tokens_across_devices:
+            raise ValueError(
+                "average_tokens_across_devices=False would weigh the cells of a step differently by process"
+            )
 
 
 @dataclass
 class Settings:
-    """All settings of a run."""
+    """All settings of a run, and by section what was asked for: what settings.yaml keeps."""
 
     data: DataSettings
     model: ModelSettings
     training: TrainingSettings
+    asked: dict[str, dict[str, Any]]
 
 
+_SECRETS = {"hub_token", "push_to_hub_token"}
 SECTIONS: dict[str, type] = {"data": DataSettings, "model": ModelSettings, "training": TrainingSettings}
 
 
@@ -198,7 +212,11 @@ def parse_settings(arguments: list[str], description: str) -> Settings:
     )
     if unknown:
         raise ValueError(f"unknown setting {unknown[0]!r}{_nearest(unknown[0].lstrip('-'), _all_fields())}")
-    return Settings(*sections)
+    given = vars(parser.parse_known_args(arguments)[0])
+    settings = Settings(*sections, asked=_asked(parser, given))
+    if settings.data.domain_key is None and (settings.model.domain_embedding or settings.model.domain_head):
+        raise ValueError("domain_embedding and domain_head need --domain_key, the obs column of the experimental batch")
+    return settings
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -229,15 +247,20 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 def settings_yaml(settings: Settings) -> str:
     """Return the settings as YAML: `pretrain.py` reads it back as the same run. Credentials are left out."""
-    defaults = TrainingSettings(output_dir=settings.training.output_dir, use_cpu=settings.training.use_cpu).to_dict()  # type: ignore[no-untyped-call]
-    training = settings.training.to_dict()  # type: ignore[no-untyped-call]
-    shown = {
-        key: value
-        for key, value in training.items()
-        if key in TrainingSettings.__annotations__ or (value != defaults[key] and "token" not in key)
+    return str(yaml.safe_dump(settings.asked, sort_keys=False, allow_unicode=True, width=120))
+
+
+def _asked(parser: HfArgumentParser, given: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return by section what was asked for before anything was derived: our fields, the library's if not default."""
+    return {
+        name: {
+            f.name: given[f.name]
+            for f in dataclasses.fields(section)
+            if f.name in section.__annotations__ or given.get(f.name) != parser.get_default(f.name)
+            if f.name in given and f.name not in _SECRETS
+        }
+        for name, section in SECTIONS.items()
     }
-    content = {"data": asdict(settings.data), "model": asdict(settings.model), "training": shown}
-    return str(yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=120))
 
 
 def _as_flags(settings: dict[str, Any]) -> list[str]:

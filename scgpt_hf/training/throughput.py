@@ -6,7 +6,7 @@ from collections.abc import Iterable
 import torch
 
 from scgpt_hf.model.configuration_scgpt import ScGPTConfig, training_flops_per_token
-from scgpt_hf.stream import Batch
+from scgpt_hf.stream import Batch, lengths_of
 
 # Dense bf16 matrix products, FLOP/s, without sparsity. Source: NVIDIA data sheets (SXM modules).
 PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12, "L40S": 362e12}
@@ -19,12 +19,12 @@ class Throughput:
         """Start the clock."""
         self.config, self.world_size = config, world_size
         self.peak = device_peak(device)
-        self._reset(waited_s=0.0)
+        self.restart(waited_s=0.0)
 
     def count(self, batches: Iterable[Batch]) -> None:
         """Add the cells and tokens of packed batches."""
         for batch in batches:
-            lengths = batch["cu_seq_lens_q"].diff().double()  # type: ignore[union-attr]
+            lengths = lengths_of(batch).double()
             self.cells += len(lengths)
             self.tokens += int(lengths.sum())
             self.squares += float(lengths.square().sum())
@@ -44,10 +44,15 @@ class Throughput:
         if self.peak and self.cells:
             flops = training_flops_per_token(self.config, self.squares / self.tokens) * self.tokens
             rates["mfu"] = flops / seconds / self.peak
-        self._reset(waited_s)
+        self.restart(waited_s)
         return rates
 
-    def _reset(self, waited_s: float) -> None:
+    def leave_out(self, seconds: float) -> None:
+        """Do not count time that was spent on something else than training."""
+        self.started += seconds
+
+    def restart(self, waited_s: float) -> None:
+        """Count from now on; `waited_s` as for `since_last`."""
         self.cells = self.tokens = 0
         self.squares = 0.0
         self.waited_s = waited_s

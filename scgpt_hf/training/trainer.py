@@ -4,6 +4,7 @@ Everything else (precision, accumulation, clipping, checkpoints, trackers, proce
 """
 
 import logging
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
@@ -12,13 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from huggingface_hub import HfApi
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import HubStrategy
 from transformers.utils.hub import PushInProgress
 
-from scgpt_hf.stream import Batch, StreamLoader, read_ahead
+from scgpt_hf.stream import Batch, StreamLoader, lengths_of, read_ahead
 from scgpt_hf.training.baselines import Baselines
 from scgpt_hf.training.hub import check_repository, publish
 from scgpt_hf.training.settings import TrainingSettings
@@ -73,6 +75,7 @@ class ScGPTTrainer(Trainer):
 
     def train(self, *arguments: Any, **keywords: Any) -> Any:
         """Train as `transformers.Trainer.train`, and stop the reading threads whatever happens."""
+        self.throughput.restart(self.loader.waited_s)
         try:
             return super().train(*arguments, **keywords)
         finally:
@@ -88,6 +91,8 @@ class ScGPTTrainer(Trainer):
         consumed = self.state.global_step * self.args.gradient_accumulation_steps
         if self.loader.consumed != consumed:
             self.loader.load_state_dict({"consumed": consumed})
+        if not self.loss_sums:
+            self.steps_summed = self.state.global_step
         batches, n_masked = super().get_batch_samples(epoch_iterator, num_batches, device)
         self.throughput.count(batches)
         return batches, n_masked
@@ -113,7 +118,7 @@ class ScGPTTrainer(Trainer):
             sums = self.accelerator.reduce(torch.stack(list(self.loss_sums.values())), "sum") / max(steps, 1)
             logs |= dict(zip(self.loss_sums, sums.tolist(), strict=True))
             logs |= self.throughput.since_last(self.loader.waited_s)
-            self.loss_sums, self.steps_summed = {}, self.state.global_step
+            self.loss_sums = {}
         super().log(logs, start_time)
 
     def create_scheduler(
@@ -139,10 +144,20 @@ class ScGPTTrainer(Trainer):
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """Validate on the stream and return the metrics, baselines beside them."""
+        """Validate on the stream and return the metrics, baselines beside them.
+
+        Raises:
+            FloatingPointError: the loss is not finite: the run has diverged.
+        """
         started = time.perf_counter()
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in self.validate().items()}
         metrics[f"{metric_key_prefix}_seconds"] = time.perf_counter() - started
+        self.throughput.leave_out(metrics[f"{metric_key_prefix}_seconds"])
+        if not math.isfinite(loss := metrics[f"{metric_key_prefix}_loss"]):
+            raise FloatingPointError(
+                f"the validation loss at step {self.state.global_step:,} is {loss}: the run has diverged; lower "
+                "--learning_rate or lengthen --warmup_steps, and resume from a checkpoint before it"
+            )
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
@@ -153,16 +168,19 @@ class ScGPTTrainer(Trainer):
         model = self.accelerator.unwrap_model(self.model)
         model.eval()
         # Per objective its sum and the terms of its mean, then the cells; zeros where a rank has no batch.
-        sums = torch.zeros(2 * len(self.weights) + 1, dtype=torch.float64, device=self.args.device)
+        sums = torch.zeros(2 * len(self.weights) + 1, dtype=torch.float64)
+        counted = []
         for batch in read_ahead(self.validation_stream()):
             with self.accelerator.autocast():
                 losses = model(**self._prepare_inputs(batch)).losses
-            n_masked, n_cells = len(batch["label_positions"]), len(batch["cu_seq_lens_q"]) - 1  # type: ignore[arg-type]
+            n_masked, n_cells = len(batch["label_positions"]), len(lengths_of(batch))  # type: ignore[arg-type]
             n_terms = [n_masked if name.startswith("gep") else n_cells for name in self.weights]
-            shares = [losses[name].double() * n for name, n in zip(self.weights, n_terms, strict=True)]
-            sums += torch.stack([*shares, *sums.new_tensor([*n_terms, n_cells])])
+            counted.append((torch.stack([losses[name].float() for name in self.weights]), n_terms, n_cells))
         model.train()
-        return self._metrics(self.accelerator.reduce(sums, "sum").tolist())
+        for means, n_terms, n_cells in counted:  # only now, so that the GPU never waited
+            weights = sums.new_tensor(n_terms)
+            sums += torch.cat([means.cpu().double() * weights, weights, sums.new_tensor([n_cells])])
+        return self._metrics(over_ranks(sums, self.accelerator).tolist())
 
     def _metrics(self, sums: list[float]) -> dict[str, float]:
         """Return means by name; see `Baselines` for the three that frame them."""
@@ -176,6 +194,11 @@ class ScGPTTrainer(Trainer):
             if "gep" in means:
                 metrics["variance_explained"] = 1 - means["gep"] / self.baselines.constant_mse
         return metrics
+
+    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
+        started = time.perf_counter()
+        super()._save_checkpoint(model, trial)
+        self.throughput.leave_out(time.perf_counter() - started)
 
     def create_model_card(self, *_: Any, **__: Any) -> None:
         """Leave README.md alone: `card.model_card` writes it, and the library's draft must not replace it."""
@@ -210,6 +233,14 @@ class ScGPTTrainer(Trainer):
     def _hub_arguments(self) -> dict[str, Any]:
         args = self.args
         return {"private": args.hub_private_repo, "token": args.hub_token, "revision": args.hub_revision}
+
+
+def over_ranks(sums: torch.Tensor, accelerator: Accelerator) -> torch.Tensor:
+    """Return the sums of all processes, on the CPU; a device is used only to exchange them (Apple's has no float64)."""
+    if accelerator.num_processes == 1:
+        return sums
+    total: torch.Tensor = accelerator.reduce(sums.to(accelerator.device), "sum")
+    return total.cpu()
 
 
 def _report_failure(job: Future[str]) -> None:

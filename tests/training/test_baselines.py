@@ -28,9 +28,8 @@ tokens = st.lists(st.tuples(st.integers(0, VOCAB - 1), st.integers(1, 50), st.bo
 @given(train=st.lists(tokens, min_size=1, max_size=4), validation=st.lists(tokens, min_size=1, max_size=4))
 def test_baselines_equal_the_obvious_loops(train, validation):
     hidden = [(gene, value) for cell in validation for gene, value, masked in cell if masked]
-    sums = sum_errors(
-        map(batch, validation), [batch(cell, 2.0) for cell in validation], sum_bins(map(batch, train), VOCAB)
-    )
+    low, high = ([batch(cell, shift) for cell in validation] for shift in (-1.0, 5.0))  # the middle is 2 off
+    sums = sum_errors(map(batch, validation), low, high, sum_bins(map(batch, train), VOCAB))
     if not hidden:
         with pytest.raises(ValueError, match="masked no position"):
             baselines_from(sums)

@@ -5,7 +5,14 @@ import json
 import pytest
 from transformers import TrainerControl, TrainerState
 
-from scgpt_hf.training.run_folder import MetricsFile, claim_run_folder, require_space, write_json, write_whole
+from scgpt_hf.training.run_folder import (
+    MetricsFile,
+    claim_run_folder,
+    read_lines,
+    require_space,
+    write_json,
+    write_whole,
+)
 
 
 def test_a_new_run_takes_an_absent_or_empty_folder(tmp_path):
@@ -15,7 +22,7 @@ def test_a_new_run_takes_an_absent_or_empty_folder(tmp_path):
 
 def test_a_new_run_refuses_a_folder_that_holds_something(tmp_path):
     (tmp_path / "split.json").write_text("{}")
-    with pytest.raises(FileExistsError, match="--resume_from_checkpoint latest"):
+    with pytest.raises(FileExistsError, match="it has no checkpoint; remove it"):
         claim_run_folder(tmp_path, None)
 
 
@@ -40,7 +47,7 @@ def test_a_file_that_cannot_be_written_leaves_the_old_one(tmp_path):
 
 
 def test_too_little_space_is_said_before_training(tmp_path):
-    require_space(tmp_path, 1)
+    require_space(tmp_path / "not" / "yet", 1)
     with pytest.raises(OSError, match=r"the run needs 1,000,000,000\.00 GB"):
         require_space(tmp_path, 10**18)
 
@@ -50,8 +57,18 @@ def test_metrics_of_a_resumed_run_continue_at_its_checkpoint(tmp_path):
     for step in (1, 2, 3):
         metrics.on_log(None, TrainerState(global_step=step), control, {"loss": step / 2})
     metrics.on_train_begin(None, TrainerState(global_step=2), control)
-    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert lines == [{"step": 1, "loss": 0.5}, {"step": 2, "loss": 1.0}]
+    lines = read_lines(tmp_path / "metrics.jsonl")
+    assert [(line["step"], line["loss"]) for line in lines] == [(1, 0.5), (2, 1.0)]
+
+
+def test_a_last_line_that_a_crash_cut_off_is_left_out_and_seconds_go_on(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1, "seconds": 60.0}\n{"step": 2, "sec')
+    assert read_lines(path) == [{"step": 1, "seconds": 60.0}]
+    metrics = MetricsFile(tmp_path)
+    metrics.on_train_begin(None, TrainerState(global_step=1), TrainerControl())
+    metrics.on_log(None, TrainerState(global_step=2), TrainerControl(), {})
+    assert 60 <= read_lines(path)[-1]["seconds"] < 70
 
 
 def test_write_whole_replaces(tmp_path):
