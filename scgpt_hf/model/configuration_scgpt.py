@@ -199,6 +199,8 @@ class ScGPTConfig(PreTrainedConfig):
 
     def _reject_unknown(self, keywords: dict[str, Any]) -> None:
         """Raise where a keyword is neither ours nor the library's; a misspelt setting must not pass unnoticed."""
+        if (model_type := keywords.get("model_type", self.model_type)) != self.model_type:
+            raise ValueError(f"this is the configuration of a {model_type!r} model, not of scgpt; load it by AutoModel")
         known = {field.name for field in fields(self)}
         for name in keywords:
             if name not in _LIBRARY_KEYWORDS and not name.startswith("_"):

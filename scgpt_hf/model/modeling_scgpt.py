@@ -319,8 +319,8 @@ class ScGPTForPreTraining(ScGPTPreTrainedModel):
         Raises:
             ValueError: something that the config's heads or objectives need is missing.
         """
-        layout = (cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k)
-        encode = partial(self.scgpt, input_ids, values, attention_mask, *layout, domain_ids=domain_ids)
+        cells = (input_ids, values, attention_mask, cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k)
+        encode = partial(self.scgpt, *cells, domain_ids=domain_ids, return_dict=True)
         encoded = encode(**kwargs)
         boundaries = cell_boundaries(input_ids, cu_seq_lens_q)
         seen = self._predict(encoded, boundaries, label_positions, domain_ids)
@@ -411,8 +411,8 @@ class ScGPTForSequenceClassification(ScGPTPreTrainedModel):
         Input is as for `ScGPTModel.forward`. `labels` are the class of each cell, int64 (cells,), or float (cells,
         labels) for several classes or numbers per cell. `num_items_in_batch` counts the cells of the whole batch.
         """
-        layout = (cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k)
-        encoded = self.scgpt(input_ids, values, attention_mask, *layout, domain_ids=domain_ids, **kwargs)
+        cells = (input_ids, values, attention_mask, cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k)
+        encoded = self.scgpt(*cells, domain_ids=domain_ids, return_dict=True, **kwargs)
         logits, loss = self.class_head(encoded.cell_embedding), None
         if labels is not None:
             loss = self.loss_function(
