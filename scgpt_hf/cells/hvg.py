@@ -26,6 +26,10 @@ _SPAN = 0.3
 _JITTERS = (0.0, 1e-12, 1e-9, 1e-6)
 # Genes below which no curve is fitted: below 15 the fit is singular, and with 2 or 3 scikit-misc crashes the process.
 _MIN_FITTED = 30
+_LARGER_BATCHES = (
+    "rank genes within larger groups of cells (--hvg_per; `per` or a higher `min_cells` in Python), "
+    "or take every gene (--gene_selection all)"
+)
 
 
 def add_sums(counts: csr_matrix, batch_of_cell: Int64Array, sums: FloatArray, clip: FloatArray | None = None) -> None:
@@ -79,7 +83,7 @@ def expected_std(means: FloatArray, variances: FloatArray) -> FloatArray:
     if varying.sum() < _MIN_FITTED:
         raise ValueError(
             f"found {varying.sum()} genes that vary within a batch of cells, expected at least {_MIN_FITTED} to fit "
-            "variance over mean; keep more genes, or pool more donors (min_cells)"
+            f"variance over mean; keep more genes (a lower --min_gene_counts), {_LARGER_BATCHES}"
         )
     x, y = np.log10(means[varying]), np.log10(variances[varying])
     rng = np.random.default_rng(0)
@@ -91,7 +95,7 @@ def expected_std(means: FloatArray, variances: FloatArray) -> FloatArray:
             if jitter == _JITTERS[-1]:
                 raise ValueError(
                     f"cannot fit variance over mean to {len(x):,} varying genes of a batch of cells: {error}; "
-                    "drop rare genes (filter_genes), or pool more donors (min_cells)"
+                    f"drop rare genes (a higher --min_gene_counts), {_LARGER_BATCHES}"
                 ) from error
             logger.debug("fit failed with jitter %g: %s", jitter, error)
         else:
@@ -136,6 +140,9 @@ def rank_genes(variances: FloatArray, n_genes: int) -> Int64Array:
     n_batches = (~np.isnan(ranks)).sum(axis=0)
     ranked = np.flatnonzero(n_batches)
     if len(ranked) < n_genes:
-        raise ValueError(f"asked for {n_genes:,} highly variable genes, but only {len(ranked):,} vary between cells")
+        raise ValueError(
+            f"asked for {n_genes:,} highly variable genes, but only {len(ranked):,} vary between cells; "
+            "lower --n_hvg, or drop fewer genes (a lower --min_gene_counts)"
+        )
     order = np.lexsort((-n_batches[ranked], np.nanmedian(ranks[:, ranked], axis=0)))
     return np.sort(ranked[order[:n_genes]])

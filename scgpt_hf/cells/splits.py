@@ -72,7 +72,8 @@ def split_cells(
     if len(donors) < n_parts:
         raise ValueError(
             f"found {len(donors)} {by or 'cells'} in {len(obs):,} cells, expected at least {n_parts}: one for each of "
-            f"{list(fractions)}; widen the filter, raise the number of cells, or set the fraction of a part to 0"
+            f"{list(fractions)}; take in more of them (a wider --obs_filter, a larger --max_cells), "
+            "or keep the values of another obs column together (--split_by)"
         )
     n_cells = np.bincount(donor_of_cell, minlength=len(donors))
     part_of_donor = _place_donors(n_cells, np.array(list(fractions.values())), rng)
@@ -87,12 +88,15 @@ def find_donors(obs: pd.DataFrame, by: str) -> tuple[npt.NDArray[np.intp], pd.In
         ValueError: no cells, no column `by`, or a cell without a value in it.
     """
     if not len(obs):
-        raise ValueError("found no cells to take donors from; widen the filter")
+        raise ValueError("found no cells to take donors from; widen the filter (--obs_filter)")
     if by not in obs:
         raise ValueError(f"obs has no column {by!r} to tell donors apart; its columns are {list(obs.columns)}")
     missing = int(obs[by].isna().sum())
     if missing:
-        raise ValueError(f"{missing:,} of {len(obs):,} cells have no {by}; drop them with `null_free`")
+        raise ValueError(
+            f"{missing:,} of {len(obs):,} cells have no {by}; choose a column that every cell has "
+            "(--split_by, --hvg_per), or leave these cells out (--obs_filter; `null_free` in Python)"
+        )
     donor_of_cell, donors = pd.factorize(obs[by].astype(str), sort=True)
     return donor_of_cell, pd.Index(donors)
 

@@ -103,13 +103,14 @@ def test_cells_are_split_singly_when_asked():
     ("obs", "settings", "message"),
     [
         (make_obs([9]), {}, r"found 1 donor_id in 9 cells, expected at least 2: one for each of \['train', 'valid"),
-        (make_obs([]), {}, "found no cells to take donors from"),
+        (make_obs([]), {}, "found no cells to take donors from; widen the filter"),
+        (make_obs([9]), {}, "take in more of them .*--obs_filter.*--max_cells.*--split_by"),
         (make_obs([1]), {"by": None}, "found 1 cells in 1 cells, expected at least 2"),
         (make_obs([5, 5]), {"by": "patient"}, r"no column 'patient' .* columns are \['donor_id'\]"),
         (
             make_obs([5, 5]).assign(donor_id=[None, None, *"xyxyxyxy"]),
             {},
-            "2 of 10 cells have no donor_id; drop them with",
+            "2 of 10 cells have no donor_id; choose a column .*--split_by.*--obs_filter",
         ),
         (make_obs([5, 5]), {"fractions": {"a": 0.5, "b": 0.6}}, r"add up to 1, found \{'a': 0.5, 'b': 0.6\}"),
         (make_obs([5, 5]), {"fractions": {"a": 1.5, "b": -0.5}}, r"in \[0, 1\]"),
