@@ -4,8 +4,10 @@ Decides what is written; `layout.py` says how it is stored. The files are opened
 what is built here is read by `census.py`, or by anything else that reads a Census.
 """
 
+import errno
 import logging
 import os
+import shutil
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -53,6 +55,7 @@ def build_census(
 
     Raises:
         FileExistsError: there is something at `folder`.
+        OSError: writing failed, most often because the disk is full.
         ValueError: a file holds no raw counts, repeats a gene, lacks a donor, or two files are of one name.
     """
     folder = Path(folder)
@@ -61,13 +64,39 @@ def build_census(
     source = H5adSource(list(paths), layer=layer, primary_only=False)
     dataset_ids = _name_datasets(source.parts)
     labels = _label_cells(source, dataset_ids, keep_obs)
+    _compare_space(source.parts, folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as scratch:
         root = Path(scratch) / "soma"
-        _write_soma(str(root), organism, source, labels, dataset_ids)
+        try:
+            _write_soma(str(root), organism, source, labels, dataset_ids)
+        except soma.SOMAError as error:
+            raise _write_error(error, folder) from error
         os.rename(root, folder)
     logger.info("built %s: %d cells, %d genes, %d datasets", folder, len(labels), len(source.genes), len(dataset_ids))
     return folder
+
+
+def _compare_space(parts: Sequence[H5adPart], folder: Path) -> None:
+    """Warn when less space is free than the files take: no refusal, for what is built may be a tenth of them."""
+    size = sum(Path(part.name).stat().st_size for part in parts)
+    free = shutil.disk_usage(next(parent for parent in folder.absolute().parents if parent.exists())).free
+    if free < size:
+        logger.warning(
+            "the files take %.1f GB, and %.1f GB are free where %s is built: it may not fit. Compressed files become "
+            "about 0.6 of their size, others less",
+            *(size / 1e9, free / 1e9, folder),
+        )
+
+
+def _write_error(error: soma.SOMAError, folder: Path) -> OSError:
+    code = errno.ENOSPC if os.strerror(errno.ENOSPC) in str(error) else errno.EIO
+    free = shutil.disk_usage(folder.parent).free / 1e9
+    return OSError(
+        code,
+        f"writing {folder} failed; is the disk full? {free:.2f} GB were free. Make room or choose another folder; "
+        f"nothing is left behind. TileDB says: {error}",
+    )
 
 
 def _name_datasets(parts: Sequence[H5adPart]) -> list[str]:

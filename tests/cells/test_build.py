@@ -1,10 +1,12 @@
 """What is built from files is a Census: readable by its own package, equal to the files, and never half there."""
 
+import errno
 import logging
 import runpy
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import cellxgene_census
 import numpy as np
@@ -163,6 +165,40 @@ def test_counts_that_turn_bad_midway_raise_and_leave_nothing(tmp_path, small_cel
     with pytest.raises(ValueError, match="expected raw counts"):
         build_census([tmp_path / "bad.h5ad"], tmp_path / "soma")
     assert [path.name for path in tmp_path.iterdir()] == ["bad.h5ad"]
+
+
+@pytest.mark.parametrize("limit", [4_000, 20_000])
+def test_a_write_that_fails_is_said_in_one_line_and_leaves_nothing(tmp_path, files, limit):
+    script = Path(__file__).parents[2] / "scripts" / "build_census.py"
+    limited = f"import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))\n"
+    limited += "sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
+    arguments = [sys.executable, "-c", limited, script, *files, "--out", tmp_path / "soma"]
+    failed = subprocess.run(arguments, capture_output=True, text=True, check=False)
+    assert failed.returncode == 1
+    assert "Traceback" not in failed.stderr
+    assert f"error: [Errno {errno.EIO}] writing {tmp_path / 'soma'} failed; is the disk full?" in failed.stderr
+    assert sorted(tmp_path.iterdir()) == sorted(files)
+
+
+def test_a_full_disk_is_an_error_of_its_own(tmp_path, files, monkeypatch):
+    def full(*_):
+        raise soma.SOMAError("[TileDB::Task] Error: Cannot write to file; POSIX write error:No space left on device")
+
+    monkeypatch.setattr(build, "_write_table", full)
+    with pytest.raises(OSError, match=r"soma failed; is the disk full\? .* choose another folder") as raised:
+        build_census(files, tmp_path / "soma")
+    assert raised.value.errno == errno.ENOSPC
+    assert sorted(tmp_path.iterdir()) == sorted(files)
+
+
+@pytest.mark.parametrize(("free", "warned"), [(100, True), (10**9, False)])
+def test_files_larger_than_the_free_space_are_told_beforehand(tmp_path, files, monkeypatch, caplog, free, warned):
+    asked = []
+    monkeypatch.setattr(build.shutil, "disk_usage", lambda path: asked.append(path) or SimpleNamespace(free=free))
+    with caplog.at_level(logging.WARNING):
+        build_census(files, tmp_path / "deep" / "down" / "soma")
+    assert asked == [tmp_path]
+    assert ("it may not fit" in caplog.text) == warned
 
 
 def test_an_existing_folder_is_refused(tmp_path, files):
