@@ -17,7 +17,6 @@ from scipy.sparse import csr_matrix
 
 from scgpt_hf.cells.block import Int64Array
 
-BAND = 2048  # cells of a tile. Source: chanzuckerberg/cellxgene-census, cellxgene_census_builder/build_soma/globals.py
 DENSE = (
     1 / 64
 )  # wanted cells per cell of the range they span, from which on reading the whole range is faster (measured)
@@ -28,11 +27,15 @@ Int32Array: TypeAlias = NDArray[np.int32]
 
 
 class Band(NamedTuple):
-    """Some cells of one band, by ascending id: cell i holds entries `indptr[i]:indptr[i + 1]`."""
+    """Some cells of one band, by ascending id: cell i holds entries `indptr[i]:indptr[i + 1]`.
+
+    `raw` says whether all counts are what `require_counts` accepts; found on the way, it costs nothing to read.
+    """
 
     indptr: Int64Array
     genes: Int32Array
     counts: Float32Array
+    raw: bool
 
 
 def open_context(remote: bool, *, n_threads: int) -> soma.SOMATileDBContext:
@@ -62,9 +65,10 @@ def read_band(array: soma.SparseNDArray, cell_ids: Int64Array) -> Band:
         _count_entries(ids, counts, first, row_of_id, indptr[1:])
     np.cumsum(indptr, out=indptr)
     genes, values, cursor = np.empty(indptr[-1], np.int32), np.empty(indptr[-1], np.float32), indptr[:-1].copy()
+    n_wrong = 0
     for ids, columns, counts in entries:
-        _scatter_entries(ids, columns, counts, first, row_of_id, cursor, genes, values)
-    return Band(indptr, genes, values)
+        n_wrong += _scatter_entries(ids, columns, counts, first, row_of_id, cursor, genes, values)
+    return Band(indptr, genes, values, raw=n_wrong == 0)
 
 
 def gather_bands(
@@ -77,7 +81,8 @@ def gather_bands(
     np.cumsum(indptr, out=indptr)
     genes, values = np.empty(indptr[-1], np.int32), np.empty(indptr[-1], np.float32)
     copies = [
-        pool.submit(_copy_rows, *band, rows, indptr, genes, values) for band, rows in zip(bands, places, strict=False)
+        pool.submit(_copy_rows, band.indptr, band.genes, band.counts, rows, indptr, genes, values)
+        for band, rows in zip(bands, places, strict=False)
     ]
     for copy in copies:
         copy.result()
@@ -99,13 +104,16 @@ def _count_entries(ids, counts, first, row_of_id, lengths):  # type: ignore[no-u
 
 @njit(nogil=True, cache=True)
 def _scatter_entries(ids, columns, counts, first, row_of_id, cursor, genes, values):  # type: ignore[no-untyped-def]
-    """Write each wanted entry behind the last one of its cell; the order within a cell is kept."""
+    """Write each wanted entry behind the last one of its cell, in order; return how many are no raw counts."""
+    n_wrong = 0
     for entry in range(len(ids)):
         row = row_of_id[ids[entry] - first]
         if row >= 0 and counts[entry] != 0:
-            place = cursor[row]
-            genes[place], values[place] = columns[entry], counts[entry]
+            place, count = cursor[row], np.float32(counts[entry])
+            genes[place], values[place] = columns[entry], count
             cursor[row] = place + 1
+            n_wrong += (count < 0) | (count - np.floor(count) != 0)  # NaN and infinity: NaN != 0
+    return n_wrong
 
 
 @njit(nogil=True, cache=True)

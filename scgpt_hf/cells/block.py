@@ -4,7 +4,7 @@ Decides what raw counts are and which cell ids may be asked for. It does not rea
 its neighbours read.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from hashlib import sha256
 from typing import Any, TypeAlias
@@ -58,8 +58,22 @@ def require_counts(counts: Any, where: str) -> None:
         if n_wrong := int(np.count_nonzero(wrong)):
             raise ValueError(
                 f"expected raw counts (whole numbers >= 0), found {stored[wrong.argmax()]:g} and {n_wrong - 1:,} more "
-                f"{what} values of {stored.size:,} in {where}; choose the layer with counts, e.g. layer='counts'"
+                f"{what} values of {stored.size:,} in {where}; choose the layer with counts: --layer NAME "
+                "(layer='NAME' in Python)"
             )
+
+
+def name_layers(error: ValueError, others: Mapping[str, bool]) -> ValueError:
+    """Return the error of `require_counts` with the other layers there are, and which of them look raw.
+
+    Args:
+        error: what `require_counts` raised.
+        others: whether the counts look raw, for each layer but the one refused.
+    """
+    if not others:
+        return ValueError(f"{error}; there is no other layer")
+    raw = [f"--layer {name!r}" for name, looks_raw in others.items() if looks_raw]
+    return ValueError(f"{error}; the other layers are {list(others)}, of which look raw: {' or '.join(raw) or 'none'}")
 
 
 def require_cell_ids(cell_ids: Int64Array, known: NDArray[np.bool_]) -> Int64Array:

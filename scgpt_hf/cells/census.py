@@ -18,10 +18,12 @@ import pandas as pd
 import pyarrow as pa
 import tiledbsoma as soma
 from numpy.typing import NDArray
+from scipy.sparse import csr_matrix
 
-from scgpt_hf.cells.bands import BAND, Band, gather_bands, open_context, read_band
-from scgpt_hf.cells.block import CellBlock, Int64Array, gene_hash, require_cell_ids, require_counts
+from scgpt_hf.cells.bands import Band, gather_bands, open_context, read_band
+from scgpt_hf.cells.block import CellBlock, Int64Array, gene_hash, name_layers, require_cell_ids, require_counts
 from scgpt_hf.cells.obs import full_filter, require_columns, select_obs
+from scgpt_hf.cells.plan import BAND_SIZE
 
 logger = logging.getLogger(__name__)
 
@@ -72,11 +74,10 @@ class CensusSource:
         self._lock, self._local = threading.Lock(), threading.local()
         self._arrays: list[soma.SparseNDArray] = []
         self._pool: ThreadPoolExecutor | None = None
-        self._checked = False
         with self._experiment() as experiment:
             self._x_uri = _find_layer(experiment, self._layer)
-            self._obs_columns = [name for name in experiment.obs.schema.names if name != "soma_joinid"]
-        self._filter = full_filter(obs_filter, self._obs_columns, primary_only=primary_only)
+            self.columns = [str(name) for name in experiment.obs.schema.names if name != "soma_joinid"]
+        self._filter = full_filter(obs_filter, self.columns, primary_only=primary_only)
 
     def __getstate__(self) -> dict[str, Any]:
         return self._settings
@@ -125,16 +126,15 @@ class CensusSource:
     def read(self, cell_ids: Int64Array, columns: Sequence[str] = ()) -> CellBlock:
         """Return these cells in this order; see `CellSource.read`."""
         cell_ids = require_cell_ids(cell_ids, self._offered)
-        require_columns(columns, self._obs_columns)
+        require_columns(columns, self.columns)
         order = np.argsort(cell_ids)
         ascending = cell_ids[order]
-        edges = np.flatnonzero(np.diff(ascending // BAND)) + 1
+        edges = np.flatnonzero(np.diff(ascending // BAND_SIZE)) + 1
         pool = self._threads()
         bands = list(pool.map(self._read_band, np.split(ascending, edges))) if len(order) else []
         counts = gather_bands(bands, np.split(order, edges), len(self.genes), pool)
-        if not self._checked and len(cell_ids):
-            require_counts(counts, f"layer {self._layer!r} of {self._uri}")
-            self._checked = True
+        if not all(band.raw for band in bands):
+            self._refuse(counts, ascending)
         return CellBlock(counts, self._read_obs(cell_ids, columns), cell_ids)
 
     def describe(self) -> dict[str, Any]:
@@ -170,6 +170,24 @@ class CensusSource:
                 return cast(pd.DataFrame, rows.concat().to_pandas())
 
         return self._retried(read).set_index("soma_joinid").rename_axis("cell_id").loc[cell_ids]
+
+    def _refuse(self, counts: csr_matrix, cell_ids: Int64Array) -> None:
+        """Raise the ValueError that says what is wrong with these counts, and which other layers look raw."""
+        try:
+            require_counts(counts, f"layer {self._layer!r} of {self._uri}")
+        except ValueError as error:
+            raise name_layers(error, self._retried(lambda: self._other_layers(cell_ids))) from error
+
+    def _other_layers(self, cell_ids: Int64Array) -> dict[str, bool]:
+        """Return the other layers of X, and whether the cells of the first band of these ids look raw there."""
+        cell_ids = cell_ids[cell_ids // BAND_SIZE == cell_ids[0] // BAND_SIZE]
+        with self._experiment() as experiment:
+            measurement: Any = experiment.ms["RNA"]
+            others = {name: layer for name, layer in measurement.X.items() if name != self._layer}
+            return {
+                name: isinstance(layer, soma.SparseNDArray) and read_band(layer, cell_ids).raw
+                for name, layer in others.items()
+            }
 
     def _experiment(self) -> soma.Experiment:
         return soma.Experiment.open(self._uri, context=open_context(self._remote, n_threads=self._n_threads))

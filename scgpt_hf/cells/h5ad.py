@@ -17,7 +17,7 @@ from anndata import AnnData
 from anndata.io import read_elem, sparse_dataset
 from scipy.sparse import csr_matrix, issparse, vstack
 
-from scgpt_hf.cells.block import CellBlock, Int64Array, gene_hash, require_cell_ids, require_counts
+from scgpt_hf.cells.block import CellBlock, Int64Array, gene_hash, name_layers, require_cell_ids, require_counts
 from scgpt_hf.cells.genes import find_gene_ids, join_genes
 from scgpt_hf.cells.obs import drop_unused_categories, full_filter, require_columns, select_rows
 
@@ -175,8 +175,8 @@ def _make_part(
     try:
         require_counts(_head(matrices[chosen]), f"layer {chosen!r} of {name}")
     except ValueError as error:
-        raw = [f"layer={other!r}" for other, matrix in matrices.items() if other != chosen and _looks_raw(matrix)]
-        raise ValueError(f"{error}; what looks raw here: {' or '.join(raw) or 'nothing'}") from error
+        others = {other: _looks_raw(matrix) for other, matrix in matrices.items() if other != chosen}
+        raise name_layers(error, others) from error
     genes = find_gene_ids(frames[RAW if chosen == RAW else "X"], name)
     return H5adPart(name, matrices[chosen], obs, genes)
 

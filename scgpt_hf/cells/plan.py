@@ -10,10 +10,9 @@ from itertools import pairwise
 import numpy as np
 
 from scgpt_hf.cells.block import Int64Array
+from scgpt_hf.cells.layout import TILE
 
-# Rows of one tile of X/raw, and so the aligned band of cells that is cheapest to read.
-# Source: chanzuckerberg/cellxgene-census:tools/cellxgene_census_builder (space tile of X/raw, 2048 x 2048).
-BAND_SIZE = 2048
+BAND_SIZE = TILE  # cells of one tile of X, and so of the aligned band that is cheapest to read
 # Ids looked at together when bands are found: 32 MiB of int64, whatever the number of cells.
 _SCANNED_TOGETHER = 1 << 22
 

@@ -24,6 +24,10 @@ class CellSource(Protocol):
     def genes(self) -> pd.DataFrame:
         """The genes, row i for column i of the counts: `feature_id` (unique; Ensembl where known), `feature_name`."""
 
+    @property
+    def columns(self) -> list[str]:
+        """The names of the obs columns that there are; known without reading any."""
+
     def obs(self, columns: Sequence[str] = ()) -> pd.DataFrame:
         """Return the cells that match the filter: index `cell_id`, int64, ascending, and the columns asked for."""
 

@@ -52,6 +52,11 @@ class SourceContract:
         assert obs["donor_id"].astype(str).tolist() == matching["donor_id"].tolist()
         assert list(source.obs().columns) == []
 
+    def test_columns_are_those_that_obs_can_be_asked_for(self, source, small_cells):
+        assert set(small_cells[0].obs) <= set(source.columns)
+        assert list(source.obs(source.columns)) == source.columns
+        assert pickle.loads(pickle.dumps(source)).columns == source.columns
+
     @pytest.mark.parametrize("seed", range(4))
     def test_read_returns_any_cells_in_the_order_asked_and_twice_the_same(self, source, small_cells, seed):
         rng = np.random.default_rng(seed)

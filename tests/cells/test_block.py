@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from scipy.sparse import csr_matrix
 
-from scgpt_hf.cells.block import gene_hash, require_cell_ids, require_counts
+from scgpt_hf.cells.block import gene_hash, name_layers, require_cell_ids, require_counts
 
 
 @given(counts=arrays(np.float32, (3, 4), elements=st.integers(0, 2**20)))
@@ -31,9 +31,18 @@ def test_require_counts_refuses_one_wrong_value_anywhere(counts, wrong, place):
 
 def test_require_counts_says_what_it_found_and_what_to_do():
     with pytest.raises(
-        ValueError, match=r"found 1\.5 and 1 more fractional values of 3 in layer 'log'; choose the layer"
+        ValueError, match=r"found 1\.5 and 1 more fractional values of 3 in layer 'log'; .*: --layer NAME"
     ):
         require_counts(np.array([[1.5, 2.0, 2.5]]), "layer 'log'")
+
+
+def test_the_other_layers_are_named_with_what_looks_raw():
+    refused = ValueError("found 0.5")
+    assert str(name_layers(refused, {})) == "found 0.5; there is no other layer"
+    assert str(name_layers(refused, {"log": False})).endswith("the other layers are ['log'], of which look raw: none")
+    assert str(name_layers(refused, {"a b": True, "log": False, "umi": True})).endswith(
+        "['a b', 'log', 'umi'], of which look raw: --layer 'a b' or --layer 'umi'"
+    )
 
 
 def test_require_counts_accepts_nothing_at_all():

@@ -86,8 +86,24 @@ def test_two_organisms_are_asked_to_be_told_apart(tmp_path):
 
 def test_counts_that_are_not_raw_raise(tmp_path):
     write_soma(tmp_path / "soma", random_sparse(20, 5, 0.5, format="csr", random_state=0))
-    with pytest.raises(ValueError, match=r"expected raw counts.*layer 'raw'"):
+    with pytest.raises(ValueError, match=r"expected raw counts.*layer 'raw'.*--layer NAME.*no other layer"):
         CensusSource(str(tmp_path / "soma")).read(np.arange(20))
+
+
+@pytest.mark.parametrize("wrong", [np.nan, np.inf, 0.5, -1])
+def test_counts_that_turn_wrong_in_a_later_band_raise_whenever_they_are_read(tmp_path, wrong):
+    counts = random_sparse(5000, 30, 0.2, format="csr", random_state=0, data_rvs=lambda n: np.arange(n) % 7)
+    spoiled = counts.copy()
+    spoiled.data[spoiled.indptr[4500]] = wrong
+    write_soma(tmp_path / "soma", spoiled, umi=counts, log=counts.log1p())
+    with CensusSource(str(tmp_path / "soma")) as source:
+        for _ in range(2):
+            source.read(np.arange(4500))
+            for cell_ids in (np.arange(5000), np.arange(4000, 4600), np.array([4500, 3])):
+                with pytest.raises(ValueError, match=rf"found {wrong:g} and 0 more .*'raw'.*look raw: --layer 'umi'$"):
+                    source.read(cell_ids)
+    with CensusSource(str(tmp_path / "soma"), layer="umi") as source:
+        source.read(np.arange(5000))
 
 
 def test_an_experiment_without_rna_raises(tmp_path):
@@ -153,8 +169,8 @@ def test_remote_errors_are_tried_again_and_local_ones_are_not(small_census, monk
         source._retried(fails(census.ATTEMPTS))
 
 
-def write_soma(folder, counts):
-    """An experiment with nothing but joinids and X, cells 0 to 2,999 written after the others."""
+def write_soma(folder, counts, **layers):
+    """An experiment with nothing but joinids and layers of X, cells 0 to 2,999 written after the others."""
     import pyarrow as pa
 
     with soma.Experiment.create(str(folder)) as experiment:
@@ -165,17 +181,19 @@ def write_soma(folder, counts):
             columns = {"soma_joinid": joinids, "feature_id": joinids.astype(str), "feature_name": joinids.astype(str)}
             table = pa.table(columns)
             parent.add_new_dataframe(name, schema=table.schema, domain=[[0, len(joinids) - 1]]).write(table)
-        raw = parent.add_new_collection("X").add_new_sparse_ndarray("raw", type=pa.float32(), shape=counts.shape)
-        for rows in (slice(3000, None), slice(0, 3000)):
-            part = counts[rows].tocoo()
-            if part.nnz:
-                cells = part.row + (rows.start if rows.start < counts.shape[0] else 0)
-                raw.write(
-                    pa.table(
-                        {
-                            "soma_dim_0": cells.astype(np.int64),
-                            "soma_dim_1": part.col.astype(np.int64),
-                            "soma_data": part.data.astype(np.float32),
-                        }
+        x = parent.add_new_collection("X")
+        for name, matrix in {"raw": counts, **layers}.items():
+            layer = x.add_new_sparse_ndarray(name, type=pa.float32(), shape=matrix.shape)
+            for rows in (slice(3000, None), slice(0, 3000)):
+                part = matrix[rows].tocoo()
+                if part.nnz:
+                    cells = part.row + (rows.start if rows.start < matrix.shape[0] else 0)
+                    layer.write(
+                        pa.table(
+                            {
+                                "soma_dim_0": cells.astype(np.int64),
+                                "soma_dim_1": part.col.astype(np.int64),
+                                "soma_data": part.data.astype(np.float32),
+                            }
+                        )
                     )
-                )
