@@ -72,7 +72,7 @@ def name_layers(error: ValueError, others: Mapping[str, bool]) -> ValueError:
     """
     if not others:
         return ValueError(f"{error}; there is no other layer")
-    raw = [f"--layer {name!r}" for name, looks_raw in others.items() if looks_raw]
+    raw = [f"--layer={name!r}" for name, looks_raw in others.items() if looks_raw]
     return ValueError(f"{error}; the other layers are {list(others)}, of which look raw: {' or '.join(raw) or 'none'}")
 
 

@@ -41,7 +41,7 @@ def test_the_other_layers_are_named_with_what_looks_raw():
     assert str(name_layers(refused, {})) == "found 0.5; there is no other layer"
     assert str(name_layers(refused, {"log": False})).endswith("the other layers are ['log'], of which look raw: none")
     assert str(name_layers(refused, {"a b": True, "log": False, "umi": True})).endswith(
-        "['a b', 'log', 'umi'], of which look raw: --layer 'a b' or --layer 'umi'"
+        "['a b', 'log', 'umi'], of which look raw: --layer='a b' or --layer='umi'"
     )
 
 

@@ -100,7 +100,7 @@ def test_counts_that_turn_wrong_in_a_later_band_raise_whenever_they_are_read(tmp
         for _ in range(2):
             source.read(np.arange(4500))
             for cell_ids in (np.arange(5000), np.arange(4000, 4600), np.array([4500, 3])):
-                with pytest.raises(ValueError, match=rf"found {wrong:g} and 0 more .*'raw'.*look raw: --layer 'umi'$"):
+                with pytest.raises(ValueError, match=rf"found {wrong:g} and 0 more .*'raw'.*look raw: --layer='umi'$"):
                     source.read(cell_ids)
     with CensusSource(str(tmp_path / "soma"), layer="umi") as source:
         source.read(np.arange(5000))

@@ -84,7 +84,7 @@ def test_a_log_layer_raises_and_names_what_looks_raw(cells):
     cells.layers["umi"] = cells.X.copy()
     cells.raw = cells.copy()
     cells.X = cells.X.log1p()
-    with pytest.raises(ValueError, match=r"layer 'X' of AnnData.*look raw: --layer 'umi' or --layer '.raw'"):
+    with pytest.raises(ValueError, match=r"layer 'X' of AnnData.*look raw: --layer='umi' or --layer='.raw'"):
         H5adSource(cells)
     del cells.layers["umi"], cells.raw
     with pytest.raises(ValueError, match="there is no other layer"):
