@@ -1,0 +1,59 @@
+"""Score a finished run on the validation donors none of whose data sets was trained on.
+
+  python benchmarks/unseen_datasets.py runs/blood_cpu
+
+A split by donor holds people out; a data set with many donors still stands on both sides. The stricter question:
+donors of data sets that the model never saw, on the same masks and ties as the run's own validation, beside each
+gene's mean over the training cells.
+"""
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import AutoModelForPreTraining, AutoProcessor
+
+from scgpt_hf.cells.plan import plan_validation
+from scgpt_hf.stream import StreamSettings, stream_cells
+from scgpt_hf.tokens.packing_scgpt import IGNORE
+from scgpt_hf.training.baselines import sum_bins
+from scgpt_hf.training.recipe import load_selection, open_cells
+from scgpt_hf.training.settings import parse_settings
+
+
+def main() -> None:
+    """Print the mean squared errors, in bins squared."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path, help="folder of a finished run")
+    run: Path = parser.parse_args().run
+    settings = parse_settings([str(run / "settings.yaml")], "")
+    source, (selection, _) = open_cells(settings), load_selection(run / "split.json")
+    obs = source.obs(["dataset_id"])["dataset_id"].astype(str)
+    train, validation = (selection.parts[part] for part in ("train", "validation"))
+    unseen = validation[~obs[validation].isin(set(obs[train])).to_numpy()]
+    processor = AutoProcessor.from_pretrained(run / "best_model")
+    model = AutoModelForPreTraining.from_pretrained(run / "best_model").eval()
+
+    seed, ratios = settings.training.seed, tuple(settings.data.mask_ratios)
+    plain = stream_cells(source, [plan_validation(train, 64)], processor, StreamSettings(seed))
+    n_seen, bins = sum_bins(plain, processor.vocab_size)
+    bins[processor.tokenizer.all_special_ids] = n_seen[processor.tokenizer.all_special_ids] = 0
+    gene_mean = np.where(n_seen > 0, bins / np.maximum(n_seen, 1), bins.sum() / n_seen.sum())
+
+    errors, n_masked = np.zeros(3), 0
+    for batch in stream_cells(source, [plan_validation(unseen, 64)], processor, StreamSettings(seed, ratios)):
+        with torch.inference_mode():
+            outputs = model(**batch)
+        masked = batch["labels"][batch["labels"] != IGNORE].numpy()
+        genes = batch["input_ids"][batch["labels"] != IGNORE].numpy()
+        guesses = (outputs.gep.numpy(), outputs.gepc.numpy(), gene_mean[genes])
+        errors += [np.square(masked - guess).sum() for guess in guesses]
+        n_masked += len(masked)
+    print(f"{len(unseen):,} cells of {', '.join(sorted(set(obs[unseen])))}, {n_masked:,} hidden bins")
+    for name, error in zip(("GEP", "GEPC", "gene mean"), errors / n_masked, strict=True):
+        print(f"{name:>10} {error:8.2f}")
+
+
+if __name__ == "__main__":
+    main()
