@@ -18,6 +18,7 @@ from transformers import set_seed
 from scgpt_hf.analysis.pictures import draw_losses, draw_map
 from scgpt_hf.training.card import model_card
 from scgpt_hf.training.dry_run import describe_run
+from scgpt_hf.training.hub import check_repository
 from scgpt_hf.training.pretraining import Streams, make_trainer, save_best_model, share_cores, summarize, tell
 from scgpt_hf.training.recipe import begin_run, build_model, build_processor, open_cells, save_selection
 from scgpt_hf.training.settings import parse_settings
@@ -29,6 +30,8 @@ def main() -> None:
         settings = parse_settings(sys.argv[1:], __doc__)
         args, folder = settings.training, Path(settings.training.output_dir)
         share_cores(args)
+        if args.push_to_hub and args.process_index == 0 and not args.dry_run:
+            check_repository(args.hub_model_id, private=args.hub_private_repo, token=args.hub_token)
         logging.basicConfig(format="%(message)s")
         logging.getLogger("scgpt_hf").setLevel(logging.INFO if args.process_index == 0 else logging.WARNING)
         with accelerate.PartialState().main_process_first():
@@ -57,7 +60,10 @@ def main() -> None:
         model_card(folder).save(folder / "README.md")
         print(tell(summary, folder))
         if args.push_to_hub:
-            print(f"Published at {trainer.push_to_hub()}")
+            try:
+                print(f"Published at {trainer.push_to_hub()}")
+            except (ValueError, OSError) as error:
+                sys.exit(f"pretrain.py: {folder} is whole, but was not published: {error}")
     trainer.accelerator.end_training()
 
 

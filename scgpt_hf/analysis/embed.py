@@ -22,6 +22,7 @@ from scgpt_hf.analysis.genes import match_columns
 from scgpt_hf.cells.block import Int64Array, require_counts
 from scgpt_hf.cells.plan import BAND_SIZE, plan_validation
 from scgpt_hf.cells.source import CellSource, open_source
+from scgpt_hf.model.configuration_scgpt import ScGPTConfig
 from scgpt_hf.stream import Batch, read_ahead
 from scgpt_hf.tokens.packing_scgpt import pack
 from scgpt_hf.tokens.processing_scgpt import ScGPTProcessor
@@ -65,6 +66,8 @@ def load_encoder(name: str | Path, device: str | None = None) -> tuple[PreTraine
     if Path(name, "best_model").is_dir():
         raise ValueError(f"{name} is the folder of a run; its model is {Path(name, 'best_model')}")
     model = AutoModel.from_pretrained(name)
+    if model.config.model_type != ScGPTConfig.model_type:
+        raise ValueError(f"{name} holds a {model.config.model_type!r} model, not one of scgpt")
     return model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")), AutoProcessor.from_pretrained(name)  # type: ignore[no-untyped-call]
 
 
