@@ -230,7 +230,7 @@ def build_model(processor: ScGPTProcessor, model: ModelSettings, n_domains: int)
     return new
 
 
-def _config(model: ModelSettings, **sizes: int) -> ScGPTConfig:
+def _config(model: ModelSettings, **sizes: Any) -> ScGPTConfig:
     """Return the config; one that cannot be raises, naming the field."""
     fields: dict[str, Any] = {name: value for name, value in asdict(model).items() if value is not None}
     try:

@@ -213,7 +213,8 @@ def parse_settings(arguments: list[str], description: str) -> Settings:
     if unknown:
         raise ValueError(f"unknown setting {unknown[0]!r}{_nearest(unknown[0].lstrip('-'), _all_fields())}")
     given = vars(parser.parse_known_args(arguments)[0])
-    settings = Settings(*sections, asked=_asked(parser, given))
+    data, model, training = sections
+    settings = Settings(data, model, training, _asked(parser, given))
     if settings.data.domain_key is None and (settings.model.domain_embedding or settings.model.domain_head):
         raise ValueError("domain_embedding and domain_head need --domain_key, the obs column of the experimental batch")
     return settings
