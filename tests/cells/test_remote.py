@@ -25,8 +25,12 @@ print(remote.describe()["uri"])
 @pytest.fixture
 def bucket(small_census, monkeypatch):
     """The address of a public bucket with `small_census`, and the environment that leads TileDB to it."""
-    boto3 = pytest.importorskip("boto3", reason="needs boto3 and moto, of the test extra")
-    server = pytest.importorskip("moto.server", reason="needs boto3 and moto, of the test extra")
+    boto3 = pytest.importorskip(
+        "boto3", reason="needs `pip install moto[server]`, kept out of the extras for its pins of botocore"
+    )
+    server = pytest.importorskip(
+        "moto.server", reason="needs `pip install moto[server]`, kept out of the extras for its pins of botocore"
+    )
     running = server.ThreadedMotoServer(ip_address="127.0.0.1", port=0)
     running.start()
     host, port = running.get_host_and_port()
