@@ -84,14 +84,11 @@ def stream_cells(
         ValueError: counts that are not raw, too few known genes, a value of a category without a class, a batch without
             any cell.
     """
-    shards = [
-        (epoch, block, max(0, start_step - first)) for epoch, block, first, last in _lay_out(plans) if last > start_step
-    ]
-    blocks = _Blocks(source, plans, processor, settings, shards)
+    laid_out = _lay_out(plans)
+    shards = [(epoch, block, max(0, start_step - first)) for epoch, block, first, last in laid_out if last > start_step]
     if not shards:
-        raise ValueError(
-            f"nothing is left to read after step {start_step:,}; the plan has {_lay_out(plans)[-1][3]:,} steps"
-        )
+        raise ValueError(f"nothing is left to read after step {start_step:,}; the plan has {laid_out[-1][3]:,} steps")
+    blocks = _Blocks(source, plans, processor, settings, shards)
     return datasets.IterableDataset.from_generator(blocks.batches, gen_kwargs={"shards": list(range(len(shards)))})
 
 
@@ -146,7 +143,7 @@ class StreamLoader:
     The stream under it runs on through the epochs, so the next epoch's first block is read while the model validates.
 
     Attributes:
-        consumed: batches handed out since the start of the run: the state that a checkpoint keeps.
+        consumed: batches handed out since the start of the run; the trainer derives it from its step number.
         waited_s: seconds in which a batch was asked for and not ready.
     """
 
@@ -235,8 +232,7 @@ class _Blocks:
         if not steps:
             return [], CellBlock(csr_matrix((0, len(self.gene_ids))), pd.DataFrame(), np.empty(0, np.int64))
         columns = sorted({column for column, _ in s.categories.values()})
-        block = self.source.read(np.concatenate(steps), columns)
-        return steps, block
+        return steps, self.source.read(np.concatenate(steps), columns)
 
     def _cut(self, steps: list[Int64Array], block: CellBlock, epoch: int) -> Iterator[Batch]:
         """Yield the micro-batches of a block, tokenised a few thousand cells at a time."""
@@ -268,11 +264,11 @@ class _Blocks:
                     f"no cell of a batch of epoch {epoch} expresses a gene of the vocabulary; first cell ids: "
                     f"{asked[:5].tolist()}; drop poor cells (min_genes), choose more genes or a larger batch"
                 )
-            yield self._lay_out(tokens[start:stop]) | {
+            yield self._join(tokens[start:stop]) | {
                 key: torch.from_numpy(ids[start:stop]) for key, ids in classes.items()
             }
 
-    def _lay_out(self, tokens: Tokens) -> Batch:
+    def _join(self, tokens: Tokens) -> Batch:
         if self.settings.padded:
             return pad(tokens, pad_id=self.processor.pad_id, pad_value=self.processor.pad_value)
         return pack(tokens)
