@@ -50,7 +50,7 @@ def plot_umap(coordinates: FloatArray, panels: Mapping[str, Sequence[str]], *, t
     coordinates = np.asarray(coordinates)
     _require_map(coordinates, panels)
     legends = [_colours(categories) for categories in panels.values()]
-    widths = [0.3 + _MAP + 0.45 + max(_text_width(name) for name in legend) for _, legend in legends]
+    widths = [0.3 + _MAP + 0.45 + max(text_width(name) for name in legend) for _, legend in legends]
     height = 0.25 + _MAP + (0.6 if title else 0.3)
     figure = Figure(figsize=(sum(widths), height))
     lefts = np.cumsum([0.3, *widths[:-1]])
@@ -111,8 +111,8 @@ def _colours(categories: Sequence[str]) -> tuple[npt.NDArray[np.str_], dict[str,
     return names.map(colour_of).fillna(OTHER).to_numpy(dtype=str), legend
 
 
-def _text_width(name: str) -> float:
-    """Return inches that the name takes in a legend."""
+def text_width(name: str) -> float:
+    """Return inches that a name takes in a legend or beside an axis."""
     return float(TextPath((0, 0), name, size=7).get_extents().width) / 72
 
 

@@ -1,0 +1,149 @@
+"""Figures of predicted cell types: confusion matrix, F1 of each type, calibration of the confidence.
+
+Figures are returned; `plots.py` holds the palette and saves them. What the numbers are, `classification.py` decides.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import PercentFormatter
+
+from scgpt_hf.analysis.classification import calibration_error, count_confusions, f1_by_type, reliability
+from scgpt_hf.analysis.plots import GREY, PALETTE, SMALL, text_width
+
+_MARKERS = "oDs^vPX*"
+_ROW = 0.21  # inches of a type in a figure that lists them
+
+
+def plot_confusion(true: Sequence[str], predicted: Sequence[str], *, title: str | None = None) -> Figure:
+    """Return which types are taken for which: a row per true type, its cells shared among the predicted ones.
+
+    Types by falling number of cells. Names that are only predicted, as "unassigned", stand last. Shares are written in
+    percent where at least 1 %, unless there are more than 20 types.
+
+    Args:
+        true: type of each cell. Shape (cells,).
+        predicted: predicted type of each cell. Shape (cells,).
+        title: above the matrix.
+
+    Raises:
+        ValueError: no cell, or not one prediction for each cell.
+    """
+    types, columns, counts = count_confusions(true, predicted)
+    sizes = counts.sum(axis=1)
+    shares = counts / sizes[:, None]
+    rows = [f"{name} ({size:,})" for name, size in zip(types, sizes, strict=True)]
+    side = _ROW if len(types) > 20 else 0.27
+    figure = Figure(
+        figsize=(side * len(columns) + max(map(text_width, rows)) + 1.2, side * len(rows) + _height(columns) + 0.7),
+        layout="constrained",
+    )
+    axes = figure.add_subplot()
+    image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1, aspect="equal")
+    if len(types) <= 20:
+        for row, column in zip(*np.nonzero(shares >= 0.005), strict=True):
+            share = shares[row, column]
+            ink = "white" if share > 0.55 else "black"
+            axes.text(column, row, f"{100 * share:.0f}", ha="center", va="center", fontsize=6.5, color=ink)
+    axes.set_yticks(range(len(rows)), rows, fontsize=SMALL)
+    axes.set_xticks(range(len(columns)), columns, fontsize=SMALL, rotation=90)
+    axes.set_xlabel("predicted", fontsize=SMALL)
+    axes.set_ylabel("true (cells)", fontsize=SMALL)
+    axes.spines[:].set_color("#CCCCCC")
+    axes.tick_params(length=0)
+    bar = figure.colorbar(image, ax=axes, fraction=0.04, pad=0.02, format=PercentFormatter(1), aspect=25)
+    bar.set_label("share of the true type", fontsize=SMALL)
+    bar.ax.tick_params(labelsize=SMALL)
+    bar.outline.set_visible(False)
+    if title:
+        figure.suptitle(title, fontsize=9, x=0.01, ha="left")
+    return figure
+
+
+def plot_f1(true: Sequence[str], predicted: Mapping[str, Sequence[str]], *, title: str | None = None) -> Figure:
+    """Return the F1 of each type, a row per type by falling number of cells, a mark per method.
+
+    Args:
+        true: type of each cell. Shape (cells,).
+        predicted: method → predicted type of each cell, at most eight methods; the legend adds each one's macro-F1.
+        title: above the rows.
+
+    Raises:
+        ValueError: no method, more than eight, no cell, or not one prediction for each cell.
+    """
+    if not 1 <= len(predicted) <= len(_MARKERS):
+        raise ValueError(f"expected 1 to {len(_MARKERS)} methods, found {len(predicted)}: {list(predicted)}")
+    scores = {method: f1_by_type(true, labels) for method, labels in predicted.items()}
+    names, sizes = np.unique(np.asarray(true, dtype=str), return_counts=True)
+    order = np.argsort(-sizes, kind="stable")
+    types = names[order]
+    rows = [f"{name} ({size:,})" for name, size in zip(types, sizes[order], strict=True)]
+    width = 3.2 + max(map(text_width, rows))
+    figure = Figure(figsize=(width, _ROW * len(rows) + 0.75 + 0.16 * len(scores)), layout="constrained")
+    axes = figure.add_subplot()
+    axes.hlines(range(len(rows)), 0, 1, color="#E6E6E6", linewidth=0.8, zorder=0)
+    for (method, score), colour, marker in zip(scores.items(), PALETTE, _MARKERS, strict=False):
+        name = f"{method} (macro {np.mean(list(score.values())):.3f})"
+        style: dict[str, Any] = {"markersize": 4.5, "alpha": 0.85, "clip_on": False, "linestyle": ""}
+        axes.plot([score[one] for one in types], range(len(rows)), marker, color=colour, label=name, **style)
+    axes.set_yticks(range(len(rows)), rows, fontsize=SMALL)
+    axes.set(xlim=(0, 1), ylim=(len(rows) - 0.5, -0.5))
+    axes.set_xlabel("F1", fontsize=SMALL)
+    axes.tick_params(labelsize=SMALL)
+    axes.tick_params(axis="y", length=0)
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    figure.legend(loc="outside lower left", frameon=False, fontsize=7, handletextpad=0.2, labelspacing=0.3)
+    if title:
+        figure.suptitle(title, fontsize=9, x=0.01, ha="left")
+    return figure
+
+
+def plot_calibration(
+    confidence: npt.ArrayLike, correct: npt.ArrayLike, *, n_bins: int = 10, title: str | None = None
+) -> Figure:
+    """Return the reliability diagram: how often predictions of each confidence are right, and how many there are.
+
+    On the diagonal, of the cells predicted with confidence 0.8 four in five are right. The error in the title is the
+    expected calibration error; see `calibration_error`.
+
+    Args:
+        confidence: of each prediction, in [0, 1]. Shape (cells,).
+        correct: whether it is right. Shape (cells,).
+        n_bins: bins of equal width.
+        title: before the error.
+
+    Raises:
+        ValueError: no cell, not one truth for each confidence, or a confidence outside [0, 1].
+    """
+    bins = reliability(confidence, correct, n_bins)
+    error = calibration_error(confidence, correct, n_bins)
+    figure = Figure(figsize=(3.2, 3.5), layout="constrained")
+    upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
+    upper.plot([0, 1], [0, 1], color=GREY, linewidth=0.9, linestyle=(0, (4, 2)))
+    upper.plot(bins["confidence"], bins["accuracy"], "o-", color=PALETTE[0], markersize=4, linewidth=1.2, clip_on=False)
+    upper.set(ylim=(0, 1), xlim=(0, 1))
+    upper.set_ylabel("share that is right", fontsize=SMALL)
+    heading = f"expected calibration error {error:.3f}"
+    upper.set_title(f"{title}: {heading}" if title else heading, fontsize=9, loc="left")
+    lower.bar(
+        bins.index.to_numpy() / n_bins, bins["cells"], width=0.92 / n_bins, align="edge", color=PALETTE[0], alpha=0.75
+    )
+    lower.set_xlabel("confidence", fontsize=SMALL)
+    lower.set_ylabel("cells", fontsize=SMALL)
+    for axes in (upper, lower):
+        _plain(axes)
+    return figure
+
+
+def _plain(axes: Axes) -> None:
+    axes.tick_params(labelsize=SMALL)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _height(names: Sequence[str]) -> float:
+    """Return inches that names written upwards take."""
+    return max(map(text_width, names))
