@@ -38,6 +38,8 @@ class CensusSource:
     Nothing is kept open before it is needed. `close` ends the threads and closes the arrays; the next read opens them.
     """
 
+    band_size = BAND_SIZE
+
     def __init__(
         self,
         uri: str,

@@ -19,6 +19,7 @@ from scipy.sparse import csr_matrix, issparse, vstack
 
 from scgpt_hf.cells.block import CellBlock, Int64Array, gene_hash, name_layers, require_cell_ids, require_counts
 from scgpt_hf.cells.genes import find_gene_ids, join_genes
+from scgpt_hf.cells.layout import TILE
 from scgpt_hf.cells.obs import drop_unused_categories, full_filter, require_columns, select_rows
 
 logger = logging.getLogger(__name__)
@@ -61,6 +62,8 @@ class H5adPart:
 
 class H5adSource:
     """The cells of files or of one AnnData, numbered over all of them in order; see `CellSource` for its members."""
+
+    band_size = TILE
 
     def __init__(
         self,

@@ -1,6 +1,7 @@
 """What a source of cells promises, and which source answers to which address.
 
-Reading is done next door: `census.py` for SOMA, local or remote, `h5ad.py` for files and AnnData.
+Reading is done next door: `census.py` for SOMA, local or remote, `h5ad.py` for files and AnnData, `cache.py` for a
+cache of either.
 """
 
 from collections.abc import Sequence
@@ -28,6 +29,10 @@ class CellSource(Protocol):
     def columns(self) -> list[str]:
         """The names of the obs columns that there are; known without reading any."""
 
+    @property
+    def band_size(self) -> int:
+        """Cells of an aligned range of ids that are best read together; 1 where any order is as fast."""
+
     def obs(self, columns: Sequence[str] = ()) -> pd.DataFrame:
         """Return the cells that match the filter: index `cell_id`, int64, ascending, and the columns asked for."""
 
@@ -45,7 +50,8 @@ def open_source(
 
     Args:
         address: `census://VERSION/ORGANISM`, e.g. `census://2025-11-08/homo_sapiens`; the folder of a SOMA in the
-            Census layout, or of one of its organisms; one or many `.h5ad` files; or an AnnData, taken by reference.
+            Census layout, of one of its organisms, or of a cache; one or many `.h5ad` files; or an AnnData, taken by
+            reference.
         obs_filter: SOMA value filter, e.g. `tissue_general == 'blood' and disease == 'normal'`.
         layer: where the raw counts are: a layer by name; of a file also `.raw`. By default `raw` of the Census, `X`
             of a file.
@@ -87,10 +93,14 @@ def _open_paths(paths: Sequence[Path], settings: dict[str, Any]) -> CellSource:
         return H5adSource(paths, **settings)
     if len(paths) == 1 and paths[0].is_dir():
         from scgpt_hf.cells.address import open_census
+        from scgpt_hf.cells.cache import CacheSource
+        from scgpt_hf.cells.cache_manifest import is_cache
 
+        if is_cache(paths[0]):
+            return CacheSource(paths[0], **settings)
         return open_census(str(paths[0]), **settings)
     wrong = [str(path) for path in paths if path.is_dir() or path.suffix != ".h5ad"]
     raise ValueError(
         f"cannot tell what {wrong[0]!r} is; expected .h5ad files, or one folder with a SOMA in the Census layout "
-        "(scripts/build_census.py makes one from .h5ad files)"
+        "(scripts/build_census.py makes one from .h5ad files) or a cache (scripts/cache_census.py)"
     )

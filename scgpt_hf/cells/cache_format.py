@@ -1,0 +1,191 @@
+"""How cells lie in a shard of a cache: an Arrow IPC stream that `datasets` opens and that is read without copies.
+
+One record batch holds the cells of one aligned band of ids, ascending; so the bytes of a shard depend on its cells
+alone. `gene` is the row of the cache's genes, `count` its raw count in one byte: 255 means that the cell's next entry
+of `large_count` holds it. Which cells make a shard is decided in `cache_jobs.py`; reading is in `cache_shards.py`.
+"""
+
+import errno
+import hashlib
+import os
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import IO, Any, NamedTuple, TypeAlias
+from uuid import uuid4
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+from numba import njit
+from numpy.typing import NDArray
+from scipy.sparse import csr_matrix
+
+from scgpt_hf.cells.block import CellBlock, Int64Array
+from scgpt_hf.cells.layout import TILE
+
+ESCAPE = 255  # in `count`: the count is the next entry of `large_count`
+LARGEST = 2**32 - 1  # largest count that a cache holds
+CELL_COLUMNS = ("cell_id", "gene", "count", "large_count")  # the first columns; those of obs follow
+
+Array: TypeAlias = NDArray[Any]
+
+
+class Written(NamedTuple):
+    """What a written file is: the sha256 of its bytes, in hexadecimal, and their number."""
+
+    sha256: str
+    n_bytes: int
+
+
+def cache_schema(n_genes: int, obs_types: Mapping[str, pa.DataType]) -> pa.Schema:
+    """Return the columns of a shard; genes are numbered in 16 bits where they fit.
+
+    Raises:
+        ValueError: a column of obs is called like one of the cells' own.
+    """
+    if taken := sorted(set(obs_types) & set(CELL_COLUMNS)):
+        raise ValueError(f"the obs columns {taken} are called like columns of a cache; rename them or leave them out")
+    gene = pa.uint16() if n_genes <= 2**16 else pa.uint32()
+    lists = {"gene": gene, "count": pa.uint8(), "large_count": pa.uint32()}
+    fields = [("cell_id", pa.int64()), *((name, pa.list_(item)) for name, item in lists.items()), *obs_types.items()]
+    return pa.schema(fields)
+
+
+def obs_type(column: pd.Series) -> pa.DataType:
+    """Return how a column of obs is stored: booleans and numbers as they are, all else as text."""
+    dtype: Any = column.cat.categories.dtype if isinstance(column.dtype, pd.CategoricalDtype) else column.dtype
+    if dtype.kind not in "biuf":
+        return pa.string()
+    return pa.from_numpy_dtype(getattr(dtype, "numpy_dtype", dtype))
+
+
+def encode_bands(block: CellBlock, schema: pa.Schema) -> Iterator[pa.RecordBatch]:
+    """Yield the cells of a block by ascending id, one record batch for each aligned band of ids.
+
+    Raises:
+        ValueError: see `encode_cells`.
+    """
+    order = np.argsort(block.cell_ids)
+    edges = np.flatnonzero(np.diff(block.cell_ids[order] // TILE)) + 1
+    for rows in np.split(order, edges):
+        yield encode_cells(block.counts, rows, block.cell_ids[rows], block.obs.iloc[rows], schema)
+
+
+def encode_cells(
+    counts: csr_matrix, rows: Int64Array, cell_ids: Int64Array, obs: pd.DataFrame, schema: pa.Schema
+) -> pa.RecordBatch:
+    """Return some cells of a block as a record batch.
+
+    Args:
+        counts: raw counts; genes ascend within each cell. Shape (cells of the block, genes).
+        rows: which of them, in the order of the batch. Shape (cells,).
+        cell_ids: of these cells. Shape (cells,).
+        obs: their columns. Shape (cells, columns).
+        schema: as `cache_schema` returns it.
+
+    Raises:
+        ValueError: a count is larger than 4,294,967,295.
+    """
+    indptr = counts.indptr.astype(np.int64)
+    offsets, large_offsets = np.zeros((2, len(rows) + 1), np.int32)
+    largest = _measure(indptr, counts.data, rows, offsets[1:], large_offsets[1:])
+    if largest > LARGEST:
+        raise ValueError(f"found a count of {largest:,.0f}; a cache holds counts up to {LARGEST:,}")
+    np.cumsum(offsets, out=offsets)
+    np.cumsum(large_offsets, out=large_offsets)
+    genes = np.empty(offsets[-1], schema.field("gene").type.value_type.to_pandas_dtype())
+    small, large = np.empty(offsets[-1], np.uint8), np.empty(large_offsets[-1], np.uint32)
+    _encode(indptr, counts.indices, counts.data, rows, genes, small, large)
+    columns = [
+        pa.array(cell_ids),
+        pa.ListArray.from_arrays(offsets, genes),
+        pa.ListArray.from_arrays(offsets, small),
+        pa.ListArray.from_arrays(large_offsets, large),
+        *(_encode_column(obs[field.name], field.type) for field in list(schema)[len(CELL_COLUMNS) :]),
+    ]
+    return pa.RecordBatch.from_arrays(columns, schema=schema)
+
+
+def write_shard(path: Path, schema: pa.Schema, batches: Iterable[pa.RecordBatch]) -> Written:
+    """Write record batches to a file, beside its place and then moved there; return its hash and size.
+
+    Raises:
+        OSError: writing failed; the message says where, and how full the disk is.
+    """
+    beside = path.with_name(f".{path.name}.{uuid4().hex[:8]}")
+    try:
+        with beside.open("xb") as file:
+            hashed = _HashedFile(file)
+            with pa.ipc.new_stream(hashed, schema) as writer:
+                for batch in batches:
+                    writer.write_batch(batch)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        free = shutil.disk_usage(path.parent).free / 1e9
+        raise OSError(
+            errno.ENOSPC,
+            f"the disk is full: {path} could not be written, {free:.2f} GB are free. Make room, or choose another "
+            "folder; run the same again and only what is missing is written",
+        ) from error
+    finally:
+        beside.unlink(missing_ok=True)
+    return Written(hashed.sha256.hexdigest(), hashed.n_bytes)
+
+
+class _HashedFile:
+    """A file to write to that knows the hash of what was written."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self.file, self.sha256, self.n_bytes, self.closed = file, hashlib.sha256(), 0, False
+
+    def write(self, content: bytes) -> int:
+        """Hash and write."""
+        self.sha256.update(content)
+        self.n_bytes += len(content)
+        return self.file.write(content)
+
+    def flush(self) -> None:
+        """Do nothing: the file is flushed once, at its end."""
+
+
+def _encode_column(column: pd.Series, kind: pa.DataType) -> pa.Array:
+    """Return a column of obs with nulls where a value is missing."""
+    missing = column.isna().to_numpy()
+    if kind == pa.string():
+        texts = [None if absent else str(value) for value, absent in zip(column, missing, strict=True)]
+        return pa.array(texts, pa.string())
+    return pa.array(column.astype(object).to_numpy() if missing.any() else column.to_numpy(), kind, from_pandas=True)
+
+
+@njit(nogil=True, cache=True)
+def _measure(indptr, counts, rows, lengths, n_large):  # type: ignore[no-untyped-def]
+    """Fill the number of entries of each row, and of those that do not fit into a byte; return the largest count."""
+    largest = 0.0
+    for i in range(len(rows)):
+        cell = counts[indptr[rows[i]] : indptr[rows[i] + 1]]
+        lengths[i] = len(cell)
+        for entry in range(len(cell)):
+            n_large[i] += cell[entry] >= ESCAPE
+            largest = max(largest, float(cell[entry]))
+    return largest
+
+
+@njit(nogil=True, cache=True)
+def _encode(indptr, indices, counts, rows, genes, small, large):  # type: ignore[no-untyped-def]
+    """Copy the rows one behind the other; what does not fit into a byte goes to `large`."""
+    place, n_large = 0, 0
+    for i in range(len(rows)):
+        for entry in range(indptr[rows[i]], indptr[rows[i] + 1]):
+            genes[place] = indices[entry]
+            if counts[entry] >= ESCAPE:
+                small[place] = ESCAPE
+                large[n_large] = np.uint32(counts[entry])
+                n_large += 1
+            else:
+                small[place] = np.uint8(counts[entry])
+            place += 1

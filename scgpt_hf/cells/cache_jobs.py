@@ -1,0 +1,245 @@
+"""Writes a cache as jobs over ranges of cells: in any order, on any number of machines, again and again.
+
+A shard is a fixed range of the selected cells, so its bytes do not depend on who writes it. A shard that is finished
+is recorded with its hash; whoever finds all of them recorded writes the manifest.
+"""
+
+import json
+import logging
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from tqdm.auto import tqdm
+
+from scgpt_hf.cells.block import CellBlock, Int64Array
+from scgpt_hf.cells.cache_format import cache_schema, encode_bands, obs_type, write_shard
+from scgpt_hf.cells.cache_manifest import (
+    JOBS,
+    MANIFEST,
+    CacheError,
+    Identity,
+    ShardRecord,
+    check_shard,
+    hash_cells,
+    load_manifest,
+    require_identity,
+    write_manifest,
+    write_text,
+)
+from scgpt_hf.cells.layout import TILE
+from scgpt_hf.cells.obs import require_columns
+from scgpt_hf.cells.source import CellSource
+
+logger = logging.getLogger(__name__)
+
+# Obs columns kept when none are named, of those that the source has: what cells are split, grouped and shown by.
+COLUMNS = (
+    *("dataset_id", "donor_id", "assay", "cell_type", "tissue", "tissue_general", "disease", "development_stage"),
+    *("sex", "suspension_type", "is_primary_data"),
+)
+CELLS_PER_SHARD = 32 * TILE  # about 300 MB
+_READ_TOGETHER = 8 * TILE  # cells in memory at once, twice: those that are read and those that are written
+PLAN = "plan.json"
+
+
+@dataclass(frozen=True, eq=False)
+class CacheJobs:
+    """The shards of a cache to be; travels by pickle to whoever writes one.
+
+    Attributes:
+        source: where the cells are read.
+        folder: of the cache.
+        cell_ids: the selected cells, ascending. Shape (cells,).
+        identity: what the cache is made of.
+        bounds: where each shard begins and ends in `cell_ids`. Shape (shards + 1,).
+    """
+
+    source: CellSource
+    folder: Path
+    cell_ids: Int64Array
+    identity: Identity
+    bounds: list[int]
+
+    @property
+    def n_shards(self) -> int:
+        """Number of shards, however many jobs there are."""
+        return len(self.bounds) - 1
+
+    def name(self, shard: int) -> str:
+        """Return the file of a shard."""
+        return f"data-{shard:05d}-of-{self.n_shards:05d}.arrow"
+
+    @cached_property
+    def schema(self) -> pa.Schema:
+        """The columns of a shard; the types of obs are those of the first cell."""
+        columns = self.identity.columns
+        obs = self.source.read(self.cell_ids[:1], columns).obs
+        return cache_schema(len(self.source.genes), {name: obs_type(obs[name]) for name in columns})
+
+    def claim(self) -> None:
+        """Make the folder, or find that it is of this cache.
+
+        Raises:
+            CacheError: it holds a cache, or the beginning of one, of something else.
+            FileExistsError: it holds something that is no cache.
+        """
+        plan, whole = self.folder / JOBS / PLAN, (self.folder / MANIFEST).exists()
+        if whole or plan.exists():
+            found = load_manifest(self.folder)[0] if whole else Identity(**_read_json(plan))
+            require_identity(self.folder, found, self.identity)
+        elif self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir())):
+            raise FileExistsError(f"{self.folder} exists and is not a cache; choose another folder or remove it")
+        if not whole:
+            plan.parent.mkdir(parents=True, exist_ok=True)
+            write_text(plan, json.dumps(asdict(self.identity), indent=1))
+
+    def write(self, shard: int, *, rewrite: bool = False, tell: Callable[[int], object] = lambda n_cells: None) -> None:
+        """Write a shard, unless it is there: then it is verified.
+
+        Args:
+            shard: number of the shard.
+            rewrite: write a corrupt one again.
+            tell: is told the number of cells each time some are done.
+
+        Raises:
+            CacheError: it is corrupt; or the source gives other cells than when it was written first.
+            OSError: it cannot be written.
+            ValueError: the source cannot be read.
+        """
+        record, ids = self._record(shard, self._listed()), self.cell_ids[self.bounds[shard] : self.bounds[shard + 1]]
+        path = self.folder / self.name(shard)
+        if record is not None and path.exists():
+            try:
+                check_shard(self.folder, record)
+                tell(len(ids))
+                return
+            except CacheError as error:
+                if not rewrite:
+                    raise
+                logger.warning("%s", error)
+        written = write_shard(path, self.schema, self._batches(ids, tell))
+        if record is not None and record.sha256 != written.sha256:
+            raise CacheError(
+                f"{path} was written again and is not what it was (sha256 {written.sha256[:16]}…, before "
+                f"{record.sha256[:16]}…): the source, or the version of pyarrow, has changed; make a new cache"
+            )
+        record = ShardRecord(path.name, *written, len(ids), int(ids[0]), int(ids[-1]))
+        if not (self.folder / MANIFEST).exists():
+            write_text(self.folder / JOBS / f"{path.name}.json", json.dumps(asdict(record)))
+
+    def finish(self) -> bool:
+        """Write the manifest if all shards are there, and return whether they are."""
+        listed = self._listed()
+        found = [self._record(shard, listed) for shard in range(self.n_shards)]
+        whole = [record for record in found if record is not None and (self.folder / record.file).exists()]
+        if len(whole) < self.n_shards:
+            return False
+        write_manifest(self.folder, self.identity, whole, self.source.genes, self.schema)
+        shutil.rmtree(self.folder / JOBS, ignore_errors=True)
+        return True
+
+    def _batches(self, cell_ids: Int64Array, tell: Callable[[int], object]) -> Iterator[pa.RecordBatch]:
+        """Yield the record batches of these cells; the next cells are read meanwhile."""
+        ranges = np.split(cell_ids, np.flatnonzero(np.diff(cell_ids // _READ_TOGETHER)) + 1)
+        with ThreadPoolExecutor(1, thread_name_prefix="cache-read") as reader:
+
+            def read(ids: Int64Array) -> Future[CellBlock]:
+                return reader.submit(self.source.read, ids, self.identity.columns)
+
+            ahead = read(ranges[0])
+            for following in [*ranges[1:], None]:
+                current, ahead = ahead, ahead if following is None else read(following)
+                block = current.result()
+                yield from encode_bands(block, self.schema)
+                tell(len(block))
+
+    def _record(self, shard: int, listed: dict[str, ShardRecord]) -> ShardRecord | None:
+        """Return what is recorded of a shard, or None if it was never finished."""
+        recorded = self.folder / JOBS / f"{self.name(shard)}.json"
+        return ShardRecord(**_read_json(recorded)) if recorded.is_file() else listed.get(self.name(shard))
+
+    def _listed(self) -> dict[str, ShardRecord]:
+        """Return the shards of the manifest by file; none before there is one."""
+        shards = load_manifest(self.folder)[1] if (self.folder / MANIFEST).exists() else []
+        return {shard.file: shard for shard in shards}
+
+
+def plan_cache(
+    source: CellSource,
+    folder: str | Path,
+    *,
+    cell_ids: Int64Array | None = None,
+    columns: Sequence[str] | None = None,
+    cells_per_shard: int = CELLS_PER_SHARD,
+) -> CacheJobs:
+    """Return the shards of a cache; nothing is written. Arguments as of `write_cache`.
+
+    Raises:
+        ValueError: no cells, ids that do not ascend, a column that the source lacks, or too small shards.
+    """
+    if cells_per_shard < TILE:
+        raise ValueError(f"expected at least {TILE:,} cells per shard, found {cells_per_shard:,}")
+    cell_ids = source.obs().index.to_numpy(np.int64) if cell_ids is None else cell_ids
+    if not len(cell_ids) or (np.diff(cell_ids) <= 0).any():
+        raise ValueError(f"expected ascending cell ids, at least one, found {len(cell_ids):,}: {cell_ids[:5]} …")
+    columns = [name for name in COLUMNS if name in source.columns] if columns is None else list(columns)
+    require_columns(columns, source.columns)
+    identity = Identity(source.describe(), len(cell_ids), hash_cells(cell_ids), columns, cells_per_shard)
+    bands = np.flatnonzero(np.diff(cell_ids // TILE, prepend=-1))  # where each begins
+    first = np.flatnonzero(np.diff(bands // cells_per_shard, prepend=-1))
+    return CacheJobs(source, Path(folder), cell_ids, identity, [*bands[first].tolist(), len(cell_ids)])
+
+
+def write_cache(
+    source: CellSource,
+    folder: str | Path,
+    *,
+    cell_ids: Int64Array | None = None,
+    columns: Sequence[str] | None = None,
+    job: tuple[int, int] = (0, 1),
+    cells_per_shard: int = CELLS_PER_SHARD,
+    rewrite: bool = False,
+) -> bool:
+    """Write cells to a folder that `open_source` and `datasets.load_from_disk` open; return whether it is whole.
+
+    It may be called again after an interruption, or by many jobs at once: the files are the same, byte for byte. What
+    is there is verified, not written again.
+
+    Args:
+        source: where the cells are read.
+        folder: of the cache; made if it does not exist.
+        cell_ids: which cells, ascending; by default all that match the source's filter. Shape (cells,).
+        columns: obs columns to keep; by default those of `COLUMNS` that the source has.
+        job: (i, n): write every n-th shard from number i on.
+        cells_per_shard: least number of cells of a file.
+        rewrite: write corrupt shards again, instead of raising.
+
+    Raises:
+        CacheError: the folder is of another cache, or a shard is corrupt; the message names it.
+        FileExistsError: the folder is of something else.
+        OSError: the disk is full.
+        ValueError: see `plan_cache`; there is no such job; or what reading the source raises.
+    """
+    index, n_jobs = job
+    if not 0 <= index < n_jobs:
+        raise ValueError(f"expected a job i/n with 0 <= i < n, found {index}/{n_jobs}")
+    jobs = plan_cache(source, folder, cell_ids=cell_ids, columns=columns, cells_per_shard=cells_per_shard)
+    jobs.claim()
+    mine = range(index, jobs.n_shards, n_jobs)
+    n_cells = sum(jobs.bounds[shard + 1] - jobs.bounds[shard] for shard in mine)
+    with tqdm(total=n_cells, unit=" cells", unit_scale=True, desc="caching") as progress:
+        for shard in mine:
+            jobs.write(shard, rewrite=rewrite, tell=progress.update)
+    return jobs.finish()
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return content
