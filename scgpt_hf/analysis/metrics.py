@@ -40,7 +40,7 @@ class NotComputable(ValueError):
 
 
 def integration_scores(
-    embedding: FloatArray, labels: Sequence[str], batches: Sequence[str], metrics: Sequence[str] = BIO + BATCH
+    embedding: npt.ArrayLike, labels: npt.ArrayLike, batches: npt.ArrayLike, metrics: Sequence[str] = BIO + BATCH
 ) -> dict[str, float]:
     """Return the scores by name, and the averages "bio", "batch" and "total" of which every part is among them.
 
@@ -66,7 +66,7 @@ def integration_scores(
 
 
 def integration_scorers(
-    embedding: FloatArray, labels: Sequence[str], batches: Sequence[str]
+    embedding: npt.ArrayLike, labels: npt.ArrayLike, batches: npt.ArrayLike
 ) -> dict[str, Callable[[], float]]:
     """Return a function for each metric of `BIO` and `BATCH`, called for its score; see `integration_scores`."""
     cells = _Cells(embedding, labels, batches)
@@ -94,7 +94,7 @@ def with_averages(scores: Mapping[str, float]) -> dict[str, float]:
     return averaged
 
 
-def require_embedding(embedding: FloatArray, n_cells: int) -> FloatArray:
+def require_embedding(embedding: npt.ArrayLike, n_cells: int) -> FloatArray:
     """Return the embedding as float32 (cells, features), or raise.
 
     Raises:
@@ -111,10 +111,12 @@ def require_embedding(embedding: FloatArray, n_cells: int) -> FloatArray:
 class _Cells:
     """Cells that are scored; neighbours and clusters are found when first needed, and kept for the next metric."""
 
-    def __init__(self, embedding: FloatArray, labels: Sequence[str], batches: Sequence[str]) -> None:
+    def __init__(self, embedding: npt.ArrayLike, labels: npt.ArrayLike, batches: npt.ArrayLike) -> None:
         self.labels, self.batches = np.asarray(labels, dtype=str), np.asarray(batches, dtype=str)
         if self.labels.shape != self.batches.shape:
-            raise ValueError(f"expected a label and a batch for each cell, found {len(labels):,} and {len(batches):,}")
+            raise ValueError(
+                f"expected a label and a batch for each cell, found {self.labels.shape}, {self.batches.shape}"
+            )
         self.embedding = require_embedding(embedding, len(self.labels))
         self._neighbours: tuple[npt.NDArray[np.int64], FloatArray] | None = None
         self._agreement: dict[str, float] | None = None

@@ -19,7 +19,7 @@ _MARKERS = "oDs^vPX*"
 _ROW = 0.21  # inches of a type in a figure that lists them
 
 
-def plot_confusion(true: Sequence[str], predicted: Sequence[str], *, title: str | None = None) -> Figure:
+def plot_confusion(true: npt.ArrayLike, predicted: npt.ArrayLike, *, title: str | None = None) -> Figure:
     """Return which types are taken for which: a row per true type, its cells shared among the predicted ones.
 
     Types by falling number of cells. Names that are only predicted, as "unassigned", stand last. Shares are written in
@@ -64,7 +64,7 @@ def plot_confusion(true: Sequence[str], predicted: Sequence[str], *, title: str 
     return figure
 
 
-def plot_f1(true: Sequence[str], predicted: Mapping[str, Sequence[str]], *, title: str | None = None) -> Figure:
+def plot_f1(true: npt.ArrayLike, predicted: Mapping[str, npt.ArrayLike], *, title: str | None = None) -> Figure:
     """Return the F1 of each type, a row per type by falling number of cells, a mark per method.
 
     Args:
