@@ -9,6 +9,7 @@ import logging
 import os
 import shutil
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -18,6 +19,7 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 import tiledbsoma as soma
+from numba import njit
 from numpy.typing import NDArray
 from scipy.sparse import csr_matrix
 from tqdm.auto import tqdm
@@ -69,7 +71,7 @@ def build_census(
     with TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as scratch:
         root = Path(scratch) / "soma"
         try:
-            _write_soma(str(root), organism, source, labels, dataset_ids)
+            write_soma(str(root), organism, source, labels, dataset_ids)
         except soma.SOMAError as error:
             raise _write_error(error, folder) from error
         os.rename(root, folder)
@@ -134,7 +136,16 @@ def _label_cells(source: H5adSource, dataset_ids: Sequence[str], keep_obs: Seque
     return labels
 
 
-def _write_soma(uri: str, organism: str, source: H5adSource, labels: pd.DataFrame, dataset_ids: Sequence[str]) -> None:
+def write_soma(uri: str, organism: str, source: H5adSource, labels: pd.DataFrame, dataset_ids: Sequence[str]) -> None:
+    """Write a SOMA in the Census layout at `uri`, its cells read from the source a few thousand at a time.
+
+    Args:
+        uri: where; must not exist.
+        organism: name of the experiment.
+        source: anything with `genes`, `read` and `parts` (`name`, `obs`, `genes`) as `H5adSource` has them.
+        labels: obs without the numbers that are counted here. Shape (cells, columns).
+        dataset_ids: one for each part.
+    """
     genes, places = join_genes([part.genes for part in source.parts])
     shape = (len(labels), len(genes))
     root: Any = soma.Collection.create(uri)
@@ -161,23 +172,52 @@ def _write_soma(uri: str, organism: str, source: H5adSource, labels: pd.DataFram
 def _write_counts(raw: soma.SparseNDArray, source: H5adSource) -> tuple[pd.DataFrame, NDArray[np.int64]]:
     """Write all counts, block by block; return the numbers of each cell for obs, and in how many cells each gene is."""
     n_cells, n_genes = raw.shape
+
+    def prepare(start: int) -> tuple[pa.Table, pd.DataFrame, NDArray[np.int64]]:
+        counts = source.read(np.arange(start, min(start + BLOCK, n_cells))).counts
+        return _entries_by_tile(counts, start), _count_numbers(counts), np.bincount(counts.indices, minlength=n_genes)
+
     tables, gene_nnz = [], np.zeros(n_genes, dtype=np.int64)
-    with tqdm(total=n_cells, unit=" cells", unit_scale=True, desc="building") as progress:
+    with (
+        ThreadPoolExecutor(1) as pool,
+        tqdm(total=n_cells, unit=" cells", unit_scale=True, desc="building") as progress,
+    ):
+        ahead = pool.submit(prepare, 0)  # a block is prepared while the one before it is written
         for start in range(0, n_cells, BLOCK):
-            counts = source.read(np.arange(start, min(start + BLOCK, n_cells))).counts
-            raw.write(_entries_by_tile(counts, start), platform_config=soma.TileDBWriteOptions(sort_coords=False))
-            tables.append(_count_numbers(counts))
-            gene_nnz += np.bincount(counts.indices, minlength=n_genes)
-            progress.update(counts.shape[0])
+            entries, numbers, nnz = ahead.result()
+            if start + BLOCK < n_cells:
+                ahead = pool.submit(prepare, start + BLOCK)
+            raw.write(entries, platform_config=soma.TileDBWriteOptions(sort_coords=False))
+            tables.append(numbers)
+            gene_nnz += nnz
+            progress.update(len(numbers))
     return pd.concat(tables, ignore_index=True), gene_nnz
 
 
 def _entries_by_tile(counts: csr_matrix, first_cell: int) -> pa.Table:
     """Return the entries tile after tile, as they are stored: letting TileDB sort takes five times as long."""
-    cells = np.repeat(np.arange(counts.shape[0], dtype=np.int64) + first_cell, np.diff(counts.indptr))
-    genes = counts.indices.astype(np.int64)
-    order = np.argsort((cells // TILE) * (counts.shape[1] // TILE + 1) + genes // TILE, kind="stable")
-    return pa.table({"soma_dim_0": cells[order], "soma_dim_1": genes[order], "soma_data": counts.data[order]})
+    n_tiles = (-(-counts.shape[0] // TILE), -(-counts.shape[1] // TILE))
+    entries = _order_by_tile(counts.indptr, counts.indices, counts.data, first_cell, n_tiles)
+    return pa.table(dict(zip(("soma_dim_0", "soma_dim_1", "soma_data"), entries, strict=True)))
+
+
+@njit(nogil=True, cache=True)
+def _order_by_tile(indptr, indices, data, first_cell, n_tiles):  # type: ignore[no-untyped-def]
+    """Return cells, genes and counts tile after tile, row after row within a tile; `first_cell` begins a band."""
+    places = np.zeros(n_tiles[0] * n_tiles[1] + 1, np.int64)
+    for cell in range(len(indptr) - 1):
+        for entry in range(indptr[cell], indptr[cell + 1]):
+            places[cell // TILE * n_tiles[1] + indices[entry] // TILE + 1] += 1
+    places = np.cumsum(places)
+    cells, genes = np.empty(len(data), np.int64), np.empty(len(data), np.int64)
+    counts = np.empty(len(data), data.dtype)
+    for cell in range(len(indptr) - 1):
+        for entry in range(indptr[cell], indptr[cell + 1]):
+            tile = cell // TILE * n_tiles[1] + indices[entry] // TILE
+            place = places[tile]
+            cells[place], genes[place], counts[place] = cell + first_cell, indices[entry], data[entry]
+            places[tile] = place + 1
+    return cells, genes, counts
 
 
 def _count_numbers(counts: csr_matrix) -> pd.DataFrame:

@@ -1,0 +1,210 @@
+"""Write a Census of synthetic blood, of any size, in the layout of the real one.
+
+  python benchmarks/synthetic_census.py OUT --cells 100000
+
+Each cell is a draw of molecules: genes follow Zipf's law, bent by the cell's type, and libraries are log-normal, so
+about 1,500 of 60,664 genes are expressed, seven in ten counts are 1 and a few exceed 255. Donors lie in contiguous
+runs within datasets and cell types in short runs within donors, as in the Census. Seed and size fix every cell.
+Nothing here is biology: it is for speed.
+"""
+
+import argparse
+import os
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from numba import njit
+from scipy.sparse import csr_matrix
+
+from scgpt_hf.cells.block import CellBlock
+from scgpt_hf.cells.build import write_soma
+from scgpt_hf.cells.layout import OBS_LABELS
+
+CELL_TYPES = {  # share of the cells, Cell Ontology id
+    "CD4-positive, alpha-beta T cell": (0.30, "CL:0000624"),
+    "CD8-positive, alpha-beta T cell": (0.18, "CL:0000625"),
+    "classical monocyte": (0.20, "CL:0000860"),
+    "natural killer cell": (0.12, "CL:0000623"),
+    "B cell": (0.10, "CL:0000236"),
+    "non-classical monocyte": (0.05, "CL:0000875"),
+    "platelet": (0.03, "CL:0000233"),
+    "plasmacytoid dendritic cell": (0.02, "CL:0000784"),
+}
+TYPE_RUN = 8  # cells of one type in a row, on average
+CELLS_PER_DATASET, CELLS_PER_DONOR = 25_000, 2_500  # on average
+ZIPF, ZIPF_OFFSET = 1.3, 10  # a gene of rank r has the share (r + 10)^-1.3 of the molecules (Zipf-Mandelbrot)
+SPREAD = 0.7  # log-normal spread of a gene's share between cell types
+LIBRARY_SPREAD = 0.45  # log-normal spread of the molecules of a cell
+CHUNK = 256  # cells that one thread draws at a time
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """One dataset, with the fields that `write_soma` reads of a file."""
+
+    name: str
+    obs: pd.DataFrame
+    genes: pd.DataFrame
+
+
+class SyntheticBlood:
+    """Cells to write, drawn when they are read; see `CellSource.read`."""
+
+    def __init__(self, n_cells: int, *, n_genes: int, n_expressed: int, seed: int) -> None:
+        self.n_cells, self.n_genes, self.n_expressed, self.seed = n_cells, n_genes, n_expressed, seed
+        ids = [f"ENSG{index:011d}" for index in range(n_genes)]
+        names = [f"GENE{index}" for index in range(n_genes)]
+        self.genes = pd.DataFrame({"feature_id": ids, "feature_name": names, "feature_length": 1000})
+        self.labels = label_cells(n_cells, seed)
+        parts = self.labels.groupby("dataset_id", sort=False)
+        self.parts = [Dataset(f"{name}.h5ad", obs, self.genes) for name, obs in parts]
+        self.type_of_cell = self.labels["cell_type"].cat.codes.to_numpy()
+        self.tables = gene_tables(n_genes, seed)
+        self.pool = ThreadPoolExecutor(os.cpu_count())
+
+    def read(self, cell_ids: np.ndarray) -> CellBlock:
+        """Return these consecutive cells."""
+        first, stop = int(cell_ids[0]), int(cell_ids[-1]) + 1
+        edges = [*range(first, stop, CHUNK), stop]
+        parts = list(self.pool.map(self._draw, edges[:-1], edges[1:]))
+        lengths, genes, counts = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
+        indptr = np.concatenate([[0], np.cumsum(lengths)])
+        return CellBlock(csr_matrix((counts, genes, indptr), (stop - first, self.n_genes)), pd.DataFrame(), cell_ids)
+
+    @cached_property
+    def molecules(self) -> float:
+        """The median number of molecules that gives `n_expressed` genes, found on the commonest type."""
+        weights = zipf_weights(self.n_genes, 0, self.seed)
+        low, high = 1.0, 1e9
+        while high / low > 1.001:
+            middle = (low * high) ** 0.5
+            expressed = -np.expm1(-middle * weights).sum()
+            low, high = (middle, high) if expressed < self.n_expressed else (low, middle)
+        return low
+
+    def _draw(self, first: int, stop: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        rng = np.random.default_rng([self.seed, first // CHUNK])  # `first` is a multiple: blocks are, too
+        libraries = (self.molecules * rng.lognormal(0, LIBRARY_SPREAD, CHUNK)).astype(np.int64)[: stop - first] + 1
+        return draw_cells(libraries, self.type_of_cell[first:stop], *self.tables, self.seed, first)
+
+
+def label_cells(n_cells: int, seed: int) -> pd.DataFrame:
+    """Return the labels of obs: contiguous datasets and donors of uneven sizes, short runs of cell types."""
+    rng = np.random.default_rng([seed, 1])
+    dataset = runs(n_cells, CELLS_PER_DATASET, rng)
+    donor = pd.factorize(dataset * n_cells + runs(n_cells, CELLS_PER_DONOR, rng))[0]
+    shares = [share for share, _ in CELL_TYPES.values()]
+    type_of_run = rng.choice(len(CELL_TYPES), n_cells, p=shares)
+    kind = type_of_run[np.concatenate([[0], np.cumsum(rng.random(n_cells - 1) < 1 / TYPE_RUN)])]
+    labels = dict.fromkeys(OBS_LABELS, "unknown") | {
+        "dataset_id": [f"dataset_{index:03d}" for index in dataset],
+        "donor_id": [f"donor_{index:05d}" for index in donor],
+        "cell_type": pd.Categorical.from_codes(kind, list(CELL_TYPES)),
+        "cell_type_ontology_term_id": np.array([term for _, term in CELL_TYPES.values()])[kind],
+        "assay": np.array(["10x 3' v3", "10x 3' v2", "10x 5' v1"])[dataset % 3],
+        "sex": np.array(["female", "male"])[donor % 2],
+        **dict.fromkeys(("tissue", "tissue_general"), "blood"),
+        **{"tissue_type": "tissue", "suspension_type": "cell", "disease": "normal", "is_primary_data": True},
+    }
+    return pd.DataFrame(labels)
+
+
+def runs(n_cells: int, mean: int, rng: np.random.Generator) -> np.ndarray:
+    """Return the number of the run of each cell: lengths between half and one and a half times the mean."""
+    ends = np.cumsum(rng.integers(mean // 2, mean + mean // 2 + 1, 2 * n_cells // mean + 2))
+    return np.searchsorted(ends, np.arange(n_cells), side="right")
+
+
+def zipf_weights(n_genes: int, kind: int, seed: int) -> np.ndarray:
+    """Return the share of each gene in the molecules of a cell type, genes in a random order. Shape (genes,)."""
+    rank = np.random.default_rng([seed, 2]).permutation(n_genes) + 1.0
+    weights = (rank + ZIPF_OFFSET) ** -ZIPF * np.random.default_rng([seed, 3, kind]).lognormal(0, SPREAD, n_genes)
+    return weights / weights.sum()
+
+
+def gene_tables(n_genes: int, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return for each cell type its genes, commonest first; the words up to which each is drawn; and where to look.
+
+    Shapes (types, genes), (types, genes) and (types, 65537): a word with the upper bits b falls on one of the genes
+    `guides[b]` to `guides[b + 1]`.
+    """
+    genes, thresholds, guides = [], [], []
+    for kind in range(len(CELL_TYPES)):
+        weights = zipf_weights(n_genes, kind, seed)
+        order = np.argsort(-weights, kind="stable").astype(np.int32)
+        threshold = np.minimum(np.cumsum(weights[order]) * 2**32, 2**32 - 1).astype(np.uint32)
+        threshold[-1] = 2**32 - 1
+        genes.append(order)
+        thresholds.append(threshold)
+        guides.append(np.searchsorted(threshold, np.minimum(np.arange(65537) << 16, 2**32 - 1)))
+    return np.stack(genes), np.stack(thresholds), np.stack(guides)
+
+
+@njit(nogil=True, cache=True)
+def draw_cells(libraries, kinds, by_rank, thresholds, guides, seed, first):
+    """Return how many genes each cell expresses, and genes (ascending) and counts of all, end to end."""
+    n_genes, n_most = by_rank.shape[1], int(libraries.sum())
+    tally, lengths = np.zeros(n_genes, np.int32), np.zeros(len(libraries), np.int64)
+    present = np.zeros((n_genes >> 6) + 1, np.uint64)
+    genes, counts = np.empty(n_most, np.int32), np.empty(n_most, np.float32)
+    n = 0
+    for cell in range(len(libraries)):
+        kind = kinds[cell]
+        state = np.uint64(seed + 1) * np.uint64(0xD1342543DE82EF95) + (np.uint64(first + cell) << np.uint64(24))
+        for _ in range(libraries[cell]):
+            state += np.uint64(1)  # words of SplitMix64's finaliser, numbered by (cell, molecule)
+            word = state * np.uint64(0x9E3779B97F4A7C15)
+            word = (word ^ (word >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+            word = (word ^ (word >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+            word = (word ^ (word >> np.uint64(31))) >> np.uint64(32)
+            low, high = guides[kind, word >> np.uint64(16)], guides[kind, (word >> np.uint64(16)) + np.uint64(1)]
+            while low < high:
+                middle = (low + high) >> 1
+                if thresholds[kind, middle] < word:
+                    low = middle + 1
+                else:
+                    high = middle
+            gene = by_rank[kind, low]
+            tally[gene] += 1
+            present[gene >> 6] |= np.uint64(1) << np.uint64(gene & 63)
+        before = n
+        for word in range(len(present)):
+            if present[word]:
+                for gene in range(word << 6, min((word + 1) << 6, n_genes)):
+                    if tally[gene]:
+                        genes[n], counts[n], tally[gene] = gene, tally[gene], 0
+                        n += 1
+                present[word] = 0
+        lengths[cell] = n - before
+    return lengths, genes[:n].copy(), counts[:n].copy()
+
+
+def main() -> None:
+    """Write the Census and print what is in it."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path, help="folder to write, must not exist; open it as any local Census")
+    parser.add_argument("--cells", type=int, default=100_000)
+    parser.add_argument("--genes", type=int, default=60_664, help="of the Census; fewer for quick tests")
+    parser.add_argument("--expressed", type=int, default=1500, help="genes that a typical cell expresses")
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    if arguments.out.exists():
+        parser.error(f"{arguments.out} exists; choose another folder or remove it")
+    blood = SyntheticBlood(
+        arguments.cells, n_genes=arguments.genes, n_expressed=arguments.expressed, seed=arguments.seed
+    )
+    names = [part.name.removesuffix(".h5ad") for part in blood.parts]
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = arguments.out.with_name(f".{arguments.out.name}.part")
+    write_soma(str(unfinished), "homo_sapiens", blood, blood.labels, names)
+    unfinished.rename(arguments.out)
+    n_donors = blood.labels["donor_id"].nunique()
+    print(f"{arguments.out}: {arguments.cells:,} cells, {n_donors} donors, {len(names)} datasets")
+
+
+if __name__ == "__main__":
+    main()
