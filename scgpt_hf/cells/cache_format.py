@@ -60,16 +60,22 @@ def obs_type(column: pd.Series) -> pa.DataType:
     return pa.from_numpy_dtype(getattr(dtype, "numpy_dtype", dtype))
 
 
-def encode_bands(block: CellBlock, schema: pa.Schema) -> Iterator[pa.RecordBatch]:
-    """Yield the cells of a block by ascending id, one record batch for each aligned band of ids.
+def encode_bands(block: CellBlock, schema: pa.Schema, rows: Int64Array | None = None) -> Iterator[pa.RecordBatch]:
+    """Yield cells of a block by ascending id, one record batch for each aligned band of ids.
+
+    Args:
+        block: of cells.
+        schema: as `cache_schema` returns it.
+        rows: which of them; all when not given. Shape (cells,).
 
     Raises:
         ValueError: see `encode_cells`.
     """
-    order = np.argsort(block.cell_ids)
-    edges = np.flatnonzero(np.diff(block.cell_ids[order] // TILE)) + 1
-    for rows in np.split(order, edges):
-        yield encode_cells(block.counts, rows, block.cell_ids[rows], block.obs.iloc[rows], schema)
+    rows = np.arange(len(block)) if rows is None else rows
+    rows = rows[np.argsort(block.cell_ids[rows])]
+    edges = np.flatnonzero(np.diff(block.cell_ids[rows] // TILE)) + 1
+    for band in np.split(rows, edges) if len(rows) else []:
+        yield encode_cells(block.counts, band, block.cell_ids[band], block.obs.iloc[band], schema)
 
 
 def encode_cells(
@@ -107,13 +113,20 @@ def encode_cells(
     return pa.RecordBatch.from_arrays(columns, schema=schema)
 
 
-def write_shard(path: Path, schema: pa.Schema, batches: Iterable[pa.RecordBatch]) -> Written:
-    """Write record batches to a file, beside its place and then moved there; return its hash and size.
+def write_shard(path: Path, schema: pa.Schema, batches: Iterable[pa.RecordBatch], *, scratch: Path) -> Written:
+    """Write record batches to a file, which appears when it is whole; return its hash and size.
+
+    Args:
+        path: of the file.
+        schema: of the batches.
+        batches: what to write.
+        scratch: folder on the same disk in which the file grows; made if it does not exist.
 
     Raises:
         OSError: writing failed; the message says where, and how full the disk is.
     """
-    beside = path.with_name(f".{path.name}.{uuid4().hex[:8]}")
+    beside = scratch / f"{path.name}.{uuid4().hex[:8]}"
+    scratch.mkdir(exist_ok=True)
     try:
         with beside.open("xb") as file:
             hashed = _HashedFile(file)

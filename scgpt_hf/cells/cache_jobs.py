@@ -9,6 +9,7 @@ import logging
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -124,7 +125,7 @@ class CacheJobs:
                 if not rewrite:
                     raise
                 logger.warning("%s", error)
-        written = write_shard(path, self.schema, self._batches(ids, tell))
+        written = write_shard(path, self.schema, self._batches(ids, tell), scratch=self.folder / JOBS)
         if record is not None and record.sha256 != written.sha256:
             raise CacheError(
                 f"{path} was written again and is not what it was (sha256 {written.sha256[:16]}…, before "
@@ -137,11 +138,12 @@ class CacheJobs:
     def finish(self) -> bool:
         """Write the manifest if all shards are there, and return whether they are."""
         listed = self._listed()
-        found = [self._record(shard, listed) for shard in range(self.n_shards)]
-        whole = [record for record in found if record is not None and (self.folder / record.file).exists()]
-        if len(whole) < self.n_shards:
+        records = [record for shard in range(self.n_shards) if (record := self._record(shard, listed)) is not None]
+        if len(records) < self.n_shards:
+            return (self.folder / MANIFEST).exists()  # another job may have finished meanwhile
+        if not all((self.folder / record.file).exists() for record in records):
             return False
-        write_manifest(self.folder, self.identity, whole, self.source.genes, self.schema)
+        write_manifest(self.folder, self.identity, records, self.source.genes, self.schema)
         shutil.rmtree(self.folder / JOBS, ignore_errors=True)
         return True
 
@@ -162,8 +164,9 @@ class CacheJobs:
 
     def _record(self, shard: int, listed: dict[str, ShardRecord]) -> ShardRecord | None:
         """Return what is recorded of a shard, or None if it was never finished."""
-        recorded = self.folder / JOBS / f"{self.name(shard)}.json"
-        return ShardRecord(**_read_json(recorded)) if recorded.is_file() else listed.get(self.name(shard))
+        with suppress(FileNotFoundError):
+            return ShardRecord(**_read_json(self.folder / JOBS / f"{self.name(shard)}.json"))
+        return listed.get(self.name(shard))
 
     def _listed(self) -> dict[str, ShardRecord]:
         """Return the shards of the manifest by file; none before there is one."""
@@ -227,10 +230,15 @@ def write_cache(
         OSError: the disk is full.
         ValueError: see `plan_cache`; there is no such job; or what reading the source raises.
     """
+    jobs = plan_cache(source, folder, cell_ids=cell_ids, columns=columns, cells_per_shard=cells_per_shard)
+    return write_shards(jobs, job, rewrite=rewrite)
+
+
+def write_shards(jobs: CacheJobs, job: tuple[int, int] = (0, 1), *, rewrite: bool = False) -> bool:
+    """Write the shards of one job, and the manifest if all shards are there then; see `write_cache`."""
     index, n_jobs = job
     if not 0 <= index < n_jobs:
         raise ValueError(f"expected a job i/n with 0 <= i < n, found {index}/{n_jobs}")
-    jobs = plan_cache(source, folder, cell_ids=cell_ids, columns=columns, cells_per_shard=cells_per_shard)
     jobs.claim()
     mine = range(index, jobs.n_shards, n_jobs)
     n_cells = sum(jobs.bounds[shard + 1] - jobs.bounds[shard] for shard in mine)

@@ -79,7 +79,19 @@ def require_identity(folder: Path, found: Identity, asked: Identity) -> None:
     Raises:
         CacheError: it is of another source, filter or cells; the message says what differs.
     """
-    there, here = _comparable(found), _comparable(asked)
+    _require_equal(folder, _comparable(found), _comparable(asked))
+
+
+def require_same_source(folder: Path, found: Identity, asked: Identity) -> None:
+    """Raise unless a folder's cache is of the source and the filter asked for, whichever cells it holds.
+
+    Raises:
+        CacheError: the message says what differs.
+    """
+    _require_equal(folder, _comparable_source(found), _comparable_source(asked))
+
+
+def _require_equal(folder: Path, there: dict[str, Any], here: dict[str, Any]) -> None:
     if differs := [key for key in sorted(here | there) if here.get(key) != there.get(key)]:
         listed = "; ".join(f"{key}: expected {here.get(key)!r}, found {there.get(key)!r}" for key in differs)
         raise CacheError(f"{folder} holds a cache of something else ({listed}); choose another folder or remove it")
@@ -182,12 +194,17 @@ def check_shard(folder: Path, shard: ShardRecord) -> None:
     """
     file = folder / shard.file
     try:
-        with file.open("rb") as content:
-            found = hashlib.file_digest(content, "sha256").hexdigest()
+        found = hash_file(file)
     except FileNotFoundError as error:
         raise CacheError(f"{file} is missing; {REMEDY}") from error
     if found != shard.sha256:
         raise CacheError(f"{file} is corrupt: expected sha256 {shard.sha256[:16]}…, found {found[:16]}…; {REMEDY}")
+
+
+def hash_file(path: Path) -> str:
+    """Return the sha256 of a file, in hexadecimal."""
+    with path.open("rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()
 
 
 def write_text(path: Path, text: str) -> None:
@@ -198,7 +215,11 @@ def write_text(path: Path, text: str) -> None:
 
 
 def _comparable(identity: Identity) -> dict[str, Any]:
-    """Return one dictionary of all that counts; files keep their names, for their order numbers the cells."""
-    source = {key: value for key, value in identity.source.items() if key not in _WHERE}
+    """Return one dictionary of all that counts."""
+    return _comparable_source(identity) | {key: value for key, value in asdict(identity).items() if key != "source"}
+
+
+def _comparable_source(identity: Identity) -> dict[str, Any]:
+    """Return what counts of a source; files keep their names, for their order numbers the cells."""
     files = [PurePath(path).name for path in identity.source.get("paths", [])]
-    return source | {"paths": files} | {key: value for key, value in asdict(identity).items() if key != "source"}
+    return {key: value for key, value in identity.source.items() if key not in _WHERE} | {"paths": files}

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TypeAlias
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 from numba import njit
 from scipy.sparse import csr_matrix
@@ -92,6 +93,18 @@ def gather_cells(
     matrix = csr_matrix((counts, genes, indptr), shape=(len(cell_ids), n_genes), copy=False)
     matrix.has_sorted_indices = matrix.has_canonical_format = True  # as they were written
     return matrix
+
+
+def gather_obs(
+    shards: Sequence[Shard], shard_of_cell: Array, cell_ids: Int64Array, columns: Sequence[str]
+) -> pd.DataFrame:
+    """Return obs columns of cells of any shards, in the order given; arguments as of `gather_cells`."""
+    order, tables = np.argsort(shard_of_cell, kind="stable"), []
+    for shard, cells in _by_shard(order, shards, shard_of_cell):
+        rows = np.searchsorted(shard.cell_ids, cell_ids[cells])
+        tables.append(shard.table.select(list(columns)).take(rows).to_pandas())
+    obs: pd.DataFrame = pd.concat(tables, ignore_index=True).iloc[np.argsort(order)]
+    return obs.set_index(pd.Index(cell_ids, name="cell_id"))
 
 
 def _by_shard(cells: Int64Array, shards: Sequence[Shard], shard_of_cell: Array) -> Part:

@@ -1,0 +1,200 @@
+"""Caches cells on the way, while they are read for something else: the first epoch of a run.
+
+Each process keeps what it reads as a part: a file in the format of a shard, named by its own hash. When the epoch is
+over the processes read each other's parts, fetch what nobody has read, and write the shards that `cache_census.py`
+would have written, byte for byte.
+"""
+
+import logging
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import numpy as np
+import pandas as pd
+from scipy.sparse import vstack
+
+from scgpt_hf.cells.block import CellBlock, Int64Array
+from scgpt_hf.cells.cache import CacheSource
+from scgpt_hf.cells.cache_format import encode_bands, write_shard
+from scgpt_hf.cells.cache_jobs import CELLS_PER_SHARD, COLUMNS, plan_cache, write_shards
+from scgpt_hf.cells.cache_manifest import JOBS, MANIFEST, CacheError, hash_file, require_same_source
+from scgpt_hf.cells.cache_shards import Shard, gather_cells, gather_obs
+from scgpt_hf.cells.source import CellSource
+
+logger = logging.getLogger(__name__)
+
+PARTS = "parts"  # folder of the parts, within that of the jobs; it goes when the cache is whole
+_N_THREADS = 4
+
+
+class CachingSource:
+    """A source that keeps what is read of it, and becomes a cache; see `CellSource` for what its members promise."""
+
+    def __init__(
+        self,
+        source: CellSource,
+        folder: str | Path,
+        cell_ids: Int64Array,
+        *,
+        columns: Sequence[str] = (),
+        job: tuple[int, int] = (0, 1),
+        wait: Callable[[], object] = lambda: None,
+        cells_per_shard: int = CELLS_PER_SHARD,
+    ) -> None:
+        """Open the cache if it is there, and what was kept of it otherwise; nothing is written yet.
+
+        Args:
+            source: where cells are read that are not in the cache.
+            folder: of the cache.
+            cell_ids: all cells that will be read, ascending. Shape (cells,).
+            columns: obs columns that will be read, besides those that a cache has anyway.
+            job: (this process, number of processes); all must see the same folder.
+            wait: returns when all processes have called it.
+            cells_per_shard: least number of cells of a file.
+
+        Raises:
+            CacheError: the folder holds a cache of another source, or one without some of the cells or columns.
+            ValueError: the source is a cache.
+        """
+        if source.describe()["kind"] == "cache":
+            raise ValueError("the data are a cache already; train on them without --cache_dir")
+        self._source, self._folder, self._job, self._wait = source, Path(folder), job, wait
+        kept = [name for name in COLUMNS if name in source.columns]
+        kept += [name for name in columns if name not in kept]
+        self._jobs = plan_cache(source, folder, cell_ids=cell_ids, columns=kept, cells_per_shard=cells_per_shard)
+        self._cache = self._open_cache(columns) if (self._folder / MANIFEST).exists() else None
+        self._parts: list[Shard] = []
+        self._known: set[str] = set()
+        self._part_of = np.full(len(cell_ids), -1, np.int32)  # which part holds each cell
+        self._keeps, self._storing = True, Future[None]()
+        self._storing.set_result(None)
+        self._adding, self._handing_over = threading.Lock(), threading.Lock()
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="cache-store")
+        self._pool = ThreadPoolExecutor(_N_THREADS, thread_name_prefix="cache-copy")
+        if self._cache is None:
+            self._load_parts()
+
+    @property
+    def genes(self) -> pd.DataFrame:
+        """The genes of the source."""
+        return self._source.genes
+
+    @property
+    def columns(self) -> list[str]:
+        """The obs columns of the source."""
+        return self._source.columns
+
+    @property
+    def band_size(self) -> int:
+        """Cells best read together, of the source: what is in the cache is as fast in any order."""
+        return self._source.band_size
+
+    def obs(self, columns: Sequence[str] = ()) -> pd.DataFrame:
+        """Return the cells of the source; see `CellSource.obs`."""
+        return self._source.obs(columns)
+
+    def describe(self) -> dict[str, Any]:
+        """Return where the cells come from: the source."""
+        return self._source.describe()
+
+    def read(self, cell_ids: Int64Array, columns: Sequence[str] = ()) -> CellBlock:
+        """Return these cells in this order; see `CellSource.read`. What comes from the source is kept."""
+        if self._cache is not None:
+            return self._cache.read(cell_ids, columns)
+        part_of = self._find(cell_ids)
+        kept, other = np.flatnonzero(part_of >= 0), np.flatnonzero(part_of < 0)
+        if not len(kept):
+            return self._read_source(cell_ids, columns)
+        counts = gather_cells(
+            self._parts, part_of[kept], cell_ids[kept], len(self.genes), self._pool, n_threads=_N_THREADS
+        )
+        obs = gather_obs(self._parts, part_of[kept], cell_ids[kept], columns)
+        if len(other):
+            block, order = self._read_source(cell_ids[other], columns), np.argsort(np.concatenate([kept, other]))
+            counts = vstack([counts, block.counts], format="csr")[order]
+            obs = pd.concat([obs.astype(object), block.obs.astype(object)]).iloc[order]
+        return CellBlock(counts, obs, cell_ids)
+
+    def finish(self) -> CacheSource:
+        """Return the whole cache, once every process has called this: what was read becomes its shards.
+
+        Raises:
+            CacheError, OSError, ValueError: as `write_cache`.
+        """
+        if self._cache is None:
+            self._keeps = False
+            self._storing.result()
+            self._wait()  # all parts are there
+            self._load_parts()
+            missing = int((self._part_of < 0).sum())
+            logger.info("the cache in %s: writing its shards; %d cells are still to be read", self._folder, missing)
+            write_shards(replace(self._jobs, source=self), self._job)
+            self._wait()  # all shards are there
+            self._parts = []
+            self._cache = self._open_cache(())
+        return self._cache
+
+    def _read_source(self, cell_ids: Int64Array, columns: Sequence[str]) -> CellBlock:
+        """Return cells of the source, and keep them as a part, written while the next cells are read."""
+        block = self._source.read(cell_ids, self._jobs.identity.columns)
+        with self._handing_over:
+            self._storing.result()  # no more than one block waits in memory; and raises what the last one met
+            if self._keeps:
+                self._storing = self._writer.submit(self._store, block)
+        return CellBlock(block.counts, block.obs[list(columns)], block.cell_ids)
+
+    def _store(self, block: CellBlock) -> None:
+        """Write what is new of a block and is to be cached."""
+        rows = np.flatnonzero((self._find(block.cell_ids) < 0) & np.isin(block.cell_ids, self._jobs.cell_ids))
+        if not len(rows) or (self._folder / MANIFEST).exists():
+            return
+        self._jobs.claim()
+        folder = self._folder / JOBS / PARTS
+        folder.mkdir(exist_ok=True)
+        path, schema = folder / f"new-{uuid4().hex}", self._jobs.schema
+        written = write_shard(path, schema, encode_bands(block, schema, rows), scratch=folder)
+        self._add(path.rename(folder / f"{written.sha256}.arrow"))
+
+    def _find(self, cell_ids: Int64Array) -> Any:
+        """Return the part that holds each cell, -1 for none. Shape (cells,)."""
+        wanted = self._jobs.cell_ids
+        place = np.minimum(np.searchsorted(wanted, cell_ids), len(wanted) - 1)
+        return np.where(wanted[place] == cell_ids, self._part_of[place], -1)
+
+    def _load_parts(self) -> None:
+        """Map the parts that this process does not know; one that is corrupt is left out, and its cells read again."""
+        for path in sorted((self._folder / JOBS / PARTS).glob("*.arrow")):
+            if path.stem in self._known:
+                continue
+            if hash_file(path) == path.stem:
+                self._add(path)
+            else:
+                logger.warning("%s is corrupt: its sha256 is not its name; its cells are read again", path)
+
+    def _add(self, path: Path) -> None:
+        part = Shard(path)
+        with self._adding:
+            self._known.add(path.stem)
+            self._parts.append(part)
+            self._part_of[np.searchsorted(self._jobs.cell_ids, part.cell_ids)] = len(self._parts) - 1
+
+    def _open_cache(self, columns: Sequence[str]) -> CacheSource:
+        """Return the cache in the folder, once it is seen to hold what is needed."""
+        cache, asked = CacheSource(self._folder, primary_only=False), self._jobs
+        require_same_source(self._folder, cache.identity, asked.identity)
+        if lacking := [name for name in columns if name not in cache.columns]:
+            raise CacheError(
+                f"{self._folder} lacks the obs columns {lacking}; remove it, or choose another --cache_dir"
+            )
+        missing = asked.cell_ids[~np.isin(asked.cell_ids, cache.obs().index.to_numpy())]
+        if len(missing):
+            raise CacheError(
+                f"{self._folder} lacks {len(missing):,} of the {len(asked.cell_ids):,} cells of the run, e.g. "
+                f"{missing[:5].tolist()}; remove it, or choose another --cache_dir"
+            )
+        return cache

@@ -1,0 +1,234 @@
+"""Any number of jobs writes the same files; what is finished is verified; what is corrupt is named."""
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import anndata
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.sparse import csr_matrix, random_array
+
+from scgpt_hf.cells import cache_format
+from scgpt_hf.cells.cache_jobs import plan_cache, write_cache
+from scgpt_hf.cells.cache_manifest import CacheError
+from scgpt_hf.cells.source import CellSource, open_source
+
+SHARD = {"cells_per_shard": 2048}
+
+
+def make_cells(seed: int = 0, n_cells: int = 9000) -> anndata.AnnData:
+    counts = random_array((n_cells, 12), density=0.3, rng=seed, data_sampler=lambda size: np.arange(size) % 300 + 1)
+    obs = pd.DataFrame({"donor_id": np.arange(n_cells) // 1000}, index=[str(cell) for cell in range(n_cells)])
+    genes = pd.DataFrame(index=[f"ENSG{gene:011d}" for gene in range(12)])
+    return anndata.AnnData(csr_matrix(counts, dtype=np.float32), obs.astype(str), genes)
+
+
+@pytest.fixture(scope="module")
+def source() -> CellSource:
+    """9,000 cells in five bands."""
+    return open_source(make_cells())
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.fixture(scope="module")
+def whole(source: CellSource, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """Every file of the cache as one job writes it."""
+    folder = tmp_path_factory.mktemp("cache") / "one"
+    assert write_cache(source, folder, **SHARD)
+    return contents(folder)
+
+
+def test_one_job_leaves_shards_genes_and_what_datasets_needs_and_nothing_else(whole):
+    shards = {f"data-{shard:05d}-of-00005.arrow" for shard in range(5)}
+    assert set(whole) == shards | {"manifest.json", "genes.csv", "dataset_info.json", "state.json"}
+
+
+@pytest.mark.parametrize("n_jobs", [2, 3, 7])
+def test_any_number_of_jobs_in_any_order_gives_the_same_bytes(source, whole, tmp_path, n_jobs):
+    order = np.random.default_rng(n_jobs).permutation(n_jobs).tolist()
+    done = [write_cache(source, tmp_path / "many", job=(job, n_jobs), **SHARD) for job in order]
+    assert done == [set(order[: ended + 1]) >= set(range(min(n_jobs, 5))) for ended in range(n_jobs)]
+    assert contents(tmp_path / "many") == whole
+
+
+@given(st.sets(st.integers(0, 8999), min_size=1, max_size=400), st.integers(2048, 5000))
+@settings(deadline=None, max_examples=30)
+def test_shards_are_ranges_of_whole_bands(source, chosen, cells_per_shard):
+    cell_ids = np.array(sorted(chosen)) * 30
+    plan = plan_cache(_Renumbered(source), "nowhere", cell_ids=cell_ids, columns=[], cells_per_shard=cells_per_shard)
+    ranges = [cell_ids[start:stop] for start, stop in zip(plan.bounds[:-1], plan.bounds[1:], strict=True)]
+    assert np.concatenate(ranges).tolist() == cell_ids.tolist()
+    bands = [set(ids // 2048) for ids in ranges]
+    assert all(bands)
+    assert sum(map(len, bands)) == len(set.union(*bands))
+
+
+class _Renumbered:
+    """Stands for a source of more cells: nothing is read when a cache is planned."""
+
+    columns = ()
+
+    def __init__(self, source: CellSource) -> None:
+        self.describe = source.describe
+
+
+def test_a_finished_shard_is_verified_and_not_written_again(source, whole, tmp_path):
+    folder = tmp_path / "cache"
+    write_cache(source, folder, **SHARD)
+    before = {path: path.stat().st_mtime_ns for path in folder.glob("*.arrow")}
+    assert write_cache(source, folder, **SHARD)
+    assert {path: path.stat().st_mtime_ns for path in folder.glob("*.arrow")} == before
+    assert contents(folder) == whole
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_a_corrupt_shard_is_named_and_rewritten_when_asked_to(source, whole, tmp_path, finished):
+    folder, name = tmp_path / "cache", "data-00001-of-00005.arrow"
+    write_cache(source, folder, job=(0, 1) if finished else (1, 2), **SHARD)
+    content = bytearray(whole[name])
+    content[1000] ^= 4
+    (folder / name).write_bytes(content)
+    with pytest.raises(CacheError, match=rf"{name} is corrupt: .*--rewrite"):
+        write_cache(source, folder, **SHARD)
+    assert write_cache(source, folder, rewrite=True, **SHARD)
+    assert contents(folder) == whole
+
+
+def test_a_shard_that_was_removed_is_written_again(source, whole, tmp_path):
+    write_cache(source, tmp_path / "cache", **SHARD)
+    (tmp_path / "cache" / "data-00003-of-00005.arrow").unlink()
+    write_cache(source, tmp_path / "cache", **SHARD)
+    assert contents(tmp_path / "cache") == whole
+
+
+def test_a_source_whose_counts_changed_is_refused(source, tmp_path):
+    write_cache(source, tmp_path / "cache", **SHARD)
+    (tmp_path / "cache" / "data-00003-of-00005.arrow").unlink()
+    other = make_cells()
+    other.X.data[:] = 7
+    with pytest.raises(CacheError, match="written again and is not what it was"):
+        write_cache(open_source(other), tmp_path / "cache", **SHARD)
+
+
+@pytest.mark.parametrize("finished", [True, False])
+@pytest.mark.parametrize(
+    ("keywords", "message"),
+    [
+        ({"cell_ids": np.arange(5000)}, "cells: expected 5000, found 9000"),
+        ({"columns": []}, r"columns: expected \[\], found \['donor_id'\]"),
+        ({"cells_per_shard": 4096}, "cells_per_shard: expected 4096, found 2048"),
+    ],
+)
+def test_a_cache_of_something_else_is_left_alone(source, tmp_path, finished, keywords, message):
+    write_cache(source, tmp_path / "cache", job=(0, 1) if finished else (0, 2), **SHARD)
+    before = contents(tmp_path / "cache") if finished else None
+    with pytest.raises(CacheError, match=f"something else .*{message}"):
+        write_cache(source, tmp_path / "cache", **SHARD | keywords)
+    assert before is None or contents(tmp_path / "cache") == before
+
+
+def test_another_filter_is_something_else(source, tmp_path):
+    write_cache(source, tmp_path / "cache", **SHARD)
+    with pytest.raises(CacheError, match=r"obs_filter: expected .*donor_id == '1'"):
+        write_cache(open_source(make_cells(), obs_filter="donor_id == '1'"), tmp_path / "cache", **SHARD)
+
+
+def test_a_folder_that_is_no_cache_is_left_alone(source, tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(FileExistsError, match="exists and is not a cache"):
+        write_cache(source, tmp_path)
+    with pytest.raises(FileExistsError, match="exists and is not a cache"):
+        write_cache(source, tmp_path / "notes.txt")
+    assert contents(tmp_path) == {"notes.txt": b"mine"}
+
+
+def test_a_cache_that_was_only_begun_cannot_be_opened(source, tmp_path):
+    write_cache(source, tmp_path / "cache", job=(1, 2), **SHARD)
+    with pytest.raises(CacheError, match="it was begun"):
+        open_source(tmp_path / "cache")
+
+
+@pytest.mark.parametrize(
+    ("keywords", "message"),
+    [
+        ({"cell_ids": np.array([3, 3])}, "expected ascending cell ids"),
+        ({"cell_ids": np.array([], dtype=np.int64)}, "at least one, found 0"),
+        ({"columns": ["organ"]}, r"no column \['organ'\]"),
+        ({"cells_per_shard": 2000}, "expected at least 2,048 cells per shard"),
+        ({"job": (2, 2)}, "0 <= i < n, found 2/2"),
+        ({"cell_ids": np.array([9000])}, "not among the 9,000 cells"),
+    ],
+)
+def test_what_cannot_be_cached_raises(source, tmp_path, keywords, message):
+    with pytest.raises(ValueError, match=message):
+        write_cache(source, tmp_path / "cache", **keywords)
+
+
+def test_what_does_not_fit_the_format_raises(tmp_path):
+    huge, clash = make_cells(n_cells=10), make_cells(n_cells=10)
+    huge.X.data[5] = 2.0**33
+    with pytest.raises(ValueError, match="found a count of 8,589,934,592"):
+        write_cache(open_source(huge), tmp_path / "huge")
+    clash.obs["count"] = 1
+    with pytest.raises(ValueError, match=r"\['count'\] are called like"):
+        write_cache(open_source(clash), tmp_path / "clash", columns=["count"])
+
+
+def test_a_full_disk_leaves_finished_shards_and_says_so(source, whole, tmp_path, monkeypatch):
+    room = sum(len(whole[f"data-{shard:05d}-of-00005.arrow"]) for shard in range(2)) + 5000
+
+    class SmallDisk(cache_format._HashedFile):
+        def write(self, content: bytes) -> int:
+            nonlocal room
+            room -= len(content)
+            if room < 0:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            return super().write(content)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cache_format, "_HashedFile", SmallDisk)
+        with pytest.raises(OSError, match=r"the disk is full: .*data-00002.* run the same again"):
+            write_cache(source, tmp_path / "cache", **SHARD)
+    assert sorted(path.name for path in (tmp_path / "cache").glob("data*")) == sorted(whole)[:2]
+    assert write_cache(source, tmp_path / "cache", **SHARD)
+    assert contents(tmp_path / "cache") == whole
+
+
+KILLED = """
+import sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[2])
+from test_cache_jobs import SHARD, make_cells
+from scgpt_hf.cells.cache_jobs import write_cache
+from scgpt_hf.cells.source import open_source
+source, read, reads = open_source(make_cells()), None, []
+def slow(ids, columns):
+    reads.append(ids)
+    if len(reads) == 4:
+        import os, signal
+        os.kill(os.getpid(), signal.SIGKILL)
+    return read(ids, columns)
+read, source.read = source.read, slow
+write_cache(source, sys.argv[1], **SHARD)
+"""
+
+
+def test_a_job_that_was_killed_is_completed_by_the_same_job(source, whole, tmp_path):
+    folder = tmp_path / "cache"
+    done = subprocess.run([sys.executable, "-c", KILLED, str(folder), str(Path(__file__).parent)], check=False)
+    assert done.returncode == -signal.SIGKILL
+    finished = [json.loads(path.read_text())["file"] for path in (folder / ".jobs").glob("data*.json")]
+    assert 0 < len(finished) < 5
+    assert write_cache(source, folder, **SHARD)
+    assert contents(folder) == whole

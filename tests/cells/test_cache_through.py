@@ -1,0 +1,154 @@
+"""What is read is kept: the cache of a first epoch is the one that a job of its own writes, byte for byte."""
+
+import threading
+
+import numpy as np
+import pytest
+from test_cache_jobs import SHARD, contents, make_cells
+
+from scgpt_hf.cells.cache_jobs import write_cache
+from scgpt_hf.cells.cache_manifest import CacheError
+from scgpt_hf.cells.cache_through import CachingSource
+from scgpt_hf.cells.plan import plan_epoch
+from scgpt_hf.cells.source import CellSource, open_source
+
+CELLS = np.arange(100, 8900)
+
+
+@pytest.fixture(scope="module")
+def source() -> CellSource:
+    return open_source(make_cells())
+
+
+@pytest.fixture(scope="module")
+def whole(source: CellSource, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    folder = tmp_path_factory.mktemp("cache") / "one"
+    write_cache(source, folder, cell_ids=CELLS, **SHARD)
+    return contents(folder)
+
+
+def blocks(rank: int = 0, world_size: int = 1) -> list[np.ndarray]:
+    """What a rank reads in an epoch."""
+    plan = plan_epoch(CELLS, seed=0, epoch=0, batch_size=256, bands_per_block=2)
+    return [np.concatenate(plan.steps(block, rank=rank, world_size=world_size)) for block in range(plan.n_blocks)]
+
+
+def same(block, expected) -> bool:
+    names = ("data", "indices", "indptr")
+    return all((getattr(block.counts, name) == getattr(expected.counts, name)).all() for name in names) and (
+        block.cell_ids.tolist() == expected.cell_ids.tolist() == block.obs.index.tolist()
+        and block.obs.astype(str).equals(expected.obs.astype(str))
+    )
+
+
+def test_reading_through_gives_the_same_blocks_and_leaves_the_same_cache(source, whole, tmp_path):
+    caching = CachingSource(source, tmp_path / "cache", CELLS, **SHARD)
+    for ids in [*blocks(), *blocks()]:
+        assert same(caching.read(ids, ["donor_id"]), source.read(ids, ["donor_id"]))
+    cache = caching.finish()
+    assert contents(tmp_path / "cache") == whole
+    assert same(cache.read(CELLS[::-3], ["donor_id"]), source.read(CELLS[::-3], ["donor_id"]))
+    assert caching.finish() is cache
+    assert caching.describe() == source.describe()
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_many_processes_make_one_cache(source, whole, tmp_path, world_size):
+    barrier, failed = threading.Barrier(world_size), []
+
+    def rank(index: int) -> None:
+        try:
+            caching = CachingSource(
+                source, tmp_path / "cache", CELLS, job=(index, world_size), wait=lambda: barrier.wait(60), **SHARD
+            )
+            for ids in blocks(index, world_size):
+                caching.read(ids)
+            caching.finish()
+        except BaseException as error:  # noqa: BLE001
+            failed.append(error)
+            barrier.abort()
+
+    threads = [threading.Thread(target=rank, args=(index,)) for index in range(world_size)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failed
+    assert contents(tmp_path / "cache") == whole
+
+
+class Counting:
+    """A source that counts the cells that are read of it."""
+
+    def __init__(self, source: CellSource) -> None:
+        self.source, self.n_read = source, 0
+
+    def read(self, cell_ids, columns=()):
+        self.n_read += len(cell_ids)
+        return self.source.read(cell_ids, columns)
+
+    def __getattr__(self, name: str):
+        return getattr(self.source, name)
+
+
+def test_what_an_interrupted_epoch_kept_is_not_read_again(source, whole, tmp_path):
+    counting = Counting(source)
+    first = CachingSource(counting, tmp_path / "cache", CELLS, **SHARD)
+    for ids in blocks()[:2]:
+        first.read(ids)
+    first._storing.result()
+    counting.n_read = 0
+    second = CachingSource(counting, tmp_path / "cache", CELLS, **SHARD)
+    for ids in blocks():
+        assert same(second.read(ids, ["donor_id"]), source.read(ids, ["donor_id"]))
+    second.finish()
+    assert counting.n_read <= len(CELLS) - sum(map(len, blocks()[:2])) + 5  # one cell tells the types of obs
+    assert contents(tmp_path / "cache") == whole
+
+
+def test_a_corrupt_part_is_read_again_with_a_warning(source, whole, tmp_path, caplog):
+    caching = CachingSource(source, tmp_path / "cache", CELLS, **SHARD)
+    for ids in blocks():
+        caching.read(ids)
+    caching._storing.result()
+    part = next((tmp_path / "cache" / ".jobs" / "parts").glob("*.arrow"))
+    content = bytearray(part.read_bytes())
+    content[len(content) // 2] ^= 1
+    part.write_bytes(content)
+    assert CachingSource(source, tmp_path / "cache", CELLS, **SHARD).finish()
+    assert "is corrupt: its sha256 is not its name" in caplog.text
+    assert contents(tmp_path / "cache") == whole
+
+
+def test_a_whole_cache_is_read_from_the_start(source, whole, tmp_path):
+    write_cache(source, tmp_path / "cache")  # of all cells, not only those of the run
+    counting = Counting(source)
+    caching = CachingSource(counting, tmp_path / "cache", CELLS, **SHARD)
+    assert same(caching.read(CELLS[5:1:-1], ["donor_id"]), source.read(CELLS[5:1:-1], ["donor_id"]))
+    assert caching.finish().read(CELLS[:2]).cell_ids.tolist() == CELLS[:2].tolist()
+    assert counting.n_read == 0
+
+
+def test_nothing_is_written_before_something_is_read(source, tmp_path):
+    CachingSource(source, tmp_path / "cache", CELLS, **SHARD)
+    assert not (tmp_path / "cache").exists()
+
+
+def test_a_cache_of_something_else_is_refused(source, tmp_path):
+    write_cache(source, tmp_path / "some", cell_ids=CELLS[:50], columns=[])
+    with pytest.raises(CacheError, match=r"lacks 8,750 of the 8,800 cells of the run"):
+        CachingSource(source, tmp_path / "some", CELLS)
+    with pytest.raises(CacheError, match=r"lacks the obs columns \['donor_id'\]"):
+        CachingSource(source, tmp_path / "some", CELLS[:50], columns=["donor_id"])
+    with pytest.raises(CacheError, match=r"something else \(gene_hash"):
+        CachingSource(open_source(make_cells()[:, ::-1].copy()), tmp_path / "some", CELLS[:50])
+    with pytest.raises(ValueError, match="a cache already"):
+        CachingSource(open_source(tmp_path / "some"), tmp_path / "other", CELLS[:50])
+
+
+def test_an_error_of_the_disk_reaches_the_reader(source, tmp_path):
+    (tmp_path / "cache").write_text("a file")
+    caching = CachingSource(source, tmp_path / "cache", CELLS, **SHARD)
+    caching.read(CELLS[:10])  # written while the next cells are read
+    with pytest.raises(FileExistsError, match="exists and is not a cache"):
+        caching.read(CELLS[10:20])
