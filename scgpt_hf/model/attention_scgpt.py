@@ -21,7 +21,10 @@ logger = logging.get_logger(__name__)
 
 
 class Packing(NamedTuple):
-    """Where packed cells lie in the row of all tokens: boundaries, int32 (cells + 1,), and length of the longest."""
+    """Where packed cells lie in the row of all tokens: boundaries, int32, and at least the length of the longest.
+
+    Tokens behind the last cell belong to none: they make one more, often empty, so boundaries are (cells + 2,).
+    """
 
     boundaries: Tensor
     max_length: int
@@ -56,7 +59,8 @@ def packing_of(
             f"cu_seq_lens_k {tuple(same_boundaries.shape)} differs from cu_seq_lens_q {tuple(boundaries.shape)}; "
             "cells attend to themselves, so pass the same tensor twice"
         )
-    return Packing(boundaries, longest)
+    tail = boundaries.new_full((1,), input_ids.shape[1])
+    return Packing(torch.cat([boundaries, tail]), longest)
 
 
 def cell_boundaries(input_ids: Tensor, packed: Tensor | None) -> Tensor:
@@ -68,7 +72,7 @@ def cell_boundaries(input_ids: Tensor, packed: Tensor | None) -> Tensor:
 
 
 def cell_of(positions: Tensor, boundaries: Tensor) -> Tensor:
-    """Return the cell each position of the flattened input belongs to, int64; nothing leaves the device."""
+    """Return the cell each position of the flattened input belongs to, int64; behind the last, the number of cells."""
     return torch.bucketize(positions, boundaries[1:], right=True)
 
 
@@ -141,7 +145,7 @@ def varlen_attention(
         logger.warning_once(f"{VARLEN} attention returns no attentions; load with attn_implementation='eager' for them")
     if packing is None:
         attended = F.scaled_dot_product_attention(query, key, value, attention_mask, dropout, scale=scaling)
-    elif query.device.type == "cpu":
+    elif query.device.type == "cpu" and not torch.compiler.is_compiling():  # lengths are data, which no graph may see
         attended = _attend_per_cell(query, key, value, packing, scaling, dropout)
     elif query.device.type == "cuda" and query.dtype in (torch.float16, torch.bfloat16) and not dropout:
         attended = _attend_with_varlen_kernel(query, key, value, packing, scaling)
@@ -155,7 +159,7 @@ def _attend_per_cell(
 ) -> Tensor:
     # A loop over cells, because on a CPU nothing exact is faster: forward and backward of 32 cells of about 130 tokens,
     # 4 layers of 128, takes 0.34 s so, 0.41 s in buckets of 4 cells, 0.70 s padded (one thread).
-    lengths = packing.boundaries.diff().tolist()
+    lengths = [length for length in packing.boundaries.diff().tolist() if length]
     cells = zip(*(states.split(lengths, dim=2) for states in (query, key, value)), strict=True)
     attended = [F.scaled_dot_product_attention(q, k, v, None, dropout, scale=scaling) for q, k, v in cells]
     return torch.cat(attended, dim=2)

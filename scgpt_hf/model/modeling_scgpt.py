@@ -214,7 +214,7 @@ class ScGPTModel(ScGPTPreTrainedModel):
             attention_mask: true at real tokens, (cells, tokens); only padded.
             cu_seq_lens_q: where each packed cell begins and ends, int32 (cells + 1,).
             cu_seq_lens_k: the same again, as the library passes it.
-            max_length_q: tokens of the longest packed cell.
+            max_length_q: tokens of the longest packed cell, or more; also not below those behind the last cell.
             max_length_k: the same again.
             domain_ids: experimental batch of each cell, int64 (cells,).
             input_cell_embedding: replaces the embedded `<cls>` of each cell, to generate from it; (cells, hidden).
@@ -359,17 +359,18 @@ class ScGPTForPreTraining(ScGPTPreTrainedModel):
         """Return what the heads read at the given positions, or at all, by name of the output's field."""
         cells, shape = encoded.cell_embedding, encoded.last_hidden_state.shape[:2]
         at = torch.arange(shape.numel(), device=cells.device) if positions is None else positions
-        cell = cell_of(at, boundaries)
+        cell = cell_of(at, boundaries).clamp(max=cells.shape[0] - 1)  # behind the last cell nothing is predicted
         seen: dict[str, Any] = dict.fromkeys(("gep", "gepc", "gep_zero", "gepc_zero", "dar", "class_logits"))
         told = []  # what the expression heads are told beside a state: the domain of its cell
         if self.domain_encoder is not None:
-            told = [self.domain_encoder(_needed(domain_ids, "domain_ids"))[cell]]
+            told = [self.domain_encoder(_needed(domain_ids, "domain_ids")).index_select(0, cell)]
         if self.expression_head is not None:
             hidden = encoded.last_hidden_state.flatten(0, 1).index_select(0, at)
             seen["gep"], seen["gep_zero"] = self.expression_head(torch.cat([hidden, *told], dim=-1))
         if self.cell_to_gene_head is not None:
             genes = encoded.gene_embedding.flatten(0, 1).index_select(0, at)
-            seen["gepc"], seen["gepc_zero"] = self.cell_to_gene_head(torch.cat([cells[cell], *told], dim=-1), genes)
+            own = cells.index_select(0, cell)
+            seen["gepc"], seen["gepc_zero"] = self.cell_to_gene_head(torch.cat([own, *told], dim=-1), genes)
         if positions is None:
             seen = {name: None if states is None else states.view(shape) for name, states in seen.items()}
         if self.domain_head is not None:

@@ -1,15 +1,18 @@
 """Tokens of many cells end to end, and the two layouts in which a model reads them.
 
-`pack` lays the cells of a batch in one row without padding (training); `pad` gives each cell a row (any other use).
+`pack` lays the cells of a batch in one row without padding (training); `pad` gives each cell a row (any other use);
+`bucket` lengthens a packed row to one of few sizes, for a compiled model.
 What the tokens are is decided in `tokenizing_scgpt`.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
+import torch.nn.functional as F
 
 IGNORE = -100.0  # in labels: nothing to predict here
 
@@ -71,6 +74,42 @@ def pack(tokens: Tokens) -> dict[str, Any]:
     return batch
 
 
+def bucket(batch: dict[str, Any], *, pad_id: int, pad_value: float) -> dict[str, Any]:
+    """Return a packed batch lengthened to one of few shapes, so that a compiled model meets few shapes.
+
+    Padding follows the last cell; the model lets no cell see it. Added positions of labels point at the first token,
+    a `<cls>`, which has no label, so losses and their divisors stay as they were.
+
+    Args:
+        batch: as `pack` returns it.
+        pad_id: vocabulary id of `<pad>`.
+        pad_value: value at padding.
+
+    Returns:
+        The same keys; tokens and label positions as `bucket_size` rounds them, the longest cell a multiple of 128.
+    """
+    n_tokens = batch["input_ids"].shape[1]
+    tail = bucket_size(n_tokens) - n_tokens
+    fillers = {"input_ids": pad_id, "values": pad_value, "labels": IGNORE}
+    longer = {key: F.pad(batch[key], (0, tail), value=filler) for key, filler in fillers.items() if key in batch}
+    if "label_positions" in batch:
+        n_masked = len(batch["label_positions"])
+        longer["label_positions"] = F.pad(batch["label_positions"], (0, bucket_size(n_masked) - n_masked))
+    longest = 128 * math.ceil(
+        max(batch["max_length_q"], tail) / 128
+    )  # the attention kernel works on 128 tokens at once
+    return {**batch, **longer, "max_length_q": longest, "max_length_k": longest}
+
+
+def bucket_size(n: int) -> int:
+    """Return `n` rounded up, by 1/16 at most, to a multiple of a power of two in [64, 512].
+
+    The padding behind a row stays below 512 tokens, because its attention costs their square.
+    """
+    step = min(max(1 << max(n // 16, 1).bit_length() - 1, 64), 512)
+    return step * max(math.ceil(n / step), 1)
+
+
 def pad(tokens: Tokens, *, pad_id: int, pad_value: float) -> dict[str, Any]:
     """Return one row per cell, filled on the right to the longest.
 
@@ -108,4 +147,4 @@ def unpack(per_token: torch.Tensor, cu_seq_lens: torch.Tensor) -> tuple[torch.Te
     Returns:
         One view per cell, shape (tokens of that cell, ...).
     """
-    return torch.split(per_token[0], cu_seq_lens.diff().tolist())
+    return torch.split(per_token[0, : int(cu_seq_lens[-1])], cu_seq_lens.diff().tolist())

@@ -60,6 +60,14 @@ def packed_of(padded: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def with_tail(packed: dict[str, Any], tail: int) -> dict[str, Any]:
+    """The row with tokens behind the last cell, as `bucket` makes it."""
+    fillers = {"input_ids": PAD, "values": -2.0, "labels": IGNORE}
+    longer = {name: torch.nn.functional.pad(packed[name], (0, tail), value=value) for name, value in fillers.items()}
+    longest = max(packed["max_length_q"], tail)
+    return {**packed, **longer, "max_length_q": longest, "max_length_k": longest}
+
+
 def loss_and_gradients(network: ScGPTForPreTraining, batch: dict[str, Any]) -> tuple[Any, list[torch.Tensor]]:
     network.zero_grad()
     output = network(**batch)
@@ -76,7 +84,9 @@ def test_packed_equals_padded(attention: str, variant: dict[str, Any], lengths: 
     packed = packed_of(padded)
     expected, gradients = loss_and_gradients(network_for("eager", variant), padded)
     positions = (packed["labels"] != IGNORE).flatten().nonzero()[:, 0]
-    for batch in (packed, {**packed, "label_positions": positions}):
+    more = torch.cat([positions, torch.zeros(3, dtype=torch.int64)])  # a `<cls>`, which has no label
+    bucketed = {**with_tail(packed, 4), "label_positions": more}
+    for batch in (packed, {**packed, "label_positions": positions}, bucketed):
         found, found_gradients = loss_and_gradients(network_for(attention, variant), batch)
         torch.testing.assert_close(found.losses, expected.losses, atol=1e-5, rtol=1e-4)
         torch.testing.assert_close(found_gradients, gradients, atol=1e-4, rtol=1e-4)

@@ -29,6 +29,15 @@ def packing_for(lengths: list[int]) -> Packing:
     return Packing(torch.tensor([0, *lengths]).cumsum(0).to(torch.int32), max(lengths))
 
 
+@given(lengths=lengths, tail=st.integers(0, 3))
+def test_tokens_behind_the_last_cell_are_one_more(lengths: list[int], tail: int) -> None:
+    boundaries, longest = packing_for(lengths)
+    packing = packing_of(torch.zeros(1, sum(lengths) + tail), None, boundaries, boundaries, longest, longest)
+    assert packing is not None
+    assert packing.boundaries.diff().tolist() == [*lengths, tail]
+    assert packing.boundaries.dtype == torch.int32
+
+
 @settings(deadline=None)
 @given(lengths=lengths, seed=st.integers(0, 99))
 def test_every_path_attends_within_each_cell_alone(lengths: list[int], seed: int) -> None:

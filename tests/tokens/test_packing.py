@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from scgpt_hf.tokens.packing_scgpt import IGNORE, Tokens, pack, pad, unpack
+from scgpt_hf.tokens.packing_scgpt import IGNORE, Tokens, bucket, bucket_size, pack, pad, unpack
 
 
 def _tokens(n_tokens: list[int], labelled: bool = True) -> Tokens:
@@ -90,3 +90,47 @@ def test_unpack_gives_each_cell_its_part() -> None:
     parts = unpack(hidden, batch["cu_seq_lens_q"])
     assert [len(part) for part in parts] == [3, 1, 2]
     assert torch.equal(torch.cat(parts), hidden[0])
+
+
+@given(n=st.integers(0, 300_000))
+def test_bucket_sizes_are_few_and_little_larger(n: int) -> None:
+    size = bucket_size(n)
+    assert n <= size < n + 512
+    assert size <= max(n + max(n / 16, 63), 64)
+    assert bucket_size(size) == size
+
+
+def test_there_are_few_buckets() -> None:
+    assert len({bucket_size(n) for n in range(4096)}) <= 48
+    assert len({bucket_size(n) for n in range(60_000, 64_000)}) <= 9
+
+
+@settings(deadline=None)
+@given(n_tokens=st.lists(st.integers(1, 200), min_size=1, max_size=8), labelled=st.booleans())
+def test_a_bucketed_row_is_the_packed_row_and_padding(n_tokens: list[int], labelled: bool) -> None:
+    tokens = _tokens(n_tokens, labelled)
+    if labelled:
+        tokens.labels[0] = IGNORE  # `<cls>` is never hidden
+    packed = pack(tokens)
+    longer = bucket(packed, pad_id=77, pad_value=-2.0)
+    assert longer.keys() == packed.keys()
+    end = sum(n_tokens)
+    assert longer["input_ids"].shape == longer["values"].shape == (1, bucket_size(end))
+    for key, filler in {"input_ids": 77, "values": -2.0, "labels": IGNORE}.items():
+        if key in packed:
+            assert torch.equal(longer[key][:, :end], packed[key])
+            assert (longer[key][:, end:] == filler).all()
+            assert longer[key].dtype == packed[key].dtype
+    assert torch.equal(longer["cu_seq_lens_q"], packed["cu_seq_lens_q"])
+    assert longer["max_length_q"] == longer["max_length_k"] >= max(*n_tokens, bucket_size(end) - end)
+    if labelled:
+        labels = longer["labels"].flatten()[longer["label_positions"]]
+        assert torch.equal(labels[labels != IGNORE], packed["labels"].flatten()[packed["label_positions"]])
+        assert len(labels) == bucket_size(len(packed["label_positions"]))
+
+
+def test_unpack_leaves_the_padding_out() -> None:
+    batch = bucket(pack(_tokens([3, 1, 2])), pad_id=77, pad_value=-2.0)
+    assert [part.tolist() for part in unpack(batch["input_ids"], batch["cu_seq_lens_q"])] == [
+        part.tolist() for part in unpack(pack(_tokens([3, 1, 2]))["input_ids"], batch["cu_seq_lens_q"])
+    ]

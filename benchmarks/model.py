@@ -1,0 +1,139 @@
+"""Train one model on packed and on padded batches of the same cells, in turn, and compare.
+
+  python benchmarks/model.py --data runs/blood_census
+  python benchmarks/model.py --data a.h5ad b.h5ad --genes hvg --hidden_size 512 --layers 12 --batch_size 16
+  python benchmarks/model.py --data runs/blood_census --device cuda --bf16
+
+Lengths come from the data: its variable genes, then all of its genes, each cell sampled down to `--max_tokens`. A step
+is forward, backward, clipping and fused AdamW; both arms see the same cells, masks and initial weights.
+"""
+
+import argparse
+import time
+from functools import partial
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import torch
+from measuring import alternate, print_medians, write_result
+
+from scgpt_hf.cells.plan import plan_epoch
+from scgpt_hf.cells.source import CellSource, open_source
+from scgpt_hf.model.configuration_scgpt import training_flops_per_token
+from scgpt_hf.model.modeling_scgpt import ScGPTForPreTraining
+from scgpt_hf.stream import Batch, StreamSettings, lengths_of, stream_cells
+from scgpt_hf.tokens.processing_scgpt import ScGPTProcessor
+from scgpt_hf.training.recipe import build_model, build_processor, choose
+from scgpt_hf.training.settings import DataSettings, ModelSettings
+
+SEED = 0
+
+
+def main() -> None:
+    """Measure each gene selection, print the medians, write results/model.json."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", nargs="+", required=True, help="a Census, a folder of a SOMA, or .h5ad files")
+    parser.add_argument("--genes", nargs="+", choices=("hvg", "all"), default=["hvg", "all"], help="default: both")
+    parser.add_argument("--n_hvg", type=int, default=1200, help="variable genes (default: %(default)s)")
+    parser.add_argument("--max_tokens", type=int, default=1201, help="most tokens of a cell (default: %(default)s)")
+    parser.add_argument("--hidden_size", type=int, default=128, help="width (default: %(default)s; the seed's: 512)")
+    parser.add_argument("--layers", type=int, default=4, help="layers (default: %(default)s; the seed's: 12)")
+    parser.add_argument("--batch_size", type=int, default=32, help="cells of a step (default: %(default)s)")
+    parser.add_argument("--batches", type=int, default=4, help="different batches (default: %(default)s)")
+    parser.add_argument("--repeats", type=int, default=3, help="rounds over all batches (default: %(default)s)")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda, … (default: %(default)s)")
+    parser.add_argument("--bf16", action="store_true", help="bf16 autocast")
+    parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0: torch's default")
+    options = parser.parse_args()
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    source = open_source(options.data)
+    results = {genes: measure(source, genes, options) for genes in options.genes}
+    write_result("model", {"threads": torch.get_num_threads(), "settings": vars(options) | {"data": None}, **results})
+
+
+def measure(source: CellSource, genes: str, options: argparse.Namespace) -> dict[str, Any]:
+    """Return cells/s, tokens/s and their ratio for one selection of genes, and what the lengths were."""
+    data = DataSettings(gene_selection=genes, n_hvg=options.n_hvg, max_tokens=options.max_tokens)  # type: ignore[arg-type]
+    selection = choose(source, data, SEED)
+    processor = build_processor(selection.genes, data)
+    read = partial(read_batches, source, selection.parts["train"], processor, data, options)
+    batches = {"packed": read(padded=False), "padded": read(padded=True)}
+    steps = {name: Step(processor, options) for name in batches}
+    arms = {name: partial(steps[name].cells_per_second, batches[name]) for name in batches}
+    for arm in arms.values():
+        arm()  # warm up
+    lengths = torch.cat([lengths_of(batch) for batch in batches["packed"]]).double()
+    medians = alternate(arms, options.repeats)
+    shape = {
+        "mean_tokens": float(lengths.mean()),
+        "percentiles_5_50_95": np.percentile(lengths.numpy(), [5, 50, 95]).tolist(),
+        "share_of_padding": 1 - float(lengths.sum()) / sum(batch["input_ids"].numel() for batch in batches["padded"]),
+        "mflop_per_token": training_flops_per_token(
+            steps["packed"].model.config, float(lengths.square().sum() / lengths.sum())
+        )
+        / 1e6,
+    }
+    print(f"\n{genes}: " + ", ".join(f"{name} {np.round(value, 2)}" for name, value in shape.items()))
+    print_medians(medians, "padded", "cells/s")
+    print_medians({name: rate * shape["mean_tokens"] for name, rate in medians.items()}, "padded", "tokens/s")
+    return {"cells_per_second": medians, "packed_over_padded": medians["packed"] / medians["padded"], **shape}
+
+
+def read_batches(
+    source: CellSource,
+    cell_ids: np.ndarray,
+    processor: ScGPTProcessor,
+    data: DataSettings,
+    options: argparse.Namespace,
+    *,
+    padded: bool,
+) -> list[Batch]:
+    """Return the first masked batches of an epoch, in either layout."""
+    plan = plan_epoch(cell_ids, seed=SEED, epoch=0, batch_size=options.batch_size)
+    settings = StreamSettings(SEED, mask_ratios=tuple(data.mask_ratios), padded=padded)
+    return list(islice(stream_cells(source, [plan], processor, settings), options.batches))
+
+
+class Step:
+    """A model and its optimiser, trained on batches in either layout."""
+
+    def __init__(self, processor: ScGPTProcessor, options: argparse.Namespace) -> None:
+        """Make a model; the same weights every time."""
+        torch.manual_seed(SEED)
+        heads = max(1, options.hidden_size // 64)
+        sizes = {"hidden_size": options.hidden_size, "intermediate_size": options.hidden_size, "dropout": 0.2}
+        settings = ModelSettings(num_hidden_layers=options.layers, num_attention_heads=heads, **sizes)
+        self.device, self.bf16 = torch.device(options.device), options.bf16
+        self.model: ScGPTForPreTraining = build_model(processor, settings, 0).to(self.device)
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, fused=True)
+
+    def cells_per_second(self, batches: list[Batch]) -> float:
+        """Train on each batch once."""
+        started = self.now()
+        for batch in batches:
+            self.train(batch)
+        return sum(len(lengths_of(batch)) for batch in batches) / (self.now() - started)
+
+    def train(self, batch: Batch) -> None:
+        """Make one step."""
+        on_device = {
+            key: value.to(self.device) if isinstance(value, torch.Tensor) else value for key, value in batch.items()
+        }
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
+            loss = self.model(**on_device).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def now(self) -> float:
+        """Return the time once the device has done what it was asked for."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+
+if __name__ == "__main__":
+    main()
