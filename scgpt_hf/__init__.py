@@ -27,6 +27,8 @@ _HOME_OF = {
     "publish": "training.hub",
     "embed_anndata": "analysis.embed",
     "embed_cells": "analysis.embed",
+    "AnnotateSettings": "training.finetuning_settings",
+    "finetune_classifier": "training.finetuning",
 }
 
 __all__ = sorted(_HOME_OF)

@@ -24,6 +24,7 @@ from scipy.sparse import csr_matrix
 from scgpt_hf.cells.block import CellBlock, Int64Array
 from scgpt_hf.cells.plan import Plan
 from scgpt_hf.cells.source import CellSource
+from scgpt_hf.genes import match_columns
 from scgpt_hf.tokens.packing_scgpt import Tokens, pack, pad
 from scgpt_hf.tokens.processing_scgpt import ScGPTProcessor
 
@@ -203,7 +204,7 @@ class _Blocks:
         shards: list[tuple[int, int, int]],
     ) -> None:
         self.source, self.plans, self.processor, self.settings, self.shards = source, plans, processor, settings, shards
-        self.gene_ids = processor.match_genes(list(source.genes["feature_id"]))
+        self.gene_ids, _ = match_columns(source.genes, processor)
         self.reader = ThreadPoolExecutor(1, thread_name_prefix="scgpt-read-block")
         self.ahead: tuple[int, Future[tuple[list[Int64Array], CellBlock]] | None] = (0, None)
 

@@ -17,11 +17,13 @@ MAY_IMPORT = {
     "cells": {"cells"},
     "tokens": set(),
     "model": set(),
-    "stream": {"cells", "tokens"},
+    "genes": {"cells", "tokens"},
+    "pretrained": {"tokens", "model"},
+    "stream": {"cells", "tokens", "genes"},
     "demo": {"cells"},
     "convert": {"tokens", "model", "convert"},
-    "training": {"training", "stream", "cells", "tokens", "model", "demo"},
-    "analysis": {"analysis", "stream", "cells", "tokens", "model"},
+    "training": {"training", "stream", "cells", "tokens", "model", "demo", "genes", "pretrained"},
+    "analysis": {"analysis", "stream", "cells", "tokens", "model", "genes", "pretrained"},
     "__init__": {*ROOMS, "stream", "demo", "convert"},
 }
 # What travels with the weights may need nothing that a user of transformers lacks; numba only in a `try:`.

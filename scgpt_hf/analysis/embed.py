@@ -1,13 +1,9 @@
 """One vector per cell from a pretrained model, for any source of cells or an AnnData; `embed_file.py` serves files.
 
-Cells go through the processor as in pretraining, without masks and without chance: ties take the middle of their bins
-and a cell with too many genes is sampled by its own content. So a cell's vector depends on the cell alone.
+How cells reach the model is decided in `inference.py`: without masks and without chance.
 """
 
-import logging
 from collections.abc import Iterator
-from contextlib import closing
-from copy import copy
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypedDict, Unpack
@@ -15,24 +11,19 @@ from typing import TYPE_CHECKING, Any, Literal, TypedDict, Unpack
 import numpy as np
 import numpy.typing as npt
 import torch
-from tqdm import tqdm
-from transformers import AutoModel, AutoProcessor, PreTrainedModel
+from transformers import AutoModel, PreTrainedModel
 
-from scgpt_hf.analysis.genes import match_columns
-from scgpt_hf.cells.block import Int64Array, require_counts
-from scgpt_hf.cells.plan import BAND_SIZE, plan_validation
+from scgpt_hf.analysis.inference import Float32Array, run_batches
+from scgpt_hf.cells.block import Int64Array
 from scgpt_hf.cells.source import CellSource, open_source
-from scgpt_hf.model.configuration_scgpt import ScGPTConfig
-from scgpt_hf.stream import Batch, read_ahead
-from scgpt_hf.tokens.packing_scgpt import pack
+from scgpt_hf.genes import match_columns
+from scgpt_hf.pretrained import load_pretrained
+from scgpt_hf.stream import Batch
 from scgpt_hf.tokens.processing_scgpt import ScGPTProcessor
 
 if TYPE_CHECKING:
     from anndata import AnnData
 
-logger = logging.getLogger(__name__)
-
-Float32Array = npt.NDArray[np.float32]
 KEY = "X_scgpt"
 
 
@@ -52,23 +43,21 @@ class EmbedSettings(TypedDict, total=False):
     progress: bool
 
 
-def load_encoder(name: str | Path, device: str | None = None) -> tuple[PreTrainedModel, ScGPTProcessor]:
+def load_encoder(
+    name: str | Path, device: str | None = None, model_class: Any = AutoModel
+) -> tuple[PreTrainedModel, ScGPTProcessor]:
     """Return the model and the processor saved in a folder or a repository of the Hub.
 
     Args:
         name: the folder, or the repository's id.
         device: where the model goes; by default a GPU if there is one.
+        model_class: an Auto class: the encoder alone, or with a head.
 
     Raises:
-        OSError: there is no such folder or repository, or it holds no model.
-        ValueError: the folder is a run's, which has its model one folder deeper.
+        OSError, ValueError: see `load_pretrained`.
     """
-    if Path(name, "best_model").is_dir():
-        raise ValueError(f"{name} is the folder of a run; its model is {Path(name, 'best_model')}")
-    model = AutoModel.from_pretrained(name)
-    if model.config.model_type != ScGPTConfig.model_type:
-        raise ValueError(f"{name} holds a {model.config.model_type!r} model, not one of scgpt")
-    return model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")), AutoProcessor.from_pretrained(name)  # type: ignore[no-untyped-call]
+    model, processor, _ = load_pretrained(name, model_class)
+    return model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")), processor  # type: ignore[arg-type]
 
 
 def embed_anndata(
@@ -133,44 +122,26 @@ def embed_cells(
     return embedding
 
 
-@torch.inference_mode()
 def embed_batches(
     source: CellSource,
     cell_ids: Int64Array,
     model: PreTrainedModel,
     processor: ScGPTProcessor,
     *,
-    batch_size: int = 64,
     normalize: bool = True,
-    empty: Literal["raise", "nan"] = "raise",
-    progress: bool = True,
+    **settings: Any,
 ) -> Iterator[tuple[Int64Array, Float32Array]]:
     """Yield positions in `cell_ids`, which ascend, and the vectors of these cells; empty cells are passed over.
 
     See `embed_cells` and `EmbedSettings` for the arguments and what raises.
     """
-    if model.config.vocab_size != processor.vocab_size:
-        raise ValueError(
-            f"the model has {model.config.vocab_size:,} genes and special tokens, the processor "
-            f"{processor.vocab_size:,}; load both from one folder"
-        )
-    if not len(cell_ids):
-        return
-    encoder, training = model.base_model, model.training
-    model.eval()  # type: ignore[no-untyped-call]
-    batches = read_ahead(_read_batches(source, cell_ids, processor, batch_size, empty))
-    try:
-        with closing(batches), tqdm(total=len(cell_ids), unit="cell", desc="embedding", disable=not progress) as bar:
-            for batch in batches:
-                positions = np.asarray(batch.pop("positions"))
-                on_device = {k: v.to(model.device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
-                vectors = encoder(**on_device).cell_embedding.float()
-                vectors = torch.nn.functional.normalize(vectors, dim=-1) if normalize else vectors
-                bar.update(len(positions))
-                yield positions, vectors.cpu().numpy()
-    finally:
-        if training:
-            model.train()
+    encoder = model.base_model
+
+    def embed(batch: Batch) -> torch.Tensor:
+        vectors = encoder(**batch).cell_embedding.float()
+        return torch.nn.functional.normalize(vectors, dim=-1) if normalize else vectors
+
+    return run_batches(embed, source, cell_ids, model, processor, **settings)
 
 
 def umap_of(embedding: npt.NDArray[np.floating[Any]], seed: int) -> Float32Array:
@@ -194,37 +165,6 @@ def umap_of(embedding: npt.NDArray[np.floating[Any]], seed: int) -> Float32Array
     scanpy.pp.neighbors(adata, n_neighbors=min(15, len(embedding) - 1), use_rep=KEY, random_state=seed)
     scanpy.tl.umap(adata, random_state=seed)
     return np.asarray(adata.obsm["X_umap"], dtype=np.float32)
-
-
-def _read_batches(
-    source: CellSource, cell_ids: Int64Array, processor: ScGPTProcessor, batch_size: int, empty: str
-) -> Iterator[Batch]:
-    """Yield packed batches of the cells that are not empty, each with the `positions` of its cells in `cell_ids`.
-
-    Not `stream_cells`: that keys samples by cell id, and these ids are row numbers, which change when a file is cut.
-    """
-    plan = plan_validation(cell_ids, batch_size, cells_per_block=BAND_SIZE)
-    processor = copy(processor)
-    processor.ties = "midpoint"
-    gene_ids, coverage = match_columns(source.genes, processor)
-    logger.info("genes: %s", coverage)
-    first = 0
-    for index in range(plan.n_blocks):
-        ids = np.concatenate(plan.steps(index))
-        counts = source.read(ids).counts
-        require_counts(counts, where=f"cells {ids[0]:,} to {ids[-1]:,}")
-        expressing = processor.count_known(counts, gene_ids) > 0
-        if empty == "raise" and not expressing.all():
-            raise ValueError(
-                f"{(~expressing).sum():,} of the cells {ids[0]:,} to {ids[-1]:,} express no gene that the model knows, "
-                f"first ids: {ids[~expressing][:5].tolist()}; leave them out, or pass empty='nan' to get rows of NaN"
-            )
-        tokens = processor.tokenize(counts, gene_ids, seed=0, epoch=0)
-        positions = first + np.flatnonzero(expressing)
-        for start in range(0, len(tokens), batch_size):
-            cells = slice(start, start + batch_size)
-            yield pack(tokens[cells]) | {"positions": torch.from_numpy(positions[cells])}
-        first += len(ids)
 
 
 def load_pair(

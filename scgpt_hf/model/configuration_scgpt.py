@@ -69,6 +69,8 @@ class ScGPTConfig(PreTrainedConfig):
         gepc_detach: whether the GEPC loss leaves the gene embedding untouched.
         explicit_zero_prob: whether expression heads also predict that a gene is expressed at all.
         n_domains: experimental batches known to the model.
+        domain_key: obs column that names the experimental batch of a cell.
+        domains: values of that column, in the order of their ids; empty where nobody recorded them.
         domain_embedding: whether the expression heads are told the domain.
         domain_head: whether an adversarial discriminator guesses the domain (DAR).
         input_norm: batch norm over embedded input: "none", "batch", or "domain" with statistics per domain; both count
@@ -107,6 +109,8 @@ class ScGPTConfig(PreTrainedConfig):
     gepc_detach: bool = False
     explicit_zero_prob: bool = False
     n_domains: int = 0
+    domain_key: str | None = None
+    domains: list[str] = field(default_factory=list)
     domain_embedding: bool = False
     domain_head: bool = False
     input_norm: Literal["none", "batch", "domain"] = "none"
@@ -185,12 +189,15 @@ class ScGPTConfig(PreTrainedConfig):
         """Check that what needs domains has them, and that the GEPC style can carry what is asked of it.
 
         Raises:
-            ValueError: no domains where they are needed, or a GEPC style without the option asked for.
+            ValueError: no domains where they are needed, another number than are named, or a GEPC style without the
+                option asked for.
         """
         needs = [name for name in ("domain_embedding", "domain_head") if getattr(self, name)]
         needs += ["input_norm='domain'"] if self.input_norm == "domain" else []
         if needs and self.n_domains < 1:
             raise ValueError(f"{' and '.join(needs)} need n_domains >= 1, found {self.n_domains}")
+        if self.domains and len(self.domains) != self.n_domains:
+            raise ValueError(f"domains names {len(self.domains)} experimental batches, n_domains is {self.n_domains}")
         options = [name for name in ("explicit_zero_prob", "domain_embedding") if getattr(self, name)]
         if options and self.gepc_query != "inner_product" and self.weighs("gepc"):
             raise ValueError(

@@ -15,12 +15,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.sparse import csr_matrix
 
-from scgpt_hf.analysis import embed
+from scgpt_hf.analysis import embed, inference
 from scgpt_hf.analysis.embed import embed_anndata, embed_cells, umap_of
 from scgpt_hf.analysis.embed_file import embed_file
-from scgpt_hf.analysis.genes import match_columns
 from scgpt_hf.cells.h5ad import H5adSource
 from scgpt_hf.cells.source import open_source
+from scgpt_hf.genes import match_columns
 from scgpt_hf.model.configuration_scgpt import ScGPTConfig
 from scgpt_hf.model.modeling_scgpt import ScGPTForPreTraining, ScGPTModel
 from scgpt_hf.tokens.processing_scgpt import ScGPTProcessor
@@ -117,11 +117,11 @@ def test_blocks_are_small_and_do_not_show(
     source = H5adSource(some_cells(), primary_only=False)
     read, sizes = source.read, []
 
-    def watched(cell_ids: Any) -> Any:
+    def watched(cell_ids: Any, columns: Any) -> Any:
         sizes.append(len(cell_ids))
-        return read(cell_ids)
+        return read(cell_ids, columns)
 
-    monkeypatch.setattr(embed, "BAND_SIZE", 16)
+    monkeypatch.setattr(inference, "BAND_SIZE", 16)
     monkeypatch.setattr(source, "read", watched)
     embedding = embed_cells(source, np.arange(N_CELLS), model, processor, batch_size=8, **QUIET)
     assert sizes == [16, 16, 16, 2]
@@ -256,11 +256,27 @@ def of_a_mouse() -> AnnData:
     return adata
 
 
+def by_mouse_symbols() -> AnnData:
+    adata = some_cells()
+    adata.var_names = ["Cd3d", "H2afz", "mt-Nd1", *(f"Gm{number}" for number in range(3, N_GENES))]
+    adata.var["feature_name"] = adata.var_names
+    return adata
+
+
+def of_nothing_known() -> AnnData:
+    adata = some_cells()
+    adata.var_names = [f"peak{number}" for number in range(N_GENES)]
+    adata.var["feature_name"] = adata.var_names
+    return adata
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
         (normalised, r"raw counts.*layer='counts'"),
-        (of_a_mouse, "only 0 of the 40 genes"),
+        (of_a_mouse, "mouse genes, e.g. .*ENSMUSG00000000000"),
+        (by_mouse_symbols, "mouse genes, e.g. .*'Cd3d'"),
+        (of_nothing_known, "only 0 of the 40 genes"),
         (lambda: some_cells()[:0].copy(), "no cells"),
     ],
 )

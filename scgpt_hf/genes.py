@@ -1,9 +1,16 @@
 """Which gene of the model each column of the data is: by its id, else by its name."""
 
+import logging
+
 import pandas as pd
 
 from scgpt_hf.cells.block import Int64Array
 from scgpt_hf.tokens.processing_scgpt import ScGPTProcessor
+
+logger = logging.getLogger(__name__)
+
+MOUSE_ID = r"^ENSMUSG\d"
+MOUSE_SYMBOL = r"^[A-Z][a-z]"  # Cd3d; human symbols are written in capitals, but for the likes of C1orf112
 
 
 def match_columns(genes: pd.DataFrame, processor: ScGPTProcessor) -> tuple[Int64Array, dict[str, int]]:
@@ -17,7 +24,7 @@ def match_columns(genes: pd.DataFrame, processor: ScGPTProcessor) -> tuple[Int64
         `unknown` genes, and of genes in the `vocabulary`.
 
     Raises:
-        ValueError: too few genes are known; see `ScGPTProcessor.match_genes`.
+        ValueError: too few genes are known; see `ScGPTProcessor.match_genes`. The message says if they are a mouse's.
     """
     vocabulary = processor.genes
     ids, symbols = genes["feature_id"].astype(str), genes["feature_name"].astype(str)
@@ -25,12 +32,28 @@ def match_columns(genes: pd.DataFrame, processor: ScGPTProcessor) -> tuple[Int64
     named = ~by_id & symbols.isin(vocabulary)
     repeated = named & (symbols.isin(ids[by_id]) | symbols.where(named).duplicated())
     by_symbol = named & ~repeated
-    gene_ids = processor.match_genes(list(ids.where(~by_symbol, symbols)))
+    try:
+        gene_ids = processor.match_genes(list(ids.where(~by_symbol, symbols)))
+    except ValueError as error:
+        if _of_a_mouse(ids, symbols):
+            raise ValueError(
+                f"the data have mouse genes, e.g. {symbols[:3].tolist()} ({ids.iloc[0]}), which the model does not "
+                f"know: its genes are such as {vocabulary[:3]}; use a model of mouse cells, or rename the genes to "
+                "their human orthologs first"
+            ) from error
+        raise
     n_known, n_symbols, n_repeated = int((gene_ids >= 0).sum()), int(by_symbol.sum()), int(repeated.sum())
-    return gene_ids, {
+    coverage = {
         "by_id": n_known - n_symbols,
         "by_symbol": n_symbols,
         "duplicates": n_repeated,
         "unknown": len(genes) - n_known - n_repeated,
         "vocabulary": len(vocabulary),
     }
+    logger.info("genes: %s", coverage)
+    return gene_ids, coverage
+
+
+def _of_a_mouse(ids: pd.Series, symbols: pd.Series) -> bool:
+    """Return whether most ids are Ensembl's of the mouse, or most symbols are written as a mouse's (Cd3d, not CD3D)."""
+    return bool(ids.str.match(MOUSE_ID).mean() > 0.5 or symbols.str.match(MOUSE_SYMBOL).mean() > 0.5)

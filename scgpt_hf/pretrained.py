@@ -1,0 +1,88 @@
+"""A saved model and its processor, loaded together from a folder or from the Hub, and checked to belong together."""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from transformers import AutoProcessor, PreTrainedModel
+
+from scgpt_hf.model.configuration_scgpt import ScGPTConfig
+from scgpt_hf.tokens.processing_scgpt import ScGPTProcessor
+
+
+class Pretrained(NamedTuple):
+    """A model, its processor, and the parts of the model that no file held and that begin anew."""
+
+    model: PreTrainedModel
+    processor: ScGPTProcessor
+    new: list[str]
+
+
+def load_pretrained(name: str | Path, model_class: Any, **config: Any) -> Pretrained:
+    """Return the model and the processor saved in a folder or a repository of the Hub.
+
+    Args:
+        name: the folder, or the repository's id.
+        model_class: one of ours or an Auto class; heads and batch norms that the checkpoint lacks, or
+            has in another size, start anew.
+        config: fields of `ScGPTConfig` that shall differ from the saved ones.
+
+    Raises:
+        OSError: there is no such folder or repository, or it holds no model.
+        ValueError: the folder is a run's, which has its model one folder deeper; it holds another kind of model, or not
+            the whole encoder; or model and processor do not belong together.
+    """
+    processor = load_processor(name)
+    model, report = model_class.from_pretrained(name, output_loading_info=True, ignore_mismatched_sizes=True, **config)
+    if model.config.model_type != ScGPTConfig.model_type:
+        raise ValueError(f"{name} holds a {model.config.model_type!r} model, not one of scgpt")
+    require_pair(model, processor)
+    missing = {*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])}
+    encoder = "" if model.base_model is model else f"{model.base_model_prefix}."
+    lost = [key for key in missing if key.startswith(encoder) and not key.startswith(f"{encoder}input_norm")]
+    if lost:
+        raise ValueError(f"{name} lacks {len(lost)} weights of the encoder, e.g. {lost[:3]}; it is no checkpoint of it")
+    return Pretrained(model, processor, sorted({key.removeprefix(encoder).split(".")[0] for key in missing}))
+
+
+def load_processor(name: str | Path) -> ScGPTProcessor:
+    """Return the processor saved in a folder or a repository of the Hub.
+
+    Raises:
+        OSError: there is no such folder or repository, or it holds no processor.
+        ValueError: the folder is a run's.
+    """
+    if Path(name, "best_model").is_dir():
+        raise ValueError(f"{name} is the folder of a run; its model is {Path(name, 'best_model')}")
+    processor: ScGPTProcessor = AutoProcessor.from_pretrained(name)  # type: ignore[no-untyped-call]
+    return processor
+
+
+def require_pair(model: PreTrainedModel, processor: ScGPTProcessor) -> None:
+    """Raise unless the model has as many genes and special tokens as the processor.
+
+    Raises:
+        ValueError: they come from different folders.
+    """
+    if model.config.vocab_size != processor.vocab_size:
+        raise ValueError(
+            f"the model has {model.config.vocab_size:,} genes and special tokens, the processor "
+            f"{processor.vocab_size:,}; load both from one folder"
+        )
+
+
+def domain_classes(config: ScGPTConfig) -> dict[str, tuple[str, dict[str, int]]]:
+    """Return the obs column and the ids of the domains that the encoder needs; empty where it needs none.
+
+    In the form of `StreamSettings.categories`.
+
+    Raises:
+        ValueError: the encoder needs domains, and the config does not name them.
+    """
+    if config.input_norm != "domain":
+        return {}
+    if config.domain_key is None or not config.domains:
+        raise ValueError(
+            "the encoder has a batch norm for every experimental batch, but its config does not say which these are; "
+            "set model.config.domain_key (an obs column) and model.config.domains (its values, by their ids)"
+        )
+    return {"domain_ids": (config.domain_key, {domain: index for index, domain in enumerate(config.domains)})}
