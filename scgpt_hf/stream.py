@@ -71,10 +71,10 @@ def stream_cells(
 
     Args:
         source: where the cells are read.
-        plans: one plan an epoch; epoch e is shuffled, sampled and masked as number e.
+        plans: one after the other; cells are sampled and masked by the number of the plan's epoch.
         processor: turns counts into tokens.
         settings: seed, masks and rank.
-        start_step: global steps, counted from the first epoch's first, that were trained on before.
+        start_step: global steps, counted from the first plan's first, that were trained on before.
 
     Returns:
         A dataset of dictionaries as `pack` makes them; with `micro_batches` M each step gives M of them. It can be
@@ -148,26 +148,27 @@ class StreamLoader:
         waited_s: seconds in which a batch was asked for and not ready.
     """
 
-    def __init__(self, open_stream: Callable[[int], Iterable[Batch]], batches_per_epoch: int) -> None:
+    def __init__(self, open_stream: Callable[[int], Iterable[Batch]], epoch_ends: Sequence[int]) -> None:
         """Prepare to read; nothing is opened before the first batch is asked for.
 
         Args:
             open_stream: gives the batches from number n on.
-            batches_per_epoch: how many make an epoch.
+            epoch_ends: the number of batches handed out when each epoch ends, ascending.
         """
         self.open_stream = open_stream
-        self.batches_per_epoch = batches_per_epoch
+        self.epoch_ends = epoch_ends
         self.consumed = 0
         self.waited_s = 0.0
         self._batches: Generator[Batch, None, None] | None = None
 
     def __len__(self) -> int:
-        """Return the batches of one epoch."""
-        return self.batches_per_epoch
+        """Return the batches of the longest epoch."""
+        return max(end - begin for begin, end in pairwise([0, *self.epoch_ends]))
 
     def __iter__(self) -> Iterator[Batch]:
         """Yield what is left of the current epoch: all of it, unless it was resumed."""
-        for _ in range(self.batches_per_epoch - self.consumed % self.batches_per_epoch):
+        end = next((end for end in self.epoch_ends if end > self.consumed), self.consumed)
+        while self.consumed < end:
             if self._batches is None:
                 self._batches = read_ahead(self.open_stream(self.consumed))
             asked = time.perf_counter()
@@ -215,7 +216,7 @@ class _Blocks:
     def batches(self, shards: list[int]) -> Iterator[Batch]:
         """Yield the batches of the numbered shards; `datasets` calls this once for each."""
         for shard in shards:
-            yield from self._cut(*self._take(shard), epoch=self.shards[shard][0])
+            yield from self._cut(*self._take(shard), epoch=self.plans[self.shards[shard][0]].epoch)
 
     def _take(self, shard: int) -> tuple[list[Int64Array], CellBlock]:
         """Return a shard that was read ahead, or read it now; then have the next one read."""

@@ -16,12 +16,13 @@ import numpy as np
 from transformers import set_seed
 
 from scgpt_hf.analysis.pictures import draw_losses, draw_map
+from scgpt_hf.training import pretraining
 from scgpt_hf.training.card import model_card
 from scgpt_hf.training.dry_run import describe_run
 from scgpt_hf.training.hub import check_repository
-from scgpt_hf.training.pretraining import Streams, make_trainer, save_best_model, share_cores, summarize, tell
 from scgpt_hf.training.recipe import begin_run, build_model, build_processor, open_cells, save_selection
 from scgpt_hf.training.settings import parse_settings
+from scgpt_hf.training.stopping import Interrupted
 
 
 def main() -> None:
@@ -29,7 +30,7 @@ def main() -> None:
     try:
         settings = parse_settings(sys.argv[1:], __doc__)
         args, folder = settings.training, Path(settings.training.output_dir)
-        share_cores(args)
+        pretraining.share_cores(args)
         if args.push_to_hub and args.process_index == 0 and not args.dry_run:
             check_repository(args.hub_model_id, private=args.hub_private_repo, token=args.hub_token)
         logging.basicConfig(format="%(message)s")
@@ -40,25 +41,32 @@ def main() -> None:
         processor = build_processor(selection.genes, settings.data)
         set_seed(args.seed)
         model = build_model(processor, settings.model, len(selection.domains))
-        streams = Streams(source, selection, processor, settings)
+        streams = pretraining.Streams(source, selection, processor, settings, checkpoint)
         if args.dry_run:
             if args.process_index == 0:
                 print(describe_run(streams, model, args))
             return
-        trainer = make_trainer(streams, model, args)
+        if checkpoint and pretraining.is_finished(folder, streams.course):
+            return
+        trainer = pretraining.make_trainer(streams, model, args)
         if args.process_index == 0 and checkpoint is None:
             save_selection(selection, source, settings)
         trainer.train(resume_from_checkpoint=checkpoint)
+    except Interrupted as interruption:
+        if args.process_index == 0:
+            print(f"pretrain.py: {interruption}", file=sys.stderr)
+        trainer.accelerator.end_training()
+        sys.exit(interruption.exit_code)
     except (ValueError, OSError, FloatingPointError) as error:
         sys.exit(f"pretrain.py: {error}")
-    save_best_model(trainer, folder)
+    pretraining.save_best_model(trainer, folder)
     if args.process_index == 0:
-        summary = summarize(trainer, streams)
+        summary = pretraining.summarize(trainer, streams)
         draw_losses(folder)
         cell_ids = np.concatenate(list(selection.parts.values()))
         draw_map(folder, source, cell_ids, trainer.model, processor, donor_key=settings.data.split_by, seed=args.seed)
         model_card(folder).save(folder / "README.md")
-        print(tell(summary, folder))
+        print(pretraining.tell(summary, folder))
         if args.push_to_hub:
             try:
                 print(f"Published at {trainer.push_to_hub()}")

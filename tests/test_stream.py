@@ -2,6 +2,7 @@
 
 import threading
 import time
+from dataclasses import replace
 from itertools import pairwise
 
 import anndata
@@ -60,9 +61,9 @@ def test_stream_yields_each_planned_step_once_and_again(source, processor):
 
 def test_masks_differ_between_epochs_and_follow_the_seed(source, processor):
     def labels(seed: int):
-        stream = stream_cells(
-            source, [plan_validation(np.arange(N_CELLS), BATCH)] * 2, processor, StreamSettings(seed, (0.5,))
-        )
+        plan = plan_validation(np.arange(N_CELLS), BATCH)
+        plans = [replace(plan, epoch=epoch) for epoch in range(2)]
+        stream = stream_cells(source, plans, processor, StreamSettings(seed, (0.5,)))
         return torch.cat([batch["labels"].ravel() for batch in stream]).chunk(2)
 
     assert not torch.equal(*labels(0))
@@ -180,7 +181,7 @@ def test_loader_counts_what_was_consumed_not_what_was_read():
     def stream(start: int):
         return ({"number": number} for number in range(start, 100))
 
-    loader = StreamLoader(stream, batches_per_epoch=10)
+    loader = StreamLoader(stream, epoch_ends=(10, 20, 30))
     assert [batch["number"] for batch in loader] == list(range(10))
     batches = iter(loader)
     assert [next(batches)["number"] for _ in range(3)] == [10, 11, 12]
@@ -189,8 +190,10 @@ def test_loader_counts_what_was_consumed_not_what_was_read():
     assert state == {"consumed": 13}
     loader.close()
 
-    resumed = StreamLoader(stream, batches_per_epoch=10)
+    resumed = StreamLoader(stream, epoch_ends=(10, 20, 30))
     resumed.load_state_dict(state)
     assert [batch["number"] for batch in resumed] == list(range(13, 20))
     assert [batch["number"] for batch in resumed] == list(range(20, 30))
+    assert not list(resumed)
+    assert len(resumed) == 10
     resumed.close()

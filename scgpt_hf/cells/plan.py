@@ -102,6 +102,7 @@ class ValidationPlan:
     batch_size: int
     steps_per_block: int
     n_dropped: int = 0
+    epoch: int = 0
 
     @property
     def n_steps(self) -> int:

@@ -27,11 +27,11 @@ def describe_run(streams: Streams, model: ScGPTForPreTraining, args: TrainingSet
         model: new; its weights change.
         args: of the run.
     """
-    parts, donors, plan = streams.selection.parts, streams.selection.n_donors, streams.plans[0]
+    parts, donors, plan = streams.selection.parts, streams.selection.n_donors, streams.epoch
     with closing(read_ahead(streams.train(0))) as stream:
         batches = list(islice(stream, _TIMED_STEPS + 1))
     lengths = np.concatenate([lengths_of(batch).numpy() for batch in batches])
-    n_steps = args.max_steps if args.max_steps > 0 else int(plan.n_steps * args.num_train_epochs)
+    n_steps = streams.course.n_steps
     low, high = np.quantile(lengths, [0.25, 0.75])
     mean_tokens = float(np.square(lengths).sum() / lengths.sum())
     flops = training_flops_per_token(model.config, mean_tokens) * lengths.mean() * plan.batch_size

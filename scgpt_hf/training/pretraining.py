@@ -1,5 +1,7 @@
 """Puts a run together: plans and streams for the trainer, baselines for its validation, what is written at its end."""
 
+import json
+import logging
 import math
 import os
 import platform
@@ -19,12 +21,14 @@ from accelerate import Accelerator
 from transformers.trainer_pt_utils import get_model_param_count
 
 from scgpt_hf.cells.block import Int64Array
-from scgpt_hf.cells.plan import EpochPlan, plan_epoch, plan_validation
+from scgpt_hf.cells.course import Course, plan_run
+from scgpt_hf.cells.plan import plan_epoch, plan_validation
 from scgpt_hf.cells.source import CellSource
 from scgpt_hf.model.modeling_scgpt import ScGPTForPreTraining
 from scgpt_hf.stream import StreamSettings, read_ahead, stream_cells
 from scgpt_hf.tokens.processing_scgpt import ScGPTProcessor
 from scgpt_hf.training.baselines import Baselines, baselines_from, sum_bins, sum_errors
+from scgpt_hf.training.checkpoints import Manifest, manifest_of
 from scgpt_hf.training.recipe import Selection, global_batch_size
 from scgpt_hf.training.run_folder import (
     BEST_MODEL,
@@ -38,6 +42,8 @@ from scgpt_hf.training.run_folder import (
 from scgpt_hf.training.settings import Settings, TrainingSettings
 from scgpt_hf.training.trainer import ScGPTTrainer, over_ranks
 
+logger = logging.getLogger(__name__)
+
 # Training cells whose bins make the gene means: over so many, only the rarest genes move by more than 0.1 bin.
 BASELINE_CELLS = 100_000
 _CHECKPOINT_BYTES = 12  # per parameter: a weight and two moments of Adam, 4 bytes each
@@ -45,10 +51,29 @@ _PACKAGES = ("scgpt_hf", "torch", "transformers", "datasets", "accelerate", "til
 
 
 class Streams:
-    """The batches of one rank, for training, for validation and for the baselines."""
+    """The batches of one rank, for training, for validation and for the baselines.
 
-    def __init__(self, source: CellSource, selection: Selection, processor: ScGPTProcessor, settings: Settings) -> None:
+    Attributes:
+        course: which cells each step of the run trains on.
+        epoch: the plan of a first epoch with the present global batch.
+    """
+
+    def __init__(
+        self,
+        source: CellSource,
+        selection: Selection,
+        processor: ScGPTProcessor,
+        settings: Settings,
+        checkpoint: str | None = None,
+    ) -> None:
         """Plan every epoch; nothing is read yet.
+
+        Args:
+            source: where the cells are read.
+            selection: of cells and genes.
+            processor: turns counts into tokens.
+            settings: of the run.
+            checkpoint: that the run goes on from.
 
         Raises:
             ValueError: fewer training cells than one global batch.
@@ -62,47 +87,69 @@ class Streams:
             world_size=args.world_size,
             micro_batches=args.gradient_accumulation_steps,
             padded=settings.model.cell_pooling != "cls" or settings.model.input_norm != "none",
+            bucketed=args.torch_compile,
             categories=_categories(data.domain_key, selection.domains),
         )
-        self.plans = plan_training(selection, settings)
+        order = {"seed": args.seed, "bands_per_block": data.bands_per_block, "batch_size": global_batch_size(args)}
+        cell_ids = selection.parts["train"]
+        self.epoch = plan_epoch(cell_ids, epoch=0, **order)
+        past = manifest_of(Path(checkpoint)) if checkpoint else Manifest(0, args.world_size, [])
+        n_epochs, max_steps = args.num_train_epochs, args.max_steps
+        self.course = plan_run(cell_ids, n_epochs=n_epochs, max_steps=max_steps, history=past.history, **order)
+        if checkpoint:
+            logger.info("%s", tell_resumed(past, self.course, args))
         plan = plan_validation(selection.parts["validation"], args.per_device_eval_batch_size)
-        self._validation = partial(stream_cells, source, [plan], settings=replace(self.feed, micro_batches=1))
+        validated = replace(self.feed, micro_batches=1, bucketed=False)
+        self._validation = partial(stream_cells, source, [plan], settings=validated)
         self._validated = self._validation(processor)
 
     def train(self, consumed: int) -> Any:
         """Return the training batches of this rank after the first `consumed`, a multiple of its micro-batches."""
-        step = consumed // self.feed.micro_batches
-        return stream_cells(self.source, self.plans, self.processor, self.feed, start_step=step)
+        plans, step = self.course.plans_from(consumed // self.feed.micro_batches)
+        return stream_cells(self.source, plans, self.processor, self.feed, start_step=step)
 
     def validation(self, processor: ScGPTProcessor | None = None) -> Any:
         """Return the validation batches of this rank; masks and ties are the same every time."""
         return self._validated if processor is None else self._validation(processor)
 
     def unmasked(self) -> Any:
-        """Return training batches without masks, in the first epoch's order."""
-        feed = replace(self.feed, micro_batches=1, mask_ratios=None)
-        return stream_cells(self.source, self.plans[:1], self.processor, feed)
+        """Return training batches without masks, in the order of a first epoch."""
+        feed = replace(self.feed, micro_batches=1, mask_ratios=None, bucketed=False)
+        return stream_cells(self.source, [self.epoch], self.processor, feed)
 
 
-def plan_training(selection: Selection, settings: Settings) -> list[EpochPlan]:
-    """Return one plan for each epoch, their steps the cells of all ranks and micro-batches together."""
-    args = settings.training
-    keywords = {
-        "seed": args.seed,
-        "batch_size": global_batch_size(args),
-        "bands_per_block": settings.data.bands_per_block,
-    }
-    first = plan_epoch(selection.parts["train"], epoch=0, **keywords)
-    n_epochs = math.ceil(args.max_steps / first.n_steps if args.max_steps > 0 else args.num_train_epochs)
-    return [first, *(plan_epoch(selection.parts["train"], epoch=epoch, **keywords) for epoch in range(1, n_epochs))]
+def tell_resumed(past: Manifest, course: Course, args: TrainingSettings) -> str:
+    """Return where a run goes on, and what of its steps has changed."""
+    said = f"resumed after step {past.step:,} of {course.n_steps:,} ({course.epochs_done(past.step):.2f} epochs)"
+    if past.world_size != args.world_size:
+        said += f"; on {args.world_size} processes instead of {past.world_size}, with new draws of dropout"
+    before, now = (past.history[-1][0] if past.history else None), global_batch_size(args)
+    if before not in {None, now}:
+        said += (
+            f"; steps of {now:,} cells instead of {before:,}: the cells that the epoch has left are planned anew, and "
+            "the learning rate goes on by cells seen"
+        )
+    return said
+
+
+def is_finished(folder: Path, course: Course) -> bool:
+    """Return, and say, whether a run has done all its steps and left its model and summary."""
+    try:
+        summary = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    done = summary.get("steps") if isinstance(summary, dict) else None
+    finished = isinstance(done, int) and done >= course.n_steps and (folder / BEST_MODEL).is_dir()
+    if finished:
+        logger.info("%s is finished; nothing was changed. To train further, give more --num_train_epochs", folder)
+    return finished
 
 
 def measure_baselines(streams: Streams, accelerator: Accelerator) -> Baselines:
     """Return what simple predictors score on the validation masks, over all ranks; see `Baselines`."""
     processor = streams.processor
-    batch_size = streams.plans[0].batch_size // accelerator.num_processes
     with closing(read_ahead(streams.unmasked())) as batches:
-        wanted = islice(batches, math.ceil(BASELINE_CELLS / (batch_size * accelerator.num_processes)))
+        wanted = islice(batches, math.ceil(BASELINE_CELLS / streams.epoch.batch_size))
         bin_sums = sum_bins(wanted, processor.vocab_size)
     bin_sums[:, processor.tokenizer.all_special_ids] = 0
     low, high = copy(processor), copy(processor)
@@ -120,9 +167,8 @@ def make_trainer(streams: Streams, model: ScGPTForPreTraining, args: TrainingSet
         OSError: the disk has no room for the checkpoints.
         ValueError: validation masks nothing.
     """
-    n_saves = len(streams.plans) * (
-        1 if args.save_strategy == "epoch" else math.ceil(streams.plans[0].n_steps / args.save_steps)
-    )
+    course = streams.course
+    n_saves = len(course.epoch_ends) if args.save_strategy == "epoch" else math.ceil(course.n_steps / args.save_steps)
     n_checkpoints = min(args.save_total_limit or n_saves, n_saves) + 2  # one while it is written, and the best model
     require_space(Path(args.output_dir), n_checkpoints * _CHECKPOINT_BYTES * model.num_parameters())
     trainer = ScGPTTrainer(
@@ -130,7 +176,7 @@ def make_trainer(streams: Streams, model: ScGPTForPreTraining, args: TrainingSet
         args=args,
         processing_class=streams.processor,
         train_stream=streams.train,
-        batches_per_epoch=streams.plans[0].n_steps * args.gradient_accumulation_steps,
+        course=course,
         validation_stream=streams.validation,
         callbacks=[MetricsFile(Path(args.output_dir))],
     )
@@ -168,7 +214,7 @@ def summarize(trainer: ScGPTTrainer, streams: Streams) -> dict[str, Any]:
         "genes": len(streams.selection.genes),
         "steps": trainer.state.global_step,
         "epochs": trainer.state.epoch,
-        "global_batch_size": streams.plans[0].batch_size,
+        "global_batch_size": streams.epoch.batch_size,
         "train_seconds": read_lines(Path(args.output_dir) / METRICS)[-1]["seconds"],
         "device": device_name(args.device),
         "processes": args.world_size,

@@ -113,28 +113,29 @@ def begin_run(source: CellSource, settings: Settings) -> tuple[Selection, str | 
 
     Raises:
         FileExistsError, FileNotFoundError: see `claim_run_folder`.
-        ValueError: settings no model can have; see `choose`; a resumed run whose cells or steps are other ones now.
+        ValueError: settings no model can have; see `choose`; a checkpoint that is not what was written; a resumed run
+            whose cells are other ones now.
     """
     args, folder = settings.training, Path(settings.training.output_dir)
     _config(settings.model, vocab_size=4, pad_token_id=1, n_bins=settings.data.n_bins, n_domains=2)
-    checkpoint = None if args.dry_run else claim_run_folder(folder, args.resume_from_checkpoint)
-    told: list[Any] = [None]
+    told: list[Any] = [None, None]
     if PartialState().is_main_process:
+        checkpoint = None if args.dry_run else claim_run_folder(folder, args.resume_from_checkpoint)
         if checkpoint is None:
-            told = [choose(source, settings.data, args.seed)]
+            selection = choose(source, settings.data, args.seed)
         else:
             selection, recorded = load_selection(folder / SPLIT)
             require_same_run(recorded, run_record(source, settings))
-            told = [selection]
-    return broadcast_object_list(told)[0], checkpoint
+        told = [selection, checkpoint]
+    selection, checkpoint = broadcast_object_list(told)
+    return selection, checkpoint
 
 
 def run_record(source: CellSource, settings: Settings) -> dict[str, Any]:
-    """Return what must not change when a run is resumed: where its cells come from, and which cells a step holds."""
+    """Return what must not change when a run is resumed: where its cells come from, their order and their masks."""
     args = settings.training
     steps = {
         "seed": args.seed,
-        "global_batch_size": global_batch_size(args),
         "bands_per_block": settings.data.bands_per_block,
         "mask_ratios": list(settings.data.mask_ratios),
     }
@@ -147,7 +148,7 @@ def global_batch_size(args: TrainingSettings) -> int:
 
 
 def require_same_run(recorded: dict[str, Any], now: dict[str, Any]) -> None:
-    """Raise unless a resumed run reads the same cells in the same steps.
+    """Raise unless a resumed run reads the same cells in the same order; how many make a step may change.
 
     Raises:
         ValueError: naming what differs, and how it was.
@@ -163,8 +164,7 @@ def require_same_run(recorded: dict[str, Any], now: dict[str, Any]) -> None:
     if changed := {key: then.get(key) for key in new if then.get(key) != new[key]}:
         found = {key: new[key] for key in changed}
         raise ValueError(
-            f"cannot resume exactly: the run began with {changed}, found {found}; give the same settings and data "
-            "(global_batch_size is per_device_train_batch_size x gradient_accumulation_steps x processes)"
+            f"cannot resume exactly: the run began with {changed}, found {found}; give the same settings and data"
         )
 
 

@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint
 
-METRICS, SPLIT, SETTINGS, SUMMARY, BEST_MODEL = (
+from scgpt_hf.training.checkpoints import CheckpointError, checkpoints_in, newest_valid, verify
+
+METRICS, DROPPED, SPLIT, SETTINGS, SUMMARY, BEST_MODEL = (
     "metrics.jsonl",
+    "metrics.dropped.jsonl",
     "split.json",
     "settings.yaml",
     "summary.json",
@@ -25,25 +27,29 @@ def claim_run_folder(folder: Path, resume_from_checkpoint: str | None) -> str | 
 
     Args:
         folder: of the run.
-        resume_from_checkpoint: a checkpoint's folder; "true" or "latest" for the newest in `folder`; None: a new run.
+        resume_from_checkpoint: a checkpoint's folder; "true" or "latest" for the newest valid one in `folder`; None: a
+            new run.
 
     Raises:
         FileExistsError: a new run, and the folder holds something.
-        FileNotFoundError: a resumed run, and there is no such checkpoint.
+        FileNotFoundError: the newest was asked for, and there is no valid checkpoint.
+        ValueError: the checkpoint that was named is another run's, or not what was written.
     """
     if resume_from_checkpoint is None:
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            began = get_last_checkpoint(str(folder)) if folder.is_dir() else None  # type: ignore[no-untyped-call]
+            began = folder.is_dir() and checkpoints_in(folder)
             remedy = "go on with it by --resume_from_checkpoint latest" if began else "it has no checkpoint; remove it"
             raise FileExistsError(f"{folder} holds an earlier run; {remedy}, or name a new folder with --output_dir")
         return None
     if resume_from_checkpoint.lower() in {"true", "latest"}:
-        checkpoint = get_last_checkpoint(str(folder)) if folder.is_dir() else None  # type: ignore[no-untyped-call]
-        if checkpoint is None:
-            raise FileNotFoundError(f"{folder} holds no checkpoint to resume from; remove it and start anew")
-        return str(checkpoint)
-    if not (Path(resume_from_checkpoint) / "trainer_state.json").is_file():
-        raise FileNotFoundError(f"{resume_from_checkpoint} is not a checkpoint: it has no trainer_state.json")
+        return str(newest_valid(folder))
+    checkpoint = Path(resume_from_checkpoint)
+    if checkpoint.resolve().parent != folder.resolve():
+        raise ValueError(f"{checkpoint} is no checkpoint of the run in {folder}; name that run's with --output_dir")
+    try:
+        verify(checkpoint)
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}; --resume_from_checkpoint latest finds the newest valid one") from error
     return resume_from_checkpoint
 
 
@@ -90,9 +96,10 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 class MetricsFile(TrainerCallback):
-    """Appends each line of the log to metrics.jsonl, with the seconds trained so far, earlier sessions included.
+    """Keeps metrics.jsonl as the log is, with the seconds trained so far, earlier sessions included.
 
-    A resumed run first drops the lines after its checkpoint.
+    A resumed run writes anew what its checkpoint knows. Lines of steps that are trained again go to
+    metrics.dropped.jsonl.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -101,11 +108,14 @@ class MetricsFile(TrainerCallback):
         self.earlier_s = self.started = 0.0
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Keep what was logged up to the step that training starts from."""
+        """Write what was logged up to the checkpoint that training starts from."""
         if state.is_world_process_zero and self.path.exists():
-            kept = [line for line in read_lines(self.path) if line["step"] <= state.global_step]
-            write_whole(self.path, "".join(json.dumps(line) + "\n" for line in kept))
-            self.earlier_s = kept[-1].get("seconds", 0.0) if kept else 0.0
+            known = [_line(line) for line in state.log_history]
+            if dropped := [line for line in map(_line, read_lines(self.path)) if line not in set(known)]:
+                with self.path.with_name(DROPPED).open("a", encoding="utf-8") as file:
+                    file.writelines(dropped)
+            write_whole(self.path, "".join(known))
+        self.earlier_s = state.log_history[-1].get("seconds", 0.0) if state.log_history else 0.0
         self.started = time.perf_counter()
 
     def on_log(
@@ -116,9 +126,14 @@ class MetricsFile(TrainerCallback):
         logs: dict[str, Any] | None = None,
         **_: Any,
     ) -> None:
-        """Append one line."""
+        """Append one line, to the file and with its seconds to the state that checkpoints keep."""
+        state.log_history[-1]["seconds"] = round(self.earlier_s + time.perf_counter() - self.started, 1)
         if state.is_world_process_zero:
-            seconds = round(self.earlier_s + time.perf_counter() - self.started, 1)
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"step": state.global_step, **(logs or {}), "seconds": seconds}) + "\n")
+                file.write(_line(state.log_history[-1]))
+
+
+def _line(logged: dict[str, Any]) -> str:
+    """Return a line of the log as it is written, its step first."""
+    return json.dumps({"step": logged["step"], **logged}) + "\n"

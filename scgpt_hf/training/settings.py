@@ -117,7 +117,7 @@ class ModelSettings:
 
 @dataclass
 class TrainingSettings(TrainingArguments):
-    """transformers' TrainingArguments, with defaults for pretraining on cells and three fields of our own."""
+    """transformers' TrainingArguments, with defaults for pretraining on cells and fields of our own."""
 
     output_dir: str = setting("runs/demo", "the run folder; a new one for every run")
     per_device_train_batch_size: int = setting(32, "cells per step and device")
@@ -133,7 +133,7 @@ class TrainingSettings(TrainingArguments):
     )
     eval_strategy: str = setting("epoch", "when to validate: epoch, steps or no")
     save_strategy: str = setting("epoch", "when to save a checkpoint: epoch or steps")
-    save_total_limit: int | None = setting(2, "checkpoints kept")
+    save_total_limit: int | None = setting(2, "checkpoints kept, 2 or more; the newest and the best always are")
     load_best_model_at_end: bool = setting(True, "keep the best model by validation loss")
     metric_for_best_model: str | None = setting("eval_loss", "what 'best' means")
     greater_is_better: bool | None = setting(False, "whether more of it is better")
@@ -147,6 +147,9 @@ class TrainingSettings(TrainingArguments):
     cpu_threads: int = setting(0, "threads of a process that trains on the CPU; 0: all cores, shared by the processes")
     lr_decay_per_epoch: float | None = setting(
         None, "multiply the learning rate by this after each epoch, instead of lr_scheduler_type (the seed recipe: 0.9)"
+    )
+    max_bad_steps: int = setting(
+        5, "steps whose loss or gradient is not finite are skipped; so many in a row end the run"
     )
     dry_run: bool = setting(False, "print what would be trained, how long and how large, and write nothing")
 
@@ -165,6 +168,8 @@ class TrainingSettings(TrainingArguments):
         self.mixed_precision = "bf16" if self.bf16 else "fp16" if self.fp16 else "no"  # not the launcher's
         if self.n_gpu > 1:
             raise ValueError(f"one process sees {self.n_gpu} GPUs; start one process a GPU with accelerate launch")
+        if self.max_bad_steps < 1:
+            raise ValueError(f"expected max_bad_steps >= 1, found {self.max_bad_steps}")
         if not self.average_tokens_across_devices:
             raise ValueError(
                 "average_tokens_across_devices=False would weigh the cells of a step differently by process"

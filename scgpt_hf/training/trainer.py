@@ -1,6 +1,7 @@
-"""The Trainer of transformers, reading our stream: exact position, named losses, streaming validation, throughput.
+"""The trainer of pretraining: reads our stream, names the losses, validates on a stream, tells the throughput.
 
-Everything else (precision, accumulation, clipping, checkpoints, trackers, processes) is the library's own.
+How it survives what happens to long runs is in `resilient.py`; everything else (precision, accumulation, clipping,
+trackers, processes) is the library's own.
 """
 
 import logging
@@ -16,15 +17,18 @@ import torch
 from accelerate import Accelerator
 from huggingface_hub import HfApi
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import HubStrategy
 from transformers.utils.hub import PushInProgress
 
+from scgpt_hf.cells.course import Course
 from scgpt_hf.stream import Batch, StreamLoader, lengths_of, read_ahead
 from scgpt_hf.training.baselines import Baselines
+from scgpt_hf.training.checkpoints import checkpoint_at
 from scgpt_hf.training.hub import check_repository, publish
-from scgpt_hf.training.settings import TrainingSettings
+from scgpt_hf.training.resilient import ResilientTrainer, Window
 from scgpt_hf.training.throughput import Throughput
+from scgpt_hf.training.transfer import count_labels, pinning, to_device
 
 logger = logging.getLogger(__name__)
 
@@ -32,19 +36,13 @@ logger = logging.getLogger(__name__)
 _SQUARED_ERRORS = ("gep", "gepc")
 
 
-class ScGPTTrainer(Trainer):
-    """Pretrains on a stream of packed batches.
-
-    A checkpoint's position in the stream is its step number, nothing else: the plan says which cells every step holds.
-    """
-
-    args: TrainingSettings
+class ScGPTTrainer(ResilientTrainer):
+    """Pretrains on a stream of packed batches."""
 
     def __init__(
         self,
         *,
         train_stream: Callable[[int], Iterable[Batch]],
-        batches_per_epoch: int,
         validation_stream: Callable[[], Iterable[Batch]],
         baselines: Baselines | None = None,
         **trainer_arguments: Any,
@@ -53,28 +51,28 @@ class ScGPTTrainer(Trainer):
 
         Args:
             train_stream: batches of this rank from number n of the run on; a step takes one per accumulation step.
-            batches_per_epoch: batches of this rank in an epoch, a multiple of the accumulation steps.
             validation_stream: batches of this rank, the same every time.
             baselines: logged beside every validation.
-            trainer_arguments: of `transformers.Trainer`; at least model, args and processing_class.
+            trainer_arguments: of `ResilientTrainer` and `transformers.Trainer`; at least course, model, args and
+                processing_class.
         """
         super().__init__(**trainer_arguments, eval_dataset=_Placeholder())
         config = trainer_arguments["model"].config
         self.weights: dict[str, float] = {name: weight for name, weight in config.loss_weights.items() if weight}
-        self.validation_stream = validation_stream
+        self.validation_stream = pinning(validation_stream, self.args.device)
         self.baselines = baselines
-        self.loader = StreamLoader(train_stream, batches_per_epoch)
+        micro_batches = self.args.gradient_accumulation_steps
+        train_stream = pinning(train_stream, self.args.device)
+        self.loader = StreamLoader(train_stream, [end * micro_batches for end in self.course.epoch_ends])
         self.throughput = Throughput(config, self.args.device, self.args.world_size)
-        self.loss_sums: dict[str, torch.Tensor] = {}
-        self.steps_summed = 0
-        self.add_callback(_TrueEpoch(batches_per_epoch // self.args.gradient_accumulation_steps))
+        self.add_callback(_TrueEpoch(self.course))
 
     def get_train_dataloader(self) -> StreamLoader:  # type: ignore[override]
         """Return the loader, which stands where the last step left it."""
         return self.loader
 
     def train(self, *arguments: Any, **keywords: Any) -> Any:
-        """Train as `transformers.Trainer.train`, and stop the reading threads whatever happens."""
+        """Train as `ResilientTrainer.train`, and stop the reading threads whatever happens."""
         self.throughput.restart(self.loader.waited_s)
         try:
             return super().train(*arguments, **keywords)
@@ -91,11 +89,16 @@ class ScGPTTrainer(Trainer):
         consumed = self.state.global_step * self.args.gradient_accumulation_steps
         if self.loader.consumed != consumed:
             self.loader.load_state_dict({"consumed": consumed})
-        if not self.loss_sums:
-            self.steps_summed = self.state.global_step
         batches, n_masked = super().get_batch_samples(epoch_iterator, num_batches, device)
         self.throughput.count(batches)
         return batches, n_masked
+
+    def _get_num_items_in_batch(self, batch_samples: list[Batch], device: torch.device) -> torch.Tensor:
+        n_masked: torch.Tensor = self.accelerator.gather(count_labels(batch_samples, device))
+        return n_masked.sum()  # as the library counts, whose copy to the GPU waits for it
+
+    def _prepare_input(self, data: Any) -> Any:
+        return super()._prepare_input(to_device(data, self.args.device) if isinstance(data, torch.Tensor) else data)
 
     def compute_loss(
         self,
@@ -105,35 +108,45 @@ class ScGPTTrainer(Trainer):
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
         """Return the loss, and keep this micro-batch's share of each objective for the log."""
-        keywords = {"num_items_in_batch": num_items_in_batch}
-        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **keywords)
+        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         for name, share in outputs.losses.items():
-            self.loss_sums[name] = self.loss_sums.get(name, torch.zeros_like(share)) + share.detach()
+            self.step_shares[name] = self.step_shares.get(name, torch.zeros_like(share)) + share.detach()
         return (loss, outputs) if return_outputs else loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log, and with the training loss its objectives and the throughput since the last time."""
-        if "loss" in logs and self.loss_sums:
-            steps = self.state.global_step - self.steps_summed
-            sums = self.accelerator.reduce(torch.stack(list(self.loss_sums.values())), "sum") / max(steps, 1)
-            logs |= dict(zip(self.loss_sums, sums.tolist(), strict=True))
+        """Log; the training loss by its objectives, over the good steps since the last time, and the throughput."""
+        if "loss" in logs and self.window.sums:
+            self.guard.review()
+            shares = torch.stack([torch.as_tensor(value) for value in self.window.sums.values()]).to(self.args.device)
+            means = self.accelerator.reduce(shares, "sum") / max(float(self.window.n_good), 1.0)
+            logs |= dict(zip(self.window.sums, means.tolist(), strict=True))
+            logs["loss"] = sum(weight * logs[name] for name, weight in self.weights.items())
             logs |= self.throughput.since_last(self.loader.waited_s)
-            self.loss_sums = {}
+            self.window = Window()
+        if not math.isfinite(logs.get("grad_norm", 0.0)):
+            del logs["grad_norm"]  # of a step that was skipped
         super().log(logs, start_time)
 
     def create_scheduler(
         self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
     ) -> torch.optim.lr_scheduler.LRScheduler:
-        """Return the schedule; with `lr_decay_per_epoch`, warm-up, then a step down after each epoch (seed recipe)."""
-        decay = self.args.lr_decay_per_epoch
-        if decay is None or self.lr_scheduler is not None:
-            return super().create_scheduler(num_training_steps, optimizer)
+        """Return the schedule; with `lr_decay_per_epoch`, warm-up, then a step down after each epoch (seed recipe).
+
+        Where the global batch has changed, it goes by steps of the first size, so that it does not jump.
+        """
+        decay, course = self.args.lr_decay_per_epoch, self.course
+        if decay is None:
+            scheduler = super().create_scheduler(math.ceil(course.steps_of_first_size(num_training_steps)), optimizer)
+            if course.has_changed and isinstance(scheduler, LambdaLR):
+                scheduler.lr_lambdas = [_compose(factor, course.steps_of_first_size) for factor in scheduler.lr_lambdas]
+            return scheduler
+        if self.lr_scheduler is not None:
+            return self.lr_scheduler
         n_warmup = self.args.get_warmup_steps(num_training_steps)
-        steps_per_epoch = len(self.loader) // self.args.gradient_accumulation_steps
 
         def factor(step: int) -> float:
             warmed_up = min(1.0, (step + 1) / max(n_warmup, 1))
-            return float(warmed_up * decay ** (step // steps_per_epoch))
+            return float(warmed_up * decay ** int(course.epochs_done(step)))
 
         optimizer = optimizer or self.optimizer
         assert optimizer is not None
@@ -171,12 +184,16 @@ class ScGPTTrainer(Trainer):
         sums = torch.zeros(2 * len(self.weights) + 1, dtype=torch.float64)
         counted = []
         for batch in read_ahead(self.validation_stream()):
+            if self.signal.number:
+                break
             with self.accelerator.autocast():
                 losses = model(**self._prepare_inputs(batch)).losses
             n_masked, n_cells = len(batch["label_positions"]), len(lengths_of(batch))  # type: ignore[arg-type]
             n_terms = [n_masked if name.startswith("gep") else n_cells for name in self.weights]
             counted.append((torch.stack([losses[name].float() for name in self.weights]), n_terms, n_cells))
         model.train()
+        if told := self.ranks.most(self.signal.number):
+            self.stop(told)
         for means, n_terms, n_cells in counted:  # only now, so that the GPU never waited
             weights = sums.new_tensor(n_terms)
             sums += torch.cat([means.cpu().double() * weights, weights, sums.new_tensor([n_cells])])
@@ -199,6 +216,8 @@ class ScGPTTrainer(Trainer):
         started = time.perf_counter()
         super()._save_checkpoint(model, trial)
         self.throughput.leave_out(time.perf_counter() - started)
+        if self.args.push_to_hub:
+            self._publish(checkpoint_at(self.folder, self.state.global_step))
 
     def create_model_card(self, *_: Any, **__: Any) -> None:
         """Leave README.md alone: `card.model_card` writes it, and the library's draft must not replace it."""
@@ -221,11 +240,14 @@ class ScGPTTrainer(Trainer):
         return publish(self.args.output_dir, self.args.hub_model_id or "", **self._hub_arguments())
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """Wait until the checkpoint is whole; see `_publish`."""
+
+    def _publish(self, checkpoint: Path) -> None:
         """Publish a checkpoint in the background; the library's own way leaves out the code and adds pickles."""
         busy = self.push_in_progress is not None and not self.push_in_progress.is_done()
         if not self.is_world_process_zero() or self.args.hub_strategy == HubStrategy.END or busy:
             return
-        settings = {**self._hub_arguments(), "weights": Path(checkpoint_folder).name}
+        settings = {**self._hub_arguments(), "weights": checkpoint.name}
         job = HfApi().run_as_future(publish, self.args.output_dir, self.args.hub_model_id or "", **settings)
         job.add_done_callback(_report_failure)
         self.push_in_progress = PushInProgress([job])  # type: ignore[arg-type]
@@ -243,6 +265,10 @@ def over_ranks(sums: torch.Tensor, accelerator: Accelerator) -> torch.Tensor:
     return total.cpu()
 
 
+def _compose(factor: Callable[[Any], float], position: Callable[[int], float]) -> Callable[[int], float]:
+    return lambda step: factor(position(step))
+
+
 def _report_failure(job: Future[str]) -> None:
     if error := job.exception():
         logger.warning("a checkpoint could not be published, training goes on: %s", error)
@@ -251,11 +277,11 @@ def _report_failure(job: Future[str]) -> None:
 class _TrueEpoch(TrainerCallback):
     """Keeps `state.epoch` right in the epoch a run resumes in, where the library counts from the epoch's start."""
 
-    def __init__(self, steps_per_epoch: int) -> None:
-        self.steps_per_epoch = steps_per_epoch
+    def __init__(self, course: Course) -> None:
+        self.course = course
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        state.epoch = state.global_step / self.steps_per_epoch
+        state.epoch = self.course.epochs_done(state.global_step)
 
 
 class _Placeholder(torch.utils.data.IterableDataset[Batch]):

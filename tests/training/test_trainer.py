@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -28,7 +29,7 @@ def prepare(census: Path, folder: Path, *flags: str) -> tuple[ScGPTTrainer, Stre
     set_seed(settings.training.seed)
     processor = build_processor(selection.genes, settings.data)
     model = build_model(processor, settings.model, len(selection.domains))
-    streams = Streams(source, selection, processor, settings)
+    streams = Streams(source, selection, processor, settings, checkpoint)
     trainer = make_trainer(streams, model, settings.training)
     if checkpoint is None:
         save_selection(selection, source, settings)
@@ -93,8 +94,9 @@ def test_validation_is_the_same_every_time(trained):
 
 
 @pytest.mark.parametrize("step", [4, 8])
-def test_resumed_equals_uninterrupted(small_census, trained, step):
-    whole, _, folder = trained
+def test_resumed_equals_uninterrupted(small_census, trained, tmp_path, step):
+    whole, _, run = trained
+    folder = shutil.copytree(run, tmp_path / "run")
     checkpoint = folder / f"checkpoint-{step}"
     flags = ("--save_strategy", "no", "--eval_strategy", "no", "--load_best_model_at_end", "false")
     resumed, _, found = prepare(small_census, folder, *flags, "--resume_from_checkpoint", str(checkpoint))
@@ -104,9 +106,8 @@ def test_resumed_equals_uninterrupted(small_census, trained, step):
         assert torch.equal(weight, whole.model.get_parameter(name)), name
     said = {line["step"]: line for line in whole.state.log_history if "gep" in line}
     for line in resumed.state.log_history:
-        if "gep" in line and line["step"] >= step + 5:
-            assert line["gep"] == said[line["step"]]["gep"]
         if "gep" in line:
+            assert line["gep"] == said[line["step"]]["gep"]
             assert line["loss"] == pytest.approx(line["gep"] + line["gepc"], rel=1e-4)
 
 
@@ -150,7 +151,7 @@ def test_the_learning_rate_of_the_seed_recipe_steps_down_after_each_epoch(small_
     trainer, streams, _ = prepare(
         small_census, tmp_path / "run", "--lr_decay_per_epoch", "0.5", "--warmup_steps", "0", "--learning_rate", "1e-3"
     )
-    n_steps = streams.plans[0].n_steps
+    n_steps = streams.epoch.n_steps
     trainer.create_optimizer_and_scheduler(2 * n_steps)
     rates = []
     for _ in range(2 * n_steps):
@@ -176,7 +177,6 @@ def test_a_finished_run_has_its_best_model_and_its_summary(trained):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--per_device_train_batch_size", "16"], "'global_batch_size': 32.*found.*'global_batch_size': 16"),
         (["--seed", "7"], "'seed': 42"),
         (["--obs_filter", "disease == 'normal'"], "obs_filter"),
         (["--mask_ratios", "0.5"], "mask_ratios"),
