@@ -5,8 +5,8 @@ seen, their labels never: an advantage over a model that was trained on other ce
 and `metrics.py`.
 """
 
-import logging
 import warnings
+from collections.abc import Collection
 from typing import Any
 
 import numpy as np
@@ -15,11 +15,65 @@ from scipy.sparse import csr_matrix
 
 from scgpt_hf.analysis.metrics import FloatArray, Labels
 
-logger = logging.getLogger(__name__)
-
+PCA, LOGISTIC, SCVI = "HVG + PCA", "HVG + logistic regression", "scVI"
+BASELINES = (PCA, LOGISTIC, SCVI)
 N_HVG = 2_000
 N_COMPONENTS = 50
 _VOTERS = 20  # cells a batch needs to rank genes by their variance
+
+
+def baseline_features(
+    counts: csr_matrix, batches: Labels, baselines: Collection[str], seed: int
+) -> dict[str, FloatArray]:
+    """Return what each baseline makes of the cells: components, log-normalised variable genes, latent variables.
+
+    Args:
+        counts: raw counts. Shape (cells, genes).
+        batches: batch of each cell. Shape (cells,).
+        baselines: of `BASELINES`.
+        seed: of PCA and scVI.
+
+    Returns:
+        Baseline → float32 (cells, features).
+    """
+    normalized = log_normalize(counts)
+    genes = variable_genes(normalized, batches)
+    variable = normalized[:, genes].toarray()
+    features = {}
+    if PCA in baselines:
+        features[PCA] = principal_components(variable, seed)[0]
+    if LOGISTIC in baselines:
+        features[LOGISTIC] = variable
+    if SCVI in baselines:
+        features[SCVI] = scvi_embedding(counts[:, genes], batches, seed)
+    return features
+
+
+def transfer_features(
+    counts: csr_matrix, batches: Labels, query: csr_matrix, baselines: Collection[str], seed: int
+) -> dict[str, tuple[FloatArray, FloatArray]]:
+    """Return what each baseline but scVI makes of a reference and of a query: genes and components of the reference.
+
+    Args:
+        counts: raw counts of the reference. Shape (reference cells, genes).
+        batches: batch of each cell of the reference. Shape (reference cells,).
+        query: raw counts of the query, columns alike. Shape (query cells, genes).
+        baselines: of `BASELINES`.
+        seed: of PCA.
+
+    Returns:
+        Baseline → float32 (reference cells, features) and (query cells, features).
+    """
+    normalized = log_normalize(counts)
+    genes = variable_genes(normalized, batches)
+    variable, of_query = normalized[:, genes].toarray(), log_normalize(query)[:, genes].toarray()
+    features: dict[str, tuple[FloatArray, FloatArray]] = {}
+    if PCA in baselines:
+        components, projected = principal_components(variable, seed, of_query)
+        features[PCA] = components, projected
+    if LOGISTIC in baselines:
+        features[LOGISTIC] = variable, of_query
+    return features
 
 
 def log_normalize(counts: csr_matrix) -> csr_matrix:
@@ -76,27 +130,28 @@ def variable_genes(normalized: csr_matrix, batches: Labels, n_genes: int = N_HVG
 
 def principal_components(
     features: FloatArray, seed: int, query: FloatArray | None = None
-) -> tuple[FloatArray, FloatArray | None]:
+) -> tuple[FloatArray, FloatArray]:
     """Return 50 components of the features, centred, not scaled, and the query projected onto them.
 
     Args:
         features: log-normalised variable genes. Shape (cells, genes).
         seed: of the solver's first vector.
-        query: other cells with the same genes. Shape (query cells, genes).
+        query: other cells with the same genes, none by default. Shape (query cells, genes).
 
     Returns:
-        float32 (cells, 50) and (query cells, 50) or None; fewer components where cells or genes are fewer.
+        float32 (cells, 50) and (query cells, 50); fewer components where cells or genes are fewer.
 
     Source: scanpy.pp.pca with its defaults.
     """
-    from sklearn.decomposition import PCA
+    from sklearn import decomposition
 
     n_components = min(N_COMPONENTS, min(features.shape) - 1)
     if n_components < 1:
         raise ValueError(f"PCA needs at least two cells and two genes, found {features.shape}")
-    pca = PCA(n_components, svd_solver="arpack", random_state=seed)
+    pca = decomposition.PCA(n_components, svd_solver="arpack", random_state=seed)
     components = pca.fit_transform(features).astype(np.float32)
-    return components, None if query is None else pca.transform(query).astype(np.float32)
+    projected = components[:0] if query is None else pca.transform(query).astype(np.float32)
+    return components, projected
 
 
 def scvi_embedding(counts: csr_matrix, batches: Labels, seed: int, **training: Any) -> FloatArray:
