@@ -7,8 +7,8 @@ from typing import Any
 
 import tiledbsoma as soma
 
-from scgpt_hf.cells.bands import open_context
 from scgpt_hf.cells.census import CensusSource
+from scgpt_hf.cells.remote import Patience, is_remote, open_context, require_no_credentials
 
 
 def open_census(
@@ -17,9 +17,10 @@ def open_census(
     """Return the source of `census://VERSION/ORGANISM`, of a SOMA in the Census layout, or of one of its organisms.
 
     Raises:
-        ConnectionError: the Census cannot be reached.
-        ValueError: the version or the organism is unknown, or the address is not a SOMA.
+        ConnectionError: the Census, or another remote store, cannot be reached.
+        ValueError: the version or the organism is unknown, the address is not a SOMA, or it holds a password.
     """
+    require_no_credentials(address)
     version = None
     if address.startswith("census://"):
         version, _, organism = address.removeprefix("census://").strip("/").partition("/")
@@ -52,20 +53,28 @@ def _find_release(version: str) -> tuple[str, str]:
 
 def _find_organism(uri: str, organism: str | None) -> str:
     """Return the URI of an organism's experiment below a SOMA's root; by default, of its only organism."""
-    remote = "://" in uri and not uri.startswith("file://")
     try:
-        root: Any = soma.open(uri, context=open_context(remote, n_threads=1))
-    except soma.SOMAError as error:
+        found = Patience().read(uri, lambda: _list_organisms(uri))
+    except OSError as error:
+        if is_remote(uri) and not isinstance(error, FileNotFoundError):
+            raise
         raise ValueError(f"cannot open {uri!r} as a SOMA in the Census layout: {error}") from error
-    with root:
-        if isinstance(root, soma.Experiment):
-            return str(root.uri)
-        if "census_data" not in root:
-            raise ValueError(f"{uri!r} is a SOMA but not in the Census layout: no 'census_data' among {sorted(root)}")
-        found = {name: str(root["census_data"][name].uri) for name in root["census_data"]}
+    if isinstance(found, str):
+        return found
     if organism is None and len(found) == 1:
         return next(iter(found.values()))
     if organism not in found:
         wanted = "more than one organism" if organism is None else f"no organism {organism!r}"
         raise ValueError(f"{uri!r} holds {wanted}: {found}; give the address of one of them")
     return found[organism]
+
+
+def _list_organisms(uri: str) -> dict[str, str] | str:
+    """Return the URI of each organism below a SOMA's root; or the one URI, where the root is an organism's already."""
+    root: Any = soma.open(uri, context=open_context(is_remote(uri), n_threads=1))
+    with root:
+        if isinstance(root, soma.Experiment):
+            return str(root.uri)
+        if "census_data" not in root:
+            raise ValueError(f"{uri!r} is a SOMA but not in the Census layout: no 'census_data' among {sorted(root)}")
+        return {name: str(root["census_data"][name].uri) for name in root["census_data"]}

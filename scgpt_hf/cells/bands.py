@@ -5,7 +5,7 @@ loops over entries are compiled and release the GIL, so that threads read at the
 """
 
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor
 from typing import NamedTuple, TypeAlias
 
 import numpy as np
@@ -20,7 +20,6 @@ from scgpt_hf.cells.block import Int64Array
 DENSE = (
     1 / 64
 )  # wanted cells per cell of the range they span, from which on reading the whole range is faster (measured)
-BUFFER_BYTES = 8 * 2**20  # of each column of a query; larger ones were slower
 
 Float32Array: TypeAlias = NDArray[np.float32]
 Int32Array: TypeAlias = NDArray[np.int32]
@@ -36,20 +35,6 @@ class Band(NamedTuple):
     genes: Int32Array
     counts: Float32Array
     raw: bool
-
-
-def open_context(remote: bool, *, n_threads: int) -> soma.SOMATileDBContext:
-    """Return a fresh context with few threads and small buffers; a remote store is asked for 16 ranges at once."""
-    config: dict[str, str | float] = {
-        "soma.init_buffer_bytes": BUFFER_BYTES,
-        "sm.compute_concurrency_level": n_threads,
-        "sm.io_concurrency_level": 16 if remote else n_threads,
-    }
-    if not remote:
-        return soma.SOMATileDBContext(tiledb_config=config)
-    from cellxgene_census import get_default_soma_context
-
-    return get_default_soma_context(tiledb_config=config)
 
 
 def read_band(array: soma.SparseNDArray, cell_ids: Int64Array) -> Band:
@@ -71,9 +56,7 @@ def read_band(array: soma.SparseNDArray, cell_ids: Int64Array) -> Band:
     return Band(indptr, genes, values, raw=n_wrong == 0)
 
 
-def gather_bands(
-    bands: Sequence[Band], places: Sequence[Int64Array], n_genes: int, pool: ThreadPoolExecutor
-) -> csr_matrix:
+def gather_bands(bands: Sequence[Band], places: Sequence[Int64Array], n_genes: int, pool: Executor) -> csr_matrix:
     """Return the cells of all bands as one matrix; cell i of band b becomes row `places[b][i]`."""
     indptr = np.zeros(sum(map(len, places)) + 1, dtype=np.int64)
     for band, rows in zip(bands, places, strict=False):

@@ -5,13 +5,10 @@ Python threads, each with its own TileDB context, read one band each; numba turn
 they were asked for. Which bands are worth reading together is decided by `plan.py`.
 """
 
-import logging
 import threading
-import time
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from functools import cached_property
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
 import numpy as np
 import pandas as pd
@@ -20,16 +17,12 @@ import tiledbsoma as soma
 from numpy.typing import NDArray
 from scipy.sparse import csr_matrix
 
-from scgpt_hf.cells.bands import Band, gather_bands, open_context, read_band
+from scgpt_hf.cells.bands import Band, gather_bands, read_band
 from scgpt_hf.cells.block import CellBlock, Int64Array, gene_hash, name_layers, require_cell_ids, require_counts
 from scgpt_hf.cells.obs import full_filter, require_columns, select_obs
 from scgpt_hf.cells.plan import BAND_SIZE
-
-logger = logging.getLogger(__name__)
-
-ATTEMPTS = 5  # reads of a remote array before its error is passed on
-
-Result = TypeVar("Result")
+from scgpt_hf.cells.remote import Patience, is_remote, open_context
+from scgpt_hf.cells.threads import ReadingThreads
 
 
 class CensusSource:
@@ -72,14 +65,18 @@ class CensusSource:
             "n_threads": n_threads,
         }
         self._uri, self._layer, self._n_threads = uri, layer or "raw", n_threads
-        self._remote = "://" in uri and not uri.startswith("file://")
+        self._remote, self._patience = is_remote(uri), Patience()
         self._lock, self._local = threading.Lock(), threading.local()
         self._arrays: list[soma.SparseNDArray] = []
-        self._pool: ThreadPoolExecutor | None = None
-        with self._experiment() as experiment:
-            self._x_uri = _find_layer(experiment, self._layer)
-            self.columns = [str(name) for name in experiment.obs.schema.names if name != "soma_joinid"]
+        self._pool: ReadingThreads | None = None
+        self._x_uri, self.columns = self._patience.read(uri, self._look)
         self._filter = full_filter(obs_filter, self.columns, primary_only=primary_only)
+
+    def _look(self) -> tuple[str, list[str]]:
+        """Return the URI of the layer and the columns of obs."""
+        with self._experiment() as experiment:
+            x_uri = _find_layer(experiment, self._layer)
+            return x_uri, [str(name) for name in experiment.obs.schema.names if name != "soma_joinid"]
 
     def __getstate__(self) -> dict[str, Any]:
         return self._settings
@@ -113,7 +110,7 @@ class CensusSource:
                 rows = experiment.ms["RNA"].var.read(column_names=["soma_joinid", "feature_id", "feature_name"])
                 return cast(pd.DataFrame, rows.concat().to_pandas())
 
-        genes = self._retried(read).sort_values("soma_joinid", ignore_index=True)
+        genes = self._patience.read(f"{self._uri}/ms/RNA/var", read).sort_values("soma_joinid", ignore_index=True)
         return genes.drop(columns="soma_joinid").astype(str)
 
     def obs(self, columns: Sequence[str] = ()) -> pd.DataFrame:
@@ -123,7 +120,7 @@ class CensusSource:
             with self._experiment() as experiment:
                 return select_obs(experiment.obs, self._filter, columns)
 
-        return self._retried(read)
+        return self._patience.read(f"{self._uri}/obs", read)
 
     def read(self, cell_ids: Int64Array, columns: Sequence[str] = ()) -> CellBlock:
         """Return these cells in this order; see `CellSource.read`."""
@@ -171,14 +168,16 @@ class CensusSource:
                 rows = experiment.obs.read((pa.array(np.sort(cell_ids)),), column_names=names)
                 return cast(pd.DataFrame, rows.concat().to_pandas())
 
-        return self._retried(read).set_index("soma_joinid").rename_axis("cell_id").loc[cell_ids]
+        obs = self._patience.read(f"{self._uri}/obs", read)
+        return obs.set_index("soma_joinid").rename_axis("cell_id").loc[cell_ids]
 
     def _refuse(self, counts: csr_matrix, cell_ids: Int64Array) -> None:
         """Raise the ValueError that says what is wrong with these counts, and which other layers look raw."""
         try:
             require_counts(counts, f"layer {self._layer!r} of {self._uri}")
         except ValueError as error:
-            raise name_layers(error, self._retried(lambda: self._other_layers(cell_ids))) from error
+            others = self._patience.read(self._uri, lambda: self._other_layers(cell_ids))
+            raise name_layers(error, others) from error
 
     def _other_layers(self, cell_ids: Int64Array) -> dict[str, bool]:
         """Return the other layers of X, and whether the cells of the first band of these ids look raw there."""
@@ -194,10 +193,10 @@ class CensusSource:
     def _experiment(self) -> soma.Experiment:
         return soma.Experiment.open(self._uri, context=open_context(self._remote, n_threads=self._n_threads))
 
-    def _threads(self) -> ThreadPoolExecutor:
+    def _threads(self) -> ReadingThreads:
         with self._lock:
             if self._pool is None:
-                self._pool = ThreadPoolExecutor(self._n_threads, thread_name_prefix="census-band")
+                self._pool = ReadingThreads(self._n_threads, "census-band")
             return self._pool
 
     def _array(self) -> soma.SparseNDArray:
@@ -209,25 +208,22 @@ class CensusSource:
         return cast(soma.SparseNDArray, self._local.array)
 
     def _read_band(self, cell_ids: Int64Array) -> Band:
-        return self._retried(lambda: read_band(self._array(), cell_ids))
-
-    def _retried(self, read: Callable[[], Result]) -> Result:
-        """Return what `read` returns; on a remote store, try again after 1, 2, 4 and 8 s when it fails."""
-        for attempt in range(ATTEMPTS - 1 if self._remote else 0):
-            try:
-                return read()
-            except soma.SOMAError as error:
-                logger.warning("reading %s failed (%s); trying again in %d s", self._uri, error, 2**attempt)
-                time.sleep(2**attempt)
-        return read()
+        return self._patience.read(self._x_uri, lambda: read_band(self._array(), cell_ids))
 
 
 def _find_layer(experiment: soma.Experiment, layer: str) -> str:
     """Return the URI of a layer of the measurement RNA, or raise a ValueError that lists what there is."""
+    parts: Any = experiment
+    for part in ("obs", "ms"):
+        if part not in parts:
+            raise ValueError(f"{experiment.uri} has no {part!r}, it has {sorted(parts)}; is the copy complete?")
     measurements: Any = experiment.ms
     if "RNA" not in measurements:
         raise ValueError(f"{experiment.uri} has no measurement 'RNA'; it has {sorted(measurements)}")
-    layers: Any = measurements["RNA"].X
-    if layer not in layers:
-        raise ValueError(f"{experiment.uri} has no layer {layer!r} of X; it has {sorted(layers)}")
-    return str(layers[layer].uri)
+    measurement = measurements["RNA"]
+    for part in ("var", "X"):
+        if part not in measurement:
+            raise ValueError(f"{measurement.uri} has no {part!r}, it has {sorted(measurement)}; is the copy complete?")
+    if layer not in measurement.X:
+        raise ValueError(f"{experiment.uri} has no layer {layer!r} of X; it has {sorted(measurement.X)}")
+    return str(measurement.X[layer].uri)

@@ -72,7 +72,9 @@ def select_obs(
     try:
         rows = frame.read(value_filter=value_filter, column_names=["soma_joinid", *columns])
     except SOMAError as error:
-        reason = str(error).split("\n\nAt:")[0]
+        reason, _, raised_in_python = str(error).partition("\n\nAt:")
+        if not raised_in_python:  # the store failed, not the filter
+            raise
         raise ValueError(f"cannot apply the obs filter {value_filter!r}: {reason}; its columns are {known}") from error
     obs = rows.concat().to_pandas().set_index("soma_joinid").rename_axis("cell_id")[list(columns)]
     if not len(obs):

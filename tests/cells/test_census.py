@@ -1,5 +1,6 @@
 """A local SOMA keeps the contract of a source; the remote Census is told from a network that is not there."""
 
+import shutil
 import threading
 
 import cellxgene_census
@@ -10,7 +11,7 @@ import tiledbsoma as soma
 from scipy.sparse import random as random_sparse
 from source_contract import SourceContract
 
-from scgpt_hf.cells import bands, census
+from scgpt_hf.cells import bands
 from scgpt_hf.cells.census import CensusSource
 from scgpt_hf.cells.source import open_source
 
@@ -107,10 +108,25 @@ def test_counts_that_turn_wrong_in_a_later_band_raise_whenever_they_are_read(tmp
 
 
 def test_an_experiment_without_rna_raises(tmp_path):
-    with soma.Experiment.create(str(tmp_path / "soma")) as experiment:
-        experiment.add_new_collection("ms")
+    write_soma(tmp_path / "soma", random_sparse(20, 5, 0.5, format="csr", random_state=0))
+    with soma.open(str(tmp_path / "soma" / "ms"), "d") as measurements:
+        del measurements["RNA"]
     with pytest.raises(ValueError, match="no measurement 'RNA'"):
         CensusSource(str(tmp_path / "soma"))
+
+
+@pytest.mark.parametrize("missing", ["obs", "ms", "ms/RNA/var", "ms/RNA/X", "ms/RNA/X/raw"])
+@pytest.mark.parametrize("unlisted", [True, False])
+def test_a_census_that_lacks_an_array_raises_with_its_name(tmp_path, missing, unlisted):
+    write_soma(tmp_path / "soma", random_sparse(20, 5, 0.5, format="csr", random_state=0))
+    parent, name = (tmp_path / "soma" / missing).parent, missing.rsplit("/", 1)[-1]
+    if unlisted:  # as by an interrupted build
+        with soma.open(str(parent), "d") as collection:
+            del collection[name]
+    else:  # as by an interrupted copy
+        shutil.rmtree(parent / name)
+    with pytest.raises((ValueError, OSError), match=f"soma.* has no .*'{name}'|reading .*soma.* failed:"):
+        CensusSource(str(tmp_path / "soma")).genes  # noqa: B018
 
 
 def test_no_network_is_said_with_a_way_out(monkeypatch):
@@ -144,29 +160,6 @@ def test_an_unknown_release_or_organism_raises_with_those_there_are():
         open_source("census://1999-01-01/homo_sapiens")
     with pytest.raises(ValueError, match=r"no organism 'danio_rerio'.*homo_sapiens"):
         open_source("census://stable/danio_rerio")
-
-
-def test_remote_errors_are_tried_again_and_local_ones_are_not(small_census, monkeypatch):
-    waits, source = [], open_source(small_census)
-    monkeypatch.setattr(census.time, "sleep", waits.append)
-
-    def fails(n_times):
-        failures = iter(range(n_times))
-
-        def read():
-            if next(failures, None) is not None:
-                raise soma.SOMAError("connection reset")
-            return "read"
-
-        return read
-
-    with pytest.raises(soma.SOMAError):
-        source._retried(fails(1))
-    source._remote = True
-    assert source._retried(fails(3)) == "read"
-    assert waits == [1, 2, 4]
-    with pytest.raises(soma.SOMAError, match="connection reset"):
-        source._retried(fails(census.ATTEMPTS))
 
 
 def write_soma(folder, counts, **layers):

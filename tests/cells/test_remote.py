@@ -1,70 +1,165 @@
-"""The remote path for real: tiledbsoma's own S3 client, reading a Census from an S3 server on this machine."""
+"""The remote path for real: tiledbsoma's own S3 client, reading a Census from a server that fails as stores do."""
 
+import logging
 import os
-import subprocess
-import sys
-from pathlib import Path
+import re
+import threading
 
-import pytest
-
-READ = """
-import sys
 import numpy as np
-from scgpt_hf.cells.source import open_source
+import pytest
+import tiledbsoma as soma
+from s3_server import Faults, S3Server
 
-remote, local = open_source(sys.argv[1]), open_source(sys.argv[2])
-assert remote.genes.equals(local.genes)
-ids = np.random.default_rng(0).permutation(local.obs().index.to_numpy())[:100]
-one, other = remote.read(ids, ["donor_id"]), local.read(ids, ["donor_id"])
-assert (one.counts != other.counts).nnz == 0
-assert one.obs.equals(other.obs)
-print(remote.describe()["uri"])
-"""
+from scgpt_hf.cells import remote
+from scgpt_hf.cells.plan import plan_epoch
+from scgpt_hf.cells.remote import Patience, require_no_credentials
+from scgpt_hf.cells.source import open_source
+from scgpt_hf.stream import StreamSettings, stream_cells
+from scgpt_hf.tokens.processing_scgpt import ScGPTProcessor
+
+ADDRESS = "s3://census/census_data/homo_sapiens"
 
 
 @pytest.fixture
-def bucket(small_census, monkeypatch):
-    """The address of a public bucket with `small_census`, and the environment that leads TileDB to it."""
-    boto3 = pytest.importorskip(
-        "boto3", reason="needs `pip install moto[server]`, kept out of the extras for its pins of botocore"
-    )
-    server = pytest.importorskip(
-        "moto.server", reason="needs `pip install moto[server]`, kept out of the extras for its pins of botocore"
-    )
-    running = server.ThreadedMotoServer(ip_address="127.0.0.1", port=0)
-    running.start()
-    host, port = running.get_host_and_port()
-    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
-        monkeypatch.setenv(name, "test")
-    client = boto3.client("s3", endpoint_url=f"http://{host}:{port}", region_name="us-west-2")
-    client.create_bucket(Bucket="census", CreateBucketConfiguration={"LocationConstraint": "us-west-2"})
-    for path in Path(small_census).rglob("*"):
-        if path.is_file():
-            key = f"small/{path.relative_to(small_census)}"
-            client.upload_file(str(path), "census", key, ExtraArgs={"ACL": "public-read"})
-    yield (
-        "s3://census/small",
-        {
-            "TILEDB_VFS_S3_ENDPOINT_OVERRIDE": f"{host}:{port}",
-            "TILEDB_VFS_S3_SCHEME": "http",
-            "TILEDB_VFS_S3_USE_VIRTUAL_ADDRESSING": "false",
-        },
-    )
-    running.stop()
+def server(small_census, monkeypatch):
+    """A server with `small_census`, to which TileDB is led; nothing fails yet, and nobody waits between attempts."""
+    for name in [name for name in os.environ if name.startswith(("AWS_", "TILEDB_"))]:
+        monkeypatch.delenv(name)
+    monkeypatch.setattr(remote.time, "sleep", lambda _: None)
+    with S3Server(small_census) as server:
+        for name, value in server.environment.items():
+            monkeypatch.setenv(name, value)
+        yield server
 
 
-# boto3 and the server keep sockets until they are collected
-@pytest.mark.filterwarnings(
-    "ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning", "ignore::DeprecationWarning"
+def batches_of(source, n_epochs=2):
+    """The batches of two epochs, every array of them as a list."""
+    processor = ScGPTProcessor.from_genes(source.genes["feature_id"].tolist())
+    ids = source.obs().index.to_numpy()
+    plans = [plan_epoch(ids, seed=0, epoch=epoch, batch_size=30, band_size=64) for epoch in range(n_epochs)]
+    stream = stream_cells(source, plans, processor, StreamSettings(seed=0, mask_ratios=(0.5,)))
+    return [{name: np.asarray(value).tolist() for name, value in batch.items()} for batch in stream]
+
+
+def test_cells_read_from_s3_equal_the_local_ones(server, small_census):
+    with open_source("s3://census/") as source, open_source(small_census) as local:
+        assert source.describe()["uri"] == ADDRESS
+        assert source.genes.equals(local.genes)
+        ids = np.random.default_rng(0).permutation(local.obs().index.to_numpy())[:100]
+        block, expected = source.read(ids, ["donor_id"]), local.read(ids, ["donor_id"])
+        assert (block.counts != expected.counts).nnz == 0
+        assert block.obs.equals(expected.obs)
+
+
+def test_with_a_fifth_of_the_requests_failing_the_batches_stay_the_same(server, small_census, monkeypatch, caplog):
+    monkeypatch.setenv("TILEDB_VFS_S3_CONNECT_MAX_TRIES", "1")  # so that our own layer has something to do
+    with open_source(small_census) as local:
+        expected = batches_of(local)
+    server.faults = Faults(probability=0.2, kinds=("500", "503", "reset", "truncate"), seed=1)
+    with open_source(ADDRESS) as source, caplog.at_level(logging.WARNING, "scgpt_hf"):
+        assert batches_of(source) == expected
+        n_retries = source._patience.n_retries
+    assert {kind: server.outcomes[kind] > 0 for kind in server.faults.kinds} == dict.fromkeys(server.faults.kinds, True)
+    assert 0.15 < 1 - server.outcomes["ok"] / server.outcomes.total() < 0.25
+    said = [record.getMessage() for record in caplog.records if "retries in this run so far" in record.getMessage()]
+    assert n_retries > 0
+    assert f"{n_retries} retries in this run so far" in said[-1]
+    assert all(ADDRESS in line and "attempt 2 of 8 in" in line for line in said[:1])
+
+
+def test_after_the_last_attempt_the_error_names_the_object_and_what_to_do(server, monkeypatch):
+    monkeypatch.setenv("TILEDB_VFS_S3_CONNECT_MAX_TRIES", "0")
+    with open_source(ADDRESS) as source:
+        ids = source.obs().index.to_numpy()
+        server.faults = Faults(probability=1, kinds=("500",), only="/X/raw/")
+        with pytest.raises(ConnectionError, match=rf"{ADDRESS}/ms/RNA/X/raw failed 8 times .*500.*resume .*local copy"):
+            source.read(ids)
+        server.faults = Faults()
+        assert len(source.read(ids)) == len(ids)
+
+
+def test_a_store_that_falls_silent_is_asked_again(server, small_census, monkeypatch):
+    monkeypatch.setenv("TILEDB_VFS_S3_REQUEST_TIMEOUT_MS", "500")
+    with open_source(ADDRESS) as source, open_source(small_census) as local:
+        ids = source.obs().index.to_numpy()
+        server.faults = Faults(probability=0.1, kinds=("stall",), seed=2, only="/X/raw/__fragments", stall_s=20)
+        assert (source.read(ids).counts != local.read(ids).counts).nnz == 0
+        assert server.outcomes["stall"] > 0
+
+
+def test_a_census_that_disappears_ends_the_run_at_once(server):
+    with open_source(ADDRESS) as source:
+        ids = source.obs().index.to_numpy()
+        source.read(ids[:3])
+        server.faults.gone = True
+        with pytest.raises(FileNotFoundError, match=rf"{ADDRESS}\S+ cannot be found.*put it back and resume"):
+            source.read(ids)
+        assert source._patience.n_retries == 0
+    with pytest.raises(ValueError, match=f"cannot open '{ADDRESS}' as a SOMA"):
+        open_source(ADDRESS)
+
+
+def test_a_store_that_cannot_be_reached_is_not_taken_for_one_that_is_empty(server):
+    server.faults = Faults(probability=1, kinds=("reset",))
+    with pytest.raises(ConnectionError, match=r"s3://census/ failed 8 times"):
+        open_source("s3://census/")
+
+
+def failing(n_times, message="connection reset"):
+    """A read that fails so often, then succeeds."""
+    failures = iter(range(n_times))
+
+    def read():
+        if next(failures, None) is not None:
+            raise soma.SOMAError(message)
+        return "read"
+
+    return read
+
+
+def test_waits_double_and_differ(monkeypatch):
+    waits: list[float] = []
+    monkeypatch.setattr(remote.time, "sleep", waits.append)
+    patience = Patience()
+    assert patience.read("s3://b/k", failing(7)) == "read"
+    assert all(0.5 * 2**attempt <= wait <= 1.5 * 2**attempt for attempt, wait in enumerate(waits))
+    assert len({round(wait / 2**attempt, 6) for attempt, wait in enumerate(waits)}) == len(waits) == 7
+    assert patience.n_retries == 7
+
+
+@pytest.mark.parametrize(
+    ("uri", "message", "expected", "says"),
+    [
+        ("s3://b/k", "[HTTP Response Code: 403] [Headers: 'x' = 'y'] : AccessDenied", PermissionError, "credentials"),
+        ("s3://b/k", "[HTTP Response Code: 404]", FileNotFoundError, "put it back"),
+        ("/no/such/folder", "Cannot open array", FileNotFoundError, "put it back"),
+        ("/", "checksum mismatch", OSError, "is it damaged"),
+        (f"file://{os.path.abspath(os.sep)}", "checksum mismatch", OSError, "is it damaged"),
+    ],
 )
-def test_cells_read_from_s3_equal_the_local_ones(bucket, small_census):
-    address, environment = bucket
-    done = subprocess.run(
-        [sys.executable, "-c", READ, address, str(small_census)],
-        env={**os.environ, **environment},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.strip() == "s3://census/small/census_data/homo_sapiens"
+def test_what_another_attempt_cannot_change_is_said_at_once(uri, message, expected, says):
+    patience = Patience()
+    with pytest.raises(expected, match=f"{re.escape(uri)}.*{says}") as raised:
+        patience.read(uri, failing(1, message))
+    assert type(raised.value) is expected
+    assert patience.n_retries == 0
+    assert "Headers" not in str(raised.value)
+
+
+def test_retries_of_all_threads_are_counted(monkeypatch):
+    monkeypatch.setattr(remote.time, "sleep", lambda _: None)
+    patience = Patience()
+    threads = [threading.Thread(target=patience.read, args=("s3://b/k", failing(3))) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert patience.n_retries == 24
+
+
+def test_an_address_with_a_password_is_refused_and_not_repeated():
+    with pytest.raises(ValueError, match="AWS_SECRET_ACCESS_KEY") as raised:
+        open_source("s3://someone:secret@bucket/census")
+    assert "secret@" not in str(raised.value)
+    for address in ("s3://bucket/a@b", "/home/a@b", "census://stable"):
+        require_no_credentials(address)

@@ -1,0 +1,90 @@
+"""Threads for reading that never keep the interpreter from ending.
+
+`concurrent.futures.ThreadPoolExecutor` waits at exit for every task that has begun, and a read from a store that has
+fallen silent may take minutes. These threads are daemons: whoever stops waits a moment for them, then leaves.
+"""
+
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Executor, Future
+from functools import partial
+from typing import Any, TypeVar
+
+logger = logging.getLogger(__name__)
+
+PATIENCE_S = 5.0  # waited for a read in progress when its reader closes; a band of a local store takes less than one
+
+Result = TypeVar("Result")
+
+
+class ReadingThreads(Executor):
+    """An executor of daemon threads; they end when it is shut down or no longer used."""
+
+    def __init__(self, n_threads: int, name: str) -> None:
+        """Start the threads, named `name` and a number."""
+        self._tasks: queue.SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None] = queue.SimpleQueue()
+        self._threads = [
+            threading.Thread(target=_work, args=(self._tasks,), name=f"{name}_{number}", daemon=True)
+            for number in range(n_threads)
+        ]
+        self._open = True
+        for thread in self._threads:
+            thread.start()
+
+    def submit(self, fn: Callable[..., Result], /, *args: Any, **kwargs: Any) -> Future[Result]:
+        """Have a thread call `fn`; see `concurrent.futures.Executor`.
+
+        Raises:
+            RuntimeError: the threads were shut down.
+        """
+        if not self._open:
+            raise RuntimeError("the reading threads were shut down")
+        future: Future[Result] = Future()
+        self._tasks.put((future, partial(fn, *args, **kwargs)))
+        return future
+
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = True) -> None:
+        """End the threads: cancel what has not begun, and wait up to `PATIENCE_S` for what has."""
+        self._open = False
+        while cancel_futures:
+            try:
+                task = self._tasks.get_nowait()
+            except queue.Empty:
+                break
+            if task is not None:
+                task[0].cancel()
+        self._end()
+        if wait:
+            join_within(self._threads, PATIENCE_S)
+
+    def __del__(self) -> None:
+        self._end()
+
+    def _end(self) -> None:
+        for _ in self._threads:
+            self._tasks.put(None)
+
+
+def join_within(threads: list[threading.Thread], patience_s: float) -> None:
+    """Wait for threads to end, at most so long altogether; those that have not are named in the log and left."""
+    until = time.monotonic() + patience_s
+    for thread in threads:
+        thread.join(max(0.0, until - time.monotonic()))
+    if busy := [thread.name for thread in threads if thread.is_alive()]:
+        logger.warning(
+            "%s did not end within %g s: a read hangs; it ends by itself or with the process", busy, patience_s
+        )
+
+
+def _work(tasks: "queue.SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None]") -> None:
+    while (task := tasks.get()) is not None:
+        future, call = task
+        if future.set_running_or_notify_cancel():
+            try:
+                future.set_result(call())
+            except BaseException as error:  # noqa: BLE001 — nothing is swallowed: who asks for the result gets it
+                future.set_exception(error)
+        del task, future, call  # a thread that waits keeps nothing alive
