@@ -10,7 +10,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
@@ -24,6 +24,7 @@ from scipy.sparse import csr_matrix
 from scgpt_hf.cells.block import CellBlock, Int64Array
 from scgpt_hf.cells.plan import Plan
 from scgpt_hf.cells.source import CellSource
+from scgpt_hf.cells.threads import PATIENCE_S, ReadingThreads, join_within
 from scgpt_hf.genes import match_columns
 from scgpt_hf.tokens.packing_scgpt import Tokens, pack, pad
 from scgpt_hf.tokens.processing_scgpt import ScGPTProcessor
@@ -103,7 +104,8 @@ def lengths_of(batch: Batch) -> torch.Tensor:
 def read_ahead(batches: Iterable[Batch], depth: int = 8) -> Generator[Batch, None, None]:
     """Yield the batches in order while a background thread prepares the next `depth` of them.
 
-    An error in the thread is raised here, where the batch was due. Closing the generator stops the thread.
+    An error in the thread is raised here, where the batch was due. Closing the generator stops the thread, and waits a
+    moment for it: a read that hangs is left behind.
     """
     ready: queue.Queue[Any] = queue.Queue(maxsize=depth)
     stopped = threading.Event()
@@ -135,7 +137,7 @@ def read_ahead(batches: Iterable[Batch], depth: int = 8) -> Generator[Batch, Non
             yield item
     finally:
         stopped.set()
-        thread.join()
+        join_within([thread], PATIENCE_S)
 
 
 class StreamLoader:
@@ -206,7 +208,7 @@ class _Blocks:
     ) -> None:
         self.source, self.plans, self.processor, self.settings, self.shards = source, plans, processor, settings, shards
         self.gene_ids, _ = match_columns(source.genes, processor)
-        self.reader = ThreadPoolExecutor(1, thread_name_prefix="scgpt-read-block")
+        self.reader = ReadingThreads(1, "scgpt-read-block")
         self.ahead: tuple[int, Future[tuple[list[Int64Array], CellBlock]] | None] = (0, None)
 
     def __getstate__(self) -> dict[str, Any]:
