@@ -26,7 +26,7 @@ from scgpt_hf.cells.plan import Plan
 from scgpt_hf.cells.source import CellSource
 from scgpt_hf.cells.threads import PATIENCE_S, ReadingThreads, join_within
 from scgpt_hf.genes import match_columns
-from scgpt_hf.tokens.packing_scgpt import Tokens, pack, pad
+from scgpt_hf.tokens.packing_scgpt import Tokens, bucket, pack, pad
 from scgpt_hf.tokens.processing_scgpt import ScGPTProcessor
 
 logger = logging.getLogger(__name__)
@@ -48,6 +48,7 @@ class StreamSettings:
         world_size: number of processes.
         micro_batches: equal parts in which a rank takes its cells of one step (gradient accumulation).
         padded: pad the cells of a batch to one length, for the models whose pooling or norm counts padding.
+        bucketed: lengthen packed batches to one of few shapes, for compiled models.
         categories: batch key → (obs column, class id of each of its values), e.g. {"domain_ids": ("assay", {"v2": 0})}.
     """
 
@@ -57,6 +58,7 @@ class StreamSettings:
     world_size: int = 1
     micro_batches: int = 1
     padded: bool = False
+    bucketed: bool = False
     categories: Mapping[str, tuple[str, Mapping[str, int]]] = field(default_factory=dict)
 
 
@@ -273,9 +275,11 @@ class _Blocks:
             }
 
     def _join(self, tokens: Tokens) -> Batch:
+        pad_id, pad_value = self.processor.pad_id, self.processor.pad_value
         if self.settings.padded:
-            return pad(tokens, pad_id=self.processor.pad_id, pad_value=self.processor.pad_value)
-        return pack(tokens)
+            return pad(tokens, pad_id=pad_id, pad_value=pad_value)
+        batch = pack(tokens)
+        return bucket(batch, pad_id=pad_id, pad_value=pad_value) if self.settings.bucketed else batch
 
     def _classes(self, block: CellBlock, key: str) -> Int64Array:
         """Return the class of each cell of the block by its obs value, shape (cells,)."""
