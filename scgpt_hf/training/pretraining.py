@@ -22,7 +22,7 @@ from transformers.trainer_pt_utils import get_model_param_count
 
 from scgpt_hf.cells.block import Int64Array
 from scgpt_hf.cells.course import Course, plan_run
-from scgpt_hf.cells.plan import plan_epoch, plan_validation
+from scgpt_hf.cells.plan import BAND_SIZE, plan_epoch, plan_validation
 from scgpt_hf.cells.source import CellSource
 from scgpt_hf.model.modeling_scgpt import ScGPTForPreTraining
 from scgpt_hf.stream import StreamSettings, read_ahead, stream_cells
@@ -90,7 +90,8 @@ class Streams:
             bucketed=args.torch_compile,
             categories=_categories(data.domain_key, selection.domains),
         )
-        order = {"seed": args.seed, "bands_per_block": data.bands_per_block, "batch_size": global_batch_size(args)}
+        order = {"seed": args.seed, "batch_size": global_batch_size(args), "band_size": source.band_size}
+        order["bands_per_block"] = data.bands_per_block * BAND_SIZE // source.band_size  # as many cells for any source
         cell_ids = selection.parts["train"]
         self.epoch = plan_epoch(cell_ids, epoch=0, **order)
         past = manifest_of(Path(checkpoint)) if checkpoint else Manifest(0, args.world_size, [])
