@@ -22,6 +22,7 @@ from pathlib import Path
 
 from scgpt_hf.cells.cache_jobs import CELLS_PER_SHARD, plan_cache, write_shards
 from scgpt_hf.cells.source import open_source
+from scgpt_hf.training.hub_cache import check_dataset, publish_cache
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -47,6 +48,8 @@ def main(arguments: list[str] | None = None) -> None:
     except ValueError:
         parser.error(f"expected --shard I/N, e.g. 0/4, found {asked.shard!r}")
     try:
+        if asked.push_to_hub:
+            check_dataset(asked.push_to_hub, private=asked.private or None)
         source = open_source(
             asked.source, obs_filter=asked.obs_filter, layer=asked.layer, primary_only=not asked.all_cells
         )
@@ -59,8 +62,6 @@ def main(arguments: list[str] | None = None) -> None:
             whole = write_shards(jobs, (index, n_jobs), rewrite=asked.rewrite)
         print(f"{asked.out} is whole: train on it with --data {asked.out}" if whole else "other jobs are still to end")
         if whole and asked.push_to_hub:
-            from scgpt_hf.training.hub_cache import publish_cache
-
             print(f"Published at {publish_cache(Path(asked.out), asked.push_to_hub, private=asked.private or None)}")
     except (ImportError, OSError, RuntimeError, ValueError) as error:
         sys.exit(f"cache_census.py: {error}")

@@ -46,9 +46,9 @@ def check_repository(
     """
     if repo_id is None:
         raise ValueError("push_to_hub needs to know where to; give --hub_model_id OWNER/NAME")
-    _require_repo_id(repo_id)
+    require_repo_id(repo_id)
     api = HfApi(token=token)
-    with _plain_words(repo_id, api.endpoint):
+    with plain_words(repo_id, api.endpoint):
         _claim(api, repo_id, private, revision)
 
 
@@ -78,10 +78,10 @@ def publish(
         HubError: the Hub refuses, cannot be reached, or holds something else under this id.
     """
     run = Path(run)
-    _require_repo_id(repo_id)
+    require_repo_id(repo_id)
     files = collect_files(run, repo_id, weights)
     api = HfApi(token=token)
-    with _plain_words(repo_id, api.endpoint):
+    with plain_words(repo_id, api.endpoint):
         found = _claim(api, repo_id, private, revision)
         operations: list[CommitOperationAdd | CommitOperationDelete] = [
             CommitOperationAdd(name, content if isinstance(content, bytes) else str(content))
@@ -135,7 +135,8 @@ def _readme(run: Path, repo_id: str) -> str:
     return str(model_card(run, repo_id))
 
 
-def _require_repo_id(repo_id: str) -> None:
+def require_repo_id(repo_id: str) -> None:
+    """Raise a ValueError unless this is OWNER/NAME."""
     try:
         validate_repo_id(repo_id)
     except HFValidationError as error:
@@ -196,7 +197,7 @@ def _stale_weights(found: ModelInfo, files: dict[str, Any]) -> list[str]:
 
 
 @contextmanager
-def _plain_words(repo_id: str, endpoint: str) -> Iterator[None]:
+def plain_words(repo_id: str, endpoint: str) -> Iterator[None]:
     """Turn what the client raises into one sentence that says what to do."""
     try:
         yield

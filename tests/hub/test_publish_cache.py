@@ -1,0 +1,147 @@
+"""A cache goes to the Hub as a dataset, streams back, and is a source again after a download; by the real client."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hub_server import Client, Hub
+
+from scgpt_hf.cells.cache_jobs import write_cache
+from scgpt_hf.cells.cache_manifest import CacheError
+from scgpt_hf.cells.source import open_source
+from scgpt_hf.training.hub import HubError
+from scgpt_hf.training.hub_cache import cache_card, check_dataset, publish_cache
+
+TOKEN = "hf_owner"
+
+
+@pytest.fixture(scope="module")
+def folder(small_census: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("cache") / "blood"
+    write_cache(open_source(small_census, obs_filter="disease == 'normal'"), folder)
+    return folder
+
+
+def stream_back(repo_id: str) -> list[dict[str, object]]:
+    import datasets
+
+    return list(datasets.load_dataset(repo_id, split="train", streaming=True, token=TOKEN))
+
+
+def read_back(repo_id: str, cell_ids: np.ndarray) -> np.ndarray:
+    from huggingface_hub import snapshot_download
+
+    folder = snapshot_download(repo_id, repo_type="dataset", token=TOKEN)
+    return open_source(folder).read(cell_ids).counts.toarray()
+
+
+@pytest.fixture(scope="module")
+def published(client: Client, folder: Path) -> str:
+    return client(publish_cache, folder, "org/blood", private=True, token=TOKEN)
+
+
+def test_a_published_cache_streams_back(hub: Hub, client: Client, published: str, folder: Path) -> None:
+    assert published == f"{hub.url}/datasets/org/blood"
+    assert hub.state.repositories["datasets/org/blood"].private
+    source, rows = open_source(folder), client(stream_back, "org/blood")
+    assert [row["cell_id"] for row in rows] == source.obs().index.tolist()
+    block = source.read(np.array([rows[7]["cell_id"]]), ["donor_id"])
+    assert rows[7]["gene"] == block.counts.indices.tolist()
+    assert rows[7]["count"] == block.counts.data.tolist()
+    assert rows[7]["donor_id"] == block.obs["donor_id"].iloc[0]
+
+
+def test_a_downloaded_cache_is_a_source(client: Client, published: str, folder: Path) -> None:
+    cell_ids = open_source(folder).obs().index.to_numpy()[::-2]
+    assert (client(read_back, "org/blood", cell_ids) == open_source(folder).read(cell_ids).counts.toarray()).all()
+
+
+def test_nothing_of_this_machine_is_published(hub: Hub, published: str, small_census: Path) -> None:
+    for name, content in hub.files("org/blood", kind="datasets").items():
+        assert str(small_census.parent).encode() not in content, name
+        assert b"file://" not in content, name
+
+
+def test_the_card_says_what_it_is_and_how_to_load_it(hub: Hub, published: str, folder: Path) -> None:
+    card = hub.files("org/blood", kind="datasets")["README.md"].decode()
+    assert card.startswith("---\n")
+    for text in (
+        "data-*.arrow",
+        "n<1K",
+        "disease == 'normal'",
+        "list of uint16",
+        'load_dataset("org/blood"',
+        "licence",
+    ):
+        assert text.lower() in card.lower(), text
+    assert cache_card(folder, "org/blood").data.license == "other"
+
+
+def change_census(manifest: Path) -> None:
+    content = json.loads(manifest.read_text())
+    content["source"]["census_version"] = "2025-11-08"
+    manifest.write_text(json.dumps(content))
+
+
+def test_a_cache_of_the_census_carries_its_licence_and_version(folder: Path, tmp_path: Path) -> None:
+    change_census(Path(shutil.copytree(folder, tmp_path / "cache")) / "manifest.json")
+    card = cache_card(tmp_path / "cache", "org/blood")
+    assert card.data.license == "cc-by-4.0"
+    assert "2025-11-08" in card.text
+
+
+def test_publishing_again_replaces_the_shards(
+    hub: Hub, client: Client, small_census: Path, tmp_path: Path, folder: Path
+) -> None:
+    client(publish_cache, folder, "org/again", token=TOKEN)
+    hub.files("org/again", kind="datasets")["data-00000-of-00009.arrow"] = b"of an earlier cache"
+    client(publish_cache, folder, "org/again", token=TOKEN)
+    shards = [name for name in hub.files("org/again", kind="datasets") if name.endswith(".arrow")]
+    assert shards == ["data-00000-of-00001.arrow"]
+
+
+def corrupt(folder: Path) -> str:
+    content = bytearray((folder / "data-00000-of-00001.arrow").read_bytes())
+    content[len(content) // 2] ^= 1
+    (folder / "data-00000-of-00001.arrow").write_bytes(content)
+    return "org/corrupt"
+
+
+@pytest.mark.parametrize(
+    ("arrange", "error", "message"),
+    [
+        (corrupt, CacheError, "data-00000-of-00001.arrow is corrupt"),
+        (lambda folder: (folder / "manifest.json").unlink() or "org/none", CacheError, "is not a cache"),
+        (lambda folder: "blood", ValueError, "with its owner"),
+        (lambda folder: "stranger/blood", HubError, "you may not write to stranger/blood"),
+    ],
+)
+def test_what_cannot_be_published_raises(
+    hub: Hub, client: Client, folder: Path, tmp_path: Path, arrange: Callable[[Path], str], error, message: str
+) -> None:
+    repo_id = arrange(Path(shutil.copytree(folder, tmp_path / "cache")))
+    with pytest.raises(error, match=message):
+        client(publish_cache, tmp_path / "cache", repo_id, token=TOKEN)
+    assert f"datasets/{repo_id}" not in hub.state.repositories
+
+
+def push_other(repo_id: str) -> None:
+    import datasets
+
+    datasets.Dataset.from_dict({"a": [1]}).push_to_hub(repo_id, token=TOKEN)
+
+
+def test_another_dataset_or_a_public_one_is_left_alone(hub: Hub, client: Client, folder: Path) -> None:
+    client(push_other, "org/other")
+    with pytest.raises(HubError, match="already holds a dataset that is no cache"):
+        client(check_dataset, "org/other", token=TOKEN)
+    before = hub.files("org/other", kind="datasets")
+    with pytest.raises(HubError, match="already holds a dataset that is no cache"):
+        client(publish_cache, folder, "org/other", token=TOKEN)
+    assert hub.files("org/other", kind="datasets") == before
+    client(publish_cache, folder, "org/public", token=TOKEN)
+    with pytest.raises(HubError, match="exists and is public"):
+        client(publish_cache, folder, "org/public", private=True, token=TOKEN)
