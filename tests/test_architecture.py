@@ -23,7 +23,7 @@ MAY_IMPORT = {
     "demo": {"cells"},
     "convert": {"tokens", "model", "convert"},
     "training": {"training", "stream", "cells", "tokens", "model", "demo", "genes", "pretrained"},
-    "analysis": {"analysis", "stream", "cells", "tokens", "model", "genes", "pretrained"},
+    "analysis": {"analysis", "training", "stream", "cells", "tokens", "model", "genes", "pretrained"},
     "__init__": {*ROOMS, "stream", "demo", "convert"},
 }
 # What travels with the weights may need nothing that a user of transformers lacks; numba only in a `try:`.

@@ -4,7 +4,7 @@ Figures are returned; `plots.py` holds the palette and saves them.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +48,7 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     return metrics
 
 
-def plot_loss(metrics: Sequence[Mapping[str, Any]]) -> Figure:
+def plot_loss(metrics: Sequence[Mapping[str, Any]], panels: Collection[str] = ("training", "validation")) -> Figure:
     """Return the course of a run: training losses by name, and validation MSE between its reference lines.
 
     A run that was never validated, or logged no training loss, gets one panel instead of two. The best step is the
@@ -56,21 +56,23 @@ def plot_loss(metrics: Sequence[Mapping[str, Any]]) -> Figure:
 
     Args:
         metrics: lines as `read_metrics` gives them.
+        panels: which of "training" and "validation".
 
     Raises:
         ValueError: no line holds a loss.
     """
     training = {name: _curve(metrics, name) for name in ("loss", *OBJECTIVES)}
     validation = {name: _curve(metrics, f"eval_{name}_mse") for name in ("gep", "gepc")}
-    panels = [
+    known = {"training": (_draw_training, training), "validation": (_draw_validation, validation)}
+    filled = [
         (draw, drawn)
-        for draw, curves in ((_draw_training, training), (_draw_validation, validation))
-        if (drawn := {name: curve for name, curve in curves.items() if len(curve[0])})
+        for panel, (draw, curves) in known.items()
+        if panel in panels and (drawn := {name: curve for name, curve in curves.items() if len(curve[0])})
     ]
-    if not panels:
+    if not filled:
         raise ValueError(f"no line of {len(metrics):,} holds a loss; expected keys such as 'loss' or 'eval_gep_mse'")
-    figure = Figure(figsize=(3.7 * len(panels), 2.7), layout=ConstrainedLayoutEngine(w_pad=0.08))
-    for axes, (draw, curves) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+    figure = Figure(figsize=(3.7 * len(filled), 2.7), layout=ConstrainedLayoutEngine(w_pad=0.08))
+    for axes, (draw, curves) in zip(figure.subplots(1, len(filled), squeeze=False)[0], filled, strict=True):
         draw(axes, curves, metrics)
     return figure
 

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 PREDICTION = tuple(f"{classifier} macro-F1" for classifier in CLASSIFIERS)
 TRANSFER = tuple(f"transfer {metric}" for metric in PREDICTION)
 METRICS = BIO + BATCH + PREDICTION + TRANSFER
+NOT_APPLICABLE = "does not apply to this method"
 
 Scorers = dict[str, Callable[[], float]]
 Pair = tuple[FloatArray, FloatArray]
@@ -95,7 +96,7 @@ class Evaluation:
         methods: embedding or baseline → its scores; embeddings first.
         cells: that were scored, with the embeddings of the baselines added.
         reference: the cells learnt from for transfer, if any.
-        settings: what was asked, complete, with `label` and `batch`.
+        settings: what was asked, complete, with `keys`, `label` and `batch`.
     """
 
     methods: dict[str, MethodScores]
@@ -144,7 +145,8 @@ def evaluate_embeddings(
         _score(scores, scorers, _asked(complete, with_reference=known is not None), strict=bool(complete["metrics"]))
     embeddings = {method: features[method] for method in features if method != LOGISTIC}
     shown = ScoredCells(cells.rows, cells.labels, cells.batches, embeddings, cells.left_out)
-    return Evaluation(methods, shown, known, {"label": label, "batch": batch, **complete})
+    asked = {"keys": list(keys), "label": label, "batch": batch, **complete}
+    return Evaluation(methods, shown, known, asked)
 
 
 def _require_names(settings: dict[str, Any], *, with_reference: bool) -> None:
@@ -226,7 +228,7 @@ def _score(scores: MethodScores, scorers: Scorers, asked: Sequence[str], *, stri
     """Fill in values and reasons of the metrics asked for, and of the averages they make up."""
     for metric in asked:
         if metric not in scorers:
-            scores.reasons[metric] = "does not apply to this method"
+            scores.reasons[metric] = NOT_APPLICABLE
             continue
         try:
             scores.values[metric] = scorers[metric]()
@@ -237,4 +239,5 @@ def _score(scores: MethodScores, scorers: Scorers, asked: Sequence[str], *, stri
     scores.values = with_averages(scores.values)
     for average, parts in AVERAGES.items():
         if missing := [part for part in parts if part in scores.reasons]:
-            scores.reasons[average] = f"needs {' and '.join(missing)}"
+            inapt = all(scores.reasons[part] == NOT_APPLICABLE for part in missing)
+            scores.reasons[average] = NOT_APPLICABLE if inapt else f"needs {' and '.join(missing)}"

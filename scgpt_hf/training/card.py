@@ -40,7 +40,7 @@ def model_card(run: Path, repo_id: str | None = None) -> ModelCard:
         ValueError: a file is malformed; the message names the file and the key.
     """
     settings, split = Record(run / "settings.yaml"), Record(run / "split.json")
-    summary = _complete(Record(run / "summary.json"), split, run / "metrics.jsonl")
+    summary = complete_summary(Record(run / "summary.json"), split, run / "metrics.jsonl")
     title = repo_id.split("/")[-1] if repo_id else run.resolve().name
     sections = [
         f"# {title}\n\n{_WHAT}",
@@ -60,7 +60,7 @@ def name_checkpoint(card: str, repo_id: str) -> str:
     return card.replace(f'from_pretrained("{LOCAL_CHECKPOINT}"', f'from_pretrained("{repo_id}"')
 
 
-def _complete(summary: Record, split: Record, metrics: Path) -> Record:
+def complete_summary(summary: Record, split: Record, metrics: Path) -> Record:
     """Return the summary; what it lacks while training goes on comes from the split and the metrics."""
     if not summary.get("data", dict):
         summary.content["data"] = split.get("source", dict) or {}

@@ -1,0 +1,180 @@
+"""Builds one HTML page that needs nothing else: styles and pictures inside, no script; light, dark, wide and narrow.
+
+Every text is escaped where it enters (`tag`); only `Html` goes through as it is. What a report says, `report_run.py`
+and its neighbours decide.
+"""
+
+import base64
+import html
+import io
+import struct
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+import matplotlib
+from matplotlib.figure import Figure
+
+_PIXELS_PER_INCH = 110  # of a figure on screen; its text is 7 to 9 points
+_DPI = 200  # of figures saved as PNG, see `plots.save_figure`
+_VOID = {"img", "meta", "br"}
+
+STYLE = """
+:root { color-scheme: light dark; --ink: #1c1f23; --soft: #5c6670; --page: #ffffff; --card: #f4f6f8; --line: #dde2e7;
+  --accent: #0072b2; }
+@media (prefers-color-scheme: dark) { :root { --ink: #e8eaed; --soft: #a3adb8; --page: #15181c; --card: #20252b;
+  --line: #343b43; --accent: #63b8ea; } }
+* { box-sizing: border-box; }
+body { margin: 0 auto; max-width: 62rem; padding: 1.5rem 1.1rem 4rem; background: var(--page); color: var(--ink);
+  font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; overflow-wrap: break-word; }
+h1 { font-size: 1.7rem; line-height: 1.2; margin: 0 0 .3rem; }
+h2 { font-size: 1.2rem; margin: 2.4rem 0 .6rem; padding-top: .9rem; border-top: 1px solid var(--line); }
+p { margin: .5rem 0; max-width: 46rem; }
+.lead, figcaption, .label, th, summary { color: var(--soft); }
+.facts { display: grid; grid-template-columns: repeat(auto-fit, minmax(9.2rem, 1fr)); gap: .7rem; margin: 1.2rem 0; }
+.fact { background: var(--card); border-radius: .6rem; padding: .7rem .9rem; }
+.fact b { display: block; font-size: 1.45rem; line-height: 1.25; font-variant-numeric: tabular-nums; }
+.label { font-size: .82rem; line-height: 1.35; display: block; }
+.wide { overflow-x: auto; }
+table { border-collapse: collapse; font-size: .9rem; margin: .6rem 0; }
+th, td { text-align: left; vertical-align: top; padding: .32rem .9rem .32rem 0; border-bottom: 1px solid var(--line); }
+th { font-weight: 500; }
+td.number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
+th.number { text-align: right; }
+.long td { overflow-wrap: anywhere; }
+td.long { min-width: 9rem; overflow-wrap: anywhere; }
+.bar { display: block; height: .5rem; min-width: 6rem; margin-top: .45rem; background: var(--card); }
+.bar span { display: block; height: 100%; background: var(--accent); }
+.figures { display: flex; flex-wrap: wrap; gap: 1rem; align-items: flex-start; }
+figure { margin: .8rem 0 0; min-width: 0; max-width: 100%; }
+.picture { background: #ffffff; border-radius: .6rem; padding: .6rem; overflow-x: auto; border: 1px solid var(--line); }
+.picture img { display: block; max-width: none; }
+.picture img.fits { max-width: 100%; height: auto; }
+figcaption { font-size: .85rem; margin-top: .35rem; max-width: 46rem; }
+pre { background: var(--card); border-radius: .6rem; padding: .8rem 1rem; overflow-x: auto; font-size: .84rem; }
+details { margin: .5rem 0; } summary { cursor: pointer; }
+footer { margin-top: 3rem; color: var(--soft); font-size: .85rem; }
+@media print { body { max-width: none; } h2 { break-after: avoid; } figure { break-inside: avoid; } }
+"""
+
+
+class Html(str):
+    """Text that is HTML already."""
+
+
+def tag(name: str, /, *children: str | Iterable[str], **attributes: str) -> Html:
+    """Return an element; children and attributes that are not `Html` are escaped. `class_` stands for class."""
+    opening = "".join(f' {key.strip("_")}="{html.escape(value)}"' for key, value in attributes.items())
+    if name in _VOID:
+        return Html(f"<{name}{opening}>")
+    inside = "".join(join(child) for child in children)
+    return Html(f"<{name}{opening}>{inside}</{name}>")
+
+
+def join(children: str | Iterable[str]) -> Html:
+    """Return one or many children as HTML; those that are not `Html` are escaped."""
+    if isinstance(children, str):
+        return children if isinstance(children, Html) else Html(html.escape(children))
+    return Html("".join(join(child) for child in children))
+
+
+def page(title: str, lead: str, *sections: Html) -> str:
+    """Return a whole document."""
+    head = [
+        tag("meta", charset="utf-8"),
+        tag("meta", name="viewport", content="width=device-width, initial-scale=1"),
+        tag("title", title),
+        tag("style", Html(STYLE)),
+    ]
+    body = [tag("h1", title), tag("p", lead, class_="lead"), *sections]
+    return f"<!doctype html>\n{tag('html', tag('head', head), tag('body', body), lang='en')}\n"
+
+
+def section(heading: str, *blocks: str | Iterable[str]) -> Html:
+    """Return a section below its heading; nothing if no block holds anything."""
+    inside = join([join(block) for block in blocks])
+    return tag("section", tag("h2", heading), inside) if inside else Html("")
+
+
+def paragraph(text: str) -> Html:
+    """Return a paragraph."""
+    return tag("p", text)
+
+
+def facts(numbers: Mapping[str, str]) -> Html:
+    """Return the numbers a reader should see first: what it is → the number."""
+    cards = [
+        tag("div", tag("b", number), tag("span", what, class_="label"), class_="fact")
+        for what, number in numbers.items()
+    ]
+    return tag("div", cards, class_="facts")
+
+
+def table(rows: Sequence[Sequence[str]], head: Sequence[str] = (), numbers: Sequence[int] = ()) -> Html:
+    """Return a table, scrolled sideways where it does not fit.
+
+    Args:
+        rows: texts of each row.
+        head: names of the columns.
+        numbers: which columns are set flush right, as numbers are.
+    """
+
+    def cells(name: str, texts: Sequence[str]) -> list[Html]:
+        return [
+            tag(name, text, class_="number" if column in numbers else "long" if column else "name")
+            for column, text in enumerate(texts)
+        ]
+
+    top = tag("thead", tag("tr", cells("th", head))) if head else Html("")
+    body = tag("tbody", [tag("tr", cells("td", row)) for row in rows])
+    return tag("div", tag("table", top, body), class_="wide")
+
+
+def bar(share: float) -> Html:
+    """Return a bar that fills a share of its cell of a table, from 0 to 1."""
+    return tag("span", tag("span", "", style=f"width:{100 * min(max(share, 0.0), 1.0):.1f}%"), class_="bar")
+
+
+def fold(summary: str, *blocks: Html) -> Html:
+    """Return blocks that a reader opens if he wants to."""
+    return tag("details", tag("summary", summary), *blocks)
+
+
+def code(text: str) -> Html:
+    """Return lines of code."""
+    return tag("pre", tag("code", text))
+
+
+def figures(*drawn: Html) -> Html:
+    """Return figures side by side where there is room."""
+    return tag("div", drawn, class_="figures") if any(drawn) else Html("")
+
+
+def drawing(figure: Figure, caption: str) -> Html:
+    """Return a figure as vectors, its letters as outlines, so that it looks alike everywhere."""
+    written = io.BytesIO()
+    with matplotlib.rc_context({"svg.fonttype": "path", "svg.hashsalt": "scgpt_hf"}):
+        figure.savefig(written, format="svg", metadata={"Date": None})
+    return _figure(written.getvalue(), "svg+xml", float(figure.get_figwidth()), caption)
+
+
+def picture(path: Path, caption: str) -> Html:
+    """Return a PNG file as a figure; nothing if there is no such file.
+
+    Raises:
+        ValueError: the file is not a PNG.
+    """
+    if not path.is_file():
+        return Html("")
+    content = path.read_bytes()
+    if not content.startswith(b"\x89PNG\r\n\x1a\n"):
+        raise ValueError(f"{path} is not a PNG file; delete it, or draw it again")
+    (width,) = struct.unpack(">I", content[16:20])
+    return _figure(content, "png", width / _DPI, caption)
+
+
+def _figure(content: bytes, kind: str, inches: float, caption: str) -> Html:
+    """Return a picture at reading size: one up to 4.7 inches shrinks to a phone, a wider one is scrolled."""
+    source = f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
+    attributes = {"class_": "fits"} if inches <= 4.7 else {}
+    image = tag("img", src=source, alt=caption, width=f"{inches * _PIXELS_PER_INCH:.0f}", **attributes)
+    return tag("figure", tag("div", image, class_="picture"), tag("figcaption", caption))
