@@ -21,13 +21,15 @@ from accelerate import Accelerator
 from transformers.trainer_pt_utils import get_model_param_count
 
 from scgpt_hf.cells.block import Int64Array
+from scgpt_hf.cells.cache import uniform_band_size
 from scgpt_hf.cells.course import Course, plan_run
-from scgpt_hf.cells.plan import BAND_SIZE, plan_epoch, plan_validation
+from scgpt_hf.cells.plan import plan_epoch, plan_validation
 from scgpt_hf.cells.source import CellSource
 from scgpt_hf.model.modeling_scgpt import ScGPTForPreTraining
 from scgpt_hf.stream import StreamSettings, read_ahead, stream_cells
 from scgpt_hf.tokens.processing_scgpt import ScGPTProcessor
 from scgpt_hf.training.baselines import Baselines, baselines_from, sum_bins, sum_errors
+from scgpt_hf.training.caching import band_order, open_caching
 from scgpt_hf.training.checkpoints import Manifest, manifest_of
 from scgpt_hf.training.recipe import Selection, global_batch_size
 from scgpt_hf.training.run_folder import (
@@ -55,6 +57,7 @@ class Streams:
 
     Attributes:
         course: which cells each step of the run trains on.
+        caching: writes the cells to `cache_dir` while the first epoch reads them; None without one.
         epoch: the plan of a first epoch with the present global batch.
     """
 
@@ -90,24 +93,33 @@ class Streams:
             bucketed=args.torch_compile,
             categories=_categories(data.domain_key, selection.domains),
         )
-        order = {"seed": args.seed, "batch_size": global_batch_size(args), "band_size": source.band_size}
-        order["bands_per_block"] = data.bands_per_block * BAND_SIZE // source.band_size  # as many cells for any source
+        order: dict[str, Any] = {
+            "seed": args.seed,
+            "batch_size": global_batch_size(args),
+            **band_order(source.band_size, data),
+        }
         cell_ids = selection.parts["train"]
         self.epoch = plan_epoch(cell_ids, epoch=0, **order)
         past = manifest_of(Path(checkpoint)) if checkpoint else Manifest(0, args.world_size, [])
-        n_epochs, max_steps = args.num_train_epochs, args.max_steps
-        self.course = plan_run(cell_ids, n_epochs=n_epochs, max_steps=max_steps, history=past.history, **order)
+        self.caching = None if data.cache_dir is None else open_caching(source, selection, settings)
+        later = order if self.caching is None else order | band_order(uniform_band_size(len(cell_ids)), data)
+        length: dict[str, Any] = {"n_epochs": args.num_train_epochs, "max_steps": args.max_steps}
+        self.course = plan_run(cell_ids, **length, history=past.history, first_epoch=order, **later)
         if checkpoint:
             logger.info("%s", tell_resumed(past, self.course, args))
         plan = plan_validation(selection.parts["validation"], args.per_device_eval_batch_size)
         validated = replace(self.feed, micro_batches=1, bucketed=False)
-        self._validation = partial(stream_cells, source, [plan], settings=validated)
+        self._validation = partial(stream_cells, self.caching or source, [plan], settings=validated)
         self._validated = self._validation(processor)
 
     def train(self, consumed: int) -> Any:
         """Return the training batches of this rank after the first `consumed`, a multiple of its micro-batches."""
         plans, step = self.course.plans_from(consumed // self.feed.micro_batches)
-        return stream_cells(self.source, plans, self.processor, self.feed, start_step=step)
+        source: CellSource = self.source
+        if self.caching is not None:  # its first epoch is a stream of its own, at whose end all ranks make the cache
+            first = [plan for plan in plans if plan.epoch == 0]
+            source, plans = (self.caching, first) if first else (self.caching.finish(), plans)
+        return stream_cells(source, plans, self.processor, self.feed, start_step=step)
 
     def validation(self, processor: ScGPTProcessor | None = None) -> Any:
         """Return the validation batches of this rank; masks and ties are the same every time."""
@@ -116,7 +128,7 @@ class Streams:
     def unmasked(self) -> Any:
         """Return training batches without masks, in the order of a first epoch."""
         feed = replace(self.feed, micro_batches=1, mask_ratios=None, bucketed=False)
-        return stream_cells(self.source, [self.epoch], self.processor, feed)
+        return stream_cells(self.caching or self.source, [self.epoch], self.processor, feed)
 
 
 def tell_resumed(past: Manifest, course: Course, args: TrainingSettings) -> str:

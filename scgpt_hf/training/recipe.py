@@ -136,7 +136,9 @@ def run_record(source: CellSource, settings: Settings) -> dict[str, Any]:
     args = settings.training
     steps = {
         "seed": args.seed,
+        "band_size": source.band_size,
         "bands_per_block": settings.data.bands_per_block,
+        "cached": settings.data.cache_dir is not None or None,  # null as in records that do not know the word
         "mask_ratios": list(settings.data.mask_ratios),
     }
     return {**source.describe(), "steps": steps}
@@ -210,11 +212,7 @@ def build_processor(genes: list[str], data: DataSettings) -> ScGPTProcessor:
 
 
 def build_model(processor: ScGPTProcessor, model: ModelSettings, n_domains: int) -> ScGPTForPreTraining:
-    """Return a new model for the processor's vocabulary; weights follow from torch's seed.
-
-    Bins are nearly uniform on 1 … n_bins - 1, so the expression head starts at their mean: one that starts at 0 spends
-    its first hundreds of steps on getting there.
-    """
+    """Return a new model for the processor's vocabulary; weights follow from torch's seed."""
     new = ScGPTForPreTraining(
         _config(
             model,
@@ -224,10 +222,19 @@ def build_model(processor: ScGPTProcessor, model: ModelSettings, n_domains: int)
             n_domains=n_domains,
         )
     )
-    if processor.input_style == "binned" and new.expression_head is not None:
-        last: Any = new.expression_head.value[-1]
-        torch.nn.init.constant_(last.bias, processor.n_bins / 2)
+    start_at_mean(new, processor)
     return new
+
+
+def start_at_mean(model: ScGPTForPreTraining, processor: ScGPTProcessor) -> None:
+    """Let a new expression head begin at the mean of the bins.
+
+    Bins are nearly uniform on 1 … n_bins - 1; a head that starts at 0 spends its first hundreds of steps on getting
+    there.
+    """
+    if processor.input_style == "binned" and model.expression_head is not None:
+        last: Any = model.expression_head.value[-1]
+        torch.nn.init.constant_(last.bias, processor.n_bins / 2)
 
 
 def _config(model: ModelSettings, **sizes: Any) -> ScGPTConfig:

@@ -1,0 +1,274 @@
+"""Kill a training run again and again, resume it each time, and compare every step with a run that nobody killed.
+
+  python benchmarks/kill_resume.py --kills 100                     one process, from SOMA, then from a cache of it
+  python benchmarks/kill_resume.py --kills 20 --processes 2        two processes, killed one or both
+  python benchmarks/kill_resume.py --kills 5 --data runs/blood_census --cells 2000
+
+Each session is a process forked after the imports, which trains a tiny model and is sent SIGKILL after a random time:
+in a step, in a validation, while a checkpoint is written. Every step leaves a line with its loss and the hashes of its
+batch, the weights and the optimiser. All lines of all sessions must be those of the uninterrupted run, bit for bit, and
+so must metrics.jsonl in the end, but for the clock. Dropout is on.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import random
+import shutil
+import signal
+import socket
+import tempfile
+import time
+import traceback
+from collections import Counter
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # no threads before the forks
+os.environ["ACCELERATE_USE_CPU"] = "true"
+
+import torch
+from measuring import write_result
+from transformers import TrainerCallback, set_seed
+
+from scgpt_hf.demo import demo_cells, demo_census
+from scgpt_hf.training.checkpoints import checkpoints_in
+from scgpt_hf.training.pretraining import Streams, make_trainer
+from scgpt_hf.training.recipe import begin_run, build_model, build_processor, open_cells, save_selection
+from scgpt_hf.training.settings import parse_settings
+
+TINY = [
+    *("--hidden_size", "16", "--num_hidden_layers", "1", "--num_attention_heads", "2", "--intermediate_size", "16"),
+    *("--dropout", "0.1", "--use_cpu", "true", "--disable_tqdm", "true", "--bands_per_block", "1"),
+    *("--save_strategy", "steps", "--eval_strategy", "epoch", "--load_best_model_at_end", "false"),
+    *("--logging_steps", "4"),
+]
+MOST_STEPS = 24  # that a session may do until it is killed
+IN_A_SAVE = 0.4  # share of the sessions that are killed while they write a checkpoint
+CLOCK = ("seconds", "_per_second", "waiting_share")  # endings of what the clock says
+
+
+class Trace(TrainerCallback):
+    """Appends a line for each step: its loss, and the hashes of its batch, the weights and the optimiser."""
+
+    def __init__(self, trainer: Any, path: Path) -> None:
+        self.trainer, self.path, self.batch = trainer, path, ""
+        take = trainer.get_batch_samples
+
+        def remember(*arguments: Any) -> Any:
+            batches, n_masked = take(*arguments)
+            self.batch = digest(value for batch in batches for _, value in sorted(batch.items()))
+            return batches, n_masked
+
+        trainer.get_batch_samples = remember
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        optimizer = self.trainer.optimizer.optimizer
+        line = {
+            "step": state.global_step,
+            "batch": self.batch,
+            "loss": {name: float(share).hex() for name, share in self.trainer.step_shares.items()},
+            "weights": digest(self.trainer.model.state_dict().values()),
+            "optimizer": digest(value for moments in optimizer.state.values() for value in moments.values()),
+        }
+        with self.path.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+
+
+def digest(values: Iterable[Any]) -> str:
+    """Return a hash of tensors and numbers, bit for bit."""
+    sha = hashlib.sha256()
+    for value in values:
+        sha.update(value.numpy().tobytes() if isinstance(value, torch.Tensor) else repr(value).encode())
+    return sha.hexdigest()[:16]
+
+
+def train(flags: list[str], folder: Path, trace: Path) -> None:
+    """Train as `scripts/pretrain.py` does, from the newest checkpoint if there is one."""
+    resume = ["--resume_from_checkpoint", "latest"] if checkpoints_in(folder) else []
+    settings = parse_settings([*TINY, *flags, "--output_dir", str(folder), *resume], "")
+    args = settings.training
+    source = open_cells(settings)
+    selection, checkpoint = begin_run(source, settings)
+    processor = build_processor(selection.genes, settings.data)
+    set_seed(args.seed)
+    model = build_model(processor, settings.model, len(selection.domains))
+    trainer = make_trainer(Streams(source, selection, processor, settings, checkpoint), model, args)
+    if args.process_index == 0 and checkpoint is None:
+        save_selection(selection, source, settings)
+    trainer.add_callback(Trace(trainer, trace.with_name(f"{trace.name}.{args.process_index}")))
+    trainer.train(resume_from_checkpoint=checkpoint)
+
+
+def fork(work: Callable[[], object], log: Path) -> int:
+    """Start a process that does one thing and ends; return its id. What it says goes to a file."""
+    if child := os.fork():
+        return child
+    code = 1
+    try:
+        descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(descriptor, 1)
+        os.dup2(descriptor, 2)
+        work()
+        code = 0
+    except BaseException:  # noqa: BLE001 — the parent reads it
+        traceback.print_exc()
+    finally:
+        os._exit(code)
+
+
+def start(processes: int, flags: list[str], folder: Path, trace: Path) -> dict[int, Path]:
+    """Start a session; return its processes and what each of them says."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    children = {}
+    for rank in range(processes):
+
+        def work(rank: int = rank) -> None:
+            if processes > 1:
+                world = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
+                os.environ |= {key: str(value) for key, value in world.items()}
+                os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+            torch.set_num_threads(1)
+            train(flags, folder, trace)
+
+        log = trace.with_name(f"log.{rank}")
+        children[fork(work, log)] = log
+    return children
+
+
+def finish(children: dict[int, Path]) -> bool:
+    """Wait for processes to end; return whether all did their work. One that fails otherwise than by a kill raises."""
+    codes = []
+    for child, log in children.items():
+        codes.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+        if codes[-1] > 0 and -signal.SIGKILL not in codes:
+            raise RuntimeError(f"a process failed:\n{log.read_text()[-4000:]}")
+    return not any(codes)
+
+
+def kill_sometime(children: dict[int, Path], folder: Path, trace: Path, chance: random.Random) -> str:
+    """Kill some or all processes at a random moment of training; return when it was."""
+    unfinished = folder / ".unfinished"
+    wanted = steps_traced(trace) + chance.randint(0, MOST_STEPS)
+    in_a_save, pause_s = chance.random() < IN_A_SAVE, chance.uniform(0, 0.03)
+    while steps_traced(trace) < wanted or (in_a_save and not unfinished.exists()):
+        if any(os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) for child in children):
+            return "ended before"
+        time.sleep(0.001)
+    time.sleep(pause_s)
+    moment = "while saving" if unfinished.exists() else "between saves"
+    victims = list(children)
+    for victim in chance.sample(victims, chance.randint(1, len(victims))):
+        os.kill(victim, signal.SIGKILL)
+    time.sleep(0.1 if len(victims) > 1 else 0)  # a launcher takes a moment to end the others
+    for child in victims:
+        os.kill(child, signal.SIGKILL)
+    return moment
+
+
+def steps_traced(trace: Path) -> int:
+    """Return the steps that the first process has done so far, in all sessions."""
+    path = trace.with_name(f"{trace.name}.0")
+    return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
+def metrics(folder: Path) -> list[dict[str, Any]]:
+    """Return the lines of metrics.jsonl without what the clock says."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    lines = [line for line in lines if "train_runtime" not in line]
+    return [{key: value for key, value in line.items() if not key.endswith(CLOCK)} for line in lines]
+
+
+def compare(flags: list[str], kills: int, processes: int, scratch: Path, chance: random.Random) -> dict[str, Any]:
+    """Return what came of runs that were killed `kills` times in all; raises if any step differs."""
+    whole, trace = scratch / "whole", scratch / "whole.trace"
+    started = time.monotonic()
+    if not finish(start(processes, flags, whole, trace)):
+        raise RuntimeError("the uninterrupted run was killed")
+    expected = {}
+    for rank in range(processes):
+        lines = trace.with_name(f"{trace.name}.{rank}").read_text().splitlines()
+        expected[rank] = {json.loads(line)["step"]: line for line in lines}
+    moments: Counter[str] = Counter()
+    n_runs = n_lines = from_scratch = 0
+    while sum(moments[name] for name in ("while saving", "between saves")) < kills:
+        n_runs += 1
+        folder, trace = scratch / f"killed-{n_runs}", scratch / f"killed-{n_runs}.trace"
+        ended = False
+        while not ended:
+            if folder.exists() and not checkpoints_in(folder):
+                shutil.rmtree(folder)  # as the error says
+                from_scratch += 1
+            children = start(processes, flags, folder, trace)
+            if sum(moments[name] for name in ("while saving", "between saves")) < kills:
+                moments[kill_sometime(children, folder, trace, chance)] += 1
+            ended = finish(children)
+        for rank in range(processes):
+            for line in trace.with_name(f"{trace.name}.{rank}").read_text().splitlines():
+                step = json.loads(line)["step"] if line.endswith("}") else None  # the kill may have cut the line
+                if step and line != expected[rank][step]:
+                    raise SystemExit(f"step {step} differs:\n{line}\n{expected[rank][step]}")
+                n_lines += 1
+        if metrics(folder) != metrics(whole):
+            raise SystemExit(f"metrics.jsonl differs: {folder} and {whole}")
+    return {
+        "kills": dict(moments),
+        "runs": n_runs,
+        "steps_of_a_run": len(expected[0]),
+        "steps_compared": n_lines,
+        "begun_from_scratch": from_scratch,
+        "different": 0,
+        "seconds": round(time.monotonic() - started, 1),
+    }
+
+
+def make_data(address: str, kind: str, scratch: Path) -> str:
+    """Return the address of the cells: a SOMA, of the demo if none is given, or a cache of it."""
+    if address == "demo":
+        address = str(scratch / "demo_census")
+        finish({fork(lambda: demo_census(Path(address)), scratch / "log"): scratch / "log"})
+    if kind == "soma":
+        return address
+
+    def copy() -> None:
+        from scgpt_hf.cells.cache_jobs import write_cache
+        from scgpt_hf.cells.source import open_source
+
+        write_cache(open_source(address), scratch / "cache")
+
+    finish({fork(copy, scratch / "log"): scratch / "log"})
+    return str(scratch / "cache")
+
+
+def main() -> None:
+    """Kill runs on SOMA and on a cache, and report."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=100, help="sessions to kill, of each source")
+    parser.add_argument("--processes", type=int, default=1)
+    parser.add_argument("--data", default="demo", help="a local SOMA; the demo's 700 cells when not given")
+    parser.add_argument("--sources", nargs="+", choices=["soma", "cache"], default=["soma", "cache"])
+    parser.add_argument("--epochs", type=int, default=4)
+    parser.add_argument("--batch_size", type=int, default=16, help="cells of a step, of all processes together")
+    parser.add_argument("--save_steps", type=int, default=7, help="steps between checkpoints")
+    parser.add_argument("--seed", type=int, default=0, help="of the moments")
+    parser.add_argument("--no_report", action="store_true", help="print the result, write no JSON")
+    asked = parser.parse_args()
+    flags = ["--per_device_train_batch_size", str(asked.batch_size // asked.processes)]
+    flags += ["--num_train_epochs", str(asked.epochs), "--save_steps", str(asked.save_steps)]
+    results = {}
+    for kind in asked.sources:
+        with tempfile.TemporaryDirectory() as name:
+            data = make_data(asked.data, kind, Path(name))
+            chance = random.Random(asked.seed)
+            results[kind] = compare([*flags, "--data", data], asked.kills, asked.processes, Path(name), chance)
+            print(kind, json.dumps(results[kind]), flush=True)
+    if not asked.no_report:
+        write_result(f"kill_resume_{asked.processes}", {"processes": asked.processes, "sources": results})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,160 @@
+"""Checkpoints: whole or not there, what was written or refused, and the last good one always kept."""
+
+import errno
+import json
+import logging
+import shutil
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from scgpt_hf.training.checkpoints import (
+    MANIFEST,
+    CheckpointError,
+    Manifest,
+    checkpoints_in,
+    manifest_of,
+    newest_valid,
+    prune,
+    set_aside,
+    verify,
+    written_whole,
+)
+from scgpt_hf.training.ranks import Ranks
+
+ALONE = Ranks(1, 0, 1)
+FILES = {"model.safetensors": b"weights" * 100, "optimizer.pt": b"moments" * 100, "deep/state.json": b"{}"}
+
+
+def write(folder, step):
+    with written_whole(folder, Manifest(step, 1, [(32, step)]), ALONE) as beside:
+        assert not (folder / f"checkpoint-{step}").exists() or step == 7
+        for name, content in FILES.items():
+            (beside / name).parent.mkdir(exist_ok=True)
+            (beside / name).write_bytes(content)
+    return folder / f"checkpoint-{step}"
+
+
+def test_a_checkpoint_is_there_when_it_is_whole(tmp_path):
+    checkpoint = write(tmp_path, 7)
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-7"]
+    assert verify(checkpoint) == manifest_of(checkpoint) == Manifest(7, 1, [(32, 7)])
+    content = json.loads((checkpoint / MANIFEST).read_text())
+    assert content["files"].keys() == FILES.keys()
+    assert content["files"]["deep/state.json"]["bytes"] == 2
+
+
+def test_a_checkpoint_of_the_same_step_gives_way(tmp_path):
+    (write(tmp_path, 7) / "old").touch()
+    verify(write(tmp_path, 7))
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-7"]
+    assert not (tmp_path / "checkpoint-7" / "old").exists()
+
+
+@pytest.mark.parametrize("name", [*FILES, MANIFEST])
+@pytest.mark.parametrize("harm", ["cut off", "changed", "removed"])
+def test_a_harmed_checkpoint_is_passed_over_with_a_warning_that_names_the_file(tmp_path, caplog, name, harm):
+    earlier, latest = write(tmp_path, 5), write(tmp_path, 20)
+    path = latest / name
+    content = path.read_bytes()
+    if harm == "removed":
+        path.unlink()
+    else:
+        path.write_bytes(content[:-1] if harm == "cut off" else content[:-1] + b"#")
+    with caplog.at_level(logging.WARNING):
+        if name == MANIFEST and harm == "cut off":  # only the line's end: the content is whole
+            path.write_bytes(content[:-20])
+        assert newest_valid(tmp_path) == earlier
+    assert str(path) in caplog.text
+    with pytest.raises(CheckpointError, match=path.name):
+        verify(latest)
+
+
+@settings(deadline=None, max_examples=40)
+@given(data=st.data())
+def test_a_manifest_cut_or_changed_anywhere_is_refused_or_says_the_same(data, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    checkpoint = write(folder, 3)
+    path = checkpoint / MANIFEST
+    content = bytearray(path.read_bytes())
+    where = data.draw(st.integers(0, len(content) - 1))
+    content[where : where + data.draw(st.integers(0, 30))] = data.draw(st.binary(max_size=20))
+    path.write_bytes(content)
+    try:
+        assert verify(checkpoint).step == sum(n for _, n in verify(checkpoint).history)
+    except CheckpointError as error:
+        assert MANIFEST in str(error) or "checkpoint-3" in str(error)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"files": {"../../secret": {"bytes": 1, "sha256": ""}}},
+        {"files": {"/etc/passwd": {"bytes": 1, "sha256": ""}}},
+        {"files": []},
+        {"step": "3"},
+        {"step": 4},
+        {"history": 3},
+        {"history": [[32, -3], [32, 6]]},
+        {"world_size": None},
+    ],
+)
+def test_a_manifest_that_lies_is_refused(tmp_path, change):
+    checkpoint = write(tmp_path, 3)
+    content = json.loads((checkpoint / MANIFEST).read_text())
+    (checkpoint / MANIFEST).write_text(json.dumps(content | change))
+    with pytest.raises(CheckpointError, match=r"manifest\.json is malformed"):
+        verify(checkpoint)
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left"), RuntimeError("file write failed")])
+def test_a_full_disk_leaves_what_was_there(tmp_path, error):
+    earlier = write(tmp_path, 5)
+    with (
+        pytest.raises(OSError, match=r"step 9 could not be written.*checkpoint-5 is untouched"),
+        written_whole(tmp_path, Manifest(9, 1, [(32, 9)]), ALONE) as beside,
+    ):
+        (beside / "model.safetensors").write_bytes(b"half")
+        raise error
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-5"]
+    verify(earlier)
+
+
+def test_nothing_valid_is_an_error_with_the_reasons(tmp_path):
+    shutil.rmtree(write(tmp_path, 5) / "deep")
+    with pytest.raises(FileNotFoundError, match=r"no checkpoint to resume from .*state\.json is missing"):
+        newest_valid(tmp_path)
+
+
+@settings(deadline=None, max_examples=30)
+@given(
+    steps=st.sets(st.integers(1, 99), min_size=1, max_size=6),
+    limit=st.none() | st.integers(2, 6),
+    pick=st.integers(0, 9),
+)
+def test_pruning_spares_the_newest_and_the_best(steps, limit, pick, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    for step in steps:
+        (folder / f"checkpoint-{step}").mkdir()
+    best = sorted(steps)[pick] if pick < len(steps) else None
+    prune(folder, limit, best)
+    left = {int(path.name.split("-")[1]) for path in checkpoints_in(folder)}
+    assert max(steps) in left
+    assert best is None or best in left
+    assert len(left) == min(len(steps), limit or len(steps))
+    others = sorted(steps - {best, max(steps)})
+    assert sorted(left - {best, max(steps)}) == others[len(others) - len(left - {best, max(steps)}) :]
+
+
+def test_a_run_that_goes_back_sets_the_later_checkpoints_aside(tmp_path):
+    for step in (5, 10, 20):
+        write(tmp_path, step)
+    (tmp_path / ".unfinished").mkdir()
+    set_aside(tmp_path, 5)
+    assert newest_valid(tmp_path).name == "checkpoint-5"
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "checkpoint-5",
+        "checkpoint-10.set_aside",
+        "checkpoint-20.set_aside",
+    }
