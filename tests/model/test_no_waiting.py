@@ -1,0 +1,73 @@
+"""Nothing in a training step asks the device for a value, and the heads run on masked positions alone.
+
+Fake tensors have shapes and no values: whatever would wait for a GPU's result raises on them.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+
+from scgpt_hf.model import attention_scgpt
+from scgpt_hf.model.modeling_scgpt import ScGPTForPreTraining
+
+EVERYTHING = {
+    **{"n_domains": 3, "domain_embedding": True, "domain_head": True, "explicit_zero_prob": True},
+    "loss_weights": dict.fromkeys(("gep", "gepc", "gep_zero", "gepc_zero", "ecs", "cce", "dar", "cls"), 1.0),
+}
+VARIANTS = [
+    EVERYTHING,
+    {"norm_scheme": "pre", "gepc_query": "concat", "value_encoder": "category"},
+    {"norm_scheme": "scgpt_pre", "gepc_query": "sum", "value_encoder": "scaling"},
+]
+
+
+def test_heads_see_masked_positions_only(model: Callable[..., ScGPTForPreTraining], packed: dict[str, Any]) -> None:
+    network, seen = model(), {}
+    for head in (network.expression_head.value, network.cell_to_gene_head.query):
+        head.register_forward_pre_hook(lambda head, given: seen.update({type(head).__name__: given}))
+    positions = (packed["labels"] != -100).flatten().nonzero()[:, 0]
+    output = network(**packed, label_positions=positions)
+    assert torch.equal(seen["Sequential"][0], output.last_hidden_state[0, positions])
+    assert len(seen["Linear"][0]) == len(output.gep) == len(output.gepc) == len(positions)
+
+
+@pytest.mark.parametrize("path", ["_attend_with_varlen_kernel", "_attend_padded"])
+@pytest.mark.parametrize("variant", VARIANTS, ids=["everything", "pre", "scgpt_pre"])
+def test_a_step_asks_the_device_for_no_value(
+    model: Callable[..., ScGPTForPreTraining], monkeypatch: pytest.MonkeyPatch, path: str, variant: dict[str, Any]
+) -> None:
+    attend = getattr(attention_scgpt, path)
+
+    def as_on_a_gpu(*states: Any) -> torch.Tensor:  # the kernel takes no dropout
+        return attend(*states[:5]) if path == "_attend_with_varlen_kernel" else attend(*states)
+
+    monkeypatch.setattr(attention_scgpt, "_attend_per_cell", as_on_a_gpu)
+    with FakeTensorMode():
+        network = model(**variant)
+        boundaries = torch.empty(5, dtype=torch.int32)
+        batch = {
+            **{"input_ids": torch.zeros(1, 64, dtype=torch.int64), "values": torch.zeros(1, 64)},
+            **{"labels": torch.zeros(1, 64), "label_positions": torch.zeros(16, dtype=torch.int64)},
+            **{"cu_seq_lens_q": boundaries, "cu_seq_lens_k": boundaries, "max_length_q": 32, "max_length_k": 32},
+            **{"domain_ids": torch.zeros(4, dtype=torch.int64), "class_labels": torch.zeros(4, dtype=torch.int64)},
+            "num_items_in_batch": torch.zeros(()),
+        }
+        optimizer = torch.optim.AdamW(network.parameters(), fused=True)
+        output = network(**batch)
+        output.loss.backward()
+        torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+        optimizer.step()
+    assert output.gep.shape == (16,)
+    assert output.last_hidden_state.shape == (1, 64, 16)
+
+
+def test_fake_tensors_do_notice_a_wait(model: Callable[..., ScGPTForPreTraining]) -> None:
+    with FakeTensorMode():
+        network, boundaries = model(), torch.empty(5, dtype=torch.int32)
+        ids = torch.zeros(1, 64, dtype=torch.int64)
+        lengths = {"max_length_q": 32, "max_length_k": 32}
+        with pytest.raises(DataDependentOutputException):  # the CPU's loop over cells needs their lengths
+            network(ids, torch.zeros(1, 64), cu_seq_lens_q=boundaries, cu_seq_lens_k=boundaries, **lengths)
