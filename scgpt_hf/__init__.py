@@ -28,7 +28,11 @@ _HOME_OF = {
     "embed_anndata": "analysis.embed",
     "embed_cells": "analysis.embed",
     "AnnotateSettings": "training.finetuning_settings",
+    "IntegrateSettings": "training.finetuning_settings",
     "finetune_classifier": "training.finetuning",
+    "finetune_integration": "training.integration",
+    "predict_cell_types": "analysis.annotate",
+    "transfer_labels": "analysis.annotate",
 }
 
 __all__ = sorted(_HOME_OF)

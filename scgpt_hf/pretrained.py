@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoProcessor, PreTrainedModel
 
 from scgpt_hf.model.configuration_scgpt import ScGPTConfig
@@ -17,24 +18,30 @@ class Pretrained(NamedTuple):
     new: list[str]
 
 
-def load_pretrained(name: str | Path, model_class: Any, **config: Any) -> Pretrained:
+def load_pretrained(name: str | Path, model_class: Any, **changes: Any) -> Pretrained:
     """Return the model and the processor saved in a folder or a repository of the Hub.
 
     Args:
         name: the folder, or the repository's id.
         model_class: one of ours or an Auto class; heads and batch norms that the checkpoint lacks, or
             has in another size, start anew.
-        config: fields of `ScGPTConfig` that shall differ from the saved ones.
+        changes: fields of `ScGPTConfig` that shall differ from the saved ones.
 
     Raises:
         OSError: there is no such folder or repository, or it holds no model.
         ValueError: the folder is a run's, which has its model one folder deeper; it holds another kind of model, or not
-            the whole encoder; or model and processor do not belong together.
+            the whole encoder; the changes do not go with it; or model and processor do not belong together.
     """
     processor = load_processor(name)
-    model, report = model_class.from_pretrained(name, output_loading_info=True, ignore_mismatched_sizes=True, **config)
-    if model.config.model_type != ScGPTConfig.model_type:
-        raise ValueError(f"{name} holds a {model.config.model_type!r} model, not one of scgpt")
+    saved, _ = ScGPTConfig.get_config_dict(name)
+    if saved.get("model_type") != ScGPTConfig.model_type:
+        raise ValueError(f"{name} holds a {saved.get('model_type')!r} model, not one of scgpt")
+    try:
+        config = ScGPTConfig(**{**saved, **changes})
+    except StrictDataclassError as error:
+        raise ValueError(f"{name} cannot be changed so: {error.__cause__ or error}") from error
+    loading = {"config": config, "output_loading_info": True, "ignore_mismatched_sizes": True}
+    model, report = model_class.from_pretrained(name, **loading)
     require_pair(model, processor)
     missing = {*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])}
     encoder = "" if model.base_model is model else f"{model.base_model_prefix}."

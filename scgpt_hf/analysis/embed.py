@@ -6,14 +6,14 @@ How cells reach the model is decided in `inference.py`: without masks and withou
 from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypedDict, Unpack
+from typing import TYPE_CHECKING, Any, Unpack
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from transformers import AutoModel, PreTrainedModel
 
-from scgpt_hf.analysis.inference import Float32Array, run_batches
+from scgpt_hf.analysis.inference import Float32Array, RunSettings, run_batches
 from scgpt_hf.cells.block import Int64Array
 from scgpt_hf.cells.source import CellSource, open_source
 from scgpt_hf.genes import match_columns
@@ -27,20 +27,14 @@ if TYPE_CHECKING:
 KEY = "X_scgpt"
 
 
-class EmbedSettings(TypedDict, total=False):
+class EmbedSettings(RunSettings, total=False):
     """How cells are embedded; what is left out takes the default.
 
     Attributes:
-        batch_size: cells the model takes at once, 64 by default; changes speed and memory, not the result.
         normalize: scale each vector to length 1, true by default. Source: bowang-lab/scGPT:scgpt/tasks/cell_emb.py.
-        empty: cells that express no gene the model knows are an error, "raise" (default), or a row of NaN, "nan".
-        progress: show a bar, true by default.
     """
 
-    batch_size: int
     normalize: bool
-    empty: Literal["raise", "nan"]
-    progress: bool
 
 
 def load_encoder(

@@ -7,7 +7,7 @@ many genes is sampled by its own content. What is computed is decided next door,
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from copy import copy
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict
 
 import numpy as np
 import numpy.typing as npt
@@ -27,6 +27,20 @@ from scgpt_hf.tokens.packing_scgpt import pack, pad
 from scgpt_hf.tokens.processing_scgpt import ScGPTProcessor
 
 Float32Array = npt.NDArray[np.float32]
+
+
+class RunSettings(TypedDict, total=False):
+    """How a model runs over cells; what is left out takes the default.
+
+    Attributes:
+        batch_size: cells the model takes at once, 64 by default; changes speed and memory, not the result.
+        empty: cells that express no gene the model knows are an error, "raise" (default), or a row of NaN, "nan".
+        progress: show a bar, true by default.
+    """
+
+    batch_size: int
+    empty: Literal["raise", "nan"]
+    progress: bool
 
 
 @torch.inference_mode()
@@ -50,9 +64,9 @@ def run_batches(
         cell_ids: ascending.
         model: whose parts `compute` runs; it is in inference mode meanwhile.
         processor: the model's.
-        batch_size: see `EmbedSettings`.
-        empty: see `EmbedSettings`.
-        progress: see `EmbedSettings`.
+        batch_size: see `RunSettings`.
+        empty: see `RunSettings`.
+        progress: see `RunSettings`.
         doing: what the bar says.
 
     Raises:

@@ -130,7 +130,8 @@ def save_results(folder: Path, model: PreTrainedModel, processor: ScGPTProcessor
     os.replace(beside, folder / BEST_MODEL)
     versions = {name: version(name) for name in ("scgpt_hf", "torch", "transformers")}
     write_json(folder / SUMMARY, {**summary, "versions": versions})
-    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+    for checkpoint in folder.glob("checkpoint*"):
+        shutil.rmtree(checkpoint)
 
 
 def _choose_cells(source: CellSource, processor: ScGPTProcessor, settings: AnnotateSettings) -> LabelledCells:
@@ -200,11 +201,12 @@ def _make_trainer(
         },
     )
     train, held_out = cells.parts["train"], cells.parts["validation"]
-    keywords = {"seed": settings.seed, "batch_size": batch_size * args.world_size}
+    keywords = {"seed": settings.seed, "batch_size": batch_size * args.world_size, "band_size": source.band_size}
     plans = [plan_epoch(train, epoch=epoch, **keywords) for epoch in range(settings.epochs)]
     plan = plan_validation(held_out, args.per_device_eval_batch_size)
     whole, steady = StreamSettings(settings.seed, padded=feed.padded, categories=feed.categories), copy(processor)
     steady.ties = "midpoint"  # as cells are embedded and predicted
+    validated = stream_cells(source, [plan], steady, whole)
     weights = balanced_weights(cells.classes("train"), len(cells.labels))
     return ClassifierTrainer(
         model=model,
@@ -212,7 +214,7 @@ def _make_trainer(
         callbacks=[MetricsFile(Path(settings.out)), EarlyStoppingCallback(settings.patience)],
         train_stream=lambda consumed: stream_cells(source, plans, processor, feed, start_step=consumed),
         epoch_ends=[plans[0].n_steps * (epoch + 1) for epoch in range(settings.epochs)],
-        validation_stream=lambda: stream_cells(source, [plan], steady, whole),
+        validation_stream=lambda: validated,
         class_weights=torch.from_numpy(weights if settings.class_weights == "balanced" else np.ones_like(weights)),
     )
 

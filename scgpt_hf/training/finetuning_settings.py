@@ -59,6 +59,37 @@ class AnnotateSettings(FinetuneSettings):
             self.learning_rate = 1e-4 if self.train == "full" else 1e-3
 
 
+@dataclass(kw_only=True)
+class IntegrateSettings(FinetuneSettings):
+    """Several experimental batches brought together: GEP, GEPC, ECS, DAR and a batch norm for each domain (DSBN).
+
+    Source: the defaults are those of bowang-lab/scGPT:examples/finetune_integration.py, but for zeros: there genes that
+    are not expressed are tokens too, with heads that predict whether a gene is.
+    """
+
+    domain_key: str = required("obs column of the experimental batch, e.g. assay, dataset_id or donor_id")
+    validation_fraction: float = setting(0.1, "share of the cells of each domain held out, to choose the best epoch")
+    batch_size: int = setting(64, "cells per step and device; ECS compares the cells of a step")
+    learning_rate: float = setting(1e-4, "highest learning rate, a tenth less after each epoch")
+    epochs: int = setting(30, "epochs")
+    mask_ratio: float = setting(0.4, "share of the genes hidden")
+    gep_weight: float = setting(1.0, "weight of expression predicted from the other genes (GEP)")
+    gepc_weight: float = setting(1.0, "weight of expression predicted from the cell alone (GEPC)")
+    ecs_weight: float = setting(10.0, "weight of elastic cell similarity (ECS)")
+    ecs_threshold: float = setting(0.8, "similarity at which elastic cell similarity turns")
+    dar_weight: float = setting(1.0, "weight of the adversarial guess of the domain (DAR)")
+    input_norm: Literal["none", "domain"] = setting(
+        "domain", "domain: a batch norm of the embeddings each domain (DSBN)"
+    )
+    domain_embedding: bool = setting(True, "tell the expression heads the domain, so that cells need not carry it")
+
+    def __post_init__(self) -> None:
+        """Check what can be checked without the data."""
+        for name in ("validation_fraction", "mask_ratio"):
+            if not 0 < getattr(self, name) < 1:
+                raise ValueError(f"expected {name} between 0 and 1, found {getattr(self, name)}")
+
+
 def training_settings(settings: FinetuneSettings, **training: Any) -> TrainingSettings:
     """Return the library's arguments for a fine-tuning run; checkpoints go to a folder that is removed in the end."""
     return TrainingSettings(

@@ -114,6 +114,21 @@ def keep_share(label_of: pd.Series, share: float, seed: int) -> Int64Array:
     return np.sort(order.index.to_numpy(np.int64)[(rank < np.ceil(share * size - 1e-9)).to_numpy()])
 
 
+def split_within(groups: pd.Series, fraction: float, seed: int) -> dict[str, Int64Array]:
+    """Return "train" and "validation": a share of each group held out, at least one cell and never all.
+
+    Args:
+        groups: group of each cell, indexed by cell id. Shape (cells,).
+        fraction: share held out, in (0, 1).
+        seed: settles which.
+    """
+    order = groups.iloc[np.random.default_rng([seed, 0]).permutation(len(groups))]
+    rank, size = order.groupby(order).cumcount(), order.groupby(order).transform("size")
+    held_out = (rank < np.clip(np.rint(fraction * size), 1, size - 1)).to_numpy()
+    ids = order.index.to_numpy(np.int64)
+    return {"train": np.sort(ids[~held_out]), "validation": np.sort(ids[held_out])}
+
+
 def balanced_weights(classes: Int64Array, n_classes: int) -> npt.NDArray[np.float32]:
     """Return the weight of each class, n / (n_classes * n_class), so that classes weigh the same and the mean cell 1.
 
@@ -140,7 +155,7 @@ def _split(
     obs: pd.DataFrame, label_of: pd.Series, split_by: str | None, fraction: float, seed: int
 ) -> dict[str, Int64Array]:
     if split_by is None:
-        return _split_within_labels(label_of, fraction, seed)
+        return split_within(label_of, fraction, seed)
     fractions = {"train": 1 - fraction, "validation": fraction}
     best: dict[str, Int64Array] = {}
     most = -1
@@ -152,14 +167,6 @@ def _split(
         if most == label_of.nunique():
             break
     return best
-
-
-def _split_within_labels(label_of: pd.Series, fraction: float, seed: int) -> dict[str, Int64Array]:
-    order = label_of.iloc[np.random.default_rng([seed, 0]).permutation(len(label_of))]
-    rank, size = order.groupby(order).cumcount(), order.groupby(order).transform("size")
-    held_out = (rank < np.clip(np.rint(fraction * size), 1, size - 1)).to_numpy()
-    ids = order.index.to_numpy(np.int64)
-    return {"train": np.sort(ids[~held_out]), "validation": np.sort(ids[held_out])}
 
 
 def _report(left_out: dict[str, int], rare: dict[str, int], lost: list[str], split_by: str | None) -> None:

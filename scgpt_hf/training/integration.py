@@ -1,0 +1,135 @@
+"""Fine-tuning on several experimental batches, so that cells of one type lie together whatever batch they come from.
+
+The recipe is pretraining's, from a checkpoint, with the objectives and norms of scGPT's integration task. What it
+leaves behind embeds cells by their domain: `embed_anndata` finds it in the obs column that the config names.
+"""
+
+import logging
+import time
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from transformers import set_seed
+
+from scgpt_hf.cells.select import cells_expressing, null_free
+from scgpt_hf.cells.source import Address, CellSource, open_source
+from scgpt_hf.genes import match_columns
+from scgpt_hf.model.configuration_scgpt import ScGPTConfig
+from scgpt_hf.model.modeling_scgpt import ScGPTForPreTraining
+from scgpt_hf.pretrained import Pretrained, load_pretrained, load_processor
+from scgpt_hf.tokens.processing_scgpt import ScGPTProcessor
+from scgpt_hf.training.finetuning import require_new_folder, save_inputs, save_results
+from scgpt_hf.training.finetuning_settings import IntegrateSettings, training_settings
+from scgpt_hf.training.labels import split_within
+from scgpt_hf.training.pretraining import Streams, make_trainer
+from scgpt_hf.training.recipe import Selection, start_at_mean
+from scgpt_hf.training.settings import DataSettings, ModelSettings, Settings
+
+logger = logging.getLogger(__name__)
+
+
+def finetune_integration(data: Address, settings: IntegrateSettings) -> dict[str, Any]:
+    """Fine-tune a pretrained model on several experimental batches and write a run folder; return its summary.
+
+    Cells of every domain are held out to choose the best epoch, since a new domain would have no batch norm. Heads and
+    norms that the checkpoint lacks, or has without domains, begin anew; the summary names them.
+
+    Args:
+        data: cells with raw counts: an AnnData, .h5ad files, a SOMA; genes by Ensembl id or symbol.
+        settings: see `IntegrateSettings`.
+
+    Raises:
+        FileExistsError: the run folder holds something.
+        OSError: there is no such model or file.
+        ValueError: data, domains or model cannot be used; the message says what was found and what to do.
+    """
+    started = time.perf_counter()
+    folder = require_new_folder(settings.out)
+    source = open_source(data, layer=settings.layer, primary_only=False)
+    processor = load_processor(settings.model)
+    domain_of = _domains(source, processor, settings.domain_key)
+    parts = split_within(domain_of, settings.validation_fraction, settings.seed)
+    domains = sorted(set(domain_of))
+    set_seed(settings.seed)
+    model, _, new = _load_for_domains(domains, settings)
+    logger.info("loaded %s; new, with random weights: %s", settings.model, new or "nothing")
+    if "expression_head" in new:
+        start_at_mean(model, processor)  # type: ignore[arg-type]
+    selection = Selection(parts, processor.genes, domains, dict.fromkeys(parts, len(domains)))
+    as_pretraining = _as_pretraining(model.config, settings)  # type: ignore[arg-type]
+    streams = Streams(source, selection, processor, as_pretraining)
+    trainer = make_trainer(streams, model, as_pretraining.training)  # type: ignore[arg-type]
+    save_inputs(folder, source, parts, None, settings, {"domains": domains})
+    trainer.train()
+    validations = [line for line in trainer.state.log_history if "eval_loss" in line]
+    summary = {
+        "task": "integrate",
+        "model": settings.model,
+        "domain_key": settings.domain_key,
+        "domains": {
+            domain: {part: int((domain_of.reindex(ids) == domain).sum()) for part, ids in parts.items()}
+            for domain in domains
+        },
+        "new": new,
+        "best": min(validations, key=lambda line: line["eval_loss"]),
+        "epochs": trainer.state.epoch,
+        "steps": trainer.state.global_step,
+        "seconds": round(time.perf_counter() - started, 1),
+        "data": source.describe(),
+    }
+    if trainer.is_world_process_zero():
+        save_results(folder, trainer.accelerator.unwrap_model(trainer.model), processor, summary)
+    return summary
+
+
+def _domains(source: CellSource, processor: ScGPTProcessor, key: str) -> "pd.Series[str]":
+    """Return the domain of each cell that has one and expresses a known gene, indexed by cell id.
+
+    Raises:
+        ValueError: there are fewer than two.
+    """
+    obs = source.obs([key])
+    known = np.flatnonzero(match_columns(source.genes, processor)[0] >= 0)
+    domain_of = obs.loc[cells_expressing(source, null_free(obs, key), known), key].astype(str)
+    if domain_of.nunique() < 2:
+        raise ValueError(
+            f"integration brings two or more experimental batches together; all {len(domain_of):,} cells have "
+            f"{domain_of.iloc[0]!r} in obs[{key!r}]; choose another column (--domain_key)"
+        )
+    return domain_of
+
+
+def _load_for_domains(domains: list[str], settings: IntegrateSettings) -> Pretrained:
+    """Return the pretrained model with the heads, norms and objectives of integration."""
+    weights = {name: getattr(settings, f"{name}_weight") for name in ("gep", "gepc", "ecs", "dar")}
+    return load_pretrained(
+        settings.model,
+        ScGPTForPreTraining,
+        n_domains=len(domains),
+        domain_key=settings.domain_key,
+        domains=domains,
+        input_norm=settings.input_norm,
+        domain_embedding=settings.domain_embedding,
+        domain_head=settings.dar_weight > 0,
+        ecs_threshold=settings.ecs_threshold,
+        explicit_zero_prob=False,  # genes that are not expressed are no tokens here
+        loss_weights={name: weight for name, weight in weights.items() if weight},
+    )
+
+
+def _as_pretraining(config: ScGPTConfig, settings: IntegrateSettings) -> Settings:
+    """Return the settings under which pretraining's streams and trainer do this."""
+    data = DataSettings(mask_ratios=[settings.mask_ratio], domain_key=settings.domain_key)
+    model = ModelSettings(cell_pooling=config.cell_pooling, input_norm=config.input_norm)
+    args = training_settings(
+        settings,
+        output_dir=settings.out,
+        save_only_model=False,
+        save_total_limit=2,
+        num_train_epochs=settings.epochs,
+        learning_rate=settings.learning_rate,
+        lr_decay_per_epoch=0.9,
+        warmup_steps=0,
+    )
+    return Settings(data, model, args, {})

@@ -1,0 +1,129 @@
+"""Which cells teach and which are held out: every cell accounted for, donors whole, labels on both sides."""
+
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from scgpt_hf.training.labels import LabelledCells, balanced_weights, choose_labelled, keep_share, split_within
+
+
+def choose(obs: pd.DataFrame, **changed: object) -> LabelledCells:
+    defaults = {"split_by": None, "validation_fraction": 0.3, "label_fraction": 1.0, "ignore": ["unknown"]}
+    return choose_labelled(obs, "type", **{**defaults, "min_cells": 2, "seed": 0, **changed})
+
+
+def obs_of(types: list[str | None], donors: list[str] | None = None) -> pd.DataFrame:
+    table = {"type": types} | ({} if donors is None else {"donor_id": donors})
+    return pd.DataFrame(table, index=pd.Index(range(10, 10 + len(types)), name="cell_id", dtype=np.int64))
+
+
+@settings(deadline=None, max_examples=20)
+@given(
+    types=st.lists(st.sampled_from(["a", "b", "c", "d", "unknown", "", None]), min_size=1, max_size=60),
+    n_donors=st.integers(1, 6),
+    seed=st.integers(0, 5),
+    label_fraction=st.sampled_from([0.1, 0.5, 1.0]),
+)
+def test_every_cell_is_used_once_or_counted(
+    types: list[str | None], n_donors: int, seed: int, label_fraction: float
+) -> None:
+    obs = obs_of(types, [f"donor{cell % n_donors}" for cell in range(len(types))])
+    try:
+        cells = choose(obs, seed=seed, label_fraction=label_fraction)
+    except ValueError as error:
+        if "two labels or more" in str(error) or "training cells have only" in str(error):
+            return
+        raise
+    used = np.concatenate(list(cells.parts.values()))
+    assert len(set(used)) == len(used) == len(obs) - sum(cells.left_out.values())
+    assert set(obs.loc[used, "type"]) <= set(cells.labels)
+    for part, ids in cells.parts.items():
+        assert (np.diff(ids) > 0).all()
+        assert [cells.labels[index] for index in cells.classes(part)] == obs.loc[ids, "type"].tolist()
+    assert set(cells.classes("train")) == set(range(len(cells.labels)))
+    if cells.split_by is not None:
+        donors = [set(obs.loc[ids, "donor_id"]) for ids in cells.parts.values()]
+        assert not donors[0] & donors[1]
+
+
+def test_donors_are_held_out_whole_and_most_labels_are_on_both_sides() -> None:
+    # Of four donors, only the last two have the rare type: one of them has to be held out.
+    obs = obs_of(["a", "b"] * 8 + ["a", "rare"] * 8, [donor for donor in "wxyz" for _ in range(8)])
+    for seed in range(5):
+        cells = choose(obs, seed=seed, validation_fraction=0.25)
+        assert cells.split_by == "donor_id"
+        assert {"rare"} < set(obs.loc[cells.parts["train"], "type"])
+        n_shared = len(set(cells.classes("train")) & set(cells.classes("validation")))
+        assert n_shared == 2
+
+
+def test_with_one_donor_a_share_of_every_label_is_held_out(caplog: pytest.LogCaptureFixture) -> None:
+    cells = choose(obs_of(["a"] * 10 + ["b"] * 2 + ["c"] * 40, ["only"] * 52), validation_fraction=0.2)
+    assert "say nothing about new donors" in caplog.text
+    assert cells.split_by is None
+    assert np.bincount(cells.classes("validation")).tolist() == [2, 1, 8]
+    assert np.bincount(cells.classes("train")).tolist() == [8, 1, 32]
+
+
+def test_unlabelled_and_rare_cells_are_counted(caplog: pytest.LogCaptureFixture) -> None:
+    cells = choose(obs_of(["a"] * 5 + ["b"] * 5 + ["single"] + ["unknown", None, ""]))
+    assert cells.labels == ["a", "b"]
+    assert cells.rare == {"single": 1}
+    assert (cells.left_out["unlabelled"], cells.left_out["rare label"]) == (3, 1)
+    assert "too few cells: {'single': 1}" in caplog.text
+
+
+def test_labels_of_held_out_donors_only_are_not_scored(caplog: pytest.LogCaptureFixture) -> None:
+    obs = obs_of(["a", "b"] * 10 + ["x"] * 4, ["one"] * 10 + ["two"] * 10 + ["three"] * 4)
+    cells = choose(obs, validation_fraction=0.15)  # donor three is the only one that small
+    if "x" not in cells.labels:
+        assert cells.left_out["label of held-out donors only"] == 4
+        assert "neither learned nor scored: ['x']" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("types", "message"),
+    [
+        (["a"] * 4, r"has only 'a' \(4 cells\)"),
+        (["unknown", None], "has none"),
+        (["a", "a", "single"], r"too few cells \(fewer than min_cells 2\) have {'single': 1}"),
+    ],
+)
+def test_fewer_than_two_labels_raise(types: list[str | None], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        choose(obs_of(types))
+
+
+def test_a_label_that_no_training_donor_shares_raises() -> None:
+    with pytest.raises(ValueError, match="training cells have only"):
+        choose(obs_of(["a"] * 4 + ["b"] * 4, ["one"] * 4 + ["two"] * 4))
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.lists(st.sampled_from("abc"), min_size=1, max_size=50), st.floats(0.05, 1), st.integers(0, 3))
+def test_a_smaller_share_is_part_of_a_larger_one(types: list[str], share: float, seed: int) -> None:
+    labels = pd.Series(types, index=np.arange(len(types)))
+    kept, more = keep_share(labels, share / 2, seed), keep_share(labels, share, seed)
+    assert set(kept) <= set(more)
+    for label in set(types):
+        n = types.count(label)
+        assert (labels.loc[more] == label).sum() == max(1, int(np.ceil(share * n - 1e-9)))
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.lists(st.integers(0, 3), min_size=8, max_size=50))
+def test_balanced_weights_are_those_of_scikit_learn(classes: list[int]) -> None:
+    from sklearn.utils.class_weight import compute_class_weight
+
+    whole = np.array([*classes, 0, 1, 2, 3])
+    weights = balanced_weights(whole, 4)
+    np.testing.assert_allclose(weights, compute_class_weight("balanced", classes=np.arange(4), y=whole), rtol=1e-6)
+    assert weights[whole].mean() == pytest.approx(1, rel=1e-5)
+
+
+def test_a_group_of_one_cell_is_never_held_out() -> None:
+    parts = split_within(pd.Series(["a", "b", "b"], index=[3, 5, 9]), 0.9, seed=0)
+    assert 3 in parts["train"]
+    assert len(parts["validation"]) == 1
