@@ -7,9 +7,7 @@ import torch
 
 from scgpt_hf.model.configuration_scgpt import ScGPTConfig, training_flops_per_token
 from scgpt_hf.stream import Batch, lengths_of
-
-# Dense bf16 matrix products, FLOP/s, without sparsity. Source: NVIDIA data sheets (SXM modules).
-PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12, "L40S": 362e12}
+from scgpt_hf.training.peak import device_peak
 
 
 class Throughput:
@@ -57,11 +55,3 @@ class Throughput:
         self.squares = 0.0
         self.waited_s = waited_s
         self.started = time.perf_counter()
-
-
-def device_peak(device: torch.device) -> float | None:
-    """Return the bf16 peak of a device in FLOP/s, or None where it is not known (every CPU)."""
-    if device.type != "cuda":
-        return None
-    name = torch.cuda.get_device_name(device)
-    return next((peak for key, peak in PEAK_FLOPS.items() if key in name), None)
