@@ -156,7 +156,7 @@ class StreamLoader:
         """Prepare to read; nothing is opened before the first batch is asked for.
 
         Args:
-            open_stream: gives the batches from number n on.
+            open_stream: gives the batches from number n on; all, or those of some epochs.
             epoch_ends: the number of batches handed out when each epoch ends, ascending.
         """
         self.open_stream = open_stream
@@ -176,7 +176,10 @@ class StreamLoader:
             if self._batches is None:
                 self._batches = read_ahead(self.open_stream(self.consumed))
             asked = time.perf_counter()
-            batch = next(self._batches)
+            batch = next(self._batches, None)
+            if batch is None:  # the stream went so far; another one goes on
+                self._batches = read_ahead(self.open_stream(self.consumed))
+                batch = next(self._batches)
             self.waited_s += time.perf_counter() - asked
             self.consumed += 1
             yield batch

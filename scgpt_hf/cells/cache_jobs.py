@@ -8,7 +8,7 @@ import json
 import logging
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -37,6 +37,7 @@ from scgpt_hf.cells.cache_manifest import (
 from scgpt_hf.cells.layout import TILE
 from scgpt_hf.cells.obs import require_columns
 from scgpt_hf.cells.source import CellSource
+from scgpt_hf.cells.threads import ReadingThreads
 
 logger = logging.getLogger(__name__)
 
@@ -150,7 +151,7 @@ class CacheJobs:
     def _batches(self, cell_ids: Int64Array, tell: Callable[[int], object]) -> Iterator[pa.RecordBatch]:
         """Yield the record batches of these cells; the next cells are read meanwhile."""
         ranges = np.split(cell_ids, np.flatnonzero(np.diff(cell_ids // _READ_TOGETHER)) + 1)
-        with ThreadPoolExecutor(1, thread_name_prefix="cache-read") as reader:
+        with ReadingThreads(1, "cache-read") as reader:
 
             def read(ids: Int64Array) -> Future[CellBlock]:
                 return reader.submit(self.source.read, ids, self.identity.columns)

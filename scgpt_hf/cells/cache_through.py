@@ -71,7 +71,7 @@ class CachingSource:
         self._parts: list[Shard] = []
         self._known: set[str] = set()
         self._part_of = np.full(len(cell_ids), -1, np.int32)  # which part holds each cell
-        self._keeps, self._storing = True, Future[None]()
+        self._keeps, self._finished, self._storing = True, False, Future[None]()
         self._storing.set_result(None)
         self._adding, self._handing_over = threading.Lock(), threading.Lock()
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="cache-store")
@@ -126,17 +126,18 @@ class CachingSource:
         Raises:
             CacheError, OSError, ValueError: as `write_cache`.
         """
-        if self._cache is None:
+        if not self._finished:
             self._keeps = False
             self._storing.result()
             self._wait()  # all parts are there
-            self._load_parts()
-            missing = int((self._part_of < 0).sum())
-            logger.info("the cache in %s: writing its shards; %d cells are still to be read", self._folder, missing)
-            write_shards(replace(self._jobs, source=self), self._job)
+            if self._cache is None:
+                self._load_parts()
+                missing = int((self._part_of < 0).sum())
+                logger.info("writing the cache %s; %d of its cells are still to be read", self._folder, missing)
+                write_shards(replace(self._jobs, source=self), self._job)
             self._wait()  # all shards are there
-            self._parts = []
-            self._cache = self._open_cache(())
+            self._cache, self._parts, self._finished = self._cache or self._open_cache(()), [], True
+        assert self._cache is not None
         return self._cache
 
     def _read_source(self, cell_ids: Int64Array, columns: Sequence[str]) -> CellBlock:

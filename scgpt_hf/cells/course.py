@@ -5,9 +5,10 @@ a short history, (cells of a step, steps done with it), so that every cell of th
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate, groupby, pairwise
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -105,6 +106,7 @@ def plan_run(
     n_epochs: float,
     max_steps: int = -1,
     history: History = (),
+    first_epoch: Mapping[str, Any] = MappingProxyType({}),
     **order: Any,
 ) -> Course:
     """Return the course of a run: which cells each of its steps trains on.
@@ -115,6 +117,7 @@ def plan_run(
         n_epochs: length of the run; of a fraction, the steps are rounded up.
         max_steps: length of the run in steps, which wins if above 0.
         history: what earlier sessions trained.
+        first_epoch: arguments of `plan_epoch` that hold for the first epoch alone.
         order: seed and the other arguments of `plan_epoch`.
 
     Raises:
@@ -130,7 +133,7 @@ def plan_run(
         if left is not cell_ids and len(left) < size:  # the rest of an epoch fills no step of the new size
             epoch, left = epoch + 1, cell_ids
             continue
-        plan = plan_epoch(left, epoch=epoch, batch_size=size, **order)
+        plan = plan_epoch(left, epoch=epoch, batch_size=size, **{**order, **(first_epoch if epoch == 0 else {})})
         last = int(min(first + plan.n_steps, until))
         legs.append(Leg(plan, first, last))
         whole = last == first + plan.n_steps

@@ -93,18 +93,15 @@ class Streams:
             bucketed=args.torch_compile,
             categories=_categories(data.domain_key, selection.domains),
         )
-        order: dict[str, Any] = {
-            "seed": args.seed,
-            "batch_size": global_batch_size(args),
-            **band_order(source.band_size, data),
-        }
+        order: dict[str, Any] = {"seed": args.seed, "batch_size": global_batch_size(args)}
+        first = band_order(source.band_size, data)
         cell_ids = selection.parts["train"]
-        self.epoch = plan_epoch(cell_ids, epoch=0, **order)
+        self.epoch = plan_epoch(cell_ids, epoch=0, **order, **first)
         past = manifest_of(Path(checkpoint)) if checkpoint else Manifest(0, args.world_size, [])
         self.caching = None if data.cache_dir is None else open_caching(source, selection, settings)
-        later = order if self.caching is None else order | band_order(uniform_band_size(len(cell_ids)), data)
-        length: dict[str, Any] = {"n_epochs": args.num_train_epochs, "max_steps": args.max_steps}
-        self.course = plan_run(cell_ids, **length, history=past.history, first_epoch=order, **later)
+        later: dict[str, Any] = first if self.caching is None else band_order(uniform_band_size(len(cell_ids)), data)
+        order |= {"n_epochs": args.num_train_epochs, "max_steps": args.max_steps, "history": past.history}
+        self.course = plan_run(cell_ids, **order, first_epoch=first, **later)
         if checkpoint:
             logger.info("%s", tell_resumed(past, self.course, args))
         plan = plan_validation(selection.parts["validation"], args.per_device_eval_batch_size)

@@ -63,6 +63,11 @@ class DataSettings:
         [0.25, 0.5, 0.75], "shares of the genes to hide; one is drawn per cell and epoch"
     )
     domain_key: str | None = setting(None, "obs column of the experimental batch, for the heads that need one")
+    cache_dir: str | None = setting(
+        None,
+        "write the cells to this folder during the first epoch and read them from there, shuffled over all of them, in "
+        "later ones; about 5 kB a cell, twice that while it is made; a cache that is there is used from the start",
+    )
     bands_per_block: int = setting(16, "bands of 2,048 neighbouring cells that are shuffled together")
 
     def __post_init__(self) -> None:

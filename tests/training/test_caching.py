@@ -1,0 +1,111 @@
+"""`--cache_dir`: the same batches from the SOMA and from the cache, new, begun or whole, and in resumed runs."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from test_trainer import prepare, weights_of
+
+from scgpt_hf.cells.cache import CacheSource
+from scgpt_hf.cells.cache_jobs import write_cache
+from scgpt_hf.cells.plan import BAND_SIZE
+from scgpt_hf.stream import stream_cells
+from scgpt_hf.training.pretraining import Streams
+
+FLAGS = ("--num_train_epochs", "3", "--save_strategy", "steps", "--save_steps", "3", "--save_total_limit", "30")
+FLAGS += ("--eval_strategy", "no", "--load_best_model_at_end", "false", "--domain_key", "assay", "--dropout", "0.1")
+
+
+@pytest.fixture(scope="module")
+def cached(small_census, tmp_path_factory):
+    """A run of three epochs that made its cache in the first."""
+    folder = tmp_path_factory.mktemp("run")
+    trainer, streams, _ = prepare(small_census, folder / "run", *FLAGS, "--cache_dir", str(folder / "cache"))
+    trainer.train()
+    return trainer, streams, folder
+
+
+def batches_of(streams: Streams) -> list[dict[str, torch.Tensor]]:
+    """All batches of a run, as the trainer asks for them."""
+    batches = list(streams.train(0))
+    return batches if len(batches) == streams.course.n_steps else batches + list(streams.train(len(batches)))
+
+
+def same(some, others) -> bool:
+    return len(some) == len(others) and all(
+        one.keys() == other.keys()
+        and all(torch.equal(torch.as_tensor(one[key]), torch.as_tensor(other[key])) for key in one)
+        for one, other in zip(some, others, strict=True)
+    )
+
+
+def test_a_run_from_the_cache_equals_one_from_the_soma_batch_for_batch(cached, small_census, tmp_path):
+    _, streams, _ = cached
+    plans, _ = streams.course.plans_from(0)
+    from_soma = list(stream_cells(streams.source, plans, streams.processor, streams.feed))
+    assert same(batches_of(streams), from_soma)
+    _, fresh, _ = prepare(small_census, tmp_path / "run", *FLAGS, "--cache_dir", str(tmp_path / "cache"))
+    assert same(batches_of(fresh), from_soma)
+
+
+def test_later_epochs_are_shuffled_over_all_cells(cached):
+    _, streams, _ = cached
+    first, *later = (leg.plan for leg in streams.course.legs)
+    assert len(first.band_starts) == -(-300 // BAND_SIZE)
+    assert all(len(plan.band_starts) == len(plan.cell_ids) for plan in later)
+
+
+def test_the_cache_is_the_one_that_cache_census_writes(cached, tmp_path):
+    _, streams, folder = cached
+    write_cache(streams.source, tmp_path / "cache", cell_ids=CacheSource(folder / "cache").obs().index.to_numpy())
+    for path in (tmp_path / "cache").iterdir():
+        assert path.read_bytes() == (folder / "cache" / path.name).read_bytes(), path.name
+    assert len(list((folder / "cache").iterdir())) == len(list((tmp_path / "cache").iterdir()))
+
+
+@pytest.mark.parametrize("cache", ["whole", "gone", "begun"])
+@pytest.mark.parametrize("step", [3, 12])
+def test_resumed_equals_uninterrupted_whatever_is_left_of_the_cache(cached, small_census, tmp_path, cache, step):
+    whole, streams, folder = cached
+    assert step != 12 or streams.course.epoch_ends[0] < 12
+    run = shutil.copytree(folder / "run", tmp_path / "run")
+    if cache == "whole":
+        shutil.copytree(folder / "cache", tmp_path / "cache")
+    if cache == "begun":
+        _, begun, _ = prepare(small_census, tmp_path / "other", *FLAGS, "--cache_dir", str(tmp_path / "cache"))
+        next(iter(begun.train(0)))
+    flags = (*FLAGS, "--save_strategy", "no", "--cache_dir", str(tmp_path / "cache"))
+    resumed, _, found = prepare(small_census, run, *flags, "--resume_from_checkpoint", str(run / f"checkpoint-{step}"))
+    resumed.train(resume_from_checkpoint=found)
+    assert resumed.state.global_step == whole.state.global_step
+    for name, weight in weights_of(resumed).items():
+        assert torch.equal(weight, whole.model.get_parameter(name)), name
+
+
+def test_a_run_that_was_cached_is_not_resumed_without_a_cache(cached, small_census, tmp_path):
+    run = shutil.copytree(cached[2] / "run", tmp_path / "run")
+    with pytest.raises(ValueError, match=r"cannot resume exactly: the run began with \{'cached': True\}"):
+        prepare(small_census, run, *FLAGS, "--resume_from_checkpoint", "latest")
+
+
+def test_a_cache_as_data_trains_in_one_order_for_all_epochs(cached, tmp_path):
+    folder = cached[2] / "cache"
+    trainer, streams, _ = prepare(folder, tmp_path / "run", *FLAGS)
+    assert all(len(leg.plan.band_starts) == len(leg.plan.cell_ids) for leg in streams.course.legs)
+    trainer.train()
+    assert json.loads((tmp_path / "run" / "split.json").read_text())["source"]["kind"] == "cache"
+    with pytest.raises(ValueError, match="a cache already"):
+        prepare(folder, tmp_path / "other", *FLAGS, "--cache_dir", str(tmp_path / "cache"))
+    assert not (tmp_path / "other").exists()
+
+
+def test_a_corrupt_shard_ends_the_run_with_its_name(cached, small_census, tmp_path):
+    folder = Path(shutil.copytree(cached[2] / "cache", tmp_path / "cache"))
+    shard = next(folder.glob("*.arrow"))
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(content)
+    with pytest.raises(ValueError, match=rf"{shard.name} is corrupt: expected sha256"):
+        prepare(small_census, tmp_path / "run", *FLAGS, "--cache_dir", str(folder))
