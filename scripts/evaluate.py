@@ -19,7 +19,7 @@ from pathlib import Path
 import anndata
 
 from scgpt_hf.analysis.baseline_embeddings import BASELINES
-from scgpt_hf.analysis.evaluation import DEFAULTS, METRICS, evaluate_embeddings
+from scgpt_hf.analysis.evaluation import DEFAULTS, METRICS, NOT_APPLICABLE, evaluate_embeddings
 from scgpt_hf.analysis.evaluation_files import require_free_folder, tabulate, write_evaluation
 from scgpt_hf.analysis.report import write_report
 
@@ -55,7 +55,11 @@ def main() -> None:
         write_report(out)
     except (OSError, ValueError, ModuleNotFoundError) as error:
         sys.exit(f"evaluate.py: {error}")
-    print(tabulate(evaluation).pivot(index="method", columns="metric", values="value").round(3).T.to_string(na_rep="–"))
+    scores = tabulate(evaluation)
+    shown = scores.pivot(index="metric", columns="method", values="value").round(3)
+    print(shown.reindex(index=scores["metric"].unique(), columns=list(evaluation.methods)).to_string(na_rep="–"))
+    for method, metric, _, cause in scores[~scores["none"].isin(["", NOT_APPLICABLE])].itertuples(index=False):
+        print(f"{metric} of {method} is not computable: {cause}")
     print(f"{len(evaluation.cells.rows):,} cells scored; left out: {dict(evaluation.cells.left_out) or 'none'}")
     print(f"Scores, figures and report.html are in {out}.")
 

@@ -12,10 +12,9 @@ import sys
 from pathlib import Path
 
 import accelerate
-import numpy as np
 from transformers import set_seed
 
-from scgpt_hf.analysis.pictures import draw_losses, draw_map
+from scgpt_hf.analysis.pictures import show_run
 from scgpt_hf.training import pretraining
 from scgpt_hf.training.card import model_card
 from scgpt_hf.training.dry_run import describe_run
@@ -62,9 +61,8 @@ def main() -> None:
     pretraining.save_best_model(trainer, folder)
     if args.process_index == 0:
         summary = pretraining.summarize(trainer, streams)
-        draw_losses(folder)
-        cell_ids = np.concatenate(list(selection.parts.values()))
-        draw_map(folder, source, cell_ids, trainer.model, processor, donor_key=settings.data.split_by, seed=args.seed)
+        shown = {"donor_key": settings.data.split_by, "seed": args.seed}
+        show_run(folder, source, selection.parts, trainer.model, processor, **shown)
         model_card(folder).save(folder / "README.md")
         print(pretraining.tell(summary, folder))
         if args.push_to_hub:

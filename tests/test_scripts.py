@@ -55,6 +55,7 @@ def test_pretraining_on_two_processes_leaves_a_whole_run_folder(finished):
         "summary.json",
         "loss.png",
         "umap.png",
+        "report.html",
         "README.md",
     }
     assert names <= {path.name for path in folder.iterdir()}

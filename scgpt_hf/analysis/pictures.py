@@ -1,6 +1,7 @@
-"""The two pictures that close a run: the course of its losses, and its cells on a map."""
+"""What closes a run: the course of its losses, its cells on a map, and a page that tells of both."""
 
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,7 @@ from transformers import PreTrainedModel
 from scgpt_hf.analysis.curves import plot_loss, read_metrics
 from scgpt_hf.analysis.embed import embed_cells, umap_of
 from scgpt_hf.analysis.plots import plot_umap, save_figure
+from scgpt_hf.analysis.report import write_report
 from scgpt_hf.cells.block import Int64Array
 from scgpt_hf.cells.source import CellSource
 from scgpt_hf.tokens.processing_scgpt import ScGPTProcessor
@@ -19,9 +21,31 @@ logger = logging.getLogger(__name__)
 MAPPED_CELLS = 5_000
 
 
-def draw_losses(folder: Path) -> None:
-    """Write loss.png from the metrics.jsonl of a run's folder."""
+def show_run(
+    folder: Path,
+    source: CellSource,
+    parts: Mapping[str, Int64Array],
+    model: PreTrainedModel,
+    processor: ScGPTProcessor,
+    *,
+    donor_key: str,
+    seed: int,
+) -> None:
+    """Write loss.png, umap.png and report.html into the folder of a finished run.
+
+    Args:
+        folder: of the run, with its metrics.jsonl and summary.json.
+        source: where the cells are read.
+        parts: name of each part → ids of its cells.
+        model: embeds them.
+        processor: the model's.
+        donor_key: obs column of the map's second panel.
+        seed: of the cells that are drawn, and of the map.
+    """
     save_figure(plot_loss(read_metrics(folder / "metrics.jsonl")), folder / "loss.png")
+    cell_ids = np.concatenate(list(parts.values()))
+    draw_map(folder, source, cell_ids, model, processor, donor_key=donor_key, seed=seed)
+    write_report(folder)
 
 
 def draw_map(

@@ -28,6 +28,7 @@ PALETTE = (
     *("#08306B", "#B8A24A", "#00CED1", "#A50F15"),
 )
 OTHER = "#BDBDBD"
+UNLABELLED = ("unknown", "unlabelled")  # no type: the Census writes "unknown"
 GREY = "#6B6B6B"
 SMALL = 7.5  # points
 _MAP = 3.0  # inches, width and height of a map without its legend
@@ -37,7 +38,7 @@ def plot_umap(coordinates: FloatArray, panels: Mapping[str, Sequence[str]], *, t
     """Return the cells on their map, one panel for each way to colour them, categories by falling size.
 
     Points are drawn in one shuffled order, so that no category hides another, and as pixels even in a vector file.
-    Beyond 20 categories the smallest share the grey of "other"; cells without a label are "unlabelled".
+    Beyond 20 categories the smallest share the grey of "other"; cells without a label are "unlabelled", grey as "unknown".
 
     Args:
         coordinates: shape (cells, 2).
@@ -100,14 +101,13 @@ def _colours(categories: Sequence[str]) -> tuple[npt.NDArray[np.str_], dict[str,
     """Return the colour of each cell, and the legend: name with the number of cells → colour."""
     names = pd.Series(np.asarray(categories, dtype=object)).astype("string").fillna("unlabelled")
     sizes = names.value_counts()
-    ordered = sorted(set(sizes.index) - {"unlabelled"}, key=lambda name: (-sizes[name], name))
+    ordered = sorted(set(sizes.index) - set(UNLABELLED), key=lambda name: (-sizes[name], name))
     shown = ordered if len(ordered) <= len(PALETTE) else ordered[: len(PALETTE) - 1]
     colour_of = dict(zip(shown, PALETTE, strict=False))
     legend = {f"{name} ({sizes[name]:,})": colour for name, colour in colour_of.items()}
     if others := ordered[len(shown) :]:
         legend[f"{len(others)} other ({sizes[others].sum():,})"] = OTHER
-    if "unlabelled" in sizes:
-        legend[f"unlabelled ({sizes['unlabelled']:,})"] = OTHER
+    legend |= {f"{name} ({sizes[name]:,})": OTHER for name in UNLABELLED if name in sizes}
     return names.map(colour_of).fillna(OTHER).to_numpy(dtype=str), legend
 
 

@@ -136,10 +136,10 @@ def predict_query(
         )
     metric = f"{classifier} macro-F1"
     if not (shared := np.isin(labels, known)).any():
-        found = f"{sorted(set(known))[:5]} and {sorted(set(labels))[:5]}"
+        found = f"{np.unique(known)[:5].tolist()} and {np.unique(labels)[:5].tolist()}"
         raise NotComputable(metric, f"reference and query share no type: {found}; give both the same names")
     if len(set(known)) < 2:
-        raise NotComputable(metric, f"the reference has one type alone: {known[0]!r}")
+        raise NotComputable(metric, f"the reference has one type alone: {str(known[0])!r}")
     part = (np.flatnonzero(shared), *_predict(reference, known, query[shared], classifier))
     return _collect([part], labels, classifier, f"trained on {len(known):,} cells of the reference")
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import matplotlib
 from matplotlib.figure import Figure
 
-_PIXELS_PER_INCH = 110  # of a figure on screen; its text is 7 to 9 points
+_PIXELS_PER_INCH = 100  # of a figure on screen; its text is 7 to 9 points
 _DPI = 200  # of figures saved as PNG, see `plots.save_figure`
 _VOID = {"img", "meta", "br"}
 
@@ -24,7 +24,7 @@ STYLE = """
 @media (prefers-color-scheme: dark) { :root { --ink: #e8eaed; --soft: #a3adb8; --page: #15181c; --card: #20252b;
   --line: #343b43; --accent: #63b8ea; } }
 * { box-sizing: border-box; }
-body { margin: 0 auto; max-width: 62rem; padding: 1.5rem 1.1rem 4rem; background: var(--page); color: var(--ink);
+body { margin: 0 auto; max-width: 68rem; padding: 1.5rem 1.1rem 4rem; background: var(--page); color: var(--ink);
   font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; overflow-wrap: break-word; }
 h1 { font-size: 1.7rem; line-height: 1.2; margin: 0 0 .3rem; }
 h2 { font-size: 1.2rem; margin: 2.4rem 0 .6rem; padding-top: .9rem; border-top: 1px solid var(--line); }
@@ -47,8 +47,8 @@ td.long { min-width: 9rem; overflow-wrap: anywhere; }
 .figures { display: flex; flex-wrap: wrap; gap: 1rem; align-items: flex-start; }
 figure { margin: .8rem 0 0; min-width: 0; max-width: 100%; }
 .picture { background: #ffffff; border-radius: .6rem; padding: .6rem; overflow-x: auto; border: 1px solid var(--line); }
-.picture img { display: block; max-width: none; }
-.picture img.fits { max-width: 100%; height: auto; }
+.picture img { display: block; max-width: 100%; height: auto; }
+.picture img.broad { min-width: 40rem; }
 figcaption { font-size: .85rem; margin-top: .35rem; max-width: 46rem; }
 pre { background: var(--card); border-radius: .6rem; padding: .8rem 1rem; overflow-x: auto; font-size: .84rem; }
 details { margin: .5rem 0; } summary { cursor: pointer; }
@@ -173,8 +173,8 @@ def picture(path: Path, caption: str) -> Html:
 
 
 def _figure(content: bytes, kind: str, inches: float, caption: str) -> Html:
-    """Return a picture at reading size: one up to 4.7 inches shrinks to a phone, a wider one is scrolled."""
+    """Return a picture at reading size: up to 4.7 inches it shrinks to a phone, a broader one is scrolled there."""
     source = f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
-    attributes = {"class_": "fits"} if inches <= 4.7 else {}
+    attributes = {"class_": "broad"} if inches > 4.7 else {}
     image = tag("img", src=source, alt=caption, width=f"{inches * _PIXELS_PER_INCH:.0f}", **attributes)
     return tag("figure", tag("div", image, class_="picture"), tag("figcaption", caption))

@@ -61,7 +61,7 @@ def report_run(run: Path) -> str:
         _data(summary, settings),
         _speed(summary),
         _use(run),
-        _provenance(summary, settings),
+        _provenance(summary, settings, split),
     )
 
 
@@ -160,12 +160,12 @@ def _use(run: Path) -> Html:
     )
 
 
-def _provenance(summary: Record, settings: Record) -> Html:
+def _provenance(summary: Record, settings: Record, split: Record) -> Html:
     versions = summary.get("versions", dict) or {}
     rows = [
         ("Software", ", ".join(f"{name} {number}" for name, number in versions.items()) or UNKNOWN),
         ("Gene hash of the source", summary.text("data.gene_hash")),
-        ("Seed", settings.number("training.seed") if settings.get("training.seed", int) is not None else "42"),
+        ("Seed", split.number("seed", "d")),
     ]
     groups = [
         fold(f"All settings: {name}", table([(key, _say(value)) for key, value in group.items()]))
