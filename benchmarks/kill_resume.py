@@ -33,7 +33,7 @@ import torch
 from measuring import write_result
 from transformers import TrainerCallback, set_seed
 
-from scgpt_hf.demo import demo_cells, demo_census
+from scgpt_hf.demo import demo_census
 from scgpt_hf.training.checkpoints import checkpoints_in
 from scgpt_hf.training.pretraining import Streams, make_trainer
 from scgpt_hf.training.recipe import begin_run, build_model, build_processor, open_cells, save_selection
@@ -65,6 +65,7 @@ class Trace(TrainerCallback):
         trainer.get_batch_samples = remember
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Append the line of a step."""
         optimizer = self.trainer.optimizer.optimizer
         line = {
             "step": state.global_step,

@@ -1,0 +1,140 @@
+"""Signals: the first one asks for a checkpoint, a second one insists, and the exit code says which it was."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from test_resilient import EVERY_4, read_metrics
+from test_trainer import prepare, weights_of
+from transformers import TrainerCallback
+
+from scgpt_hf.training.checkpoints import checkpoints_in, newest_valid, verify
+from scgpt_hf.training.stopping import Interrupted, StopSignal
+
+
+class Send(TrainerCallback):
+    """Sends this process a signal at the end of a step."""
+
+    def __init__(self, number, step):
+        self.number, self.step = number, step
+
+    def on_step_end(self, args, state, control, **_):
+        if state.global_step == self.step:
+            os.kill(os.getpid(), self.number)
+
+
+@pytest.fixture(scope="module")
+def whole(small_census, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    trainer, _, _ = prepare(small_census, folder, *EVERY_4)
+    trainer.train()
+    return folder, trainer
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize("step", [3, 4, 5, "end of an epoch"])
+def test_a_signal_ends_in_a_checkpoint_from_which_the_run_goes_on_exactly(
+    small_census, whole, tmp_path, number, code, step
+):
+    run, uninterrupted = whole
+    step = uninterrupted.course.epoch_ends[0] if step == "end of an epoch" else step
+    trainer, _, _ = prepare(small_census, tmp_path / "run", *EVERY_4)
+    trainer.add_callback(Send(number, step))
+    before = signal.getsignal(number)
+    with pytest.raises(Interrupted, match=f"by {number.name} after step {step}; nothing is lost") as caught:
+        trainer.train()
+    assert caught.value.exit_code == code
+    assert signal.getsignal(number) is before
+    assert newest_valid(tmp_path / "run").name == f"checkpoint-{step}"
+    resumed, _, checkpoint = prepare(small_census, tmp_path / "run", *EVERY_4, "--resume_from_checkpoint", "latest")
+    resumed.train(resume_from_checkpoint=checkpoint)
+    for name, weight in weights_of(uninterrupted).items():
+        assert torch.equal(weight, resumed.model.get_parameter(name)), name
+    assert read_metrics(tmp_path / "run") == read_metrics(run)
+
+
+def test_a_signal_before_the_first_step_leaves_a_run_to_resume(small_census, tmp_path):
+    class SendAtOnce(TrainerCallback):
+        def on_train_begin(self, *_, **__):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    trainer, _, _ = prepare(small_census, tmp_path / "run", *EVERY_4)
+    trainer.add_callback(SendAtOnce())
+    with pytest.raises(Interrupted, match="after step 0"):
+        trainer.train()
+    assert verify(newest_valid(tmp_path / "run")).step == 0
+    resumed, _, checkpoint = prepare(
+        small_census, tmp_path / "run", *EVERY_4, "--resume_from_checkpoint", "latest", "--max_steps", "2"
+    )
+    resumed.train(resume_from_checkpoint=checkpoint)
+    assert resumed.state.global_step == 2
+
+
+def test_a_validation_is_given_up_for_a_signal(small_census, whole, tmp_path):
+    """It is made up for when the run goes on."""
+    trainer, streams, _ = prepare(small_census, tmp_path / "run", *EVERY_4)
+    seen = []
+
+    def validation():
+        for batch in streams.validation():
+            seen.append(batch)
+            os.kill(os.getpid(), signal.SIGTERM)
+            yield batch
+
+    trainer.validation_stream = validation
+    end = trainer.course.epoch_ends[0]
+    with pytest.raises(Interrupted, match=f"after step {end}"):
+        trainer.train()
+    assert not [line for line in trainer.state.log_history if "eval_loss" in line]
+    resumed, _, checkpoint = prepare(small_census, tmp_path / "run", *EVERY_4, "--resume_from_checkpoint", "latest")
+    resumed.train(resume_from_checkpoint=checkpoint)
+    assert read_metrics(tmp_path / "run") == read_metrics(whole[0])
+
+
+def test_a_signal_after_the_last_step_is_sent_again(small_census, tmp_path):
+    trainer, _, _ = prepare(small_census, tmp_path / "run", *EVERY_4, "--max_steps", "3", "--eval_strategy", "no")
+    trainer.add_callback(Send(signal.SIGINT, 3))
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    assert [path.name for path in checkpoints_in(tmp_path / "run")] == ["checkpoint-3"]
+
+
+def test_other_threads_leave_signals_alone():
+    import threading
+
+    before = signal.getsignal(signal.SIGTERM)
+    seen = []
+
+    def listen():
+        with StopSignal():
+            seen.append(signal.getsignal(signal.SIGTERM))
+
+    thread = threading.Thread(target=listen)
+    thread.start()
+    thread.join()
+    assert seen == [before]
+
+
+def test_a_second_signal_ends_the_process_at_once():
+    code = (
+        "import signal, time\n"
+        "from scgpt_hf.training.stopping import StopSignal\n"
+        "with StopSignal() as stop:\n"
+        "    print('ready', flush=True)\n"
+        "    while True:\n"
+        "        time.sleep(0.05)\n"
+        "        if stop.number: print(int(stop.number), flush=True)\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "ready\n"
+        process.send_signal(signal.SIGINT)
+        process.send_signal(signal.SIGINT)  # a launcher's, for the same Ctrl-C
+        assert process.stdout.readline() == "2\n"
+        time.sleep(1.2)
+        assert process.poll() is None
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(30) == 143
