@@ -46,6 +46,7 @@ def loss_and_gradients(network: Any, batch: dict[str, Any]) -> tuple[torch.Tenso
     return loss.detach(), [parameter.grad.clone() for parameter in network.parameters()]
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning")  # of inductor's own import
 @pytest.mark.parametrize(
     ("backend", "variant"),
     [
