@@ -175,7 +175,7 @@ class _Cells:
 
     def _require_two(self, metric: str, of: Labels, kind: str) -> None:
         if len(names := np.unique(of)) < 2:
-            raise NotComputable(metric, f"it compares {kind}s, and there is one alone: {str(names[0])!r}")
+            raise NotComputable(metric, f"it compares several, and there is one {kind} alone: {str(names[0])!r}")
 
     def _require_no_singleton(self, metric: str) -> None:
         names, sizes = np.unique(self.labels, return_counts=True)
