@@ -33,6 +33,12 @@ _HOME_OF = {
     "finetune_integration": "training.integration",
     "predict_cell_types": "analysis.annotate",
     "transfer_labels": "analysis.annotate",
+    "predict_expression": "analysis.expression",
+    "gene_embeddings": "analysis.gene_networks",
+    "nearest_genes": "analysis.gene_networks",
+    "gene_programs": "analysis.gene_networks",
+    "attention_maps": "analysis.gene_networks",
+    "mean_attention": "analysis.gene_networks",
 }
 
 __all__ = sorted(_HOME_OF)
