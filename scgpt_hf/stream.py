@@ -9,6 +9,7 @@ import logging
 import queue
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -22,19 +23,21 @@ import torch
 from scipy.sparse import csr_matrix
 
 from scgpt_hf.cells.block import CellBlock, Int64Array
-from scgpt_hf.cells.plan import Plan
+from scgpt_hf.cells.plan import Plan, lay_out
 from scgpt_hf.cells.source import CellSource
-from scgpt_hf.cells.threads import PATIENCE_S, ReadingThreads, join_within
+from scgpt_hf.cells.threads import PATIENCE_S, ReadingThreads, give_way, join_within, n_cores
 from scgpt_hf.genes import match_columns
 from scgpt_hf.tokens.packing_scgpt import Tokens, bucket, pack, pad
 from scgpt_hf.tokens.processing_scgpt import ScGPTProcessor
+from scgpt_hf.tokens.tokenizing_scgpt import rows_of
 
 logger = logging.getLogger(__name__)
 
 Batch = dict[str, torch.Tensor | int]
 
-# Cells tokenised together: enough to keep the tokeniser busy, few enough that 1,201 tokens of each stay below 50 MB.
-_TOKENIZED_TOGETHER = 2048
+# Cells tokenised together by one thread: enough for its overhead to vanish, few enough that their tokens stay in cache.
+_TOKENIZED_TOGETHER = 512
+_MOST_TOKENIZING = 4  # threads; one gives tens of thousands of cells per second
 
 
 @dataclass(frozen=True)
@@ -88,7 +91,7 @@ def stream_cells(
         ValueError: counts that are not raw, too few known genes, a value of a category without a class, a batch without
             any cell.
     """
-    laid_out = _lay_out(plans)
+    laid_out = lay_out(plans)
     shards = [(epoch, block, max(0, start_step - first)) for epoch, block, first, last in laid_out if last > start_step]
     if not shards:
         raise ValueError(f"nothing is left to read after step {start_step:,}; the plan has {laid_out[-1][3]:,} steps")
@@ -122,6 +125,7 @@ def read_ahead(batches: Iterable[Batch], depth: int = 8) -> Generator[Batch, Non
         return False
 
     def work() -> None:
+        give_way()
         try:
             for batch in batches:
                 if not hand_over(batch):
@@ -214,6 +218,8 @@ class _Blocks:
         self.source, self.plans, self.processor, self.settings, self.shards = source, plans, processor, settings, shards
         self.gene_ids, _ = match_columns(source.genes, processor)
         self.reader = ReadingThreads(1, "scgpt-read-block")
+        self.n_tokenizing = max(1, min(_MOST_TOKENIZING, n_cores() - 1))
+        self.tokenizers = ReadingThreads(self.n_tokenizing, "scgpt-tokenize")
         self.ahead: tuple[int, Future[tuple[list[Int64Array], CellBlock]] | None] = (0, None)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -244,38 +250,40 @@ class _Blocks:
         return steps, self.source.read(np.concatenate(steps), columns)
 
     def _cut(self, steps: list[Int64Array], block: CellBlock, epoch: int) -> Iterator[Batch]:
-        """Yield the micro-batches of a block, tokenised a few thousand cells at a time."""
+        """Yield the micro-batches of a block in order; some threads tokenise a few hundred cells each."""
         ends = np.cumsum([len(part) for step in steps for part in np.array_split(step, self.settings.micro_batches)])
-        first = 0
-        while first < len(block.cell_ids):
-            together = ends[(ends > first) & (ends <= first + _TOKENIZED_TOGETHER)]
-            if not len(together):
-                together = ends[ends > first][:1]
-            yield from self._tokenize(block, np.concatenate([[first], together]), epoch)
-            first = together[-1]
+        classes = {key: self._classes(block, key) for key in self.settings.categories}
+        pending: deque[Future[list[Batch]]] = deque()
+        for edges in _group(ends, _TOKENIZED_TOGETHER):
+            pending.append(self.tokenizers.submit(self._tokenize, block, classes, edges, epoch))
+            if len(pending) > self.n_tokenizing:
+                yield from pending.popleft().result()
+        for tokenized in pending:
+            yield from tokenized.result()
 
-    def _tokenize(self, block: CellBlock, edges: Int64Array, epoch: int) -> Iterator[Batch]:
-        """Yield one batch for each pair of neighbouring edges, positions in the block."""
+    def _tokenize(self, block: CellBlock, classes: dict[str, Int64Array], edges: Int64Array, epoch: int) -> list[Batch]:
+        """Return one batch for each pair of neighbouring edges, positions in the block."""
         s = self.settings
         cells = slice(edges[0], edges[-1])
         asked = block.cell_ids[cells]
-        tokens = self.processor.tokenize(block.counts[cells], self.gene_ids, cell_ids=asked, seed=s.seed, epoch=epoch)
+        counts = rows_of(block.counts, *cells.indices(len(block))[:2])
+        tokens = self.processor.tokenize(counts, self.gene_ids, cell_ids=asked, seed=s.seed, epoch=epoch)
         if s.mask_ratios is not None:
             tokens = self.processor.mask(tokens, seed=s.seed, epoch=epoch, ratios=s.mask_ratios)
         kept = np.isin(asked, tokens.cell_ids)
         if n_empty := int((~kept).sum()):
             logger.info("left out %d of %d cells: they express no gene of the vocabulary", n_empty, len(asked))
         kept_before = np.concatenate([[0], np.cumsum(kept)])[edges - edges[0]]
-        classes = {key: self._classes(block, key)[cells][kept] for key in s.categories}
+        batches = []
         for start, stop in pairwise(kept_before.tolist()):
             if start == stop:
                 raise ValueError(
                     f"no cell of a batch of epoch {epoch} expresses a gene of the vocabulary; first cell ids: "
                     f"{asked[:5].tolist()}; drop poor cells (min_genes), choose more genes or a larger batch"
                 )
-            yield self._join(tokens[start:stop]) | {
-                key: torch.from_numpy(ids[start:stop]) for key, ids in classes.items()
-            }
+            ids = {key: torch.from_numpy(classes[key][cells][kept][start:stop]) for key in classes}
+            batches.append({**self._join(tokens[start:stop]), **ids})
+        return batches
 
     def _join(self, tokens: Tokens) -> Batch:
         pad_id, pad_value = self.processor.pad_id, self.processor.pad_value
@@ -297,13 +305,12 @@ class _Blocks:
         return np.asarray(classes, dtype=np.int64)
 
 
-def _lay_out(plans: Sequence[Plan]) -> list[tuple[int, int, int, int]]:
-    """Return (epoch, block, first step, one past the last step) of every block, steps counted through all epochs."""
-    blocks = []
+def _group(ends: Int64Array, n_together: int) -> Iterator[Int64Array]:
+    """Yield the edges of neighbouring batches, up to `n_together` cells of them or a single one, from 0 to the end."""
     first = 0
-    for epoch, plan in enumerate(plans):
-        for block in range(plan.n_blocks):
-            last = min(first + plan.steps_per_block, first + plan.n_steps - block * plan.steps_per_block)
-            blocks.append((epoch, block, first, last))
-            first = last
-    return blocks
+    while first < ends[-1:].sum():
+        together = ends[(ends > first) & (ends <= first + n_together)]
+        if not len(together):
+            together = ends[ends > first][:1]
+        yield np.concatenate([[first], together])
+        first = together[-1]

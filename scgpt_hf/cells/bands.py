@@ -53,26 +53,31 @@ def read_band(array: soma.SparseNDArray, cell_ids: Int64Array) -> Band:
     n_wrong = 0
     for ids, columns, counts in entries:
         n_wrong += _scatter_entries(ids, columns, counts, first, row_of_id, cursor, genes, values)
+    if not _ascend(indptr, genes):  # the fragments of the array came out of order
+        rows = csr_matrix((values, genes, indptr), shape=(len(cell_ids), int(genes.max()) + 1), copy=False)
+        rows.sort_indices()
+        genes, values = rows.indices, rows.data
     return Band(indptr, genes, values, raw=n_wrong == 0)
 
 
-def gather_bands(bands: Sequence[Band], places: Sequence[Int64Array], n_genes: int, pool: Executor) -> csr_matrix:
-    """Return the cells of all bands as one matrix; cell i of band b becomes row `places[b][i]`."""
+def gather_bands(bands: list[Band], places: Sequence[Int64Array], n_genes: int, pool: Executor) -> csr_matrix:
+    """Return the cells of all bands as one matrix; cell i of band b becomes row `places[b][i]`.
+
+    Empties the list: each band is freed when it is copied, so that a block is not held twice.
+    """
     indptr = np.zeros(sum(map(len, places)) + 1, dtype=np.int64)
-    for band, rows in zip(bands, places, strict=False):
+    for band, rows in zip(bands, places, strict=True):
         indptr[rows + 1] = np.diff(band.indptr)
     np.cumsum(indptr, out=indptr)
     genes, values = np.empty(indptr[-1], np.int32), np.empty(indptr[-1], np.float32)
-    copies = [
-        pool.submit(_copy_rows, band.indptr, band.genes, band.counts, rows, indptr, genes, values)
-        for band, rows in zip(bands, places, strict=False)
-    ]
+    bands.reverse()
+    copies = [pool.submit(_copy_rows, *bands.pop()[:3], rows, indptr, genes, values) for rows in places]
     for copy in copies:
         copy.result()
     if indptr[-1] <= np.iinfo(np.int32).max:  # scipy wants both index arrays of one type
         indptr = indptr.astype(np.int32)
     counts = csr_matrix((values, genes, indptr), shape=(len(indptr) - 1, n_genes), copy=False)
-    counts.sort_indices()  # looks first, and sorts only if the fragments came out of order
+    counts.has_sorted_indices = True  # every band is; scipy would look at all of them
     return counts
 
 
@@ -97,6 +102,16 @@ def _scatter_entries(ids, columns, counts, first, row_of_id, cursor, genes, valu
             cursor[row] = place + 1
             n_wrong += (count < 0) | (count - np.floor(count) != 0)  # NaN and infinity: NaN != 0
     return n_wrong
+
+
+@njit(nogil=True, cache=True)
+def _ascend(indptr, genes):  # type: ignore[no-untyped-def]
+    """Return whether the genes of every cell ascend."""
+    n_descents = 0
+    for cell in range(len(indptr) - 1):
+        for entry in range(indptr[cell] + 1, indptr[cell + 1]):
+            n_descents += genes[entry] < genes[entry - 1]
+    return n_descents == 0
 
 
 @njit(nogil=True, cache=True)

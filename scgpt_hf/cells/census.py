@@ -54,7 +54,8 @@ class CensusSource:
             n_threads: bands read at once.
 
         Raises:
-            ValueError: no measurement "RNA" or no such layer; or the filter is not one expression.
+            OSError: it cannot be read, or a remote one not even after many attempts; every member may raise it.
+            ValueError: obs, var, the measurement "RNA" or the layer is not there; or the filter is not one expression.
         """
         self._settings: dict[str, Any] = {
             "uri": uri,
@@ -67,16 +68,16 @@ class CensusSource:
         self._uri, self._layer, self._n_threads = uri, layer or "raw", n_threads
         self._remote, self._patience = is_remote(uri), Patience()
         self._lock, self._local = threading.Lock(), threading.local()
-        self._arrays: list[soma.SparseNDArray] = []
+        self._handles: list[soma.SparseNDArray | soma.DataFrame] = []
         self._pool: ReadingThreads | None = None
-        self._x_uri, self.columns = self._patience.read(uri, self._look)
+        self._uris, self.columns = self._patience.read(uri, self._look)
         self._filter = full_filter(obs_filter, self.columns, primary_only=primary_only)
 
-    def _look(self) -> tuple[str, list[str]]:
-        """Return the URI of the layer and the columns of obs."""
+    def _look(self) -> tuple[dict[str, str], list[str]]:
+        """Return the URIs of X, obs and var, and the columns of obs."""
         with self._experiment() as experiment:
-            x_uri = _find_layer(experiment, self._layer)
-            return x_uri, [str(name) for name in experiment.obs.schema.names if name != "soma_joinid"]
+            uris = _find_arrays(experiment, self._layer)
+            return uris, [str(name) for name in experiment.obs.schema.names if name != "soma_joinid"]
 
     def __getstate__(self) -> dict[str, Any]:
         return self._settings
@@ -97,30 +98,30 @@ class CensusSource:
         if pool is not None:
             pool.shutdown()
         with self._lock:
-            arrays, self._arrays, self._local = self._arrays, [], threading.local()
-        for array in arrays:
-            array.close()
+            handles, self._handles, self._local = self._handles, [], threading.local()
+        for handle in handles:
+            handle.close()
 
     @cached_property
     def genes(self) -> pd.DataFrame:
         """The genes of `ms/RNA/var` by joinid: columns `feature_id` and `feature_name`."""
 
         def read() -> pd.DataFrame:
-            with self._experiment() as experiment:
-                rows = experiment.ms["RNA"].var.read(column_names=["soma_joinid", "feature_id", "feature_name"])
+            with soma.DataFrame.open(self._uris["var"], context=self._context(self._n_threads)) as frame:
+                rows = frame.read(column_names=["soma_joinid", "feature_id", "feature_name"])
                 return cast(pd.DataFrame, rows.concat().to_pandas())
 
-        genes = self._patience.read(f"{self._uri}/ms/RNA/var", read).sort_values("soma_joinid", ignore_index=True)
+        genes = self._patience.read(self._uris["var"], read).sort_values("soma_joinid", ignore_index=True)
         return genes.drop(columns="soma_joinid").astype(str)
 
     def obs(self, columns: Sequence[str] = ()) -> pd.DataFrame:
         """Return the cells that match the filter; see `CellSource.obs`."""
 
         def read() -> pd.DataFrame:
-            with self._experiment() as experiment:
-                return select_obs(experiment.obs, self._filter, columns)
+            with soma.DataFrame.open(self._uris["obs"], context=self._context(self._n_threads)) as frame:
+                return select_obs(frame, self._filter, columns)
 
-        return self._patience.read(f"{self._uri}/obs", read)
+        return self._patience.read(self._uris["obs"], read)
 
     def read(self, cell_ids: Int64Array, columns: Sequence[str] = ()) -> CellBlock:
         """Return these cells in this order; see `CellSource.read`."""
@@ -131,8 +132,9 @@ class CensusSource:
         edges = np.flatnonzero(np.diff(ascending // BAND_SIZE)) + 1
         pool = self._threads()
         bands = list(pool.map(self._read_band, np.split(ascending, edges))) if len(order) else []
-        counts = gather_bands(bands, np.split(order, edges), len(self.genes), pool)
-        if not all(band.raw for band in bands):
+        raw = all(band.raw for band in bands)
+        counts = gather_bands(bands, np.split(order, edges) if bands else [], len(self.genes), pool)
+        if not raw:
             self._refuse(counts, ascending)
         return CellBlock(counts, self._read_obs(cell_ids, columns), cell_ids)
 
@@ -163,12 +165,10 @@ class CensusSource:
             return pd.DataFrame({name: [] for name in columns}, index=pd.Index(cell_ids, name="cell_id"))
 
         def read() -> pd.DataFrame:
-            with self._experiment() as experiment:
-                names = ["soma_joinid", *columns]
-                rows = experiment.obs.read((pa.array(np.sort(cell_ids)),), column_names=names)
-                return cast(pd.DataFrame, rows.concat().to_pandas())
+            rows = self._handle("obs").read((pa.array(np.sort(cell_ids)),), column_names=["soma_joinid", *columns])
+            return cast(pd.DataFrame, rows.concat().to_pandas())
 
-        obs = self._patience.read(f"{self._uri}/obs", read)
+        obs = self._patience.read(self._uris["obs"], read)
         return obs.set_index("soma_joinid").rename_axis("cell_id").loc[cell_ids]
 
     def _refuse(self, counts: csr_matrix, cell_ids: Int64Array) -> None:
@@ -191,7 +191,10 @@ class CensusSource:
             }
 
     def _experiment(self) -> soma.Experiment:
-        return soma.Experiment.open(self._uri, context=open_context(self._remote, n_threads=self._n_threads))
+        return soma.Experiment.open(self._uri, context=self._context(self._n_threads))
+
+    def _context(self, n_threads: int) -> soma.SOMATileDBContext:
+        return open_context(self._remote, n_threads=n_threads)
 
     def _threads(self) -> ReadingThreads:
         with self._lock:
@@ -199,20 +202,22 @@ class CensusSource:
                 self._pool = ReadingThreads(self._n_threads, "census-band")
             return self._pool
 
-    def _array(self) -> soma.SparseNDArray:
-        """Return this thread's own handle on X, with its own context."""
-        if not hasattr(self._local, "array"):
-            self._local.array = soma.SparseNDArray.open(self._x_uri, context=open_context(self._remote, n_threads=1))
+    def _handle(self, name: str) -> Any:
+        """Return this thread's own handle on X or obs, with its own context."""
+        if not hasattr(self._local, name):
+            kind: Any = soma.SparseNDArray if name == "X" else soma.DataFrame
+            handle = kind.open(self._uris[name], context=self._context(1))
+            setattr(self._local, name, handle)
             with self._lock:
-                self._arrays.append(self._local.array)
-        return cast(soma.SparseNDArray, self._local.array)
+                self._handles.append(handle)
+        return getattr(self._local, name)
 
     def _read_band(self, cell_ids: Int64Array) -> Band:
-        return self._patience.read(self._x_uri, lambda: read_band(self._array(), cell_ids))
+        return self._patience.read(self._uris["X"], lambda: read_band(self._handle("X"), cell_ids))
 
 
-def _find_layer(experiment: soma.Experiment, layer: str) -> str:
-    """Return the URI of a layer of the measurement RNA, or raise a ValueError that lists what there is."""
+def _find_arrays(experiment: soma.Experiment, layer: str) -> dict[str, str]:
+    """Return the URIs of obs, and of var and a layer of the measurement RNA; raise a ValueError that lists what is."""
     parts: Any = experiment
     for part in ("obs", "ms"):
         if part not in parts:
@@ -226,4 +231,4 @@ def _find_layer(experiment: soma.Experiment, layer: str) -> str:
             raise ValueError(f"{measurement.uri} has no {part!r}, it has {sorted(measurement)}; is the copy complete?")
     if layer not in measurement.X:
         raise ValueError(f"{experiment.uri} has no layer {layer!r} of X; it has {sorted(measurement.X)}")
-    return str(measurement.X[layer].uri)
+    return {"obs": str(experiment.obs.uri), "var": str(measurement.var.uri), "X": str(measurement.X[layer].uri)}

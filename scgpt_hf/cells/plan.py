@@ -4,6 +4,7 @@ A plan names cells and reads none; `stream.py` reads what it names. The cells of
 number of ranks. Only bands are laid out up front (80,000 for 160 million cells); a block is worked out when asked for.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -141,7 +142,7 @@ def plan_epoch(
     epoch: int,
     batch_size: int,
     band_size: int = BAND_SIZE,
-    bands_per_block: int = 16,
+    bands_per_block: int = 32,
     lanes: int = 4,
 ) -> EpochPlan:
     """Return the order in which one epoch visits the cells: each at most once, n_steps * batch_size of them.
@@ -194,6 +195,18 @@ def plan_validation(cell_ids: Int64Array, batch_size: int, *, cells_per_block: i
         raise ValueError("found no cells to validate on; give the validation part of the split at least one donor")
     _find_bands(cell_ids, BAND_SIZE)
     return ValidationPlan(cell_ids, batch_size, max(1, cells_per_block // batch_size))
+
+
+def lay_out(plans: Sequence[Plan]) -> list[tuple[int, int, int, int]]:
+    """Return (plan, block, first step, one past the last step) of every block, steps counted through all plans."""
+    blocks = []
+    first = 0
+    for number, plan in enumerate(plans):
+        for block in range(plan.n_blocks):
+            last = min(first + plan.steps_per_block, first + plan.n_steps - block * plan.steps_per_block)
+            blocks.append((number, block, first, last))
+            first = last
+    return blocks
 
 
 def rank_columns(batch_size: int, rank: int, world_size: int) -> slice:

@@ -5,7 +5,9 @@ fallen silent may take minutes. These threads are daemons: whoever stops waits a
 """
 
 import logging
+import os
 import queue
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -16,6 +18,8 @@ from typing import Any, TypeVar
 logger = logging.getLogger(__name__)
 
 PATIENCE_S = 5.0  # waited for a read in progress when its reader closes; a band of a local store takes less than one
+
+NICENESS = 10  # of threads that prepare data: the training thread gets a core first, they get what is left
 
 Result = TypeVar("Result")
 
@@ -68,6 +72,22 @@ class ReadingThreads(Executor):
             self._tasks.put(None)
 
 
+def give_way() -> None:
+    """Lower the priority of the calling thread, and of those it will start, where Linux sets it for each thread.
+
+    Data is prepared ahead, so its threads can wait while the training thread is busy; when that waits for data, they
+    have the cores to themselves.
+    """
+    if sys.platform == "linux":
+        thread = threading.get_native_id()
+        os.setpriority(os.PRIO_PROCESS, thread, max(NICENESS, os.getpriority(os.PRIO_PROCESS, thread)))
+
+
+def n_cores() -> int:
+    """Return the cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def join_within(threads: list[threading.Thread], patience_s: float) -> None:
     """Wait for threads to end, at most so long altogether; those that have not are named in the log and left."""
     until = time.monotonic() + patience_s
@@ -80,6 +100,7 @@ def join_within(threads: list[threading.Thread], patience_s: float) -> None:
 
 
 def _work(tasks: "queue.SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None]") -> None:
+    give_way()
     while (task := tasks.get()) is not None:
         future, call = task
         if future.set_running_or_notify_cancel():

@@ -19,7 +19,7 @@ except ImportError:
 
 Array = Any  # in kernels: a numpy array, on whose dtype numba specialises
 ONE = np.uint64(1)
-_BUCKET_SHIFT, _N_BUCKETS = np.uint64(54), 1024  # the upper ten bits of a word
+_BUCKET_SHIFT, _N_BUCKETS = np.uint64(56), 256  # the upper eight bits of a word
 _F = TypeVar("_F", bound=Callable[..., Any])
 
 
@@ -48,9 +48,16 @@ def gene_word(key: Any, gene: Any) -> Any:
 
 
 @compiled
+def draw_words(key: Any, genes: Array, words: Array) -> None:
+    """Fill `words` with those of a cell's genes."""
+    for i in range(len(genes)):
+        words[i] = gene_word(key, genes[i])
+
+
+@compiled
 def _smallest(words: Array, k: int) -> Any:
-    """Return the k-th smallest word, k ≥ 1. Words are uniform, so a bucket of 1/1024 of their range holds very few."""
-    sizes = np.zeros(_N_BUCKETS, np.int64)
+    """Return the k-th smallest word, k ≥ 1. Words are uniform, so a bucket of 1/256 of their range holds few."""
+    sizes = np.zeros(_N_BUCKETS, np.int32)
     for word in words:
         sizes[word >> _BUCKET_SHIFT] += 1
     bucket, n_before = 0, 0
@@ -81,11 +88,11 @@ def choose_block(genes: Array, starts: Array, stops: Array, keys: Array, n_chose
         start, n = starts[cell], stops[cell] - starts[cell]
         if n_chosen[cell] == 0:
             continue
-        for i in range(n):
-            words[i] = gene_word(keys[cell], genes[start + i])
+        draw_words(keys[cell], genes[start : start + n], words)
         threshold = _smallest(words[:n], n_chosen[cell])
+        chosen_here = chosen[start : start + n]
         for i in range(n):
-            chosen[start + i] = words[i] <= threshold
+            chosen_here[i] = words[i] <= threshold
 
 
 @compiled
@@ -93,13 +100,12 @@ def keep_lowest(genes: Array, values: Array, n: int, limit: int, key: Any, words
     """Keep the `limit` genes of a cell whose words are lowest, in order, and return how many there are."""
     if n <= limit:
         return n
-    for i in range(n):
-        words[i] = gene_word(key, genes[i])
+    draw_words(key, genes[:n], words)
     threshold = _smallest(words[:n], limit)
-    k = 0
+    k = np.uint64(0)  # unsigned: no test for an index from the end
     for i in range(n):
         genes[k], values[k] = genes[i], values[i]
-        k += words[i] <= threshold
+        k += np.uint64(words[i] <= threshold)
     return limit
 
 

@@ -8,10 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from .drawing_scgpt import ONE, Array, compiled, gene_word, keep_lowest
+from .drawing_scgpt import ONE, Array, compiled, draw_words, keep_lowest
 
 TIE_CODES = {"random": 0, "midpoint": 1, "upper": 2, "lower": 3}
 _LARGEST_TABULATED = 4095  # counts up to here are binned by a table per count; larger or fractional values by sorting
+_BEYOND = np.float32(_LARGEST_TABULATED + 1)
 _HALF_WORD = np.uint64(32)
 _DE_BRUIJN = np.uint64(0x03F79D71B4CB0A89)  # times a power of two, its upper six bits tell which
 _BIT_OF = np.zeros(64, np.int64)
@@ -26,18 +27,26 @@ def _edge(lower: Any, upper: Any, weight: float) -> Any:
 
 
 @compiled
-def _count_values(values: Array, histogram: Array) -> int:
-    """Add how often each value occurs and return the largest, or add nothing and return −1 if one is not tabulated."""
-    largest = 0
+def _count_values(values: Array, whole: Array, histograms: Array) -> int:
+    """Add how often each value occurs and return the largest, or add nothing and return −1 if one is not tabulated.
+
+    Four histograms take turns: most counts are 1, and adding to one number again and again waits for the last addition.
+    """
+    n_untabulated = 0
+    largest: Any = np.int32(0)
     for i in range(len(values)):
-        count = int(values[i]) if values[i] <= _LARGEST_TABULATED else -1
-        if count != values[i]:
-            for j in range(i):
-                histogram[int(values[j])] -= 1
-            return -1
-        histogram[count] += 1
+        count: Any = np.int32(min(values[i], _BEYOND))
+        n_untabulated += count != values[i]
         largest = max(largest, count)
-    return largest
+        whole[i] = count
+    if n_untabulated or largest > _LARGEST_TABULATED:
+        return -1
+    for i in range(len(values)):
+        histograms[i & 3, whole[i]] += 1
+    for count in range(largest + 1):
+        histograms[0, count] += histograms[1, count] + histograms[2, count] + histograms[3, count]
+    histograms[1:, : largest + 1] = 0
+    return int(largest)
 
 
 @compiled
@@ -68,13 +77,21 @@ def _edges_by_sorting(values: Array, levels: Array, edges: Array) -> None:
 
 
 @compiled
-def _find_edges(values: Array, levels: Array, edges: Array, tables: Array) -> int:
-    """Fill the edges of a cell; for small whole values also the bins of each: lowest in tables[1], number in tables[2].
+def _scratch(widest: int, n_levels: int) -> Any:
+    """Return what binning a cell of up to `widest` genes writes on: edges, tables, whole values, words.
 
-    Returns the largest value of the tables, or −1 if they were not filled. `tables`: int64 (3, _LARGEST_TABULATED + 1),
-    first row zeros before and after.
+    Rows of the tables: four histograms, all zero before and after a cell; the lowest bin of each count; how many bins
+    it may fall in.
     """
-    largest = _count_values(values, tables[0])
+    tables = np.zeros((6, _LARGEST_TABULATED + 1), np.int32)
+    return np.empty(n_levels), tables, np.empty(widest, np.int32), np.empty(widest, np.uint64)
+
+
+@compiled
+def _find_edges(values: Array, levels: Array, scratch: Any) -> int:
+    """Fill the edges of a cell, and for small whole values the tables; return the largest tabulated, −1 for none."""
+    edges, tables, whole, _ = scratch
+    largest = _count_values(values, whole, tables[:4])
     if largest < 0:
         _edges_by_sorting(values, levels, edges)
         return -1
@@ -87,33 +104,41 @@ def _find_edges(values: Array, levels: Array, edges: Array, tables: Array) -> in
         while n_less_equal < len(edges) and edges[n_less_equal] <= count:
             n_less_equal += 1
         lowest = min(n_less + 1, n_less_equal)
-        tables[0, count], tables[1, count], tables[2, count] = 0, lowest, n_less_equal - lowest + 1
+        tables[0, count], tables[4, count], tables[5, count] = 0, lowest, n_less_equal - lowest + 1
     return largest
 
 
 @compiled
-def _assign_bins(
-    values: Array, genes: Array, key: Any, ties: int, edges: Array, tables: Array, largest: int, bins: Array
-) -> None:
-    """Fill the bin of each value, 0 for 0; `edges`, `tables` and `largest` as `_find_edges` left them."""
+def _range_of(value: Any, edges: Array) -> Any:
+    """Return the lowest bin of a value and how many it may fall in, by bisection."""
+    n_less, n_more = 0, len(edges)  # edges below the value; then those equal to it
+    while n_less < n_more:
+        middle = (n_less + n_more) // 2
+        if edges[middle] < value:
+            n_less = middle + 1
+        else:
+            n_more = middle
+    highest = n_less
+    while highest < len(edges) and edges[highest] <= value:
+        highest += 1
+    lowest = min(n_less + 1, highest)
+    return lowest, highest - lowest + 1
+
+
+@compiled
+def _assign_bins(values: Array, genes: Array, key: Any, ties: int, largest: int, scratch: Any, bins: Array) -> None:
+    """Fill the bin of each value, 0 for 0; `largest` and `scratch` as `_find_edges` left them."""
+    edges, tables, _, words = scratch
+    if ties == 0:
+        draw_words(key, genes, words)
     for i in range(len(values)):
         if largest >= 0:
-            lowest, n_choices = tables[1, int(values[i])], tables[2, int(values[i])]
+            count = np.uint64(values[i])  # unsigned: no test for an index from the end
+            lowest, n_choices = np.int64(tables[4, count]), np.int64(tables[5, count])
         else:
-            n_less, n_more = 0, len(edges)  # by bisection: edges below the value; then those equal to it
-            while n_less < n_more:
-                middle = (n_less + n_more) // 2
-                if edges[middle] < values[i]:
-                    n_less = middle + 1
-                else:
-                    n_more = middle
-            highest = n_less
-            while highest < len(edges) and edges[highest] <= values[i]:
-                highest += 1
-            lowest = min(n_less + 1, highest)
-            n_choices = highest - lowest + 1
+            lowest, n_choices = _range_of(values[i], edges)
         if ties == 0:
-            step = int(((gene_word(key, genes[i]) >> _HALF_WORD) * np.uint64(n_choices)) >> _HALF_WORD)
+            step: Any = np.int64(((words[i] >> _HALF_WORD) * np.uint64(n_choices)) >> _HALF_WORD)
         elif ties == 1:
             step = (n_choices - 1) // 2
         else:
@@ -124,34 +149,39 @@ def _assign_bins(
 @compiled
 def bin_block(values: Array, indptr: Array, genes: Array, keys: Array, levels: Array, ties: int, bins: Array) -> None:
     """Fill `bins` as `bin_counts` says."""
-    tables, edges = np.zeros((3, _LARGEST_TABULATED + 1), np.int64), np.empty(len(levels))
+    widest = 0
+    for cell in range(len(indptr) - 1):
+        widest = max(widest, indptr[cell + 1] - indptr[cell])
+    scratch = _scratch(widest, len(levels))
     for cell in range(len(indptr) - 1):
         part = slice(indptr[cell], indptr[cell + 1])
         if part.stop > part.start:
-            largest = _find_edges(values[part], levels, edges, tables)
-            _assign_bins(values[part], genes[part], keys[cell], ties, edges, tables, largest, bins[part])
+            largest = _find_edges(values[part], levels, scratch)
+            _assign_bins(values[part], genes[part], keys[cell], ties, largest, scratch, bins[part])
 
 
 @compiled
 def _gather_cell(
     columns: Array, counts: Array, gene_ids: Array, present: Array, by_gene: Array, genes: Array, values: Array
-) -> int:
+) -> Any:
     """Fill the known expressed genes of a cell by ascending id, and return how many; `present` is left all zero.
 
     Returns −1 if the columns do not ascend, or repeat.
     """
-    n, last, last_column, ascending = 0, -1, -1, True
+    n_descents = 0
+    for i in range(1, len(columns)):
+        n_descents += columns[i] <= columns[i - 1]
+    if n_descents:
+        return -1
+    k = np.uint64(0)  # unsigned: no test for an index from the end
     for i in range(len(columns)):
-        if columns[i] <= last_column:
-            return -1
-        last_column = columns[i]
-        gene = gene_ids[columns[i]]
-        if gene >= 0 and counts[i] > 0:
-            genes[n], values[n] = gene, counts[i]
-            ascending &= gene > last
-            last = gene
-            n += 1
-    if ascending:
+        gene, count = gene_ids[np.uint64(columns[i])], counts[i]
+        genes[k], values[k] = gene, count  # overwritten by the next gene unless k moves on
+        k += np.uint64((gene >= 0) & (count > 0))
+    n: Any = np.int64(k)
+    for i in range(1, n):
+        n_descents += genes[i] <= genes[i - 1]
+    if not n_descents:
         return n
     for i in range(n):  # sort by marking ids in the bitmap and reading it back in order
         by_gene[genes[i]] = values[i]
@@ -197,8 +227,7 @@ def tokenize_block(
     for cell in range(len(indptr) - 1):
         widest = max(widest, indptr[cell + 1] - indptr[cell])
     present, by_gene = np.zeros((n_vocab >> 6) + 1, np.uint64), np.empty(n_vocab, counts.dtype)
-    genes, values, words = np.empty(widest, np.int32), np.empty(widest, counts.dtype), np.empty(widest, np.uint64)
-    tables, edges = np.zeros((3, _LARGEST_TABULATED + 1), np.int64), np.empty(len(levels))
+    genes, values, scratch = np.empty(widest, np.int32), np.empty(widest, counts.dtype), _scratch(widest, len(levels))
     start = 0
     for cell in range(len(indptr) - 1):
         stored = slice(indptr[cell], indptr[cell + 1])
@@ -208,15 +237,15 @@ def tokenize_block(
         n_tokens[cell] = 0
         if n == 0:
             continue
-        largest = _find_edges(values[:n], levels, edges, tables) if len(levels) else 0
+        largest = _find_edges(values[:n], levels, scratch) if len(levels) else 0
         if len(zero_genes):
             n = _spread_zeros(zero_genes, genes, values, n)
-        n = keep_lowest(genes, values, n, limit, sampling_keys[cell], words)
-        tokens = slice(start + 1, start + 1 + n)
+        n = keep_lowest(genes, values, n, limit, sampling_keys[cell], scratch[3])
+        ids, bins = input_ids[start + 1 : start + 1 + n], token_values[start + 1 : start + 1 + n]
         for i in range(n):  # slices are not assigned to, which numba takes seconds to compile
-            input_ids[tokens.start + i], token_values[tokens.start + i] = genes[i], values[i]
+            ids[i], bins[i] = genes[i], values[i]
         if len(levels):
-            _assign_bins(values[:n], genes[:n], tie_keys[cell], ties, edges, tables, largest, token_values[tokens])
+            _assign_bins(values[:n], genes[:n], tie_keys[cell], ties, largest, scratch, bins)
         n_tokens[cell] = n + 1
         start += n + 1
     return -1

@@ -79,6 +79,13 @@ def csr_of(counts: Any) -> SparseCounts:
     return Block(dense[cell_of_entry, columns], columns, indptr, dense.shape)
 
 
+def rows_of(counts: SparseCounts, first: int, stop: int) -> Block:
+    """Return consecutive rows as views; slicing a scipy matrix would copy them."""
+    start, end = counts.indptr[first], counts.indptr[stop]
+    indptr = counts.indptr[first : stop + 1] - start
+    return Block(counts.data[start:end], counts.indices[start:end], indptr, (stop - first, counts.shape[1]))
+
+
 def as_block(counts: SparseCounts) -> Block:
     """Return the block with values in float32, or float64 where float32 would round them, and int32 columns.
 

@@ -68,7 +68,7 @@ class DataSettings:
         "write the cells to this folder during the first epoch and read them from there, shuffled over all of them, in "
         "later ones; about 5 kB a cell, twice that while it is made; a cache that is there is used from the start",
     )
-    bands_per_block: int = setting(16, "bands of 2,048 neighbouring cells that are shuffled together")
+    bands_per_block: int = setting(32, "bands of 2,048 neighbouring cells that are shuffled together")
 
     def __post_init__(self) -> None:
         """Check what can be checked without the data."""

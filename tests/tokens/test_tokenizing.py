@@ -13,7 +13,15 @@ from scgpt_hf.tokens import tokenizing_scgpt
 from scgpt_hf.tokens.binning_scgpt import bin_counts
 from scgpt_hf.tokens.packing_scgpt import Tokens
 from scgpt_hf.tokens.randomness_scgpt import SAMPLING, TIES, cell_keys, gene_words
-from scgpt_hf.tokens.tokenizing_scgpt import TokenRule, as_block, count_known, csr_of, log_normalize, tokenize_counts
+from scgpt_hf.tokens.tokenizing_scgpt import (
+    TokenRule,
+    as_block,
+    count_known,
+    csr_of,
+    log_normalize,
+    rows_of,
+    tokenize_counts,
+)
 
 N_VOCAB, CLS_ID = 150, 149
 RULES = st.builds(
@@ -130,6 +138,16 @@ def test_count_known_counts_expressed_known_genes(seed: int) -> None:
     counts, gene_ids = _cells(seed)
     expected = ((counts.toarray() > 0) & (gene_ids >= 0)).sum(1)
     assert count_known(as_block(counts), gene_ids).tolist() == expected.tolist()
+
+
+@given(seed=st.integers(0, 2**32 - 1), first=st.integers(0, 8), n_rows=st.integers(0, 8))
+def test_rows_of_are_the_slice_without_a_copy(seed: int, first: int, n_rows: int) -> None:
+    counts, _ = _cells(seed)
+    stop = min(first + n_rows, 8)
+    rows, expected = rows_of(counts, first, max(first, stop)), counts[first : max(first, stop)]
+    assert rows.shape == expected.shape
+    assert all(np.array_equal(getattr(rows, name), getattr(expected, name)) for name in ("data", "indices", "indptr"))
+    assert not rows.data.size or np.shares_memory(rows.data, counts.data)
 
 
 def test_explicit_zeros_are_not_expressed() -> None:

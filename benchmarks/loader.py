@@ -1,0 +1,227 @@
+"""Read a Census: our stream against the ceiling of the disk format and against a tuned tiledbsoma-ml.
+
+  python benchmarks/synthetic_census.py blood_100k --cells 100000
+  python benchmarks/loader.py blood_100k
+
+Warm: every file is read once before. The ceiling is a full scan by --threads threads that throws away what it reads.
+tiledbsoma-ml yields raw rows, shuffled as well as ours (chunks of 2,048 cells, as many in its buffer as bands in
+our pool); of two sizes of TileDB's buffers the better one counts. How well cells are mixed is measured on the batches:
+entropy of the donors as a share of a uniform draw's, and pairs of a batch that come from one band of 2,048 cells.
+"""
+
+import argparse
+import time
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from contextlib import closing
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import tiledbsoma as soma
+from measuring import alternate, peak_memory_gb, print_medians, ratios, write_result
+from scipy.sparse import csr_matrix
+from tiledbsoma_ml import ExperimentDataset
+
+from scgpt_hf.cells.census import CensusSource
+from scgpt_hf.cells.plan import BAND_SIZE, EpochPlan, plan_epoch
+from scgpt_hf.cells.remote import open_context
+from scgpt_hf.cells.source import open_source
+from scgpt_hf.stream import StreamSettings, read_ahead, stream_cells
+from scgpt_hf.tokens.processing_scgpt import ScGPTProcessor
+
+BATCH = 32
+THIRD = "cell_type in ['CD4-positive, alpha-beta T cell', 'platelet']"  # of a synthetic Census, in runs of about 12
+BANDS = 32  # of a pool: the default of plan_epoch
+BUFFERS = (64 * 2**20, 2**30)  # tiledbsoma-ml: bytes of a column of a query; the second is TileDB-SOMA's default
+
+
+def full_scan(path: Path, n_threads: int) -> float:
+    """Return cells per second of reading all of X in aligned bands and throwing it away."""
+    uri = f"{path}/census_data/homo_sapiens/ms/RNA/X/raw"
+    with soma.SparseNDArray.open(uri) as array:
+        n_cells = array.shape[0]
+    starts = range(0, n_cells, 4 * BAND_SIZE)
+
+    def scan(thread: int) -> None:
+        with soma.SparseNDArray.open(uri, context=open_context(False, n_threads=1)) as array:
+            for start in starts[thread::n_threads]:
+                for _ in array.read((slice(start, min(start + 4 * BAND_SIZE, n_cells) - 1),)).tables():
+                    pass
+
+    started = time.perf_counter()
+    with ThreadPoolExecutor(n_threads) as pool:
+        list(pool.map(scan, range(n_threads)))
+    return n_cells / (time.perf_counter() - started)
+
+
+def plan_of(source: CensusSource) -> EpochPlan:
+    """Return the first epoch over all cells that the source offers."""
+    return plan_epoch(source.obs().index.to_numpy(), seed=0, epoch=0, batch_size=BATCH)
+
+
+def raw_rows(source: CensusSource, plan: EpochPlan) -> Iterator[csr_matrix]:
+    """Yield the counts of each batch of an epoch, shape (cells, genes); the next block is read meanwhile."""
+
+    def read(block: int) -> csr_matrix:
+        return source.read(plan.block(block).ravel()).counts
+
+    with ThreadPoolExecutor(1) as pool:
+        ahead = pool.submit(read, 0)
+        for block in range(plan.n_blocks):
+            counts = ahead.result()
+            if block + 1 < plan.n_blocks:
+                ahead = pool.submit(read, block + 1)
+            for first in range(0, counts.shape[0], BATCH):
+                yield counts[first : first + BATCH]
+
+
+def ours_raw(path: Path, n_threads: int, obs_filter: str | None = None) -> float:
+    """Return cells per second of an epoch of raw rows."""
+    with CensusSource(f"{path}/census_data/homo_sapiens", obs_filter=obs_filter, n_threads=n_threads) as source:
+        plan = plan_of(source)
+        started = time.perf_counter()
+        n_cells = sum(rows.shape[0] for rows in raw_rows(source, plan))
+        return n_cells / (time.perf_counter() - started)
+
+
+def ours_tokens(path: Path, n_threads: int, max_cells: int | None = None) -> float:
+    """Return cells per second of an epoch, tokenised, masked and packed."""
+    with CensusSource(f"{path}/census_data/homo_sapiens", n_threads=n_threads) as source:
+        plan, processor = plan_of(source), processor_of(source)
+        batches = stream_cells(source, [plan], processor, StreamSettings(seed=0, mask_ratios=(0.25, 0.5, 0.75)))
+        started, n_cells = time.perf_counter(), 0
+        with closing(read_ahead(batches)) as ready:
+            for batch in ready:
+                n_cells += len(batch["cu_seq_lens_q"]) - 1
+                if max_cells and n_cells >= max_cells:
+                    break
+        return n_cells / (time.perf_counter() - started)
+
+
+def processor_of(source: CensusSource) -> ScGPTProcessor:
+    """Return a processor for all genes of the source: 51 bins, up to 1,200 genes of a cell."""
+    return ScGPTProcessor.from_genes(source.genes["feature_id"].tolist())
+
+
+def soma_ml(path: Path, buffer_bytes: int, obs_filter: str | None = None, batches: list | None = None) -> float:
+    """Return cells per second of an epoch of raw rows from tiledbsoma-ml; adds the cell ids of each batch to a list."""
+    context = soma.SOMATileDBContext(tiledb_config={"soma.init_buffer_bytes": buffer_bytes})
+    with soma.Experiment.open(f"{path}/census_data/homo_sapiens", context=context) as experiment:
+        query = experiment.axis_query("RNA", obs_query=soma.AxisQuery(value_filter=obs_filter))
+        dataset = ExperimentDataset(
+            query, "raw", batch_size=BATCH, io_batch_size=BANDS * BAND_SIZE, shuffle_chunk_size=BAND_SIZE,
+            return_sparse_X=True, seed=0,
+        )  # fmt: skip
+        started, n_cells = time.perf_counter(), 0
+        for rows, obs in dataset:
+            n_cells += rows.shape[0]
+            if batches is not None:
+                batches.append(obs["soma_joinid"].to_numpy())
+        return n_cells / (time.perf_counter() - started)
+
+
+def mixing(batches: list[np.ndarray], donors: np.ndarray) -> dict[str, float]:
+    """Return how well donors and bands are mixed in batches of cell ids, beside a uniform draw."""
+    rng = np.random.default_rng(0)
+    uniform = [rng.choice(len(donors), BATCH, replace=False) for _ in range(2000)]
+    same_band = [share_of_pairs(ids // BAND_SIZE) for ids in batches]
+    return {
+        "donor_entropy_of_uniform": float(np.mean([entropy(donors[ids]) for ids in batches]))
+        / float(np.mean([entropy(donors[ids]) for ids in uniform])),
+        "same_band_pairs": float(np.mean(same_band)),
+        "same_band_pairs_uniform": float(np.mean([share_of_pairs(ids // BAND_SIZE) for ids in uniform])),
+    }
+
+
+def entropy(labels: np.ndarray) -> float:
+    """Return the entropy of the labels, in nats."""
+    shares = np.unique(labels, return_counts=True)[1] / len(labels)
+    return float(-(shares * np.log(shares)).sum())
+
+
+def share_of_pairs(labels: np.ndarray) -> float:
+    """Return the share of all pairs that have one label."""
+    counts = np.unique(labels, return_counts=True)[1]
+    return float((counts * (counts - 1)).sum() / (len(labels) * (len(labels) - 1)))
+
+
+def compare_mixing(path: Path) -> dict[str, dict[str, float]]:
+    """Return the mixing of our plan and of tiledbsoma-ml's batches."""
+    source = open_source(path)
+    donors = pd.factorize(source.obs(["donor_id"])["donor_id"])[0]
+    plan = plan_of(source)
+    ours = [row for block in range(plan.n_blocks) for row in plan.block(block)]
+    theirs: list[np.ndarray] = []
+    soma_ml(path, BUFFERS[0], batches=theirs)
+    return {"ours": mixing(ours, donors), "tiledbsoma-ml": mixing(theirs[: len(ours)], donors)}
+
+
+def first_batch_s(path: Path, n_threads: int) -> float:
+    """Return the seconds from opening the source to the first packed batch."""
+    started = time.perf_counter()
+    ours_tokens(path, n_threads, max_cells=1)
+    return time.perf_counter() - started
+
+
+def memory_gb(path: Path, n_threads: int) -> float:
+    """Return the peak memory of a process of its own that streams an epoch of tokens."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        return pool.submit(_stream_and_measure, path, n_threads).result()
+
+
+def _stream_and_measure(path: Path, n_threads: int) -> float:
+    ours_tokens(path, n_threads)
+    return peak_memory_gb()
+
+
+def main() -> None:
+    """Measure the arms asked for and write `results/loader_CENSUS.json`."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("census", type=Path, help="folder that synthetic_census.py wrote")
+    parser.add_argument("--threads", type=int, default=4, help="that read, of the ceiling and of ours")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--parts", nargs="+", default=["speed", "filter", "threads", "start"],
+                        choices=["speed", "filter", "threads", "start"], help="what to measure")  # fmt: skip
+    arguments = parser.parse_args()
+    path, n_threads, repeats = arguments.census, arguments.threads, arguments.repeats
+    result = {}
+    full_scan(path, n_threads)
+    if "speed" in arguments.parts:
+        arms = {
+            "full scan": partial(full_scan, path, n_threads),
+            "ours, raw rows": partial(ours_raw, path, n_threads),
+            "ours, tokens masked and packed": partial(ours_tokens, path, n_threads),
+            **{f"tiledbsoma-ml, {size >> 20} MiB buffers": partial(soma_ml, path, size) for size in BUFFERS},
+        }
+        result["speed"] = compare(arms, repeats)
+        result["mixing"] = compare_mixing(path)
+        print(pd.DataFrame(result["mixing"]).to_string())
+    if "filter" in arguments.parts:
+        arms = {
+            "ours, a third in short runs": partial(ours_raw, path, n_threads, THIRD),
+            "tiledbsoma-ml, a third in short runs": partial(soma_ml, path, BUFFERS[0], THIRD),
+        }
+        result["filter"] = compare(arms, repeats)
+    if "threads" in arguments.parts:
+        arms = {f"{n} threads, {what}": partial(arm, path, n) for n in (1, 2, 4)
+                for what, arm in (("full scan", full_scan), ("raw", ours_raw), ("tokens", ours_tokens))}  # fmt: skip
+        result["threads"] = compare(arms, repeats)
+    if "start" in arguments.parts:
+        result["start"] = alternate({"first batch, s": partial(first_batch_s, path, n_threads)}, repeats)
+        result["start"]["peak memory, GB"] = memory_gb(path, n_threads)
+        print(result["start"])
+    write_result(f"loader_{path.name}", result)
+
+
+def compare(arms: dict, repeats: int) -> dict[str, dict[str, float]]:
+    """Return and print medians in cells per second, and ratios to the first arm."""
+    medians = alternate(arms, repeats)
+    print_medians(medians, next(iter(arms)), "cells/s")
+    return {"cells_per_s": medians, "ratio": ratios(medians, next(iter(arms)))}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,137 @@
+"""Bin, sample, mask and pack: the compiled tokeniser against plain NumPy, cell by cell, with equal results.
+
+  python benchmarks/synthetic_census.py blood_20k --cells 20000
+  python benchmarks/tokens.py blood_20k
+
+All genes of the Census are in the vocabulary; 51 bins, up to 1,200 genes of a cell, a mask of 25, 50 or 75 %. The
+NumPy arm takes the same steps in the same order, with one call of `np.sort`, `np.searchsorted` or `np.partition` for
+each; its results are asserted to be those of the compiled arm, to the bit. Threads share the cells, 512 at a time.
+"""
+
+import argparse
+import time
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from measuring import alternate, print_medians, ratios, write_result
+
+from scgpt_hf.cells.block import CellBlock
+from scgpt_hf.cells.source import open_source
+from scgpt_hf.cells.threads import n_cores
+from scgpt_hf.tokens.binning_scgpt import bin_cell
+from scgpt_hf.tokens.masking_scgpt import draw_ratios
+from scgpt_hf.tokens.packing_scgpt import IGNORE, Tokens, pack
+from scgpt_hf.tokens.processing_scgpt import ScGPTProcessor
+from scgpt_hf.tokens.randomness_scgpt import MASKING, SAMPLING, TIES, cell_keys, gene_words
+from scgpt_hf.tokens.tokenizing_scgpt import rows_of
+
+BATCH, TOGETHER, SEED, EPOCH, RATIOS = 32, 512, 0, 0, (0.25, 0.5, 0.75)
+
+
+def compiled(block: CellBlock, gene_ids: np.ndarray, processor: ScGPTProcessor, n_threads: int) -> list[dict]:
+    """Return the batches of a block, as the stream makes them."""
+
+    def batches(first: int) -> list[dict]:
+        cells = slice(first, min(first + TOGETHER, len(block)))
+        counts = rows_of(block.counts, cells.start, cells.stop)
+        tokens = processor.tokenize(counts, gene_ids, cell_ids=block.cell_ids[cells], seed=SEED, epoch=EPOCH)
+        tokens = processor.mask(tokens, seed=SEED, epoch=EPOCH, ratios=RATIOS)
+        return [pack(tokens[start : start + BATCH]) for start in range(0, len(tokens), BATCH)]
+
+    starts = range(0, len(block), TOGETHER)
+    if n_threads == 1:
+        return [batch for first in starts for batch in batches(first)]
+    with ThreadPoolExecutor(n_threads) as pool:
+        return [batch for part in pool.map(batches, starts) for batch in part]
+
+
+def cell_by_cell(block: CellBlock, gene_ids: np.ndarray, processor: ScGPTProcessor, n_cells: int) -> list[dict]:
+    """Return the batches of the first cells of a block, made in NumPy."""
+    ids = block.cell_ids[:n_cells]
+    keys = [cell_keys(ids, seed=SEED, epoch=EPOCH, purpose=purpose) for purpose in (TIES, SAMPLING, MASKING)]
+    ratios_drawn = draw_ratios(ids, RATIOS, seed=SEED, epoch=EPOCH)
+    counts = block.counts
+    cells = []
+    for cell in range(n_cells):
+        stored = slice(counts.indptr[cell], counts.indptr[cell + 1])
+        own_keys = [purpose[cell : cell + 1] for purpose in keys]
+        cells.append(tokens_of_cell(counts.indices[stored], counts.data[stored], gene_ids, processor, own_keys,
+                                    ratios_drawn[cell]))  # fmt: skip
+    batches = []
+    for start in range(0, n_cells, BATCH):
+        arrays = [np.concatenate(parts) for parts in zip(*cells[start : start + BATCH], strict=True)]
+        lengths = [len(genes) for genes, _, _ in cells[start : start + BATCH]]
+        indptr = np.concatenate([[0], np.cumsum(lengths)])
+        batches.append(pack(Tokens(*arrays, indptr, ids[start : start + BATCH])))
+    return batches
+
+
+def tokens_of_cell(
+    columns: np.ndarray, counts: np.ndarray, gene_ids: np.ndarray, processor: ScGPTProcessor, keys: list, ratio: float
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return ids, values and labels of one cell, `<cls>` first."""
+    genes = gene_ids[columns]
+    known = (genes >= 0) & (counts > 0)
+    genes, values = genes[known], counts[known]
+    order = np.argsort(genes)
+    genes, values = genes[order], values[order]
+    bins = bin_cell(values, genes, keys[0], processor.n_bins, processor.ties)
+    if len(genes) > processor.max_tokens - 1:
+        words = gene_words(keys[1], genes)
+        sampled = words <= np.partition(words, processor.max_tokens - 2)[processor.max_tokens - 2]
+        genes, bins = genes[sampled], bins[sampled]
+    masked = np.zeros(len(genes), np.bool_)
+    if n_masked := int(ratio * len(genes)):
+        words = gene_words(keys[2], genes)
+        masked = words <= np.partition(words, n_masked - 1)[n_masked - 1]
+    values = np.where(masked, np.float32(processor.mask_value), bins)
+    labels = np.where(masked, bins, np.float32(IGNORE))
+    return (
+        np.concatenate([[processor.cls_id], genes]),
+        np.concatenate([[np.float32(processor.cls_value)], values]),
+        np.concatenate([[np.float32(IGNORE)], labels]),
+    )
+
+
+def rate(n_cells: int, run: partial) -> float:
+    """Return cells per second of one run."""
+    started = time.perf_counter()
+    run()
+    return n_cells / (time.perf_counter() - started)
+
+
+def main() -> None:
+    """Assert equal results, measure the arms and write `results/tokens.json`."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("census", type=Path, help="folder that synthetic_census.py wrote")
+    parser.add_argument("--cells", type=int, default=16_384, help="drawn at random; NumPy gets a sixteenth of them")
+    parser.add_argument("--repeats", type=int, default=5)
+    arguments = parser.parse_args()
+    source = open_source(arguments.census)
+    offered = source.obs().index.to_numpy()
+    n_cells = min(arguments.cells, len(offered))
+    block = source.read(np.random.default_rng(0).permutation(offered)[:n_cells])
+    n_numpy = n_cells // 16 // BATCH * BATCH
+    processor = ScGPTProcessor.from_genes(source.genes["feature_id"].tolist())
+    gene_ids = processor.match_genes(source.genes["feature_id"].tolist())
+
+    ours, plain = compiled(block, gene_ids, processor, 1), cell_by_cell(block, gene_ids, processor, n_numpy)
+    for one, other in zip(ours, plain, strict=False):
+        assert all(np.array_equal(one[key], other[key]) for key in ("input_ids", "values", "labels", "cu_seq_lens_q"))
+
+    arms = {"NumPy, cell by cell": partial(rate, n_numpy, partial(cell_by_cell, block, gene_ids, processor, n_numpy))}
+    for n_threads in [n for n in (1, 2, 4) if n <= n_cores()]:
+        arms[f"compiled, {n_threads} threads"] = partial(
+            rate, n_cells, partial(compiled, block, gene_ids, processor, n_threads)
+        )
+    medians = alternate(arms, arguments.repeats)
+    print_medians(medians, "NumPy, cell by cell", "cells/s")
+    genes_per_cell = block.counts.nnz / n_cells
+    ratio = ratios(medians, "NumPy, cell by cell")
+    write_result("tokens", {"genes_per_cell": genes_per_cell, "cells_per_s": medians, "ratio": ratio})
+
+
+if __name__ == "__main__":
+    main()
