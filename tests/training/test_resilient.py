@@ -1,4 +1,4 @@
-"""What happens to long runs, done to short ones: bad numbers, lost data, full disks, other batches, a kill too early."""
+"""What happens to long runs, done to short ones: bad numbers, lost data, full disks, other batches, early kills."""
 
 import json
 import logging

@@ -1,0 +1,39 @@
+"""Two processes agree: on every set of objectives, on a bad step, on a signal to one, on data that one has lost."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from test_trainer import prepare
+
+from scgpt_hf.training.checkpoints import newest_valid, verify
+
+
+@pytest.mark.slow
+def test_two_processes_agree_and_one_goes_on(small_census, tmp_path):
+    here = Path(__file__).parent
+    env = {**os.environ, "ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(here)}
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--rdzv_backend", "c10d"]
+    command += ["--rdzv_endpoint", "localhost:0", str(here / "two_processes.py")]
+    done = subprocess.run(
+        [*command, str(small_census), str(tmp_path)], env=env, capture_output=True, text=True, timeout=280
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    checks = json.loads(next(line for line in done.stdout.splitlines() if line.startswith('{"objectives"')))
+    assert checks == {
+        "objectives": 6,
+        "skipped": True,
+        "told": 143,
+        "saved": 2,
+        "lost": "the cells of step 4 could not be read: gone",
+    }
+    assert "step 2 is skipped" in done.stderr
+    manifest = verify(newest_valid(tmp_path / "told"))
+    assert (manifest.step, manifest.world_size, manifest.history) == (3, 2, [(64, 3)])
+    flags = ("--per_device_train_batch_size", "64", "--resume_from_checkpoint", "latest", "--dropout", "0")
+    trainer, _, checkpoint = prepare(small_census, tmp_path / "told", *flags)
+    trainer.train(resume_from_checkpoint=checkpoint)
+    assert trainer.state.global_step == trainer.course.n_steps == 4

@@ -1,0 +1,94 @@
+"""Run by test_two_processes.py under torchrun: everything that two processes must agree on, one line each."""
+
+import json
+import logging
+import os
+import signal
+import sys
+from pathlib import Path
+
+import torch
+from test_resilient import EVERY_4, QUIET
+from test_trainer import prepare, weights_of
+from torch.nn.parallel import DistributedDataParallel
+
+from scgpt_hf.training.checkpoints import newest_valid, verify
+from scgpt_hf.training.finite import all_finite
+from scgpt_hf.training.stopping import Interrupted
+
+OBJECTIVES = {
+    "gep": {},
+    "gepc": {},
+    "gep gepc": {},
+    "gep gepc ecs cce": {},
+    "gep gepc dar": {"--domain_head": "true", "--domain_embedding": "true", "--domain_key": "dataset_id"},
+    "gep gepc gep_zero gepc_zero": {"--explicit_zero_prob": "true"},
+}
+
+
+def main(census: Path, scratch: Path) -> None:
+    logging.basicConfig()
+    rank, checks = int(os.environ["RANK"]), {}
+
+    def run(name, *flags, checkpoint=None):
+        return prepare(census, scratch / name, *flags)
+
+    for names, flags in OBJECTIVES.items():
+        weights = json.dumps(dict.fromkeys(names.split(), 1.0))
+        pairs = [text for pair in flags.items() for text in pair]
+        trainer, _, _ = run(f"run {names}", *QUIET, "--loss_weights", weights, "--max_steps", "2", *pairs)
+        trainer.train()
+        assert trainer.args.world_size == 2
+        assert type(trainer.model_wrapped) is DistributedDataParallel
+        assert trainer.state.global_step == 2
+    checks["objectives"] = len(OBJECTIVES)
+
+    trainer, _, _ = run("bad", *QUIET, "--max_steps", "4")
+    opened = trainer.loader.open_stream
+
+    def poisoned(first):
+        for number, batch in enumerate(opened(first), start=first):
+            if number == 1 and rank == 1:
+                batch["values"][0, 1] = torch.nan
+            yield batch
+
+    trainer.loader.open_stream = poisoned
+    trainer.train()
+    checks["skipped"] = trainer.window.n_good == 0 and all_finite(weights_of(trainer).values())
+
+    trainer, _, _ = run("told", *EVERY_4)
+    take = trainer.get_batch_samples
+
+    def tell(*arguments):
+        if trainer.state.global_step == 2 and rank == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return take(*arguments)
+
+    trainer.get_batch_samples = tell
+    try:
+        trainer.train()
+    except Interrupted as interruption:
+        checks["told"] = interruption.exit_code
+    checks["saved"] = verify(newest_valid(scratch / "told")).step
+
+    trainer, _, checkpoint = run("told", *EVERY_4, "--resume_from_checkpoint", "latest")
+    opened = trainer.loader.open_stream
+
+    def broken(first):
+        for number, batch in enumerate(opened(first), start=first):
+            if number == 3 and rank == 0:
+                raise OSError("gone")
+            yield batch
+
+    trainer.loader.open_stream = broken
+    try:
+        trainer.train(resume_from_checkpoint=checkpoint)
+    except OSError as error:
+        checks["lost"] = f"{error}".split(";")[0]
+    if rank == 0:
+        print(json.dumps(checks))
+    trainer.accelerator.end_training()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]))
