@@ -231,7 +231,9 @@ def pretrain(options: argparse.Namespace) -> dict[str, Any]:
         process.wait(300)
         lines = logged(folder)[2:]  # the first ones hold compiling
     if not lines:
-        raise RuntimeError(f"pretrain.py logged too little (exit code {process.returncode}); give it more --minutes")
+        raise RuntimeError(
+            f"pretrain.py logged too little (exit code {process.returncode}): see above, or give it more --minutes"
+        )
     medians = {
         key: float(np.median([line[key] for line in lines]))
         for key in ("cells_per_second", "tokens_per_second", "waiting_share", "mfu")
