@@ -1,0 +1,254 @@
+"""Good inputs, ways to damage them, and what opening them must do then; for the tests and `benchmarks/fuzz.py`."""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import yaml
+from anndata import AnnData
+
+from scgpt_hf.analysis.curves import read_metrics
+from scgpt_hf.analysis.embed import load_encoder
+from scgpt_hf.cells.source import open_source
+from scgpt_hf.cells.splits import load_split, save_split
+from scgpt_hf.model.configuration_scgpt import ScGPTConfig
+from scgpt_hf.model.modeling_scgpt import ScGPTForPreTraining
+from scgpt_hf.tokens.processing_scgpt import ScGPTProcessor
+from scgpt_hf.training.card import model_card
+from scgpt_hf.training.hub import collect_files
+from scgpt_hf.training.recipe import load_selection
+from scgpt_hf.training.settings import parse_settings
+
+Rng = np.random.Generator
+
+JUNK: list[Any] = [
+    *(None, True, -1, 0, 10**30, 0.5, float("nan"), "", "x" * 300, "3", "../../etc/passwd", "/etc/passwd", "\x00"),
+    *([], [[]], [None], ["a", 1], {}, {"a": {"b": [{}]}}, {"__class__": "x"}, [10**9] * 3),
+]
+
+
+def make_inputs(cells: list[AnnData], census: Path, folder: Path) -> Path:
+    """Return a folder with one good input of each kind: cells.h5ad, soma, settings.yaml, run, run/best_model."""
+    cells[0].write_h5ad(folder / "cells.h5ad")
+    shutil.copytree(census, folder / "soma")
+    run = folder / "run"
+    run.mkdir()
+    settings = {"data": {"data": ["cells.h5ad"], "n_bins": 51, "mask_ratios": [0.5]}, "model": {"hidden_size": 16}}
+    (run / "settings.yaml").write_text(yaml.safe_dump({**settings, "training": {"learning_rate": 1e-3, "seed": 1}}))
+    with open_source(census) as source:  # type: ignore[attr-defined]
+        obs, genes = source.obs(["donor_id"]), source.genes["feature_id"].tolist()
+        described = {**source.describe(), "steps": {"seed": 1}, "genes": genes, "domains": []}
+    donors = obs["donor_id"].astype(str)
+    held_out = donors == sorted(set(donors))[0]
+    parts = {"train": obs.index[~held_out].to_numpy(), "validation": obs.index[held_out].to_numpy()}
+    save_split(run / "split.json", parts, obs, seed=1, source=described)
+    lines = [{"step": step, "epoch": step / 2, "loss": 1.0 / step, "seconds": 1.0} for step in (1, 2)]
+    lines.append({"step": 2, "epoch": 1.0, "eval_loss": 0.5, "eval_gep_mse": 0.5, "seconds": 2.0})
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    summary = {"steps": 2, "best": lines[-1], "train_cells": 3, "composition": {"assay": {"v3": 3}}, "data": described}
+    (run / "summary.json").write_text(json.dumps(summary))
+    processor = ScGPTProcessor.from_genes(genes)
+    config = ScGPTConfig(
+        vocab_size=processor.vocab_size,
+        pad_token_id=processor.pad_id,
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=16,
+    )
+    ScGPTForPreTraining(config).save_pretrained(run / "best_model")
+    processor.save_pretrained(run / "best_model")
+    return folder
+
+
+def damage_bytes(path: Path, rng: Rng) -> str:
+    """Cut a file short, flip or blank some of its bytes, or empty it; return what was done."""
+    content = bytearray(path.read_bytes())
+    how = ("cut", "flip", "blank", "empty")[rng.integers(4)]
+    start = int(rng.integers(max(len(content), 1)))
+    if how == "cut":
+        content = content[:start]
+    elif how == "flip" and content:
+        for place in rng.integers(len(content), size=3):
+            content[place] ^= 1 << int(rng.integers(8))
+    elif how == "blank":
+        content[start : start + 64] = bytes(len(content[start : start + 64]))
+    else:
+        content = bytearray()
+    path.write_bytes(content)
+    return f"{how} {path.name} at {start}"
+
+
+def damage_tree(content: Any, rng: Rng) -> Any:
+    """Return JSON-like content with one value replaced by junk, one key lost, or one key added."""
+    junk = JUNK[rng.integers(len(JUNK))]
+    inner = (
+        list(content) if isinstance(content, dict) else list(range(len(content))) if isinstance(content, list) else []
+    )
+    if not inner or rng.random() < 0.15:
+        return junk
+    key = inner[rng.integers(len(inner))]
+    changed = content.copy()
+    roll = rng.random()
+    if roll < 0.6:
+        changed[key] = damage_tree(content[key], rng)
+    elif roll < 0.8:
+        del changed[key]
+    elif isinstance(changed, dict):
+        changed["surprise"] = junk
+    else:
+        changed.append(junk)
+    return changed
+
+
+def damage_json(path: Path, rng: Rng) -> str:
+    """Damage a JSON or YAML file as text or in its content."""
+    if rng.random() < 0.3:
+        return damage_bytes(path, rng)
+    text = path.read_text(encoding="utf-8")
+    if path.suffix == ".jsonl":
+        lines = text.splitlines()
+        place = int(rng.integers(len(lines)))
+        lines[place] = json.dumps(damage_tree(json.loads(lines[place]), rng))
+        path.write_text("\n".join(lines) + "\n")
+    elif path.suffix == ".yaml":
+        path.write_text(yaml.safe_dump(damage_tree(yaml.safe_load(text), rng)))
+    else:
+        path.write_text(json.dumps(damage_tree(json.loads(text), rng)))
+    return f"content of {path.name}: {path.read_text()[:200]}"
+
+
+def damage_h5ad(path: Path, rng: Rng) -> str:
+    """Take pieces out of an .h5ad file, or put lies into it."""
+    if rng.random() < 0.25:
+        return damage_bytes(path, rng)
+    with h5py.File(path, "r+") as file:
+        names: list[str] = []
+        file.visit(names.append)
+        kind = ("drop", "junk", "values", "attrs")[rng.integers(4)]
+        arrays = [name for name in names if isinstance(file[name], h5py.Dataset)]
+        name = (names if kind in ("drop", "attrs") else arrays)[
+            rng.integers(len(names if kind in ("drop", "attrs") else arrays))
+        ]
+        if kind == "drop":
+            del file[name]
+        elif kind == "attrs":
+            for attribute in list(file[name].attrs):
+                if rng.random() < 0.5:
+                    del file[name].attrs[attribute]
+                else:
+                    file[name].attrs[attribute] = ("csc_matrix", 3, [1, 2], "dict")[rng.integers(4)]
+        elif kind == "junk":
+            del file[name]
+            file[name] = (np.zeros(3), np.zeros((0, 4)), "text", np.array([-5, 10**12]), np.float32(7))[rng.integers(5)]
+        else:
+            array = file[name]
+            if array.shape and array.dtype.kind in "iuf" and array.size:
+                values = array[...]
+                lies = [-1, 2**31 - 1] + ([np.nan, np.inf, 0.5] if array.dtype.kind == "f" else [])
+                values.ravel()[rng.integers(values.size, size=2)] = lies[rng.integers(len(lies))]
+                array[...] = values
+    return f"{kind} {name}"
+
+
+def read_source(path: Path) -> None:
+    """Open a source and read all its cells with all their columns."""
+    source = open_source(path)
+    try:
+        source.describe()
+        source.read(source.obs(source.columns).index.to_numpy(np.int64), source.columns)
+    finally:
+        getattr(source, "close", lambda: None)()
+
+
+def use_model(folder: Path) -> None:
+    """Load a model and its processor, and embed a cell."""
+    model, processor = load_encoder(folder, "cpu")
+    counts = np.ones((2, len(processor.genes)), np.float32)
+    model(**processor(counts, processor.genes))
+
+
+def any_file(folder: Path, rng: Rng) -> Path:
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return files[rng.integers(len(files))]
+
+
+def damage_soma(folder: Path, rng: Rng) -> str:
+    """Damage or remove a file, or remove a folder, of a SOMA."""
+    if rng.random() < 0.5:
+        return damage_bytes(any_file(folder, rng), rng)
+    path = any_file(folder, rng)
+    path = path.parent if rng.random() < 0.5 and path.parent != folder else path
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+    return f"removed {path.relative_to(folder)}"
+
+
+def damage_model(folder: Path, rng: Rng) -> str:
+    """Damage or remove a file of a saved model."""
+    files = [path for path in sorted(folder.iterdir()) if path.suffix in {".json", ".safetensors"}]
+    path = files[rng.integers(len(files))]
+    if rng.random() < 0.2:
+        path.unlink()
+        return f"removed {path.name}"
+    return damage_bytes(path, rng) if path.suffix == ".safetensors" else damage_json(path, rng)
+
+
+CASES: dict[str, tuple[str, Callable[[Path, Rng], str], Callable[[Path], object]]] = {
+    "h5ad": ("cells.h5ad", damage_h5ad, read_source),
+    "soma": ("soma", damage_soma, read_source),
+    "settings": ("run/settings.yaml", damage_json, lambda path: parse_settings([str(path)], "")),
+    "split": ("run/split.json", damage_json, lambda path: (load_split(path), load_selection(path))),
+    "metrics": ("run/metrics.jsonl", damage_json, lambda path: (read_metrics(path), model_card(path.parent))),
+    "summary": ("run/summary.json", damage_json, lambda path: model_card(path.parent)),
+    "card": ("run/settings.yaml", damage_json, lambda path: model_card(path.parent)),
+    "publishing": ("run/best_model", damage_model, lambda path: collect_files(path.parent, "my-lab/name")),
+    "model": ("run/best_model", damage_model, use_model),
+}
+
+
+def digest(folder: Path) -> dict[str, str]:
+    """Return a hash of every file below a folder."""
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
+def check(name: str, inputs: Path, folder: Path, seed: int) -> str:
+    """Damage a copy of an input and open it; return how it ended.
+
+    Raises:
+        AssertionError: it ended in anything but success or our error, or changed the disk.
+    """
+    rng = np.random.default_rng([seed, *name.encode()])
+    place, damage, use = CASES[name]
+    copy = folder / "inputs"
+    if "run" in place:
+        shutil.copytree(inputs / "run", copy / "run")
+    elif (inputs / place).is_dir():
+        shutil.copytree(inputs / place, copy / place)
+    else:
+        copy.mkdir(parents=True)
+        shutil.copy(inputs / place, copy / place)
+    done = damage(copy / place, rng)
+    before = digest(folder)
+    try:
+        use(copy / place)
+        ended = "accepted"
+    except (ValueError, OSError) as error:
+        ended = f"{type(error).__name__}: {error}"
+        if not str(error).strip():
+            raise AssertionError(f"{name} {seed}: {done}: an error without a word") from error
+    except SystemExit as error:  # argparse names the flag on stderr
+        ended = f"exit {error.code}"
+        assert name == "settings", f"{name} {seed}: {done}"
+    except BaseException as error:
+        raise AssertionError(f"{name} {seed}: {done}: {type(error).__name__}: {error}") from error
+    assert digest(folder) == before, f"{name} {seed}: {done}: changed the disk"
+    return f"{done} -> {ended}"

@@ -1,0 +1,42 @@
+"""What the tests of stopping run in a process of their own: a stream over SOMA, stopped in the way that is asked for.
+
+Called as `python reading.py HOW ADDRESS`; says "reading" when the stream is busy, "left" with the names of the threads
+that are alive when the reader is closed.
+"""
+
+import sys
+import threading
+import time
+from contextlib import closing
+
+import numpy as np
+
+from scgpt_hf.cells.plan import plan_validation
+from scgpt_hf.cells.source import open_source
+from scgpt_hf.stream import StreamSettings, read_ahead, stream_cells
+from scgpt_hf.tokens.processing_scgpt import ScGPTProcessor
+
+
+def main(how: str, address: str) -> None:
+    """Read, and stop as asked."""
+    source = open_source(address)
+    processor = ScGPTProcessor.from_genes(source.genes["feature_id"].tolist())
+    plans = [plan_validation(source.obs().index.to_numpy(np.int64), 10, cells_per_block=20)] * 100
+    batches = read_ahead(stream_cells(source, plans, processor, StreamSettings(0, (0.5,))))
+    print("opened", flush=True)
+    if how == "stall":
+        sys.stdin.readline()  # until the server falls silent
+    if how == "leave":
+        next(batches)
+        return  # neither exhausted nor closed
+    try:
+        with closing(batches):
+            for _ in batches:
+                print("reading", flush=True)
+                time.sleep(0.05)
+    finally:
+        print("left", [thread.name for thread in threading.enumerate() if thread.name.startswith("scgpt")], flush=True)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

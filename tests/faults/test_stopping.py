@@ -1,0 +1,134 @@
+"""A reader stops promptly and leaves nothing behind: on an error, on Ctrl-C, at exit, and while a store is silent."""
+
+import gc
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import CancelledError
+from pathlib import Path
+
+import numpy as np
+import pytest
+from s3_server import Faults, S3Server
+
+from scgpt_hf.cells import threads
+from scgpt_hf.cells.plan import plan_validation
+from scgpt_hf.cells.source import open_source
+from scgpt_hf.cells.threads import ReadingThreads, join_within
+from scgpt_hf.stream import StreamSettings, read_ahead, stream_cells
+from scgpt_hf.tokens.processing_scgpt import ScGPTProcessor
+
+READING = Path(__file__).with_name("reading.py")
+
+
+class Reader:
+    """A process of `reading.py`, and how long it took to end after it was told to."""
+
+    def __init__(self, how: str, address: object, **environment: str) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, str(READING), how, str(address)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+        )
+
+    def wait_for(self, word: str) -> None:
+        while line := self.process.stdout.readline():
+            if line.startswith(word):
+                return
+        raise AssertionError(self.process.stderr.read())
+
+    def interrupt(self) -> tuple[int, str, str, float]:
+        self.process.send_signal(signal.SIGINT)
+        started = time.monotonic()
+        said, errors = self.process.communicate(timeout=60)
+        return self.process.returncode, said, errors, time.monotonic() - started
+
+
+def test_ctrl_c_while_reading_ahead_ends_the_process_at_once(small_census):
+    reader = Reader("read", small_census)
+    reader.wait_for("reading")
+    code, said, errors, seconds = reader.interrupt()
+    assert (code, seconds < 10) == (-signal.SIGINT, True), errors
+    assert "scgpt-read-ahead" not in said.splitlines()[-1]
+    assert errors.rstrip().endswith("KeyboardInterrupt")
+
+
+def test_ctrl_c_while_a_store_is_silent_ends_the_process_in_seconds(small_census):
+    with S3Server(small_census) as server:
+        reader = Reader("stall", "s3://census/", **server.environment)
+        reader.wait_for("opened")
+        server.faults = Faults(probability=1, kinds=("stall",), stall_s=60)
+        reader.process.stdin.write("\n")
+        reader.process.stdin.flush()
+        assert server.stalled.wait(30)
+        code, _, errors, seconds = reader.interrupt()
+    assert (code, seconds < 20) == (-signal.SIGINT, True), errors
+    assert "a read hangs" in errors
+
+
+@pytest.mark.slow
+def test_a_stream_that_is_neither_exhausted_nor_closed_does_not_keep_the_process(small_census):
+    done = subprocess.run([sys.executable, str(READING), "leave", str(small_census)], capture_output=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+
+
+def ours() -> list[str]:
+    return [thread.name for thread in threading.enumerate() if thread.name.startswith(("scgpt-", "census-"))]
+
+
+def test_no_thread_is_left_after_readers_that_stopped_early_or_failed(small_census):
+    before = ours()
+    with open_source(small_census) as source:
+        processor = ScGPTProcessor.from_genes(source.genes["feature_id"].tolist())
+        plans = [plan_validation(source.obs().index.to_numpy(np.int64), 10, cells_per_block=20)] * 3
+        for _ in range(5):
+            batches = read_ahead(stream_cells(source, plans, processor, StreamSettings(0)))
+            next(batches)
+            batches.close()
+            unknown = {"domain_ids": ("donor_id", {"nobody": 0})}
+            with pytest.raises(ValueError, match="have no class"):
+                list(read_ahead(stream_cells(source, plans, processor, StreamSettings(0, categories=unknown))))
+        del batches
+        gc.collect()
+    assert wait_until(lambda: ours() == before), ours()
+
+
+def wait_until(true) -> bool:
+    """Whether it becomes true within 5 s: a thread that was told to end still takes a moment."""
+    until = time.monotonic() + 5
+    while not true() and time.monotonic() < until:
+        time.sleep(0.01)
+    return true()
+
+
+def test_reading_threads_return_results_in_order_and_raise_what_the_task_raised():
+    pool = ReadingThreads(3, "scgpt-test")
+    assert list(pool.map(lambda number: number**2, range(50))) == [number**2 for number in range(50)]
+    with pytest.raises(ZeroDivisionError):
+        pool.submit(lambda: 1 / 0).result()
+    pool.shutdown()
+    with pytest.raises(RuntimeError, match="were shut down"):
+        pool.submit(int)
+    assert not [name for name in ours() if name.startswith("scgpt-test")]
+
+
+def test_shutting_down_cancels_what_has_not_begun_and_leaves_what_hangs(monkeypatch, caplog):
+    monkeypatch.setattr(threads, "PATIENCE_S", 0.05)
+    pool, released = ReadingThreads(1, "scgpt-test"), threading.Event()
+    hanging, waiting = pool.submit(released.wait), pool.submit(int)
+    assert wait_until(hanging.running)
+    started = time.monotonic()
+    pool.shutdown()
+    assert time.monotonic() - started < 2
+    assert "scgpt-test_0" in caplog.text
+    with pytest.raises(CancelledError):
+        waiting.result(timeout=1)
+    released.set()
+    assert hanging.result(timeout=5)
+    join_within([thread for thread in threading.enumerate() if thread.name == "scgpt-test_0"], 5)
