@@ -39,7 +39,10 @@ def plot_confusion(true: npt.ArrayLike, predicted: npt.ArrayLike, *, title: str 
     rows = [f"{name} ({size:,})" for name, size in zip(types, sizes, strict=True)]
     side = _ROW if len(types) > 20 else 0.27
     figure = Figure(
-        figsize=(side * len(columns) + max(map(text_width, rows)) + 1.2, side * len(rows) + _height(columns) + 0.7),
+        figsize=(
+            side * len(columns) + max(map(text_width, rows)) + 1.2,
+            max(side * len(rows), 1.6) + _height(columns) + 0.7,
+        ),
         layout="constrained",
     )
     axes = figure.add_subplot()

@@ -8,11 +8,11 @@ from typing import Any
 
 from scgpt_hf.analysis.evaluation import NOT_APPLICABLE
 from scgpt_hf.analysis.evaluation_files import GROUPS, SCORES, TABLE
-from scgpt_hf.analysis.report_page import Html, facts, figures, page, paragraph, picture, section, table
+from scgpt_hf.analysis.report_page import Html, facts, figures, fold, page, paragraph, picture, section, table
 from scgpt_hf.training.record import Record
 
 MEANING = {
-    "NMI": "agreement of k-means clusters with the labels, in bits; 1 is the same partition",
+    "NMI": "agreement of k-means clusters with the labels, by mutual information; 1 is the same partition",
     "ARI": "agreement of k-means clusters with the labels, over pairs of cells; 0 is chance",
     "ASW label": "how much nearer a cell is to its own label than to the next (silhouette); 0.5 is no nearer",
     "cLISI": "whether the 90 nearest cells carry one label; 1 is one, 0 all alike",
@@ -72,23 +72,30 @@ def _scores(methods: dict[str, Any]) -> Html:
     rows = []
     for metric in metrics:
         values = [method["scores"].get(metric) for method in methods.values()]
-        rows.append((metric, *["–" if value is None else f"{value:.3f}" for value in values], MEANING.get(metric, "")))
-    causes = [
-        (name, metric, cause)
-        for name, method in methods.items()
-        for metric, cause in method["not_computable"].items()
-        if cause != NOT_APPLICABLE
-    ]
+        rows.append((metric, *["–" if value is None else f"{value:.3f}" for value in values]))
     return section(
         "Scores",
         paragraph("Higher is better. A dash is a score that does not apply to the method or cannot be computed."),
-        table(rows, ("score", *methods, "what it says"), numbers=range(1, len(methods) + 1)),
-        table(causes, ("method", "not computable", "because")) if causes else "",
+        table(rows, ("score", *methods), numbers=range(1, len(methods) + 1)),
+        _causes(methods),
+        fold("What the scores say", table([(metric, MEANING.get(metric, "")) for metric in metrics])),
         paragraph(
             "Baselines are computed on these very cells, labels unseen, while the model behind an embedding may never "
             f"have seen them. {TABLE} holds every number."
         ),
     )
+
+
+def _causes(methods: dict[str, Any]) -> Html:
+    """Return what cannot be computed, a row per cause, or nothing."""
+    of_cause: dict[str, tuple[dict[str, None], dict[str, None]]] = {}  # dictionaries as sets that keep the order
+    for name, method in methods.items():
+        for metric, cause in method["not_computable"].items():
+            if cause != NOT_APPLICABLE:
+                metrics, names = of_cause.setdefault(cause, ({}, {}))
+                metrics[metric], names[name] = None, None
+    rows = [(", ".join(metrics), ", ".join(names), cause) for cause, (metrics, names) in of_cause.items()]
+    return table(rows, ("not computable", "for", "because")) if rows else Html("")
 
 
 def _predictions(methods: dict[str, Any]) -> Html:
