@@ -1,0 +1,139 @@
+"""Measure a cache: writing it from a SOMA, reading it in uniformly random order, raw and tokenised, and planning.
+
+  python benchmarks/synthetic_census.py census100k --cells 100000
+  python benchmarks/cache.py census100k --out cache100k
+
+Reading is warm: the cache was read once. Arms run in turn; printed are medians. Raw is a `CellBlock` of float32 counts.
+Tokenised is reading, binning and sampling to 1,200 genes, of all genes and of 1,200 variable ones as in the seed
+recipe, by workers that each read and tokenise blocks of their own. Beside them: `datasets` reading the same rows of the
+same folder, map-style, as NumPy.
+"""
+
+import argparse
+import shutil
+import time
+import tracemalloc
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+from measuring import alternate, print_medians, write_result
+
+from scgpt_hf.cells.cache import CacheSource, uniform_band_size
+from scgpt_hf.cells.cache_jobs import write_cache
+from scgpt_hf.cells.cache_manifest import read_manifest
+from scgpt_hf.cells.plan import plan_epoch
+from scgpt_hf.cells.select import highly_variable_genes
+from scgpt_hf.cells.source import open_source
+from scgpt_hf.tokens.processing_scgpt import ScGPTProcessor
+
+BLOCK = 32_768  # cells of a block of the default plan
+PIECE = 2_048  # cells that a worker reads and tokenises at once
+HVG_CELLS = 10_000  # cells by which the variable genes are chosen
+CENSUS_CELLS = 160_000_000
+
+
+def write(census: Path, folder: Path) -> float:
+    """Return cells per second of writing a new cache, verified hashes and manifest included."""
+    shutil.rmtree(folder, ignore_errors=True)
+    source = open_source(census)
+    n_cells = len(source.obs())
+    started = time.perf_counter()
+    write_cache(source, folder)
+    return n_cells / (time.perf_counter() - started)
+
+
+def read_raw(source: CacheSource, cell_ids: np.ndarray) -> float:
+    """Return cells per second of reading all cells in a random order, a block at a time."""
+    order = np.random.default_rng(0).permutation(cell_ids)
+    source.read(order[:BLOCK])  # memory that the arm before gave back comes from the system again: not ours to measure
+    started = time.perf_counter()
+    for start in range(0, len(order), BLOCK):
+        source.read(order[start : start + BLOCK])
+    return len(order) / (time.perf_counter() - started)
+
+
+def read_tokens(source: CacheSource, cell_ids: np.ndarray, processor: ScGPTProcessor, n_workers: int) -> float:
+    """Return cells per second of reading and tokenising all cells in a random order."""
+    order, columns = np.random.default_rng(0).permutation(cell_ids), processor.match_genes(source.genes["feature_id"])
+
+    def work(ids: np.ndarray) -> int:
+        block = source.read(ids)
+        return len(processor.tokenize(block.counts, columns, cell_ids=ids, seed=0, epoch=0).cell_ids)
+
+    pieces = [order[start : start + PIECE] for start in range(0, len(order), PIECE)]
+    started = time.perf_counter()
+    with ThreadPoolExecutor(n_workers) as pool:
+        n_cells = sum(pool.map(work, pieces))
+    return n_cells / (time.perf_counter() - started)
+
+
+def read_map_style(folder: Path, n_cells: int) -> float:
+    """Return cells per second of `datasets` reading a block of random rows as NumPy."""
+    rows = datasets.load_from_disk(str(folder)).select_columns(["gene", "count"]).with_format("numpy")
+    order = np.random.default_rng(0).permutation(len(rows))[:n_cells]
+    started = time.perf_counter()
+    for start in range(0, len(order), PIECE):
+        rows[order[start : start + PIECE]]
+    return len(order) / (time.perf_counter() - started)
+
+
+def plan(n_cells: int, band_size: int) -> dict[str, float]:
+    """Return what the plan of one epoch takes, besides the ids themselves: seconds, and GB at its peak and kept."""
+    cell_ids = np.arange(n_cells, dtype=np.int64)
+    arguments: dict[str, Any] = {"seed": 0, "epoch": 0, "batch_size": 4096, "band_size": band_size}
+    arguments["bands_per_block"] = BLOCK // band_size
+    started = time.perf_counter()
+    plan_epoch(cell_ids, **arguments)
+    seconds = time.perf_counter() - started
+    tracemalloc.start()
+    planned = plan_epoch(cell_ids, **arguments)
+    kept, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    started = time.perf_counter()
+    planned.block(7)
+    block = time.perf_counter() - started
+    return {"band_size": band_size, "seconds": seconds, "peak_gb": peak / 1e9, "kept_gb": kept / 1e9, "block_s": block}
+
+
+def main() -> None:
+    """Write, read and plan; print medians and write results/cache.json."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("census", type=Path, help="a SOMA in the Census layout")
+    parser.add_argument("--out", type=Path, required=True, help="folder for the cache; replaced")
+    parser.add_argument("--keep", action="store_true", help="read the cache that is there, and do not write")
+    parser.add_argument("--repeats", type=int, default=3, help="rounds of reading (default: %(default)s)")
+    parser.add_argument("--threads", type=int, nargs="*", default=[1, 2, 4], help="(default: 1 2 4)")
+    asked = parser.parse_args()
+    open_source(asked.census).read(np.arange(PIECE))  # compiles
+    written = {} if asked.keep else {"write": write(asked.census, asked.out)}
+    sources = {n: CacheSource(asked.out, n_threads=n) for n in asked.threads}
+    cell_ids = sources[1].obs().index.to_numpy()
+    genes = sources[1].genes["feature_id"].to_numpy()
+    chosen = highly_variable_genes(sources[1], cell_ids[:HVG_CELLS], 1200, per=None)
+    processors = {
+        "all genes": ScGPTProcessor.from_genes(genes.tolist(), max_tokens=1201),
+        "1,200 variable genes": ScGPTProcessor.from_genes(genes[chosen].tolist(), max_tokens=1201),
+    }
+    arms = {f"raw, {n} threads": partial(read_raw, source, cell_ids) for n, source in sources.items()}
+    for name, processor in processors.items():
+        for n in asked.threads:
+            arms[f"tokenised, {name}, {n} threads"] = partial(read_tokens, sources[1], cell_ids, processor, n)
+    arms["datasets, map-style, 1 thread"] = partial(read_map_style, asked.out, BLOCK)
+    for arm in arms.values():
+        arm()
+    medians = written | alternate(arms, asked.repeats)
+    print_medians(medians, "datasets, map-style, 1 thread", "cells/s")
+    plans = [plan(CENSUS_CELLS, size) for size in (2048, uniform_band_size(CENSUS_CELLS))]
+    for planned in plans:
+        print("plan of 160 million cells:", ", ".join(f"{name} {value:,.3g}" for name, value in planned.items()))
+    shards = read_manifest(asked.out)[1]
+    size = {"cells": len(cell_ids), "bytes_per_cell": sum(shard.n_bytes for shard in shards) / len(cell_ids)}
+    write_result("cache", {"cache": size, "cells_per_second": medians, "plans": plans})
+
+
+if __name__ == "__main__":
+    main()
