@@ -37,7 +37,7 @@ import torch
 from kernel_families import breakdown
 from measuring import alternate, print_medians, write_result
 from synthetic_tokens import draw_tokens, pinned
-from training_step import How, TrainingStep
+from training_step import How, TrainingStep, cells_per_second
 
 from scgpt_hf.model.configuration_scgpt import ScGPTConfig, training_flops_per_token
 from scgpt_hf.model.modeling_scgpt import ScGPTForPreTraining
@@ -119,7 +119,7 @@ def measure(mean_tokens: int, options: argparse.Namespace, device: torch.device)
     lengths = np.concatenate([np.diff(tokens.indptr) for tokens in cells])
     print(f"\n{n_cells} cells a step, {lengths.mean():.1f} tokens on average, {n_genes:,} genes")
     runs = {name: started for name in options.arms if (started := start(name, cells, n_genes, options, device))}
-    rates = alternate({name: partial(timed, *run) for name, run in runs.items()}, options.repeats)
+    rates = alternate({name: partial(cells_per_second, *run) for name, run in runs.items()}, options.repeats)
     if not rates:
         return {"failed": "every arm; see the errors above"}
     print_medians(rates, next(iter(rates)), "cells/s")
@@ -161,16 +161,6 @@ def start(
         print(f"{name} failed:\n{traceback.format_exc()}", file=sys.stderr)
         return None
     return step, batches
-
-
-def timed(step: TrainingStep, batches: list[dict[str, Any]]) -> float:
-    """Return the cells per second of one pass over the batches."""
-    step.wait()
-    started = time.perf_counter()
-    for batch in batches:
-        step(batch)
-    step.wait()
-    return sum(len(batch["cu_seq_lens_q"]) - 1 for batch in batches) / (time.perf_counter() - started)
 
 
 def report(name: str, work: Work, rate: float, step: TrainingStep, batches: list[dict[str, Any]]) -> dict[str, Any]:

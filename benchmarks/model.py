@@ -9,7 +9,6 @@ is forward, backward, clipping and fused AdamW; both arms see the same cells, ma
 """
 
 import argparse
-import time
 from functools import partial
 from itertools import islice
 from typing import Any
@@ -17,11 +16,11 @@ from typing import Any
 import numpy as np
 import torch
 from measuring import alternate, print_medians, write_result
+from training_step import How, TrainingStep, cells_per_second
 
 from scgpt_hf.cells.plan import plan_epoch
 from scgpt_hf.cells.source import CellSource, open_source
 from scgpt_hf.model.configuration_scgpt import training_flops_per_token
-from scgpt_hf.model.modeling_scgpt import ScGPTForPreTraining
 from scgpt_hf.stream import Batch, StreamSettings, lengths_of, stream_cells
 from scgpt_hf.tokens.processing_scgpt import ScGPTProcessor
 from scgpt_hf.training.recipe import build_model, build_processor, choose
@@ -60,20 +59,18 @@ def measure(source: CellSource, genes: str, options: argparse.Namespace) -> dict
     processor = build_processor(selection.genes, data)
     read = partial(read_batches, source, selection.parts["train"], processor, data, options)
     batches = {"packed": read(padded=False), "padded": read(padded=True)}
-    steps = {name: Step(processor, options) for name in batches}
-    arms = {name: partial(steps[name].cells_per_second, batches[name]) for name in batches}
+    steps = {name: new_step(processor, options) for name in batches}
+    arms = {name: partial(cells_per_second, steps[name], batches[name]) for name in batches}
     for arm in arms.values():
         arm()  # warm up
     lengths = torch.cat([lengths_of(batch) for batch in batches["packed"]]).double()
     medians = alternate(arms, options.repeats)
+    flops = training_flops_per_token(steps["packed"].model.config, float(lengths.square().sum() / lengths.sum()))
     shape = {
         "mean_tokens": float(lengths.mean()),
         "percentiles_5_50_95": np.percentile(lengths.numpy(), [5, 50, 95]).tolist(),
         "share_of_padding": 1 - float(lengths.sum()) / sum(batch["input_ids"].numel() for batch in batches["padded"]),
-        "mflop_per_token": training_flops_per_token(
-            steps["packed"].model.config, float(lengths.square().sum() / lengths.sum())
-        )
-        / 1e6,
+        "mflop_per_token": flops / 1e6,
     }
     print(f"\n{genes}: " + ", ".join(f"{name} {np.round(value, 2)}" for name, value in shape.items()))
     print_medians(medians, "padded", "cells/s")
@@ -91,48 +88,18 @@ def read_batches(
     padded: bool,
 ) -> list[Batch]:
     """Return the first masked batches of an epoch, in either layout."""
-    plan = plan_epoch(cell_ids, seed=SEED, epoch=0, batch_size=options.batch_size)
+    plan = plan_epoch(cell_ids, seed=SEED, epoch=0, batch_size=options.batch_size, band_size=source.band_size)
     settings = StreamSettings(SEED, mask_ratios=tuple(data.mask_ratios), padded=padded)
     return list(islice(stream_cells(source, [plan], processor, settings), options.batches))
 
 
-class Step:
-    """A model and its optimiser, trained on batches in either layout."""
-
-    def __init__(self, processor: ScGPTProcessor, options: argparse.Namespace) -> None:
-        """Make a model; the same weights every time."""
-        torch.manual_seed(SEED)
-        heads = max(1, options.hidden_size // 64)
-        sizes = {"hidden_size": options.hidden_size, "intermediate_size": options.hidden_size, "dropout": 0.2}
-        settings = ModelSettings(num_hidden_layers=options.layers, num_attention_heads=heads, **sizes)
-        self.device, self.bf16 = torch.device(options.device), options.bf16
-        self.model: ScGPTForPreTraining = build_model(processor, settings, 0).to(self.device)
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, fused=True)
-
-    def cells_per_second(self, batches: list[Batch]) -> float:
-        """Train on each batch once."""
-        started = self.now()
-        for batch in batches:
-            self.train(batch)
-        return sum(len(lengths_of(batch)) for batch in batches) / (self.now() - started)
-
-    def train(self, batch: Batch) -> None:
-        """Make one step."""
-        on_device = {
-            key: value.to(self.device) if isinstance(value, torch.Tensor) else value for key, value in batch.items()
-        }
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
-            loss = self.model(**on_device).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-
-    def now(self) -> float:
-        """Return the time once the device has done what it was asked for."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter()
+def new_step(processor: ScGPTProcessor, options: argparse.Namespace) -> TrainingStep:
+    """Return a step of a model that begins with the same weights every time."""
+    torch.manual_seed(SEED)
+    heads = max(1, options.hidden_size // 64)
+    sizes = {"hidden_size": options.hidden_size, "intermediate_size": options.hidden_size, "dropout": 0.2}
+    settings = ModelSettings(num_hidden_layers=options.layers, num_attention_heads=heads, **sizes)
+    return TrainingStep(build_model(processor, settings, 0), torch.device(options.device), How(bf16=options.bf16))
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ SMALL = [
 
 
 class ErrorOnWaiting(TrainerCallback):
-    """Has PyTorch raise where the host waits for the GPU, from the eleventh step to the sixteenth, when all is compiled."""
+    """Has PyTorch raise where the host waits for the GPU, from the eleventh step on, when all is compiled."""
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if state.global_step == 10:
