@@ -5,7 +5,7 @@
   python scripts/finetune.py a.h5ad b.h5ad --task integrate --model ORG/NAME --domain_key assay --out runs/joined
 
 The first two leave a classifier for scripts/annotate.py, the third an encoder for scripts/embed.py, in OUT/best_model,
-with settings, split, metrics.jsonl and summary.json beside it. --task integrate --help tells the flags of integration.
+with report.html, summary.json, metrics, split and settings beside it. `--task integrate --help` tells its flags.
 """
 
 import logging
@@ -14,6 +14,7 @@ from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser, RawDescripti
 
 from transformers import HfArgumentParser
 
+from scgpt_hf.analysis.report import write_report
 from scgpt_hf.training.finetuning import finetune_classifier
 from scgpt_hf.training.finetuning_settings import AnnotateSettings, IntegrateSettings
 from scgpt_hf.training.integration import finetune_integration
@@ -40,6 +41,7 @@ def main() -> None:
         logging.basicConfig(format="%(message)s")
         logging.getLogger("scgpt_hf").setLevel(logging.INFO)
         summary = finetune(asked.data, settings)
+        write_report(settings.out)
     except (OSError, ValueError, ImportError, FloatingPointError) as error:
         sys.exit(f"finetune.py: {error}")
     if chosen.task == "annotate":
@@ -52,7 +54,7 @@ def main() -> None:
     else:
         cells = sum(sum(parts.values()) for parts in summary["domains"].values())
         print(f"{cells:,} cells of {len(summary['domains'])} domains; new in the model: {', '.join(summary['new'])}.")
-    print(f"Everything is in {settings.out}: best_model/ settings.yaml split.json metrics.jsonl summary.json")
+    print(f"Everything is in {settings.out}: best_model/ report.html summary.json metrics.jsonl split.json")
 
 
 if __name__ == "__main__":

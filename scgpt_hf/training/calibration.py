@@ -37,18 +37,29 @@ def fit_temperature(logits: Logits, classes: Int64Array) -> float:
     return float(np.exp(minimize_scalar(surprise, bounds=_RANGE, method="bounded").x))
 
 
-def expected_calibration_error(logits: Logits, classes: Int64Array, n_bins: int = 15) -> float:
-    """Return how far confidence and accuracy are apart, averaged over cells in bins of equal width of confidence.
+def reliability(logits: Logits, classes: Int64Array, n_bins: int = 15) -> dict[str, list[float]]:
+    """Return confidence, accuracy and number of cells of the bins of equal width of confidence that hold any cell.
 
     Args:
         logits: shape (cells, classes).
         classes: shape (cells,).
         n_bins: of the interval [0, 1].
 
-    Source: Naeini et al. 2015, AAAI 29:2901; 15 bins as in Guo et al. 2017.
+    Source: 15 bins as in Guo et al. 2017.
     """
     probability = softmax(logits, axis=1)
     confidence, right = probability.max(axis=1), probability.argmax(axis=1) == classes
     of_cell = np.minimum((confidence * n_bins).astype(np.int64), n_bins - 1)
-    gaps = np.bincount(of_cell, right - confidence, minlength=n_bins)
-    return float(np.abs(gaps).sum() / len(classes))
+    cells = np.bincount(of_cell, minlength=n_bins)
+    held = cells > 0
+    means = [np.bincount(of_cell, values, minlength=n_bins)[held] / cells[held] for values in (confidence, right)]
+    return {"confidence": means[0].tolist(), "accuracy": means[1].tolist(), "cells": cells[held].tolist()}
+
+
+def expected_calibration_error(logits: Logits, classes: Int64Array) -> float:
+    """Return how far confidence and accuracy are apart, averaged over the cells of the bins of `reliability`.
+
+    Source: Naeini et al. 2015, AAAI 29:2901.
+    """
+    confidence, accuracy, cells = (np.asarray(values) for values in reliability(logits, classes).values())
+    return float(np.average(np.abs(confidence - accuracy), weights=cells))

@@ -29,7 +29,7 @@ from scgpt_hf.model.modeling_scgpt import ScGPTForSequenceClassification
 from scgpt_hf.pretrained import domain_classes, load_pretrained, load_processor
 from scgpt_hf.stream import StreamSettings, stream_cells
 from scgpt_hf.tokens.processing_scgpt import ScGPTProcessor
-from scgpt_hf.training.calibration import Logits, expected_calibration_error, fit_temperature
+from scgpt_hf.training.calibration import Logits, expected_calibration_error, fit_temperature, reliability
 from scgpt_hf.training.classifier import ClassifierTrainer, agreement, score
 from scgpt_hf.training.finetuning_settings import AnnotateSettings, FinetuneSettings, training_settings
 from scgpt_hf.training.labels import LabelledCells, balanced_weights, choose_labelled
@@ -259,5 +259,6 @@ def _describe_scores(cells: LabelledCells, logits: Logits, classes: Any, tempera
         },
         "temperature": temperature,
         "calibration_error": errors,
+        "reliability": reliability(logits / temperature, classes),
         "confusion": {"labels": cells.labels, "counts": confusion.tolist()},
     }

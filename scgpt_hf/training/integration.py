@@ -67,6 +67,7 @@ def finetune_integration(data: Address, settings: IntegrateSettings) -> dict[str
         "task": "integrate",
         "model": settings.model,
         "domain_key": settings.domain_key,
+        **{f"{part}_cells": len(ids) for part, ids in parts.items()},
         "domains": {
             domain: {part: int((domain_of.reindex(ids) == domain).sum()) for part, ids in parts.items()}
             for domain in domains
