@@ -31,6 +31,7 @@ from scgpt_hf.cells.remote import open_context
 from scgpt_hf.cells.source import open_source
 from scgpt_hf.stream import StreamSettings, read_ahead, stream_cells
 from scgpt_hf.tokens.processing_scgpt import ScGPTProcessor
+from scgpt_hf.tokens.tokenizing_scgpt import rows_of
 
 BATCH = 32
 THIRD = "cell_type in ['CD4-positive, alpha-beta T cell', 'platelet']"  # of a synthetic Census, in runs of about 12
@@ -75,7 +76,8 @@ def raw_rows(source: CensusSource, plan: EpochPlan) -> Iterator[csr_matrix]:
             if block + 1 < plan.n_blocks:
                 ahead = pool.submit(read, block + 1)
             for first in range(0, counts.shape[0], BATCH):
-                yield counts[first : first + BATCH]
+                rows = rows_of(counts, first, min(first + BATCH, counts.shape[0]))
+                yield csr_matrix((rows.data, rows.indices, rows.indptr), rows.shape, copy=False)
 
 
 def ours_raw(path: Path, n_threads: int, obs_filter: str | None = None) -> float:

@@ -93,14 +93,21 @@ def _count_entries(ids, counts, first, row_of_id, lengths):  # type: ignore[no-u
 @njit(nogil=True, cache=True)
 def _scatter_entries(ids, columns, counts, first, row_of_id, cursor, genes, values):  # type: ignore[no-untyped-def]
     """Write each wanted entry behind the last one of its cell, in order; return how many are no raw counts."""
-    n_wrong = 0
+    n_wrong, last, row, place = 0, np.int64(-1), np.int32(-1), np.int64(0)
     for entry in range(len(ids)):
-        row = row_of_id[ids[entry] - first]
-        if row >= 0 and counts[entry] != 0:
-            place, count = cursor[row], np.float32(counts[entry])
-            genes[place], values[place] = columns[entry], count
-            cursor[row] = place + 1
+        if ids[entry] != last:  # entries of one cell lie together, a tile's worth
+            if row >= 0:
+                cursor[row] = place
+            last = ids[entry]
+            row = row_of_id[last - first]
+            place = cursor[row]
+        count = np.float32(counts[entry])
+        if row >= 0 and count != 0:
+            genes[np.uint64(place)], values[np.uint64(place)] = columns[entry], count
+            place += 1
             n_wrong += (count < 0) | (count - np.floor(count) != 0)  # NaN and infinity: NaN != 0
+    if row >= 0:
+        cursor[row] = place
     return n_wrong
 
 
