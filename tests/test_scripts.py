@@ -170,6 +170,48 @@ def test_build_census_writes_what_pretraining_reads(small_cells, tmp_path):
     assert dry.returncode == 0, dry.stderr[-2000:]
 
 
+def test_jobs_of_an_array_write_a_cache_and_leave_one_of_something_else_alone(small_census, tmp_path):
+    arguments = [
+        script("cache_census"),
+        str(small_census),
+        str(tmp_path / "cache"),
+        "--obs_filter",
+        "disease == 'normal'",
+    ]
+    ends = []
+    for job in ("1/2", "0/2"):
+        done = run(*arguments, "--shard", job)
+        assert done.returncode == 0, done.stderr[-2000:]
+        ends.append(done.stdout)
+    assert "is whole: train on it with --data" in ends[-1]
+    refused = run(script("cache_census"), str(small_census), str(tmp_path / "cache"))
+    assert refused.returncode != 0
+    assert "holds a cache of something else (cells: expected 270" in refused.stderr
+    assert "Traceback" not in refused.stderr
+
+
+@pytest.mark.slow
+def test_two_processes_that_cache_learn_what_one_does_from_the_whole_cache(small_census, tmp_path):
+    shared = ["--data", str(small_census), *SMALL, "--cache_dir", str(tmp_path / "cache"), "--dropout", "0"]
+    two = run(
+        *TWO_PROCESSES, script("pretrain"), *shared, "--output_dir", str(tmp_path / "two"), ACCELERATE_USE_CPU="true"
+    )
+    assert two.returncode == 0, two.stderr[-3000:]
+    more = ["--output_dir", str(tmp_path / "one"), "--use_cpu", "true", "--per_device_train_batch_size", "32"]
+    one = run(script("pretrain"), *shared, *more)
+    assert one.returncode == 0, one.stderr[-3000:]
+    losses = [
+        [
+            line["loss"]
+            for line in map(json.loads, (tmp_path / name / "metrics.jsonl").read_text().splitlines())
+            if "gep" in line
+        ]
+        for name in ("one", "two")
+    ]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    assert not (tmp_path / "cache" / ".jobs").exists()
+
+
 def test_the_python_of_the_readme_runs(finished, small_cells, tmp_path):
     folder, _ = finished
     small_cells[0].write_h5ad(tmp_path / "cells.h5ad")

@@ -9,7 +9,7 @@ import logging
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -29,6 +29,7 @@ from scgpt_hf.cells.cache_manifest import (
     ShardRecord,
     check_shard,
     hash_cells,
+    is_cache,
     load_manifest,
     require_identity,
     write_manifest,
@@ -96,11 +97,27 @@ class CacheJobs:
         if whole or plan.exists():
             found = load_manifest(self.folder)[0] if whole else Identity(**_read_json(plan))
             require_identity(self.folder, found, self.identity)
-        elif self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir())):
+        elif self.folder.exists() and self._is_foreign():
             raise FileExistsError(f"{self.folder} exists and is not a cache; choose another folder or remove it")
         if not whole:
-            plan.parent.mkdir(parents=True, exist_ok=True)
-            write_text(plan, json.dumps(asdict(self.identity), indent=1))
+            with self._unless_finished():
+                plan.parent.mkdir(parents=True, exist_ok=True)
+                write_text(plan, json.dumps(asdict(self.identity), indent=1))
+
+    @contextmanager
+    def _unless_finished(self) -> Iterator[None]:
+        """Go on where the folder of jobs is gone because another job has just finished the cache."""
+        try:
+            yield
+        except FileNotFoundError:
+            if not (self.folder / MANIFEST).exists():
+                raise
+
+    def _is_foreign(self) -> bool:
+        """Return whether the folder holds something that is no cache; another job may begin one at this moment."""
+        if not self.folder.is_dir():
+            return True
+        return any(path.name != JOBS for path in self.folder.iterdir()) and not is_cache(self.folder)
 
     def write(self, shard: int, *, rewrite: bool = False, tell: Callable[[int], object] = lambda n_cells: None) -> None:
         """Write a shard, unless it is there: then it is verified.
@@ -126,15 +143,16 @@ class CacheJobs:
                 if not rewrite:
                     raise
                 logger.warning("%s", error)
-        written = write_shard(path, self.schema, self._batches(ids, tell), scratch=self.folder / JOBS)
-        if record is not None and record.sha256 != written.sha256:
-            raise CacheError(
-                f"{path} was written again and is not what it was (sha256 {written.sha256[:16]}…, before "
-                f"{record.sha256[:16]}…): the source, or the version of pyarrow, has changed; make a new cache"
-            )
-        record = ShardRecord(path.name, *written, len(ids), int(ids[0]), int(ids[-1]))
-        if not (self.folder / MANIFEST).exists():
-            write_text(self.folder / JOBS / f"{path.name}.json", json.dumps(asdict(record)))
+        with self._unless_finished():
+            written = write_shard(path, self.schema, self._batches(ids, tell), scratch=self.folder / JOBS)
+            if record is not None and record.sha256 != written.sha256:
+                raise CacheError(
+                    f"{path} was written again and is not what it was (sha256 {written.sha256[:16]}…, before "
+                    f"{record.sha256[:16]}…): the source, or the version of pyarrow, has changed; make a new cache"
+                )
+            record = ShardRecord(path.name, *written, len(ids), int(ids[0]), int(ids[-1]))
+            if not (self.folder / MANIFEST).exists():
+                write_text(self.folder / JOBS / f"{path.name}.json", json.dumps(asdict(record)))
 
     def finish(self) -> bool:
         """Write the manifest if all shards are there, and return whether they are."""

@@ -99,6 +99,8 @@ def gather_obs(
     shards: Sequence[Shard], shard_of_cell: Array, cell_ids: Int64Array, columns: Sequence[str]
 ) -> pd.DataFrame:
     """Return obs columns of cells of any shards, in the order given; arguments as of `gather_cells`."""
+    if not columns:  # a table without columns forgets its number of rows
+        return pd.DataFrame(index=pd.Index(cell_ids, name="cell_id"))
     order, tables = np.argsort(shard_of_cell, kind="stable"), []
     for shard, cells in _by_shard(order, shards, shard_of_cell):
         rows = np.searchsorted(shard.cell_ids, cell_ids[cells])

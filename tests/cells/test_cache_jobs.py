@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import anndata
@@ -60,6 +61,17 @@ def test_any_number_of_jobs_in_any_order_gives_the_same_bytes(source, whole, tmp
     done = [write_cache(source, tmp_path / "many", job=(job, n_jobs), **SHARD) for job in order]
     assert done == [set(order[: ended + 1]) >= set(range(min(n_jobs, 5))) for ended in range(n_jobs)]
     assert contents(tmp_path / "many") == whole
+
+
+def test_jobs_may_begin_at_the_same_moment(source, whole, tmp_path):
+    for attempt in range(10):
+        folder = tmp_path / str(attempt)
+        with ThreadPoolExecutor(8) as pool:
+            done = list(
+                pool.map(lambda job, folder=folder: write_cache(source, folder, job=(job, 8), **SHARD), range(8))
+            )
+        assert any(done)
+        assert contents(folder) == whole
 
 
 @given(st.sets(st.integers(0, 8999), min_size=1, max_size=400), st.integers(2048, 5000))
