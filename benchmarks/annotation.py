@@ -1,0 +1,300 @@
+#!/usr/bin/env python
+"""What pretraining is worth for naming cell types: on labelled blood cells of donors that no one was trained on.
+
+Example:
+    python scripts/build_census.py …/{aml027_bmmc_pre,…}.h5ad --out runs/blood_transfer_census
+    accelerate launch scripts/pretrain.py configs/blood_transfer.yaml
+    python benchmarks/annotation.py runs/blood_transfer --data DIR
+
+DIR holds the five labelled sets that configs/blood_transfer.yaml leaves out. Three parts, each written to
+results/annotation/PART.json; the table and the figure show all parts that are there:
+  embeddings  scores of each set's embedding, untouched, beside an encoder with random weights and HVG + PCA
+  donors      types of 10 donors of OneK1K from 30 others, whole donors, with 10, 25, 50 and 100 % of the labels
+  studies     types of PBMC 3k from PBMC 4k and 8k: another donor, another chemistry; the same shares
+Fine-tuning keeps a fifth of the labels to stop early; logistic regression learns from all of them.
+"""
+
+import argparse
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import anndata
+import numpy as np
+import pandas as pd
+import torch
+import transformers
+from anndata import AnnData
+from measuring import RESULTS, write_result
+from scipy.sparse import csr_matrix
+from sklearn.metrics import accuracy_score, f1_score
+from transformers import AutoModel, AutoProcessor
+
+from scgpt_hf import AnnotateSettings, embed_anndata, finetune_classifier, predict_cell_types
+from scgpt_hf.analysis.baseline_embeddings import LOGISTIC, PCA, transfer_features
+from scgpt_hf.analysis.evaluation import evaluate_embeddings
+from scgpt_hf.analysis.probing import predict_query
+
+SHARES = (0.1, 0.25, 0.5, 1.0)
+EPOCHS = {0.1: 20, 0.25: 12, 0.5: 8, 1.0: 5}  # fewer cells, more epochs: 50 to 100 steps at every share
+SETS = {  # name of the file → label
+    "pbmc3k_10x": "cell_type",
+    "pbmc4k_asurat": "cell_type",
+    "pbmc6k8k_ismb": "cell_type",
+    "onek1k_panel1000": "cell_type",
+    "lupus_healthy_tcells_panel3000": "cell_type",
+}
+SCORED = ("NMI", "ARI", "ASW label", "kNN macro-F1", "linear probe macro-F1")
+PRETRAINED, RANDOM = "X_scgpt", "X_random"
+TUNED = "fine-tuned"
+ARMS = {
+    TUNED: "fine-tuned, all weights",
+    "probe": "linear probe on the pretrained embedding",
+    "random": "linear probe on a random encoder's embedding",
+    PCA: "logistic regression on HVG + PCA",
+    LOGISTIC: "logistic regression on HVG",
+}
+
+
+def main() -> None:
+    """Run the parts asked for, then draw and tabulate all that there are."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path, help="folder of the pretraining run")
+    parser.add_argument("--data", type=Path, required=True, help="folder of the labelled .h5ad files")
+    parser.add_argument("--parts", nargs="*", default=list(PARTS), choices=[*PARTS], help="default: all")
+    parser.add_argument("--seeds", type=int, default=3, help="repeats of each share of labels (default: %(default)s)")
+    parser.add_argument("--train_cells", type=int, default=600, help="labelled cells at 100 %% (default: %(default)s)")
+    parser.add_argument("--test_cells", type=int, default=600, help="cells predicted or scored (default: %(default)s)")
+    parser.add_argument("--learning_rate", type=float, default=5e-4, help="of fine-tuning (default: %(default)s)")
+    settings = parser.parse_args()
+    transformers.logging.set_verbosity_error()
+    (RESULTS / "annotation").mkdir(parents=True, exist_ok=True)
+    for part in settings.parts:
+        for result in PARTS[part](settings):
+            write_result(f"annotation/{part}", result)
+    print(tabulate())
+    draw()
+
+
+def score_embeddings(settings: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Yield each set's scores by method: the embeddings and HVG + PCA, with logistic regression on HVG beside."""
+    scores = {}
+    for name, label in SETS.items():
+        cells = labelled(settings.data / f"{name}.h5ad", label)
+        cells = cells[draw_cells(cells, settings.test_cells, seed=0)].copy()
+        embed_both(cells, settings.run)
+        found = evaluate_embeddings(cells, [PRETRAINED, RANDOM], label, "donor_id", metrics=None, progress=False)
+        scores[name] = {
+            "cells": cells.n_obs,
+            "types": int(cells.obs[label].nunique()),
+            "donors": int(cells.obs["donor_id"].nunique()),
+            "scores": {method: {m: s.values[m] for m in s.values} for method, s in found.methods.items()},
+        }
+        print(pd.DataFrame(scores[name]["scores"]).round(3).to_string(), flush=True)
+        yield {"part": "embeddings", "sets": scores}
+
+
+def across_donors(settings: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Yield scores on 10 donors of OneK1K by a model tuned on others; each seed draws donors and cells anew."""
+    cells = labelled(settings.data / "onek1k_panel1000.h5ad", "cell_type")
+    donors = np.array(sorted(cells.obs["donor_id"].unique()))
+
+    def split(seed: int) -> tuple[AnnData, AnnData]:
+        held_out = np.random.default_rng(seed).permutation(donors)[:10]
+        apart = cells.obs["donor_id"].isin(held_out).to_numpy()
+        return cells[~apart], cells[apart]
+
+    return learning_curves("donors", split, "cell_type", settings)
+
+
+def across_studies(settings: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Yield scores on PBMC 3k by a model tuned on PBMC 4k and the 8k cells of the ISMB set, by harmonised type."""
+    label = "cell_type_coarse"
+    of_4k, of_both, query = (
+        labelled(settings.data / f"{name}.h5ad", label) for name in ("pbmc4k_asurat", "pbmc6k8k_ismb", "pbmc3k_10x")
+    )
+    of_8k = of_both[of_both.obs["donor_id"] == "10x_pbmc4k8k_donor"]
+    reference = anndata.concat([of_4k, of_8k], join="inner", merge="first")
+    reference.X, reference.obs["donor_id"] = csr_matrix(reference.X), "10x_pbmc4k8k_donor"
+    shared = reference.var_names.intersection(query.var_names)  # bins are ranks: all arms see the same genes
+    pair = reference[:, shared].copy(), query[:, shared].copy()
+    return learning_curves("studies", lambda seed: pair, label, settings)
+
+
+def learning_curves(part: str, split: Any, label: str, settings: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Yield macro-F1 and accuracy of every arm at every share of the labels, after each seed with one more row each."""
+    rows = []
+    for seed in range(settings.seeds):
+        pool, test = split(seed)
+        pool = pool[draw_cells(pool, settings.train_cells, seed)].copy()
+        test = test[test.obs[label].isin(pool.obs[label])]
+        test = test[draw_cells(test, settings.test_cells, seed)].copy()
+        features = features_of(pool, test, settings.run, seed)
+        for share in SHARES:
+            labels_used = stratified(pool.obs[label].to_numpy(), share, seed)
+            for arm, scores in compare(pool, test, features, labels_used, label, share, seed, settings):
+                rows.append({"seed": seed, "share": share, "labels": len(labels_used), "arm": arm, **scores})
+                print(part, rows[-1], flush=True)
+        yield {
+            "part": part,
+            "seeds": seed + 1,
+            "label": label,
+            "train_cells": pool.n_obs,
+            "test_cells": test.n_obs,
+            "types": sorted(test.obs[label].astype(str).unique()),
+            "learning_rate": settings.learning_rate,
+            "rows": rows,
+        }
+
+
+def compare(
+    pool: AnnData,
+    test: AnnData,
+    features: dict[str, Any],
+    used: Any,
+    label: str,
+    share: float,
+    seed: int,
+    settings: Any,
+) -> Iterator[tuple[str, dict[str, float]]]:
+    """Yield the scores of each arm that learned from the `used` cells of the pool."""
+    known, true = pool.obs[label].astype(str).to_numpy()[used], test.obs[label].astype(str).to_numpy()
+    for arm, (of_pool, of_test) in features.items():
+        found = predict_query(of_pool[used], known, of_test, true, "linear probe")
+        predicted = np.full(len(true), "type without labels", dtype=object)
+        predicted[found.cells] = found.predicted
+        yield arm, scores_of(true, predicted)
+    with tempfile.TemporaryDirectory() as folder:
+        tuning = AnnotateSettings(
+            model=str(settings.run / "best_model"),
+            out=f"{folder}/run",
+            label=label,
+            epochs=EPOCHS[share],
+            learning_rate=settings.learning_rate,
+            seed=seed,
+            disable_tqdm=True,
+        )
+        finetune_classifier(pool[used].copy(), tuning)
+        named = test.copy()
+        predict_cell_types(named, f"{folder}/run/best_model", threshold=0.0, key="predicted", progress=False)
+        yield TUNED, scores_of(true, named.obs["predicted"].astype(str).to_numpy())
+
+
+def features_of(pool: AnnData, test: AnnData, run: Path, seed: int) -> dict[str, Any]:
+    """Return of each arm but fine-tuning the features of the pool and of the test cells."""
+    counts, query = csr_matrix(pool.X), csr_matrix(test.X)
+    batches = pool.obs["donor_id"].astype(str).to_numpy()
+    features: dict[str, Any] = transfer_features(counts, batches, query, (PCA, LOGISTIC), seed)
+    for cells in (pool, test):
+        embed_both(cells, run)
+    features["probe"] = pool.obsm[PRETRAINED], test.obsm[PRETRAINED]
+    features["random"] = pool.obsm[RANDOM], test.obsm[RANDOM]
+    return features
+
+
+def embed_both(cells: AnnData, run: Path) -> None:
+    """Write the pretrained embedding and that of an encoder of the same shape with random weights."""
+    processor, model = AutoProcessor.from_pretrained(run / "best_model"), AutoModel.from_pretrained(run / "best_model")
+    torch.manual_seed(0)
+    for key, encoder in ((PRETRAINED, model), (RANDOM, AutoModel.from_config(model.config))):
+        embed_anndata(cells, encoder, processor, key=key, progress=False)
+
+
+def labelled(path: Path, label: str) -> AnnData:
+    """Return the labelled cells of a file."""
+    cells = anndata.read_h5ad(path)
+    return cells[~cells.obs[label].isin(["unknown"]).to_numpy()].copy()
+
+
+def draw_cells(cells: AnnData, n: int, seed: int) -> np.ndarray:
+    """Return the rows of at most n cells, drawn uniformly, ascending."""
+    return np.sort(np.random.default_rng(seed).permutation(cells.n_obs)[:n])
+
+
+def stratified(labels: np.ndarray, share: float, seed: int) -> np.ndarray:
+    """Return a share of the rows of each label, at least two where there are, ascending."""
+    order = np.random.default_rng(seed).permutation(len(labels))
+    rank = pd.Series(labels[order]).groupby(labels[order]).cumcount().to_numpy()
+    wanted = {label: max(2, round(share * n)) for label, n in pd.Series(labels).value_counts().items()}
+    return np.sort(order[rank < pd.Series(labels[order]).map(wanted).to_numpy(np.int64)])
+
+
+def scores_of(true: np.ndarray, predicted: np.ndarray) -> dict[str, float]:
+    """Return macro-F1 over the types of the test cells, and accuracy."""
+    macro = f1_score(true, predicted, labels=sorted(set(true)), average="macro", zero_division=0)
+    return {"macro_f1": round(float(macro), 4), "accuracy": round(float(accuracy_score(true, predicted)), 4)}
+
+
+def read_parts() -> dict[str, dict[str, Any]]:
+    """Return what was measured, by part."""
+    import json
+
+    paths = {part: RESULTS / "annotation" / f"{part}.json" for part in PARTS}
+    return {part: json.loads(path.read_text()) for part, path in paths.items() if path.exists()}
+
+
+def tabulate() -> str:
+    """Write the tables to results/annotation/README.md and return them."""
+    text = ["# Naming cell types of donors that no one was trained on", "", f"`{COMMAND}`", ""]
+    for part, result in read_parts().items():
+        if part == "embeddings":
+            text += _embedding_table(result)
+            continue
+        text += [
+            f"## {TITLES[part]}",
+            "",
+            f"{result['train_cells']} cells with labels at 100 %, {result['test_cells']}",
+        ]
+        text[-1] += f" test cells, {len(result['types'])} types; mean macro-F1 (accuracy) over the seeds."
+        rows = pd.DataFrame(result["rows"])
+        means = rows.groupby(["arm", "share"])[["macro_f1", "accuracy"]].mean()
+        text += ["", "| | " + " | ".join(f"{share:.0%}" for share in SHARES) + " |", "| --- " * 5 + "|"]
+        for arm, title in ARMS.items():
+            cells = [means.loc[(arm, share)] for share in SHARES]
+            text.append(f"| {title} | " + " | ".join(f"{c.macro_f1:.3f} ({c.accuracy:.3f})" for c in cells) + " |")
+        text.append("")
+    (RESULTS / "annotation" / "README.md").write_text("\n".join(text).rstrip() + "\n", encoding="utf-8")
+    return "\n".join(text)
+
+
+def _embedding_table(result: dict[str, Any]) -> list[str]:
+    text = ["## Embeddings as they are, nothing trained on the set", ""]
+    text += ["| set | method | " + " | ".join(SCORED) + " |", "| --- " * (len(SCORED) + 2) + "|"]
+    for name, found in result["sets"].items():
+        for method, scores in found["scores"].items():
+            shown = [f"{scores[metric]:.3f}" if metric in scores else "–" for metric in SCORED]
+            text.append(f"| {name} | {method} | " + " | ".join(shown) + " |")
+    return [*text, ""]
+
+
+def draw() -> None:
+    """Draw macro-F1 against the share of labels, one panel per part, to results/annotation/annotation.png."""
+    import matplotlib.pyplot as plt
+
+    curves = {part: result for part, result in read_parts().items() if part != "embeddings"}
+    if not curves:
+        return
+    figure, axes = plt.subplots(1, len(curves), figsize=(5.2 * len(curves), 4), squeeze=False, sharey=True)
+    colours = ["#0072B2", "#56B4E9", "#999999", "#E69F00", "#D55E00"]  # Okabe and Ito, told apart by the colour-blind
+    for axis, (part, result) in zip(axes[0], curves.items(), strict=True):
+        rows = pd.DataFrame(result["rows"])
+        for colour, (arm, title) in zip(colours, ARMS.items(), strict=True):
+            of_arm = rows[rows["arm"] == arm].groupby("share")["macro_f1"]
+            axis.plot(100 * of_arm.mean().index, of_arm.mean(), "o-", color=colour, label=title)
+            axis.fill_between(100 * of_arm.min().index, of_arm.min(), of_arm.max(), color=colour, alpha=0.12, lw=0)
+        axis.set(title=TITLES[part], xlabel="share of the labels (%)", xscale="log", xticks=[10, 25, 50, 100])
+        axis.set_xticklabels([10, 25, 50, 100])
+        axis.minorticks_off()
+    axes[0, 0].set_ylabel("macro-F1 on held-out donors")
+    axes[0, -1].legend(frameon=False, fontsize=8)
+    figure.tight_layout()
+    figure.savefig(RESULTS / "annotation" / "annotation.png", dpi=130)
+
+
+PARTS = {"embeddings": score_embeddings, "donors": across_donors, "studies": across_studies}
+TITLES = {"donors": "OneK1K: 30 donors to 10 others", "studies": "PBMC 4k and 8k to PBMC 3k"}
+COMMAND = "python benchmarks/annotation.py runs/blood_transfer --data DIR"
+
+if __name__ == "__main__":
+    main()
