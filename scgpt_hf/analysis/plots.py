@@ -38,7 +38,8 @@ def plot_umap(coordinates: FloatArray, panels: Mapping[str, Sequence[str]], *, t
     """Return the cells on their map, one panel for each way to colour them, categories by falling size.
 
     Points are drawn in one shuffled order, so that no category hides another, and as pixels even in a vector file.
-    Beyond 20 categories the smallest share the grey of "other"; cells without a label are "unlabelled", grey as "unknown".
+    Beyond 20 categories the smallest share the grey of "other"; cells without a label are "unlabelled", grey as
+    "unknown".
 
     Args:
         coordinates: shape (cells, 2).
