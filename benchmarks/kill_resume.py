@@ -184,38 +184,64 @@ def metrics(folder: Path) -> list[dict[str, Any]]:
     return [{key: value for key, value in line.items() if not key.endswith(CLOCK)} for line in lines]
 
 
-def compare(flags: list[str], kills: int, processes: int, scratch: Path, chance: random.Random) -> dict[str, Any]:
-    """Return what came of runs that were killed `kills` times in all; raises if any step differs."""
-    whole, trace = scratch / "whole", scratch / "whole.trace"
-    started = time.monotonic()
+def train_whole(flags: list[str], processes: int, whole: Path) -> dict[int, dict[int, str]]:
+    """Train without a kill; return the line of each step, by process."""
+    trace = whole.with_suffix(".trace")
     if not finish(start(processes, flags, whole, trace)):
         raise RuntimeError("the uninterrupted run was killed")
-    expected = {}
-    for rank in range(processes):
-        lines = trace.with_name(f"{trace.name}.{rank}").read_text().splitlines()
-        expected[rank] = {json.loads(line)["step"]: line for line in lines}
+    return {rank: {json.loads(line)["step"]: line for line in traced(trace, rank)} for rank in range(processes)}
+
+
+def traced(trace: Path, rank: int) -> list[str]:
+    """Return the lines that one process of a run has left, in all sessions, without one that a kill has cut."""
+    path = trace.with_name(f"{trace.name}.{rank}")
+    lines = path.read_text().splitlines() if path.exists() else []
+    return [line for line in lines if line.endswith("}")]
+
+
+def require_same(folder: Path, whole: Path, expected: dict[int, dict[int, str]]) -> int:
+    """Return how many steps of a killed run were compared with the whole one's; exit at the first that differs."""
+    n_lines = 0
+    for rank, lines in expected.items():
+        found = traced(folder.with_suffix(".trace"), rank)
+        n_lines += len(found)
+        for line in found:
+            step = json.loads(line)["step"]
+            if line != lines[step]:
+                raise SystemExit(f"step {step} differs:\n{line}\n{lines[step]}")
+        if missing := lines.keys() - {json.loads(line)["step"] for line in found}:
+            raise SystemExit(f"steps {sorted(missing)} were never done")
+    if metrics(folder) != metrics(whole):
+        raise SystemExit(f"metrics.jsonl differs: {folder} and {whole}")
+    return n_lines
+
+
+def begin_anew(folder: Path) -> bool:
+    """Remove a run that was killed before its first checkpoint, as its error says; return whether it was."""
+    hopeless = folder.exists() and not checkpoints_in(folder)
+    if hopeless:
+        shutil.rmtree(folder)
+    return hopeless
+
+
+def compare(flags: list[str], kills: int, processes: int, scratch: Path, chance: random.Random) -> dict[str, Any]:
+    """Return what came of runs that were killed `kills` times in all; exits if any step differs."""
+    whole, started = scratch / "whole", time.monotonic()
+    expected = train_whole(flags, processes, whole)
     moments: Counter[str] = Counter()
     n_runs = n_lines = from_scratch = 0
-    while sum(moments[name] for name in ("while saving", "between saves")) < kills:
+    while (left := kills - moments["while saving"] - moments["between saves"]) > 0:
         n_runs += 1
-        folder, trace = scratch / f"killed-{n_runs}", scratch / f"killed-{n_runs}.trace"
-        ended = False
+        folder = scratch / f"killed-{n_runs}"
+        trace, ended = folder.with_suffix(".trace"), False
         while not ended:
-            if folder.exists() and not checkpoints_in(folder):
-                shutil.rmtree(folder)  # as the error says
-                from_scratch += 1
+            from_scratch += begin_anew(folder)
             children = start(processes, flags, folder, trace)
-            if sum(moments[name] for name in ("while saving", "between saves")) < kills:
+            if left > 0:
                 moments[kill_sometime(children, folder, trace, chance)] += 1
+                left = kills - moments["while saving"] - moments["between saves"]
             ended = finish(children)
-        for rank in range(processes):
-            for line in trace.with_name(f"{trace.name}.{rank}").read_text().splitlines():
-                step = json.loads(line)["step"] if line.endswith("}") else None  # the kill may have cut the line
-                if step and line != expected[rank][step]:
-                    raise SystemExit(f"step {step} differs:\n{line}\n{expected[rank][step]}")
-                n_lines += 1
-        if metrics(folder) != metrics(whole):
-            raise SystemExit(f"metrics.jsonl differs: {folder} and {whole}")
+        n_lines += require_same(folder, whole, expected)
     return {
         "kills": dict(moments),
         "runs": n_runs,
