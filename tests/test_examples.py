@@ -54,6 +54,7 @@ def test_the_second_notebook_runs_on_any_checkpoint(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_the_notebooks_run_one_after_the_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("EXAMPLE_EPOCHS", "1")
     assert len(NOTEBOOKS) == 2
