@@ -10,6 +10,7 @@ examples run in a child process, a few hundred at a time.
 
 import argparse
 import json
+import logging
 import multiprocessing
 import sys
 import tempfile
@@ -28,7 +29,11 @@ def run(
     """Check every case at every seed; say beforehand which one it is, so that a crash has a name."""
     sys.path[:0] = [str(TESTS), str(TESTS / "faults")]
     warnings.simplefilter("ignore")
+    logging.disable()
     from damage import check
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
 
     for seed in seeds:
         for name in names:

@@ -1,5 +1,8 @@
 """A saved model and its processor, loaded together from a folder or from the Hub, and checked to belong together."""
 
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,15 +36,19 @@ def load_pretrained(name: str | Path, model_class: Any, **changes: Any) -> Pretr
             the whole encoder; the changes do not go with it; or model and processor do not belong together.
     """
     processor = load_processor(name)
-    saved, _ = ScGPTConfig.get_config_dict(name)
+    require_inside(name)
+    with _damage_said(name):
+        saved, _ = ScGPTConfig.get_config_dict(name)
     if saved.get("model_type") != ScGPTConfig.model_type:
         raise ValueError(f"{name} holds a {saved.get('model_type')!r} model, not one of scgpt")
-    try:
-        config = ScGPTConfig(**{**saved, **changes})
-    except StrictDataclassError as error:
-        raise ValueError(f"{name} cannot be changed so: {error.__cause__ or error}") from error
+    with _damage_said(name):
+        try:
+            config = ScGPTConfig(**{**saved, **changes})
+        except StrictDataclassError as error:
+            raise ValueError(f"{name} cannot be changed so: {error.__cause__ or error}") from error
     loading = {"config": config, "output_loading_info": True, "ignore_mismatched_sizes": True}
-    model, report = model_class.from_pretrained(name, **loading)
+    with _damage_said(name):
+        model, report = model_class.from_pretrained(name, use_safetensors=True, **loading)
     require_pair(model, processor)
     missing = {*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])}
     encoder = "" if model.base_model is model else f"{model.base_model_prefix}."
@@ -60,8 +67,41 @@ def load_processor(name: str | Path) -> ScGPTProcessor:
     """
     if Path(name, "best_model").is_dir():
         raise ValueError(f"{name} is the folder of a run; its model is {Path(name, 'best_model')}")
-    processor: ScGPTProcessor = AutoProcessor.from_pretrained(name)  # type: ignore[no-untyped-call]
+    with _damage_said(name):
+        processor: ScGPTProcessor = AutoProcessor.from_pretrained(name)  # type: ignore[no-untyped-call]
+        if not isinstance(processor, ScGPTProcessor):
+            raise ValueError(f"{name} holds a {type(processor).__name__}, not a processor of scgpt")
     return processor
+
+
+def require_inside(name: str | Path) -> None:
+    """Raise if the list of a local model's weights leads out of its folder.
+
+    Raises:
+        ValueError: naming the entry.
+    """
+    index = Path(name, "model.safetensors.index.json")
+    if not index.is_file():
+        return
+    with _damage_said(name):
+        shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        if wrong := sorted(shard for shard in shards if Path(shard).name != shard):
+            raise ValueError(f"{index} leads out of its folder: {wrong[:3]}; expected names of files beside it")
+
+
+@contextmanager
+def _damage_said(name: str | Path) -> Iterator[None]:
+    """Turn what the libraries raise on damaged files into an error that names the folder; ours pass."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        if str(name) in str(error):
+            raise
+        raise (OSError if isinstance(error, OSError) else ValueError)(f"{name}: {error}") from error
+    except Exception as error:  # tokenizers raises bare Exception, others anything; the cause is kept
+        raise ValueError(
+            f"{name} holds a damaged model or processor ({type(error).__name__}: {str(error)[:200]}); copy it again"
+        ) from error
 
 
 def require_pair(model: PreTrainedModel, processor: ScGPTProcessor) -> None:

@@ -35,7 +35,7 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     if not Path(path).is_file():
         raise FileNotFoundError(f"no metrics at {str(path)!r}; a run writes metrics.jsonl with its first log line")
     metrics = []
-    for number, text in enumerate(Path(path).read_text().splitlines(), start=1):
+    for number, text in enumerate(Path(path).read_text(encoding="utf-8", errors="replace").splitlines(), start=1):
         try:
             line = json.loads(text)
         except json.JSONDecodeError as error:

@@ -5,6 +5,7 @@ what is built here is read by `census.py`, or by anything else that reads a Cens
 """
 
 import errno
+import glob
 import logging
 import os
 import shutil
@@ -68,6 +69,8 @@ def build_census(
     labels = _label_cells(source, dataset_ids, keep_obs)
     _compare_space(source.parts, folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
+    if left := sorted(folder.parent.glob(f".{glob.escape(folder.name)}-*")):
+        logger.warning("an earlier build was killed, or is still at work, and left %s; remove what no build uses", left)
     with TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as scratch:
         root = Path(scratch) / "soma"
         try:

@@ -6,7 +6,7 @@ holds `obs` and the cells of one read. To read millions of cells again and again
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from scgpt_hf.cells.block import CellBlock, Int64Array, gene_hash, name_layers, 
 from scgpt_hf.cells.genes import find_gene_ids, join_genes
 from scgpt_hf.cells.layout import TILE
 from scgpt_hf.cells.obs import drop_unused_categories, full_filter, require_columns, select_rows
+from scgpt_hf.cells.soundness import damage_said, require_sound
 
 logger = logging.getLogger(__name__)
 
@@ -38,12 +39,14 @@ class H5adPart:
         counts: raw counts, in memory or on disk. Shape (cells, genes).
         obs: all columns of all cells. Shape (cells, columns).
         genes: `feature_id`, `feature_name`, `feature_length`; row i for column i of the counts.
+        file: that the counts are read from, or None.
     """
 
     name: str
     counts: Any
     obs: pd.DataFrame
     genes: pd.DataFrame
+    file: h5py.File | None = None
 
     def read(self, rows: Int64Array) -> csr_matrix:
         """Return the raw counts of these ascending rows, float32, columns as in the file. Shape (rows, genes)."""
@@ -52,12 +55,17 @@ class H5adPart:
             counts = csr_matrix(in_memory[rows], dtype=np.float32)
         else:
             runs = np.split(rows, np.flatnonzero(np.diff(rows) > GAP) + 1)
-            read = [csr_matrix(self.counts[run[0] : run[-1] + 1])[run - run[0]] for run in runs if len(run)]
-            counts = vstack(read or [csr_matrix(self.counts[:0])], format="csr", dtype=np.float32)
+            read = [self._read_run(int(run[0]), int(run[-1]) + 1)[run - run[0]] for run in runs if len(run)]
+            counts = vstack(read or [csr_matrix((0, self.counts.shape[1]))], format="csr", dtype=np.float32)
         require_counts(counts, self.name)
         counts.sum_duplicates()
         counts.eliminate_zeros()
         return counts
+
+    def _read_run(self, start: int, stop: int) -> csr_matrix:
+        """Return neighbouring rows of a file."""
+        with damage_said(self.name):
+            return csr_matrix(require_sound(self.counts[start:stop], self.name))
 
 
 class H5adSource:
@@ -84,18 +92,46 @@ class H5adSource:
         Raises:
             ValueError: a file cannot be read as h5ad, holds no raw counts there, repeats a gene; or no cell matches.
         """
-        self._settings = {"data": data, "obs_filter": obs_filter, "layer": layer, "primary_only": primary_only}
-        self.parts = list(open_parts(data, layer))
+        self._settings: dict[str, Any] = {
+            "data": data,
+            "obs_filter": obs_filter,
+            "layer": layer,
+            "primary_only": primary_only,
+        }
+        self.parts: list[H5adPart] = []
+        try:
+            self._open(data, layer)
+        except BaseException:
+            self.close()
+            raise
+
+    def _open(self, data: AnnData | str | Path | Sequence[str | Path], layer: str | None) -> None:
+        """Open the parts, join their genes and find the cells."""
+        self.parts.extend(open_parts(data, layer))
         genes, self._columns = join_genes([part.genes for part in self.parts])
         self.genes = genes[["feature_id", "feature_name"]]
         self._starts = np.cumsum([0, *(len(part.obs) for part in self.parts)])
         obs = _join_obs([part.obs for part in self.parts])
         self.columns = [str(name) for name in obs]
-        self._filter = full_filter(obs_filter, self.columns, primary_only=primary_only)
+        self._filter = full_filter(
+            self._settings["obs_filter"], self.columns, primary_only=self._settings["primary_only"]
+        )
         rows = select_rows(obs, self._filter)
         self._obs = drop_unused_categories(obs.iloc[rows])
         self._offered = np.zeros(len(obs), dtype=np.bool_)
         self._offered[rows] = True
+
+    def __enter__(self) -> "H5adSource":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the files; nothing can be read after it."""
+        for part in self.parts:
+            if part.file is not None:
+                part.file.close()
 
     def __getstate__(self) -> dict[str, Any]:
         return self._settings
@@ -153,15 +189,25 @@ def open_parts(data: AnnData | str | Path | Sequence[str | Path], layer: str | N
         yield _make_part("AnnData", {"X": data.X, **data.layers, **raw}, data.obs, {"X": data.var, RAW: var}, layer)
         return
     for path in [data] if isinstance(data, str | Path) else data:
-        try:
+        with damage_said(str(path)):
             file = h5py.File(path, "r")
-            frames = {"X": read_elem(file["var"]), RAW: read_elem(file["raw/var"]) if "raw/var" in file else None}
-            obs = read_elem(file["obs"])
-        except (OSError, KeyError) as error:
-            raise ValueError(f"cannot read {str(path)!r} as an .h5ad file: {error}") from error
+        try:
+            yield _open_part(file, str(path), layer)
+        except BaseException:
+            file.close()
+            raise
+
+
+def _open_part(file: h5py.File, name: str, layer: str | None) -> H5adPart:
+    with damage_said(name):
+        frames = {"X": read_elem(file["var"]), RAW: read_elem(file["raw/var"]) if "raw/var" in file else None}
+        obs = read_elem(file["obs"])
+        for table, what in ((obs, "obs"), (frames["X"], "var")):
+            if not isinstance(table, pd.DataFrame):
+                raise ValueError(f"expected a table at {what!r}, found {type(table).__name__}")
         found = {"X": file.get("X"), **file.get("layers", {}), RAW: file.get("raw/X")}
         matrices = {name: _on_disk(matrix) for name, matrix in found.items() if matrix is not None}
-        yield _make_part(str(path), matrices, obs, frames, layer)
+        return replace(_make_part(name, matrices, obs, frames, layer), file=file)
 
 
 def _make_part(
@@ -175,13 +221,18 @@ def _make_part(
         raise ValueError(f"{name} has no layer {chosen!r}; it has {list(matrices)}")
     if not len(obs):
         raise ValueError(f"{name} has no cells")
+    matrix, var = matrices[chosen], frames[RAW if chosen == RAW else "X"]
+    if tuple(matrix.shape) != (len(obs), len(var)) or matrix.dtype.kind not in "biuf":
+        raise ValueError(
+            f"{name}: expected numbers of shape (cells, genes) = ({len(obs)}, {len(var)}) in layer {chosen!r}, "
+            f"found {matrix.dtype} of shape {tuple(matrix.shape)}"
+        )
     try:
         require_counts(_head(matrices[chosen]), f"layer {chosen!r} of {name}")
     except ValueError as error:
         others = {other: _looks_raw(matrix) for other, matrix in matrices.items() if other != chosen}
         raise name_layers(error, others) from error
-    genes = find_gene_ids(frames[RAW if chosen == RAW else "X"], name)
-    return H5adPart(name, matrices[chosen], obs, genes)
+    return H5adPart(name, matrix, obs, find_gene_ids(var, name))
 
 
 def _on_disk(matrix: h5py.Group | h5py.Dataset) -> Any:
@@ -192,7 +243,7 @@ def _on_disk(matrix: h5py.Group | h5py.Dataset) -> Any:
     if sparse.format == "csr":
         return sparse
     logger.warning("%s%s is stored by gene (CSC), not by cell: read into memory", matrix.file.filename, matrix.name)
-    return sparse.to_memory().tocsr()
+    return require_sound(sparse.to_memory(), matrix.file.filename).tocsr()
 
 
 def _head(matrix: Any) -> Any:
@@ -200,6 +251,8 @@ def _head(matrix: Any) -> Any:
 
 
 def _looks_raw(matrix: Any) -> bool:
+    if len(matrix.shape) != 2 or matrix.dtype.kind not in "biuf":
+        return False
     try:
         require_counts(_head(matrix), "")
     except ValueError:

@@ -19,6 +19,7 @@ from scgpt_hf.cells.block import Int64Array
 
 # Random placements of the donors, of which the one closest to the asked fractions is kept.
 _PLACEMENTS = 300
+_MOST_CELLS = 10**10  # a manifest that claims more is malformed, and would take all memory
 
 
 @dataclass(frozen=True, eq=False)
@@ -158,9 +159,7 @@ def load_split(path: str | Path) -> Split:
         where = f"{path}, part {name!r}"
         n_cells = _require_key(part, "n_cells", int, where)
         donors[name] = [str(donor) for donor in _require_key(part, "donors", list, where)]
-        parts[name] = _from_runs(_require_key(part, "runs", list, where), where)
-        if len(parts[name]) != n_cells:
-            raise ValueError(f"{where}: 'runs' hold {len(parts[name]):,} cells, but 'n_cells' is {n_cells:,}")
+        parts[name] = _from_runs(_require_key(part, "runs", list, where), n_cells, where)
     for one, other in combinations(parts, 2):
         if shared := sorted(set(donors[one]) & set(donors[other])):
             raise ValueError(f"{path}: {len(shared)} donors are both in {one!r} and {other!r}, e.g. {shared[:5]}")
@@ -223,12 +222,14 @@ def _to_runs(ids: Int64Array) -> list[list[int]]:
     return runs
 
 
-def _from_runs(runs: Sequence[Any], where: str) -> Int64Array:
-    """Return the ids of runs [start, stop), or raise unless the runs ascend without touching."""
+def _from_runs(runs: Sequence[Any], n_cells: int, where: str) -> Int64Array:
+    """Return the ids of runs [start, stop), or raise unless the runs ascend without touching and hold `n_cells`."""
     bounds = [bound for run in runs if isinstance(run, list) and len(run) == 2 for bound in run]
     whole = len(bounds) == 2 * len(runs) and all(type(bound) is int for bound in bounds)
-    if not whole or any(after <= before for before, after in pairwise(bounds)):
+    if not whole or any(after <= before for before, after in pairwise([-1, *bounds])):
         raise ValueError(f"{where}: expected 'runs' of ascending [start, stop), found {str(runs)[:80]}")
+    if (found := sum(stop - start for start, stop in runs)) != n_cells or found > _MOST_CELLS:
+        raise ValueError(f"{where}: 'runs' hold {found:,} cells, but 'n_cells' is {n_cells:,}")
     return np.concatenate([np.zeros(0, np.int64), *(np.arange(*run, dtype=np.int64) for run in runs)])
 
 

@@ -27,6 +27,10 @@ PRESETS: dict[str, dict[str, Any]] = {
     "base": {"hidden_size": 512, "num_hidden_layers": 12, "num_attention_heads": 8, "intermediate_size": 512},
 }
 
+# What asks for more is a damaged file, and would take all memory.
+_LARGEST = dict.fromkeys(("vocab_size", "hidden_size", "num_attention_heads", "intermediate_size"), 10_000_000)
+_LARGEST["num_hidden_layers"] = 1_000
+
 OBJECTIVES = ("gep", "gepc", "gep_zero", "gepc_zero", "ecs", "cce", "dar", "cls")
 
 # What the library itself hands to a config, beyond its fields; everything else unknown is a typo or from the future.
@@ -144,11 +148,11 @@ class ScGPTConfig(PreTrainedConfig):
         """Check sizes and shares; called by the library after construction.
 
         Raises:
-            ValueError: a size below 1, a share outside [0, 1), or heads that do not divide the hidden size.
+            ValueError: a size below 1 or absurd, a share outside [0, 1), or heads that do not divide the hidden size.
         """
-        for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; expected at least 1")
+        for name, largest in _LARGEST.items():
+            if not 1 <= getattr(self, name) <= largest:
+                raise ValueError(f"{name} is {getattr(self, name)}; expected 1 to {largest:,}")
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"hidden_size {self.hidden_size} is not a multiple of num_attention_heads {self.num_attention_heads}; "

@@ -112,6 +112,9 @@ def collect_files(run: Path, repo_id: str, weights: str = LOCAL_CHECKPOINT) -> d
         ValueError: model or processor are not complete or do not belong together, or a file is malformed.
     """
     folder = run / weights
+    for path in [path for place in (run, folder) if place.is_dir() for path in sorted(place.iterdir())]:
+        if path.is_file() and path.is_symlink():
+            raise ValueError(f"{path} is a link, and what it leads to may not be meant for others; put a copy there")
     _require_complete(folder)
     check_pair(folder)
     named = [path for path in sorted(folder.iterdir()) if path.suffix in {".safetensors", ".json", ".py"}]
@@ -149,10 +152,10 @@ def _require_complete(folder: Path) -> None:
     """Raise unless a stranger can load model and processor from the folder."""
     needed = {"config.json", "processor_config.json", "tokenizer.json"}
     index = Record(folder / _INDEX).get("weight_map", dict)
-    needed |= set(index.values()) if index else {"model.safetensors"}
+    needed |= set(map(str, index.values())) if index else {"model.safetensors"}
     for name in ("config.json", "processor_config.json"):
         classes = Record(folder / name).get("auto_map", dict) or {}
-        needed |= {f"{reference.split('.')[0]}.py" for reference in classes.values()}
+        needed |= {f"{str(reference).split('.')[0]}.py" for reference in classes.values()}
     if missing := sorted(name for name in needed if not (folder / name).is_file()):
         raise ValueError(
             f"{folder} is not complete, it lacks {', '.join(missing)}; publish a run that has ended, "
@@ -167,10 +170,10 @@ def check_pair(folder: Path) -> None:
         ValueError: they have another number of rows than the vocabulary has entries.
     """
     n_rows = Record(folder / "config.json").get("vocab_size", int)
-    tokenizer = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
-    ids = set(tokenizer.get("model", {}).get("vocab", {}).values()) | {
-        x["id"] for x in tokenizer.get("added_tokens", [])
-    }
+    tokenizer = Record(folder / "tokenizer.json")
+    added = [entry for entry in tokenizer.get("added_tokens", list) or [] if isinstance(entry, dict)]
+    entries = [*(tokenizer.get("model.vocab", dict) or {}).values(), *(entry.get("id") for entry in added)]
+    ids = {entry for entry in entries if isinstance(entry, int)}
     if n_rows is not None and len(ids) != n_rows:
         raise ValueError(
             f"the model in {folder} was made for a vocabulary of {n_rows:,}, its tokenizer.json has {len(ids):,}; "

@@ -187,13 +187,15 @@ def load_selection(path: Path) -> tuple[Selection, dict[str, Any]]:
         ValueError: a malformed file, named with the key.
     """
     split = load_split(path)
-    try:
-        n_donors = {part: len(donors) for part, donors in split.donors.items()}
-        return Selection(split.parts, split.source["genes"], split.source["domains"], n_donors), dict(split.source)
-    except KeyError as error:
-        raise ValueError(
-            f"{path} lacks the key {error} under 'source'; it was not written by a pretraining run"
-        ) from error
+    for key in ("genes", "domains"):
+        found = split.source.get(key)
+        if not isinstance(found, list) or not all(isinstance(name, str) for name in found):
+            raise ValueError(
+                f"{path}: expected a list of names at {key!r} under 'source', found {str(found)[:80]}; it was not "
+                "written by a pretraining run, or is damaged"
+            )
+    n_donors = {part: len(donors) for part, donors in split.donors.items()}
+    return Selection(split.parts, split.source["genes"], split.source["domains"], n_donors), dict(split.source)
 
 
 def build_processor(genes: list[str], data: DataSettings) -> ScGPTProcessor:

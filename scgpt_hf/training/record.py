@@ -55,7 +55,10 @@ class Record:
     def number(self, key: str, form: str = ",") -> str:
         """Return a number as text, by a format specification; see `get`."""
         value = self.get(key, (int, float))
-        return UNKNOWN if value is None else format(value, form)
+        try:
+            return UNKNOWN if value is None else format(value, form)
+        except (ValueError, OverflowError) as error:
+            raise ValueError(f"{self.name}: expected a whole number at {key!r}, found {str(value)[:80]}") from error
 
     def text(self, key: str) -> str:
         """Return a text; see `get`."""

@@ -240,7 +240,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise ValueError(f"no settings file {path}; configs/ holds examples")
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not YAML: {error}") from error
     if not isinstance(content, dict) or not all(isinstance(section, dict) for section in content.values()):
         raise ValueError(f"expected {path} to hold the sections {', '.join(SECTIONS)}, each with its settings")
@@ -289,6 +289,6 @@ def _all_fields() -> list[str]:
     return [f.name for section in SECTIONS.values() for f in dataclasses.fields(section) if f.init]
 
 
-def _nearest(name: str, known: Any) -> str:
-    near = difflib.get_close_matches(name, list(known), n=1)
+def _nearest(name: Any, known: Any) -> str:
+    near = difflib.get_close_matches(str(name), list(known), n=1)
     return f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(sorted(known)[:20])} …"

@@ -222,3 +222,10 @@ def test_the_number_of_donors_counts_a_shared_id_once_per_dataset(small_census):
     with soma.DataFrame.open(str(small_census / "census_info" / "summary")) as frame:
         summary = pd.Series(dict(table(frame)[["label", "value"]].itertuples(index=False)))
     assert summary["number_donors_homo_sapiens"] == "8"
+
+
+def test_what_a_killed_build_left_is_named(tmp_path, files, caplog):
+    (tmp_path / ".census-abc123").mkdir()
+    build_census(files, tmp_path / "census")
+    assert "left " in caplog.text
+    assert ".census-abc123" in caplog.text

@@ -1,0 +1,121 @@
+"""What may not leave or enter: credentials in files and logs, paths out of the folders named, code in pickles."""
+
+import json
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from damage import make_inputs, use_model
+
+from scgpt_hf.cells.source import open_source
+from scgpt_hf.cells.splits import load_split
+from scgpt_hf.training.hub import collect_files
+from scgpt_hf.training.settings import parse_settings, settings_yaml
+
+ROOT = Path(__file__).resolve().parents[2]
+SECRETS = ("hf_plantedtoken", "AKIAPLANTEDKEY", "planted/secret+key", "plantedpassword")
+
+
+@pytest.fixture(scope="module")
+def inputs(small_cells, small_census, tmp_path_factory):
+    return make_inputs(small_cells, small_census, tmp_path_factory.mktemp("inputs"))
+
+
+@pytest.fixture
+def run(inputs, tmp_path):
+    return Path(shutil.copytree(inputs / "run", tmp_path / "run"))
+
+
+def test_tokens_are_not_written_into_settings():
+    settings = parse_settings(["--hub_token", SECRETS[0], "--hub_model_id", "my-lab/name"], "")
+    assert settings.training.hub_token == SECRETS[0]
+    assert SECRETS[0] not in settings_yaml(settings)
+
+
+@pytest.mark.slow
+def test_no_credential_is_in_a_run_folder_or_in_what_a_run_says(small_census, tmp_path):
+    """A run with planted secrets: every file, checkpoints included, and what it said are searched for them."""
+    folder = tmp_path / "run"
+    flags = ["--data", str(small_census), "--output_dir", str(folder), "--hub_token", SECRETS[0], "--use_cpu", "true"]
+    sizes = ["--hidden_size", "16", "--num_hidden_layers", "1", "--num_attention_heads", "2", "--min_gene_counts", "1"]
+    secrets = {"HF_TOKEN": SECRETS[0], "AWS_ACCESS_KEY_ID": SECRETS[1], "AWS_SECRET_ACCESS_KEY": SECRETS[2]}
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "scripts" / "pretrain.py"), *flags, *sizes, "--max_steps", "2"],
+        env={**os.environ, **secrets, "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        timeout=250,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    assert {"settings.yaml", "README.md", "summary.json"} <= {path.name for path in files}
+    written = {str(path): path.read_bytes() for path in files} | {"stdout": done.stdout, "stderr": done.stderr}
+    assert not [(name, secret) for name, text in written.items() for secret in SECRETS if secret.encode() in text]
+
+
+def test_an_address_with_a_password_is_refused_before_anything_is_written(tmp_path):
+    with pytest.raises(ValueError, match="leave it out") as refused:
+        open_source(f"s3://user:{SECRETS[3]}@bucket/census")
+    assert SECRETS[3] not in str(refused.value)
+
+
+class Malicious:
+    """What runs a command when it is unpickled."""
+
+    def __init__(self, witness: Path) -> None:
+        self.witness = witness
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.witness),)
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "training_args.bin"])
+def test_pickles_are_never_loaded(run, tmp_path, name):
+    witness, model = tmp_path / "executed", run / "best_model"
+    (model / name).write_bytes(pickle.dumps(Malicious(witness)))
+    if name == "pytorch_model.bin":
+        (model / "model.safetensors").unlink()
+        with pytest.raises((OSError, ValueError), match="best_model"):
+            use_model(model)
+    else:
+        use_model(model)
+    assert not witness.exists()
+
+
+def test_weights_outside_of_the_folder_are_not_read(run):
+    model = run / "best_model"
+    (model / "model.safetensors").rename(run / "elsewhere.safetensors")
+    index = {"metadata": {}, "weight_map": {"gene_encoder.weight": "../elsewhere.safetensors"}}
+    (model / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match="leads out of its folder"):
+        use_model(model)
+
+
+@pytest.mark.parametrize("name", ["config.json", "notes.json"])
+def test_files_that_are_links_are_not_published(run, tmp_path, name):
+    secret = tmp_path / "secret.json"
+    secret.write_text((run / "best_model" / "config.json").read_text())
+    (run / "best_model" / name).unlink(missing_ok=True)
+    (run / "best_model" / name).symlink_to(secret)
+    with pytest.raises(ValueError, match=f"{name}.* is a link"):
+        collect_files(run, "my-lab/name")
+
+
+@pytest.mark.parametrize("repo_id", ["../../etc/x", "/etc/passwd", "a/../b", "my-lab/na\x00me", "https://x/y"])
+def test_a_hub_id_is_not_a_path(run, repo_id):
+    from scgpt_hf.training.hub import publish
+
+    with pytest.raises(ValueError, match="expected a repository id"):
+        publish(run, repo_id)
+
+
+def test_paths_in_a_split_file_are_names_and_nothing_is_read_there(run):
+    split = json.loads((run / "split.json").read_text())
+    split["source"]["uri"] = split["parts"]["train"]["donors"][0] = "../../../etc/passwd"
+    (run / "split.json").write_text(json.dumps(split))
+    assert load_split(run / "split.json").donors["train"][0] == "../../../etc/passwd"
+    published = collect_files(run, "my-lab/name")["split.json"]
+    assert b"etc" not in published

@@ -1,0 +1,74 @@
+"""Memory, file handles and threads stay flat while a stream runs on; `benchmarks/soak.py` says it of 5,000 steps."""
+
+import gc
+import threading
+import tracemalloc
+from contextlib import closing
+from itertools import islice
+
+import numpy as np
+import psutil
+import pytest
+
+from scgpt_hf.cells.h5ad import H5adSource
+from scgpt_hf.cells.plan import plan_epoch
+from scgpt_hf.cells.source import open_source
+from scgpt_hf.stream import StreamSettings, read_ahead, stream_cells
+from scgpt_hf.tokens.processing_scgpt import ScGPTProcessor
+
+WARM_UP, STEPS = 200, 400
+
+
+@pytest.fixture(params=["soma", "h5ad"])
+def source(request, small_census, small_cells, tmp_path):
+    if request.param == "soma":
+        with open_source(small_census) as source:
+            yield source
+    else:
+        small_cells[0].write_h5ad(tmp_path / "cells.h5ad")
+        with H5adSource(tmp_path / "cells.h5ad") as source:
+            yield source
+
+
+def standing(process) -> tuple[int, int, int]:
+    """Bytes that Python has in use, open files, threads."""
+    gc.collect()
+    return tracemalloc.get_traced_memory()[0], process.num_fds(), threading.active_count()
+
+
+def test_hundreds_of_steps_take_no_more_memory_files_or_threads_than_the_first(source):
+    processor, process = ScGPTProcessor.from_genes(source.genes["feature_id"].tolist()), psutil.Process()
+    ids = source.obs().index.to_numpy(np.int64)
+    plans = [plan_epoch(ids, seed=0, epoch=epoch, batch_size=8, band_size=32) for epoch in range(60)]
+    stream = stream_cells(source, plans, processor, StreamSettings(seed=0, mask_ratios=(0.5,)))
+    tracemalloc.start()
+    try:
+        with closing(read_ahead(stream)) as batches:
+            assert len(list(islice(batches, WARM_UP))) == WARM_UP
+            memory, files, threads = standing(process)
+            assert len(list(islice(batches, STEPS))) == STEPS
+            later = standing(process)
+    finally:
+        tracemalloc.stop()
+    assert later[0] - memory < 500_000  # a leak of one batch a step would be 4 MB
+    assert later[1] <= files + 2
+    assert later[2] <= threads
+
+
+def test_files_are_closed_with_their_source_and_when_opening_fails(small_cells, tmp_path):
+    paths = [tmp_path / f"{name}.h5ad" for name in ("one", "two")]
+    small_cells[0].write_h5ad(paths[0])
+    broken = small_cells[1].copy()
+    broken.X = broken.X * 0.5
+    broken.write_h5ad(paths[1])
+    process = psutil.Process()
+
+    def ours() -> list[str]:
+        return [file.path for file in process.open_files() if file.path.endswith(".h5ad")]
+
+    with H5adSource(paths[0]):
+        assert ours() == [str(paths[0])]
+    assert not ours()
+    with pytest.raises(ValueError, match="expected raw counts"):
+        H5adSource(paths)
+    assert not ours()
