@@ -265,7 +265,9 @@ def tabulate() -> str:
             "",
             f"{result['train_cells']} cells with labels at 100 %, {result['test_cells']}",
         ]
-        text[-1] += f" test cells, {len(result['types'])} types; mean macro-F1 (accuracy) over the seeds."
+        text[-1] += (
+            f" test cells, {len(result['types'])} types; macro-F1 (accuracy), mean of {result['seeds']} seed(s)."
+        )
         rows = pd.DataFrame(result["rows"])
         means = rows.groupby(["arm", "share"])[["macro_f1", "accuracy"]].mean()
         text += ["", "| | " + " | ".join(f"{share:.0%}" for share in SHARES) + " |", "| --- " * 5 + "|"]
