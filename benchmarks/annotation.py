@@ -267,7 +267,7 @@ def tabulate() -> str:
         ]
         text[-1] += (
             f" test cells, {len(result['types'])} types; macro-F1 (accuracy), mean of {result['seeds']} seed(s), "
-        text[-1] += f"{result['max_tokens'] - 1:,} genes of a cell seen."
+            f"{result['max_tokens'] - 1:,} genes of a cell seen."
         )
         rows = pd.DataFrame(result["rows"])
         means = rows.groupby(["arm", "share"])[["macro_f1", "accuracy"]].mean()
