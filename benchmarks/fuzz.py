@@ -12,6 +12,7 @@ import argparse
 import json
 import logging
 import multiprocessing
+import signal
 import sys
 import tempfile
 import time
@@ -21,6 +22,7 @@ from pathlib import Path
 
 TESTS = Path(__file__).resolve().parents[1] / "tests"
 TOGETHER = 50  # examples of a child process
+PATIENCE_S = 120
 
 
 def run(
@@ -38,6 +40,7 @@ def run(
     for seed in seeds:
         for name in names:
             results.put((name, seed, "began"))
+            signal.alarm(PATIENCE_S)  # an example that hangs ends its process, by name
             with tempfile.TemporaryDirectory() as folder:
                 try:
                     ended = check(name, Path(inputs), Path(folder), seed).rpartition(" -> ")[2].partition(":")[0]

@@ -13,6 +13,7 @@ def inputs(small_cells, small_census, tmp_path_factory):
     return make_inputs(small_cells, small_census, tmp_path_factory.mktemp("inputs"))
 
 
+@pytest.mark.filterwarnings("ignore")  # libraries may warn of what is damaged before we refuse it
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("seed", range(4))
 def test_a_damaged_input_gives_our_error_and_leaves_the_disk_alone(inputs, tmp_path, name, seed):
