@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from scgpt_hf.analysis.classification import calibration_error, f1_by_type
+from scgpt_hf.analysis.classification import f1_by_type
 from scgpt_hf.analysis.embed import umap_of
 from scgpt_hf.analysis.evaluation import PREDICTION, TRANSFER, Evaluation, MethodScores
 from scgpt_hf.analysis.metrics import AVERAGES, BATCH, BIO
@@ -25,6 +25,7 @@ from scgpt_hf.analysis.plots_scores import plot_scores
 from scgpt_hf.analysis.plots_types import plot_calibration, plot_confusion, plot_f1
 from scgpt_hf.analysis.probing import Predictions
 from scgpt_hf.analysis.scored_cells import ScoredCells
+from scgpt_hf.training.calibration import calibration_error
 
 GROUPS = {
     "cell types kept apart": BIO,

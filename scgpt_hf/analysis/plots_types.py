@@ -1,6 +1,7 @@
 """Figures of predicted cell types: confusion matrix, F1 of each type, calibration of the confidence.
 
-Figures are returned; `plots.py` holds the palette and saves them. What the numbers are, `classification.py` decides.
+Figures are returned; `plots.py` holds the palette and saves them. What the numbers are, `classification.py` and
+`training/calibration.py` decide.
 """
 
 from collections.abc import Mapping, Sequence
@@ -12,8 +13,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
-from scgpt_hf.analysis.classification import calibration_error, count_confusions, f1_by_type, reliability
+from scgpt_hf.analysis.classification import count_confusions, f1_by_type
 from scgpt_hf.analysis.plots import GREY, PALETTE, SMALL, text_width
+from scgpt_hf.training.calibration import calibration_error, reliability
 
 _MARKERS = "oDs^vPX*"
 _ROW = 0.21  # inches of a type in a figure that lists them
@@ -106,7 +108,7 @@ def plot_f1(true: npt.ArrayLike, predicted: Mapping[str, npt.ArrayLike], *, titl
 
 
 def plot_calibration(
-    confidence: npt.ArrayLike, correct: npt.ArrayLike, *, n_bins: int = 10, title: str | None = None
+    confidence: npt.ArrayLike, correct: npt.ArrayLike, *, n_bins: int = 15, title: str | None = None
 ) -> Figure:
     """Return the reliability diagram: how often predictions of each confidence are right, and how many there are.
 

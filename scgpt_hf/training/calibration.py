@@ -1,9 +1,13 @@
-"""Confidence that can be believed: one temperature, fitted on held-out cells, that the logits are divided by."""
+"""Confidence that can be believed: how far it is off, and the temperature that mends it.
+
+The logits are divided by one temperature, fitted on held-out cells.
+"""
 
 import numpy as np
 import numpy.typing as npt
+import pandas as pd
 from scipy.optimize import minimize_scalar
-from scipy.special import log_softmax, softmax
+from scipy.special import log_softmax
 
 from scgpt_hf.cells.block import Int64Array
 
@@ -37,29 +41,38 @@ def fit_temperature(logits: Logits, classes: Int64Array) -> float:
     return float(np.exp(minimize_scalar(surprise, bounds=_RANGE, method="bounded").x))
 
 
-def reliability(logits: Logits, classes: Int64Array, n_bins: int = 15) -> dict[str, list[float]]:
-    """Return confidence, accuracy and number of cells of the bins of equal width of confidence that hold any cell.
+def reliability(confidence: npt.ArrayLike, correct: npt.ArrayLike, n_bins: int = 15) -> pd.DataFrame:
+    """Return mean `confidence`, `accuracy` and number of `cells` of each bin of confidence that holds a cell.
+
+    The index is the number of the bin, from 0.
 
     Args:
-        logits: shape (cells, classes).
-        classes: shape (cells,).
-        n_bins: of the interval [0, 1].
+        confidence: of each prediction, in [0, 1]. Shape (cells,).
+        correct: whether it is right. Shape (cells,).
+        n_bins: bins of equal width, closed to the right.
+
+    Raises:
+        ValueError: no cell, not one truth for each confidence, or a confidence outside [0, 1].
 
     Source: 15 bins as in Guo et al. 2017.
     """
-    probability = softmax(logits, axis=1)
-    confidence, right = probability.max(axis=1), probability.argmax(axis=1) == classes
-    of_cell = np.minimum((confidence * n_bins).astype(np.int64), n_bins - 1)
-    cells = np.bincount(of_cell, minlength=n_bins)
-    held = cells > 0
-    means = [np.bincount(of_cell, values, minlength=n_bins)[held] / cells[held] for values in (confidence, right)]
-    return {"confidence": means[0].tolist(), "accuracy": means[1].tolist(), "cells": cells[held].tolist()}
+    confidence, correct = np.asarray(confidence, dtype=float), np.asarray(correct, dtype=bool)
+    if confidence.shape != correct.shape or not confidence.size:
+        raise ValueError(f"expected a confidence and a truth for each cell, found {confidence.shape}, {correct.shape}")
+    if not ((confidence >= 0) & (confidence <= 1)).all():
+        raise ValueError(f"expected confidences in [0, 1], found {np.min(confidence):g} to {np.max(confidence):g}")
+    places = np.clip(np.ceil(confidence * n_bins).astype(int) - 1, 0, n_bins - 1)
+    table = pd.DataFrame({"confidence": confidence, "accuracy": correct.astype(float), "cells": 1}).groupby(places)
+    return table.agg({"confidence": "mean", "accuracy": "mean", "cells": "sum"})
 
 
-def expected_calibration_error(logits: Logits, classes: Int64Array) -> float:
-    """Return how far confidence and accuracy are apart, averaged over the cells of the bins of `reliability`.
+def calibration_error(confidence: npt.ArrayLike, correct: npt.ArrayLike, n_bins: int = 15) -> float:
+    """Return the expected calibration error: |accuracy − confidence| of each bin, weighted by its cells.
 
-    Source: Naeini et al. 2015, AAAI 29:2901.
+    Raises:
+        ValueError: as `reliability`.
+
+    Source: Naeini et al. 2015, AAAI 29:2901; Guo et al. 2017, eq. 3.
     """
-    confidence, accuracy, cells = (np.asarray(values) for values in reliability(logits, classes).values())
-    return float(np.average(np.abs(confidence - accuracy), weights=cells))
+    bins = reliability(confidence, correct, n_bins)
+    return float(np.average((bins["accuracy"] - bins["confidence"]).abs(), weights=bins["cells"]))

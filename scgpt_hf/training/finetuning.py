@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 import yaml
+from scipy.special import softmax
 from sklearn.metrics import confusion_matrix
 from transformers import EarlyStoppingCallback, PreTrainedModel, set_seed
 
@@ -29,7 +30,7 @@ from scgpt_hf.model.modeling_scgpt import ScGPTForSequenceClassification
 from scgpt_hf.pretrained import domain_classes, load_pretrained, load_processor
 from scgpt_hf.stream import StreamSettings, stream_cells
 from scgpt_hf.tokens.processing_scgpt import ScGPTProcessor
-from scgpt_hf.training.calibration import Logits, expected_calibration_error, fit_temperature, reliability
+from scgpt_hf.training.calibration import Logits, calibration_error, fit_temperature, reliability
 from scgpt_hf.training.classifier import ClassifierTrainer, agreement, score
 from scgpt_hf.training.finetuning_settings import AnnotateSettings, FinetuneSettings, training_settings
 from scgpt_hf.training.labels import LabelledCells, balanced_weights, choose_labelled
@@ -246,10 +247,8 @@ def _describe_scores(cells: LabelledCells, logits: Logits, classes: Any, tempera
     """Return scores on the held-out cells beside those of always naming the most frequent label."""
     majority = int(np.bincount(cells.classes("train")).argmax())
     predicted = logits.argmax(axis=1)
-    errors = {
-        "before": expected_calibration_error(logits, classes),
-        "after": expected_calibration_error(logits / temperature, classes),
-    }
+    before, after = (softmax(scaled, axis=1).max(axis=1) for scaled in (logits, logits / temperature))
+    right = predicted == classes
     confusion = confusion_matrix(classes, predicted, labels=range(len(cells.labels)))
     return {
         "validation": score((logits / temperature).astype(np.float32), classes),
@@ -258,7 +257,7 @@ def _describe_scores(cells: LabelledCells, logits: Logits, classes: Any, tempera
             **agreement(classes, np.full_like(classes, majority)),
         },
         "temperature": temperature,
-        "calibration_error": errors,
-        "reliability": reliability(logits / temperature, classes),
+        "calibration_error": {"before": calibration_error(before, right), "after": calibration_error(after, right)},
+        "reliability": reliability(after, right).to_dict("list"),
         "confusion": {"labels": cells.labels, "counts": confusion.tolist()},
     }

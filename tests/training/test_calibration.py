@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.special import log_softmax, softmax
 
-from scgpt_hf.training.calibration import expected_calibration_error, fit_temperature
+from scgpt_hf.training.calibration import calibration_error, fit_temperature, reliability
 
 
 def draw(temperature: float, n_cells: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -17,15 +17,19 @@ def draw(temperature: float, n_cells: int, seed: int = 0) -> tuple[np.ndarray, n
     return logits * temperature, classes
 
 
+def error_of(logits: np.ndarray, classes: np.ndarray) -> float:
+    return calibration_error(softmax(logits, axis=1).max(axis=1), logits.argmax(axis=1) == classes)
+
+
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 3.0])
 def test_the_temperature_is_found_and_calibrates(temperature: float) -> None:
     logits, classes = draw(temperature, 20_000)
     found = fit_temperature(logits, classes)
     assert found == pytest.approx(temperature, rel=0.05)
-    after = expected_calibration_error(logits / found, classes)
+    after = error_of(logits / found, classes)
     assert after < 0.02
     if temperature != 1:
-        assert after < expected_calibration_error(logits, classes) / 3
+        assert after < error_of(logits, classes) / 3
 
 
 @settings(deadline=None, max_examples=20)
@@ -47,6 +51,31 @@ def test_a_few_cells_that_are_all_right_are_no_certainty() -> None:
     assert 0.6 < confidence < 0.95
 
 
-def test_the_calibration_error_of_a_worked_case() -> None:
-    logits = np.log([[0.9, 0.1], [0.9, 0.1], [0.4, 0.6]])
-    assert expected_calibration_error(logits, np.array([0, 1, 1])) == pytest.approx((2 * 0.4 + 0.4) / 3)
+def test_calibration_error_of_a_case_counted_by_hand() -> None:
+    confidence, correct = [0.95, 0.85, 0.85, 0.15], [True, True, False, False]
+    bins = reliability(confidence, correct)
+    assert bins.index.tolist() == [2, 12, 14]
+    assert bins["accuracy"].tolist() == [0, 0.5, 1]
+    assert bins["cells"].tolist() == [1, 2, 1]
+    assert calibration_error(confidence, correct) == pytest.approx((0.15 + 2 * 0.35 + 0.05) / 4)
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.lists(st.tuples(st.floats(0, 1), st.booleans()), min_size=1, max_size=50), st.integers(1, 12))
+def test_each_confidence_is_in_the_bin_that_holds_it(cells: list[tuple[float, bool]], n_bins: int) -> None:
+    confidence, correct = map(np.array, zip(*cells, strict=True))
+    bins = reliability(confidence, correct, n_bins)
+    assert bins["cells"].sum() == len(cells)
+    assert (
+        (bins["confidence"] >= bins.index / n_bins - 1e-9) & (bins["confidence"] <= (bins.index + 1) / n_bins + 1e-9)
+    ).all()
+    assert (bins["accuracy"] * bins["cells"]).sum() == pytest.approx(correct.sum())
+
+
+@pytest.mark.parametrize(
+    ("confidence", "correct", "message"),
+    [([], [], "a confidence and a truth"), ([0.5], [True, False], "a confidence and a truth"), ([1.5], [True], "1.5")],
+)
+def test_confidences_that_are_none_raise(confidence: list[float], correct: list[bool], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        calibration_error(confidence, correct)
