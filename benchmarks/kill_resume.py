@@ -43,7 +43,7 @@ TINY = [
     *("--hidden_size", "16", "--num_hidden_layers", "1", "--num_attention_heads", "2", "--intermediate_size", "16"),
     *("--dropout", "0.1", "--use_cpu", "true", "--disable_tqdm", "true", "--bands_per_block", "1"),
     *("--save_strategy", "steps", "--eval_strategy", "epoch", "--load_best_model_at_end", "false"),
-    *("--logging_steps", "4"),
+    *("--logging_steps", "4", "--max_tokens", "65"),
 ]
 MOST_STEPS = 24  # that a session may do until it is killed
 IN_A_SAVE = 0.4  # share of the sessions that are killed while they write a checkpoint

@@ -1,19 +1,23 @@
 """Threads for reading that never keep the interpreter from ending.
 
 `concurrent.futures.ThreadPoolExecutor` waits at exit for every task that has begun, and a read from a store that has
-fallen silent may take minutes. These threads are daemons: whoever stops waits a moment for them, then leaves.
+fallen silent may take minutes. These threads are daemons: whoever stops waits a moment for them, then leaves. So does
+the interpreter itself when it ends: a thread that comes back to it from C++ any later aborts the process.
 """
 
+import atexit
 import logging
 import os
 import queue
 import sys
 import threading
 import time
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, Future
+from contextlib import suppress
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 logger = logging.getLogger(__name__)
 
@@ -23,18 +27,19 @@ NICENESS = 10  # of threads that prepare data: the training thread gets a core f
 
 Result = TypeVar("Result")
 
+_Tasks: TypeAlias = "queue.SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None]"
+_pools: "weakref.WeakSet[ReadingThreads]" = weakref.WeakSet()
+
 
 class ReadingThreads(Executor):
     """An executor of daemon threads; they end when it is shut down or no longer used."""
 
     def __init__(self, n_threads: int, name: str) -> None:
         """Start the threads, named `name` and a number."""
-        self._tasks: queue.SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None] = queue.SimpleQueue()
-        self._threads = [
-            threading.Thread(target=_work, args=(self._tasks,), name=f"{name}_{number}", daemon=True)
-            for number in range(n_threads)
-        ]
-        self._open = True
+        self._tasks: _Tasks = queue.SimpleQueue()
+        self._threads = [_ReadingThread(self._tasks, f"{name}_{number}") for number in range(n_threads)]
+        self._open, self._lock = True, threading.Lock()
+        _pools.add(self)
         for thread in self._threads:
             thread.start()
 
@@ -44,22 +49,21 @@ class ReadingThreads(Executor):
         Raises:
             RuntimeError: the threads were shut down.
         """
-        if not self._open:
-            raise RuntimeError("the reading threads were shut down")
         future: Future[Result] = Future()
-        self._tasks.put((future, partial(fn, *args, **kwargs)))
+        with self._lock:
+            if not self._open:
+                raise RuntimeError("the reading threads were shut down")
+            self._tasks.put((future, partial(fn, *args, **kwargs)))
         return future
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = True) -> None:
         """End the threads: cancel what has not begun, and wait up to `PATIENCE_S` for what has."""
-        self._open = False
-        while cancel_futures:
-            try:
-                task = self._tasks.get_nowait()
-            except queue.Empty:
-                break
-            if task is not None:
-                task[0].cancel()
+        with self._lock:
+            self._open = False
+            with suppress(queue.Empty):
+                while cancel_futures:
+                    if (task := self._tasks.get_nowait()) is not None:
+                        task[0].cancel()
         self._end()
         if wait:
             join_within(self._threads, PATIENCE_S)
@@ -88,7 +92,7 @@ def n_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def join_within(threads: list[threading.Thread], patience_s: float) -> None:
+def join_within(threads: Sequence[threading.Thread], patience_s: float) -> None:
     """Wait for threads to end, at most so long altogether; those that have not are named in the log and left."""
     until = time.monotonic() + patience_s
     for thread in threads:
@@ -99,13 +103,28 @@ def join_within(threads: list[threading.Thread], patience_s: float) -> None:
         )
 
 
-def _work(tasks: "queue.SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None]") -> None:
-    give_way()
-    while (task := tasks.get()) is not None:
-        future, call = task
-        if future.set_running_or_notify_cancel():
-            try:
-                future.set_result(call())
-            except BaseException as error:  # noqa: BLE001 — nothing is swallowed: who asks for the result gets it
-                future.set_exception(error)
-        del task, future, call  # a thread that waits keeps nothing alive
+class _ReadingThread(threading.Thread):
+    """Does tasks until it finds None among them."""
+
+    def __init__(self, tasks: _Tasks, name: str) -> None:
+        super().__init__(name=name, daemon=True)
+        self.tasks = tasks
+
+    def run(self) -> None:
+        give_way()
+        while (task := self.tasks.get()) is not None:
+            future, call = task
+            if future.set_running_or_notify_cancel():
+                try:
+                    future.set_result(call())
+                except BaseException as error:  # noqa: BLE001 — nothing is swallowed: who asks for the result gets it
+                    future.set_exception(error)
+            del task, future, call  # a thread that waits keeps nothing alive
+
+
+@atexit.register
+def _end_all() -> None:
+    """End the threads of readers that nobody shut down, before the interpreter ends."""
+    for pool in list(_pools):
+        pool.shutdown(wait=False)
+    join_within([thread for thread in threading.enumerate() if isinstance(thread, _ReadingThread)], PATIENCE_S)

@@ -136,3 +136,17 @@ def test_shutting_down_cancels_what_has_not_begun_and_leaves_what_hangs(monkeypa
     released.set()
     assert hanging.result(timeout=5)
     join_within([thread for thread in threading.enumerate() if thread.name == "scgpt-test_0"], 5)
+
+
+def test_the_interpreter_waits_for_a_read_in_progress_and_begins_no_other():
+    """A thread that comes back from C++ to an interpreter that has gone would abort the process."""
+    code = (
+        "import threading, time; from scgpt_hf.cells.threads import ReadingThreads\n"
+        "begun = threading.Event()\n"
+        "def read():\n    begun.set(); time.sleep(0.5); print('read', flush=True)\n"
+        "pool = ReadingThreads(1, 'test')\n"
+        "for _ in range(3): pool.submit(read)\n"
+        "begun.wait()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "read\n", "")
