@@ -1,7 +1,6 @@
 """The order of cells: laws of a plan, whatever the cells, sizes and ranks."""
 
 import re
-import time
 from itertools import pairwise
 
 import numpy as np
@@ -137,16 +136,11 @@ def test_columns_of_a_rank_touch_only_its_share_of_the_bands():
         assert len(set.union(*bands)) == 32
 
 
-def test_millions_of_cells_are_planned_in_no_time_and_bands_are_found_across_scans(monkeypatch):
+def test_bands_are_found_across_scans(monkeypatch):
     monkeypatch.setattr(plans, "_SCANNED_TOGETHER", 1000)
     cell_ids = np.flatnonzero(np.random.default_rng(0).random(40_000) < 0.3)
     plan = plan_epoch(cell_ids, seed=0, epoch=0, batch_size=10, band_size=64)
     assert len(plan.band_starts) == len(np.unique(cell_ids // 64))
-    monkeypatch.undo()
-    began = time.perf_counter()
-    plan = plan_epoch(np.arange(4_000_000), seed=0, epoch=0, batch_size=256)
-    plan.block(plan.n_blocks - 1)
-    assert time.perf_counter() - began < 1.0
 
 
 @law
