@@ -31,7 +31,7 @@ def prepare(census: Path, folder: Path, *flags: str) -> tuple[ScGPTTrainer, Stre
     model = build_model(processor, settings.model, len(selection.domains))
     streams = Streams(source, selection, processor, settings, checkpoint)
     trainer = make_trainer(streams, model, settings.training)
-    if checkpoint is None:
+    if checkpoint is None and settings.training.process_index == 0:
         save_selection(selection, source, settings)
     return trainer, streams, checkpoint
 
