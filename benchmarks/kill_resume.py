@@ -11,7 +11,9 @@ so must metrics.jsonl in the end, but for the clock. Dropout is on.
 """
 
 import argparse
+import gc
 import hashlib
+import importlib
 import json
 import os
 import random
@@ -29,11 +31,13 @@ from typing import Any
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # no threads before the forks
 os.environ["ACCELERATE_USE_CPU"] = "true"
 
+import numpy as np
 import torch
 from measuring import write_result
 from transformers import TrainerCallback, set_seed
 
 from scgpt_hf.demo import demo_census
+from scgpt_hf.tokens.processing_scgpt import ScGPTProcessor
 from scgpt_hf.training.checkpoints import checkpoints_in
 from scgpt_hf.training.pretraining import Streams, make_trainer
 from scgpt_hf.training.recipe import begin_run, build_model, build_processor, open_cells, save_selection
@@ -95,12 +99,22 @@ def train(flags: list[str], folder: Path, trace: Path) -> None:
     selection, checkpoint = begin_run(source, settings)
     processor = build_processor(selection.genes, settings.data)
     set_seed(args.seed)
-    model = build_model(processor, settings.model, len(selection.domains))
+    model = build_model(processor, settings.model, selection.domains, settings.data.domain_key)
     trainer = make_trainer(Streams(source, selection, processor, settings, checkpoint), model, args)
     if args.process_index == 0 and checkpoint is None:
         save_selection(selection, source, settings)
     trainer.add_callback(Trace(trainer, trace.with_name(f"{trace.name}.{args.process_index}")))
     trainer.train(resume_from_checkpoint=checkpoint)
+
+
+def warm_up() -> None:
+    """Do once, without starting a thread, what every forked session would begin with: imports and compiled code."""
+    importlib.import_module("scgpt_hf.cells.census")
+    importlib.import_module("scgpt_hf.cells.cache")
+    genes = [f"ENSG{number:011d}" for number in range(8)]
+    ScGPTProcessor.from_genes(genes)(np.ones((2, 8), np.float32), genes)
+    gc.collect()
+    gc.freeze()  # or each session's first collection would copy the memory that it shares with this process
 
 
 def fork(work: Callable[[], object], log: Path) -> int:
@@ -143,11 +157,11 @@ def start(processes: int, flags: list[str], folder: Path, trace: Path) -> dict[i
 
 def finish(children: dict[int, Path]) -> bool:
     """Wait for processes to end; return whether all did their work. One that fails otherwise than by a kill raises."""
-    codes = []
-    for child, log in children.items():
-        codes.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
-        if codes[-1] > 0 and -signal.SIGKILL not in codes:
-            raise RuntimeError(f"a process failed:\n{log.read_text()[-4000:]}")
+    codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+    if -signal.SIGKILL not in codes:  # or others fail because they lost the one that was killed
+        for code, log in zip(codes, children.values(), strict=True):
+            if code:
+                raise RuntimeError(f"a process failed:\n{log.read_text()[-4000:]}")
     return not any(codes)
 
 
@@ -286,6 +300,7 @@ def main() -> None:
     asked = parser.parse_args()
     flags = ["--per_device_train_batch_size", str(asked.batch_size // asked.processes)]
     flags += ["--num_train_epochs", str(asked.epochs), "--save_steps", str(asked.save_steps)]
+    warm_up()
     results = {}
     for kind in asked.sources:
         with tempfile.TemporaryDirectory() as name:
