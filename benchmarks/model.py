@@ -99,7 +99,7 @@ def new_step(processor: ScGPTProcessor, options: argparse.Namespace) -> Training
     heads = max(1, options.hidden_size // 64)
     sizes = {"hidden_size": options.hidden_size, "intermediate_size": options.hidden_size, "dropout": 0.2}
     settings = ModelSettings(num_hidden_layers=options.layers, num_attention_heads=heads, **sizes)
-    return TrainingStep(build_model(processor, settings, 0), torch.device(options.device), How(bf16=options.bf16))
+    return TrainingStep(build_model(processor, settings), torch.device(options.device), How(bf16=options.bf16))
 
 
 if __name__ == "__main__":

@@ -88,7 +88,7 @@ def main() -> None:
         processor = build_processor(selection.genes, settings.data)
         set_seed(0)
         streams = Streams(source, selection, processor, settings)
-        trainer = make_trainer(streams, build_model(processor, settings.model, 0), settings.training)
+        trainer = make_trainer(streams, build_model(processor, settings.model), settings.training)
         save_selection(selection, source, settings)
         watch = Watch()
         trainer.add_callback(watch)

@@ -16,8 +16,8 @@ MOUSE_SYMBOL = r"^[A-Z][a-z]"  # Cd3d; human symbols are written in capitals, bu
 def match_columns(genes: pd.DataFrame, processor: ScGPTProcessor) -> tuple[Int64Array, dict[str, int]]:
     """Return the vocabulary id of each gene of a source, or -1, and how the genes were found.
 
-    A gene is looked up by its id, then by its name. Of genes that share a name, the first one stands for it, unless
-    another is found by its id.
+    A gene is looked up by its id, then by its name, which may be the model's id of a gene or its symbol. Of genes that
+    share a name, the first one stands for it, unless another is found by its id.
 
     Returns:
         int64 (genes,), and the numbers of genes matched `by_id` and `by_symbol`, of `duplicates` left out, of
@@ -28,12 +28,13 @@ def match_columns(genes: pd.DataFrame, processor: ScGPTProcessor) -> tuple[Int64
     """
     vocabulary = processor.genes
     ids, symbols = genes["feature_id"].astype(str), genes["feature_name"].astype(str)
+    named = pd.Series(processor.genes_named(symbols), genes.index, dtype=object)
     by_id = ids.isin(vocabulary)
-    named = ~by_id & symbols.isin(vocabulary)
-    repeated = named & (symbols.isin(ids[by_id]) | symbols.where(named).duplicated())
-    by_symbol = named & ~repeated
+    found = ~by_id & named.isin(vocabulary)
+    repeated = found & (named.isin(ids[by_id]) | named.where(found).duplicated())
+    by_symbol = found & ~repeated
     try:
-        gene_ids = processor.match_genes(list(ids.where(~by_symbol, symbols)))
+        gene_ids = processor.match_genes(list(ids.where(~by_symbol, named)))
     except ValueError as error:
         if _of_a_mouse(ids, symbols):
             raise ValueError(

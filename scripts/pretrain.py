@@ -37,9 +37,9 @@ def main() -> None:
         with accelerate.PartialState().main_process_first():
             source = open_cells(settings)
         selection, checkpoint = begin_run(source, settings)
-        processor = build_processor(selection.genes, settings.data)
+        processor = build_processor(selection.genes, settings.data, source)
         set_seed(args.seed)
-        model = build_model(processor, settings.model, len(selection.domains))
+        model = build_model(processor, settings.model, selection.domains, settings.data.domain_key)
         streams = pretraining.Streams(source, selection, processor, settings, checkpoint)
         if args.dry_run:
             if args.process_index == 0:

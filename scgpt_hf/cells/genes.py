@@ -40,7 +40,7 @@ def find_gene_ids(var: pd.DataFrame, where: str) -> pd.DataFrame:
     if len(repeated):
         raise ValueError(
             f"expected each gene id once, found {len(repeated):,} repeated in {where}, e.g. {list(repeated[:5])}; "
-            "sum or rename these genes first"
+            "sum these genes, or rename all but one of each (adata.var_names_make_unique())"
         )
     names = next((_filled(var[name], index) for name in NAME_COLUMNS if name in var), index)
     lengths = var["feature_length"].to_numpy(np.int64) if "feature_length" in var else 0

@@ -6,7 +6,7 @@ It holds the settings and the gene vocabulary and checks what users pass in. The
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -18,7 +18,17 @@ from .masking_scgpt import choose_masked, draw_ratios, mask_tokens
 from .packing_scgpt import Tokens, pack, pad
 from .randomness_scgpt import Int64Array, SparseCounts, content_ids
 from .tokenizing_scgpt import TokenRule, as_block, count_known, csr_of, log_normalize, tokenize_counts
-from .vocabulary_scgpt import CLS, EOC, PAD, build_tokenizer, check_vocab, gene_names_of, match_genes, vocab_of_genes
+from .vocabulary_scgpt import (
+    CLS,
+    EOC,
+    PAD,
+    build_tokenizer,
+    check_vocab,
+    gene_names_of,
+    genes_by_symbol,
+    match_genes,
+    vocab_of_genes,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +49,7 @@ class ScGPTProcessor(ProcessorMixin):
         input_style: `binned`, or `log1p` of counts normalised to `target_sum` over all genes of the data.
         target_sum: counts per cell after normalising. Bins do not depend on it.
         include_zeros: whether known genes that are not expressed become tokens too, with value 0.
+        symbols: other names by which data may call the genes, by ascending id; a name that several genes share is none.
 
     Raises:
         ValueError: a setting is out of range, or the vocabulary lacks a special token or has holes.
@@ -59,16 +70,19 @@ class ScGPTProcessor(ProcessorMixin):
         input_style: InputStyle = "binned",
         target_sum: float = 1e4,
         include_zeros: bool = False,
+        symbols: Sequence[str] | None = None,
     ) -> None:
         super().__init__(tokenizer)  # type: ignore[no-untyped-call]
         self.n_bins, self.max_tokens = n_bins, max_tokens
         self.cls_value, self.pad_value, self.mask_value = cls_value, pad_value, mask_value
         self.ties, self.input_style = ties, input_style
         self.target_sum, self.include_zeros = target_sum, include_zeros
+        self.symbols = None if symbols is None else list(symbols)
         self._check_settings()
         vocab = tokenizer.get_vocab()
         check_vocab(vocab)
         self._n_vocab, self._pad_id, self._cls_id = len(vocab), vocab[PAD], vocab[CLS]
+        self._gene_of = genes_by_symbol(self.genes, self.symbols or [])
 
     @classmethod
     def from_genes(cls, genes: Sequence[str], **settings: Any) -> "ScGPTProcessor":
@@ -100,6 +114,10 @@ class ScGPTProcessor(ProcessorMixin):
         """The genes of the vocabulary by ascending id, without special tokens."""
         vocab = self.tokenizer.get_vocab()
         return sorted(vocab.keys() - {PAD, CLS, EOC}, key=vocab.__getitem__)
+
+    def genes_named(self, names: Iterable[str]) -> list[str]:
+        """Return the gene of the vocabulary that each name stands for as a symbol; a name that is none as it is."""
+        return [self._gene_of.get(name, name) for name in map(str, names)]
 
     def gene_names(self, input_ids: Sequence[int] | npt.NDArray[np.integer]) -> list[str]:
         """Return the gene or special token of each id."""
@@ -186,11 +204,11 @@ class ScGPTProcessor(ProcessorMixin):
             ValueError: as `tokenize` and `match_genes`, or there are no gene names, or cells without a known gene.
         """
         if hasattr(counts, "var_names"):
-            genes = gene_names_of(counts, self.tokenizer.get_vocab()) if genes is None else genes
+            genes = gene_names_of(counts, self.tokenizer.get_vocab(), self._gene_of) if genes is None else genes
             counts = counts.X
         if genes is None:
             raise ValueError("counts without gene names: pass genes=[...], one name per column, or an AnnData")
-        block, gene_ids = csr_of(counts), self.match_genes(genes)
+        block, gene_ids = csr_of(counts), self.match_genes(self.genes_named(genes))
         tokens = self.tokenize(block, gene_ids, cell_ids=cell_ids, seed=seed, epoch=epoch)
         if len(tokens) < block.shape[0] and not drop_empty:
             empty = np.flatnonzero(self.count_known(block, gene_ids) == 0)

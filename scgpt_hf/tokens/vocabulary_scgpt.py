@@ -3,7 +3,8 @@
 import json
 import logging
 import re
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, cast
@@ -100,8 +101,9 @@ def match_genes(vocab: Mapping[str, int], genes: Sequence[str]) -> Int64Array:
 
     The log says how many are known. It is normal that a vocabulary of 1,200 genes knows few of the 60,000 of a data
     set, and that a panel of 400 genes covers little of a vocabulary of 60,000; so only data that fail both ways are
-    refused: fewer than half of their genes are in the vocabulary *and* they hold fewer than half of the vocabulary's
-    genes.
+    refused: fewer than a tenth of their genes are in the vocabulary *and* they hold fewer than a tenth of the
+    vocabulary's genes, as happens with names of another kind or species. With fewer than half both ways, as of a panel
+    that was chosen for something else, the log warns: the model sees little of each cell.
 
     Args:
         vocab: id of each token.
@@ -118,30 +120,52 @@ def match_genes(vocab: Mapping[str, int], genes: Sequence[str]) -> Int64Array:
     found = [bare.get(name, name) for name, index in zip(names, ids, strict=True) if index >= 0]
     _require_unique(found, "genes after dropping versions")
     n_known = len(found)
-    if not n_known or (2 * n_known < len(names) and 2 * n_known < len(targets)):
+    share = max(n_known / max(len(names), 1), n_known / len(targets))
+    if share < 0.1:
         unknown = [name for name, index in zip(names, ids, strict=True) if index < 0]
         raise ValueError(
             f"only {n_known:,} of the {len(names):,} genes of the data are among the vocabulary's {len(targets):,}; "
             f"the data have {unknown[:5]}, the vocabulary {list(targets)[:5]}; pass names of one kind (Ensembl ids "
-            "or symbols) and species"
+            "or symbols; of an AnnData also in var['feature_id'] and var['feature_name']) and species"
         )
-    logger.info(
+    logger.log(
+        logging.WARNING if share < 0.5 else logging.INFO,
         "%d of %d genes of the data are known, %d of the vocabulary's %d are present; %d version suffixes ignored",
         n_known, len(names), n_known, len(targets), sum(name in targets for name in bare.values()),
     )  # fmt: skip
     return ids
 
 
-def gene_names_of(adata: Any, vocab: Mapping[str, int]) -> list[str]:
-    """Return the names of an AnnData's genes from `var_names` or the column of `var` that the vocabulary knows best."""
+def genes_by_symbol(genes: Sequence[str], symbols: Sequence[str]) -> dict[str, str]:
+    """Return the gene that each symbol stands for, but for symbols of several genes, or that name a gene themselves.
+
+    Args:
+        genes: of the vocabulary, by ascending id.
+        symbols: of these genes, or none at all.
+
+    Raises:
+        ValueError: there are symbols, and not one text for each gene.
+    """
+    if symbols and (len(symbols) != len(genes) or not all(isinstance(symbol, str) for symbol in symbols)):
+        raise ValueError(f"expected a symbol for each of the {len(genes):,} genes, found {len(symbols):,} symbols")
+    n_genes = Counter(symbols)
+    named = {symbol: gene for symbol, gene in zip(symbols, genes, strict=False) if n_genes[symbol] == 1}
+    return {symbol: named[symbol] for symbol in named.keys() - set(genes)}
+
+
+def gene_names_of(adata: Any, vocab: Mapping[str, int], symbols: Collection[str] = ()) -> list[str]:
+    """Return the names of an AnnData's genes from `var_names` or the column of `var` that the vocabulary knows best.
+
+    Of columns that it knows equally well, the one with most symbols.
+    """
     columns = [column for column in _VAR_COLUMNS if column in adata.var.columns]
     choices = {"var_names": adata.var_names} | {f"var[{column!r}]": adata.var[column] for column in columns}
     found = {where: [str(name) for name in names] for where, names in choices.items()}
 
-    def n_known(where: str) -> int:
-        return len(
-            {_VERSIONED.sub(r"\1", name) for name in found[where]} & vocab.keys() | set(found[where]) & vocab.keys()
-        )
+    def n_known(where: str) -> tuple[int, int]:
+        names = set(found[where])
+        bare = {_VERSIONED.sub(r"\1", name) for name in names}
+        return len(bare & vocab.keys() | names & vocab.keys()), len(names.intersection(symbols))
 
     best = max(found, key=n_known)  # the first of equals, so var_names if nothing is better
     logger.info("gene names are taken from %s", best)

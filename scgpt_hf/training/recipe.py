@@ -4,6 +4,7 @@ Which cells and genes is decided once, by the first process, which tells the oth
 """
 
 import logging
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -198,8 +199,17 @@ def load_selection(path: Path) -> tuple[Selection, dict[str, Any]]:
     return Selection(split.parts, split.source["genes"], split.source["domains"], n_donors), dict(split.source)
 
 
-def build_processor(genes: list[str], data: DataSettings) -> ScGPTProcessor:
-    """Return the processor over the chosen genes: ids [0, genes - 1], then the specials."""
+def build_processor(genes: list[str], data: DataSettings, source: CellSource | None = None) -> ScGPTProcessor:
+    """Return the processor over the chosen genes: ids [0, genes - 1], then the specials.
+
+    Args:
+        genes: of the vocabulary.
+        data: settings of the tokens.
+        source: tells the symbols of the genes, by which other data may call them; unknown without it.
+    """
+    symbols = (
+        None if source is None else source.genes.set_index("feature_id")["feature_name"].astype(str)[genes].tolist()
+    )
     return ScGPTProcessor.from_genes(
         genes,
         n_bins=data.n_bins,
@@ -210,18 +220,30 @@ def build_processor(genes: list[str], data: DataSettings) -> ScGPTProcessor:
         ties=data.ties,
         input_style=data.input_style,
         target_sum=data.target_sum,
+        symbols=symbols,
     )
 
 
-def build_model(processor: ScGPTProcessor, model: ModelSettings, n_domains: int) -> ScGPTForPreTraining:
-    """Return a new model for the processor's vocabulary; weights follow from torch's seed."""
+def build_model(
+    processor: ScGPTProcessor, model: ModelSettings, domains: Sequence[str] = (), domain_key: str | None = None
+) -> ScGPTForPreTraining:
+    """Return a new model for the processor's vocabulary; weights follow from torch's seed.
+
+    Args:
+        processor: of the model.
+        model: sizes and options.
+        domains: experimental batches, in the order of their ids.
+        domain_key: obs column that names them.
+    """
     new = ScGPTForPreTraining(
         _config(
             model,
             vocab_size=processor.vocab_size,
             pad_token_id=processor.pad_id,
             n_bins=processor.n_bins,
-            n_domains=n_domains,
+            n_domains=len(domains),
+            domains=list(domains),
+            domain_key=domain_key,
         )
     )
     start_at_mean(new, processor)

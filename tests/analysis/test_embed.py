@@ -193,6 +193,17 @@ def test_genes_are_found_by_id_then_by_symbol_and_each_gene_once() -> None:
     assert coverage == {"by_id": 2, "by_symbol": 1, "duplicates": 2, "unknown": 1, "vocabulary": 4}
 
 
+def test_a_symbol_the_model_knows_finds_its_gene_once() -> None:
+    genes = pd.DataFrame(
+        [("CD3D", "CD3D"), ("x1", "LYZ"), ("ENSG2", "LYZ"), ("x2", "TP53"), ("x3", "TP53"), ("TP53", "none")],
+        columns=["feature_id", "feature_name"],
+    )
+    processor = ScGPTProcessor.from_genes(["ENSG1", "ENSG2", "ENSG3"], symbols=["CD3D", "LYZ", "TP53"])
+    gene_ids, coverage = match_columns(genes, processor)
+    assert gene_ids.tolist() == [0, -1, 1, 2, -1, -1]
+    assert coverage == {"by_id": 1, "by_symbol": 2, "duplicates": 2, "unknown": 1, "vocabulary": 3}
+
+
 def test_empty_cells_raise_with_their_number_and_ids_or_become_nan(
     model: ScGPTModel, processor: ScGPTProcessor, expected: np.ndarray, tmp_path: Path
 ) -> None:

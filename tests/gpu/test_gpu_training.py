@@ -42,7 +42,7 @@ def trainer_for(census: Path, folder: Path, *flags: str) -> ScGPTTrainer:
     selection, _ = begin_run(source, settings)
     set_seed(settings.training.seed)
     processor = build_processor(selection.genes, settings.data)
-    model = build_model(processor, settings.model, 0)
+    model = build_model(processor, settings.model)
     trainer = make_trainer(Streams(source, selection, processor, settings), model, settings.training)
     save_selection(selection, source, settings)
     return trainer

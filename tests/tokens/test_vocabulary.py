@@ -14,6 +14,7 @@ from scgpt_hf.tokens.vocabulary_scgpt import (
     build_tokenizer,
     check_vocab,
     gene_names_of,
+    genes_by_symbol,
     match_genes,
     vocab_of_genes,
 )
@@ -97,17 +98,31 @@ def test_few_known_genes_raise_only_if_they_are_few_both_ways() -> None:
     many = [f"other {i}" for i in range(1000)]
     assert (match_genes(VOCAB, [*ENSEMBL, *many]) >= 0).sum() == 20  # the whole vocabulary in a large data set
     assert (match_genes(VOCAB, ENSEMBL[:2]) >= 0).all()  # a panel that covers little of the vocabulary
-    half = [*ENSEMBL[:10], *many]
-    assert (match_genes(VOCAB, half) >= 0).sum() == 10
     symbols = ["CD3D", "CD3E", "LYZ", "MS4A1", "NKG7", "PPBP"]
     with pytest.raises(ValueError, match=r"only 0 of the 6 genes .* vocabulary's 20") as error:
         match_genes(VOCAB, symbols)
     for example in (*symbols[:5], *ENSEMBL[:5], "Ensembl ids or symbols", "species"):
         assert example in str(error.value)
-    with pytest.raises(ValueError, match="only 9 of the 1,009 genes"):
-        match_genes(VOCAB, half[1:])
+    with pytest.raises(ValueError, match="only 1 of the 1,001 genes"):
+        match_genes(VOCAB, [ENSEMBL[0], *many])
     with pytest.raises(ValueError, match="only 0 of the 0 genes"):
         match_genes(VOCAB, [])
+
+
+@pytest.mark.parametrize(("n_known", "warned"), [(2, True), (9, True), (10, False)])
+def test_between_a_tenth_and_half_of_the_genes_are_a_warning(
+    n_known: int, warned: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING):
+        match_genes(VOCAB, [*ENSEMBL[:n_known], *(f"other {i}" for i in range(1000))])
+    assert ("are present" in caplog.text) == warned
+
+
+def test_a_symbol_stands_for_its_gene_unless_it_is_shared_or_a_gene_itself() -> None:
+    assert genes_by_symbol(["a", "b", "c", "d"], ["A", "B", "B", "a"]) == {"A": "a"}
+    assert genes_by_symbol(["a", "b"], []) == {}
+    with pytest.raises(ValueError, match="a symbol for each of the 2 genes, found 1"):
+        genes_by_symbol(["a", "b"], ["A"])
 
 
 def _adata(var_names: list[str], **columns: list[str]) -> AnnData:
@@ -120,4 +135,5 @@ def test_names_come_from_the_column_the_vocabulary_knows_best() -> None:
     assert gene_names_of(_adata(symbols, feature_id=ENSEMBL), VOCAB) == ENSEMBL
     assert gene_names_of(_adata(symbols, gene_ids=[f"{name}.1" for name in ENSEMBL]), VOCAB)[3] == f"{ENSEMBL[3]}.1"
     assert gene_names_of(_adata(ENSEMBL, feature_name=symbols), vocab_of_genes(symbols)) == symbols
+    assert gene_names_of(_adata([f"x{i}" for i in range(20)], feature_name=symbols), VOCAB, symbols) == symbols
     assert gene_names_of(_adata(ENSEMBL, feature_id=ENSEMBL[::-1]), VOCAB) == ENSEMBL  # no column is better

@@ -27,8 +27,8 @@ def prepare(census: Path, folder: Path, *flags: str) -> tuple[ScGPTTrainer, Stre
     source = open_cells(settings)
     selection, checkpoint = begin_run(source, settings)
     set_seed(settings.training.seed)
-    processor = build_processor(selection.genes, settings.data)
-    model = build_model(processor, settings.model, len(selection.domains))
+    processor = build_processor(selection.genes, settings.data, source)
+    model = build_model(processor, settings.model, selection.domains, settings.data.domain_key)
     streams = Streams(source, selection, processor, settings, checkpoint)
     trainer = make_trainer(streams, model, settings.training)
     if checkpoint is None and settings.training.process_index == 0:
@@ -233,7 +233,7 @@ def test_a_dry_run_writes_nothing_and_says_all(small_census, tmp_path):
     source = open_cells(settings)
     selection, _ = begin_run(source, settings)
     processor = build_processor(selection.genes, settings.data)
-    model = build_model(processor, settings.model, 0)
+    model = build_model(processor, settings.model)
     words = describe_run(Streams(source, selection, processor, settings), model, settings.training)
     for name in ("cells", "genes", "tokens per cell", "steps", "parameters", "arithmetic", "time", "memory"):
         assert f"{name}  " in words

@@ -1,0 +1,53 @@
+"""What pretraining records of genes and experimental batches is what embedding other cells needs to know."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from anndata import AnnData
+
+from scgpt_hf.analysis.embed import embed_anndata
+from scgpt_hf.cells.source import open_source
+from scgpt_hf.tokens.processing_scgpt import ScGPTProcessor
+from scgpt_hf.training.recipe import build_model, build_processor
+from scgpt_hf.training.settings import DataSettings, ModelSettings
+
+
+@pytest.fixture(scope="module")
+def saved(small_census: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model with a batch norm for each data set, as scripts/pretrain.py builds it."""
+    folder = tmp_path_factory.mktemp("run") / "model"
+    source = open_source(small_census)
+    genes = source.genes["feature_id"].tolist()
+    processor = build_processor(genes, DataSettings(max_tokens=30), source)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    settings = ModelSettings(**sizes, input_norm="domain")
+    model = build_model(processor, settings, ["first", "second"], "dataset_id")
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
+
+
+def test_genes_are_found_by_the_symbols_of_the_training_data(saved: Path, small_cells: list[AnnData]) -> None:
+    by_id = small_cells[0][:20].copy()
+    by_symbol = by_id.copy()
+    by_symbol.var = by_symbol.var.set_index("feature_name")
+    settings = {"progress": False, "batch_size": 20}  # norms of this model count padding: the same cells in a batch
+    assert embed_anndata(by_id, saved, **settings)["genes"]["by_id"] == 190
+    coverage = embed_anndata(by_symbol, saved, **settings)["genes"]
+    assert coverage == {"by_id": 0, "by_symbol": 190, "duplicates": 0, "unknown": 0, "vocabulary": 200}
+    np.testing.assert_allclose(by_symbol.obsm["X_scgpt"], by_id.obsm["X_scgpt"], atol=1e-6)
+    processor = ScGPTProcessor.from_pretrained(saved)
+    assert (processor(by_symbol)["input_ids"] == processor(by_id)["input_ids"]).all()
+
+
+def test_the_domains_of_training_are_known_where_cells_are_embedded(saved: Path, small_cells: list[AnnData]) -> None:
+    cells = small_cells[0][:20].copy()
+    embed_anndata(cells, saved, progress=False)
+    assert np.isfinite(cells.obsm["X_scgpt"]).all()
+    cells.obs["dataset_id"] = "third"
+    with pytest.raises(ValueError, match=r"obs\['dataset_id'\] has \['third'\].*it knows \['first', 'second'\]"):
+        embed_anndata(cells, saved, overwrite=True, progress=False)
+    del cells.obs["dataset_id"]
+    with pytest.raises(ValueError, match="dataset_id"):
+        embed_anndata(cells, saved, overwrite=True, progress=False)
