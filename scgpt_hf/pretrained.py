@@ -1,6 +1,7 @@
 """A saved model and its processor, loaded together from a folder or from the Hub, and checked to belong together."""
 
 import json
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -32,8 +33,9 @@ def load_pretrained(name: str | Path, model_class: Any, **changes: Any) -> Pretr
 
     Raises:
         OSError: there is no such folder or repository, or it holds no model.
-        ValueError: the folder is a run's, which has its model one folder deeper; it holds another kind of model, or not
-            the whole encoder; the changes do not go with it; or model and processor do not belong together.
+        ValueError: the folder is a run's, which has its model one folder deeper; it holds another kind of model, not
+            the whole encoder, or more of it than its config says; the changes do not go with it; or model and processor
+            do not belong together.
     """
     processor = load_processor(name)
     require_inside(name)
@@ -47,7 +49,7 @@ def load_pretrained(name: str | Path, model_class: Any, **changes: Any) -> Pretr
         except StrictDataclassError as error:
             raise ValueError(f"{name} cannot be changed so: {error.__cause__ or error}") from error
     loading = {"config": config, "output_loading_info": True, "ignore_mismatched_sizes": True}
-    with _damage_said(name):
+    with _damage_said(name), _report_unprinted():
         model, report = model_class.from_pretrained(name, use_safetensors=True, **loading)
     require_pair(model, processor)
     missing = {*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])}
@@ -55,6 +57,12 @@ def load_pretrained(name: str | Path, model_class: Any, **changes: Any) -> Pretr
     lost = [key for key in missing if key.startswith(encoder) and not key.startswith(f"{encoder}input_norm")]
     if lost:
         raise ValueError(f"{name} lacks {len(lost)} weights of the encoder, e.g. {lost[:3]}; it is no checkpoint of it")
+    parts = {f"{model.base_model_prefix}.{part}" for part, _ in model.base_model.named_children()}
+    if beyond := [key for key in report["unexpected_keys"] if ".".join(key.split(".")[:2]) in parts]:
+        raise ValueError(
+            f"{name} has {len(beyond)} weights for which the encoder of its config has no place, e.g. "
+            f"{sorted(beyond)[:3]}; copy config.json and weights again from one folder"
+        )
     return Pretrained(model, processor, sorted({key.removeprefix(encoder).split(".")[0] for key in missing}))
 
 
@@ -102,6 +110,21 @@ def _damage_said(name: str | Path) -> Iterator[None]:
         raise ValueError(
             f"{name} holds a damaged model or processor ({type(error).__name__}: {str(error)[:200]}); copy it again"
         ) from error
+
+
+@contextmanager
+def _report_unprinted() -> Iterator[None]:
+    """Keep the library from printing which heads are left out or begin anew; what matters of it is checked here."""
+    printing = logging.getLogger("transformers.modeling_utils")
+    printing.addFilter(_is_no_report)  # not its level: a higher one makes the library check its parallel plans
+    try:
+        yield
+    finally:
+        printing.removeFilter(_is_no_report)
+
+
+def _is_no_report(record: logging.LogRecord) -> bool:
+    return "LOAD REPORT" not in record.getMessage()
 
 
 def require_pair(model: PreTrainedModel, processor: ScGPTProcessor) -> None:

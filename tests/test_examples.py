@@ -1,7 +1,9 @@
 """The notebooks run as a newcomer runs them, one after the other, and are stored with what they show."""
 
 import ast
+import os
 import shutil
+import sys
 from pathlib import Path
 
 import nbformat
@@ -57,6 +59,7 @@ def test_the_second_notebook_runs_on_any_checkpoint(tmp_path: Path) -> None:
 @pytest.mark.timeout(900)
 def test_the_notebooks_run_one_after_the_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("EXAMPLE_EPOCHS", "1")
+    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")  # its accelerate
     assert len(NOTEBOOKS) == 2
     run(NOTEBOOKS, tmp_path)
     assert (tmp_path / "runs" / "example" / "best_model" / "model.safetensors").exists()

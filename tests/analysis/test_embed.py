@@ -1,6 +1,7 @@
 """One vector per cell, the same wherever and with whomever the cell is met."""
 
 import runpy
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -294,6 +295,18 @@ def of_nothing_known() -> AnnData:
 def test_unusable_data_raise(make: Any, message: str, model: ScGPTModel, processor: ScGPTProcessor) -> None:
     with pytest.raises(ValueError, match=message):
         embed_anndata(make(), model, processor, **QUIET)
+
+
+def test_heads_are_left_out_without_a_word_and_layers_are_not(
+    saved: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    embed.load_encoder(saved)
+    assert not caplog.records
+    shutil.copytree(saved, tmp_path / "model")
+    config = tmp_path / "model" / "config.json"
+    config.write_text(config.read_text().replace('"num_hidden_layers": 2', '"num_hidden_layers": 1'))
+    with pytest.raises(ValueError, match=r"has 12 weights for which .* no place, e.g. \['scgpt.layers.1"):
+        embed.load_encoder(tmp_path / "model")
 
 
 def test_a_layer_is_used_where_asked(model: ScGPTModel, processor: ScGPTProcessor, expected: np.ndarray) -> None:
