@@ -130,17 +130,18 @@ def gene_tables(n_genes: int, seed: int) -> tuple[np.ndarray, np.ndarray, np.nda
     """Return for each cell type its genes, commonest first; the words up to which each is drawn; and where to look.
 
     Shapes (types, genes), (types, genes) and (types, 65537): a word with the upper bits b falls on one of the genes
-    `guides[b]` to `guides[b + 1]`.
+    `guides[b]` to `guides[b + 1]`. Numbers of genes are as short as they can be, so that the tables stay in cache.
     """
+    short = np.min_scalar_type(n_genes)
     genes, thresholds, guides = [], [], []
     for kind in range(len(CELL_TYPES)):
         weights = zipf_weights(n_genes, kind, seed)
-        order = np.argsort(-weights, kind="stable").astype(np.int32)
+        order = np.argsort(-weights, kind="stable").astype(short)
         threshold = np.minimum(np.cumsum(weights[order]) * 2**32, 2**32 - 1).astype(np.uint32)
         threshold[-1] = 2**32 - 1
         genes.append(order)
         thresholds.append(threshold)
-        guides.append(np.searchsorted(threshold, np.minimum(np.arange(65537) << 16, 2**32 - 1)))
+        guides.append(np.searchsorted(threshold, np.minimum(np.arange(65537) << 16, 2**32 - 1)).astype(short))
     return np.stack(genes), np.stack(thresholds), np.stack(guides)
 
 
@@ -161,24 +162,26 @@ def draw_cells(libraries, kinds, by_rank, thresholds, guides, seed, first):
             word = (word ^ (word >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
             word = (word ^ (word >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
             word = (word ^ (word >> np.uint64(31))) >> np.uint64(32)
-            low, high = guides[kind, word >> np.uint64(16)], guides[kind, (word >> np.uint64(16)) + np.uint64(1)]
+            guide = word >> np.uint64(16)
+            low, high = np.int64(guides[kind, guide]), np.int64(guides[kind, guide + np.uint64(1)])
             while low < high:
                 middle = (low + high) >> 1
                 if thresholds[kind, middle] < word:
                     low = middle + 1
                 else:
                     high = middle
-            gene = by_rank[kind, low]
+            gene = np.int64(by_rank[kind, low])
             tally[gene] += 1
             present[gene >> 6] |= np.uint64(1) << np.uint64(gene & 63)
         before = n
         for word in range(len(present)):
-            if present[word]:
-                for gene in range(word << 6, min((word + 1) << 6, n_genes)):
-                    if tally[gene]:
-                        genes[n], counts[n], tally[gene] = gene, tally[gene], 0
-                        n += 1
-                present[word] = 0
+            bits, gene = present[word], word << 6
+            present[word] = np.uint64(0)
+            while bits:
+                if bits & np.uint64(1):
+                    genes[n], counts[n], tally[gene] = gene, tally[gene], 0
+                    n += 1
+                bits, gene = bits >> np.uint64(1), gene + 1
         lengths[cell] = n - before
     return lengths, genes[:n].copy(), counts[:n].copy()
 

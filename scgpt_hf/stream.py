@@ -29,7 +29,6 @@ from scgpt_hf.cells.threads import PATIENCE_S, ReadingThreads, give_way, join_wi
 from scgpt_hf.genes import match_columns
 from scgpt_hf.tokens.packing_scgpt import Tokens, bucket, pack, pad
 from scgpt_hf.tokens.processing_scgpt import ScGPTProcessor
-from scgpt_hf.tokens.tokenizing_scgpt import rows_of
 
 logger = logging.getLogger(__name__)
 
@@ -266,7 +265,7 @@ class _Blocks:
         s = self.settings
         cells = slice(edges[0], edges[-1])
         asked = block.cell_ids[cells]
-        counts = rows_of(block.counts, *cells.indices(len(block))[:2])
+        counts = block.take(np.arange(edges[0], edges[-1]))
         tokens = self.processor.tokenize(counts, self.gene_ids, cell_ids=asked, seed=s.seed, epoch=epoch)
         if s.mask_ratios is not None:
             tokens = self.processor.mask(tokens, seed=s.seed, epoch=epoch, ratios=s.mask_ratios)

@@ -31,11 +31,11 @@ OTHER = "#BDBDBD"
 UNLABELLED = ("unknown", "unlabelled")  # no type: the Census writes "unknown"
 GREY = "#6B6B6B"
 SMALL = 7.5  # points
-_MAP = 3.0  # inches, width and height of a map without its legend
+_MAP = 2.7  # inches, width and height of a map without its legend: with names of 20 letters it fits a phone
 
 
 def plot_umap(coordinates: FloatArray, panels: Mapping[str, Sequence[str]], *, title: str | None = None) -> Figure:
-    """Return the cells on their map, one panel for each way to colour them, categories by falling size.
+    """Return the cells on their map, panels below each other, categories by falling size.
 
     Points are drawn in one shuffled order, so that no category hides another, and as pixels even in a vector file.
     Beyond 20 categories the smallest share the grey of "other"; cells without a label are "unlabelled", grey as
@@ -52,17 +52,16 @@ def plot_umap(coordinates: FloatArray, panels: Mapping[str, Sequence[str]], *, t
     coordinates = np.asarray(coordinates)
     _require_map(coordinates, panels)
     legends = [_colours(categories) for categories in panels.values()]
-    widths = [0.3 + _MAP + 0.45 + max(text_width(name) for name in legend) for _, legend in legends]
-    height = 0.25 + _MAP + (0.6 if title else 0.3)
-    figure = Figure(figsize=(sum(widths), height))
-    lefts = np.cumsum([0.3, *widths[:-1]])
-    for left, heading, (colours, legend) in zip(lefts, panels, legends, strict=True):
-        place = (left / sum(widths), 0.25 / height, _MAP / sum(widths), _MAP / height)
-        axes = figure.add_axes(place)
+    width = 0.3 + _MAP + 0.45 + max(text_width(name) for _, legend in legends for name in legend)
+    height = (_MAP + 0.55) * len(panels) + (0.3 if title else 0)
+    figure = Figure(figsize=(width, height))
+    for row, heading, (colours, legend) in zip(reversed(range(len(panels))), panels, legends, strict=True):
+        bottom = row * (_MAP + 0.55) + 0.25
+        axes = figure.add_axes((0.3 / width, bottom / height, _MAP / width, _MAP / height))
         _draw_map(axes, coordinates, colours, legend)
         axes.set_title(heading, fontsize=9, loc="left")
     if title:
-        figure.suptitle(title, fontsize=10, x=0.3 / sum(widths), ha="left", y=1 - 0.1 / height, va="top")
+        figure.suptitle(title, fontsize=10, x=0.3 / width, ha="left", y=1 - 0.1 / height, va="top")
     return figure
 
 

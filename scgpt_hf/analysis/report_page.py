@@ -15,6 +15,7 @@ import matplotlib
 from matplotlib.figure import Figure
 
 _PIXELS_PER_INCH = 100  # of a figure on screen; its text is 7 to 9 points
+_SCROLLED = 640  # pixels below which a broad figure is not shrunk
 _DPI = 200  # of figures saved as PNG, see `plots.save_figure`
 _VOID = {"img", "meta", "br"}
 
@@ -48,7 +49,6 @@ td.long { min-width: 9rem; overflow-wrap: anywhere; }
 figure { margin: .8rem 0 0; min-width: 0; max-width: 100%; }
 .picture { background: #ffffff; border-radius: .6rem; padding: .6rem; overflow-x: auto; border: 1px solid var(--line); }
 .picture img { display: block; max-width: 100%; height: auto; }
-.picture img.broad { min-width: 40rem; }
 figcaption { font-size: .85rem; margin-top: .35rem; max-width: 46rem; }
 pre { background: var(--card); border-radius: .6rem; padding: .8rem 1rem; overflow-x: auto; font-size: .84rem; }
 details { margin: .5rem 0; } summary { cursor: pointer; }
@@ -175,6 +175,7 @@ def picture(path: Path, caption: str) -> Html:
 def _figure(content: bytes, kind: str, inches: float, caption: str) -> Html:
     """Return a picture at reading size: up to 4.7 inches it shrinks to a phone, a broader one is scrolled there."""
     source = f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
-    attributes = {"class_": "broad"} if inches > 4.7 else {}
-    image = tag("img", src=source, alt=caption, width=f"{inches * _PIXELS_PER_INCH:.0f}", **attributes)
+    pixels = inches * _PIXELS_PER_INCH
+    style = {"style": f"min-width:{min(pixels, _SCROLLED):.0f}px"} if inches > 4.7 else {}
+    image = tag("img", src=source, alt=caption, width=f"{pixels:.0f}", **style)
     return tag("figure", tag("div", image, class_="picture"), tag("figcaption", caption))

@@ -4,8 +4,7 @@ Decides what raw counts are and which cell ids may be asked for. It does not rea
 its neighbours read.
 """
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from hashlib import sha256
 from typing import Any, TypeAlias
 
@@ -17,23 +16,47 @@ from scipy.sparse import csr_matrix, issparse
 Int64Array: TypeAlias = NDArray[np.int64]
 
 
-@dataclass(frozen=True)
 class CellBlock:
     """Some cells of a source, in the order they were asked for.
 
     Attributes:
-        counts: raw counts, float32 or integer; genes ascend within each cell, no stored zeros, no repeats.
-            Shape (cells, genes).
         obs: the obs columns asked for, indexed by cell id. Shape (cells, columns).
         cell_ids: which cells these are, int64. Shape (cells,).
     """
 
-    counts: csr_matrix
-    obs: pd.DataFrame
-    cell_ids: Int64Array
+    def __init__(
+        self, counts: csr_matrix | Callable[[Int64Array], csr_matrix], obs: pd.DataFrame, cell_ids: Int64Array
+    ) -> None:
+        """Put the parts together.
+
+        Args:
+            counts: raw counts of all cells; or what gathers those of the cells at some positions, which spares the
+                memory of all.
+            obs: their labels.
+            cell_ids: which they are.
+        """
+        self._counts, self.obs, self.cell_ids = counts, obs, cell_ids
 
     def __len__(self) -> int:
         return len(self.cell_ids)
+
+    @property
+    def counts(self) -> csr_matrix:
+        """Raw counts of all cells, float32 or integer; genes ascend within each cell, no stored zeros, no repeats.
+
+        Shape (cells, genes).
+        """
+        self._counts = self.take(np.arange(len(self))) if callable(self._counts) else self._counts
+        return self._counts
+
+    def take(self, positions: Int64Array) -> csr_matrix:
+        """Return the counts of the cells at these positions, in this order. Shape (positions, genes)."""
+        counts = self._counts
+        return counts(positions) if callable(counts) else counts[positions]
+
+    def with_obs(self, columns: Sequence[str]) -> "CellBlock":
+        """Return the same cells with only these columns of obs."""
+        return CellBlock(self._counts, self.obs[list(columns)], self.cell_ids)
 
 
 def require_counts(counts: Any, where: str) -> None:

@@ -226,13 +226,23 @@ def _order_by_tile(indptr, indices, data, first_cell, n_tiles):  # type: ignore[
 def _count_numbers(counts: csr_matrix) -> pd.DataFrame:
     """Return per cell the sum, and over its expressed genes the number, mean and variance (n - 1), of the counts."""
     nnz = np.diff(counts.indptr).astype(np.int64)
-    cell = np.repeat(np.arange(len(nnz)), nnz)
-    total = np.bincount(cell, counts.data, minlength=len(nnz))
-    mean = total / np.maximum(nnz, 1)
-    squares = np.bincount(cell, (counts.data - mean[cell]) ** 2, minlength=len(nnz))
-    return pd.DataFrame(
-        {"raw_sum": total, "nnz": nnz, "raw_mean_nnz": mean, "raw_variance_nnz": squares / np.maximum(nnz - 1, 1)}
-    )
+    total, mean, variance = _moments(counts.indptr, counts.data)
+    return pd.DataFrame({"raw_sum": total, "nnz": nnz, "raw_mean_nnz": mean, "raw_variance_nnz": variance})
+
+
+@njit(nogil=True, cache=True)
+def _moments(indptr, data):  # type: ignore[no-untyped-def]
+    """Return sum, mean and variance of the entries of each row; float64 (rows,) each, 0 for a row without any."""
+    total, mean, variance = np.zeros(len(indptr) - 1), np.zeros(len(indptr) - 1), np.zeros(len(indptr) - 1)
+    for row in range(len(indptr) - 1):
+        entries = data[indptr[row] : indptr[row + 1]]
+        for count in entries:
+            total[row] += count
+        mean[row] = total[row] / max(len(entries), 1)
+        for count in entries:
+            variance[row] += (count - mean[row]) ** 2
+        variance[row] /= max(len(entries) - 1, 1)
+    return total, mean, variance
 
 
 def _write_table(parent: Any, name: str, table: pd.DataFrame, dictionaries: Sequence[str] = ()) -> None:

@@ -17,7 +17,6 @@ from uuid import uuid4
 import numpy as np
 import pandas as pd
 import pyarrow as pa
-from numba import njit
 from numpy.typing import NDArray
 from scipy.sparse import csr_matrix
 
@@ -75,17 +74,14 @@ def encode_bands(block: CellBlock, schema: pa.Schema, rows: Int64Array | None = 
     rows = rows[np.argsort(block.cell_ids[rows])]
     edges = np.flatnonzero(np.diff(block.cell_ids[rows] // TILE)) + 1
     for band in np.split(rows, edges) if len(rows) else []:
-        yield encode_cells(block.counts, band, block.cell_ids[band], block.obs.iloc[band], schema)
+        yield encode_cells(block.take(band), block.cell_ids[band], block.obs.iloc[band], schema)
 
 
-def encode_cells(
-    counts: csr_matrix, rows: Int64Array, cell_ids: Int64Array, obs: pd.DataFrame, schema: pa.Schema
-) -> pa.RecordBatch:
-    """Return some cells of a block as a record batch.
+def encode_cells(counts: csr_matrix, cell_ids: Int64Array, obs: pd.DataFrame, schema: pa.Schema) -> pa.RecordBatch:
+    """Return cells as a record batch.
 
     Args:
-        counts: raw counts; genes ascend within each cell. Shape (cells of the block, genes).
-        rows: which of them, in the order of the batch. Shape (cells,).
+        counts: raw counts; genes ascend within each cell. Shape (cells, genes).
         cell_ids: of these cells. Shape (cells,).
         obs: their columns. Shape (cells, columns).
         schema: as `cache_schema` returns it.
@@ -93,21 +89,15 @@ def encode_cells(
     Raises:
         ValueError: a count is larger than 4,294,967,295.
     """
-    indptr = counts.indptr.astype(np.int64)
-    offsets, large_offsets = np.zeros((2, len(rows) + 1), np.int32)
-    largest = _measure(indptr, counts.data, rows, offsets[1:], large_offsets[1:])
-    if largest > LARGEST:
+    if (largest := counts.data.max(initial=0)) > LARGEST:
         raise ValueError(f"found a count of {largest:,.0f}; a cache holds counts up to {LARGEST:,}")
-    np.cumsum(offsets, out=offsets)
-    np.cumsum(large_offsets, out=large_offsets)
-    genes = np.empty(offsets[-1], schema.field("gene").type.value_type.to_pandas_dtype())
-    small, large = np.empty(offsets[-1], np.uint8), np.empty(large_offsets[-1], np.uint32)
-    _encode(indptr, counts.indices, counts.data, rows, genes, small, large)
+    offsets, is_large = counts.indptr.astype(np.int32), np.flatnonzero(counts.data >= ESCAPE)
+    genes = counts.indices.astype(schema.field("gene").type.value_type.to_pandas_dtype())
     columns = [
         pa.array(cell_ids),
         pa.ListArray.from_arrays(offsets, genes),
-        pa.ListArray.from_arrays(offsets, small),
-        pa.ListArray.from_arrays(large_offsets, large),
+        pa.ListArray.from_arrays(offsets, np.minimum(counts.data, ESCAPE).astype(np.uint8)),
+        pa.ListArray.from_arrays(np.searchsorted(is_large, offsets), counts.data[is_large].astype(np.uint32)),
         *(_encode_column(obs[field.name], field.type) for field in list(schema)[len(CELL_COLUMNS) :]),
     ]
     return pa.RecordBatch.from_arrays(columns, schema=schema)
@@ -173,32 +163,3 @@ def _encode_column(column: pd.Series, kind: pa.DataType) -> pa.Array:
         texts = [None if absent else str(value) for value, absent in zip(column, missing, strict=True)]
         return pa.array(texts, pa.string())
     return pa.array(column.astype(object).to_numpy() if missing.any() else column.to_numpy(), kind, from_pandas=True)
-
-
-@njit(nogil=True, cache=True)
-def _measure(indptr, counts, rows, lengths, n_large):  # type: ignore[no-untyped-def]
-    """Fill the number of entries of each row, and of those that do not fit into a byte; return the largest count."""
-    largest = 0.0
-    for i in range(len(rows)):
-        cell = counts[indptr[rows[i]] : indptr[rows[i] + 1]]
-        lengths[i] = len(cell)
-        for entry in range(len(cell)):
-            n_large[i] += cell[entry] >= ESCAPE
-            largest = max(largest, float(cell[entry]))
-    return largest
-
-
-@njit(nogil=True, cache=True)
-def _encode(indptr, indices, counts, rows, genes, small, large):  # type: ignore[no-untyped-def]
-    """Copy the rows one behind the other; what does not fit into a byte goes to `large`."""
-    place, n_large = 0, 0
-    for i in range(len(rows)):
-        for entry in range(indptr[rows[i]], indptr[rows[i] + 1]):
-            genes[place] = indices[entry]
-            if counts[entry] >= ESCAPE:
-                small[place] = ESCAPE
-                large[n_large] = np.uint32(counts[entry])
-                n_large += 1
-            else:
-                small[place] = np.uint8(counts[entry])
-            place += 1

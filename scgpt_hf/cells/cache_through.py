@@ -147,7 +147,7 @@ class CachingSource:
             self._storing.result()  # no more than one block waits in memory; and raises what the last one met
             if self._keeps:
                 self._storing = self._writer.submit(self._store, block)
-        return CellBlock(block.counts, block.obs[list(columns)], block.cell_ids)
+        return block.with_obs(columns)
 
     def _store(self, block: CellBlock) -> None:
         """Write what is new of a block and is to be cached."""

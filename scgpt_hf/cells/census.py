@@ -1,8 +1,8 @@
 """Cells of a SOMA in the Census layout, local or remote, read fast in any order.
 
 The Census stores X in tiles of 2,048 cells, so the natural unit of reading is an aligned band of 2,048 rows. A few
-Python threads, each with its own TileDB context, read one band each; numba turns it into rows and copies them to where
-they were asked for. Which bands are worth reading together is decided by `plan.py`.
+Python threads, each with its own TileDB context, read one band each; `bands.py` keeps it small until its cells are
+asked for. Which bands are worth reading together is decided by `plan.py`.
 """
 
 import threading
@@ -17,7 +17,7 @@ import tiledbsoma as soma
 from numpy.typing import NDArray
 from scipy.sparse import csr_matrix
 
-from scgpt_hf.cells.bands import Band, gather_bands, read_band
+from scgpt_hf.cells.bands import Band, Bands, read_band
 from scgpt_hf.cells.block import CellBlock, Int64Array, gene_hash, name_layers, require_cell_ids, require_counts
 from scgpt_hf.cells.obs import full_filter, require_columns, select_obs
 from scgpt_hf.cells.plan import BAND_SIZE
@@ -130,13 +130,11 @@ class CensusSource:
         order = np.argsort(cell_ids)
         ascending = cell_ids[order]
         edges = np.flatnonzero(np.diff(ascending // BAND_SIZE)) + 1
-        pool = self._threads()
-        bands = list(pool.map(self._read_band, np.split(ascending, edges))) if len(order) else []
-        raw = all(band.raw for band in bands)
-        counts = gather_bands(bands, np.split(order, edges) if bands else [], len(self.genes), pool)
-        if not raw:
-            self._refuse(counts, ascending)
-        return CellBlock(counts, self._read_obs(cell_ids, columns), cell_ids)
+        bands = list(self._threads().map(self._read_band, np.split(ascending, edges))) if len(order) else []
+        gather = Bands(bands, np.split(order, edges) if bands else [], len(self.genes)).gather
+        if not all(band.raw for band in bands):
+            self._refuse(gather(np.arange(len(cell_ids))), ascending)
+        return CellBlock(gather, self._read_obs(cell_ids, columns), cell_ids)
 
     def describe(self) -> dict[str, Any]:
         """Return where the cells come from; see `CellSource.describe`."""

@@ -23,7 +23,7 @@ import tiledbsoma as soma
 logger = logging.getLogger(__name__)
 
 ATTEMPTS = 8  # reads of a remote object before its error is passed on: 7 waits, 127 s in the mean
-BUFFER_BYTES = 8 * 2**20  # of each column of a query; larger ones were slower
+BUFFER_BYTES = 4 * 2**20  # of each column of a query; larger and smaller ones were slower (measured)
 # What the store has answered for good; asking again would give the same. Anything else may pass.
 _FINAL = re.compile(r"HTTP Response Code: (401|403|404)\b|does not exist|not a valid TileDB|No such file")
 _NOISE = re.compile(r"\s*\[(Headers|Remote IP): [^\]]*\]|\s*\n\s*")

@@ -161,29 +161,39 @@ def bin_block(values: Array, indptr: Array, genes: Array, keys: Array, levels: A
 
 
 @compiled
-def _gather_cell(
-    columns: Array, counts: Array, gene_ids: Array, present: Array, by_gene: Array, genes: Array, values: Array
-) -> Any:
-    """Fill the known expressed genes of a cell by ascending id, and return how many; `present` is left all zero.
+def _gather_cell(columns: Array, counts: Array, gene_ids: Array, genes: Array, values: Array) -> Any:
+    """Fill the known expressed genes of a cell in the order of its columns, and return how many.
 
     Returns −1 if the columns do not ascend, or repeat.
     """
-    n_descents = 0
+    n_descents = n_left_out = 0
     for i in range(1, len(columns)):
         n_descents += columns[i] <= columns[i - 1]
     if n_descents:
         return -1
-    k = np.uint64(0)  # unsigned: no test for an index from the end
     for i in range(len(columns)):
         gene, count = gene_ids[np.uint64(columns[i])], counts[i]
+        genes[i], values[i] = gene, count
+        n_left_out += (gene < 0) | (count <= 0)
+    if not n_left_out:
+        return len(columns)
+    k = np.uint64(0)  # unsigned: no test for an index from the end
+    for i in range(len(columns)):
+        gene, count = genes[i], values[i]
         genes[k], values[k] = gene, count  # overwritten by the next gene unless k moves on
         k += np.uint64((gene >= 0) & (count > 0))
-    n: Any = np.int64(k)
-    for i in range(1, n):
+    return np.int64(k)
+
+
+@compiled
+def _sort_by_gene(genes: Array, values: Array, present: Array, by_gene: Array) -> None:
+    """Order a cell's genes by id, by marking them in a bitmap and reading it back; `present` is left all zero."""
+    n_descents = 0
+    for i in range(1, len(genes)):
         n_descents += genes[i] <= genes[i - 1]
     if not n_descents:
-        return n
-    for i in range(n):  # sort by marking ids in the bitmap and reading it back in order
+        return
+    for i in range(len(genes)):
         by_gene[genes[i]] = values[i]
         present[genes[i] >> 6] |= ONE << np.uint64(genes[i] & 63)
     n = 0
@@ -196,7 +206,6 @@ def _gather_cell(
             genes[n], values[n] = gene, by_gene[gene]
             n += 1
             bits ^= lowest
-    return n
 
 
 @compiled
@@ -231,7 +240,7 @@ def tokenize_block(
     start = 0
     for cell in range(len(indptr) - 1):
         stored = slice(indptr[cell], indptr[cell + 1])
-        n = _gather_cell(columns[stored], counts[stored], gene_ids, present, by_gene, genes, values)
+        n = _gather_cell(columns[stored], counts[stored], gene_ids, genes, values)
         if n < 0:
             return cell
         n_tokens[cell] = 0
@@ -239,8 +248,10 @@ def tokenize_block(
             continue
         largest = _find_edges(values[:n], levels, scratch) if len(levels) else 0
         if len(zero_genes):
+            _sort_by_gene(genes[:n], values[:n], present, by_gene)
             n = _spread_zeros(zero_genes, genes, values, n)
         n = keep_lowest(genes, values, n, limit, sampling_keys[cell], scratch[3])
+        _sort_by_gene(genes[:n], values[:n], present, by_gene)  # after sampling: fewer are left to sort
         ids, bins = input_ids[start + 1 : start + 1 + n], token_values[start + 1 : start + 1 + n]
         for i in range(n):  # slices are not assigned to, which numba takes seconds to compile
             ids[i], bins[i] = genes[i], values[i]

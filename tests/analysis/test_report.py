@@ -86,8 +86,8 @@ def test_bars_stay_in_their_cell(share: float, width: str) -> None:
 def test_a_picture_is_inside_the_page_and_must_be_one(tmp_path: Path) -> None:
     save_figure(Figure(figsize=(4, 2)), tmp_path / "small.png")
     save_figure(Figure(figsize=(7, 2)), tmp_path / "wide.png")
-    assert "broad" not in picture(tmp_path / "small.png", "x")
-    assert "broad" in picture(tmp_path / "wide.png", "x")
+    assert "min-width" not in picture(tmp_path / "small.png", "x")
+    assert "min-width:640px" in picture(tmp_path / "wide.png", "x")
     assert picture(tmp_path / "missing.png", "x") == ""
     (tmp_path / "false.png").write_bytes(b"GIF89a")
     with pytest.raises(ValueError, match="is not a PNG"):

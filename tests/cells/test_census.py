@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import requests
 import tiledbsoma as soma
+from scipy.sparse import csr_matrix, vstack
 from scipy.sparse import random as random_sparse
 from source_contract import SourceContract
 
@@ -54,6 +55,28 @@ def test_bands_and_coordinates_read_the_same(tmp_path, monkeypatch, n_threads, d
             assert (block.counts.toarray() == counts[cell_ids].toarray()).all()
             assert (block.counts.data > 0).all()
             assert block.counts.has_canonical_format
+
+
+@pytest.mark.parametrize(
+    ("largest", "n_genes"), [(256, 2**16), (65_535, 2**16), (65_536, 2**16), (2.0**100, 2**16 + 1)]
+)
+def test_gathered_groups_are_the_rows_of_the_whole_matrix_and_lose_nothing(tmp_path, largest, n_genes):
+    counts = random_sparse(4500, n_genes, 2e-4, format="csr", random_state=0, data_rvs=lambda n: 1.0 + np.arange(n) % 7)
+    counts.data[counts.indptr[3100]] = largest
+    counts.indices[counts.indptr[4401] - 1] = n_genes - 1
+    counts = csr_matrix(counts, dtype=np.float32)
+    write_soma(tmp_path / "soma", counts)
+    cell_ids = np.random.default_rng(0).permutation(4500)
+    with CensusSource(str(tmp_path / "soma")) as source:
+        block = source.read(cell_ids)
+    groups = [block.take(positions) for positions in np.split(np.arange(4500), [0, 512, 513, 2000])]
+    whole = block.counts
+    assert whole is block.counts
+    for got in (whole, block.take(np.arange(4500)), vstack(groups, format="csr")):
+        for name in ("data", "indices", "indptr"):
+            assert np.array_equal(getattr(got, name), getattr(counts[cell_ids], name)), name
+    some = np.array([7, 4499, 0])
+    assert (block.take(some) != counts[cell_ids[some]]).nnz == 0
 
 
 def test_close_ends_the_threads_and_the_source_opens_again(small_census):
