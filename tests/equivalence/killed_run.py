@@ -10,7 +10,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
-from kill_resume import begin_anew, finish, require_same, start, traced, train_whole
+from kill_resume import begin_anew, finish, require_same, start, traced, train_whole, warm_up
 
 from scgpt_hf.training.checkpoints import newest_valid
 
@@ -38,6 +38,7 @@ def kill_after(step: int, pause_s: float, flags: list[str], folder: Path) -> dic
 def main(census: str, scratch: Path, seed: int) -> None:
     flags = ["--data", census, "--per_device_train_batch_size", str(BATCH), "--save_steps", str(SAVE_EVERY)]
     flags += ["--min_gene_counts", "1", "--validation_fraction", "0.3", "--num_train_epochs", "2"]
+    warm_up()
     expected = train_whole(flags, 1, scratch / "whole")
     n_steps = len(expected[0])
     epoch, chance, folder = n_steps // 2, random.Random(seed), scratch / "killed"
