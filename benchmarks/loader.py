@@ -30,7 +30,8 @@ from scgpt_hf.cells.census import CensusSource
 from scgpt_hf.cells.plan import BAND_SIZE, EpochPlan, plan_epoch
 from scgpt_hf.cells.remote import open_context
 from scgpt_hf.cells.source import open_source
-from scgpt_hf.stream import StreamSettings, read_ahead, stream_cells
+from scgpt_hf.cells.threads import read_ahead
+from scgpt_hf.stream import StreamSettings, stream_cells
 from scgpt_hf.tokens.processing_scgpt import ScGPTProcessor
 from scgpt_hf.tokens.tokenizing_scgpt import rows_of
 

@@ -6,8 +6,6 @@ consumed, which is all that an exact resume needs.
 """
 
 import logging
-import queue
-import threading
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
@@ -25,7 +23,7 @@ from scipy.sparse import csr_matrix
 from scgpt_hf.cells.block import CellBlock, Int64Array
 from scgpt_hf.cells.plan import Plan, lay_out
 from scgpt_hf.cells.source import CellSource
-from scgpt_hf.cells.threads import PATIENCE_S, ReadingThreads, give_way, join_within, n_cores
+from scgpt_hf.cells.threads import ReadingThreads, n_cores, read_ahead
 from scgpt_hf.genes import match_columns
 from scgpt_hf.tokens.packing_scgpt import Tokens, bucket, pack, pad
 from scgpt_hf.tokens.processing_scgpt import ScGPTProcessor
@@ -105,46 +103,6 @@ def lengths_of(batch: Batch) -> torch.Tensor:
     return bounds.diff() if isinstance(bounds, torch.Tensor) else mask.sum(1)  # type: ignore[union-attr]
 
 
-def read_ahead(batches: Iterable[Batch], depth: int = 8) -> Generator[Batch, None, None]:
-    """Yield the batches in order while a background thread prepares the next `depth` of them.
-
-    An error in the thread is raised here, where the batch was due. Closing the generator stops the thread, and waits a
-    moment for it: a read that hangs is left behind.
-    """
-    ready: queue.Queue[Any] = queue.Queue(maxsize=depth)
-    stopped = threading.Event()
-
-    def hand_over(item: object) -> bool:
-        while not stopped.is_set():
-            try:
-                ready.put(item, timeout=0.1)
-            except queue.Full:
-                continue
-            return True
-        return False
-
-    def work() -> None:
-        give_way()
-        try:
-            for batch in batches:
-                if not hand_over(batch):
-                    return
-            hand_over(None)
-        except BaseException as error:  # noqa: BLE001 — nothing is swallowed: the consumer raises it
-            hand_over(error)
-
-    thread = threading.Thread(target=work, name="scgpt-read-ahead", daemon=True)
-    thread.start()
-    try:
-        while (item := ready.get()) is not None:
-            if isinstance(item, BaseException):
-                raise item
-            yield item
-    finally:
-        stopped.set()
-        join_within([thread], PATIENCE_S)
-
-
 class StreamLoader:
     """The trainer's loader: one epoch's batches an iteration, from wherever the last one stopped.
 
@@ -155,15 +113,22 @@ class StreamLoader:
         waited_s: seconds in which a batch was asked for and not ready.
     """
 
-    def __init__(self, open_stream: Callable[[int], Iterable[Batch]], epoch_ends: Sequence[int]) -> None:
+    def __init__(
+        self,
+        open_stream: Callable[[int], Iterable[Batch]],
+        epoch_ends: Sequence[int],
+        while_waiting: Callable[[], object] | None = None,
+    ) -> None:
         """Prepare to read; nothing is opened before the first batch is asked for.
 
         Args:
             open_stream: gives the batches from number n on; all, or those of some epochs.
             epoch_ends: the number of batches handed out when each epoch ends, ascending.
+            while_waiting: see `read_ahead`.
         """
         self.open_stream = open_stream
         self.epoch_ends = epoch_ends
+        self.while_waiting = while_waiting
         self.consumed = 0
         self.waited_s = 0.0
         self._batches: Generator[Batch, None, None] | None = None
@@ -177,11 +142,11 @@ class StreamLoader:
         end = next((end for end in self.epoch_ends if end > self.consumed), self.consumed)
         while self.consumed < end:
             if self._batches is None:
-                self._batches = read_ahead(self.open_stream(self.consumed))
+                self._batches = self._open()
             asked = time.perf_counter()
             batch = next(self._batches, None)
             if batch is None:  # the stream went so far; another one goes on
-                self._batches = read_ahead(self.open_stream(self.consumed))
+                self._batches = self._open()
                 batch = next(self._batches)
             self.waited_s += time.perf_counter() - asked
             self.consumed += 1
@@ -195,6 +160,9 @@ class StreamLoader:
         """Go on after the batches that `state` counts."""
         self.close()
         self.consumed = state["consumed"]
+
+    def _open(self) -> Generator[Batch, None, None]:
+        return read_ahead(self.open_stream(self.consumed), while_waiting=self.while_waiting)
 
     def close(self) -> None:
         """Stop the reading thread."""

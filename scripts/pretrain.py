@@ -8,6 +8,7 @@ Settings come from a YAML file, then from flags. The run folder (--output_dir) g
 """
 
 import logging
+import os
 import sys
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from scgpt_hf.training import pretraining
 from scgpt_hf.training.card import model_card
 from scgpt_hf.training.dry_run import describe_run
 from scgpt_hf.training.hub import check_repository
+from scgpt_hf.training.machine import share_cores
 from scgpt_hf.training.recipe import begin_run, build_model, build_processor, open_cells, save_selection
 from scgpt_hf.training.settings import parse_settings
 from scgpt_hf.training.stopping import Interrupted
@@ -29,11 +31,11 @@ def main() -> None:
     try:
         settings = parse_settings(sys.argv[1:], __doc__)
         args, folder = settings.training, Path(settings.training.output_dir)
-        pretraining.share_cores(args)
         if args.push_to_hub and args.process_index == 0 and not args.dry_run:
             check_repository(args.hub_model_id, private=args.hub_private_repo, token=args.hub_token)
         logging.basicConfig(format="%(message)s")
         logging.getLogger("scgpt_hf").setLevel(logging.INFO if args.process_index == 0 else logging.WARNING)
+        share_cores(args)
         with accelerate.PartialState().main_process_first():
             source = open_cells(settings)
         selection, checkpoint = begin_run(source, settings)
@@ -53,16 +55,17 @@ def main() -> None:
         trainer.train(resume_from_checkpoint=checkpoint)
     except Interrupted as interruption:
         if args.process_index == 0:
-            print(f"pretrain.py: {interruption}", file=sys.stderr)
+            print(f"pretrain.py: {interruption}", file=sys.stderr, flush=True)
         trainer.accelerator.end_training()
-        sys.exit(interruption.exit_code)
+        os._exit(interruption.exit_code)  # all is saved; a read that hangs would abort an interpreter that ends orderly
     except (ValueError, OSError, FloatingPointError) as error:
         sys.exit(f"pretrain.py: {error}")
     pretraining.save_best_model(trainer, folder)
     if args.process_index == 0:
         summary = pretraining.summarize(trainer, streams)
         shown = {"donor_key": settings.data.split_by, "seed": args.seed}
-        show_run(folder, source, selection.parts, trainer.model, processor, **shown)
+        model = pretraining.whole_model(trainer, folder)
+        show_run(folder, source, selection.parts, model, processor, **shown)
         model_card(folder).save(folder / "README.md")
         print(pretraining.tell(summary, folder))
         if args.push_to_hub:

@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import Executor, Future
 from contextlib import suppress
 from functools import partial
@@ -23,8 +23,11 @@ logger = logging.getLogger(__name__)
 
 PATIENCE_S = 5.0  # waited for a read in progress when its reader closes; a band of a local store takes less than one
 
+PULSE_S = 0.5  # between two looks at whether waiting for an item still makes sense
+
 NICENESS = 10  # of threads that prepare data: the training thread gets a core first, they get what is left
 
+Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 _Tasks: TypeAlias = "queue.SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None]"
@@ -74,6 +77,62 @@ class ReadingThreads(Executor):
     def _end(self) -> None:
         for _ in self._threads:
             self._tasks.put(None)
+
+
+def read_ahead(
+    items: Iterable[Item], depth: int = 8, *, while_waiting: Callable[[], object] | None = None
+) -> Generator[Item, None, None]:
+    """Yield items in order while a background thread prepares the next `depth` of them.
+
+    An error in the thread is raised here, where its item was due. Closing the generator stops the thread, and waits a
+    moment for it: a read that hangs is left behind.
+
+    Args:
+        items: what is read, e.g. batches.
+        depth: items that are ready at most.
+        while_waiting: called every half second while an item is due and not ready; what it raises ends the wait.
+    """
+    ready: queue.Queue[Any] = queue.Queue(maxsize=depth)
+    stopped = threading.Event()
+
+    def hand_over(item: object) -> bool:
+        while not stopped.is_set():
+            try:
+                ready.put(item, timeout=0.1)
+            except queue.Full:
+                continue
+            return True
+        return False
+
+    def work() -> None:
+        give_way()
+        try:
+            for item in items:
+                if not hand_over(item):
+                    return
+            hand_over(None)
+        except BaseException as error:  # noqa: BLE001 — nothing is swallowed: the consumer raises it
+            hand_over(error)
+
+    thread = threading.Thread(target=work, name="scgpt-read-ahead", daemon=True)
+    thread.start()
+
+    def receive() -> Any:
+        while while_waiting is not None:
+            try:
+                return ready.get(timeout=PULSE_S)
+            except queue.Empty:
+                while_waiting()
+        return ready.get()
+
+    try:
+        while (item := receive()) is not None:
+            if isinstance(item, BaseException):
+                raise item
+            yield item
+    finally:
+        stopped.set()
+        join_within([thread], PATIENCE_S)
 
 
 def give_way() -> None:

@@ -14,7 +14,8 @@ from torch import Tensor
 from transformers import Trainer
 
 from scgpt_hf.cells.block import Int64Array
-from scgpt_hf.stream import Batch, StreamLoader, read_ahead
+from scgpt_hf.cells.threads import read_ahead
+from scgpt_hf.stream import Batch, StreamLoader
 
 Logits = npt.NDArray[np.float32]
 

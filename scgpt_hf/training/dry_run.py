@@ -10,10 +10,12 @@ import numpy as np
 import torch
 from accelerate.utils import send_to_device
 
+from scgpt_hf.cells.threads import read_ahead
 from scgpt_hf.model.configuration_scgpt import training_flops_per_token
 from scgpt_hf.model.modeling_scgpt import ScGPTForPreTraining
-from scgpt_hf.stream import Batch, lengths_of, read_ahead
-from scgpt_hf.training.pretraining import Streams, device_name
+from scgpt_hf.stream import Batch, lengths_of
+from scgpt_hf.training.machine import device_name
+from scgpt_hf.training.pretraining import Streams
 from scgpt_hf.training.settings import TrainingSettings
 
 _TIMED_STEPS = 5

@@ -4,7 +4,6 @@ import json
 import logging
 import math
 import os
-import platform
 import shutil
 from contextlib import closing
 from copy import copy
@@ -13,7 +12,7 @@ from functools import partial
 from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -25,12 +24,14 @@ from scgpt_hf.cells.cache import uniform_band_size
 from scgpt_hf.cells.course import Course, plan_run
 from scgpt_hf.cells.plan import plan_epoch, plan_validation
 from scgpt_hf.cells.source import CellSource
+from scgpt_hf.cells.threads import read_ahead
 from scgpt_hf.model.modeling_scgpt import ScGPTForPreTraining
-from scgpt_hf.stream import StreamSettings, read_ahead, stream_cells
+from scgpt_hf.stream import StreamSettings, stream_cells
 from scgpt_hf.tokens.processing_scgpt import ScGPTProcessor
 from scgpt_hf.training.baselines import Baselines, baselines_from, sum_bins, sum_errors
 from scgpt_hf.training.caching import band_order, open_caching
 from scgpt_hf.training.checkpoints import Manifest, manifest_of
+from scgpt_hf.training.machine import device_name
 from scgpt_hf.training.recipe import Selection, global_batch_size
 from scgpt_hf.training.run_folder import (
     BEST_MODEL,
@@ -59,6 +60,7 @@ class Streams:
         course: which cells each step of the run trains on.
         caching: writes the cells to `cache_dir` while the first epoch reads them; None without one.
         epoch: the plan of a first epoch with the present global batch.
+        n_validation_steps: batches of all ranks in one validation.
     """
 
     def __init__(
@@ -108,6 +110,7 @@ class Streams:
         validated = replace(self.feed, micro_batches=1, bucketed=False)
         self._validation = partial(stream_cells, self.caching or source, [plan], settings=validated)
         self._validated = self._validation(processor)
+        self.n_validation_steps = plan.n_steps
 
     def train(self, consumed: int) -> Any:
         """Return the training batches of this rank after the first `consumed`, a multiple of its micro-batches."""
@@ -188,6 +191,7 @@ def make_trainer(streams: Streams, model: ScGPTForPreTraining, args: TrainingSet
         train_stream=streams.train,
         course=course,
         validation_stream=streams.validation,
+        n_validation_steps=streams.n_validation_steps,
         callbacks=[MetricsFile(Path(args.output_dir))],
     )
     trainer.baselines = measure_baselines(streams, trainer.accelerator)
@@ -207,6 +211,14 @@ def save_best_model(trainer: ScGPTTrainer, folder: Path) -> None:
             os.replace(folder / BEST_MODEL, old)
         os.replace(beside, folder / BEST_MODEL)
         shutil.rmtree(old, ignore_errors=True)
+
+
+def whole_model(trainer: ScGPTTrainer, folder: Path) -> ScGPTForPreTraining:
+    """Return the best model for one process to use alone: a sharded one would wait for the others, so it is read."""
+    if not trainer.is_fsdp_enabled:
+        return cast(ScGPTForPreTraining, trainer.model)
+    model: torch.nn.Module = ScGPTForPreTraining.from_pretrained(folder / BEST_MODEL)
+    return cast(ScGPTForPreTraining, model.to(trainer.args.device))
 
 
 def summarize(trainer: ScGPTTrainer, streams: Streams) -> dict[str, Any]:
@@ -262,20 +274,6 @@ def tell(summary: dict[str, Any], folder: Path) -> str:
         ]
     lines += [f"Everything is in {folder}: {BEST_MODEL}/ README.md {METRICS} {SUMMARY} loss.png umap.png"]
     return "\n".join(line for line in lines if line)
-
-
-def share_cores(args: TrainingSettings) -> None:
-    """Give a process that trains on the CPU its share of the cores; launchers leave it one thread."""
-    if args.device.type == "cpu":
-        here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        torch.set_num_threads(args.cpu_threads or max(1, (os.cpu_count() or 1) // here))
-
-
-def device_name(device: torch.device) -> str:
-    """Return what a person would call the device."""
-    if device.type == "cuda":
-        return str(torch.cuda.get_device_name(device))
-    return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
 
 
 def _composition(source: CellSource, parts: dict[str, Int64Array]) -> dict[str, dict[str, int]]:

@@ -69,6 +69,7 @@ class ResilientTrainer(Trainer):
         if trainer_arguments["args"].save_total_limit == 1:
             raise ValueError("expected save_total_limit of 2 or more: the newest and the best checkpoint are kept")
         super().__init__(**trainer_arguments)
+        self._model_class = type(self.model)
         self.course, self.folder = course, Path(self.args.output_dir)
         self.ranks = Ranks(self.args.world_size, self.args.process_index, self.args.ddp_timeout)
         limit = self.args.max_bad_steps + (HALVINGS_OF_FP16 if self.args.fp16 else 0)
@@ -101,24 +102,33 @@ class ResilientTrainer(Trainer):
     def get_batch_samples(
         self, epoch_iterator: Iterator[Batch], num_batches: int, device: torch.device
     ) -> tuple[list[Batch], torch.Tensor | int | None]:
-        """Return the micro-batches of one step, once all processes have theirs and nobody was told to stop.
+        """Return the micro-batches of one step; see `take`."""
+        batches = self.take(epoch_iterator, num_batches)
+        self.guard.remember(self.model)
+        self.step_shares = {}
+        return super().get_batch_samples(iter(batches), num_batches, device)
+
+    def take(self, batches: Iterator[Batch], number: int) -> list[Batch]:
+        """Return the next batches of this process, once all processes have theirs and nobody was told to stop.
+
+        Args:
+            batches: of this process.
+            number: of them to take; fewer come where they end.
 
         Raises:
             Interrupted: by a signal, after a checkpoint.
             OSError: a process could not read its cells, after a checkpoint.
         """
-        batches, problem = [], None
+        taken, problem = [], None
         try:
-            batches = list(islice(epoch_iterator, num_batches))
+            taken = list(islice(batches, number))
         except Exception as error:  # noqa: BLE001 — raised again below, on all processes and after a checkpoint
             problem = error
-        if told := self.ranks.most(_CANNOT_READ if problem else self.signal.number):
-            self.stop(told, problem)
-        self.guard.remember(self.model)
-        self.step_shares = {}
-        return super().get_batch_samples(iter(batches), num_batches, device)
+        if told := self.ranks.most(self.signal.number or (_CANNOT_READ if problem else 0)):
+            self._stop(told, problem)
+        return taken
 
-    def stop(self, told: int, problem: Exception | None = None) -> NoReturn:
+    def _stop(self, told: int, problem: Exception | None) -> NoReturn:
         """Save what is not saved yet, and raise what ends the run; for all processes, between two steps."""
         step = self.state.global_step
         if self._saved_step != step:
@@ -127,7 +137,7 @@ class ResilientTrainer(Trainer):
         if told != _CANNOT_READ:
             raise Interrupted(told, step, checkpoint)
         raise OSError(
-            f"the cells of step {step + 1:,} could not be read: {problem or 'see the other processes'}; {checkpoint} "
+            f"cells could not be read after step {step:,}: {problem or 'see the other processes'}; {checkpoint} "
             "holds what was learned, go on with --resume_from_checkpoint latest when they can be"
         ) from problem
 
@@ -191,6 +201,14 @@ class ResilientTrainer(Trainer):
         super().save_model(output_dir, _internal_call)
         if self.ranks.is_first:
             (Path(output_dir or self.args.output_dir) / "training_args.bin").unlink(missing_ok=True)
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        """Save a sharded model under its own class: torch gives it another, whose name and code would be saved."""
+        sharded_class, self.model.__class__ = type(self.model), self._model_class
+        try:
+            super()._save(output_dir, state_dict)
+        finally:
+            self.model.__class__ = sharded_class
 
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)

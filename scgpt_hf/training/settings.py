@@ -149,7 +149,9 @@ class TrainingSettings(TrainingArguments):
         "auto", "mixed precision; auto: bf16 where the GPU has it"
     )
     ddp_timeout: int = setting(86_400, "seconds the processes wait for the first one, which chooses cells and genes")
-    cpu_threads: int = setting(0, "threads of a process that trains on the CPU; 0: all cores, shared by the processes")
+    cpu_threads: int = setting(
+        0, "threads of a process that trains on the CPU; 0: OMP_NUM_THREADS, or all cores, shared by the processes"
+    )
     lr_decay_per_epoch: float | None = setting(
         None, "multiply the learning rate by this after each epoch, instead of lr_scheduler_type (the seed recipe: 0.9)"
     )

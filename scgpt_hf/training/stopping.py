@@ -57,6 +57,15 @@ class StopSignal:
         if self.number and kind is None:
             signal.raise_signal(self.number)
 
+    def check(self) -> None:
+        """Do nothing until a signal has come; for those who wait for something else.
+
+        Raises:
+            InterruptedError: one has.
+        """
+        if self.number:
+            raise InterruptedError(f"{signal.Signals(self.number).name} came while waiting")
+
     def _receive(self, number: int, frame: FrameType | None) -> None:
         if not self.number:
             self.number, self._came_at = number, time.monotonic()

@@ -9,6 +9,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
+from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,8 @@ from transformers.trainer_utils import HubStrategy
 from transformers.utils.hub import PushInProgress
 
 from scgpt_hf.cells.course import Course
-from scgpt_hf.stream import Batch, StreamLoader, lengths_of, read_ahead
+from scgpt_hf.cells.threads import read_ahead
+from scgpt_hf.stream import Batch, StreamLoader, lengths_of
 from scgpt_hf.training.baselines import Baselines
 from scgpt_hf.training.checkpoints import checkpoint_at
 from scgpt_hf.training.hub import check_repository, publish
@@ -44,6 +46,7 @@ class ScGPTTrainer(ResilientTrainer):
         *,
         train_stream: Callable[[int], Iterable[Batch]],
         validation_stream: Callable[[], Iterable[Batch]],
+        n_validation_steps: int,
         baselines: Baselines | None = None,
         **trainer_arguments: Any,
     ) -> None:
@@ -52,18 +55,29 @@ class ScGPTTrainer(ResilientTrainer):
         Args:
             train_stream: batches of this rank from number n of the run on; a step takes one per accumulation step.
             validation_stream: batches of this rank, the same every time.
+            n_validation_steps: batches of all ranks together; every rank has its share of them or one less.
             baselines: logged beside every validation.
             trainer_arguments: of `ResilientTrainer` and `transformers.Trainer`; at least course, model, args and
                 processing_class.
+
+        Raises:
+            ValueError: a process has nothing to validate, and the model is sharded, so that all must take part.
         """
         super().__init__(**trainer_arguments, eval_dataset=_Placeholder())
         config = trainer_arguments["model"].config
         self.weights: dict[str, float] = {name: weight for name, weight in config.loss_weights.items() if weight}
         self.validation_stream = pinning(validation_stream, self.args.device)
+        self.n_validation_rounds = math.ceil(n_validation_steps / self.args.world_size)
+        if self.is_fsdp_enabled and n_validation_steps < self.args.world_size:
+            raise ValueError(
+                f"{self.args.world_size} processes share the model and need a batch each to validate, found "
+                f"{n_validation_steps}; lower --per_device_eval_batch_size or hold out more cells"
+            )
         self.baselines = baselines
         micro_batches = self.args.gradient_accumulation_steps
         train_stream = pinning(train_stream, self.args.device)
-        self.loader = StreamLoader(train_stream, [end * micro_batches for end in self.course.epoch_ends])
+        epoch_ends = [end * micro_batches for end in self.course.epoch_ends]
+        self.loader = StreamLoader(train_stream, epoch_ends, while_waiting=self.signal.check)
         self.throughput = Throughput(config, self.args.device, self.args.world_size)
         self.add_callback(_TrueEpoch(self.course))
 
@@ -183,21 +197,32 @@ class ScGPTTrainer(ResilientTrainer):
         # Per objective its sum and the terms of its mean, then the cells; zeros where a rank has no batch.
         sums = torch.zeros(2 * len(self.weights) + 1, dtype=torch.float64)
         counted = []
-        for batch in read_ahead(self.validation_stream()):
-            if self.signal.number:
-                break
+        for batch, counts in self._validation_batches():
             with self.accelerator.autocast():
                 losses = model(**self._prepare_inputs(batch)).losses
+            if not counts:
+                break
             n_masked, n_cells = len(batch["label_positions"]), len(lengths_of(batch))  # type: ignore[arg-type]
             n_terms = [n_masked if name.startswith("gep") else n_cells for name in self.weights]
             counted.append((torch.stack([losses[name].float() for name in self.weights]), n_terms, n_cells))
         model.train()
-        if told := self.ranks.most(self.signal.number):
-            self.stop(told)
         for means, n_terms, n_cells in counted:  # only now, so that the GPU never waited
             weights = sums.new_tensor(n_terms)
             sums += torch.cat([means.cpu().double() * weights, weights, sums.new_tensor([n_cells])])
         return self._metrics(over_ranks(sums, self.accelerator).tolist())
+
+    def _validation_batches(self) -> Iterator[tuple[Batch, bool]]:
+        """Yield this rank's batches, and whether each counts.
+
+        All ranks run a sharded model, or none can: one that has a batch less ends with its last one again.
+        """
+        with closing(read_ahead(self.validation_stream(), while_waiting=self.signal.check)) as batches:
+            for _ in range(self.n_validation_rounds):
+                if taken := self.take(batches, 1):
+                    (batch,) = taken
+                    yield batch, True
+                elif self.is_fsdp_enabled:
+                    yield batch, False
 
     def _metrics(self, sums: list[float]) -> dict[str, float]:
         """Return means by name; see `Baselines` for the three that frame them."""

@@ -17,11 +17,13 @@ from s3_server import Faults, S3Server
 from scgpt_hf.cells import threads
 from scgpt_hf.cells.plan import plan_validation
 from scgpt_hf.cells.source import open_source
-from scgpt_hf.cells.threads import ReadingThreads, join_within
-from scgpt_hf.stream import StreamSettings, read_ahead, stream_cells
+from scgpt_hf.cells.threads import ReadingThreads, join_within, read_ahead
+from scgpt_hf.stream import StreamSettings, stream_cells
 from scgpt_hf.tokens.processing_scgpt import ScGPTProcessor
+from scgpt_hf.training.checkpoints import newest_valid, verify
 
 READING = Path(__file__).with_name("reading.py")
+PRETRAIN = Path(__file__).resolve().parents[2] / "scripts" / "pretrain.py"
 
 
 class Reader:
@@ -72,6 +74,30 @@ def test_ctrl_c_while_a_store_is_silent_ends_the_process_in_seconds(small_census
 
 
 @pytest.mark.slow
+def test_sigterm_while_a_store_is_silent_ends_a_run_with_a_checkpoint(small_census, tmp_path):
+    """Cells that never come, for a step or for a validation, keep nobody from saving what was learned."""
+    sizes = ["--hidden_size", "16", "--num_hidden_layers", "1", "--num_attention_heads", "2", "--min_gene_counts", "1"]
+    flags = ["--data", "s3://census/", "--output_dir", str(tmp_path / "run"), *sizes, "--num_train_epochs", "500"]
+    clean = {name: value for name, value in os.environ.items() if not name.startswith(("AWS_", "TILEDB_"))}
+    with S3Server(small_census) as server, (tmp_path / "said").open("w+") as said:
+        process = subprocess.Popen(
+            [sys.executable, str(PRETRAIN), *flags, "--use_cpu", "true"],
+            stdout=subprocess.DEVNULL,
+            stderr=said,
+            env={**clean, **server.environment, "TILEDB_SM_TILE_CACHE_SIZE": "0", "OMP_NUM_THREADS": "1"},
+        )
+        assert wait_until((tmp_path / "run" / "split.json").exists, patience_s=200), process.kill()
+        server.faults = Faults(probability=1, kinds=("stall",), stall_s=300)
+        assert server.stalled.wait(60), process.kill()
+        process.terminate()
+        started = time.monotonic()
+        assert process.wait(60) == 143, (tmp_path / "said").read_text()
+    assert time.monotonic() - started < 30
+    assert "stopped by SIGTERM" in (tmp_path / "said").read_text()
+    verify(newest_valid(tmp_path / "run"))
+
+
+@pytest.mark.slow
 def test_a_stream_that_is_neither_exhausted_nor_closed_does_not_keep_the_process(small_census):
     done = subprocess.run([sys.executable, str(READING), "leave", str(small_census)], capture_output=True, timeout=100)
     assert done.returncode == 0, done.stderr
@@ -102,9 +128,9 @@ def test_no_thread_is_left_after_readers_that_stopped_early_or_failed(small_cens
     assert wait_until(lambda: left() == before), left()
 
 
-def wait_until(true) -> bool:
-    """Whether it becomes true within a minute: a thread that was told to end still takes a moment."""
-    until = time.monotonic() + 60
+def wait_until(true, patience_s: float = 60) -> bool:
+    """Whether it becomes true in time: a thread that was told to end still takes a moment."""
+    until = time.monotonic() + patience_s
     while not true() and time.monotonic() < until:
         time.sleep(0.01)
     return true()

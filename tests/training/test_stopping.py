@@ -4,7 +4,9 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +14,8 @@ from test_resilient import EVERY_4, read_metrics
 from test_trainer import prepare, weights_of
 from transformers import TrainerCallback
 
+from scgpt_hf.cells import threads
+from scgpt_hf.training import stopping
 from scgpt_hf.training.checkpoints import checkpoints_in, newest_valid, verify
 from scgpt_hf.training.stopping import Interrupted, StopSignal
 
@@ -35,10 +39,12 @@ def whole(small_census, tmp_path_factory):
     return folder, trainer
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-@pytest.mark.parametrize("step", [3, 4, 5, "end of an epoch"])
+@pytest.mark.parametrize(
+    ("step", "number", "code"),  # the run saves every 4 steps
+    [(3, signal.SIGTERM, 143), (4, signal.SIGINT, 130), ("end of an epoch", signal.SIGTERM, 143)],
+)
 def test_a_signal_ends_in_a_checkpoint_from_which_the_run_goes_on_exactly(
-    small_census, whole, tmp_path, number, code, step
+    small_census, whole, tmp_path, step, number, code
 ):
     run, uninterrupted = whole
     step = uninterrupted.course.epoch_ends[0] if step == "end of an epoch" else step
@@ -95,6 +101,27 @@ def test_a_validation_is_given_up_for_a_signal(small_census, whole, tmp_path):
     assert read_metrics(tmp_path / "run") == read_metrics(whole[0])
 
 
+def test_a_signal_is_obeyed_while_cells_do_not_come(small_census, tmp_path, monkeypatch):
+    monkeypatch.setattr(threads, "PATIENCE_S", 0.1)
+    trainer, _, _ = prepare(small_census, tmp_path / "run", *EVERY_4)
+    opened, come = trainer.loader.open_stream, threading.Event()
+
+    def silent_after_3(first):
+        for number, batch in enumerate(opened(first), start=first):
+            if number == 3:
+                while trainer.state.global_step < 3:
+                    time.sleep(0.01)
+                os.kill(os.getpid(), signal.SIGTERM)
+                come.wait()
+            yield batch
+
+    trainer.loader.open_stream = silent_after_3
+    with pytest.raises(Interrupted, match="by SIGTERM after step 3"):
+        trainer.train()
+    come.set()
+    assert verify(newest_valid(tmp_path / "run")).step == 3
+
+
 def test_a_signal_after_the_last_step_is_sent_again(small_census, tmp_path):
     trainer, _, _ = prepare(small_census, tmp_path / "run", *EVERY_4, "--max_steps", "3", "--eval_strategy", "no")
     trainer.add_callback(Send(signal.SIGINT, 3))
@@ -122,14 +149,15 @@ def test_other_threads_leave_signals_alone():
 def test_a_second_signal_ends_the_process_at_once():
     code = (
         "import signal, time\n"
-        "from scgpt_hf.training.stopping import StopSignal\n"
+        "from stopping import StopSignal\n"
         "with StopSignal() as stop:\n"
         "    print('ready', flush=True)\n"
         "    while True:\n"
         "        time.sleep(0.05)\n"
         "        if stop.number: print(int(stop.number), flush=True)\n"
     )
-    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as process:
+    beside = Path(stopping.__file__).parent  # imported from there, it needs nothing else of ours
+    with subprocess.Popen([sys.executable, "-c", code], cwd=beside, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout.readline() == "ready\n"
         process.send_signal(signal.SIGINT)
         process.send_signal(signal.SIGINT)  # a launcher's, for the same Ctrl-C

@@ -28,7 +28,7 @@ def test_two_processes_agree_and_one_goes_on(small_census, tmp_path):
         "skipped": True,
         "told": 143,
         "saved": 2,
-        "lost": "the cells of step 4 could not be read: gone",
+        "lost": "cells could not be read after step 3: gone",
     }
     assert "step 2 is skipped" in done.stderr
     manifest = verify(newest_valid(tmp_path / "told"))
