@@ -16,8 +16,7 @@ import argparse
 import sys
 from pathlib import Path
 
-import anndata
-
+from scgpt_hf.analysis.annotate_file import open_backed
 from scgpt_hf.analysis.baseline_embeddings import BASELINES
 from scgpt_hf.analysis.evaluation import DEFAULTS, METRICS, NOT_APPLICABLE, evaluate_embeddings
 from scgpt_hf.analysis.evaluation_files import require_free_folder, tabulate, write_evaluation
@@ -47,8 +46,8 @@ def main() -> None:
     keys, label, batch = (options.pop(name) for name in ("embedding", "label", "batch"))
     try:
         require_free_folder(out)
-        cells = anndata.read_h5ad(data, backed="r")
-        known = anndata.read_h5ad(reference, backed="r") if reference else None
+        cells = open_backed(data)
+        known = open_backed(reference) if reference else None
         evaluation = evaluate_embeddings(cells, keys, label, batch, reference=known, **options)
         told = {"data": Path(data).name} | ({"reference_data": Path(reference).name} if reference else {})
         write_evaluation(evaluation, out, vector=vector, told=told)

@@ -6,6 +6,7 @@
 
 The first two leave a classifier for scripts/annotate.py, the third an encoder for scripts/embed.py, in OUT/best_model,
 with report.html, summary.json, metrics, split and settings beside it. `--task integrate --help` tells its flags.
+A run that was interrupted cannot be resumed: remove OUT and start it again.
 """
 
 import logging

@@ -144,8 +144,8 @@ def transfer_labels(
         The report: the cells of each type, the usual distance and how many cells are beyond it.
 
     Raises:
-        ValueError: there is no such embedding, or not the same model's; the reference has no labels or too few cells;
-            or a column is taken.
+        ValueError: there is no such embedding, or not the same model's; the reference has a single label, or too few
+            cells that have any; or a column is taken.
 
     Source: distance-weighted nearest neighbours, Dudani 1976, IEEE Trans. Syst. Man Cybern. SMC-6:325.
     """
@@ -235,7 +235,13 @@ def _labels_of(
             f"{labelled.sum():,} of {len(text):,} cells of the reference have a label in obs[{key!r}], expected more "
             f"than the {n_neighbors} neighbours that vote; choose another column, or fewer neighbours"
         )
-    return labelled, text[labelled].astype(str).to_numpy(str)
+    labels = text[labelled].astype(str).to_numpy(str)
+    if (labels == labels[0]).all():
+        raise ValueError(
+            f"all {len(labels):,} labelled cells of the reference have {str(labels[0])!r} in obs[{key!r}], which "
+            "every cell would be called; give a reference with two labels or more"
+        )
+    return labelled, labels
 
 
 def _usual_distance(voters: KNeighborsClassifier, vectors: FloatArray, n_neighbors: int) -> float:

@@ -5,6 +5,7 @@ seen, their labels never: an advantage over a model that was trained on other ce
 and `metrics.py`.
 """
 
+import logging
 import warnings
 from collections.abc import Collection
 from typing import Any
@@ -23,7 +24,7 @@ _VOTERS = 20  # cells a batch needs to rank genes by their variance
 
 
 def baseline_features(
-    counts: csr_matrix, batches: Labels, baselines: Collection[str], seed: int
+    counts: csr_matrix, batches: Labels, baselines: Collection[str], seed: int, *, progress: bool = False
 ) -> dict[str, FloatArray]:
     """Return what each baseline makes of the cells: components, log-normalised variable genes, latent variables.
 
@@ -32,6 +33,7 @@ def baseline_features(
         batches: batch of each cell. Shape (cells,).
         baselines: of `BASELINES`.
         seed: of PCA and scVI.
+        progress: show a bar while scVI trains.
 
     Returns:
         Baseline → float32 (cells, features).
@@ -45,7 +47,7 @@ def baseline_features(
     if LOGISTIC in baselines:
         features[LOGISTIC] = variable
     if SCVI in baselines:
-        features[SCVI] = scvi_embedding(counts[:, genes], batches, seed)
+        features[SCVI] = scvi_embedding(counts[:, genes], batches, seed, enable_progress_bar=progress)
     return features
 
 
@@ -176,6 +178,7 @@ def scvi_embedding(counts: csr_matrix, batches: Labels, seed: int, **training: A
         raise ModuleNotFoundError(
             f'{error.name} is not installed, which the baseline scVI needs: pip install "scgpt_hf[scvi]"'
         ) from error
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # no word on devices it did not find, no advice
     scvi.settings.seed = seed
     adata = AnnData(csr_matrix(counts, dtype=np.float32))
     adata.obs["batch"] = np.asarray(batches)
@@ -183,5 +186,5 @@ def scvi_embedding(counts: csr_matrix, batches: Labels, seed: int, **training: A
         warnings.simplefilter("ignore")
         scvi.model.SCVI.setup_anndata(adata, batch_key="batch")
         model = scvi.model.SCVI(adata)
-        model.train(enable_progress_bar=False, **training)
+        model.train(**training)
         return np.asarray(model.get_latent_representation(), dtype=np.float32)

@@ -176,7 +176,7 @@ def load_pair(
 def require_free_key(key: str, obsm: Any, overwrite: bool) -> None:
     """Raise if there is an embedding of that name that shall stay."""
     if key in obsm and not overwrite:
-        raise ValueError(f"obsm has a {key!r} already, beside {sorted(obsm)}; choose another key, or overwrite it")
+        raise ValueError(f"obsm has a {key!r} already, of {sorted(obsm)}; choose another key, or overwrite it")
 
 
 def describe_embedding(

@@ -175,7 +175,8 @@ def _all_features(
     if not settings["baselines"]:
         return features, pairs
     counts, genes = _read_counts(adata, cells, settings["layer"])
-    features |= baseline_features(counts, cells.batches, settings["baselines"], settings["seed"])
+    asked, seed = settings["baselines"], settings["seed"]
+    features |= baseline_features(counts, cells.batches, asked, seed, progress=settings["progress"])
     if reference is not None and known is not None:
         known_counts, known_genes = _read_counts(reference, known, settings["layer"])
         shared = genes.intersection(known_genes, sort=False)

@@ -31,7 +31,7 @@ OTHER = "#BDBDBD"
 UNLABELLED = ("unknown", "unlabelled")  # no type: the Census writes "unknown"
 GREY = "#6B6B6B"
 SMALL = 7.5  # points
-_MAP = 2.7  # inches, width and height of a map without its legend: with names of 20 letters it fits a phone
+_MAP = 2.7  # inches, width and height of a map without its legend; beside one it still fits a phone
 
 
 def plot_umap(coordinates: FloatArray, panels: Mapping[str, Sequence[str]], *, title: str | None = None) -> Figure:

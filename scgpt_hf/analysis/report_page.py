@@ -173,9 +173,9 @@ def picture(path: Path, caption: str) -> Html:
 
 
 def _figure(content: bytes, kind: str, inches: float, caption: str) -> Html:
-    """Return a picture at reading size: up to 4.7 inches it shrinks to a phone, a broader one is scrolled there."""
+    """Return a picture at reading size: up to 5.5 inches it shrinks to a phone, a broader one is scrolled there."""
     source = f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
     pixels = inches * _PIXELS_PER_INCH
-    style = {"style": f"min-width:{min(pixels, _SCROLLED):.0f}px"} if inches > 4.7 else {}
+    style = {"style": f"min-width:{min(pixels, _SCROLLED):.0f}px"} if inches > 5.5 else {}
     image = tag("img", src=source, alt=caption, width=f"{pixels:.0f}", **style)
     return tag("figure", tag("div", image, class_="picture"), tag("figcaption", caption))

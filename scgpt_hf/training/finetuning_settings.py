@@ -70,7 +70,7 @@ class IntegrateSettings(FinetuneSettings):
     domain_key: str = required("obs column of the experimental batch, e.g. assay, dataset_id or donor_id")
     validation_fraction: float = setting(0.1, "share of the cells of each domain held out, to choose the best epoch")
     batch_size: int = setting(64, "cells per step and device; ECS compares the cells of a step")
-    learning_rate: float = setting(1e-4, "highest learning rate, a tenth less after each epoch")
+    learning_rate: float = setting(1e-4, "highest learning rate, a tenth less after each epoch; 1e-3 for few cells")
     epochs: int = setting(30, "epochs")
     mask_ratio: float = setting(0.4, "share of the genes hidden")
     gep_weight: float = setting(1.0, "weight of expression predicted from the other genes (GEP)")

@@ -123,11 +123,11 @@ def embedded(vectors: Any, types: Any = None) -> AnnData:
 
 
 @settings(deadline=None, max_examples=30)
-@given(seed=st.integers(0, 1000), n_neighbors=st.integers(1, 8), n_types=st.integers(1, 4))
+@given(seed=st.integers(0, 1000), n_neighbors=st.integers(1, 8), n_types=st.integers(2, 4))
 def test_votes_are_weighted_by_inverse_distance(seed: int, n_neighbors: int, n_types: int) -> None:
     rng = np.random.default_rng(seed)
     reference, query = rng.normal(size=(20, 3)).astype(np.float32), rng.normal(size=(5, 3)).astype(np.float32)
-    types = np.array(list("abcd"))[rng.integers(n_types, size=20)]
+    types = np.array(list("abcd"))[np.arange(20) % n_types]
     adata = embedded(query)
     transfer_labels(adata, embedded(reference, types), n_neighbors=n_neighbors, threshold=0)
     for cell, vector in enumerate(query):
@@ -156,7 +156,7 @@ def test_types_that_the_reference_lacks_are_far_and_can_be_unassigned() -> None:
 
 
 def test_unlabelled_and_unembedded_cells_of_the_reference_do_not_vote() -> None:
-    reference = embedded([[0.0], [0.1], [0.2], [5.0], [5.1], [0.0]], ["unknown", None, "", "far", "far", "lost"])
+    reference = embedded([[0.0], [0.1], [0.2], [5.0], [5.1], [0.0]], ["unknown", None, "", "far", "farther", "lost"])
     reference.obsm["X_scgpt"][5] = np.nan
     adata = embedded([[0.0], [np.nan]])
     transfer_labels(adata, reference, n_neighbors=1)
@@ -170,6 +170,7 @@ def test_what_cannot_be_transferred_raises() -> None:
         (reference, {"key": "absent"}, r"reference has no obs\['absent'\]"),
         (reference, {"n_neighbors": 4}, "expected more than the 4 neighbours"),
         (embedded(np.eye(4), ["unknown"] * 4), {"n_neighbors": 1}, "0 of 4 cells"),
+        (embedded(np.eye(4), ["B cell", "B cell", "unknown", "B cell"]), {"n_neighbors": 1}, "all 3 .* have 'B cell'"),
         (embedded(np.ones((4, 2)), list("aabb")), {"n_neighbors": 1}, "vectors of 4, the reference of 2"),
         (embedded(np.ones((0, 4)), []), {"n_neighbors": 1}, "reference has no cells"),
         (reference, {"threshold": -1}, "threshold"),

@@ -3,6 +3,7 @@
 import runpy
 import shutil
 import sys
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from scipy.sparse import csr_matrix
 from scgpt_hf.analysis import embed, inference
 from scgpt_hf.analysis.embed import embed_anndata, embed_cells, umap_of
 from scgpt_hf.analysis.embed_file import embed_file
+from scgpt_hf.cells import h5ad
 from scgpt_hf.cells.h5ad import H5adSource
 from scgpt_hf.cells.source import open_source
 from scgpt_hf.genes import match_columns
@@ -127,6 +129,29 @@ def test_blocks_are_small_and_do_not_show(
     embedding = embed_cells(source, np.arange(N_CELLS), model, processor, batch_size=8, **QUIET)
     assert sizes == [16, 16, 16, 2]
     np.testing.assert_allclose(embedding, expected, atol=2e-6)
+
+
+def test_a_file_four_times_as_long_takes_no_more_memory(
+    model: ScGPTModel, processor: ScGPTProcessor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(inference, "BAND_SIZE", 128)
+    monkeypatch.setattr(h5ad, "LOOK", 128)
+    counts = np.random.default_rng(0).poisson(3, (512, 500)).astype(np.float32)
+    counts[:, 0] = 1
+    var = pd.DataFrame(index=[f"ENSG{number:011}" for number in range(500)])
+
+    def peak(n_times: int) -> int:
+        AnnData(csr_matrix(np.tile(counts, (n_times, 1))), var=var).write_h5ad(tmp_path / "cells.h5ad")
+        tracemalloc.start()
+        try:
+            embed_file(tmp_path / "cells.h5ad", tmp_path / "out.h5ad", model, processor, overwrite=True, **QUIET)
+            return tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+
+    peak(1)  # whatever is kept for good, such as imports
+    once, four_times = peak(1), peak(4)
+    assert four_times < once + counts.nbytes  # the files differ by three times that, and by their indices
 
 
 def test_a_model_in_training_is_used_without_dropout_and_goes_on_training(

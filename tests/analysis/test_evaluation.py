@@ -245,6 +245,16 @@ def test_a_missing_scvi_is_named_with_its_remedy(monkeypatch: pytest.MonkeyPatch
     assert SCVI in BASELINES
 
 
+@pytest.mark.slow
+def test_scvi_gives_each_cell_ten_numbers_and_the_same_again(small_cells: list[AnnData]) -> None:
+    pytest.importorskip("scvi")
+    counts, batches = small_cells[0].X, small_cells[0].obs["donor_id"].to_numpy(str)
+    first, again = (scvi_embedding(counts, batches, 1, max_epochs=2, enable_progress_bar=False) for _ in range(2))
+    assert first.shape == (160, 10)
+    assert np.isfinite(first).all()
+    np.testing.assert_array_equal(first, again)
+
+
 def test_the_script_scores_a_file_prints_and_writes_a_page(
     small_cells: list[AnnData], tmp_path: Path, monkeypatch, capsys
 ) -> None:
@@ -260,3 +270,6 @@ def test_the_script_scores_a_file_prints_and_writes_a_page(
     with pytest.raises(SystemExit, match="exists and is not empty"):
         runpy.run_path(str(SCRIPT), run_name="__main__")
     assert anndata.read_h5ad(tmp_path / "cells.h5ad").n_obs == 160
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", __file__, *arguments[:-1], str(tmp_path / "other")])
+    with pytest.raises(SystemExit, match=r"evaluate\.py: cannot read '.*test_evaluation\.py' as an \.h5ad file"):
+        runpy.run_path(str(SCRIPT), run_name="__main__")

@@ -61,22 +61,22 @@ def test_twenty_categories_need_no_other() -> None:
     assert len(colours_of(axes)) == 20
 
 
-def test_panels_stand_side_by_side_at_one_size_without_ticks_and_undistorted() -> None:
+def test_panels_stand_below_each_other_at_one_size_without_ticks_and_undistorted() -> None:
     coordinates = np.random.default_rng(0).normal(size=(30, 2)) * [5, 1]
     figure = plot_umap(
         coordinates, {"cell type": ["a long name of a cell type"] * 30, "donor": ["d"] * 30}, title="run"
     )
     figure.draw_without_rendering()
-    left, right = figure.axes
+    upper, lower = figure.axes
     assert [axes.get_title(loc="left") for axes in figure.axes] == ["cell type", "donor"]
     assert figure.get_suptitle() == "run"
-    assert left.bbox.width == pytest.approx(right.bbox.width)
-    assert (left.bbox.y0, left.bbox.y1) == pytest.approx((right.bbox.y0, right.bbox.y1))
-    assert left.get_aspect() == 1
-    assert not left.get_xticks().size + left.get_yticks().size
-    assert (left.get_xlabel(), left.get_ylabel()) == ("UMAP 1", "UMAP 2")
-    assert left.get_legend().get_window_extent().x1 < right.bbox.x0
-    assert right.get_legend().get_window_extent().x1 <= figure.bbox.x1
+    assert upper.bbox.size == pytest.approx(lower.bbox.size)
+    assert upper.bbox.x0 == pytest.approx(lower.bbox.x0)
+    assert lower.title.get_window_extent().y1 < upper.bbox.y0
+    assert upper.get_aspect() == 1
+    assert not upper.get_xticks().size + upper.get_yticks().size
+    assert (upper.get_xlabel(), upper.get_ylabel()) == ("UMAP 1", "UMAP 2")
+    assert upper.get_legend().get_window_extent().x1 <= figure.bbox.x1
 
 
 @pytest.mark.parametrize(
