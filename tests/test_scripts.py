@@ -16,6 +16,11 @@ SMALL = [
     *("--min_gene_counts", "1", "--validation_fraction", "0.3", "--num_train_epochs", "2", "--logging_steps", "4"),
     *("--per_device_train_batch_size", "16", "--disable_tqdm", "true", "--cpu_threads", "1"),
 ]
+SECRETS = {
+    "HF_TOKEN": "hf_plantedtoken",
+    "AWS_ACCESS_KEY_ID": "AKIAPLANTEDKEY",
+    "AWS_SECRET_ACCESS_KEY": "planted/secret+key",
+}
 TWO_PROCESSES = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", "0"]
 
 
@@ -40,12 +45,13 @@ def test_help_teaches(name, monkeypatch, capsys):
 
 @pytest.fixture(scope="module")
 def finished(small_census, tmp_path_factory):
-    """A run on two processes, from a local Census to the model card."""
+    """A run on two processes, from a local Census to the model card, that knows secrets."""
     folder = tmp_path_factory.mktemp("runs") / "two"
     arguments = [script("pretrain"), "--data", str(small_census), "--output_dir", str(folder), *SMALL]
-    done = run(*TWO_PROCESSES, *arguments, ACCELERATE_USE_CPU="true")
+    arguments += ["--hub_token", SECRETS["HF_TOKEN"]]
+    done = run(*TWO_PROCESSES, *arguments, ACCELERATE_USE_CPU="true", **SECRETS)
     assert done.returncode == 0, done.stderr[-3000:]
-    return folder, done.stdout
+    return folder, done.stdout + done.stderr
 
 
 def test_pretraining_on_two_processes_leaves_a_whole_run_folder(finished):
@@ -213,6 +219,14 @@ def test_two_processes_that_cache_learn_what_one_does_from_the_whole_cache(small
     ]
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
     assert not (tmp_path / "cache" / ".jobs").exists()
+
+
+def test_no_credential_is_in_a_run_folder_or_in_what_a_run_says(finished):
+    """Every file, checkpoints included."""
+    folder, said = finished
+    written = {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file()} | {"said": said.encode()}
+    assert any("checkpoint-" in path for path in written)
+    assert not [(path, name) for path, text in written.items() for name in SECRETS if SECRETS[name].encode() in text]
 
 
 def test_the_python_of_the_readme_runs(finished, small_cells, tmp_path):

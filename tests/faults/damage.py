@@ -14,14 +14,18 @@ from anndata import AnnData
 
 from scgpt_hf.analysis.curves import read_metrics
 from scgpt_hf.analysis.embed import load_encoder
+from scgpt_hf.cells.cache_jobs import write_cache
 from scgpt_hf.cells.source import open_source
 from scgpt_hf.cells.splits import load_split, save_split
 from scgpt_hf.model.configuration_scgpt import ScGPTConfig
 from scgpt_hf.model.modeling_scgpt import ScGPTForPreTraining
 from scgpt_hf.tokens.processing_scgpt import ScGPTProcessor
 from scgpt_hf.training.card import model_card
+from scgpt_hf.training.checkpoints import Manifest, written_whole
 from scgpt_hf.training.hub import collect_files
+from scgpt_hf.training.ranks import Ranks
 from scgpt_hf.training.recipe import load_selection
+from scgpt_hf.training.run_folder import claim_run_folder
 from scgpt_hf.training.settings import parse_settings
 
 Rng = np.random.Generator
@@ -33,7 +37,7 @@ JUNK: list[Any] = [
 
 
 def make_inputs(cells: list[AnnData], census: Path, folder: Path) -> Path:
-    """Return a folder with one good input of each kind: cells.h5ad, soma, settings.yaml, run, run/best_model."""
+    """Return a folder with one good input of each kind: cells.h5ad, soma, cache, a run with model and checkpoint."""
     cells[0].write_h5ad(folder / "cells.h5ad")
     shutil.copytree(census, folder / "soma")
     run = folder / "run"
@@ -63,6 +67,10 @@ def make_inputs(cells: list[AnnData], census: Path, folder: Path) -> Path:
     )
     ScGPTForPreTraining(config).save_pretrained(run / "best_model")
     processor.save_pretrained(run / "best_model")
+    with written_whole(run, Manifest(2, 1, [(64, 2)]), Ranks(1, 0, timeout_s=1)) as beside:
+        shutil.copytree(run / "best_model", beside, dirs_exist_ok=True)
+    with open_source(census) as source:  # type: ignore[attr-defined]
+        write_cache(source, folder / "cache")
     return folder
 
 
@@ -179,8 +187,8 @@ def any_file(folder: Path, rng: Rng) -> Path:
     return files[rng.integers(len(files))]
 
 
-def damage_soma(folder: Path, rng: Rng) -> str:
-    """Damage or remove a file, or remove a folder, of a SOMA."""
+def damage_folder(folder: Path, rng: Rng) -> str:
+    """Damage or remove a file, or remove a folder, of a SOMA, a cache or a checkpoint."""
     if rng.random() < 0.5:
         return damage_bytes(any_file(folder, rng), rng)
     path = any_file(folder, rng)
@@ -201,7 +209,9 @@ def damage_model(folder: Path, rng: Rng) -> str:
 
 CASES: dict[str, tuple[str, Callable[[Path, Rng], str], Callable[[Path], object]]] = {
     "h5ad": ("cells.h5ad", damage_h5ad, read_source),
-    "soma": ("soma", damage_soma, read_source),
+    "soma": ("soma", damage_folder, read_source),
+    "cache": ("cache", damage_folder, read_source),
+    "checkpoint": ("run/checkpoint-2", damage_folder, lambda path: claim_run_folder(path.parent, "latest")),
     "settings": ("run/settings.yaml", damage_json, lambda path: parse_settings([str(path)], "")),
     "split": ("run/split.json", damage_json, lambda path: (load_split(path), load_selection(path))),
     "metrics": ("run/metrics.jsonl", damage_json, lambda path: (read_metrics(path), model_card(path.parent))),
