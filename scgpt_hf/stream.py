@@ -9,7 +9,7 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
@@ -23,7 +23,7 @@ from scipy.sparse import csr_matrix
 from scgpt_hf.cells.block import CellBlock, Int64Array
 from scgpt_hf.cells.plan import Plan, lay_out
 from scgpt_hf.cells.source import CellSource
-from scgpt_hf.cells.threads import ReadingThreads, n_cores, read_ahead
+from scgpt_hf.cells.threads import PATIENCE_S, ReadingThreads, n_cores, read_ahead
 from scgpt_hf.genes import match_columns
 from scgpt_hf.tokens.packing_scgpt import Tokens, bucket, pack, pad
 from scgpt_hf.tokens.processing_scgpt import ScGPTProcessor
@@ -195,8 +195,19 @@ class _Blocks:
 
     def batches(self, shards: list[int]) -> Iterator[Batch]:
         """Yield the batches of the numbered shards; `datasets` calls this once for each."""
-        for shard in shards:
-            yield from self._cut(*self._take(shard), epoch=self.plans[self.shards[shard][0]].epoch)
+        try:
+            for shard in shards:
+                yield from self._cut(*self._take(shard), epoch=self.plans[self.shards[shard][0]].epoch)
+        except BaseException:  # or the stream was given up
+            self._end_reading()
+            raise
+
+    def _end_reading(self) -> None:
+        """Wait a moment for the block that is read ahead: whoever gives up a stream may close its source."""
+        _, ahead = self.ahead
+        self.ahead = (0, None)
+        if ahead is not None and not ahead.cancel():
+            wait([ahead], PATIENCE_S)
 
     def _take(self, shard: int) -> tuple[list[Int64Array], CellBlock]:
         """Return a shard that was read ahead, or read it now; then have the next one read."""
