@@ -15,7 +15,7 @@ from numba import njit
 from numpy.typing import NDArray
 from scipy.sparse import csr_matrix
 
-from scgpt_hf.cells.block import Int64Array
+from scgpt_hf.cells.block import Int64Array, sorted_csr
 
 # Wanted cells per cell of the range they span, from which on reading the whole range is faster (measured).
 DENSE = 1 / 64
@@ -68,11 +68,7 @@ class Bands:
         for part in np.split(order, np.flatnonzero(np.diff(self._band[cells[order]])) + 1) if len(cells) else []:
             band = self._bands[self._band[cells[part[0]]]]
             _copy_rows(band.indptr, band.genes, band.counts, self._row[cells[part]], indptr[part], genes, counts)
-        if indptr[-1] <= np.iinfo(np.int32).max:  # scipy wants both index arrays of one type
-            indptr = indptr.astype(np.int32)
-        matrix = csr_matrix((counts, genes, indptr), shape=(len(cells), self._n_genes), copy=False)
-        matrix.has_sorted_indices = True  # every band is; scipy would look at all of them
-        return matrix
+        return sorted_csr(indptr, genes, counts, self._n_genes)
 
 
 def read_band(array: soma.SparseNDArray, cell_ids: Int64Array) -> Band:

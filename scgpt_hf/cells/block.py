@@ -59,6 +59,22 @@ class CellBlock:
         return CellBlock(self._counts, self.obs[list(columns)], self.cell_ids)
 
 
+def sorted_csr(indptr: Int64Array, genes: NDArray[np.int32], counts: NDArray[np.float32], n_genes: int) -> csr_matrix:
+    """Return the matrix of cells whose genes ascend, without a copy or a look at its entries. Shape (cells, genes).
+
+    Args:
+        indptr: where each cell begins and ends. Shape (cells + 1,).
+        genes: column of each entry. Shape (entries,).
+        counts: of each entry. Shape (entries,).
+        n_genes: columns of the matrix.
+    """
+    if indptr[-1] <= np.iinfo(np.int32).max:  # scipy wants both index arrays of one type
+        indptr = indptr.astype(np.int32)
+    matrix = csr_matrix((counts, genes, indptr), shape=(len(indptr) - 1, n_genes), copy=False)
+    matrix.has_sorted_indices = True
+    return matrix
+
+
 def require_counts(counts: Any, where: str) -> None:
     """Raise unless every count is finite, whole and at least zero.
 

@@ -16,7 +16,7 @@ import pyarrow as pa
 from numba import njit
 from scipy.sparse import csr_matrix
 
-from scgpt_hf.cells.block import Int64Array
+from scgpt_hf.cells.block import Int64Array, sorted_csr
 from scgpt_hf.cells.cache_format import CELL_COLUMNS, ESCAPE, Array
 from scgpt_hf.cells.layout import TILE
 
@@ -88,10 +88,8 @@ def gather_cells(
     indptr = np.concatenate([[0], np.cumsum(lengths)])
     genes, counts = np.empty(indptr[-1], np.int32), np.empty(indptr[-1], np.float32)
     _all_at_once(pool, partial(_copy, places=places, indptr=indptr, genes=genes, counts=counts), parts)
-    if indptr[-1] <= np.iinfo(np.int32).max:  # scipy wants both index arrays of one type
-        indptr = indptr.astype(np.int32)
-    matrix = csr_matrix((counts, genes, indptr), shape=(len(cell_ids), n_genes), copy=False)
-    matrix.has_sorted_indices = matrix.has_canonical_format = True  # as they were written
+    matrix = sorted_csr(indptr, genes, counts, n_genes)
+    matrix.has_canonical_format = True  # as they were written
     return matrix
 
 
