@@ -5,8 +5,8 @@
 
 Sources, caches, settings, run folders, models and checkpoints, damaged as in `tests/faults/damage.py`. Every failure is
 printed with the seed that repeats it, and goes into benchmarks/results/fuzz.json. A crash of the process itself, or an
-example that does not end, is a failure too: the examples run in a child process, a few hundred at a time. Known: a
-damaged HDF5 file can keep the HDF5 library itself in a loop, which no check of ours sees (`--only h5ad --seed 12`).
+example that does not end, is a failure too: the examples run in a child process, a few hundred at a time. A hang of the
+HDF5 library (`--only h5ad --seed 12`) has to end as the error of `scgpt_hf/cells/h5ad_probe.py`.
 """
 
 import argparse

@@ -16,6 +16,8 @@ from transformers import PreTrainedModel
 
 from scgpt_hf.analysis.annotate import transfer_labels
 from scgpt_hf.analysis.embed import embed_anndata
+from scgpt_hf.cells.h5ad_probe import require_readable
+from scgpt_hf.cells.soundness import damage_said
 from scgpt_hf.tokens.processing_scgpt import ScGPTProcessor
 
 
@@ -94,7 +96,6 @@ def open_backed(path: str | Path) -> AnnData:
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"there is no file {path}")
-    try:
+    require_readable([str(path)])
+    with damage_said(str(path)):
         return anndata.read_h5ad(path, backed="r")
-    except (OSError, KeyError) as error:
-        raise ValueError(f"cannot read {str(path)!r} as an .h5ad file: {error}") from error

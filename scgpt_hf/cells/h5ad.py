@@ -19,6 +19,7 @@ from scipy.sparse import csr_matrix, issparse, vstack
 
 from scgpt_hf.cells.block import CellBlock, Int64Array, gene_hash, name_layers, require_cell_ids, require_counts
 from scgpt_hf.cells.genes import find_gene_ids, join_genes
+from scgpt_hf.cells.h5ad_probe import require_readable
 from scgpt_hf.cells.layout import TILE
 from scgpt_hf.cells.obs import drop_unused_categories, full_filter, require_columns, select_rows
 from scgpt_hf.cells.soundness import damage_said, require_sound
@@ -181,6 +182,7 @@ def open_parts(data: AnnData | str | Path | Sequence[str | Path], layer: str | N
     """Yield each file, or the AnnData, with its raw counts and its gene ids found.
 
     Raises:
+        OSError: a file does not exist.
         ValueError: a file is not h5ad, has no such layer, no raw counts there, no cells, or repeats a gene id.
     """
     if isinstance(data, AnnData):
@@ -188,11 +190,13 @@ def open_parts(data: AnnData | str | Path | Sequence[str | Path], layer: str | N
         var = data.var if data.raw is None else data.raw.var
         yield _make_part("AnnData", {"X": data.X, **data.layers, **raw}, data.obs, {"X": data.var, RAW: var}, layer)
         return
-    for path in [data] if isinstance(data, str | Path) else data:
-        with damage_said(str(path)):
+    paths = [str(path) for path in ([data] if isinstance(data, str | Path) else data)]
+    require_readable(paths)
+    for path in paths:
+        with damage_said(path):
             file = h5py.File(path, "r")
         try:
-            yield _open_part(file, str(path), layer)
+            yield _open_part(file, path, layer)
         except BaseException:
             file.close()
             raise

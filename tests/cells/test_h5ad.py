@@ -24,10 +24,14 @@ def write(folder, cells):
     return paths
 
 
+@pytest.fixture(scope="module")
+def paths(tmp_path_factory, small_cells):
+    return write(tmp_path_factory.mktemp("files"), small_cells)
+
+
 class TestFiles(SourceContract):
     @pytest.fixture
-    def open_it(self, tmp_path, small_cells):
-        paths = write(tmp_path, small_cells)
+    def open_it(self, paths):
         return lambda **settings: open_source(paths, **settings)
 
 
