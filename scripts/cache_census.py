@@ -4,7 +4,11 @@
   accelerate launch scripts/pretrain.py --data blood
 
 Every epoch is then shuffled over all cells. (`pretrain.py --cache_dir DIR` writes the same cache while its first epoch
-trains.) The cache is a `datasets` folder: `datasets.load_from_disk("blood")` opens it, 5 kB a cell.
+trains.) The cache is a `datasets` folder: `datasets.load_from_disk("blood")` opens it, 5 kB a cell. On the Hub it is a
+dataset that streams, and a source for others:
+
+  python scripts/cache_census.py CENSUS blood --push_to_hub ORG/NAME
+  accelerate launch scripts/pretrain.py --data hf://datasets/ORG/NAME
 
 Beyond one machine, jobs write ranges of cells; any number of them gives the same files, byte for byte:
 
@@ -42,17 +46,18 @@ def main(arguments: list[str] | None = None) -> None:
     add("--push_to_hub", metavar="ORG/NAME", help="publish the cache as a dataset when it is whole")
     add("--private", action="store_true", help="publish into a private repository")
     asked = parser.parse_args(arguments)
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("scgpt_hf").setLevel(logging.INFO)
     try:
         index, n_jobs = (int(number) for number in asked.shard.split("/"))
     except ValueError:
         parser.error(f"expected --shard I/N, e.g. 0/4, found {asked.shard!r}")
     try:
-        if asked.push_to_hub:
-            check_dataset(asked.push_to_hub, private=asked.private or None)
         source = open_source(
             asked.source, obs_filter=asked.obs_filter, layer=asked.layer, primary_only=not asked.all_cells
         )
+        if asked.push_to_hub:
+            check_dataset(asked.push_to_hub, private=asked.private or None)
         jobs = plan_cache(source, asked.out, columns=asked.columns, cells_per_shard=asked.cells_per_shard)
         if asked.ray:
             from scgpt_hf.cells.cache_cluster import write_on_ray

@@ -50,8 +50,8 @@ def open_source(
 
     Args:
         address: `census://VERSION/ORGANISM`, e.g. `census://2025-11-08/homo_sapiens`; the folder of a SOMA in the
-            Census layout, of one of its organisms, or of a cache; one or many `.h5ad` files; or an AnnData, taken by
-            reference.
+            Census layout, of one of its organisms, or of a cache; `hf://datasets/OWNER/NAME`, a cache on the Hub,
+            downloaded once; one or many `.h5ad` files; or an AnnData, taken by reference.
         obs_filter: SOMA value filter, e.g. `tissue_general == 'blood' and disease == 'normal'`.
         layer: where the raw counts are: a layer by name; of a file also `.raw`. By default `raw` of the Census, `X`
             of a file.
@@ -59,13 +59,17 @@ def open_source(
 
     Raises:
         FileNotFoundError: there is nothing at the path.
-        ConnectionError: the Census cannot be reached.
+        ConnectionError: the Census, or the Hub, cannot be reached.
         ValueError: the address is of no known kind, the Census version or organism is unknown, or the data or the
             filter are not usable; the message says what is there.
     """
     settings: dict[str, Any] = {"obs_filter": obs_filter, "layer": layer, "primary_only": primary_only}
     if isinstance(address, Sequence) and not isinstance(address, str) and len(address) == 1:
         address = address[0]
+    if isinstance(address, str) and address.startswith("hf://"):
+        from scgpt_hf.cells.cache_hub import download_cache
+
+        address = download_cache(address)
     if isinstance(address, str) and "://" in address:
         from scgpt_hf.cells.address import open_census
 
@@ -85,7 +89,8 @@ def _open_paths(paths: Sequence[Path], settings: dict[str, Any]) -> CellSource:
     if absent := [str(path) for path in paths if not path.exists()]:
         raise FileNotFoundError(
             f"{len(absent)} of {len(paths)} paths do not exist, e.g. {absent[0]!r}; patterns such as *.h5ad are "
-            "expanded by the shell only, and the Census itself is census://VERSION/ORGANISM"
+            "expanded by the shell only, the Census itself is census://VERSION/ORGANISM, and a cache on the Hub "
+            "hf://datasets/OWNER/NAME"
         )
     if all(path.suffix == ".h5ad" and path.is_file() for path in paths):
         from scgpt_hf.cells.h5ad import H5adSource

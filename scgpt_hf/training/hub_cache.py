@@ -150,20 +150,22 @@ From the source's obs: {columns}.
 ## How to load
 
 ```python
+import pandas
 from datasets import load_dataset
+genes = pandas.read_csv("hf://datasets/{repo_id}/genes.csv")
 for cell in load_dataset("{repo_id}", split="train", streaming=True):
     large = iter(cell["large_count"])
     counts = [next(large) if count == 255 else count for count in cell["count"]]
+    names = genes.feature_id[cell["gene"]]
     break
 ```
 
 ```python
 import scgpt_hf
-from huggingface_hub import snapshot_download
-source = scgpt_hf.open_source(snapshot_download("{repo_id}", repo_type="dataset"))
+source = scgpt_hf.open_source("hf://datasets/{repo_id}")  # downloaded once
 block = source.read(source.obs().index.to_numpy()[:100])  # block.counts: (cells, genes), sparse
 ```
 
-`accelerate launch scripts/pretrain.py --data FOLDER` trains on the downloaded folder. `manifest.json` holds the sha256
-of every file.
+`accelerate launch scripts/pretrain.py --data hf://datasets/{repo_id}` trains on it. `manifest.json` holds the sha256 of
+every file of cells, by which what arrived is checked (up to 64 GiB).
 """

@@ -30,7 +30,8 @@ class DataSettings:
 
     data: list[str] = setting(
         ["demo"],
-        "'demo' (700 blood cells that come with scanpy), census://VERSION/ORGANISM, a local SOMA, or .h5ad files",
+        "'demo' (700 blood cells that come with scanpy), census://VERSION/ORGANISM, a local SOMA, .h5ad files, a "
+        "cache, or one on the Hub, hf://datasets/OWNER/NAME",
     )
     obs_filter: str | None = setting(None, "SOMA value filter on obs, e.g. \"tissue_general == 'blood'\"")
     primary_only: bool = setting(True, "keep only cells with is_primary_data == True, so that none is seen twice")

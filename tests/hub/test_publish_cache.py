@@ -1,6 +1,7 @@
 """A cache goes to the Hub as a dataset, streams back, and is a source again after a download; by the real client."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -31,11 +32,10 @@ def stream_back(repo_id: str) -> list[dict[str, object]]:
     return list(datasets.load_dataset(repo_id, split="train", streaming=True, token=TOKEN))
 
 
-def read_back(repo_id: str, cell_ids: np.ndarray) -> np.ndarray:
-    from huggingface_hub import snapshot_download
-
-    folder = snapshot_download(repo_id, repo_type="dataset", token=TOKEN)
-    return open_source(folder).read(cell_ids).counts.toarray()
+def read_back(address: str, cell_ids: np.ndarray) -> np.ndarray:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HF_TOKEN", TOKEN)
+        return open_source(address).read(cell_ids).counts.toarray()
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +56,57 @@ def test_a_published_cache_streams_back(hub: Hub, client: Client, published: str
 
 def test_a_downloaded_cache_is_a_source(client: Client, published: str, folder: Path) -> None:
     cell_ids = open_source(folder).obs().index.to_numpy()[::-2]
-    assert (client(read_back, "org/blood", cell_ids) == open_source(folder).read(cell_ids).counts.toarray()).all()
+    for address in ("hf://datasets/org/blood", "hf://datasets/org/blood@main"):
+        assert (client(read_back, address, cell_ids) == open_source(folder).read(cell_ids).counts.toarray()).all()
+
+
+def follow_the_card(code: str) -> dict[str, object]:
+    """Run the card's code, and return the names it made."""
+    names: dict[str, object] = {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HF_TOKEN", TOKEN)
+        exec(code, names)
+    return {name: names[name] for name in ("names", "counts", "block") if name in names}
+
+
+def test_the_code_of_the_card_gives_names_and_counts(hub: Hub, client: Client, published: str, folder: Path) -> None:
+    streamed, opened = re.findall(
+        r"```python\n(.*?)```", hub.files("org/blood", kind="datasets")["README.md"].decode(), re.DOTALL
+    )
+    source = open_source(folder)
+    first = source.read(source.obs().index.to_numpy()[:1]).counts
+    found = client(follow_the_card, streamed)
+    assert found["names"].tolist() == source.genes.feature_id.iloc[first.indices].tolist()
+    assert found["counts"] == first.data.tolist()
+    assert (client(follow_the_card, opened)["block"].counts[:1] != first).nnz == 0
+
+
+def fail_to_open(address: str, offline: bool = False) -> str:
+    """Return the kind and the words of the error."""
+    from huggingface_hub import constants
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(constants, "HF_HUB_OFFLINE", offline)
+        try:
+            open_source(address)
+        except (OSError, ValueError) as error:
+            return f"{type(error).__name__}: {error}"
+    return "no error"
+
+
+def test_a_cache_of_the_hub_that_cannot_be_had_says_why(hub: Hub, client: Client, folder: Path) -> None:
+    client(push_other, "org/no-cache")
+    client(publish_cache, folder, "org/closed", private=True, token=TOKEN)
+    for address, offline, words in (
+        ("hf://datasets/org/none", False, "FileNotFoundError: the Hub has no hf://datasets/org/none that you may see"),
+        ("hf://datasets/org/closed", False, "FileNotFoundError: .*for a private one run `hf auth login`"),
+        ("hf://datasets/org/no-cache@v2", False, "FileNotFoundError: the Hub has no .*@v2 that you may see"),
+        ("hf://datasets/org/no-cache", False, "ValueError: .* is no cache of cells, it has no manifest.json"),
+        ("hf://datasets/org/absent", True, "ConnectionError: cannot bring .*HF_HUB_OFFLINE"),
+        ("hf://org/blood", False, "ValueError: expected the address of a cache like hf://datasets/my-lab/blood"),
+        ("hf://datasets/a b/c", False, "ValueError: hf://datasets/a b/c is no address of the Hub"),
+    ):
+        assert re.match(words, client(fail_to_open, address, offline)), address
 
 
 def test_nothing_of_this_machine_is_published(hub: Hub, published: str, small_census: Path) -> None:
@@ -74,6 +124,7 @@ def test_the_card_says_what_it_is_and_how_to_load_it(hub: Hub, published: str, f
         "disease == 'normal'",
         "list of uint16",
         'load_dataset("org/blood"',
+        "--data hf://datasets/org/blood",
         "licence",
     ):
         assert text.lower() in card.lower(), text
