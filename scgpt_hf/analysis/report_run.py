@@ -22,7 +22,7 @@ from scgpt_hf.analysis.report_page import (
     table,
 )
 from scgpt_hf.training.card import complete_summary
-from scgpt_hf.training.record import UNKNOWN, Record
+from scgpt_hf.training.record import UNKNOWN, Record, composition
 from scgpt_hf.training.run_folder import BEST_MODEL, METRICS, SETTINGS, SPLIT, SUMMARY
 
 _ERRORS = {
@@ -121,8 +121,9 @@ def _data(summary: Record, settings: Record) -> Html:
         ("Never in both parts", settings.text("data.split_by")),
         ("Genes", f"{summary.number('genes')}, chosen on training cells ({settings.text('data.gene_selection')})"),
     ]
-    for column, counts in (summary.get("composition", dict) or {}).items():
-        rows.append((column.replace("_", " "), ", ".join(f"{name} ({number:,})" for name, number in counts.items())))
+    rows += [
+        (column.replace("_", " "), composition(summary, column)) for column in summary.get("composition", dict) or {}
+    ]
     return section("Data", table(rows))
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from scgpt_hf.training.record import UNKNOWN, Record
+from scgpt_hf.training.record import UNKNOWN, Record, composition
 
 # How a card names its own checkpoint until it is published; `name_checkpoint` puts the repository there.
 LOCAL_CHECKPOINT = "best_model"
@@ -51,7 +51,7 @@ def model_card(run: Path, repo_id: str | None = None) -> ModelCard:
         _USE_AND_LIMITS,
         _how_to_cite(summary),
     ]
-    text = f"---\n{_metadata(summary, title).to_yaml()}\n---\n\n" + "\n\n".join(sections) + "\n"
+    text = f"---\n{_metadata(summary, settings, title).to_yaml()}\n---\n\n" + "\n\n".join(sections) + "\n"
     return ModelCard(name_checkpoint(text, repo_id) if repo_id else text)
 
 
@@ -92,8 +92,8 @@ def _best_validation(metrics: Path) -> dict[str, Any]:
     return {} if best["eval_loss"] == math.inf else best
 
 
-def _metadata(summary: Record, title: str) -> ModelCardData:
-    """Return what the Hub itself reads: library, licence, tags, results."""
+def _metadata(summary: Record, settings: Record, title: str) -> ModelCardData:
+    """Return what the Hub itself reads: library, licence, tags, data sets of the Hub, results."""
     census = summary.get("data.census_version", str)
     results = [
         EvalResult(
@@ -113,11 +113,19 @@ def _metadata(summary: Record, title: str) -> ModelCardData:
         library_name="transformers",
         pipeline_tag="feature-extraction",
         tags=["scgpt", "single-cell", "biology", "transcriptomics", "gene-expression"],
+        datasets=[name.split("@")[0] for name in _hub_datasets(settings)] or None,
         model_name=title,
         eval_results=results or None,
         license="cc-by-4.0" if census else "other",
         license_name=None if census else "see-the-sources",
     )
+
+
+def _hub_datasets(settings: Record) -> list[str]:
+    """Return the data sets of the Hub that the settings name, OWNER/NAME or OWNER/NAME@REVISION."""
+    prefix = "hf://datasets/"
+    named = [str(name) for name in settings.get("data.data", list) or []]
+    return [name.removeprefix(prefix).rstrip("/") for name in named if name.startswith(prefix)]
 
 
 def _how_to_load(processor: Record, settings: Record) -> str:
@@ -149,10 +157,11 @@ untrained. The token `<cls>` carries the value {cls_value}: the processor sets i
 
 def _data(summary: Record, settings: Record) -> str:
     census = summary.get("data.census_version", str)
-    files = summary.get("data.paths", list) or [summary.text("data.uri")]
+    files = settings.get("data.data", list) or summary.get("data.paths", list) or [summary.text("data.uri")]
     obs_filter = summary.get("data.obs_filter", str)
     rows = {
-        "Source": f"CELLxGENE Census, {summary.text('data.organism')}" if census else ", ".join(map(str, files)),
+        "Source": "CELLxGENE Census" if census else ", ".join(map(str, files)),
+        "Organism": summary.text("data.organism").replace("_", " ").capitalize(),
         "Census version": census or "none: not read from a release of the Census",
         "Filter": f"`{obs_filter}`" if obs_filter else "none",
         **{
@@ -160,8 +169,10 @@ def _data(summary: Record, settings: Record) -> str:
             for part in ("train", "validation")
         },
         "Kept together": f"`{settings.text('data.split_by')}`, never in both parts",
-        "Tissues": _composition(summary, "tissue_general"),
-        "Assays": _composition(summary, "assay"),
+        "Tissues": composition(summary, "tissue_general"),
+        "Assays": composition(summary, "assay"),
+        "Diseases": composition(summary, "disease"),
+        "Data sets": composition(summary, "dataset_id"),
         "Genes": f"{summary.number('genes')}, chosen on training cells ({settings.text('data.gene_selection')})",
         "Gene hash of the source": summary.text("data.gene_hash"),
         "Licence of the data": "CC BY 4.0, as all of the Census" if census else "see the sources",
@@ -226,14 +237,6 @@ def _how_to_cite(summary: Record) -> str:
             "*Nucleic Acids Research* 53, D886-D900 (2025). https://doi.org/10.1093/nar/gkae1142"
         )
     return "\n".join(["## How to cite\n", *lines])
-
-
-def _composition(summary: Record, column: str) -> str:
-    """Return the values of an obs column with their number of cells, most frequent first."""
-    cells = summary.get(f"composition.{column}", dict) or {}
-    if not all(isinstance(number, int) for number in cells.values()):
-        raise ValueError(f"{summary.name}: expected numbers of cells at 'composition.{column}', found {cells}")
-    return ", ".join(f"{name} ({cells[name]:,})" for name in sorted(cells, key=lambda one: -cells[one])) or UNKNOWN
 
 
 def _pairs(values: dict[str, Any] | None) -> str:

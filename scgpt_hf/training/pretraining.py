@@ -277,10 +277,12 @@ def tell(summary: dict[str, Any], folder: Path) -> str:
 
 
 def _composition(source: CellSource, parts: dict[str, Int64Array]) -> dict[str, dict[str, int]]:
-    """Return the number of cells of each tissue and assay, as far as the source tells."""
+    """Return the number of cells of each tissue, assay, disease and data set, as far as the source tells."""
     cell_ids = np.concatenate(list(parts.values()))
-    composition = {}
-    for column in {"tissue_general", "assay"} & set(source.columns):
+    composition: dict[str, dict[str, int]] = {}
+    for column in ("tissue_general", "assay", "disease", "dataset_id"):
+        if column not in source.columns:
+            continue
         counts = source.obs([column]).loc[cell_ids, column].astype(str).value_counts()
         composition[column] = {str(value): int(n) for value, n in counts.items() if n}
     return composition

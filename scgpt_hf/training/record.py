@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 UNKNOWN = "not recorded"
+_MOST_NAMED = 30  # values of an obs column that are told
 _SECRETS = frozenset({"hub_token", "push_to_hub_token"})
 
 
@@ -65,17 +66,31 @@ class Record:
         return str(self.get(key, str) or UNKNOWN)
 
 
+def composition(summary: Record, column: str) -> str:
+    """Return the most frequent values of an obs column with their number of cells, and how many more there are.
+
+    Raises:
+        ValueError: a number of cells is none.
+    """
+    cells = summary.get(f"composition.{column}", dict) or {}
+    if not all(isinstance(number, int) for number in cells.values()):
+        raise ValueError(f"{summary.name}: expected numbers of cells at 'composition.{column}', found {cells}")
+    named = [f"{name} ({cells[name]:,})" for name in sorted(cells, key=lambda one: -cells[one])]
+    more = [f"and {len(named) - _MOST_NAMED:,} more"] if len(named) > _MOST_NAMED else []
+    return ", ".join(named[:_MOST_NAMED] + more) or UNKNOWN
+
+
 def portable(value: Any) -> Any:
     """Return JSON-like content without what should not leave this machine: tokens, and where files lie on it.
 
     Absolute paths, paths out of the folder and addresses (s3://, file://, https://) become their last part; those of
-    the Census (census://) stay.
+    the Census (census://) and of the Hub (hf://) stay.
     """
     if isinstance(value, dict):
         return {portable(key): portable(item) for key, item in value.items() if key not in _SECRETS}
     if isinstance(value, list):
         return [portable(item) for item in value]
-    if not isinstance(value, str) or value.startswith("census://"):
+    if not isinstance(value, str) or value.startswith(("census://", "hf://")):
         return value
     if re.match(r"[A-Za-z]:[\\/]|\\\\", value):
         return PureWindowsPath(value).name

@@ -44,7 +44,12 @@ SUMMARY = {
         "obs_filter": "tissue_general == 'blood' || x == '|'",
         "gene_hash": "abc123",
     },
-    "composition": {"tissue_general": {"blood": 300_000}, "assay": {"10x 3' v2": 100_000, "10x 3' v3": 200_000}},
+    "composition": {
+        "tissue_general": {"blood": 300_000},
+        "assay": {"10x 3' v2": 100_000, "10x 3' v3": 200_000},
+        "disease": {"normal": 300_000},
+        "dataset_id": {f"study {number}": 10_000 - number for number in range(33)},
+    },
 }
 SETTINGS = {
     "data": {
@@ -82,13 +87,17 @@ def test_the_card_tells_data_training_and_results_beside_baselines(run: Path) ->
     text = model_card(run).text
     assert UNKNOWN not in text
     for row in (
-        "| Source | CELLxGENE Census, homo_sapiens |",
+        "| Source | CELLxGENE Census |",
+        "| Organism | Homo sapiens |",
         "| Census version | 2025-11-08 |",
         "| Filter | `tissue_general == 'blood' \\|\\| x == '\\|'` |",
         "| Train | 291,000 cells of 60 donors |",
         "| Validation | 9,000 cells of 2 donors |",
         "| Tissues | blood (300,000) |",
         "| Assays | 10x 3' v3 (200,000), 10x 3' v2 (100,000) |",
+        "| Diseases | normal (300,000) |",
+        "| Data sets | study 0 (10,000), study 1 (9,999), ",
+        "study 29 (9,971), and 3 more |",
         "| Gene hash of the source | abc123 |",
         "| Licence of the data | CC BY 4.0, as all of the Census |",
         "| Licence of this repository | weights CC BY 4.0, as the data they learned from; code Apache-2.0 |",
@@ -141,6 +150,16 @@ def test_a_source_that_is_no_census_release_has_the_licence_of_its_sources(run: 
     assert "| Licence of the data | see the sources |" in card.text
     assert (card.data.license, card.data.license_name) == ("other", "see-the-sources")
     assert "CELLxGENE" not in card.text
+
+
+def test_a_cache_of_the_hub_is_named_as_its_data_set(run: Path) -> None:
+    data = {"data": ["hf://datasets/org/blood@v1"]}
+    (run / "settings.yaml").write_text(yaml.safe_dump(SETTINGS | {"data": SETTINGS["data"] | data}))
+    change(run, data={"kind": "cache", "uri": "/home/me/cache", "census_version": None, "organism": "mus_musculus"})
+    card = model_card(run)
+    assert "| Source | hf://datasets/org/blood@v1 |" in card.text
+    assert "| Organism | Mus musculus |" in card.text
+    assert card.data.datasets == ["org/blood"]
 
 
 def test_no_path_host_or_credential_is_in_the_card(run: Path, tmp_path: Path) -> None:
