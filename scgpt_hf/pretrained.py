@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -75,6 +76,8 @@ def load_processor(name: str | Path) -> ScGPTProcessor:
     """
     if Path(name, "best_model").is_dir():
         raise ValueError(f"{name} is the folder of a run; its model is {Path(name, 'best_model')}")
+    if not Path(name).is_dir() and not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", str(name)):
+        raise FileNotFoundError(f"there is no folder {name}, and a repository of the Hub would be OWNER/NAME")
     with _damage_said(name):
         processor: ScGPTProcessor = AutoProcessor.from_pretrained(name)  # type: ignore[no-untyped-call]
         if not isinstance(processor, ScGPTProcessor):

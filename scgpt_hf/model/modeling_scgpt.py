@@ -247,7 +247,7 @@ class ScGPTModel(ScGPTPreTrainedModel):
         """Return the embedded input: genes and values added, or multiplied when the encoder is "scaling"."""
         if values is None:
             if not optional:
-                raise ValueError("values are missing; only generation from input_cell_embedding can do without them")
+                raise ValueError("values are missing; the processor makes them of counts: model(**processor(adata))")
             return gene_embedding
         if values.shape != gene_embedding.shape[:-1]:
             raise ValueError(

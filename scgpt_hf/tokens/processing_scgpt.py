@@ -7,6 +7,7 @@ It holds the settings and the gene vocabulary and checks what users pass in. The
 import logging
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from inspect import signature
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -93,6 +94,24 @@ class ScGPTProcessor(ProcessorMixin):
     def from_vocab(cls, vocab: Mapping[str, int], **settings: Any) -> "ScGPTProcessor":
         """Return a processor with the ids of a published `vocab.json`; special tokens may sit at any id."""
         return cls(build_tokenizer(vocab), **settings)
+
+    @classmethod
+    def get_processor_dict(
+        cls, pretrained_model_name_or_path: Any, **kwargs: Any
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Return the saved settings, and what of the keywords is left; called by `from_pretrained`.
+
+        Raises:
+            ValueError: a setting is unknown; left out, as the library would, it could change what the model reads.
+        """
+        saved, left = super().get_processor_dict(pretrained_model_name_or_path, **kwargs)
+        known = {*signature(cls).parameters, "auto_map", "processor_class"}
+        if unknown := sorted(saved.keys() - known):
+            raise ValueError(
+                f"the processor in {pretrained_model_name_or_path} has settings that ScGPTProcessor does not know: "
+                f"{unknown}; it may come from a newer version of scgpt_hf"
+            )
+        return saved, left
 
     @property
     def vocab_size(self) -> int:

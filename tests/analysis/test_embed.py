@@ -347,6 +347,8 @@ def test_a_model_needs_its_own_processor(model: ScGPTModel, saved: Path) -> None
         embed_anndata(some_cells(), model, ScGPTProcessor.from_genes(IDS[:31]), **QUIET)
     with pytest.raises(ValueError, match=r"is the folder of a run; its model is .*best_model"):
         embed_anndata(some_cells(), saved.parent, **QUIET)
+    with pytest.raises(FileNotFoundError, match=r"there is no folder runs/mine/best, and a repository .* OWNER/NAME"):
+        embed_anndata(some_cells(), "runs/mine/best", **QUIET)
 
 
 @pytest.mark.slow  # numba compiles for half a minute; test_scripts draws a map in the default run

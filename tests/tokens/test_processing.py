@@ -240,3 +240,12 @@ def test_settings_can_be_changed_while_loading(tmp_path: Path) -> None:
     assert ScGPTProcessor.from_pretrained(tmp_path, ties="midpoint").ties == "midpoint"
     with pytest.raises(ValueError, match="n_bins must be"):
         ScGPTProcessor.from_pretrained(tmp_path, n_bins=0)
+
+
+def test_a_processor_from_the_future_is_refused_by_the_setting(tmp_path: Path) -> None:
+    ScGPTProcessor.from_genes(GENES).save_pretrained(tmp_path)
+    path = tmp_path / "processor_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"ploidy": 2}))
+    for load in (ScGPTProcessor, AutoProcessor):
+        with pytest.raises(ValueError, match=r"does not know: \['ploidy'\]; it may come from a newer version"):
+            load.from_pretrained(tmp_path)
