@@ -1,17 +1,22 @@
 """Pretraining that pushes: a checkpoint while it goes on, the finished run at the end, and what happens when it cannot.
 
-`scripts/pretrain.py` runs in its own process, whose real client talks to the small Hub.
+`scripts/pretrain.py` runs in a process whose real client talks to the small Hub.
 """
 
+import io
 import json
+import logging
 import os
 import re
+import runpy
 import subprocess
 import sys
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
-from hub_server import Hub, client_environment
+from hub_server import Client, Hub, client_environment
 
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "pretrain.py"
 SMALL = [
@@ -22,21 +27,40 @@ SMALL = [
 TOKEN = "hf_owner"
 
 
-def pretrain(
-    hub: Hub, census: Path, folder: Path, repo_id: str, *flags: str, token: str = TOKEN
-) -> subprocess.CompletedProcess[str]:
-    """Train a tiny model that pushes to the repository; the token comes by the environment, as users have it."""
-    environment = os.environ | client_environment(hub, folder.parent / "hf_home") | {"HF_TOKEN": token}
+class Ended(NamedTuple):
+    """How the script ended, and what it said."""
+
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+def run_script(arguments: list[str], token: str) -> Ended:
+    """Run pretrain.py as the command line does, but for the seconds that imports take; the token as users have it."""
+    said, complained = io.StringIO(), io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(said), redirect_stderr(complained):
+        patch.setenv("HF_TOKEN", token)
+        patch.setattr(sys, "argv", [str(SCRIPT), *arguments])
+        patch.setattr(logging.getLogger(), "handlers", [])  # one that an earlier run made writes to its stderr
+        try:
+            runpy.run_path(str(SCRIPT), run_name="__main__")
+        except SystemExit as ending:
+            complained.write(str(ending))
+            return Ended(1, said.getvalue(), complained.getvalue())
+    return Ended(0, said.getvalue(), complained.getvalue())
+
+
+def pretrain(client: Client, census: Path, folder: Path, repo_id: str, *flags: str, token: str = TOKEN) -> Ended:
+    """Train a tiny model that pushes to the repository."""
     arguments = ["--data", str(census), "--output_dir", str(folder), *SMALL, "--push_to_hub", "--hub_model_id", repo_id]
-    command = [sys.executable, str(SCRIPT), *arguments, *flags]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
+    return client(run_script, [*arguments, *flags], token)
 
 
 @pytest.fixture(scope="module")
-def pushed(hub: Hub, small_census: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+def pushed(client: Client, small_census: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """The folder of a run that was pushed to org/pushed, and what it said."""
     folder = tmp_path_factory.mktemp("runs") / "pushed"
-    done = pretrain(hub, small_census, folder, "org/pushed", "--hub_token", TOKEN, token="")
+    done = pretrain(client, small_census, folder, "org/pushed", "--hub_token", TOKEN, token="")
     assert done.returncode == 0, done.stderr[-3000:]
     return folder, done.stdout
 
@@ -75,7 +99,7 @@ def test_nothing_of_this_machine_is_pushed(hub: Hub, pushed: tuple[Path, str], s
 
 LOAD = """
 import sys
-sys.modules["scgpt_hf"] = None  # as if it were not installed
+sys.modules |= dict.fromkeys(("scgpt_hf", "numba"))  # as if they were not installed
 import json, torch
 from transformers import AutoModel, AutoModelForPreTraining, AutoProcessor, AutoTokenizer
 AutoTokenizer.from_pretrained("org/pushed", trust_remote_code=False)
@@ -96,16 +120,18 @@ def test_what_was_pushed_loads_without_this_package(hub: Hub, pushed: tuple[Path
     assert json.loads(done.stdout) == [3, 16]
 
 
-def test_a_run_that_could_not_be_pushed_does_not_train(hub: Hub, small_census: Path, tmp_path: Path) -> None:
-    done = pretrain(hub, small_census, tmp_path / "run", "org/untrained", token="hf_stranger")
+def test_a_run_that_could_not_be_pushed_does_not_train(client: Client, small_census: Path, tmp_path: Path) -> None:
+    done = pretrain(client, small_census, tmp_path / "run", "org/untrained", token="hf_stranger")
     assert done.returncode != 0
     assert done.stderr.splitlines()[-1].startswith("pretrain.py: you may not write to org/untrained (403)")
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
-def test_pushes_that_fail_are_told_and_leave_the_run_whole(hub: Hub, small_census: Path, tmp_path: Path) -> None:
+def test_pushes_that_fail_are_told_and_leave_the_run_whole(
+    hub: Hub, client: Client, small_census: Path, tmp_path: Path
+) -> None:
     with hub.fault("/commit/", status=403, times=99):
-        done = pretrain(hub, small_census, tmp_path / "run", "org/lost", "--num_train_epochs", "1")
+        done = pretrain(client, small_census, tmp_path / "run", "org/lost", "--num_train_epochs", "1")
     assert "a checkpoint could not be published, training goes on: you may not write to org/lost (403)" in done.stderr
     assert done.returncode != 0
     assert "you may not write to org/lost (403)" in done.stderr.splitlines()[-1]
