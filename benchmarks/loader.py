@@ -115,7 +115,8 @@ def processor_of(source: CensusSource) -> ScGPTProcessor:
 
 def soma_ml(path: Path, buffer_bytes: int, obs_filter: str | None = None, batches: list | None = None) -> float:
     """Return cells per second of an epoch of raw rows from tiledbsoma-ml; adds the cell ids of each batch to a list."""
-    context = soma.SOMATileDBContext(tiledb_config={"soma.init_buffer_bytes": buffer_bytes})
+    config = {"soma.init_buffer_bytes": buffer_bytes, "sm.mem.malloc_trim": "false"}  # as ours
+    context = soma.SOMATileDBContext(tiledb_config=config)
     with soma.Experiment.open(f"{path}/census_data/homo_sapiens", context=context) as experiment:
         query = experiment.axis_query("RNA", obs_query=soma.AxisQuery(value_filter=obs_filter))
         dataset = ExperimentDataset(
