@@ -1,7 +1,7 @@
 """Cells of a cache: a folder of shards that `cache_census.py` or a first epoch of training wrote.
 
 Any order of cells is as fast as any other, so a plan may shuffle over all of them. The shards are mapped into memory
-and copied from by a few threads; a shard's hash is checked before its first cell is handed on.
+and copied from by a few threads; a cache's hashes are checked before anything of it is handed on.
 """
 
 import logging
@@ -18,7 +18,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from scgpt_hf.cells.block import CellBlock, Int64Array, require_cell_ids
-from scgpt_hf.cells.cache_manifest import check_shard, read_genes, read_manifest
+from scgpt_hf.cells.cache_manifest import MANIFEST, REMEDY, CacheError, check_shard, read_genes, read_manifest
 from scgpt_hf.cells.cache_shards import Shard, gather_cells
 from scgpt_hf.cells.obs import PRIMARY, drop_unused_categories, full_filter, require_columns, select_rows
 
@@ -55,8 +55,8 @@ class CacheSource:
             obs_filter: SOMA value filter on the obs columns of the cache, besides the one it was made with.
             layer: for the record: a cache holds one layer.
             primary_only: keep only cells with `is_primary_data == True`.
-            verify: check the hash of all shards before the first cell is read; by default up to 64 GiB. It brings a
-                cold cache into memory, too.
+            verify: check the hash of all shards before the first is mapped; by default up to 64 GiB. It brings a cold
+                cache into memory, too.
             n_threads: that copy cells.
 
         Raises:
@@ -117,11 +117,12 @@ class CacheSource:
         """
         cell_ids = require_cell_ids(cell_ids, self._offered)
         require_columns(columns, self.columns)
-        self._verify()
         shard_of_cell = np.searchsorted([record.last_cell for record in self._records], cell_ids)
         counts = gather_cells(
             self._shards, shard_of_cell, cell_ids, len(self.genes), self._pool, n_threads=self._n_threads
         )
+        if (largest := counts.indices.max(initial=0)) >= len(self.genes):
+            raise CacheError(f"{self._folder} has {len(self.genes):,} genes, and cells with gene {largest:,}; {REMEDY}")
         obs = pd.DataFrame(index=pd.Index(cell_ids, name="cell_id"))
         for name in columns:
             obs[name] = self._column(name)[np.searchsorted(self._cell_ids, cell_ids)]
@@ -144,17 +145,24 @@ class CacheSource:
         """End the threads."""
         self._pool.shutdown()
 
-    def _verify(self) -> None:
-        """Check the hash of every shard, once."""
+    @cached_property
+    def _shards(self) -> list[Shard]:
+        """The shards, mapped once their hashes are seen to be right, with the cells that the manifest says."""
         with self._lock:
             if self._unverified:
                 logger.info("checking the %d shards of %s", len(self._records), self._folder)
                 list(self._pool.map(lambda record: check_shard(self._folder, record), self._records))
                 self._unverified = False
-
-    @cached_property
-    def _shards(self) -> list[Shard]:
-        return [Shard(self._folder / record.file) for record in self._records]
+        shards = [Shard(self._folder / record.file, len(self.genes)) for record in self._records]
+        for shard, record in zip(shards, self._records, strict=True):
+            ids, types = shard.cell_ids, shard.table.schema
+            said = {"cells": record.n_cells, "first": record.first_cell, "last": record.last_cell}
+            found = {"cells": len(ids), "first": int(ids[0]), "last": int(ids[-1])}
+            if found != said:
+                raise CacheError(f"{shard.path} is not as {MANIFEST} says: expected {said}, found {found}; {REMEDY}")
+            if not types.equals(shards[0].table.schema):
+                raise CacheError(f"{shard.path} has other columns than {shards[0].path}: {types.names}; {REMEDY}")
+        return shards
 
     @cached_property
     def _cell_ids(self) -> Int64Array:
@@ -175,7 +183,7 @@ class CacheSource:
     def _column(self, name: str) -> Any:
         """Return a column of obs of all cells, text as categories; kept once read. Shape (cells,)."""
         if name not in self._obs:
-            column = pa.chunked_array([chunk for shard in self._shards for chunk in shard.table[name].chunks])
+            column = pa.chunked_array([chunk for shard in self._shards for chunk in shard.obs_column(name).chunks])
             if column.type == pa.string():
                 column = column.dictionary_encode().unify_dictionaries()
             self._obs[name] = column.to_pandas().array

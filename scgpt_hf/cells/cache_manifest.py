@@ -9,7 +9,7 @@ import json
 import os
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePath
-from typing import Any
+from typing import Any, get_origin, get_type_hints
 from uuid import uuid4
 
 import pandas as pd
@@ -157,6 +157,7 @@ def load_manifest(folder: Path) -> tuple[Identity, list[ShardRecord]]:
         version = content.pop("format")
         shards = [ShardRecord(**shard) for shard in content.pop("shards")]
         identity = Identity(**content)
+        _require_consistent(identity, shards)
         stray = [shard.file for shard in shards if PurePath(shard.file).name != shard.file]
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise CacheError(f"{path} is malformed ({error}); make the cache again with cache_census.py") from error
@@ -165,6 +166,28 @@ def load_manifest(folder: Path) -> tuple[Identity, list[ShardRecord]]:
     if stray:
         raise CacheError(f"{path} names {stray[0]!r}, which is no file of the cache's own folder")
     return identity, shards
+
+
+def _require_consistent(identity: Identity, shards: list[ShardRecord]) -> None:
+    """Raise unless what is read later has the types it should, and the shards hold ascending cells, as many as said.
+
+    Raises:
+        KeyError, TypeError, ValueError: what is wrong.
+    """
+    for record in (identity, *shards):
+        kinds = get_type_hints(type(record))
+        _require_types(vars(record), {name: get_origin(kind) or kind for name, kind in kinds.items()})
+    _require_types(identity.source, {"obs_filter": str | None, "layer": str, "gene_hash": str})
+    _require_types(dict(enumerate(identity.columns)), dict.fromkeys(range(len(identity.columns)), str))
+    edges = [0, *(cell for shard in shards for cell in (shard.first_cell, shard.last_cell + 1))]
+    if edges != sorted(edges) or not 0 < identity.cells == sum(shard.n_cells for shard in shards):
+        raise ValueError(f"its shards do not hold {identity.cells:,} ascending cells")
+
+
+def _require_types(values: dict[Any, Any], kinds: dict[Any, Any]) -> None:
+    for name, kind in kinds.items():
+        if not isinstance(values[name], kind) or isinstance(values[name], bool):
+            raise TypeError(f"{name!r} is {values[name]!r:.80}")
 
 
 def read_genes(folder: Path, identity: Identity) -> pd.DataFrame:

@@ -17,7 +17,8 @@ from numba import njit
 from scipy.sparse import csr_matrix
 
 from scgpt_hf.cells.block import Int64Array, sorted_csr
-from scgpt_hf.cells.cache_format import CELL_COLUMNS, ESCAPE, Array
+from scgpt_hf.cells.cache_format import CELL_COLUMNS, ESCAPE, Array, cache_schema
+from scgpt_hf.cells.cache_manifest import REMEDY, CacheError
 from scgpt_hf.cells.layout import TILE
 
 _CELLS, _IDS, _OFFSETS, _GENES, _COUNTS, _LARGE_OFFSETS, _LARGE = range(7)  # columns of `Shard.batches`
@@ -27,6 +28,7 @@ class Shard:
     """One mapped file of cells; the file itself is not kept open.
 
     Attributes:
+        path: of the file.
         table: the file as an Arrow table, without a copy.
         cell_ids: its cells, ascending. Shape (cells,).
         bands: the band of ids of each record batch, ascending. Shape (batches,).
@@ -35,20 +37,25 @@ class Shard:
         longs, ints, genes, bytes: the file as int64, uint32, the type of genes, uint8.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, n_genes: int) -> None:
         """Map the file.
 
+        Args:
+            path: of the file.
+            n_genes: of its cache.
+
         Raises:
-            ValueError: it is no whole Arrow stream with the columns of a cache.
+            CacheError: it is no whole Arrow stream with the cells of a cache.
+            OSError: it cannot be opened.
         """
+        self.path = path
+        with pa.memory_map(str(path)) as file:
+            content = file.read_buffer()
         try:
-            with pa.memory_map(str(path)) as file:
-                content = file.read_buffer()
             self.table = pa.ipc.open_stream(pa.BufferReader(content)).read_all()
-        except pa.ArrowInvalid as error:
-            raise ValueError(f"{path} is no whole shard of a cache: {error}") from error
-        if tuple(self.table.column_names[: len(CELL_COLUMNS)]) != CELL_COLUMNS:
-            raise ValueError(f"{path} is no shard of a cache: its columns are {self.table.column_names}")
+            _require_sound(self.table, content, n_genes)
+        except (pa.ArrowException, OSError, ValueError) as error:
+            raise CacheError(f"{path} is no whole shard of a cache: {error}; {REMEDY}") from error
         gene_type = self.table.schema.field("gene").type.value_type.to_pandas_dtype()
         self.longs, self.ints, self.genes, self.bytes = (
             np.frombuffer(content, kind, len(content) // np.dtype(kind).itemsize)
@@ -63,6 +70,19 @@ class Shard:
         """The cells of the shard, ascending. Shape (cells,)."""
         ids: Int64Array = self.table["cell_id"].to_numpy()
         return ids
+
+    def obs_column(self, name: str) -> pa.ChunkedArray:
+        """Return a column of obs. Shape (cells,).
+
+        Raises:
+            CacheError: there is none, or its bytes are no such values, which would crash what reads them.
+        """
+        try:
+            column = self.table[name]
+            column.validate(full=True)
+        except (pa.ArrowException, KeyError) as error:
+            raise CacheError(f"{self.path} is no whole shard of a cache: in {name!r}: {error}; {REMEDY}") from error
+        return column
 
 
 Part: TypeAlias = list[tuple[Shard, Int64Array]]  # what one thread does
@@ -122,6 +142,34 @@ def _all_at_once(pool: Executor, work: Callable[[Shard, Int64Array], None], part
 
     for done in [pool.submit(work_on, part) for part in parts]:
         done.result()
+
+
+def _require_sound(table: pa.Table, content: pa.Buffer, n_genes: int) -> None:
+    """Raise unless the cells lie in the file as `cache_format.py` says: neither Arrow nor the loops below look again.
+
+    Touches the ids and the offsets, 20 bytes of each cell; obs is looked at where it is read.
+
+    Raises:
+        ValueError, pyarrow.ArrowException: what is wrong.
+    """
+    table.validate()
+    cells, expected = table.select(range(min(len(CELL_COLUMNS), table.num_columns))), cache_schema(n_genes, {})
+    if not cells.schema.equals(expected) or not len(cells):
+        raise ValueError(f"expected cells with {_types(expected)}, found {len(cells):,} with {_types(cells.schema)}")
+    cells.validate(full=True)
+    for batch in cells.to_batches():
+        ids, genes, counts, _ = batch.columns
+        buffers = [buffer for column in batch.columns for buffer in column.buffers() if buffer]
+        if not all(0 <= buffer.address - content.address <= content.size - buffer.size for buffer in buffers):
+            raise ValueError("it is compressed, or of another byte order")
+        if ids.null_count or (np.diff(ids) <= 0).any() or ids[0].as_py() // TILE != ids[-1].as_py() // TILE:
+            raise ValueError("the cells of a batch do not ascend within one band")
+        if not genes.offsets.equals(counts.offsets):
+            raise ValueError("the cells have not as many genes as counts")
+
+
+def _types(schema: pa.Schema) -> dict[str, str]:
+    return {field.name: str(field.type) for field in schema}
 
 
 def _find_buffers(batch: pa.RecordBatch, address: int) -> tuple[int, ...]:

@@ -178,7 +178,7 @@ class CachingSource:
                 logger.warning("%s is corrupt: its sha256 is not its name; its cells are read again", path)
 
     def _add(self, path: Path) -> None:
-        part = Shard(path)
+        part = Shard(path, len(self.genes))
         with self._adding:
             self._known.add(path.stem)
             self._parts.append(part)

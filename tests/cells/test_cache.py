@@ -1,11 +1,13 @@
 """A cache gives the cells of its source, in any order, and says which of its files is corrupt."""
 
+import json
 from pathlib import Path
 
 import anndata
 import datasets
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -14,7 +16,7 @@ from source_contract import SourceContract
 
 from scgpt_hf.cells.cache import CacheSource, uniform_band_size
 from scgpt_hf.cells.cache_jobs import write_cache
-from scgpt_hf.cells.cache_manifest import CacheError
+from scgpt_hf.cells.cache_manifest import CacheError, hash_file
 from scgpt_hf.cells.source import CellSource, open_source
 
 
@@ -190,5 +192,122 @@ def test_other_genes_are_refused(copied):
 
 def test_a_shard_that_is_none_is_refused(copied):
     (copied / SECOND).write_bytes(b"\0" * (copied / SECOND).stat().st_size)
-    with pytest.raises(ValueError, match=rf"{SECOND} is no whole shard"):
+    with pytest.raises(CacheError, match=rf"{SECOND} is no whole shard"):
         CacheSource(copied, verify=False).obs()
+
+
+def test_a_changed_byte_is_found_before_obs_is_read(copied):
+    damage(copied, SECOND, flipped)
+    with pytest.raises(CacheError, match=rf"{SECOND} is corrupt: expected sha256"):
+        CacheSource(copied).obs(["donor_id"])
+
+
+def rewritten(folder: Path, change, options: pa.ipc.IpcWriteOptions | None = None) -> None:
+    """Change the batches of the second shard, and its record in the manifest: a cache whose hashes are right."""
+    path = folder / SECOND
+    with pa.ipc.open_stream(path.read_bytes()) as reader:
+        batches = [change(batch) for batch in reader]
+    path.unlink()
+    with pa.ipc.new_stream(str(path), batches[0].schema, options=options) as writer:
+        for batch in batches:
+            writer.write_batch(batch)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["shards"][1] |= {"n_bytes": path.stat().st_size, "sha256": hash_file(path)}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
+def with_column(name: str, make):
+    """Return what replaces a column of a batch by what `make` makes of it."""
+
+    def change(batch: pa.RecordBatch) -> pa.RecordBatch:
+        place = batch.schema.get_field_index(name)
+        return batch.set_column(place, name, make(batch.column(place)))
+
+    return change
+
+
+def with_offsets(column: pa.Array, change) -> pa.Array:
+    """Return a column of lists or texts whose offsets say something else; nothing looks whether they can be true."""
+    valid, offsets, *others = column.buffers()
+    moved = np.frombuffer(offsets, np.int32).copy()
+    moved[:] = change(moved)
+    children = [column.values] if pa.types.is_list(column.type) else []
+    buffers = [valid, pa.py_buffer(moved), *([] if children else others)]
+    return pa.Array.from_buffers(column.type, len(column), buffers, children=children)
+
+
+def far(offsets: np.ndarray) -> np.ndarray:
+    return np.where(np.arange(len(offsets)) == 5, 10**8, offsets)
+
+
+@pytest.mark.parametrize("verify", [True, False])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (with_column("gene", lambda column: with_offsets(column, far)), "is no whole shard .*offset"),
+        (with_column("count", lambda column: with_offsets(column, lambda at: at // 2)), "not as many genes as counts"),
+        (
+            with_column("donor_id", lambda column: with_offsets(column, far)),
+            "shard .* 'donor_id': .*",
+        ),
+        (with_column("cell_id", lambda column: column.take(np.arange(len(column))[::-1])), "do not ascend"),
+        (
+            with_column("cell_id", lambda column: pa.array(column.to_numpy() + 1)),
+            "expected {'cells': 404, 'first': 4096",
+        ),
+        (
+            with_column("gene", lambda column: column.cast(pa.list_(pa.int16()))),
+            r"found 404 with .*'list<item: int16>'",
+        ),
+        (with_column("age", lambda column: column.cast(pa.float32())), "has other columns than"),
+        (lambda batch: batch.slice(0, 0), "found 0 with"),
+        (lambda batch: batch.drop_columns(["donor_id"]), "has other columns than"),
+    ],
+)
+def test_a_shard_that_lies_is_refused_though_its_hash_is_right(copied, change, message, verify):
+    rewritten(copied, change)
+    with pytest.raises(CacheError, match=message):
+        CacheSource(copied, verify=verify).obs(["donor_id"])
+
+
+def test_a_compressed_shard_is_refused_for_its_cells_do_not_lie_in_the_file(copied):
+    rewritten(copied, lambda batch: batch, pa.ipc.IpcWriteOptions(compression="zstd"))
+    with pytest.raises(CacheError, match=rf"{SECOND} is no whole shard .*compressed"):
+        CacheSource(copied).obs()
+
+
+def test_genes_that_the_cache_does_not_have_are_refused(copied):
+    def beyond(column: pa.ListArray) -> pa.ListArray:
+        return pa.ListArray.from_arrays(column.offsets, pa.array(column.values.to_numpy() + 30, pa.uint16()))
+
+    rewritten(copied, with_column("gene", beyond))
+    with pytest.raises(CacheError, match=r"has 30 genes, and cells with gene 59"):
+        CacheSource(copied).read(np.array([4100]))
+
+
+@pytest.mark.parametrize(
+    ("place", "value"),
+    [
+        (("cells",), "4490"),
+        (("cells",), 4491),
+        (("columns",), [None]),
+        (("source", "layer"), None),
+        (("source", "gene_hash"), 3),
+        (("source", "obs_filter"), ["a"]),
+        (("source",), []),
+        (("shards",), []),
+        (("shards", 0, "last_cell"), 4096),
+        (("shards", 0, "first_cell"), -1),
+        (("shards", 1, "n_cells"), True),
+        (("shards", 1, "sha256"), None),
+    ],
+)
+def test_a_manifest_that_lies_is_refused(copied, place, value):
+    manifest = json.loads((copied / "manifest.json").read_text())
+    inner = manifest
+    for key in place[:-1]:
+        inner = inner[key]
+    inner[place[-1]] = value
+    (copied / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(CacheError, match=r"manifest.json is malformed"):
+        open_source(copied)

@@ -170,7 +170,8 @@ def read_source(path: Path) -> None:
     source = open_source(path)
     try:
         source.describe()
-        source.read(source.obs(source.columns).index.to_numpy(np.int64), source.columns)
+        block = source.read(source.obs(source.columns).index.to_numpy(np.int64), source.columns)
+        assert block.counts.indices.max(initial=0) < len(source.genes)
     finally:
         getattr(source, "close", lambda: None)()
 
@@ -197,6 +198,23 @@ def damage_folder(folder: Path, rng: Rng) -> str:
     return f"removed {path.relative_to(folder)}"
 
 
+def damage_cache(folder: Path, rng: Rng) -> str:
+    """Damage a cache; also so that its manifest agrees, as that of a cache of somebody else may."""
+    manifest = folder / "manifest.json"
+    roll = rng.random()
+    if roll < 0.3:
+        return damage_folder(folder, rng)
+    if roll < 0.5:
+        return damage_json(manifest, rng)
+    content = json.loads(manifest.read_text())
+    shard = content["shards"][0]
+    done = damage_bytes(folder / shard["file"], rng)
+    damaged = (folder / shard["file"]).read_bytes()
+    shard |= {"sha256": hashlib.sha256(damaged).hexdigest(), "n_bytes": len(damaged)}
+    manifest.write_text(json.dumps(content))
+    return f"{done}, hashed again"
+
+
 def damage_model(folder: Path, rng: Rng) -> str:
     """Damage or remove a file of a saved model."""
     files = [path for path in sorted(folder.iterdir()) if path.suffix in {".json", ".safetensors"}]
@@ -210,7 +228,7 @@ def damage_model(folder: Path, rng: Rng) -> str:
 CASES: dict[str, tuple[str, Callable[[Path, Rng], str], Callable[[Path], object]]] = {
     "h5ad": ("cells.h5ad", damage_h5ad, read_source),
     "soma": ("soma", damage_folder, read_source),
-    "cache": ("cache", damage_folder, read_source),
+    "cache": ("cache", damage_cache, read_source),
     "checkpoint": ("run/checkpoint-2", damage_folder, lambda path: claim_run_folder(path.parent, "latest")),
     "settings": ("run/settings.yaml", damage_json, lambda path: parse_settings([str(path)], "")),
     "split": ("run/split.json", damage_json, lambda path: (load_split(path), load_selection(path))),
