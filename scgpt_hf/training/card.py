@@ -28,13 +28,13 @@ _RESULTS = {
 }
 
 
-def model_card(run: Path, repo_id: str | None = None) -> ModelCard:
-    """Return the card of a run.
+def model_card(run: Path, repo_id: str | None = None, weights: str = LOCAL_CHECKPOINT) -> ModelCard:
+    """Return the card of a pretraining run; that of a fine-tuned model is in `card_finetuned.py`.
 
     Args:
-        run: the run folder, with any of settings.yaml, split.json, summary.json, metrics.jsonl, loss.png, umap.png and
-            best_model/processor_config.json.
+        run: the run folder, with any of settings.yaml, split.json, summary.json, metrics.jsonl, loss.png, umap.png.
         repo_id: where the checkpoint will be found; `best_model`, next to the card, when not given.
+        weights: folder within the run with config.json and processor_config.json of the checkpoint.
 
     Raises:
         ValueError: a file is malformed; the message names the file and the key.
@@ -44,12 +44,12 @@ def model_card(run: Path, repo_id: str | None = None) -> ModelCard:
     title = repo_id.split("/")[-1] if repo_id else run.resolve().name
     sections = [
         f"# {title}\n\n{_WHAT}",
-        _how_to_load(Record(run / "best_model" / "processor_config.json"), settings),
+        _how_to_load(Record(run / weights / "processor_config.json"), settings),
         _data(summary, settings),
-        _training(summary, settings),
+        _training(summary, settings, Record(run / weights / "config.json")),
         _results(summary, [name for name in ("loss.png", "umap.png") if (run / name).is_file()]),
         _USE_AND_LIMITS,
-        _how_to_cite(summary),
+        how_to_cite(summary),
     ]
     text = f"---\n{_metadata(summary, settings, title).to_yaml()}\n---\n\n" + "\n\n".join(sections) + "\n"
     return ModelCard(name_checkpoint(text, repo_id) if repo_id else text)
@@ -136,19 +136,19 @@ def _how_to_load(processor: Record, settings: Record) -> str:
 ```python
 import scanpy as sc, scgpt_hf
 from transformers import AutoModel, AutoProcessor
-processor = AutoProcessor.from_pretrained("{LOCAL_CHECKPOINT}")
-model = AutoModel.from_pretrained("{LOCAL_CHECKPOINT}").eval()
-embedding = model(**processor(sc.read_h5ad("cells.h5ad"))).cell_embedding  # raw counts in, (cells, hidden) out
+processor, model = AutoProcessor.from_pretrained("{LOCAL_CHECKPOINT}"), AutoModel.from_pretrained("{LOCAL_CHECKPOINT}")
+adata = sc.read_h5ad("cells.h5ad")  # raw counts
+scgpt_hf.embed_anndata(adata, model, processor)  # adata.obsm["X_scgpt"]: (cells, hidden)
 ```
 
-Without the package, the code that travels with the weights does the same:
+Without the package, the code that travels with the weights does it, some hundred cells at a time:
 
 ```python
-import scanpy as sc
+import scanpy as sc, torch
 from transformers import AutoModel, AutoProcessor
 processor = AutoProcessor.from_pretrained("{LOCAL_CHECKPOINT}", trust_remote_code=True)
-model = AutoModel.from_pretrained("{LOCAL_CHECKPOINT}", trust_remote_code=True).eval()
-embedding = model(**processor(sc.read_h5ad("cells.h5ad"))).cell_embedding
+model = AutoModel.from_pretrained("{LOCAL_CHECKPOINT}", trust_remote_code=True)
+with torch.no_grad(): embedding = model(**processor(sc.read_h5ad("cells.h5ad")[:100])).cell_embedding
 ```
 
 `AutoModelForPreTraining`, `AutoModelForMaskedLM` and `AutoModelForSequenceClassification` load too; a class head starts
@@ -160,7 +160,7 @@ def _data(summary: Record, settings: Record) -> str:
     files = settings.get("data.data", list) or summary.get("data.paths", list) or [summary.text("data.uri")]
     obs_filter = summary.get("data.obs_filter", str)
     rows = {
-        "Source": "CELLxGENE Census" if census else ", ".join(map(str, files)),
+        "Source": "CELLxGENE Census" if census else _DEMO if files == ["demo"] else ", ".join(map(str, files)),
         "Organism": summary.text("data.organism").replace("_", " ").capitalize(),
         "Census version": census or "none: not read from a release of the Census",
         "Filter": f"`{obs_filter}`" if obs_filter else "none",
@@ -181,10 +181,11 @@ def _data(summary: Record, settings: Record) -> str:
             "code Apache-2.0"
         ),
     }
-    return f"## Data\n\n{_table(rows)}\n\n`split.json` names the donors and the cells of each part, and every gene."
+    told = "In brackets: cells of both parts. `split.json` names the donors and the cells of each part, and every gene."
+    return f"## Data\n\n{table(rows)}\n\n{told}"
 
 
-def _training(summary: Record, settings: Record) -> str:
+def _training(summary: Record, settings: Record, config: Record) -> str:
     seconds, processes = (summary.get(key, (int, float)) for key in ("train_seconds", "processes"))
     hours = UNKNOWN if seconds is None or processes is None else f"{seconds * processes / 3600:.3g}"
     layers, width, heads = (
@@ -194,19 +195,20 @@ def _training(summary: Record, settings: Record) -> str:
     steps = f"{summary.number('steps')}, each of {summary.number('global_batch_size')} cells"
     rows = {
         "Model": f"{layers} layers x {width}, {heads} heads, {summary.number('model_parameters')} parameters",
-        "Objectives and weights": _pairs(settings.get("model.loss_weights", dict)),
+        "Objectives and weights": pairs(config.get("loss_weights", dict)),
         "Values": f"{values}, at most {settings.number('data.max_tokens')} tokens",
         "Hidden share of a cell's genes": ", ".join(map(str, settings.get("data.mask_ratios", list) or [UNKNOWN])),
         "Steps": f"{steps}; {summary.number('epochs', '.3g')} epochs",
-        "Learning rate": settings.number("training.learning_rate", "g"),
+        "Highest learning rate": settings.number("training.learning_rate", "g"),
         "Precision": summary.text("precision"),
         "Hardware": f"{summary.number('processes')} x {summary.text('device')}",
-        "Time": f"{summary.number('train_seconds', ',.0f')} s, {summary.number('cells_per_second', ',.0f')} cells/s",
+        "Time": f"{summary.number('train_seconds', ',.0f')} s, with validation and checkpoints",
+        "Speed without them": f"{summary.number('cells_per_second', ',.0f')} cells/s",
         "Device-hours, what energy goes by": hours,
-        "Software": _pairs(summary.get("versions", dict)),
+        "Software": pairs(summary.get("versions", dict)),
     }
     repeat = "`settings.yaml` holds every setting; `pretrain.py settings.yaml` repeats the run where the data is."
-    return f"## Training\n\n{_table(rows)}\n\n{repeat}"
+    return f"## Training\n\n{table(rows)}\n\n{repeat}"
 
 
 def _results(summary: Record, figures: list[str]) -> str:
@@ -225,7 +227,8 @@ Share of the variance explained (1 - GEP / constant): {summary.number("best.eval
 {shown}""".rstrip()
 
 
-def _how_to_cite(summary: Record) -> str:
+def how_to_cite(summary: Record) -> str:
+    """Return the section that names scGPT, this software, and the Census where it was used."""
     lines = [
         "- scGPT: Cui, H. et al. scGPT: toward building a foundation model for single-cell multi-omics using "
         "generative AI. *Nature Methods* 21, 1470-1480 (2024). https://doi.org/10.1038/s41592-024-02201-0",
@@ -239,15 +242,18 @@ def _how_to_cite(summary: Record) -> str:
     return "\n".join(["## How to cite\n", *lines])
 
 
-def _pairs(values: dict[str, Any] | None) -> str:
+def pairs(values: dict[str, Any] | None) -> str:
+    """Return names and values in a line."""
     return ", ".join(f"{name} {value}" for name, value in (values or {}).items()) or UNKNOWN
 
 
-def _table(rows: dict[str, str]) -> str:
+def table(rows: dict[str, str]) -> str:
+    """Return a table of two columns without a head."""
     cells = [f"| {name} | {text} |" for name, text in ((name, rows[name].replace("|", "\\|")) for name in rows)]
     return "\n".join(["| | |", "| --- | --- |", *cells])
 
 
+_DEMO = "demo: 700 blood cells of one donor that come with scanpy; its eight sequencing wells stand in for donors"
 _WHAT = """A transformer over the genes of a cell, pretrained to predict hidden expression from the visible genes,
 with the architecture and objectives of scGPT."""
 
