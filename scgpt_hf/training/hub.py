@@ -1,7 +1,7 @@
 """Publishes a run on the Hub: what goes up, in one commit, and what to do when the Hub refuses.
 
 Only what is listed here leaves the machine: weights, processor and code as safetensors, JSON and Python, and the run's
-record without local paths and tokens. Pickles and optimiser states stay. The card itself is written by `card.py`.
+record without local paths and tokens. Pickles and optimiser states stay. `card*.py` write the card.
 """
 
 import json
@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelInfo
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard, ModelInfo
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from scgpt_hf.training.card import LOCAL_CHECKPOINT, model_card, name_checkpoint
+from scgpt_hf.training.card_finetuned import finetuned_card
 from scgpt_hf.training.record import Record
 
 logger = logging.getLogger(__name__)
@@ -24,7 +25,7 @@ logger = logging.getLogger(__name__)
 MODEL_TYPE = "scgpt"
 _INDEX = "model.safetensors.index.json"
 _WEIGHT_SUFFIXES = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json")
-_STATE_OF_TRAINING = {"trainer_state.json"}
+_JSON = {"config.json", "processor_config.json", "tokenizer.json", "tokenizer_config.json", _INDEX}
 # httpx's HTTPError, or httpx2's: which of them depends on the version of huggingface_hub.
 _HttpError: type[Exception] = HfHubHTTPError.__bases__[0]
 
@@ -117,8 +118,8 @@ def collect_files(run: Path, repo_id: str, weights: str = LOCAL_CHECKPOINT) -> d
             raise ValueError(f"{path} is a link, and what it leads to may not be meant for others; put a copy there")
     _require_complete(folder)
     check_pair(folder)
-    named = [path for path in sorted(folder.iterdir()) if path.suffix in {".safetensors", ".json", ".py"}]
-    files: dict[str, Path | bytes] = {path.name: path for path in named if path.name not in _STATE_OF_TRAINING}
+    listed = [path for path in sorted(folder.iterdir()) if path.suffix in {".safetensors", ".py"} or path.name in _JSON]
+    files: dict[str, Path | bytes] = {path.name: path for path in listed}
     files |= {path.name: path for path in (run / "loss.png", run / "umap.png") if path.is_file()}
     if (run / "metrics.jsonl").is_file():
         files["metrics.jsonl"] = (run / "metrics.jsonl").read_bytes()  # read once: it grows while training goes on
@@ -126,16 +127,22 @@ def collect_files(run: Path, repo_id: str, weights: str = LOCAL_CHECKPOINT) -> d
         files["settings.yaml"] = yaml.safe_dump(Record(run / "settings.yaml").content, sort_keys=False).encode()
     if (run / "split.json").is_file():
         files["split.json"] = json.dumps(Record(run / "split.json").content).encode()
-    files["README.md"] = _readme(run, repo_id).encode()
+    files["README.md"] = _readme(run, repo_id, weights).encode()
     return files
 
 
-def _readme(run: Path, repo_id: str) -> str:
+def _readme(run: Path, repo_id: str, weights: str) -> str:
     """Return the run's README if somebody wrote their own words into it, else the card for this repository."""
     written = run / "README.md"
-    if written.is_file() and (text := written.read_text(encoding="utf-8")) != str(model_card(run)):
+    if written.is_file() and (text := written.read_text(encoding="utf-8")) != str(_card(run)):
         return name_checkpoint(text, repo_id)
-    return str(model_card(run, repo_id))
+    return str(_card(run, repo_id, weights))
+
+
+def _card(run: Path, repo_id: str | None = None, weights: str = LOCAL_CHECKPOINT) -> ModelCard:
+    if Record(run / "summary.json").get("task", str):
+        return finetuned_card(run, repo_id)
+    return model_card(run, repo_id, weights)
 
 
 def require_repo_id(repo_id: str) -> None:

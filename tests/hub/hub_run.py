@@ -1,8 +1,15 @@
-"""A run folder as training leaves it, with stand-ins for weights and code; also what must not leave the machine."""
+"""A run folder as training leaves it, with stand-ins for weights and code; what must not leave the machine; scripts."""
 
+import io
 import json
+import logging
+import runpy
+import sys
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
+from typing import NamedTuple
 
+import pytest
 import yaml
 
 AUTO_MAP = {"AutoConfig": "configuration_scgpt.ScGPTConfig", "AutoModel": "modeling_scgpt.ScGPTModel"}
@@ -32,6 +39,8 @@ def make_run(folder: Path) -> Path:
         "best_model/training_args.bin",
         "checkpoint-10/optimizer.pt",
         "checkpoint-10/trainer_state.json",
+        "checkpoint-10/manifest.json",
+        "checkpoint-10/window_0.json",
         "notes.txt",
     )
     for name in kept_at_home:
@@ -47,3 +56,26 @@ def make_run(folder: Path) -> Path:
     for name in ("loss.png", "umap.png"):
         (folder / name).write_bytes(b"\x89PNG")
     return folder
+
+
+class Ended(NamedTuple):
+    """How the script ended, and what it said."""
+
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+def run_script(script: Path, arguments: list[str], token: str) -> Ended:
+    """Run a script as the command line does, but for the seconds that imports take; the token as users have it."""
+    said, complained = io.StringIO(), io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(said), redirect_stderr(complained):
+        patch.setenv("HF_TOKEN", token)
+        patch.setattr(sys, "argv", [str(script), *arguments])
+        patch.setattr(logging.getLogger(), "handlers", [])  # one that an earlier run made writes to its stderr
+        try:
+            runpy.run_path(str(script), run_name="__main__")
+        except SystemExit as ending:
+            complained.write(str(ending))
+            return Ended(1, said.getvalue(), complained.getvalue())
+    return Ended(0, said.getvalue(), complained.getvalue())

@@ -58,6 +58,15 @@ def test_publish_keeps_the_words_somebody_wrote_into_the_readme(hub: Hub, client
     assert readme == '---\nlicense: mit\n---\nOurs. `AutoModel.from_pretrained("org/words")`\n'
 
 
+def test_publish_of_a_fine_tuned_run_sends_its_own_card(hub: Hub, client: Client, run: Path) -> None:
+    (run / "summary.json").write_text(json.dumps({"task": "annotate", "label": "cell_type"}))
+    (run / "settings.yaml").write_text(yaml.safe_dump({"model": str(run / "best_model"), "learning_rate": 1e-3}))
+    client(publish, run, "org/types", token="hf_owner")
+    card = hub.files("org/types")["README.md"].decode()
+    assert "Names the `cell_type` of single cells" in card
+    assert 'from_pretrained("org/types"' in card
+
+
 def test_publish_removes_weights_that_would_be_loaded_in_place_of_the_new(hub: Hub, client: Client, run: Path) -> None:
     client(publish, run, "org/shards", token="hf_owner")
     shards = {f"model-0000{number}-of-00002.safetensors": f"shard {number}" for number in (1, 2)}
@@ -93,6 +102,15 @@ def test_a_revision_is_published_and_downloaded_beside_main(hub: Hub, client: Cl
     for revision in ("main", first):
         weights = client(download, "org/revisions", revision=revision)["model.safetensors"]
         assert weights == FILES_OF_A_MODEL["model.safetensors"]
+
+
+def test_a_download_goes_on_after_its_connection_drops(hub: Hub, client: Client, run: Path) -> None:
+    (run / "best_model" / "model.safetensors").write_text("downloaded weights" * 50)
+    client(publish, run, "org/download", token="hf_owner")
+    with hub.fault("GET /org/download/resolve/", after_bytes=100) as fault:
+        found = client(download, "org/download", allow_patterns="*.safetensors")
+    assert fault.times == 0
+    assert found["model.safetensors"] == "downloaded weights" * 50
 
 
 def why_not(repo_id: str, **keywords: Any) -> str:

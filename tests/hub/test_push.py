@@ -3,19 +3,15 @@
 `scripts/pretrain.py` runs in a process whose real client talks to the small Hub.
 """
 
-import io
 import json
-import logging
 import os
 import re
-import runpy
 import subprocess
 import sys
-from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
+from hub_run import Ended, run_script
 from hub_server import Client, Hub, client_environment
 
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "pretrain.py"
@@ -27,33 +23,10 @@ SMALL = [
 TOKEN = "hf_owner"
 
 
-class Ended(NamedTuple):
-    """How the script ended, and what it said."""
-
-    returncode: int
-    stdout: str
-    stderr: str
-
-
-def run_script(arguments: list[str], token: str) -> Ended:
-    """Run pretrain.py as the command line does, but for the seconds that imports take; the token as users have it."""
-    said, complained = io.StringIO(), io.StringIO()
-    with pytest.MonkeyPatch.context() as patch, redirect_stdout(said), redirect_stderr(complained):
-        patch.setenv("HF_TOKEN", token)
-        patch.setattr(sys, "argv", [str(SCRIPT), *arguments])
-        patch.setattr(logging.getLogger(), "handlers", [])  # one that an earlier run made writes to its stderr
-        try:
-            runpy.run_path(str(SCRIPT), run_name="__main__")
-        except SystemExit as ending:
-            complained.write(str(ending))
-            return Ended(1, said.getvalue(), complained.getvalue())
-    return Ended(0, said.getvalue(), complained.getvalue())
-
-
 def pretrain(client: Client, census: Path, folder: Path, repo_id: str, *flags: str, token: str = TOKEN) -> Ended:
     """Train a tiny model that pushes to the repository."""
     arguments = ["--data", str(census), "--output_dir", str(folder), *SMALL, "--push_to_hub", "--hub_model_id", repo_id]
-    return client(run_script, [*arguments, *flags], token)
+    return client(run_script, SCRIPT, [*arguments, *flags], token)
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,123 @@
+"""The card of a fine-tuned model: what it names or brings together, how well, beside its baseline, and its limits."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from huggingface_hub import ModelCard
+
+from scgpt_hf.training.card_finetuned import finetuned_card
+
+DATA = {"kind": "h5ad", "paths": ["blood.h5ad"], "census_version": None, "organism": None, "gene_hash": "abc123"}
+COMMON = {
+    "model": "org/blood",
+    "train_cells": 30,
+    "validation_cells": 10,
+    "epochs": 2.0,
+    "steps": 8,
+    "seconds": 61.2,
+    "data": DATA,
+    "versions": {"scgpt_hf": "0.1.0"},
+}
+CLASSIFIER = COMMON | {
+    "task": "annotate",
+    "label": "cell_type",
+    "train": "head",
+    "held_out": "donor_id",
+    "train_donors": 3,
+    "validation_donors": 1,
+    "trained_parameters": 1234,
+    "labels": {"B | plasma": {"train": 10, "validation": 4}, "T": {"train": 20, "validation": 6}},
+    "left_out": {"unlabelled": 0, "rare label": 2},
+    "validation": {"macro_f1": 0.75, "accuracy": 0.7},
+    "majority_baseline": {"label": "T", "macro_f1": 0.375, "accuracy": 0.6},
+    "calibration_error": {"after": 0.05},
+    "confusion": {"labels": ["B | plasma", "T"], "counts": [[1, 3], [0, 6]]},
+}
+INTEGRATION = COMMON | {
+    "task": "integrate",
+    "domain_key": "assay",
+    "domains": {"10x 3' v2": {"train": 20, "validation": 5}, "10x 5' v1": {"train": 10, "validation": 5}},
+    "best": {"eval_gep_mse": 90.0, "eval_gepc_mse": 95.0, "eval_gene_mean_mse": 120.0, "eval_constant_mse": 200.0},
+}
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """The folder of a run that named cell types."""
+    (tmp_path / "settings.yaml").write_text("model: org/blood\nbatch_size: 32\nlearning_rate: 0.001\ndar_weight: 1.0\n")
+    return change(tmp_path, CLASSIFIER)
+
+
+def change(run: Path, summary: dict[str, Any], **changes: Any) -> Path:
+    """Write summary.json again."""
+    (run / "summary.json").write_text(json.dumps(summary | changes))
+    return run
+
+
+def test_the_card_of_a_classifier_tells_scores_label_by_label_and_beside_the_baseline(run: Path) -> None:
+    text = finetuned_card(run).text
+    for row in (
+        "| Source | blood.h5ad |",
+        "| Learned from | 30 cells of 3 donors |",
+        "| Held out | 10 cells of 1 donors |",
+        "| Left out | rare label: 2 |",
+        "| Licence of the data | see the sources |",
+        "| Started from | `org/blood` |",
+        "| What was trained | the class head, 1,234 parameters |",
+        "| Steps | 8, each of 32 cells; 2 epochs |",
+        "| this model | 0.750 | 0.700 |",
+        "| always T | 0.375 | 0.600 |",
+        "| B \\| plasma | 10 | 4 | 25% | 100% |",
+        "| T | 20 | 6 | 100% | 67% |",
+        "Expected calibration error: 0.050.",
+    ):
+        assert row in text
+
+
+def test_the_card_of_an_integration_tells_its_batches_and_errors(run: Path) -> None:
+    text = finetuned_card(change(run, INTEGRATION)).text
+    for row in (
+        "| Batches, with their cells | 10x 3' v2 (25), 10x 5' v1 (15) |",
+        "| Objectives and weights | dar 1.0 |",
+        "| model, from the cell's visible genes (GEP) | 90.00 |",
+        "| mean of each gene over training cells | 120.00 |",
+        'obs["assay"]',
+    ):
+        assert row in text
+
+
+@pytest.mark.parametrize(("summary", "values"), [(CLASSIFIER, [0.75, 0.7]), (INTEGRATION, [90.0, 95.0])])
+def test_the_metadata_and_the_lines_of_code_name_what_the_hub_finds(
+    run: Path, summary: dict[str, Any], values: list[float]
+) -> None:
+    card = ModelCard(str(finetuned_card(change(run, summary), "org/tuned")))
+    assert (card.data.base_model, card.data.license, card.data.model_name) == ("org/blood", "other", "tuned")
+    assert [result.metric_value for result in card.data.eval_results] == values
+    assert card.text.count('from_pretrained("org/tuned"') in {2, 4}
+    for code in card.text.split("```python")[1:]:
+        lines = code.split("```")[0].strip().splitlines()
+        compile("\n".join(lines), "card", "exec")
+        assert len(lines) == 5
+
+
+def test_cells_of_the_census_bring_their_licence_and_citation(run: Path) -> None:
+    data = {"census_version": "2025-11-08", "organism": "homo_sapiens"}
+    card = finetuned_card(change(run, CLASSIFIER, data=data, model="best_model", held_out="cells"))
+    assert (card.data.license, card.data.base_model) == ("cc-by-4.0", None)
+    for words in ("| Source | CELLxGENE Census 2025-11-08 |", "nothing: single cells", "10.1093/nar/gkae1142"):
+        assert words in card.text
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"task": "dream"}, r"summary.json: expected one of \['annotate', 'integrate'\] at 'task', found 'dream'"),
+        ({"confusion": {"counts": [[1]]}}, "expected a square of 2 labels at 'confusion.counts'"),
+        ({"validation": {"macro_f1": "good"}}, "summary.json: expected int or float at 'validation.macro_f1'"),
+    ],
+)
+def test_a_malformed_summary_is_refused_by_key(run: Path, changes: dict[str, Any], expected: str) -> None:
+    with pytest.raises(ValueError, match=expected):
+        finetuned_card(change(run, CLASSIFIER, **changes))
