@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TypeVar
 from urllib.parse import urlsplit
 
+import pyarrow as pa
 import tiledbsoma as soma
 
 from scgpt_hf.cells.memory import keep_freed_memory
@@ -95,7 +96,8 @@ class Patience:
         for attempt in range(1, ATTEMPTS + 1):
             try:
                 return read()
-            except (soma.SOMAError, RuntimeError) as error:  # tiledbsoma lets some of TileDB's pass as RuntimeError
+            # tiledbsoma lets some of TileDB's pass as RuntimeError; pyarrow refuses what it cannot make a table of
+            except (soma.SOMAError, RuntimeError, pa.ArrowException) as error:
                 reason = _NOISE.sub(" ", str(error)).strip()
                 if not is_remote(uri) or _FINAL.search(reason) or attempt == ATTEMPTS:
                     raise _passed_on(uri, reason, attempt, time.monotonic() - started) from error

@@ -6,6 +6,7 @@ import re
 import threading
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import tiledbsoma as soma
 from s3_server import Faults, S3Server
@@ -106,13 +107,13 @@ def test_a_store_that_cannot_be_reached_is_not_taken_for_one_that_is_empty(serve
         open_source("s3://census/")
 
 
-def failing(n_times, message="connection reset"):
+def failing(n_times, message="connection reset", kind=soma.SOMAError):
     """A read that fails so often, then succeeds."""
     failures = iter(range(n_times))
 
     def read():
         if next(failures, None) is not None:
-            raise soma.SOMAError(message)
+            raise kind(message)
         return "read"
 
     return read
@@ -145,6 +146,14 @@ def test_what_another_attempt_cannot_change_is_said_at_once(uri, message, expect
     assert type(raised.value) is expected
     assert patience.n_retries == 0
     assert "Headers" not in str(raised.value)
+
+
+def test_what_pyarrow_cannot_read_of_a_damaged_store_is_named():
+    # TileDB hands on the memory it got for indices of categories whose tile is damaged: whatever was there before
+    codes = pa.DictionaryArray.from_arrays(pa.array([-1476393056], pa.int32()), pa.array(["a"]), safe=False)
+    for read in (codes.to_pandas, failing(1, kind=RuntimeError)):
+        with pytest.raises(OSError, match=r"reading / failed: .* is it damaged"):
+            Patience().read("/", read)
 
 
 def test_retries_of_all_threads_are_counted(monkeypatch):
