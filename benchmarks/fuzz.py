@@ -4,13 +4,12 @@
   python benchmarks/fuzz.py --seed 1234 --only h5ad --count 1        one example again
 
 Sources, caches, settings, run folders, models and checkpoints, damaged as in `tests/faults/damage.py`. Every failure is
-printed with the seed that repeats it, and goes into benchmarks/results/fuzz.json. A crash of the process itself, or an
-example that does not end, is a failure too: the examples run in a child process, a few hundred at a time. A hang of the
-HDF5 library (`--only h5ad --seed 12`) has to end as the error of `scgpt_hf/cells/h5ad_probe.py`.
+printed with the seed that repeats it; a run over all cases writes benchmarks/results/fuzz.json. A crash of the process
+itself, or an example that does not end, is a failure too: the examples run in a child process, a few hundred at a time.
+A hang of the HDF5 library (`--only h5ad --seed 12`) has to end as the error of `scgpt_hf/cells/h5ad_probe.py`.
 """
 
 import argparse
-import json
 import logging
 import multiprocessing
 import signal
@@ -20,6 +19,8 @@ import time
 import warnings
 from collections import Counter
 from pathlib import Path
+
+from measuring import write_result
 
 TESTS = Path(__file__).resolve().parents[1] / "tests"
 TOGETHER = 50  # examples of a child process
@@ -46,7 +47,7 @@ def run(
                 try:
                     ended = check(name, Path(inputs), Path(folder), seed).rpartition(" -> ")[2].partition(":")[0]
                 except AssertionError as error:
-                    ended = f"FAILED {error}"
+                    ended = f"FAILED {error}".replace(folder, "…")
             results.put((name, seed, ended))
 
 
@@ -57,7 +58,6 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the first example (default: %(default)s)")
     parser.add_argument("--count", type=int, help="seeds to run, instead of minutes")
     parser.add_argument("--only", nargs="*", help="cases to run (default: all)")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "fuzz.json")
     options = parser.parse_args()
     sys.path[:0] = [str(TESTS), str(TESTS / "faults")]
     warnings.simplefilter("ignore")
@@ -95,11 +95,11 @@ def main() -> None:
                 failures.append(f"{latest[0]} {latest[1]}: the process died with {child.exitcode}")
                 print(failures[-1], flush=True)
             seed = until
-    report = {"seeds": [options.seed, seed], "minutes": round((time.monotonic() - began) / 60, 1)}
-    report |= {"endings": dict(sorted(counts.items())), "failures": failures}
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(report, indent=1) + "\n")
-    print(f"{counts.total():,} examples, {len(failures)} failures; {options.out}")
+    print(f"{counts.total():,} examples, {len(failures)} failures")
+    if not options.only:
+        minutes = round((time.monotonic() - began) / 60, 1)
+        found = {"seeds": [options.seed, seed], "minutes": minutes, "failures": failures}
+        write_result("fuzz", found | {"examples": counts.total(), "endings": dict(sorted(counts.items()))})
     sys.exit(bool(failures))
 
 
