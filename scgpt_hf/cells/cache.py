@@ -1,7 +1,7 @@
 """Cells of a cache: a folder of shards that `cache_census.py` or a first epoch of training wrote.
 
-Any order of cells is as fast as any other, so a plan may shuffle over all of them. The shards are mapped into memory
-and copied from by a few threads; a cache's hashes are checked before anything of it is handed on.
+Any order of cells is as fast as any other, so a plan may shuffle over all of them. The shards are mapped into memory,
+once their hashes are seen to be right, and a block's cells are copied from there when they are asked for.
 """
 
 import logging
@@ -19,7 +19,8 @@ from numpy.typing import NDArray
 
 from scgpt_hf.cells.block import CellBlock, Int64Array, require_cell_ids
 from scgpt_hf.cells.cache_manifest import MANIFEST, REMEDY, CacheError, check_shard, read_genes, read_manifest
-from scgpt_hf.cells.cache_shards import Shard, gather_cells
+from scgpt_hf.cells.cache_shards import Shard, find_cells
+from scgpt_hf.cells.memory import keep_freed_memory
 from scgpt_hf.cells.obs import PRIMARY, drop_unused_categories, full_filter, require_columns, select_rows
 
 logger = logging.getLogger(__name__)
@@ -57,7 +58,7 @@ class CacheSource:
             primary_only: keep only cells with `is_primary_data == True`.
             verify: check the hash of all shards before the first is mapped; by default up to 64 GiB. It brings a cold
                 cache into memory, too.
-            n_threads: that copy cells.
+            n_threads: that look for cells, and wait for the disk if they are not in memory.
 
         Raises:
             CacheError: the folder is not a whole cache; the message names what is wrong.
@@ -82,7 +83,8 @@ class CacheSource:
         self._filter = full_filter(obs_filter, self.columns, primary_only=primary_only)
         small = sum(record.n_bytes for record in self._records) <= VERIFIED_BYTES
         self._unverified = (small if verify is None else verify) and bool(self._records)
-        self._pool = ThreadPoolExecutor(n_threads, thread_name_prefix="cache-copy")
+        self._pool = ThreadPoolExecutor(n_threads, thread_name_prefix="cache-find")
+        keep_freed_memory()
 
     def __getstate__(self) -> dict[str, Any]:
         return self._settings
@@ -118,15 +120,13 @@ class CacheSource:
         cell_ids = require_cell_ids(cell_ids, self._offered)
         require_columns(columns, self.columns)
         shard_of_cell = np.searchsorted([record.last_cell for record in self._records], cell_ids)
-        counts = gather_cells(
+        found = find_cells(
             self._shards, shard_of_cell, cell_ids, len(self.genes), self._pool, n_threads=self._n_threads
         )
-        if (largest := counts.indices.max(initial=0)) >= len(self.genes):
-            raise CacheError(f"{self._folder} has {len(self.genes):,} genes, and cells with gene {largest:,}; {REMEDY}")
         obs = pd.DataFrame(index=pd.Index(cell_ids, name="cell_id"))
         for name in columns:
             obs[name] = self._column(name)[np.searchsorted(self._cell_ids, cell_ids)]
-        return CellBlock(counts, obs, cell_ids)
+        return CellBlock(found.gather, obs, cell_ids)
 
     def describe(self) -> dict[str, Any]:
         """Return where the cells come from: the description of the source that was cached, and this folder."""

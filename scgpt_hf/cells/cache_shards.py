@@ -1,14 +1,13 @@
 """Cells out of the shards of a cache, in any order, straight from the mapped files.
 
-A shard is mapped, not read: of each record batch only the places of its Arrow buffers are kept. Compiled loops that
-release the GIL copy the cells asked for, widened to a CSR matrix. The format is described in `cache_format.py`.
+A shard is mapped, not read: of each record batch only the places of its Arrow buffers are kept. Cells are found, and
+brought into memory, by several threads; compiled loops that release the GIL copy a few cells at a time, widened to a
+CSR matrix. The format is described in `cache_format.py`.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Executor
-from functools import partial
 from pathlib import Path
-from typing import TypeAlias
 
 import numpy as np
 import pandas as pd
@@ -22,6 +21,7 @@ from scgpt_hf.cells.cache_manifest import REMEDY, CacheError
 from scgpt_hf.cells.layout import TILE
 
 _CELLS, _IDS, _OFFSETS, _GENES, _COUNTS, _LARGE_OFFSETS, _LARGE = range(7)  # columns of `Shard.batches`
+_PAGE = 4096  # bytes that the system reads at once, at least
 
 
 class Shard:
@@ -85,38 +85,75 @@ class Shard:
         return column
 
 
-Part: TypeAlias = list[tuple[Shard, Int64Array]]  # what one thread does
+class FoundCells:
+    """Cells found in their shards, in the order they were asked for, and copied when asked for again.
+
+    Args:
+        shards: mapped files.
+        shard_of_cell: which of them holds each cell. Shape (cells,).
+        places: where it lies there, as `_find_cells` says. Shape (cells, 3).
+        lengths: its genes. Shape (cells,).
+        n_genes: columns of a matrix.
+    """
+
+    def __init__(
+        self, shards: Sequence[Shard], shard_of_cell: Array, places: Int64Array, lengths: Int64Array, n_genes: int
+    ) -> None:
+        self._shards, self._shard_of_cell, self._places, self._lengths = shards, shard_of_cell, places, lengths
+        self._n_genes = n_genes
+
+    def gather(self, cells: Int64Array) -> csr_matrix:
+        """Return the cells at these positions, in this order: float32 (cells, genes), genes ascending.
+
+        Raises:
+            CacheError: a cell has a gene that is none of the cache's.
+        """
+        places, shard_of_cell = self._places[cells], self._shard_of_cell[cells]
+        indptr = np.concatenate([[0], np.cumsum(self._lengths[cells])])
+        genes, counts = np.empty(indptr[-1], np.int32), np.empty(indptr[-1], np.float32)
+        order = np.lexsort((places[:, 0], shard_of_cell))  # so that memory is walked through forwards
+        for shard, part in _by_shard(order, self._shards, shard_of_cell):
+            _copy_cells(shard.genes, shard.bytes, shard.ints, part, places, indptr, genes, counts)
+        if (largest := genes.max(initial=0)) >= self._n_genes:
+            folder = self._shards[0].path.parent
+            raise CacheError(f"{folder} has {self._n_genes:,} genes, and cells with gene {largest:,}; {REMEDY}")
+        matrix = sorted_csr(indptr, genes, counts, self._n_genes)
+        matrix.has_canonical_format = True  # as they were written
+        return matrix
 
 
-def gather_cells(
+def find_cells(
     shards: Sequence[Shard], shard_of_cell: Array, cell_ids: Int64Array, n_genes: int, pool: Executor, n_threads: int
-) -> csr_matrix:
-    """Return cells of any shards as one matrix of float32 counts, in the order given. Shape (cells, genes).
+) -> FoundCells:
+    """Return cells of any shards, in the order given, with their bytes brought into memory.
 
     Args:
         shards: mapped files.
         shard_of_cell: which of them holds each cell. Shape (cells,).
         cell_ids: the cells; each is in its shard. Shape (cells,).
-        n_genes: columns of the matrix.
-        pool: runs the copying.
-        n_threads: parts that are copied at the same time.
+        n_genes: of the cache.
+        pool: runs the search.
+        n_threads: parts that are searched at the same time.
     """
-    order = np.lexsort((cell_ids, shard_of_cell))  # so that memory is walked through forwards
-    parts = [_by_shard(cells, shards, shard_of_cell) for cells in np.array_split(order, n_threads)]
+    order = np.lexsort((cell_ids, shard_of_cell))
     places, lengths = np.empty((len(cell_ids), 3), np.int64), np.empty(len(cell_ids), np.int64)
-    _all_at_once(pool, partial(_locate, cell_ids=cell_ids, places=places, lengths=lengths), parts)
-    indptr = np.concatenate([[0], np.cumsum(lengths)])
-    genes, counts = np.empty(indptr[-1], np.int32), np.empty(indptr[-1], np.float32)
-    _all_at_once(pool, partial(_copy, places=places, indptr=indptr, genes=genes, counts=counts), parts)
-    matrix = sorted_csr(indptr, genes, counts, n_genes)
-    matrix.has_canonical_format = True  # as they were written
-    return matrix
+
+    def find(cells: Int64Array) -> None:
+        for shard, part in _by_shard(cells, shards, shard_of_cell):
+            found, n_entries = np.empty((len(part), 3), np.int64), np.empty(len(part), np.int64)
+            _find_cells(shard.longs, shard.ints, shard.batches, shard.bands, cell_ids[part], found, n_entries)
+            _touch_cells(shard.genes, shard.bytes, found, n_entries)
+            places[part], lengths[part] = found, n_entries
+
+    for done in [pool.submit(find, part) for part in np.array_split(order, n_threads)]:
+        done.result()
+    return FoundCells(shards, shard_of_cell, places, lengths, n_genes)
 
 
 def gather_obs(
     shards: Sequence[Shard], shard_of_cell: Array, cell_ids: Int64Array, columns: Sequence[str]
 ) -> pd.DataFrame:
-    """Return obs columns of cells of any shards, in the order given; arguments as of `gather_cells`."""
+    """Return obs columns of cells of any shards, in the order given; arguments as of `find_cells`."""
     if not columns:  # a table without columns forgets its number of rows
         return pd.DataFrame(index=pd.Index(cell_ids, name="cell_id"))
     order, tables = np.argsort(shard_of_cell, kind="stable"), []
@@ -127,21 +164,10 @@ def gather_obs(
     return obs.set_index(pd.Index(cell_ids, name="cell_id"))
 
 
-def _by_shard(cells: Int64Array, shards: Sequence[Shard], shard_of_cell: Array) -> Part:
+def _by_shard(cells: Int64Array, shards: Sequence[Shard], shard_of_cell: Array) -> list[tuple[Shard, Int64Array]]:
     """Return positions of cells with the shard they lie in, a pair for each run of cells of one shard."""
     runs = np.split(cells, np.flatnonzero(np.diff(shard_of_cell[cells])) + 1)
     return [(shards[shard_of_cell[run[0]]], run) for run in runs if len(run)]
-
-
-def _all_at_once(pool: Executor, work: Callable[[Shard, Int64Array], None], parts: Sequence[Part]) -> None:
-    """Do the work on every pair, each part in its own thread."""
-
-    def work_on(part: Part) -> None:
-        for shard, cells in part:
-            work(shard, cells)
-
-    for done in [pool.submit(work_on, part) for part in parts]:
-        done.result()
 
 
 def _require_sound(table: pa.Table, content: pa.Buffer, n_genes: int) -> None:
@@ -186,21 +212,12 @@ def _find_buffers(batch: pa.RecordBatch, address: int) -> tuple[int, ...]:
     return n_cells, ids, offsets, genes, counts, large_offsets, large
 
 
-def _locate(shard: Shard, cells: Int64Array, *, cell_ids: Int64Array, places: Array, lengths: Int64Array) -> None:
-    """Fill where the cells at these positions lie in their shard: genes, counts, large counts; and their lengths."""
-    found, n_entries = np.empty((len(cells), 3), np.int64), np.empty(len(cells), np.int64)
-    _find_cells(shard.longs, shard.ints, shard.batches, shard.bands, cell_ids[cells], found, n_entries)
-    places[cells], lengths[cells] = found, n_entries
-
-
-def _copy(shard: Shard, cells: Int64Array, *, places: Array, indptr: Int64Array, genes: Array, counts: Array) -> None:
-    """Copy the cells at these positions out of their shard."""
-    _copy_cells(shard.genes, shard.bytes, shard.ints, cells, places, indptr, genes, counts)
-
-
 @njit(nogil=True, cache=True)
 def _find_cells(longs, ints, batches, bands, cell_ids, places, lengths):  # type: ignore[no-untyped-def]
-    """Find each cell: its record batch by its band, its row by bisection, which in a whole band is one look."""
+    """Fill where each cell lies, in elements: genes, counts, large counts or −1; and its number of genes.
+
+    Its record batch is found by its band, its row by bisection, which in a whole band is one look.
+    """
     for i in range(len(cell_ids)):
         batch = batches[np.searchsorted(bands, cell_ids[i] // TILE)]
         ids = longs[batch[_IDS] : batch[_IDS] + batch[_CELLS]]
@@ -217,6 +234,21 @@ def _find_cells(longs, ints, batches, bands, cell_ids, places, lengths):  # type
         lengths[i] = stop - start
         places[i, 0], places[i, 1] = batch[_GENES] + start, batch[_COUNTS] + start
         places[i, 2] = -1 if large == no_large else batch[_LARGE] + large
+
+
+@njit(nogil=True, cache=True)
+def _touch_cells(all_genes, all_counts, places, lengths):  # type: ignore[no-untyped-def]
+    """Read a byte of every page of the cells, and return the sum: the system then has them in memory."""
+    total = 0
+    for cell in range(len(lengths)):
+        gene, count, n = places[cell, 0], places[cell, 1], lengths[cell]
+        for entry in range(0, n, _PAGE // 4):  # a gene takes four bytes at most
+            total += all_genes[gene + entry]
+        for entry in range(0, n, _PAGE):
+            total += all_counts[count + entry]
+        if n:
+            total += all_genes[gene + n - 1] + all_counts[count + n - 1]
+    return total
 
 
 @njit(nogil=True, cache=True)

@@ -23,7 +23,7 @@ from scgpt_hf.cells.cache import CacheSource
 from scgpt_hf.cells.cache_format import encode_bands, write_shard
 from scgpt_hf.cells.cache_jobs import CELLS_PER_SHARD, COLUMNS, plan_cache, write_shards
 from scgpt_hf.cells.cache_manifest import JOBS, MANIFEST, CacheError, hash_file, require_same_source
-from scgpt_hf.cells.cache_shards import Shard, gather_cells, gather_obs
+from scgpt_hf.cells.cache_shards import Shard, find_cells, gather_obs
 from scgpt_hf.cells.source import CellSource
 
 logger = logging.getLogger(__name__)
@@ -75,7 +75,7 @@ class CachingSource:
         self._storing.set_result(None)
         self._adding, self._handing_over = threading.Lock(), threading.Lock()
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="cache-store")
-        self._pool = ThreadPoolExecutor(_N_THREADS, thread_name_prefix="cache-copy")
+        self._pool = ThreadPoolExecutor(_N_THREADS, thread_name_prefix="cache-find")
         if self._cache is None:
             self._load_parts()
 
@@ -110,10 +110,9 @@ class CachingSource:
         kept, other = np.flatnonzero(part_of >= 0), np.flatnonzero(part_of < 0)
         if not len(kept):
             return self._read_source(cell_ids, columns)
-        counts = gather_cells(
-            self._parts, part_of[kept], cell_ids[kept], len(self.genes), self._pool, n_threads=_N_THREADS
-        )
-        obs = gather_obs(self._parts, part_of[kept], cell_ids[kept], columns)
+        where = self._parts, part_of[kept], cell_ids[kept]
+        counts = find_cells(*where, len(self.genes), self._pool, _N_THREADS).gather(np.arange(len(kept)))
+        obs = gather_obs(*where, columns)
         if len(other):
             block, order = self._read_source(cell_ids[other], columns), np.argsort(np.concatenate([kept, other]))
             counts = vstack([counts, block.counts], format="csr")[order]
