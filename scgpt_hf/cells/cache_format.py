@@ -158,8 +158,8 @@ class _HashedFile:
 
 def _encode_column(column: pd.Series, kind: pa.DataType) -> pa.Array:
     """Return a column of obs with nulls where a value is missing."""
-    missing = column.isna().to_numpy()
     if kind == pa.string():
-        texts = [None if absent else str(value) for value, absent in zip(column, missing, strict=True)]
-        return pa.array(texts, pa.string())
+        codes, values = pd.factorize(column)  # few labels for many cells
+        return pa.array([str(value) for value in values], pa.string()).take(pa.array(codes, mask=codes < 0))
+    missing = column.isna().to_numpy()
     return pa.array(column.astype(object).to_numpy() if missing.any() else column.to_numpy(), kind, from_pandas=True)
