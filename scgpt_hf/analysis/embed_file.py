@@ -13,6 +13,7 @@ from anndata.io import write_elem
 from transformers import PreTrainedModel
 
 from scgpt_hf.analysis.embed import KEY, EmbedSettings, describe_embedding, embed_batches, load_pair, require_free_key
+from scgpt_hf.cells.soundness import damage_said
 from scgpt_hf.cells.source import open_source
 from scgpt_hf.tokens.processing_scgpt import ScGPTProcessor
 
@@ -40,8 +41,9 @@ def embed_file(
     if out.exists() and not overwrite:
         raise FileExistsError(f"{out} exists; choose another name, or overwrite it")
     source = open_source(path, layer=layer, primary_only=False)
-    with h5py.File(path) as file:
-        require_free_key(key, file.get("obsm", {}), overwrite)
+    with damage_said(str(path)), h5py.File(path) as file:
+        taken = list(file.get("obsm", {}))
+    require_free_key(key, taken, overwrite)
     model, processor = load_pair(model, processor)
     beside = out.with_name(f".{out.name}.part")
     try:

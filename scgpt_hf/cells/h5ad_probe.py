@@ -38,14 +38,19 @@ def require_readable(paths: Sequence[str]) -> None:
     new = [path for path, version in versions.items() if version not in _survived]
     if not new:
         return
-    child = subprocess.run(
-        [sys.executable, "-P", __file__, str(STEP_S)],  # -P: the modules beside this file are not Python's
-        input="\0".join(new).encode(errors="surrogateescape"),
-        capture_output=True,
-        start_new_session=True,  # Ctrl-C is ours to answer, not the child's
-        env={**os.environ, "OPENBLAS_NUM_THREADS": "1"},
-        check=False,
-    )
+    try:
+        child = subprocess.run(
+            [sys.executable or "", "-P", __file__, str(STEP_S)],  # -P: the modules beside this file are not Python's
+            input="\0".join(new).encode(errors="surrogateescape"),
+            capture_output=True,
+            start_new_session=True,  # Ctrl-C is ours to answer, not the child's
+            env={**os.environ, "OPENBLAS_NUM_THREADS": "1"},
+            check=False,
+        )
+    except OSError as error:
+        raise ChildProcessError(
+            f"cannot examine {new[0]!r} before it is opened: starting Python as {sys.executable!r} failed: {error}"
+        ) from error
     if child.returncode > 0:
         said = child.stderr.decode(errors="replace").strip().rpartition("\n")[2]
         raise ChildProcessError(f"cannot examine {new[0]!r} before it is opened: {said}")

@@ -16,12 +16,13 @@ def damage_said(name: str) -> Iterator[None]:
     """Turn what h5py and anndata raise on a damaged file into an error that names it; ours pass.
 
     Raises:
+        PermissionError: the file may not be read.
         ValueError: the file cannot be read as h5ad.
     """
     try:
         yield
     except Exception as error:  # h5py and anndata raise anything; the cause is kept
-        if isinstance(error, ValueError) and name in str(error):
+        if isinstance(error, ValueError | PermissionError) and name in str(error):
             raise
         said = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import anndata
+import h5py
 import numpy as np
 import pandas as pd
 import pytest
@@ -276,6 +277,14 @@ def test_a_file_that_cannot_be_embedded_leaves_nothing_behind(
         embed_file(path, tmp_path / "new.h5ad", model, processor, key="X_pca", **QUIET)
     with pytest.raises(ValueError, match="1 of the cells"):
         embed_file(path, out, model, processor, overwrite=True, **QUIET)
+    del adata.obsm["X_pca"]
+    adata.write_h5ad(damaged := tmp_path / "damaged.h5ad")
+    with h5py.File(damaged, "r+") as file:
+        del file["obsm"]
+        file["obsm"] = 7
+    with pytest.raises(ValueError, match=r"cannot read '.*damaged.h5ad' as an .h5ad file"):
+        embed_file(damaged, out, model, processor, overwrite=True, **QUIET)
+    damaged.unlink()
     assert {path.name for path in tmp_path.iterdir()} == {"cells.h5ad", "out.h5ad"}
     assert out.read_text() == "precious"
 

@@ -1,5 +1,6 @@
 """Files and AnnData keep the contract of a source; ids, counts and layers are found or refused."""
 
+import errno
 import logging
 
 import numpy as np
@@ -175,3 +176,15 @@ def test_an_address_that_leads_nowhere_raises(tmp_path):
     for address in (tmp_path / "cells.csv", [tmp_path, tmp_path / "cells.csv"]):
         with pytest.raises(ValueError, match="cannot tell what"):
             open_source(address)
+
+
+def test_a_file_that_may_not_be_read_is_not_taken_for_a_damaged_one(tmp_path, monkeypatch):
+    some = AnnData(np.ones((2, 3), np.float32), var=pd.DataFrame(index=[f"ENSG{gene:011d}" for gene in range(3)]))
+    some.write_h5ad(tmp_path / "cells.h5ad")
+
+    def refuse(path, *_):
+        raise PermissionError(errno.EACCES, "unable to open file", str(path))
+
+    monkeypatch.setattr("scgpt_hf.cells.h5ad.h5py.File", refuse)
+    with pytest.raises(PermissionError, match=r"cells\.h5ad"):
+        open_source(tmp_path / "cells.h5ad")

@@ -80,6 +80,24 @@ def test_links_that_lead_in_circles_or_nowhere_are_walked(path):
         assert len(source.obs())
 
 
+@pytest.mark.parametrize("name", ["a b.h5ad", "-P.h5ad", "zelle\nß.h5ad", "b\udce4d.h5ad", "'; exit 1.h5ad"])
+def test_a_file_may_have_any_name(path, tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    path.rename(name)
+    steps = []
+    walk = subprocess.run
+    monkeypatch.setattr(subprocess, "run", lambda *args, **settings: steps.append(walk(*args, **settings)) or steps[0])
+    require_readable([name])
+    assert b"0 '/obs/donor_id" in steps[0].stdout
+
+
+@pytest.mark.parametrize("executable", [None, "", "no/such/python"])
+def test_a_python_that_cannot_be_started_is_said(path, monkeypatch, executable):
+    monkeypatch.setattr("sys.executable", executable)
+    with pytest.raises(ChildProcessError, match=r"cannot examine '.*cells.h5ad' .* starting Python as .* failed"):
+        require_readable([str(path)])
+
+
 def test_what_merely_raises_is_left_to_its_reader(tmp_path):
     (tmp_path / "text.h5ad").write_text("not hdf5")
     require_readable([str(tmp_path / "text.h5ad")])
