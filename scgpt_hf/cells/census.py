@@ -112,6 +112,8 @@ class CensusSource:
                 return cast(pd.DataFrame, rows.concat().to_pandas())
 
         genes = self._patience.read(self._uris["var"], read).sort_values("soma_joinid", ignore_index=True)
+        if not len(genes) or (genes["soma_joinid"] != genes.index).any():
+            raise ValueError(f"{self._uris['var']} lacks some of its genes, or all; is the copy complete?")
         return genes.drop(columns="soma_joinid").astype(str)
 
     def obs(self, columns: Sequence[str] = ()) -> pd.DataFrame:

@@ -213,3 +213,10 @@ def write_soma(folder, counts, **layers):
                             }
                         )
                     )
+
+
+def test_a_copy_that_has_lost_its_genes_is_refused(small_census, tmp_path):
+    copy = shutil.copytree(small_census, tmp_path / "soma")
+    shutil.rmtree(copy / "census_data" / "homo_sapiens" / "ms" / "RNA" / "var" / "__commits")
+    with pytest.raises(ValueError, match=r"RNA/var lacks some of its genes, or all; is the copy complete"):
+        open_source(copy).genes  # noqa: B018
