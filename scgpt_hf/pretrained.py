@@ -138,7 +138,7 @@ def require_pair(model: PreTrainedModel, processor: ScGPTProcessor) -> None:
     """
     if model.config.vocab_size != processor.vocab_size:
         raise ValueError(
-            f"the model has {model.config.vocab_size:,} genes and special tokens, the processor "
+            f"the model {model.name_or_path} has {model.config.vocab_size:,} genes and special tokens, the processor "
             f"{processor.vocab_size:,}; load both from one folder"
         )
 
