@@ -108,7 +108,7 @@ def main() -> None:
     """Assert equal results, measure the arms and write `results/tokens.json`."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("census", type=Path, help="folder that synthetic_census.py wrote")
-    parser.add_argument("--cells", type=int, default=16_384, help="drawn at random; NumPy gets a sixteenth of them")
+    parser.add_argument("--cells", type=int, default=16_384, help="drawn at random; NumPy gets a quarter of them")
     parser.add_argument("--repeats", type=int, default=5)
     arguments = parser.parse_args()
     source = open_source(arguments.census)
@@ -121,7 +121,7 @@ def main() -> None:
     for one, other in zip(ours(0), plain(0), strict=True):
         assert all(np.array_equal(one[key], other[key]) for key in ("input_ids", "values", "labels", "cu_seq_lens_q"))
 
-    arms = {"NumPy, cell by cell": partial(rate, plain, max(TOGETHER, n_cells // 16 // TOGETHER * TOGETHER))}
+    arms = {"NumPy, cell by cell": partial(rate, plain, max(TOGETHER, n_cells // 4 // TOGETHER * TOGETHER))}
     for n_threads in [n for n in (1, 2, 4) if n <= n_cores()]:
         arms[f"compiled, {n_threads} threads"] = partial(rate, ours, n_cells, n_threads)
     medians = alternate(arms, arguments.repeats)

@@ -78,24 +78,6 @@ def _smallest(words: Array, k: int) -> Any:
 
 
 @compiled
-def choose_block(genes: Array, starts: Array, stops: Array, keys: Array, n_chosen: Array, chosen: Array) -> None:
-    """Set `chosen` at the `n_chosen` tokens of each cell's starts..stops whose words are lowest; leave the rest."""
-    widest = 1
-    for cell in range(len(n_chosen)):
-        widest = max(widest, stops[cell] - starts[cell])
-    words = np.empty(widest, np.uint64)
-    for cell in range(len(n_chosen)):
-        start, n = starts[cell], stops[cell] - starts[cell]
-        if n_chosen[cell] == 0:
-            continue
-        draw_words(keys[cell], genes[start : start + n], words)
-        threshold = _smallest(words[:n], n_chosen[cell])
-        chosen_here = chosen[start : start + n]
-        for i in range(n):
-            chosen_here[i] = words[i] <= threshold
-
-
-@compiled
 def keep_lowest(genes: Array, values: Array, n: int, limit: int, key: Any, words: Array) -> int:
     """Keep the `limit` genes of a cell whose words are lowest, in order, and return how many there are."""
     if n <= limit:
@@ -110,8 +92,31 @@ def keep_lowest(genes: Array, values: Array, n: int, limit: int, key: Any, words
 
 
 @compiled
-def hide_block(masked: Array, values: Array, mask_value: float, ignore: float, hidden: Array, labels: Array) -> None:
-    """Fill `hidden` with the values, or `mask_value` where masked, and `labels` the other way round."""
-    for i in range(len(values)):
-        hidden[i] = mask_value if masked[i] else values[i]
-        labels[i] = values[i] if masked[i] else ignore
+def hide_block(
+    genes: Array, values: Array, starts: Array, stops: Array, keys: Array, n_hidden: Array, mask_value: float,
+    ignore: float, seen: Array, labels: Array,
+) -> None:  # fmt: skip
+    """Hide the `n_hidden` tokens of each cell's starts..stops whose words are lowest.
+
+    Fills `seen` with `mask_value` there and the values elsewhere, `labels` with the values there, `ignore` elsewhere.
+    """
+    widest = 1
+    for cell in range(len(n_hidden)):
+        widest = max(widest, stops[cell] - starts[cell])
+    words = np.empty(widest, np.uint64)
+    done = 0
+    for cell in range(len(n_hidden)):
+        for i in range(done, starts[cell]):
+            seen[i], labels[i] = values[i], ignore
+        start, done = starts[cell], stops[cell]
+        n, here = done - start, values[start:done]
+        seen_here, labels_here = seen[start:done], labels[start:done]
+        if n_hidden[cell] == 0:
+            for i in range(n):
+                seen_here[i], labels_here[i] = here[i], ignore
+            continue
+        draw_words(keys[cell], genes[start:done], words)
+        threshold = _smallest(words[:n], n_hidden[cell])
+        for i in range(n):
+            seen_here[i] = mask_value if words[i] <= threshold else here[i]
+            labels_here[i] = here[i] if words[i] <= threshold else ignore

@@ -126,19 +126,31 @@ def _range_of(value: Any, edges: Array) -> Any:
 
 
 @compiled
+def _below(word: Any, n: Any) -> Any:
+    """Return a number in [0, n) drawn by the upper half of a word."""
+    return np.int32(((word >> _HALF_WORD) * np.uint64(np.uint32(n))) >> _HALF_WORD)
+
+
+@compiled
 def _assign_bins(values: Array, genes: Array, key: Any, ties: int, largest: int, scratch: Any, bins: Array) -> None:
     """Fill the bin of each value, 0 for 0; `largest` and `scratch` as `_find_edges` left them."""
     edges, tables, _, words = scratch
+    lowest_of, n_choices_of = tables[4], tables[5]
     if ties == 0:
         draw_words(key, genes, words)
+    if ties == 0 and largest >= 0:  # as below, without a branch: nearly all cells come this way
+        for i in range(len(values)):
+            whole = np.uint32(np.int32(values[i]))  # unsigned: no test for an index from the end
+            bins[i] = lowest_of[whole] + _below(words[i], n_choices_of[whole])
+        return
     for i in range(len(values)):
         if largest >= 0:
-            count = np.uint64(values[i])  # unsigned: no test for an index from the end
-            lowest, n_choices = np.int64(tables[4, count]), np.int64(tables[5, count])
+            count = np.uint32(np.int32(values[i]))
+            lowest, n_choices = np.int64(lowest_of[count]), np.int64(n_choices_of[count])
         else:
             lowest, n_choices = _range_of(values[i], edges)
         if ties == 0:
-            step: Any = np.int64(((words[i] >> _HALF_WORD) * np.uint64(n_choices)) >> _HALF_WORD)
+            step: Any = np.int64(_below(words[i], n_choices))
         elif ties == 1:
             step = (n_choices - 1) // 2
         else:

@@ -9,7 +9,7 @@ from dataclasses import replace
 import numpy as np
 import numpy.typing as npt
 
-from .drawing_scgpt import COMPILED, choose_block, hide_block
+from .drawing_scgpt import COMPILED, hide_block
 from .packing_scgpt import IGNORE, Tokens
 from .randomness_scgpt import MASK_RATIO, MASKING, Int64Array, cell_keys, gene_words, uniform
 
@@ -29,45 +29,37 @@ def draw_ratios(cell_ids: Int64Array, ratios: Sequence[float], *, seed: int, epo
     return choices[(uniform(words) * len(choices)).astype(np.int64)]
 
 
-def choose_masked(
-    tokens: Tokens, ratios: npt.NDArray[np.float64], *, seed: int, epoch: int, n_first: int = 1
-) -> npt.NDArray[np.bool_]:
-    """Return where to mask: exactly ⌊ratio × genes⌋ tokens of each cell, uniformly.
+def mask_tokens(
+    tokens: Tokens, ratios: npt.NDArray[np.float64], *, seed: int, epoch: int, mask_value: float, n_first: int = 1
+) -> Tokens:
+    """Return the tokens with exactly ⌊ratio × genes⌋ of each cell hidden, uniformly, and labels of what was there.
+
+    A cell with a single gene has none hidden unless its ratio is 1.
 
     Args:
         tokens: cells end to end.
-        ratios: share to mask of each cell, in [0, 1]. Shape (cells,).
+        ratios: share to hide of each cell, in [0, 1]. Shape (cells,).
         seed: changes the choice.
         epoch: the same.
-        n_first: tokens at the start of each cell that are never masked: `<cls>`. 0 lets it be masked like a gene, which
+        mask_value: what the model sees at hidden genes.
+        n_first: tokens at the start of each cell that are never hidden: `<cls>`. 0 lets it be hidden like a gene, which
             is what the fine-tuning code of scGPT does.
-
-    Returns:
-        Shape (tokens,). A cell with a single gene has none masked unless its ratio is 1.
 
     Source: bowang-lab/scGPT:scgpt/tokenizer/gene_tokenizer.py:random_mask_value (the share); the choice by keys is
         ours.
     """
     starts, stops = tokens.indptr[:-1] + n_first, tokens.indptr[1:]
-    n_masked = np.floor(ratios * (stops - starts)).astype(np.int64)
+    n_hidden = np.floor(ratios * (stops - starts)).astype(np.int64)
     keys = cell_keys(tokens.cell_ids, seed=seed, epoch=epoch, purpose=MASKING)
-    masked = np.zeros(len(tokens.input_ids), np.bool_)
-    if COMPILED:
-        choose_block(tokens.input_ids, starts, stops, keys, n_masked, masked)
-        return masked
-    for cell in np.flatnonzero(n_masked):  # plain numpy is for machines without numba
-        part = slice(starts[cell], stops[cell])
-        words = gene_words(keys[cell : cell + 1], tokens.input_ids[part])
-        masked[part] = words <= np.partition(words, n_masked[cell] - 1)[n_masked[cell] - 1]
-    return masked
-
-
-def mask_tokens(tokens: Tokens, masked: npt.NDArray[np.bool_], *, mask_value: float) -> Tokens:
-    """Return the tokens with `mask_value` where masked, and labels that say what was there."""
     if COMPILED:
         values, labels = np.empty_like(tokens.values), np.empty_like(tokens.values)
-        hide_block(masked, tokens.values, float(mask_value), IGNORE, values, labels)
-    else:
-        values = np.where(masked, np.float32(mask_value), tokens.values)
-        labels = np.where(masked, tokens.values, np.float32(IGNORE))
-    return replace(tokens, values=values, labels=labels)
+        how = starts, stops, keys, n_hidden, float(mask_value), IGNORE
+        hide_block(tokens.input_ids, tokens.values, *how, values, labels)
+        return replace(tokens, values=values, labels=labels)
+    hidden = np.zeros(len(tokens.input_ids), np.bool_)
+    for cell in np.flatnonzero(n_hidden):  # plain numpy is for machines without numba
+        part = slice(starts[cell], stops[cell])
+        words = gene_words(keys[cell : cell + 1], tokens.input_ids[part])
+        hidden[part] = words <= np.partition(words, n_hidden[cell] - 1)[n_hidden[cell] - 1]
+    values = np.where(hidden, np.float32(mask_value), tokens.values)
+    return replace(tokens, values=values, labels=np.where(hidden, tokens.values, np.float32(IGNORE)))

@@ -61,15 +61,15 @@ def pack(tokens: Tokens) -> dict[str, Any]:
     boundaries = torch.from_numpy(tokens.indptr.astype(np.int32))
     longest = int(np.diff(tokens.indptr).max(initial=0))
     batch: dict[str, Any] = {
-        "input_ids": torch.from_numpy(tokens.input_ids)[None],
-        "values": torch.from_numpy(tokens.values)[None],
+        "input_ids": torch.from_numpy(tokens.input_ids[None]),
+        "values": torch.from_numpy(tokens.values[None]),
         "cu_seq_lens_q": boundaries,
         "cu_seq_lens_k": boundaries,
         "max_length_q": longest,
         "max_length_k": longest,
     }
     if tokens.labels is not None:
-        batch["labels"] = torch.from_numpy(tokens.labels)[None]
+        batch["labels"] = torch.from_numpy(tokens.labels[None])
         batch["label_positions"] = torch.from_numpy(np.flatnonzero(tokens.labels != IGNORE))
     return batch
 

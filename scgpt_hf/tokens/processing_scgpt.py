@@ -15,7 +15,7 @@ import numpy.typing as npt
 from transformers import BatchFeature, PreTrainedTokenizerFast, ProcessorMixin
 
 from .binning_scgpt import Ties
-from .masking_scgpt import choose_masked, draw_ratios, mask_tokens
+from .masking_scgpt import draw_ratios, mask_tokens
 from .packing_scgpt import Tokens, pack, pad
 from .randomness_scgpt import Int64Array, SparseCounts, content_ids
 from .tokenizing_scgpt import TokenRule, as_block, count_known, csr_of, log_normalize, tokenize_counts
@@ -188,8 +188,7 @@ class ScGPTProcessor(ProcessorMixin):
         Source: the ratios are those of scGPT's pretraining, Cui et al. 2024.
         """
         drawn = draw_ratios(tokens.cell_ids, ratios, seed=seed, epoch=epoch)
-        masked = choose_masked(tokens, drawn, seed=seed, epoch=epoch)
-        return mask_tokens(tokens, masked, mask_value=self.mask_value)
+        return mask_tokens(tokens, drawn, seed=seed, epoch=epoch, mask_value=self.mask_value)
 
     def __call__(
         self,
@@ -249,11 +248,12 @@ class ScGPTProcessor(ProcessorMixin):
         gene_ids = np.asarray(gene_ids, np.int64)
         if gene_ids.shape != counts.shape[1:]:
             raise ValueError(f"found {gene_ids.shape} gene ids for {counts.shape[1]:,} columns; pass one per column")
-        known = gene_ids[gene_ids >= 0]
-        if known.size and known.max() >= self.vocab_size:
-            raise ValueError(f"gene id {known.max()} is beyond the vocabulary of {self.vocab_size:,}; use match_genes")
-        if known.size and np.bincount(known).max() > 1:
-            raise ValueError(f"two columns have gene id {np.bincount(known).argmax()}; each gene may have one column")
+        largest = gene_ids.max(initial=-1)
+        if largest >= self.vocab_size:
+            raise ValueError(f"gene id {largest} is beyond the vocabulary of {self.vocab_size:,}; use match_genes")
+        columns_of_gene = np.bincount(np.maximum(gene_ids, -1) + 1)[1:]
+        if columns_of_gene.max(initial=0) > 1:
+            raise ValueError(f"two columns have gene id {columns_of_gene.argmax()}; each gene may have one column")
         return gene_ids
 
     def _check_settings(self) -> None:

@@ -19,6 +19,7 @@ from .packing_scgpt import Tokens
 from .randomness_scgpt import SAMPLING, TIES, Int64Array, SparseCounts, UInt64Array, cell_keys, gene_words
 
 _EXACT_IN_FLOAT32 = 2**24
+_INFINITY = np.float32(np.inf).view(np.uint32)
 
 
 @dataclass(frozen=True)
@@ -93,13 +94,22 @@ def as_block(counts: SparseCounts) -> Block:
         ValueError: a value is negative, NaN or infinite.
     """
     data: npt.NDArray[Any] = counts.data
-    if data.size and not (data.min() >= 0 and np.isfinite(data.max())):
+    if data.size and not _all_sound(data):
         bad = data[~(np.isfinite(data) & (data >= 0))]
         raise ValueError(f"expected finite expression ≥ 0, found {bad[0]} ({len(bad):,} such entries); pass raw counts")
     if data.dtype not in (np.float32, np.float64):
         exact = data.dtype.kind in "iub" and (not data.size or data.max() < _EXACT_IN_FLOAT32)
         data = data.astype(np.float32 if exact else np.float64)
     return Block(data, counts.indices.astype(np.int32, copy=False), counts.indptr.astype(np.int64), counts.shape)
+
+
+def _all_sound(data: npt.NDArray[Any]) -> bool:
+    """Return whether all numbers are finite and at least 0; one look at the bits of floats, which order as they do."""
+    if data.dtype == np.float32:
+        largest: np.uint32 = data.view(np.uint32).max()
+        if largest < _INFINITY:  # negative numbers, NaN and infinity lie above
+            return True
+    return bool(data.min() >= 0 and np.isfinite(data.max()))
 
 
 def log_normalize(block: Block, target_sum: float) -> Block:

@@ -9,8 +9,8 @@ import pytest
 from safetensors.numpy import load_file
 from scipy.sparse import csr_matrix
 
-from scgpt_hf.tokens.masking_scgpt import choose_masked
-from scgpt_hf.tokens.packing_scgpt import pad
+from scgpt_hf.tokens.masking_scgpt import mask_tokens
+from scgpt_hf.tokens.packing_scgpt import IGNORE, Tokens, pad
 from scgpt_hf.tokens.processing_scgpt import ScGPTProcessor
 from scgpt_hf.tokens.tokenizing_scgpt import TokenRule, as_block, tokenize_counts
 
@@ -59,6 +59,14 @@ def test_binned_values_equal_the_inference_collator(folder: Path, vocab: dict[st
     assert ours == _cells(tensors["collator_gene"], tensors["collator_expr"], vocab["<pad>"])
 
 
+def masked_where(tokens: Tokens, ratios: np.ndarray, *, seed: int, n_first: int = 1) -> np.ndarray:
+    """Return where values are hidden by labels."""
+    labels = mask_tokens(tokens, ratios, seed=seed, epoch=0, mask_value=-1.0, n_first=n_first).labels
+    assert labels is not None
+    hidden: np.ndarray = labels != IGNORE
+    return hidden
+
+
 def test_masked_share_counts_as_the_original_when_cls_may_be_masked(folder: Path, vocab: dict[str, int]) -> None:
     tensors = load_file(folder / "tokenize" / "tokenize.safetensors")
     rule = TokenRule(len(vocab), vocab["<cls>"], 0.0, 1201, None, "random", False)
@@ -66,12 +74,12 @@ def test_masked_share_counts_as_the_original_when_cls_may_be_masked(folder: Path
     tokens = tokenize_counts(block, ids, rule, cell_ids=np.arange(block.shape[0]), seed=0, epoch=0)
     ratios = np.full(len(tokens), 0.5)
     original = (tensors["random_mask_value_seed3"] == -1).sum(1)
-    masked = choose_masked(tokens, ratios, seed=3, epoch=0, n_first=0)
+    masked = masked_where(tokens, ratios, seed=3, n_first=0)
     np.testing.assert_array_equal(np.add.reduceat(masked, tokens.indptr[:-1]), original)
-    of_genes = choose_masked(tokens, ratios, seed=3, epoch=0)
+    of_genes = masked_where(tokens, ratios, seed=3)
     np.testing.assert_array_equal(np.add.reduceat(of_genes, tokens.indptr[:-1]), (np.diff(tokens.indptr) - 1) // 2)
     assert not of_genes[tokens.indptr[:-1]].any()
-    draws = [choose_masked(tokens, ratios, seed=seed, epoch=0, n_first=0)[tokens.indptr[:-1]] for seed in range(500)]
+    draws = [masked_where(tokens, ratios, seed=seed, n_first=0)[tokens.indptr[:-1]] for seed in range(500)]
     expected = np.floor(0.5 * np.diff(tokens.indptr)) / np.diff(tokens.indptr)
     np.testing.assert_allclose(np.mean(draws, 0), expected, atol=0.08)
 

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from scgpt_hf.tokens import masking_scgpt
-from scgpt_hf.tokens.masking_scgpt import choose_masked, draw_ratios, mask_tokens
+from scgpt_hf.tokens.masking_scgpt import draw_ratios, mask_tokens
 from scgpt_hf.tokens.packing_scgpt import IGNORE, Tokens
 
 
@@ -20,16 +20,22 @@ def _tokens(n_genes: list[int], first_cell: int = 0) -> Tokens:
     return Tokens(ids, (ids % 50 + 1).astype(np.float32), None, indptr, first_cell + np.arange(len(n_genes)))
 
 
+def _masked(tokens: Tokens, ratios: np.ndarray, *, seed: int, epoch: int) -> np.ndarray:
+    """Return where values are hidden; none of `_tokens` is `IGNORE`."""
+    labels = mask_tokens(tokens, ratios, seed=seed, epoch=epoch, mask_value=-1.0).labels
+    assert labels is not None
+    hidden: np.ndarray = labels != IGNORE
+    return hidden
+
+
 GENES = st.lists(st.integers(1, 60), max_size=12)
 
 
 @settings(deadline=None)
 @given(n_genes=GENES, ratio=st.floats(0, 1), seed=st.integers(0, 2**32 - 1))
-def test_choose_masked_takes_the_share_of_every_cell_and_spares_cls(
-    n_genes: list[int], ratio: float, seed: int
-) -> None:
+def test_mask_takes_the_share_of_every_cell_and_spares_cls(n_genes: list[int], ratio: float, seed: int) -> None:
     tokens = _tokens(n_genes)
-    masked = choose_masked(tokens, np.full(len(n_genes), ratio), seed=seed, epoch=0)
+    masked = _masked(tokens, np.full(len(n_genes), ratio), seed=seed, epoch=0)
     for n, (start, stop) in zip(n_genes, pairwise(tokens.indptr), strict=True):
         assert masked[start:stop].sum() == int(ratio * n)
         assert not masked[start]
@@ -41,40 +47,38 @@ def test_engines_agree_to_the_bit(n_genes: list[int], seed: int, n_first: int) -
     tokens = _tokens(n_genes)
     arguments: dict[str, Any] = {"seed": seed, "epoch": 4}
     ratios = draw_ratios(tokens.cell_ids, (0.0, 0.3, 0.75, 1.0), **arguments)
-    compiled = choose_masked(tokens, ratios, n_first=n_first, **arguments)
-    hidden = mask_tokens(tokens, compiled, mask_value=-1)
+    hidden = mask_tokens(tokens, ratios, mask_value=-1, n_first=n_first, **arguments)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(masking_scgpt, "COMPILED", False)
-        np.testing.assert_array_equal(choose_masked(tokens, ratios, n_first=n_first, **arguments), compiled)
-        plain = mask_tokens(tokens, compiled, mask_value=-1)
+        plain = mask_tokens(tokens, ratios, mask_value=-1, n_first=n_first, **arguments)
     for key in ("values", "labels"):
         assert getattr(plain, key).dtype == getattr(hidden, key).dtype == np.float32
         np.testing.assert_array_equal(getattr(plain, key), getattr(hidden, key))
 
 
 def test_a_cell_with_one_gene_has_none_masked() -> None:
-    assert not choose_masked(_tokens([1, 1]), np.array([0.25, 0.75]), seed=0, epoch=0).any()
-    assert choose_masked(_tokens([1]), np.array([1.0]), seed=0, epoch=0).tolist() == [False, True]
+    assert not _masked(_tokens([1, 1]), np.array([0.25, 0.75]), seed=0, epoch=0).any()
+    assert _masked(_tokens([1]), np.array([1.0]), seed=0, epoch=0).tolist() == [False, True]
 
 
 def test_masks_belong_to_the_cell() -> None:
     ratios = np.full(6, 0.5)
-    whole = choose_masked(_tokens([20, 5, 31, 8, 60, 2], 100), ratios, seed=7, epoch=1)
-    alone = choose_masked(_tokens([31], 102), ratios[:1], seed=7, epoch=1)
+    whole = _masked(_tokens([20, 5, 31, 8, 60, 2], 100), ratios, seed=7, epoch=1)
+    alone = _masked(_tokens([31], 102), ratios[:1], seed=7, epoch=1)
     start = _tokens([20, 5]).indptr[-1]
     np.testing.assert_array_equal(whole[start : start + 32], alone)
 
 
 def test_masks_change_with_seed_and_epoch() -> None:
     tokens, ratios = _tokens([400]), np.array([0.5])
-    first = choose_masked(tokens, ratios, seed=0, epoch=0)
-    for other in (choose_masked(tokens, ratios, seed=1, epoch=0), choose_masked(tokens, ratios, seed=0, epoch=1)):
+    first = _masked(tokens, ratios, seed=0, epoch=0)
+    for other in (_masked(tokens, ratios, seed=1, epoch=0), _masked(tokens, ratios, seed=0, epoch=1)):
         assert 60 < (first & other)[1:].sum() < 140  # 100 expected of independent halves
 
 
 def test_every_gene_is_masked_equally_often() -> None:
     tokens, ratios = _tokens([40]), np.array([0.25])
-    often = sum(choose_masked(tokens, ratios, seed=0, epoch=epoch).astype(int) for epoch in range(2000))[1:]
+    often = sum(_masked(tokens, ratios, seed=0, epoch=epoch).astype(int) for epoch in range(2000))[1:]
     assert abs(often - 500).max() < 4 * np.sqrt(2000 * 0.25 * 0.75)
 
 
@@ -89,10 +93,10 @@ def test_each_cell_draws_its_ratio_uniformly_and_alone() -> None:
 
 def test_mask_tokens_hides_values_and_keeps_them_as_labels() -> None:
     tokens = _tokens([4, 3])
-    masked = choose_masked(tokens, np.array([0.5, 0.5]), seed=0, epoch=0)
-    hidden = mask_tokens(tokens, masked, mask_value=-1.0)
+    hidden = mask_tokens(tokens, np.array([0.5, 0.5]), seed=0, epoch=0, mask_value=-1.0)
+    masked = hidden.values == -1
     assert hidden.labels is not None
-    assert (hidden.values[masked] == -1).all()
+    assert masked.sum() == 3
     np.testing.assert_array_equal(hidden.labels[masked], tokens.values[masked])
     np.testing.assert_array_equal(hidden.values[~masked], tokens.values[~masked])
     assert (hidden.labels[~masked] == IGNORE).all()
