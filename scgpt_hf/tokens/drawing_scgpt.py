@@ -19,7 +19,8 @@ except ImportError:
 
 Array = Any  # in kernels: a numpy array, on whose dtype numba specialises
 ONE = np.uint64(1)
-_BUCKET_SHIFT, _N_BUCKETS = np.uint64(56), 256  # the upper eight bits of a word
+_LARGEST_WORD = np.uint64(2**64 - 1)
+_LARGEST_STEP = float(2**64 - 2**11)  # the largest float below 2^64
 _F = TypeVar("_F", bound=Callable[..., Any])
 
 
@@ -55,26 +56,25 @@ def draw_words(key: Any, genes: Array, words: Array) -> None:
 
 
 @compiled
-def _smallest(words: Array, k: int) -> Any:
-    """Return the k-th smallest word, k ≥ 1. Words are uniform, so a bucket of 1/256 of their range holds few."""
-    sizes = np.zeros(_N_BUCKETS, np.int32)
-    for word in words:
-        sizes[word >> _BUCKET_SHIFT] += 1
-    bucket, n_before = 0, 0
-    while n_before + sizes[bucket] < k:
-        n_before += sizes[bucket]
-        bucket += 1
-    inside = np.empty(sizes[bucket], np.uint64)
-    n = 0
-    for word in words:
-        if word >> _BUCKET_SHIFT == np.uint64(bucket):
-            at = n
-            while at > 0 and inside[at - 1] > word:  # insert in order
-                inside[at] = inside[at - 1]
-                at -= 1
-            inside[at] = word
-            n += 1
-    return inside[k - n_before - 1]
+def _threshold(words: Array, k: int) -> Any:
+    """Return a word that k of the words do not exceed, 1 ≤ k ≤ len(words).
+
+    Words are uniform and not 0: where the k-th of them lies is guessed by interpolation and checked by counting, four
+    times in the mean, which is faster than any sort. Where words repeat, more than k may not exceed it.
+    """
+    low, high, n_low, n_high = np.uint64(0), _LARGEST_WORD, 0, len(words)  # words ≤ low, words ≤ high
+    while n_high > k and high - low > ONE:
+        share = (k - n_low + 0.5) / (n_high - n_low + 1.0)
+        guess = low + np.uint64(min(max(float(high - low) * share, 1.0), _LARGEST_STEP))
+        guess = min(guess, high - ONE)
+        n = 0
+        for i in range(len(words)):  # by number: the compiler then counts several at once
+            n += words[i] <= guess
+        if n < k:
+            low, n_low = guess, n
+        else:
+            high, n_high = guess, n
+    return high
 
 
 @compiled
@@ -83,7 +83,7 @@ def keep_lowest(genes: Array, values: Array, n: int, limit: int, key: Any, words
     if n <= limit:
         return n
     draw_words(key, genes[:n], words)
-    threshold = _smallest(words[:n], limit)
+    threshold = _threshold(words[:n], limit)
     k = np.uint64(0)  # unsigned: no test for an index from the end
     for i in range(n):
         genes[k], values[k] = genes[i], values[i]
@@ -116,7 +116,7 @@ def hide_block(
                 seen_here[i], labels_here[i] = here[i], ignore
             continue
         draw_words(keys[cell], genes[start:done], words)
-        threshold = _smallest(words[:n], n_hidden[cell])
+        threshold = _threshold(words[:n], n_hidden[cell])
         for i in range(n):
             seen_here[i] = mask_value if words[i] <= threshold else here[i]
             labels_here[i] = here[i] if words[i] <= threshold else ignore

@@ -27,11 +27,13 @@ def _edge(lower: Any, upper: Any, weight: float) -> Any:
 
 
 @compiled
-def _count_values(values: Array, whole: Array, histograms: Array) -> int:
-    """Add how often each value occurs and return the largest, or add nothing and return −1 if one is not tabulated.
+def _count_values(values: Array, whole: Array, tally: Any) -> int:
+    """Fill `tally` with the distinct values, ascending, and how many do not exceed each; return how many there are.
 
-    Four histograms take turns: most counts are 1, and adding to one number again and again waits for the last addition.
+    Returns −1 if a value is not tabulated. Eight histograms take turns, side by side and zero before and after: most
+    counts are 1, and adding to one number again and again waits for the last addition.
     """
+    histograms, distinct, n_up_to = tally
     n_untabulated = 0
     largest: Any = np.int32(0)
     for i in range(len(values)):
@@ -42,29 +44,32 @@ def _count_values(values: Array, whole: Array, histograms: Array) -> int:
     if n_untabulated or largest > _LARGEST_TABULATED:
         return -1
     for i in range(len(values)):
-        histograms[i & 3, whole[i]] += 1
+        histograms[np.uint32((whole[i] << 3) | (i & 7))] += 1  # unsigned: no test for an index from the end
+    n_distinct, n = np.uint64(0), np.int64(0)
     for count in range(largest + 1):
-        histograms[0, count] += histograms[1, count] + histograms[2, count] + histograms[3, count]
-    histograms[1:, : largest + 1] = 0
-    return int(largest)
+        n_here = np.int64(0)
+        for lane in range(8):
+            n_here += histograms[(count << 3) + lane]
+            histograms[(count << 3) + lane] = 0
+        n += n_here
+        distinct[n_distinct], n_up_to[n_distinct] = count, n  # overwritten by the next one unless there are any
+        n_distinct += np.uint64(n_here > 0)
+    return int(n_distinct)
 
 
 @compiled
-def _edges_by_counting(n: int, histogram: Array, levels: Array, edges: Array) -> None:
-    """Fill the quantiles of n whole values from how often each occurs."""
-    lower, upper, n_lower, n_upper = 0, 0, 0, 0  # n_lower: genes with a count ≤ lower
+def _edges_by_counting(n: int, distinct: Array, n_up_to: Array, levels: Array, edges: Array) -> None:
+    """Fill the quantiles of n whole values, given as `_count_values` tallies them."""
+    lower = upper = 0
     for k in range(len(levels)):
         position = (n - 1) * levels[k]
         below = int(np.floor(position))
-        while n_lower <= below:
+        while n_up_to[lower] <= below:
             lower += 1
-            n_lower += histogram[lower]
-        if upper < lower:
-            upper, n_upper = lower, n_lower
-        while n_upper <= min(below + 1, n - 1):
+        upper = max(upper, lower)
+        while n_up_to[upper] <= min(below + 1, n - 1):
             upper += 1
-            n_upper += histogram[upper]
-        edges[k] = _edge(float(lower), float(upper), position - below)
+        edges[k] = _edge(float(distinct[lower]), float(distinct[upper]), position - below)
 
 
 @compiled
@@ -78,39 +83,48 @@ def _edges_by_sorting(values: Array, levels: Array, edges: Array) -> None:
 
 @compiled
 def _scratch(widest: int, n_levels: int) -> Any:
-    """Return what binning a cell of up to `widest` genes writes on: edges, tables, whole values, words.
+    """Return what binning a cell of up to `widest` genes writes on.
 
-    Rows of the tables: four histograms, all zero before and after a cell; the lowest bin of each count; how many bins
-    it may fall in.
+    Edges; the tally of `_count_values`; the bins that each count may fall in; per gene: whole values, words, bins.
     """
-    tables = np.zeros((6, _LARGEST_TABULATED + 1), np.int32)
-    return np.empty(n_levels), tables, np.empty(widest, np.int32), np.empty(widest, np.uint64)
+    n_tabulated = _LARGEST_TABULATED + 1
+    tally = np.zeros(8 * n_tabulated, np.int32), np.empty(n_tabulated, np.int32), np.empty(n_tabulated, np.int64)
+    per_gene = np.empty(widest, np.int32), np.empty(widest, np.uint64), np.empty(widest, np.uint64)
+    return np.empty(n_levels), tally, np.empty(n_tabulated, np.uint64), per_gene
 
 
 @compiled
-def _find_edges(values: Array, levels: Array, scratch: Any) -> int:
-    """Fill the edges of a cell, and for small whole values the tables; return the largest tabulated, −1 for none."""
-    edges, tables, whole, _ = scratch
-    largest = _count_values(values, whole, tables[:4])
-    if largest < 0:
+def _find_edges(values: Array, levels: Array, scratch: Any) -> bool:
+    """Fill the edges of a cell; return whether its values are tabulated, with the bins that each may fall in."""
+    edges, tally, choices, (whole, _, _) = scratch
+    n_distinct = _count_values(values, whole, tally)
+    if n_distinct < 0:
         _edges_by_sorting(values, levels, edges)
-        return -1
-    _edges_by_counting(len(values), tables[0], levels, edges)
+        return False
+    _, distinct, n_up_to = tally
+    _edges_by_counting(len(values), distinct, n_up_to, levels, edges)
+    choices[0] = _choice(0, 1)  # of genes that are not expressed, if they become tokens
     n_less = n_less_equal = 0
-    for count in range(largest + 1):
+    for count in distinct[:n_distinct]:
         while n_less < len(edges) and edges[n_less] < count:
             n_less += 1
         n_less_equal = max(n_less, n_less_equal)
         while n_less_equal < len(edges) and edges[n_less_equal] <= count:
             n_less_equal += 1
         lowest = min(n_less + 1, n_less_equal)
-        tables[0, count], tables[4, count], tables[5, count] = 0, lowest, n_less_equal - lowest + 1
-    return largest
+        choices[count] = _choice(lowest, n_less_equal - lowest + 1)
+    return True
 
 
 @compiled
-def _range_of(value: Any, edges: Array) -> Any:
-    """Return the lowest bin of a value and how many it may fall in, by bisection."""
+def _choice(lowest: Any, n_bins: Any) -> Any:
+    """Return `n_bins` bins from `lowest` on as one word, its upper and its lower half."""
+    return (np.uint64(n_bins) << _HALF_WORD) | np.uint64(lowest)
+
+
+@compiled
+def _look_up(value: Any, edges: Array) -> Any:
+    """Return the bins that a value may fall in, found by bisection."""
     n_less, n_more = 0, len(edges)  # edges below the value; then those equal to it
     while n_less < n_more:
         middle = (n_less + n_more) // 2
@@ -122,40 +136,30 @@ def _range_of(value: Any, edges: Array) -> Any:
     while highest < len(edges) and edges[highest] <= value:
         highest += 1
     lowest = min(n_less + 1, highest)
-    return lowest, highest - lowest + 1
+    return _choice(lowest, highest - lowest + 1)
 
 
 @compiled
-def _below(word: Any, n: Any) -> Any:
-    """Return a number in [0, n) drawn by the upper half of a word."""
-    return np.int32(((word >> _HALF_WORD) * np.uint64(np.uint32(n))) >> _HALF_WORD)
-
-
-@compiled
-def _assign_bins(values: Array, genes: Array, key: Any, ties: int, largest: int, scratch: Any, bins: Array) -> None:
-    """Fill the bin of each value, 0 for 0; `largest` and `scratch` as `_find_edges` left them."""
-    edges, tables, _, words = scratch
-    lowest_of, n_choices_of = tables[4], tables[5]
+def _assign_bins(
+    values: Array, genes: Array, key: Any, ties: int, tabulated: bool, scratch: Any, bins: Array
+) -> None:  # fmt: skip
+    """Fill the bin of each value, 0 for 0; `tabulated` and `scratch` as `_find_edges` left them."""
+    edges, _, choices, (_, words, choice_of) = scratch
+    if tabulated:
+        for i in range(len(values)):
+            choice_of[i] = choices[np.uint32(np.int32(values[i]))]  # unsigned: no test for an index from the end
+    else:
+        for i in range(len(values)):
+            choice_of[i] = _look_up(values[i], edges)
     if ties == 0:
         draw_words(key, genes, words)
-    if ties == 0 and largest >= 0:  # as below, without a branch: nearly all cells come this way
-        for i in range(len(values)):
-            whole = np.uint32(np.int32(values[i]))  # unsigned: no test for an index from the end
-            bins[i] = lowest_of[whole] + _below(words[i], n_choices_of[whole])
+        for i in range(len(values)):  # the upper half of a word draws one of the choices
+            step = ((words[i] >> _HALF_WORD) * (choice_of[i] >> _HALF_WORD)) >> _HALF_WORD
+            bins[i] = np.int32(np.uint32(choice_of[i])) + np.int32(step)
         return
     for i in range(len(values)):
-        if largest >= 0:
-            count = np.uint32(np.int32(values[i]))
-            lowest, n_choices = np.int64(lowest_of[count]), np.int64(n_choices_of[count])
-        else:
-            lowest, n_choices = _range_of(values[i], edges)
-        if ties == 0:
-            step: Any = np.int64(_below(words[i], n_choices))
-        elif ties == 1:
-            step = (n_choices - 1) // 2
-        else:
-            step = n_choices - 1 if ties == 2 else 0
-        bins[i] = lowest + step
+        lowest, last = np.int64(np.uint32(choice_of[i])), np.int64(choice_of[i] >> _HALF_WORD) - 1
+        bins[i] = lowest + (last // 2 if ties == 1 else last if ties == 2 else 0)
 
 
 @compiled
@@ -168,8 +172,8 @@ def bin_block(values: Array, indptr: Array, genes: Array, keys: Array, levels: A
     for cell in range(len(indptr) - 1):
         part = slice(indptr[cell], indptr[cell + 1])
         if part.stop > part.start:
-            largest = _find_edges(values[part], levels, scratch)
-            _assign_bins(values[part], genes[part], keys[cell], ties, largest, scratch, bins[part])
+            tabulated = _find_edges(values[part], levels, scratch)
+            _assign_bins(values[part], genes[part], keys[cell], ties, tabulated, scratch, bins[part])
 
 
 @compiled
@@ -183,10 +187,11 @@ def _gather_cell(columns: Array, counts: Array, gene_ids: Array, genes: Array, v
         n_descents += columns[i] <= columns[i - 1]
     if n_descents:
         return -1
+    for i in range(len(columns)):  # several short loops: the compiler takes many entries at once in each
+        genes[i] = gene_ids[np.uint32(columns[i])]  # unsigned: no test for an index from the end
     for i in range(len(columns)):
-        gene, count = gene_ids[np.uint64(columns[i])], counts[i]
-        genes[i], values[i] = gene, count
-        n_left_out += (gene < 0) | (count <= 0)
+        values[i] = counts[i]
+        n_left_out += (genes[i] < 0) | (counts[i] <= 0)
     if not n_left_out:
         return len(columns)
     k = np.uint64(0)  # unsigned: no test for an index from the end
@@ -258,17 +263,20 @@ def tokenize_block(
         n_tokens[cell] = 0
         if n == 0:
             continue
-        largest = _find_edges(values[:n], levels, scratch) if len(levels) else 0
+        tabulated = _find_edges(values[:n], levels, scratch) if len(levels) else False
         if len(zero_genes):
             _sort_by_gene(genes[:n], values[:n], present, by_gene)
             n = _spread_zeros(zero_genes, genes, values, n)
-        n = keep_lowest(genes, values, n, limit, sampling_keys[cell], scratch[3])
+        n = keep_lowest(genes, values, n, limit, sampling_keys[cell], scratch[3][1])
         _sort_by_gene(genes[:n], values[:n], present, by_gene)  # after sampling: fewer are left to sort
         ids, bins = input_ids[start + 1 : start + 1 + n], token_values[start + 1 : start + 1 + n]
         for i in range(n):  # slices are not assigned to, which numba takes seconds to compile
-            ids[i], bins[i] = genes[i], values[i]
+            ids[i] = genes[i]
         if len(levels):
-            _assign_bins(values[:n], genes[:n], tie_keys[cell], ties, largest, scratch, bins)
+            _assign_bins(values[:n], genes[:n], tie_keys[cell], ties, tabulated, scratch, bins)
+        else:
+            for i in range(n):
+                bins[i] = values[i]
         n_tokens[cell] = n + 1
         start += n + 1
     return -1

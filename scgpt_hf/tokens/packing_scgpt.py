@@ -14,6 +14,8 @@ import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 
+from .drawing_scgpt import COMPILED, compiled
+
 IGNORE = -100.0  # in labels: nothing to predict here
 
 
@@ -70,7 +72,7 @@ def pack(tokens: Tokens) -> dict[str, Any]:
     }
     if tokens.labels is not None:
         batch["labels"] = torch.from_numpy(tokens.labels[None])
-        batch["label_positions"] = torch.from_numpy(np.flatnonzero(tokens.labels != IGNORE))
+        batch["label_positions"] = torch.from_numpy(_find_labels(tokens.labels))
     return batch
 
 
@@ -133,7 +135,7 @@ def pad(tokens: Tokens, *, pad_id: int, pad_value: float) -> dict[str, Any]:
     if tokens.labels is not None:
         labels = spread(tokens.labels, IGNORE)
         batch["labels"] = torch.from_numpy(labels)
-        batch["label_positions"] = torch.from_numpy(np.flatnonzero(labels != IGNORE))
+        batch["label_positions"] = torch.from_numpy(_find_labels(labels.ravel()))
     return batch
 
 
@@ -148,3 +150,20 @@ def unpack(per_token: torch.Tensor, cu_seq_lens: torch.Tensor) -> tuple[torch.Te
         One view per cell, shape (tokens of that cell, ...).
     """
     return torch.split(per_token[0, : int(cu_seq_lens[-1])], cu_seq_lens.diff().tolist())
+
+
+def _find_labels(labels: npt.NDArray[np.float32]) -> npt.NDArray[np.int64]:
+    """Return where there is something to predict, ascending; labels of shape (tokens,)."""
+    if not COMPILED:
+        return np.flatnonzero(labels != IGNORE)
+    positions = np.empty(len(labels) + 1, np.int64)
+    return positions[: _fill_positions(labels, IGNORE, positions)]
+
+
+@compiled
+def _fill_positions(labels: npt.NDArray[Any], ignore: float, positions: npt.NDArray[Any]) -> int:
+    k = np.uint64(0)  # unsigned: no test for an index from the end
+    for i in range(len(labels)):
+        positions[k] = i  # overwritten by the next one unless k moves on
+        k += np.uint64(labels[i] != ignore)
+    return int(k)

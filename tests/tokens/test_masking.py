@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from scgpt_hf.tokens import masking_scgpt
+from scgpt_hf.tokens.drawing_scgpt import _threshold
 from scgpt_hf.tokens.masking_scgpt import draw_ratios, mask_tokens
 from scgpt_hf.tokens.packing_scgpt import IGNORE, Tokens
 
@@ -54,6 +55,14 @@ def test_engines_agree_to_the_bit(n_genes: list[int], seed: int, n_first: int) -
     for key in ("values", "labels"):
         assert getattr(plain, key).dtype == getattr(hidden, key).dtype == np.float32
         np.testing.assert_array_equal(getattr(plain, key), getattr(hidden, key))
+
+
+@settings(deadline=None)
+@given(words=st.lists(st.integers(1, 2**64 - 1) | st.integers(1, 9), min_size=1, max_size=40), share=st.floats(0, 1))
+def test_threshold_lets_through_what_sorting_would(words: list[int], share: float) -> None:
+    k = 1 + int(share * (len(words) - 1))
+    drawn = np.array(words, np.uint64)
+    np.testing.assert_array_equal(drawn <= _threshold(drawn, k), drawn <= np.sort(drawn)[k - 1])
 
 
 def test_a_cell_with_one_gene_has_none_masked() -> None:
