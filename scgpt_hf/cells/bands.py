@@ -78,90 +78,90 @@ def read_band(array: soma.SparseNDArray, cell_ids: Int64Array) -> Band:
     row_of_id = np.full(last - first + 1, -1, dtype=np.int32)
     row_of_id[cell_ids - first] = np.arange(len(cell_ids), dtype=np.int32)
     gene_type = np.uint16 if array.shape[1] <= 2**16 else np.int32
+    indptr = np.zeros(len(cell_ids) + 1, np.int64)
     parts = [  # each is made small at once, so that its memory serves for the next
-        _shrink([column.to_numpy() for column in batch.columns], first, row_of_id, gene_type)
+        _shrink([column.to_numpy() for column in batch.columns], row_of_id, first, gene_type, indptr[1:])
         for table in array.read((slice(first, last) if whole else pa.array(cell_ids),)).tables()
         for batch in table.to_batches()
     ]
-    indptr = np.zeros(len(cell_ids) + 1, np.int64)
-    for _, _, rows, ends in parts:
-        np.add.at(indptr, rows + 1, np.diff(ends, prepend=0))
     np.cumsum(indptr, out=indptr)
     genes = np.empty(indptr[-1], gene_type)
     counts = np.empty(indptr[-1], np.result_type(np.uint16, *(part[1] for part in parts)))
     cursor = indptr[:-1].copy()
-    for part_genes, part_counts, rows, ends in parts:
-        _place_runs(part_genes, part_counts, rows, ends, cursor, genes, counts)
+    for part_genes, part_counts, runs in parts:
+        _place_runs(part_genes, part_counts, *runs, cursor, genes, counts)
     if not _ascend(indptr, genes):  # the fragments of the array came out of order
         order = np.lexsort((genes, np.repeat(np.arange(len(cell_ids)), np.diff(indptr))))
         genes, counts = genes[order], counts[order]
     return Band(indptr, genes, counts)
 
 
-def _shrink(entries: Sequence[Array], first: int, row_of_id: Array, gene_type: Any) -> tuple[Array, ...]:
-    """Return the wanted entries of a part of a band as they lie: genes, counts, and each run's row and end."""
+def _shrink(
+    entries: Sequence[Array], row_of_id: Array, first: int, gene_type: Any, lengths: Int64Array
+) -> tuple[Array, Array, tuple[Array, Array, Array]]:
+    """Return the entries of a part of a band as they lie: genes, counts, and where its runs of wanted cells are.
+
+    Args:
+        entries: cell ids, genes and counts. Shape (entries,) each.
+        row_of_id: the row of each cell of the band, −1 if it is not wanted. Shape (last id − first + 1,).
+        first: id of the first cell.
+        gene_type: of the genes.
+        lengths: of the cells, to which those of the runs are added. Shape (rows,).
+
+    Returns:
+        Genes and counts, shape (entries,); the row, begin and end of each run, shape (runs,).
+    """
     ids, columns, values = entries
-    n = len(ids)
-    genes, rows, ends = np.empty(n, gene_type), np.empty(n, np.int32), np.empty(n, np.int64)
-    for count_type in (np.uint16, np.float32):
-        counts = np.empty(n, count_type)
-        n_kept, n_runs, fit = _keep_wanted(ids, columns, values, first, row_of_id, genes, counts, rows, ends)
-        if fit:
-            break
-    return genes[:n_kept], counts[:n_kept], rows[:n_runs].copy(), ends[:n_runs].copy()
+    values = values.astype(np.float32, copy=False)
+    counts: Array = np.empty(len(values), np.uint16)
+    n_zeros, n_misfits = _narrow(values, counts)
+    if n_zeros:
+        return _shrink([column[values != 0] for column in entries], row_of_id, first, gene_type, lengths)
+    if n_misfits:
+        counts = values.copy()  # Arrow's memory is the next part's
+    rows, begins, ends = (np.empty(len(ids), np.int32) for _ in range(3))
+    n_runs = _find_runs(ids, row_of_id, first, lengths, rows, begins, ends)
+    return columns.astype(gene_type), counts, (rows[:n_runs].copy(), begins[:n_runs].copy(), ends[:n_runs].copy())
 
 
 @njit(nogil=True, cache=True)
-def _keep_wanted(ids, columns, values, first, row_of_id, genes, counts, rows, ends):  # type: ignore[no-untyped-def]
-    """Fill genes and counts, rows and ends of runs; return how many there are of each, and whether uint16 holds all.
+def _narrow(values, counts):  # type: ignore[no-untyped-def]
+    """Fill the values in 16 bits; return how many are 0, and how many do not fit. Of NaN, every comparison is false.
 
-    Here and below loops run over slices from 0, which the compiler turns into a few instructions for many entries.
+    Here and below loops are short and run over slices from 0: the compiler then takes many entries at once.
     """
-    n_kept, n_runs, n_misfits, entry = 0, 0, 0, 0
+    n_zeros = n_misfits = 0
+    for i in range(len(values)):
+        counts[i] = np.int32(values[i])
+        n_zeros += values[i] == 0
+        n_misfits += not ((values[i] >= 0) & (values[i] <= 65535) & (values[i] == np.floor(values[i])))
+    return n_zeros, n_misfits
+
+
+@njit(nogil=True, cache=True)
+def _find_runs(ids, row_of_id, first, lengths, rows, begins, ends):  # type: ignore[no-untyped-def]
+    """Fill the row, begin and end of each run of entries of one wanted cell, a tile's worth; return how many."""
+    n_runs = entry = 0
     while entry < len(ids):
         begin, cell = entry, ids[entry]
-        while entry < len(ids) and ids[entry] == cell:  # entries of one cell lie together, a tile's worth
+        while entry < len(ids) and ids[entry] == cell:
             entry += 1
-        n, row = entry - begin, row_of_id[cell - first]
-        if row < 0:
-            continue
-        _copy(columns[begin:entry], genes[n_kept : n_kept + n])
-        from_values, to_counts, n_zeros = values[begin:entry], counts[n_kept : n_kept + n], 0
-        for i in range(n):
-            count = np.float32(from_values[i])
-            to_counts[i] = count
-            n_zeros += count == 0
-            n_misfits += not ((count >= 0) & (count <= 65535) & (count == np.floor(count)))  # NaN compares false
-        if n_zeros:
-            n = _drop_zeros(genes[n_kept : n_kept + n], to_counts)
-        if n:
-            n_kept += n
-            rows[n_runs], ends[n_runs] = row, n_kept
+        row = row_of_id[cell - first]
+        if row >= 0:
+            rows[n_runs], begins[n_runs], ends[n_runs] = row, begin, entry
+            lengths[row] += entry - begin
             n_runs += 1
-    return n_kept, n_runs, n_misfits == 0
+    return n_runs
 
 
 @njit(nogil=True, cache=True)
-def _drop_zeros(genes, counts):  # type: ignore[no-untyped-def]
-    """Close the gaps that stored zeros leave, and return how many entries there are."""
-    n = 0
-    for i in range(len(counts)):
-        if counts[i] != 0:
-            genes[n], counts[n] = genes[i], counts[i]
-            n += 1
-    return n
-
-
-@njit(nogil=True, cache=True)
-def _place_runs(from_genes, from_counts, rows, ends, cursor, genes, counts):  # type: ignore[no-untyped-def]
+def _place_runs(from_genes, from_counts, rows, begins, ends, cursor, genes, counts):  # type: ignore[no-untyped-def]
     """Copy each run behind the last one of its cell."""
-    start = 0
     for run in range(len(rows)):
-        stop, place = ends[run], cursor[rows[run]]
+        start, stop, place = begins[run], ends[run], cursor[rows[run]]
         _copy(from_genes[start:stop], genes[place : place + stop - start])
         _copy(from_counts[start:stop], counts[place : place + stop - start])
         cursor[rows[run]] += stop - start
-        start = stop
 
 
 @njit(nogil=True, cache=True)
