@@ -25,12 +25,11 @@ from measuring import alternate, peak_memory_gb, print_medians, ratios, write_re
 from scipy.sparse import csr_matrix
 from tiledbsoma_ml import ExperimentDataset
 
-from scgpt_hf.cells.block import CellBlock
 from scgpt_hf.cells.census import CensusSource
 from scgpt_hf.cells.plan import BAND_SIZE, EpochPlan, plan_epoch
 from scgpt_hf.cells.remote import open_context
 from scgpt_hf.cells.source import open_source
-from scgpt_hf.cells.threads import read_ahead
+from scgpt_hf.cells.threads import in_order, read_ahead
 from scgpt_hf.stream import StreamSettings, stream_cells
 from scgpt_hf.tokens.processing_scgpt import ScGPTProcessor
 from scgpt_hf.tokens.tokenizing_scgpt import rows_of
@@ -68,21 +67,15 @@ def plan_of(source: CensusSource) -> EpochPlan:
 
 def raw_rows(source: CensusSource, plan: EpochPlan) -> Iterator[csr_matrix]:
     """Yield the counts of each batch of an epoch, shape (cells, genes); the next block is read meanwhile."""
-
-    def read(index: int) -> CellBlock:
-        return source.read(plan.block(index).ravel())
-
-    with ThreadPoolExecutor(1) as pool:
-        ahead = pool.submit(read, 0)
-        for index in range(plan.n_blocks):
-            block = ahead.result()
-            if index + 1 < plan.n_blocks:
-                ahead = pool.submit(read, index + 1)
+    reads = (partial(source.read, plan.block(index).ravel()) for index in range(plan.n_blocks))
+    with ThreadPoolExecutor(2) as readers:
+        for block in in_order(readers, reads, n_ahead=1):
             for together in range(0, len(block), GATHERED):
                 counts = block.take(np.arange(together, min(together + GATHERED, len(block))))
                 for first in range(0, counts.shape[0], BATCH):
                     rows = rows_of(counts, first, min(first + BATCH, counts.shape[0]))
                     yield csr_matrix((rows.data, rows.indices, rows.indptr), rows.shape, copy=False)
+            del block  # or it would be in memory until the next one is
 
 
 def ours_raw(path: Path, n_threads: int, obs_filter: str | None = None) -> float:

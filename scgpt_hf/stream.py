@@ -7,10 +7,10 @@ consumed, which is all that an exact resume needs.
 
 import logging
 import time
-from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -23,7 +23,7 @@ from scipy.sparse import csr_matrix
 from scgpt_hf.cells.block import CellBlock, Int64Array
 from scgpt_hf.cells.plan import Plan, lay_out
 from scgpt_hf.cells.source import CellSource
-from scgpt_hf.cells.threads import PATIENCE_S, ReadingThreads, n_cores, read_ahead
+from scgpt_hf.cells.threads import PATIENCE_S, ReadingThreads, in_order, n_cores, read_ahead
 from scgpt_hf.genes import match_columns
 from scgpt_hf.tokens.packing_scgpt import Tokens, bucket, pack, pad
 from scgpt_hf.tokens.processing_scgpt import ScGPTProcessor
@@ -184,8 +184,8 @@ class _Blocks:
     ) -> None:
         self.source, self.plans, self.processor, self.settings, self.shards = source, plans, processor, settings, shards
         self.gene_ids, _ = match_columns(source.genes, processor)
-        self.reader = ReadingThreads(1, "scgpt-read-block")
-        self.n_tokenizing = max(1, min(_MOST_TOKENIZING, n_cores() - 1))
+        self.readers = ReadingThreads(2, "scgpt-read-block")  # the next block begins where the last one's bands run out
+        self.n_tokenizing = min(_MOST_TOKENIZING, n_cores())
         self.tokenizers = ReadingThreads(self.n_tokenizing, "scgpt-tokenize")
         self.ahead: tuple[int, Future[tuple[list[Int64Array], CellBlock]] | None] = (0, None)
 
@@ -212,9 +212,9 @@ class _Blocks:
     def _take(self, shard: int) -> tuple[list[Int64Array], CellBlock]:
         """Return a shard that was read ahead, or read it now; then have the next one read."""
         expected, ahead = self.ahead
-        current = ahead if ahead is not None and expected == shard else self.reader.submit(self._read, shard)
+        current = ahead if ahead is not None and expected == shard else self.readers.submit(self._read, shard)
         following = shard + 1
-        self.ahead = (following, self.reader.submit(self._read, following) if following < len(self.shards) else None)
+        self.ahead = (following, self.readers.submit(self._read, following) if following < len(self.shards) else None)
         return current.result()
 
     def _read(self, shard: int) -> tuple[list[Int64Array], CellBlock]:
@@ -231,13 +231,9 @@ class _Blocks:
         """Yield the micro-batches of a block in order; some threads tokenise a few hundred cells each."""
         ends = np.cumsum([len(part) for step in steps for part in np.array_split(step, self.settings.micro_batches)])
         classes = {key: self._classes(block, key) for key in self.settings.categories}
-        pending: deque[Future[list[Batch]]] = deque()
-        for edges in _group(ends, _TOKENIZED_TOGETHER):
-            pending.append(self.tokenizers.submit(self._tokenize, block, classes, edges, epoch))
-            if len(pending) > self.n_tokenizing:
-                yield from pending.popleft().result()
-        for tokenized in pending:
-            yield from tokenized.result()
+        groups = (partial(self._tokenize, block, classes, edges, epoch) for edges in _group(ends, _TOKENIZED_TOGETHER))
+        for batches in in_order(self.tokenizers, groups, n_ahead=self.n_tokenizing):
+            yield from batches
 
     def _tokenize(self, block: CellBlock, classes: dict[str, Int64Array], edges: Int64Array, epoch: int) -> list[Batch]:
         """Return one batch for each pair of neighbouring edges, positions in the block."""

@@ -8,10 +8,9 @@ import json
 import logging
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ import numpy as np
 import pyarrow as pa
 from tqdm.auto import tqdm
 
-from scgpt_hf.cells.block import CellBlock, Int64Array
+from scgpt_hf.cells.block import Int64Array
 from scgpt_hf.cells.cache_format import cache_schema, encode_bands, obs_type, write_shard
 from scgpt_hf.cells.cache_manifest import (
     JOBS,
@@ -38,7 +37,7 @@ from scgpt_hf.cells.cache_manifest import (
 from scgpt_hf.cells.layout import TILE
 from scgpt_hf.cells.obs import require_columns
 from scgpt_hf.cells.source import CellSource
-from scgpt_hf.cells.threads import ReadingThreads
+from scgpt_hf.cells.threads import ReadingThreads, in_order
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +47,8 @@ COLUMNS = (
     *("sex", "suspension_type", "is_primary_data"),
 )
 CELLS_PER_SHARD = 32 * TILE  # about 300 MB
-_READ_TOGETHER = 8 * TILE  # cells in memory at once, twice: those that are read and those that are written
+_READ_TOGETHER = 8 * TILE  # cells of one read, 100 MB
+_READS_AHEAD = 2  # at once: when one has no band left to begin, the other has
 PLAN = "plan.json"
 
 
@@ -167,17 +167,11 @@ class CacheJobs:
         return True
 
     def _batches(self, cell_ids: Int64Array, tell: Callable[[int], object]) -> Iterator[pa.RecordBatch]:
-        """Yield the record batches of these cells; the next cells are read meanwhile."""
+        """Yield the record batches of these cells; the next ones are read meanwhile."""
         ranges = np.split(cell_ids, np.flatnonzero(np.diff(cell_ids // _READ_TOGETHER)) + 1)
-        with ReadingThreads(1, "cache-read") as reader:
-
-            def read(ids: Int64Array) -> Future[CellBlock]:
-                return reader.submit(self.source.read, ids, self.identity.columns)
-
-            ahead = read(ranges[0])
-            for following in [*ranges[1:], None]:
-                current, ahead = ahead, ahead if following is None else read(following)
-                block = current.result()
+        reads = (partial(self.source.read, ids, self.identity.columns) for ids in ranges)
+        with ReadingThreads(_READS_AHEAD, "cache-read") as readers:
+            for block in in_order(readers, reads, n_ahead=_READS_AHEAD):
                 yield from encode_bands(block, self.schema)
                 tell(len(block))
 

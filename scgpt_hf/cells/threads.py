@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 import weakref
+from collections import deque
 from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import Executor, Future
 from contextlib import suppress
@@ -77,6 +78,22 @@ class ReadingThreads(Executor):
     def _end(self) -> None:
         for _ in self._threads:
             self._tasks.put(None)
+
+
+def in_order(
+    executor: Executor, tasks: Iterable[Callable[[], Result]], *, n_ahead: int
+) -> Generator[Result, None, None]:
+    """Yield the results of tasks in their order; up to `n_ahead` tasks more are begun before one is asked for.
+
+    What a task raises is raised where its result was due; so is what `tasks` raises, a few results early.
+    """
+    pending: deque[Future[Result]] = deque()
+    for task in tasks:
+        pending.append(executor.submit(task))
+        if len(pending) > n_ahead:
+            yield pending.popleft().result()
+    while pending:
+        yield pending.popleft().result()
 
 
 def read_ahead(
