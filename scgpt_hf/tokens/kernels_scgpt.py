@@ -140,9 +140,7 @@ def _look_up(value: Any, edges: Array) -> Any:
 
 
 @compiled
-def _assign_bins(
-    values: Array, genes: Array, key: Any, ties: int, tabulated: bool, scratch: Any, bins: Array
-) -> None:  # fmt: skip
+def _assign_bins(values: Array, genes: Array, key: Any, ties: int, tabulated: bool, scratch: Any, bins: Array) -> None:
     """Fill the bin of each value, 0 for 0; `tabulated` and `scratch` as `_find_edges` left them."""
     edges, _, choices, (_, words, choice_of) = scratch
     if tabulated:
