@@ -87,10 +87,10 @@ def read_band(array: soma.SparseNDArray, cell_ids: Int64Array) -> Band:
     np.cumsum(indptr, out=indptr)
     genes = np.empty(indptr[-1], gene_type)
     counts = np.empty(indptr[-1], np.result_type(np.uint16, *(part[1] for part in parts)))
-    cursor = indptr[:-1].copy()
+    cursor, n_descents = indptr[:-1].copy(), 0
     for part_genes, part_counts, runs in parts:
-        _place_runs(part_genes, part_counts, *runs, cursor, genes, counts)
-    if not _ascend(indptr, genes):  # the fragments of the array came out of order
+        n_descents += _place_runs(part_genes, part_counts, *runs, indptr, cursor, genes, counts)
+    if n_descents:  # the fragments of the array came out of order
         order = np.lexsort((genes, np.repeat(np.arange(len(cell_ids)), np.diff(indptr))))
         genes, counts = genes[order], counts[order]
     return Band(indptr, genes, counts)
@@ -155,24 +155,20 @@ def _find_runs(ids, row_of_id, first, lengths, rows, begins, ends):  # type: ign
 
 
 @njit(nogil=True, cache=True)
-def _place_runs(from_genes, from_counts, rows, begins, ends, cursor, genes, counts):  # type: ignore[no-untyped-def]
-    """Copy each run behind the last one of its cell."""
+def _place_runs(from_genes, from_counts, rows, begins, ends, indptr, cursor, genes, counts):  # type: ignore[no-untyped-def]
+    """Copy each run behind the last one of its cell, and return how often a gene of a cell is below the one before."""
+    n_descents = 0
     for run in range(len(rows)):
         start, stop, place = begins[run], ends[run], cursor[rows[run]]
-        _copy(from_genes[start:stop], genes[place : place + stop - start])
+        run_genes = from_genes[start:stop]
+        _copy(run_genes, genes[place : place + stop - start])
         _copy(from_counts[start:stop], counts[place : place + stop - start])
+        for i in range(1, len(run_genes)):
+            n_descents += run_genes[i] < run_genes[i - 1]
+        if place > indptr[rows[run]]:
+            n_descents += genes[place] < genes[place - 1]
         cursor[rows[run]] += stop - start
-
-
-@njit(nogil=True, cache=True)
-def _ascend(indptr, genes):  # type: ignore[no-untyped-def]
-    """Return whether the genes of every cell ascend."""
-    n_descents = 0
-    for cell in range(len(indptr) - 1):
-        of_cell = genes[indptr[cell] : indptr[cell + 1]]
-        for entry in range(1, len(of_cell)):
-            n_descents += of_cell[entry] < of_cell[entry - 1]
-    return n_descents == 0
+    return n_descents
 
 
 @njit(nogil=True, cache=True)
