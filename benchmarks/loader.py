@@ -22,7 +22,6 @@ import numpy as np
 import pandas as pd
 import tiledbsoma as soma
 from measuring import alternate, peak_memory_gb, print_medians, ratios, write_result
-from scipy.sparse import csr_matrix
 from tiledbsoma_ml import ExperimentDataset
 
 from scgpt_hf.cells.census import CensusSource
@@ -32,7 +31,7 @@ from scgpt_hf.cells.source import open_source
 from scgpt_hf.cells.threads import in_order, read_ahead
 from scgpt_hf.stream import StreamSettings, stream_cells
 from scgpt_hf.tokens.processing_scgpt import ScGPTProcessor
-from scgpt_hf.tokens.tokenizing_scgpt import rows_of
+from scgpt_hf.tokens.tokenizing_scgpt import Block, rows_of
 
 BATCH = 32
 THIRD = "cell_type in ['CD4-positive, alpha-beta T cell', 'platelet']"  # of a synthetic Census, in runs of about 12
@@ -65,16 +64,15 @@ def plan_of(source: CensusSource) -> EpochPlan:
     return plan_epoch(source.obs().index.to_numpy(), seed=0, epoch=0, batch_size=BATCH)
 
 
-def raw_rows(source: CensusSource, plan: EpochPlan) -> Iterator[csr_matrix]:
-    """Yield the counts of each batch of an epoch, shape (cells, genes); the next block is read meanwhile."""
+def raw_rows(source: CensusSource, plan: EpochPlan) -> Iterator[Block]:
+    """Yield the CSR arrays of each batch of an epoch, shape (cells, genes); the next block is read meanwhile."""
     reads = (partial(source.read, plan.block(index).ravel()) for index in range(plan.n_blocks))
     with ThreadPoolExecutor(2) as readers:
         for block in in_order(readers, reads, n_ahead=1):
             for together in range(0, len(block), GATHERED):
                 counts = block.take(np.arange(together, min(together + GATHERED, len(block))))
                 for first in range(0, counts.shape[0], BATCH):
-                    rows = rows_of(counts, first, min(first + BATCH, counts.shape[0]))
-                    yield csr_matrix((rows.data, rows.indices, rows.indptr), rows.shape, copy=False)
+                    yield rows_of(counts, first, min(first + BATCH, counts.shape[0]))
             del block  # or it would be in memory until the next one is
 
 

@@ -1,8 +1,8 @@
 """Rows of a SOMA sparse array, a band of 2,048 at a time, kept small until they are asked for.
 
-Decides how the entries of a band are read, put into order and kept: in two or four bytes each where they fit. A block
-stays in its bands; `Bands.gather` makes the matrix of a few of its cells. `census.py` says which band is read by which
-thread. The loops over entries are compiled and release the GIL, so that threads read at the same time.
+Decides how the entries of a band are read, put into order and kept: in one word each, of four bytes where they fit. A
+block stays in its bands; `Bands.gather` makes the matrix of a few of its cells. `census.py` says which band is read by
+which thread. The loops over entries are compiled and release the GIL, so that threads read at the same time.
 """
 
 from collections.abc import Sequence
@@ -20,6 +20,8 @@ from scgpt_hf.cells.block import Int64Array, sorted_csr
 # Wanted cells per cell of the range they span, from which on reading the whole range is faster (measured).
 DENSE = 1 / 64
 
+_HALF, _LOW = 16, 2**16 - 1  # of a word of 32 bits: where the count begins; what masks the gene
+
 Array: TypeAlias = NDArray[Any]
 
 
@@ -28,20 +30,20 @@ class Band(NamedTuple):
 
     Attributes:
         indptr: int64 (cells + 1,).
-        genes: columns, uint16 where all of the array's fit, else int32 (entries,).
-        counts: not zero; uint16 where all of the band's are whole and fit, else float32 (entries,).
+        words: of each entry, its gene in the lower half and its count, which is not 0, in the upper one (entries,).
+            uint32 where all are whole and fit 16 bits; else uint64, and counts are the bits of a float32.
     """
 
     indptr: Int64Array
-    genes: Array
-    counts: Array
+    words: Array
 
     @property
     def raw(self) -> bool:
         """Whether all counts are whole, finite and > 0."""
-        counts = self.counts
-        fit = counts.dtype.kind == "u"
-        return fit or bool((np.isfinite(counts) & (counts > 0) & (counts == np.floor(counts))).all())
+        if self.words.dtype == np.uint32:
+            return True
+        counts = (self.words >> np.uint64(32)).astype(np.uint32).view(np.float32)
+        return bool((np.isfinite(counts) & (counts > 0) & (counts == np.floor(counts))).all())
 
 
 class Bands:
@@ -67,7 +69,10 @@ class Bands:
         order = np.argsort(self._band[cells], kind="stable")
         for part in np.split(order, np.flatnonzero(np.diff(self._band[cells[order]])) + 1) if len(cells) else []:
             band = self._bands[self._band[cells[part[0]]]]
-            _copy_rows(band.indptr, band.genes, band.counts, self._row[cells[part]], indptr[part], genes, counts)
+            unpack, into = (
+                (_unpack, counts) if band.words.dtype == np.uint32 else (_unpack_wide, counts.view(np.uint32))
+            )
+            unpack(band.indptr, band.words, self._row[cells[part]], indptr[part], genes, into)
         return sorted_csr(indptr, genes, counts, self._n_genes)
 
 
@@ -77,64 +82,68 @@ def read_band(array: soma.SparseNDArray, cell_ids: Int64Array) -> Band:
     whole = len(cell_ids) >= DENSE * (last - first + 1)
     row_of_id = np.full(last - first + 1, -1, dtype=np.int32)
     row_of_id[cell_ids - first] = np.arange(len(cell_ids), dtype=np.int32)
-    gene_type = np.uint16 if array.shape[1] <= 2**16 else np.int32
-    indptr = np.zeros(len(cell_ids) + 1, np.int64)
+    narrow, indptr = array.shape[1] <= 2**16, np.zeros(len(cell_ids) + 1, np.int64)
     parts = [  # each is made small at once, so that its memory serves for the next
-        _shrink([column.to_numpy() for column in batch.columns], row_of_id, first, gene_type, indptr[1:])
+        _shrink([column.to_numpy() for column in batch.columns], row_of_id, first, narrow, indptr[1:])
         for table in array.read((slice(first, last) if whole else pa.array(cell_ids),)).tables()
         for batch in table.to_batches()
     ]
     np.cumsum(indptr, out=indptr)
-    genes = np.empty(indptr[-1], gene_type)
-    counts = np.empty(indptr[-1], np.result_type(np.uint16, *(part[1] for part in parts)))
-    cursor, n_descents = indptr[:-1].copy(), 0
-    for part_genes, part_counts, runs in parts:
-        n_descents += _place_runs(part_genes, part_counts, *runs, indptr, cursor, genes, counts)
-    if n_descents:  # the fragments of the array came out of order
-        order = np.lexsort((genes, np.repeat(np.arange(len(cell_ids)), np.diff(indptr))))
-        genes, counts = genes[order], counts[order]
-    return Band(indptr, genes, counts)
+    words: Array = np.empty(indptr[-1], np.result_type(np.uint32, *(part for part, _ in parts)))
+    cursor, low = indptr[:-1].copy(), words.dtype.type(2 ** (4 * words.itemsize) - 1)
+    for part, runs in parts:
+        same = part if part.dtype == words.dtype else _widen(part & _LOW, (part >> _HALF).astype(np.float32))
+        _place_runs(same, *runs, cursor, words)
+    if not _ascend(indptr, words, low):  # the fragments of the array came out of order
+        words = words[np.lexsort((words & low, np.repeat(np.arange(len(cell_ids)), np.diff(indptr))))]
+    return Band(indptr, words)
 
 
 def _shrink(
-    entries: Sequence[Array], row_of_id: Array, first: int, gene_type: Any, lengths: Int64Array
-) -> tuple[Array, Array, tuple[Array, Array, Array]]:
-    """Return the entries of a part of a band as they lie: genes, counts, and where its runs of wanted cells are.
+    entries: Sequence[Array], row_of_id: Array, first: int, narrow: bool, lengths: Int64Array
+) -> tuple[Array, tuple[Array, Array, Array]]:
+    """Return the words of a part of a band as its entries lie, and where its runs of wanted cells are.
 
     Args:
         entries: cell ids, genes and counts. Shape (entries,) each.
         row_of_id: the row of each cell of the band, −1 if it is not wanted. Shape (last id − first + 1,).
         first: id of the first cell.
-        gene_type: of the genes.
+        narrow: whether genes fit 16 bits.
         lengths: of the cells, to which those of the runs are added. Shape (rows,).
 
     Returns:
-        Genes and counts, shape (entries,); the row, begin and end of each run, shape (runs,).
+        See `Band.words`, shape (entries,); the row, begin and end of each run, shape (runs,).
     """
-    ids, columns, values = entries
-    values = values.astype(np.float32, copy=False)
-    counts: Array = np.empty(len(values), np.uint16)
-    n_zeros, n_misfits = _narrow(values, counts)
+    ids, genes, values = entries
+    counts = values.astype(np.float32, copy=False)
+    words: Array = np.empty(len(ids), np.uint32)
+    n_zeros, n_misfits = _pack(genes, counts, words)
     if n_zeros:
-        return _shrink([column[values != 0] for column in entries], row_of_id, first, gene_type, lengths)
-    if n_misfits:
-        counts = values.copy()  # Arrow's memory is the next part's
+        return _shrink([column[values != 0] for column in entries], row_of_id, first, narrow, lengths)
+    if n_misfits or not narrow:
+        words = _widen(genes, counts)
     rows, begins, ends = (np.empty(len(ids), np.int32) for _ in range(3))
     n_runs = _find_runs(ids, row_of_id, first, lengths, rows, begins, ends)
-    return columns.astype(gene_type), counts, (rows[:n_runs].copy(), begins[:n_runs].copy(), ends[:n_runs].copy())
+    return words, (rows[:n_runs].copy(), begins[:n_runs].copy(), ends[:n_runs].copy())
+
+
+def _widen(genes: Array, counts: Array) -> Array:
+    """Return words of 64 bits; see `Band`."""
+    return genes.astype(np.uint64) | (counts.view(np.uint32).astype(np.uint64) << np.uint64(32))
 
 
 @njit(nogil=True, cache=True)
-def _narrow(values, counts):  # type: ignore[no-untyped-def]
-    """Fill the values in 16 bits; return how many are 0, and how many do not fit. Of NaN, every comparison is false.
+def _pack(genes, counts, words):  # type: ignore[no-untyped-def]
+    """Fill words of 32 bits; return how many counts are 0, and how many do not fit. Of NaN, every comparison is false.
 
     Here and below loops are short and run over slices from 0: the compiler then takes many entries at once.
     """
     n_zeros = n_misfits = 0
-    for i in range(len(values)):
-        counts[i] = np.int32(values[i])
-        n_zeros += values[i] == 0
-        n_misfits += not ((values[i] >= 0) & (values[i] <= 65535) & (values[i] == np.floor(values[i])))
+    for i in range(len(genes)):
+        words[i] = (np.int32(counts[i]) << _HALF) | np.int32(genes[i])
+    for i in range(len(counts)):
+        n_zeros += counts[i] == 0
+        n_misfits += not ((counts[i] >= 0) & (counts[i] <= _LOW) & (counts[i] == np.floor(counts[i])))
     return n_zeros, n_misfits
 
 
@@ -155,32 +164,44 @@ def _find_runs(ids, row_of_id, first, lengths, rows, begins, ends):  # type: ign
 
 
 @njit(nogil=True, cache=True)
-def _place_runs(from_genes, from_counts, rows, begins, ends, indptr, cursor, genes, counts):  # type: ignore[no-untyped-def]
-    """Copy each run behind the last one of its cell, and return how often a gene of a cell is below the one before."""
-    n_descents = 0
+def _place_runs(part, rows, begins, ends, cursor, words):  # type: ignore[no-untyped-def]
+    """Copy each run behind the last one of its cell."""
     for run in range(len(rows)):
-        start, stop, place = begins[run], ends[run], cursor[rows[run]]
-        run_genes = from_genes[start:stop]
-        _copy(run_genes, genes[place : place + stop - start])
-        _copy(from_counts[start:stop], counts[place : place + stop - start])
-        for i in range(1, len(run_genes)):
-            n_descents += run_genes[i] < run_genes[i - 1]
-        if place > indptr[rows[run]]:
-            n_descents += genes[place] < genes[place - 1]
-        cursor[rows[run]] += stop - start
-    return n_descents
+        these, place = part[begins[run] : ends[run]], cursor[rows[run]]
+        there = words[place : place + len(these)]
+        for i in range(len(these)):
+            there[i] = these[i]
+        cursor[rows[run]] += len(these)
 
 
 @njit(nogil=True, cache=True)
-def _copy_rows(indptr, from_genes, from_counts, rows, starts, genes, counts):  # type: ignore[no-untyped-def]
-    """Copy rows of a band, widened, to where each starts in the result."""
+def _ascend(indptr, words, low):  # type: ignore[no-untyped-def]
+    """Return whether the genes of every cell ascend."""
+    n_descents = 0
+    for cell in range(len(indptr) - 1):
+        these = words[indptr[cell] : indptr[cell + 1]]
+        for i in range(1, len(these)):
+            n_descents += (these[i] & low) < (these[i - 1] & low)
+    return n_descents == 0
+
+
+@njit(nogil=True, cache=True)
+def _unpack(indptr, words, rows, starts, genes, counts):  # type: ignore[no-untyped-def]
+    """Fill genes and counts of rows of a band from where each starts in the result."""
     for cell in range(len(rows)):
-        first, stop, start = indptr[rows[cell]], indptr[rows[cell] + 1], starts[cell]
-        _copy(from_genes[first:stop], genes[start : start + stop - first])
-        _copy(from_counts[first:stop], counts[start : start + stop - first])
+        these, start = words[indptr[rows[cell]] : indptr[rows[cell] + 1]], starts[cell]
+        to_genes, to_counts = genes[start : start + len(these)], counts[start : start + len(these)]
+        for i in range(len(these)):
+            to_genes[i] = these[i] & _LOW
+        for i in range(len(these)):
+            to_counts[i] = these[i] >> _HALF
 
 
 @njit(nogil=True, cache=True)
-def _copy(these, there):  # type: ignore[no-untyped-def]
-    for i in range(len(these)):
-        there[i] = these[i]
+def _unpack_wide(indptr, words, rows, starts, genes, counts):  # type: ignore[no-untyped-def]
+    """Fill genes and the bits of counts from words of 64 bits; see `_unpack`."""
+    for cell in range(len(rows)):
+        first, start = indptr[rows[cell]], starts[cell]
+        for i in range(indptr[rows[cell] + 1] - first):
+            genes[start + i] = np.int32(words[first + i] & np.uint64(2**32 - 1))
+            counts[start + i] = np.uint32(words[first + i] >> np.uint64(32))
