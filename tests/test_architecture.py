@@ -79,6 +79,19 @@ def test_closed_rooms_import_siblings_by_one_dot_and_little_else(room: str) -> N
                 assert top in sys.stdlib_module_names | CLOSED[room], f"{path.name} imports {module}"
 
 
+@pytest.mark.parametrize("entry", ["tokens/processing_scgpt.py", "model/modeling_scgpt.py"])
+def test_what_auto_classes_load_imports_by_itself_every_sibling_that_its_siblings_need(entry: str) -> None:
+    """From a local folder, transformers 5.4 copies only the files that the loaded one names."""
+    found: set[str] = set()
+    wanted = {(PACKAGE / entry).stem}
+    while new := wanted - found:
+        found |= new
+        paths = [(PACKAGE / entry).with_name(f"{name}.py") for name in new]
+        wanted = {module for path in paths for level, module, _ in imports_of(path) if level}
+    named = {module for level, module, _ in imports_of(PACKAGE / entry) if level}
+    assert found - named == {(PACKAGE / entry).stem}
+
+
 def test_file_names_of_the_closed_rooms_differ() -> None:
     names = [path.name for room in CLOSED for path in (PACKAGE / room).glob("*.py") if path.name != "__init__.py"]
     assert len(names) == len(set(names))

@@ -11,7 +11,15 @@ import difflib
 from dataclasses import field, fields
 from typing import Any, ClassVar, Literal
 
-from transformers.configuration_utils import PreTrainedConfig, strict  # type: ignore[attr-defined]
+import transformers
+
+try:
+    from transformers.configuration_utils import PreTrainedConfig, strict  # type: ignore[attr-defined]
+except ImportError as error:
+    raise ImportError(
+        f"models of scgpt need transformers 5.4 or newer, found {transformers.__version__}; "
+        "run `pip install --upgrade transformers`"
+    ) from error
 
 AUTO_MAP = {
     "AutoConfig": "configuration_scgpt.ScGPTConfig",

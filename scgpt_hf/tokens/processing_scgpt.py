@@ -15,6 +15,8 @@ import numpy.typing as npt
 from transformers import BatchFeature, PreTrainedTokenizerFast, ProcessorMixin
 
 from .binning_scgpt import Ties
+from .drawing_scgpt import COMPILED  # noqa: F401  # transformers 5.4 copies from a folder only what is named here
+from .kernels_scgpt import TIE_CODES
 from .masking_scgpt import draw_ratios, mask_tokens
 from .packing_scgpt import Tokens, pack, pad
 from .randomness_scgpt import Int64Array, SparseCounts, content_ids
@@ -257,7 +259,7 @@ class ScGPTProcessor(ProcessorMixin):
         return gene_ids
 
     def _check_settings(self) -> None:
-        for name, allowed in (("ties", get_args(Ties)), ("input_style", get_args(InputStyle))):
+        for name, allowed in (("ties", tuple(TIE_CODES)), ("input_style", get_args(InputStyle))):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"unknown {name} {getattr(self, name)!r}; choose one of {', '.join(allowed)}")
         for name, least in (("n_bins", 2), ("max_tokens", 2)):

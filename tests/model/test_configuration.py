@@ -1,5 +1,7 @@
 """The configuration keeps what it is given, refuses what no model can satisfy, and knows what training costs."""
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -75,3 +77,10 @@ def test_what_no_model_can_satisfy_is_refused(settings: dict[str, Any], message:
 @pytest.mark.parametrize(("mean_tokens", "measured"), [(120, 128e6), (450, 153e6), (1201, 208e6)])
 def test_training_flops_are_those_measured_for_the_seed_model(mean_tokens: int, measured: float) -> None:
     assert training_flops_per_token(ScGPTConfig(), mean_tokens) == pytest.approx(measured, rel=0.02)
+
+
+def test_a_transformers_that_is_too_old_is_named() -> None:
+    file = sys.modules[ScGPTConfig.__module__].__file__
+    code = f"from transformers import configuration_utils as it; del it.strict; import runpy; runpy.run_path({file!r})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert "ImportError: models of scgpt need transformers 5.4 or newer, found 5." in done.stderr.splitlines()[-1]
