@@ -322,8 +322,7 @@ class ScGPTForPreTraining(ScGPTPreTrainedModel):
         cells = (input_ids, values, attention_mask, cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k)
         encode = partial(self.scgpt, *cells, domain_ids=domain_ids, return_dict=True)
         encoded = encode(**kwargs)
-        boundaries = cell_boundaries(input_ids, cu_seq_lens_q)
-        seen = self._predict(encoded, boundaries, label_positions, domain_ids)
+        seen = self._predict(encoded, cu_seq_lens_q, label_positions, domain_ids)
         loss, losses = None, None
         config, given = self.config, num_items_in_batch
         if labels is not None:
@@ -354,12 +353,13 @@ class ScGPTForPreTraining(ScGPTPreTrainedModel):
         )
 
     def _predict(
-        self, encoded: ScGPTModelOutput, boundaries: Tensor, positions: Tensor | None, domain_ids: Tensor | None
+        self, encoded: ScGPTModelOutput, packed: Tensor | None, positions: Tensor | None, domain_ids: Tensor | None
     ) -> dict[str, Any]:
         """Return what the heads read at the given positions, or at all, by name of the output's field."""
-        cells, shape = encoded.cell_embedding, encoded.last_hidden_state.shape[:2]
-        at = torch.arange(shape.numel(), device=cells.device) if positions is None else positions
-        cell = cell_of(at, boundaries).clamp(max=cells.shape[0] - 1)  # behind the last cell nothing is predicted
+        cells, (n_rows, n_tokens, _) = encoded.cell_embedding, encoded.last_hidden_state.shape
+        at = torch.arange(n_rows * n_tokens, device=cells.device) if positions is None else positions
+        # Behind the last packed cell nothing is predicted.
+        cell = at // n_tokens if packed is None else cell_of(at, packed).clamp(max=cells.shape[0] - 1)
         seen: dict[str, Any] = dict.fromkeys(("gep", "gepc", "gep_zero", "gepc_zero", "dar", "class_logits"))
         told = []  # what the expression heads are told beside a state: the domain of its cell
         if self.domain_encoder is not None:
@@ -372,7 +372,7 @@ class ScGPTForPreTraining(ScGPTPreTrainedModel):
             own = cells.index_select(0, cell)
             seen["gepc"], seen["gepc_zero"] = self.cell_to_gene_head(torch.cat([own, *told], dim=-1), genes)
         if positions is None:
-            seen = {name: None if states is None else states.view(shape) for name, states in seen.items()}
+            seen = {name: None if it is None else it.view(n_rows, n_tokens) for name, it in seen.items()}
         if self.domain_head is not None:
             seen["dar"] = self.domain_head(cells)
         if self.class_head is not None:

@@ -1,13 +1,18 @@
-"""`torch.export` of the padded backbone: any number of cells and tokens, saved, loaded, the same numbers."""
+"""`torch.export` and ONNX of the padded models: any number of cells and tokens, saved, loaded, the same numbers."""
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch.export import Dim
 
-from scgpt_hf import ScGPTConfig, ScGPTModel
+from scgpt_hf import ScGPTConfig, ScGPTForPreTraining, ScGPTForSequenceClassification, ScGPTModel
+
+MODELS = (ScGPTModel, ScGPTForPreTraining, ScGPTForSequenceClassification)
+SHAPES = ((3, 7), (1, 2), (9, 40))
+ANY_SIZE = {name: {0: Dim.DYNAMIC, 1: Dim.DYNAMIC} for name in ("input_ids", "values", "attention_mask")}
 
 
 def cells_of(n_cells: int, n_tokens: int) -> dict[str, torch.Tensor]:
@@ -19,17 +24,36 @@ def cells_of(n_cells: int, n_tokens: int) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("attention", ["scgpt_varlen", "eager"])
-def test_the_exported_encoder_takes_any_number_of_cells_and_tokens(
-    config: Callable[..., ScGPTConfig], tmp_path: Path, attention: str
+@pytest.mark.parametrize("model_class", MODELS)
+def test_an_exported_model_takes_any_number_of_cells_and_tokens(
+    config: Callable[..., ScGPTConfig], tmp_path: Path, model_class: Any, attention: str
 ) -> None:
     torch.manual_seed(0)
-    model = ScGPTModel._from_config(config(), attn_implementation=attention).eval()
-    any_size = {0: Dim.DYNAMIC, 1: Dim.DYNAMIC}
-    shapes = dict.fromkeys(("input_ids", "values", "attention_mask"), any_size)
+    model = model_class._from_config(config(), attn_implementation=attention).eval()
     with torch.no_grad():
-        exported = torch.export.export(model, (), cells_of(3, 7), dynamic_shapes=shapes)
-        torch.export.save(exported, tmp_path / "encoder.pt2")
-        loaded = torch.export.load(tmp_path / "encoder.pt2").module()
-        for n_cells, n_tokens in ((3, 7), (1, 2), (9, 40)):
-            cells = cells_of(n_cells, n_tokens)
-            torch.testing.assert_close(loaded(**cells).cell_embedding, model(**cells).cell_embedding)
+        exported = torch.export.export(model, (), cells_of(3, 7), dynamic_shapes=ANY_SIZE)
+        torch.export.save(exported, tmp_path / "model.pt2")
+        loaded = torch.export.load(tmp_path / "model.pt2").module()
+        for shape in SHAPES:
+            cells = cells_of(*shape)
+            torch.testing.assert_close(loaded(**cells).to_tuple(), model(**cells).to_tuple())
+
+
+@pytest.mark.filterwarnings("ignore")  # of the exporter, about itself
+@pytest.mark.parametrize("model_class", MODELS)
+def test_a_model_in_onnx_gives_the_same_numbers(
+    config: Callable[..., ScGPTConfig], tmp_path: Path, model_class: Any
+) -> None:
+    pytest.importorskip("onnxscript")
+    runtime = pytest.importorskip("onnxruntime")
+    torch.manual_seed(0)
+    model = model_class._from_config(config()).eval()
+    with torch.no_grad():
+        program = torch.onnx.export(model, (), kwargs=cells_of(3, 7), dynamic_shapes=ANY_SIZE, dynamo=True)
+        program.save(tmp_path / "model.onnx")
+        session = runtime.InferenceSession(tmp_path / "model.onnx")
+        for shape in SHAPES:
+            cells = cells_of(*shape)
+            found = session.run(None, {name: tensor.numpy() for name, tensor in cells.items()})
+            for values, expected in zip(found, model(**cells).to_tuple(), strict=True):
+                torch.testing.assert_close(torch.from_numpy(values), expected, atol=1e-4, rtol=1e-4)
