@@ -48,7 +48,12 @@ def load_pretrained(name: str | Path, model_class: Any, **changes: Any) -> Pretr
         try:
             config = ScGPTConfig(**{**saved, **changes})
         except StrictDataclassError as error:
-            raise ValueError(f"{name} cannot be changed so: {error.__cause__ or error}") from error
+            wrong = error.__cause__ or error
+            raise ValueError(
+                f"{name} cannot be changed so: {wrong}"
+                if changes
+                else f"{name} cannot be used: {wrong}; it may be from a newer version of scgpt_hf, or damaged"
+            ) from error
     loading = {"config": config, "output_loading_info": True, "ignore_mismatched_sizes": True}
     with _damage_said(name), _report_unprinted():
         model, report = model_class.from_pretrained(name, use_safetensors=True, **loading)
@@ -131,11 +136,13 @@ def _is_no_report(record: logging.LogRecord) -> bool:
 
 
 def require_pair(model: PreTrainedModel, processor: ScGPTProcessor) -> None:
-    """Raise unless the model has as many genes and special tokens as the processor.
+    """Raise unless the model is one of ours and has as many genes and special tokens as the processor.
 
     Raises:
-        ValueError: they come from different folders.
+        ValueError: it is another kind of model, or they come from different folders.
     """
+    if model.config.model_type != ScGPTConfig.model_type:
+        raise ValueError(f"{model.name_or_path or 'this'} is a {model.config.model_type!r} model, not one of scgpt")
     if model.config.vocab_size != processor.vocab_size:
         raise ValueError(
             f"the model {model.name_or_path} has {model.config.vocab_size:,} genes and special tokens, the processor "

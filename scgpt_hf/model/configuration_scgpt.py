@@ -12,6 +12,7 @@ from dataclasses import field, fields
 from typing import Any, ClassVar, Literal
 
 import transformers
+from huggingface_hub.errors import StrictDataclassError
 
 try:
     from transformers.configuration_utils import PreTrainedConfig, strict  # type: ignore[attr-defined]
@@ -139,6 +140,25 @@ class ScGPTConfig(PreTrainedConfig):
             self.loss_weights |= {"dar": 1.0} if self.domain_head else {}
         self.auto_map = {**AUTO_MAP, **(kwargs.pop("auto_map", None) or {})}
         super().__post_init__(**kwargs)
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """Return the configuration of saved settings; called by `from_pretrained`.
+
+        Args:
+            config_dict: the settings, as in config.json.
+            **kwargs: settings to change, and what the library takes.
+
+        Raises:
+            ValueError: a setting is unknown, or its value one that no model of this version can have.
+        """
+        try:
+            return super().from_dict(config_dict, **kwargs)
+        except StrictDataclassError as error:
+            raise ValueError(
+                f"the saved configuration cannot be used: {error.__cause__ or error}; a newer version of scgpt_hf may "
+                "have written it, or it is damaged"
+            ) from error
 
     def weighs(self, objective: str) -> bool:
         """Return whether `objective` is part of the loss, and therefore its head part of the model."""

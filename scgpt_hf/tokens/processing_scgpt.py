@@ -12,7 +12,7 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
-from transformers import BatchFeature, PreTrainedTokenizerFast, ProcessorMixin
+from transformers import BatchFeature, PreTrainedConfig, PreTrainedTokenizerFast, ProcessorMixin
 
 from .binning_scgpt import Ties
 from .drawing_scgpt import COMPILED  # noqa: F401  # transformers 5.4 copies from a folder only what is named here
@@ -36,6 +36,8 @@ from .vocabulary_scgpt import (
 logger = logging.getLogger(__name__)
 
 InputStyle = Literal["binned", "log1p"]
+# Keywords of `from_pretrained` that say which files are meant.
+_WHERE = frozenset({"cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder"})
 
 
 class ScGPTProcessor(ProcessorMixin):
@@ -96,6 +98,29 @@ class ScGPTProcessor(ProcessorMixin):
     def from_vocab(cls, vocab: Mapping[str, int], **settings: Any) -> "ScGPTProcessor":
         """Return a processor with the ids of a published `vocab.json`; special tokens may sit at any id."""
         return cls(build_tokenizer(vocab), **settings)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> "ScGPTProcessor":
+        """Return the processor saved in a folder or a repository of the Hub.
+
+        Args:
+            pretrained_model_name_or_path: the folder, or the repository's id.
+            *args: as the library takes them; better given by name.
+            **kwargs: settings to change, and what the library takes: `revision`, `token`, `cache_dir`, ….
+
+        Raises:
+            OSError: there is no such folder or repository, or it holds no processor.
+            ValueError: the model saved there has another vocabulary, or a setting is unknown or out of range.
+        """
+        processor: ScGPTProcessor = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        try:
+            model, _ = PreTrainedConfig.get_config_dict(
+                pretrained_model_name_or_path, **{name: kwargs[name] for name in _WHERE & kwargs.keys()}
+            )
+        except OSError:  # a processor alone
+            return processor
+        processor._check_model(model, pretrained_model_name_or_path)
+        return processor
 
     @classmethod
     def get_processor_dict(
@@ -257,6 +282,17 @@ class ScGPTProcessor(ProcessorMixin):
         if columns_of_gene.max(initial=0) > 1:
             raise ValueError(f"two columns have gene id {columns_of_gene.argmax()}; each gene may have one column")
         return gene_ids
+
+    def _check_model(self, config: Mapping[str, Any], where: Any) -> None:
+        """Raise unless the vocabulary is that of the model whose config this is; what the config lacks is not asked."""
+        rows, pad_id = config.get("vocab_size", self.vocab_size), config.get("pad_token_id", self.pad_id)
+        if rows != self.vocab_size:
+            found = f"a vocabulary of {self.vocab_size:,}, but a model of {rows:,} genes and special tokens"
+        elif pad_id != self.pad_id:
+            found = f"{PAD} with the id {self.pad_id:,}, but a model that has it at {pad_id:,}"
+        else:
+            return
+        raise ValueError(f"{where} holds {found}; copy tokenizer.json and config.json again from one folder")
 
     def _check_settings(self) -> None:
         for name, allowed in (("ties", tuple(TIE_CODES)), ("input_style", get_args(InputStyle))):

@@ -17,6 +17,7 @@ from anndata import AnnData
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.sparse import csr_matrix
+from transformers import BertConfig, BertModel
 
 from scgpt_hf.analysis import embed, inference
 from scgpt_hf.analysis.embed import embed_anndata, embed_cells, umap_of
@@ -354,6 +355,11 @@ def test_a_model_needs_its_own_processor(model: ScGPTModel, saved: Path) -> None
         embed_anndata(some_cells(), model, **QUIET)
     with pytest.raises(ValueError, match="33 genes and special tokens, the processor 34"):
         embed_anndata(some_cells(), model, ScGPTProcessor.from_genes(IDS[:31]), **QUIET)
+    bert = BertModel(
+        BertConfig(vocab_size=33, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)
+    )
+    with pytest.raises(ValueError, match="a 'bert' model, not one of scgpt"):
+        embed_anndata(some_cells(), bert, ScGPTProcessor.from_genes(IDS[:30]), **QUIET)
     with pytest.raises(ValueError, match=r"is the folder of a run; its model is .*best_model"):
         embed_anndata(some_cells(), saved.parent, **QUIET)
     with pytest.raises(FileNotFoundError, match=r"there is no folder runs/mine/best, and a repository .* OWNER/NAME"):

@@ -1,5 +1,7 @@
 """What pretraining records of genes and experimental batches is what embedding other cells needs to know."""
 
+import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -51,3 +53,12 @@ def test_the_domains_of_training_are_known_where_cells_are_embedded(saved: Path,
     del cells.obs["dataset_id"]
     with pytest.raises(ValueError, match="dataset_id"):
         embed_anndata(cells, saved, overwrite=True, progress=False)
+
+
+def test_a_model_from_the_future_is_refused_by_its_folder(
+    saved: Path, small_cells: list[AnnData], tmp_path: Path
+) -> None:
+    path = Path(shutil.copytree(saved, tmp_path / "model")) / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "norm_scheme": "rms"}))
+    with pytest.raises(ValueError, match=r"model cannot be used: .*expected one of .* a newer version of scgpt_hf"):
+        embed_anndata(small_cells[0][:20].copy(), path.parent, progress=False)

@@ -142,6 +142,15 @@ def test_a_configuration_from_the_future_is_refused_by_the_setting(checkpoint: P
             load.from_pretrained(checkpoint)
 
 
+@pytest.mark.parametrize("setting", [{"norm_scheme": "rms"}, {"dropout": 3}, {"loss_weights": {"gep": 1, "rank": 1}}])
+def test_a_choice_from_the_future_is_refused_by_what_is_known(checkpoint: Path, setting: dict[str, Any]) -> None:
+    path = checkpoint / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **setting}))
+    for load in (AutoConfig, AutoModel):
+        with pytest.raises(ValueError, match=f"{next(iter(setting))}.* expected .*; a newer version of scgpt_hf"):
+            load.from_pretrained(checkpoint)
+
+
 def test_weights_of_another_vocabulary_are_refused(checkpoint: Path) -> None:
     path = checkpoint / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "vocab_size": 25}))

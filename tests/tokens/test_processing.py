@@ -249,3 +249,22 @@ def test_a_processor_from_the_future_is_refused_by_the_setting(tmp_path: Path) -
     for load in (ScGPTProcessor, AutoProcessor):
         with pytest.raises(ValueError, match=r"does not know: \['ploidy'\]; it may come from a newer version"):
             load.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"vocab_size": 64, "pad_token_id": 60}, "a vocabulary of 63, .* a model of 64 genes and special tokens"),
+        ({"vocab_size": 63, "pad_token_id": 0}, "<pad> with the id 60, .* a model that has it at 0"),
+    ],
+)
+def test_a_vocabulary_of_another_model_is_refused_where_they_are_saved_together(
+    tmp_path: Path, config: dict[str, int], message: str
+) -> None:
+    ScGPTProcessor.from_genes(GENES).save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "scgpt", **config}))
+    for load in (ScGPTProcessor, AutoProcessor):
+        with pytest.raises(ValueError, match=rf"{message}; copy tokenizer.json and config.json again from one folder"):
+            load.from_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"vocab_size": 63, "pad_token_id": 60}))
+    assert ScGPTProcessor.from_pretrained(tmp_path).vocab_size == 63
