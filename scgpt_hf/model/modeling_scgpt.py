@@ -168,7 +168,13 @@ class ScGPTPreTrainedModel(PreTrainedModel):
 
 
 class ScGPTModel(ScGPTPreTrainedModel):
-    """The encoder: hidden states of genes and an embedding of each cell."""
+    """The encoder: hidden states of genes and an embedding of each cell.
+
+    `AutoModel.from_pretrained(name)(**processor(adata)).cell_embedding` is one vector per cell, (cells, hidden).
+
+    Args:
+        config: sizes and choices.
+    """
 
     _auto_class = "AutoModel"
 
@@ -272,7 +278,17 @@ class ScGPTModel(ScGPTPreTrainedModel):
 
 
 class ScGPTForPreTraining(ScGPTPreTrainedModel):
-    """The encoder with every head the objectives in `loss_weights` need; also what AutoModelForMaskedLM loads."""
+    """The encoder with every head the objectives in `loss_weights` need; also what AutoModelForMaskedLM loads.
+
+    `model(**processor(adata, mask_ratios=[0.5])).loss` is what pretraining makes small. The library's own Trainer needs
+    `TrainingArguments(label_names=["labels"])` to report it in validation, since other arguments speak of labels too.
+
+    Args:
+        config: sizes and choices; its `loss_weights` say which heads there are.
+
+    Raises:
+        ValueError: no objective weighs more than 0.
+    """
 
     _auto_class = "AutoModelForPreTraining"
     accepts_loss_kwargs = True  # the Trainer then passes num_items_in_batch
@@ -381,7 +397,14 @@ class ScGPTForPreTraining(ScGPTPreTrainedModel):
 
 
 class ScGPTForSequenceClassification(ScGPTPreTrainedModel):
-    """The encoder with a head that tells each cell's class, or regresses `num_labels` numbers per cell."""
+    """The encoder with a head that tells each cell's class, or regresses `num_labels` numbers per cell.
+
+    `model(**processor(adata)).logits.argmax(-1)` is a class for each cell, named by `model.config.id2label`; given
+    `labels`, the output has a `loss`.
+
+    Args:
+        config: sizes and choices; its `num_labels` say how many classes there are.
+    """
 
     _auto_class = "AutoModelForSequenceClassification"
     accepts_loss_kwargs = True
