@@ -169,10 +169,7 @@ def _data(summary: Record, settings: Record) -> str:
             for part in ("train", "validation")
         },
         "Kept together": f"`{settings.text('data.split_by')}`, never in both parts",
-        "Tissues": composition(summary, "tissue_general"),
-        "Assays": composition(summary, "assay"),
-        "Diseases": composition(summary, "disease"),
-        "Data sets": composition(summary, "dataset_id"),
+        **make_up(summary),
         "Genes": f"{summary.number('genes')}, chosen on training cells ({settings.text('data.gene_selection')})",
         "Gene hash of the source": summary.text("data.gene_hash"),
         "Licence of the data": "CC BY 4.0, as all of the Census" if census else "see the sources",
@@ -186,8 +183,6 @@ def _data(summary: Record, settings: Record) -> str:
 
 
 def _training(summary: Record, settings: Record, config: Record) -> str:
-    seconds, processes = (summary.get(key, (int, float)) for key in ("train_seconds", "processes"))
-    hours = UNKNOWN if seconds is None or processes is None else f"{seconds * processes / 3600:.3g}"
     layers, width, heads = (
         settings.number(f"model.{name}", "d") for name in ("num_hidden_layers", "hidden_size", "num_attention_heads")
     )
@@ -199,16 +194,45 @@ def _training(summary: Record, settings: Record, config: Record) -> str:
         "Values": f"{values}, at most {settings.number('data.max_tokens')} tokens",
         "Hidden share of a cell's genes": ", ".join(map(str, settings.get("data.mask_ratios", list) or [UNKNOWN])),
         "Steps": f"{steps}; {summary.number('epochs', '.3g')} epochs",
-        "Highest learning rate": settings.number("training.learning_rate", "g"),
-        "Precision": summary.text("precision"),
-        "Hardware": f"{summary.number('processes')} x {summary.text('device')}",
-        "Time": f"{summary.number('train_seconds', ',.0f')} s, with validation and checkpoints",
+        "Dropout": settings.number("model.dropout", "g"),
+        **recipe(summary, settings.number("training.learning_rate", "g")),
+        **machine(summary, "train_seconds", "validation and checkpoints"),
         "Speed without them": f"{summary.number('cells_per_second', ',.0f')} cells/s",
-        "Device-hours, what energy goes by": hours,
         "Software": pairs(summary.get("versions", dict)),
     }
     repeat = "`settings.yaml` holds every setting; `pretrain.py settings.yaml` repeats the run where the data is."
     return f"## Training\n\n{table(rows)}\n\n{repeat}"
+
+
+def make_up(summary: Record) -> dict[str, str]:
+    """Return the rows on what the cells are, with the number of cells of each kind."""
+    columns = {"Tissues": "tissue_general", "Assays": "assay", "Diseases": "disease", "Data sets": "dataset_id"}
+    return {name: composition(summary, column) for name, column in columns.items()}
+
+
+def recipe(summary: Record, learning_rate: str) -> dict[str, str]:
+    """Return the rows on how the weights were changed; `learning_rate` is the highest, as text."""
+    warmup = summary.get("recipe.warmup", (int, float))
+    share = warmup is not None and warmup < 1
+    steps = summary.number("recipe.warmup", ".0%" if share else ",.0f") + (" of the steps" if share else " steps")
+    decay, limit = (summary.number(f"recipe.{name}", "g") for name in ("weight_decay", "clipped_at"))
+    return {
+        "Learning rate": f"at most {learning_rate}, after a warm-up of {steps}, then {summary.text('recipe.schedule')}",
+        "Optimiser": f"{summary.text('recipe.optimiser')}, weight decay {decay}, gradients clipped at {limit}",
+        "Seed": summary.number("recipe.seed", "d"),
+    }
+
+
+def machine(summary: Record, duration: str, included: str) -> dict[str, str]:
+    """Return the rows on hardware, time and energy; the time is at the key `duration`, and has `included` in it."""
+    seconds, processes = (summary.get(key, (int, float)) for key in (duration, "processes"))
+    hours = UNKNOWN if seconds is None or processes is None else f"{seconds * processes / 3600:.3g}"
+    return {
+        "Precision": summary.text("precision"),
+        "Hardware": f"{summary.number('processes')} x {summary.text('device')}",
+        "Time": f"{summary.number(duration, ',.0f')} s, with {included}",
+        "Device-hours, what energy goes by": hours,
+    }
 
 
 def _results(summary: Record, figures: list[str]) -> str:

@@ -11,7 +11,16 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
-from scgpt_hf.training.card import LOCAL_CHECKPOINT, how_to_cite, name_checkpoint, pairs, table
+from scgpt_hf.training.card import (
+    LOCAL_CHECKPOINT,
+    how_to_cite,
+    machine,
+    make_up,
+    name_checkpoint,
+    pairs,
+    recipe,
+    table,
+)
 from scgpt_hf.training.record import UNKNOWN, Record
 
 ANNOTATE, INTEGRATE = "annotate", "integrate"
@@ -104,6 +113,7 @@ def _data(summary: Record, rows: dict[str, str]) -> str:
         "Organism": summary.text("data.organism").replace("_", " ").capitalize(),
         "Filter": f"`{obs_filter}`" if obs_filter else "none",
         **rows,
+        **make_up(summary),
         "Gene hash of the source": summary.text("data.gene_hash"),
         "Licence of the data": "CC BY 4.0, as all of the Census" if census else "see the sources",
         "Licence of this repository": "weights: of the data, and of the model it started from; code Apache-2.0",
@@ -117,8 +127,8 @@ def _training(summary: Record, settings: Record, rows: dict[str, str]) -> str:
         **rows,
         "Steps": f"{summary.number('steps')}, each of {settings.number('batch_size')} cells; "
         f"{summary.number('epochs', '.3g')} epochs",
-        "Highest learning rate": settings.number("learning_rate", "g"),
-        "Time": f"{summary.number('seconds', ',.0f')} s, with validation",
+        **recipe(summary, settings.number("learning_rate", "g")),
+        **machine(summary, "seconds", "validation"),
         "Software": pairs(summary.get("versions", dict)),
     }
     return f"## Training\n\n{table(told)}\n\n`settings.yaml` holds every setting of `scripts/finetune.py`."

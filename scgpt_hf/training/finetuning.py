@@ -34,6 +34,7 @@ from scgpt_hf.training.calibration import Logits, calibration_error, fit_tempera
 from scgpt_hf.training.classifier import ClassifierTrainer, agreement, score
 from scgpt_hf.training.finetuning_settings import AnnotateSettings, FinetuneSettings, training_settings
 from scgpt_hf.training.labels import LabelledCells, balanced_weights, choose_labelled
+from scgpt_hf.training.provenance import composition_of, training_of
 from scgpt_hf.training.run_folder import BEST_MODEL, SETTINGS, SPLIT, SUMMARY, MetricsFile, write_json, write_whole
 
 logger = logging.getLogger(__name__)
@@ -84,6 +85,8 @@ def finetune_classifier(data: Address, settings: AnnotateSettings) -> dict[str, 
         **_describe_cells(source, cells, settings),
         "trained_parameters": n_trained,
         **_describe_scores(cells, logits, classes, temperature),
+        "composition": composition_of(source, cells.parts),
+        **training_of(trainer),
         "epochs": trainer.state.epoch,
         "steps": trainer.state.global_step,
         "seconds": round(time.perf_counter() - started, 1),

@@ -23,6 +23,7 @@ from scgpt_hf.training.finetuning import require_new_folder, save_inputs, save_r
 from scgpt_hf.training.finetuning_settings import IntegrateSettings, training_settings
 from scgpt_hf.training.labels import split_within
 from scgpt_hf.training.pretraining import Streams, make_trainer
+from scgpt_hf.training.provenance import composition_of, training_of
 from scgpt_hf.training.recipe import Selection, start_at_mean
 from scgpt_hf.training.settings import DataSettings, ModelSettings, Settings
 
@@ -73,6 +74,8 @@ def finetune_integration(data: Address, settings: IntegrateSettings) -> dict[str
             for domain in domains
         },
         "new": new,
+        "composition": composition_of(source, parts),
+        **training_of(trainer),
         "best": min(validations, key=lambda line: line["eval_loss"]),
         "epochs": trainer.state.epoch,
         "steps": trainer.state.global_step,

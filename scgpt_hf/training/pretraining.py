@@ -19,7 +19,6 @@ import torch
 from accelerate import Accelerator
 from transformers.trainer_pt_utils import get_model_param_count
 
-from scgpt_hf.cells.block import Int64Array
 from scgpt_hf.cells.cache import uniform_band_size
 from scgpt_hf.cells.course import Course, plan_run
 from scgpt_hf.cells.plan import plan_epoch, plan_validation
@@ -31,7 +30,7 @@ from scgpt_hf.tokens.processing_scgpt import ScGPTProcessor
 from scgpt_hf.training.baselines import Baselines, baselines_from, sum_bins, sum_errors
 from scgpt_hf.training.caching import band_order, open_caching
 from scgpt_hf.training.checkpoints import Manifest, manifest_of
-from scgpt_hf.training.machine import device_name
+from scgpt_hf.training.provenance import composition_of, training_of
 from scgpt_hf.training.recipe import Selection, global_batch_size
 from scgpt_hf.training.run_folder import (
     BEST_MODEL,
@@ -238,14 +237,12 @@ def summarize(trainer: ScGPTTrainer, streams: Streams) -> dict[str, Any]:
         "epochs": trainer.state.epoch,
         "global_batch_size": streams.epoch.batch_size,
         "train_seconds": read_lines(Path(args.output_dir) / METRICS)[-1]["seconds"],
-        "device": device_name(args.device),
-        "processes": args.world_size,
-        "precision": {"no": "fp32"}.get(trainer.accelerator.mixed_precision, trainer.accelerator.mixed_precision),
+        **training_of(trainer),
         "cells_per_second": round(float(np.median(rates)), 1) if rates else None,
         "versions": {name: version(name) for name in _PACKAGES},
         "baselines": asdict(trainer.baselines) if trainer.baselines else None,
         "best": min(validations, key=lambda line: line["eval_loss"]) if validations else None,
-        "composition": _composition(streams.source, parts),
+        "composition": composition_of(streams.source, parts),
         "data": streams.source.describe(),
     }
     write_json(Path(args.output_dir) / SUMMARY, summary)
@@ -274,18 +271,6 @@ def tell(summary: dict[str, Any], folder: Path) -> str:
         ]
     lines += [f"Everything is in {folder}: {BEST_MODEL}/ README.md {METRICS} {SUMMARY} loss.png umap.png"]
     return "\n".join(line for line in lines if line)
-
-
-def _composition(source: CellSource, parts: dict[str, Int64Array]) -> dict[str, dict[str, int]]:
-    """Return the number of cells of each tissue, assay, disease and data set, as far as the source tells."""
-    cell_ids = np.concatenate(list(parts.values()))
-    composition: dict[str, dict[str, int]] = {}
-    for column in ("tissue_general", "assay", "disease", "dataset_id"):
-        if column not in source.columns:
-            continue
-        counts = source.obs([column]).loc[cell_ids, column].astype(str).value_counts()
-        composition[column] = {str(value): int(n) for value, n in counts.items() if n}
-    return composition
 
 
 def _categories(domain_key: str | None, domains: list[str]) -> dict[str, tuple[str, dict[str, int]]]:

@@ -34,6 +34,14 @@ SUMMARY = {
     "precision": "bf16",
     "cells_per_second": 4100.5,
     "versions": {"scgpt_hf": "0.1.0", "torch": "2.13"},
+    "recipe": {
+        "optimiser": "adamw_torch_fused",
+        "weight_decay": 0.0,
+        "clipped_at": 1.0,
+        "warmup": 0.05,
+        "schedule": "linear",
+        "seed": 42,
+    },
     "baselines": {"constant_mse": 208.0, "gene_mean_mse": 120.0, "tie_floor_mse": 40.0},
     "best": BEST,
     "data": {
@@ -61,7 +69,13 @@ SETTINGS = {
         "mask_ratios": [0.25, 0.5, 0.75],
         "cls_value": -2.0,
     },
-    "model": {"num_hidden_layers": 12, "hidden_size": 512, "num_attention_heads": 8, "loss_weights": None},
+    "model": {
+        "num_hidden_layers": 12,
+        "hidden_size": 512,
+        "num_attention_heads": 8,
+        "dropout": 0.2,
+        "loss_weights": None,
+    },
     "training": {"learning_rate": 1e-4, "hub_token": "hf_secret"},
 }
 
@@ -103,6 +117,10 @@ def test_the_card_tells_data_training_and_results_beside_baselines(run: Path) ->
         "| Licence of the data | CC BY 4.0, as all of the Census |",
         "| Licence of this repository | weights CC BY 4.0, as the data they learned from; code Apache-2.0 |",
         "| Objectives and weights | gep 1.0, gepc 0.5 |",
+        "| Dropout | 0.2 |",
+        "| Learning rate | at most 0.0001, after a warm-up of 5% of the steps, then linear |",
+        "| Optimiser | adamw_torch_fused, weight decay 0, gradients clipped at 1 |",
+        "| Seed | 42 |",
         "| Hardware | 2 x NVIDIA H100 |",
         "| Time | 7,200 s, with validation and checkpoints |",
         "| Speed without them | 4,100 cells/s |",

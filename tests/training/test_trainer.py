@@ -169,6 +169,8 @@ def test_a_finished_run_has_its_best_model_and_its_summary(trained):
     assert not [name for name in saved if name.endswith((".bin", ".pt", ".pth"))]
     summary = summarize(trainer, streams)
     assert json.loads((folder / "summary.json").read_text())["train_cells"] == summary["train_cells"]
+    assert summary["recipe"]["optimiser"].startswith("adamw")
+    assert summary["recipe"]["seed"] == trainer.args.seed
     words = tell(summary, folder)
     assert "each gene's mean" in words
     assert f"{summary['best']['eval_gep_mse']:.2f}" in words

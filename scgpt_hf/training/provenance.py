@@ -1,0 +1,49 @@
+"""What a run records of where its weights come from: the make-up of its cells, the recipe, the machine.
+
+It goes into summary.json; how a card words it is in `card.py`.
+"""
+
+from typing import Any
+
+import numpy as np
+from transformers import Trainer
+
+from scgpt_hf.cells.block import Int64Array
+from scgpt_hf.cells.source import CellSource
+from scgpt_hf.training.machine import device_name
+
+
+def composition_of(source: CellSource, parts: dict[str, Int64Array]) -> dict[str, dict[str, int]]:
+    """Return the number of cells of each tissue, assay, disease and data set, as far as the source tells.
+
+    Args:
+        source: of the cells.
+        parts: ids of the cells, by part; int64 (cells of the part,).
+    """
+    cell_ids = np.concatenate(list(parts.values()))
+    composition: dict[str, dict[str, int]] = {}
+    for column in ("tissue_general", "assay", "disease", "dataset_id"):
+        if column not in source.columns:
+            continue
+        counts = source.obs([column]).loc[cell_ids, column].astype(str).value_counts()
+        composition[column] = {str(value): int(n) for value, n in counts.items() if n}
+    return composition
+
+
+def training_of(trainer: Trainer) -> dict[str, Any]:
+    """Return recipe and machine of a training, under the names that summary.json has for them."""
+    args: Any = trainer.args
+    decay, precision = args.lr_decay_per_epoch, trainer.accelerator.mixed_precision
+    return {
+        "device": device_name(args.device),
+        "processes": args.world_size,
+        "precision": {"no": "fp32"}.get(precision, precision),
+        "recipe": {
+            "optimiser": str(getattr(args.optim, "value", args.optim)),
+            "weight_decay": args.weight_decay,
+            "clipped_at": args.max_grad_norm,
+            "warmup": args.warmup_steps,
+            "schedule": f"times {decay:g} after each epoch" if decay else str(args.lr_scheduler_type.value),
+            "seed": args.seed,
+        },
+    }
