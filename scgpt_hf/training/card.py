@@ -215,9 +215,10 @@ def recipe(summary: Record, learning_rate: str) -> dict[str, str]:
     warmup = summary.get("recipe.warmup", (int, float))
     share = warmup is not None and warmup < 1
     steps = summary.number("recipe.warmup", ".0%" if share else ",.0f") + (" of the steps" if share else " steps")
+    schedule = summary.text("recipe.schedule")
     decay, limit = (summary.number(f"recipe.{name}", "g") for name in ("weight_decay", "clipped_at"))
     return {
-        "Learning rate": f"at most {learning_rate}, after a warm-up of {steps}, then {summary.text('recipe.schedule')}",
+        "Learning rate": f"at most {learning_rate}, after a warm-up of {steps}, then: {schedule}",
         "Optimiser": f"{summary.text('recipe.optimiser')}, weight decay {decay}, gradients clipped at {limit}",
         "Seed": summary.number("recipe.seed", "d"),
     }

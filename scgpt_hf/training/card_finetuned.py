@@ -114,6 +114,7 @@ def _data(summary: Record, rows: dict[str, str]) -> str:
         "Filter": f"`{obs_filter}`" if obs_filter else "none",
         **rows,
         **make_up(summary),
+        "Genes": f"{summary.number('genes')}, those of the model it started from",
         "Gene hash of the source": summary.text("data.gene_hash"),
         "Licence of the data": "CC BY 4.0, as all of the Census" if census else "see the sources",
         "Licence of this repository": "weights: of the data, and of the model it started from; code Apache-2.0",
@@ -254,7 +255,12 @@ model = Classifier.from_pretrained("{LOCAL_CHECKPOINT}", trust_remote_code=True)
 with torch.no_grad(): logits = model(**processor(sc.read_h5ad("cells.h5ad")[:100])).logits  # model.config.id2label
 ```"""
 
-_LIMITS_OF_CLASSIFIER = """## Limits
+_LIMITS_OF_CLASSIFIER = """## Intended use
+
+A first guess at the labels of cells like those it learned from, for a person to look at beside marker genes; the
+confidence says which to look at first. Input: raw counts of the same organism.
+
+## Limits
 
 - Not for diagnosis, nor for any decision about a person.
 - It knows only the labels above, as its data used them: a cell of another type gets one of them, or "unassigned"
@@ -274,7 +280,12 @@ adata = sc.read_h5ad("cells.h5ad")  # raw counts, and obs["{{key}}"]
 scgpt_hf.embed_anndata(adata, model, processor)  # adata.obsm["X_scgpt"]: (cells, hidden)
 ```"""
 
-_LIMITS_OF_INTEGRATION = """## Limits
+_LIMITS_OF_INTEGRATION = """## Intended use
+
+One embedding for cells of the batches above, to cluster, draw and compare them together. Input: raw counts, and the
+batch of each cell.
+
+## Limits
 
 - Not for diagnosis, nor for any decision about a person.
 - It embeds only cells of the batches above, told by obs["{key}"]; for others fine-tune anew.

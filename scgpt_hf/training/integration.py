@@ -74,6 +74,7 @@ def finetune_integration(data: Address, settings: IntegrateSettings) -> dict[str
             for domain in domains
         },
         "new": new,
+        "genes": len(processor.genes),
         "composition": composition_of(source, parts),
         **training_of(trainer),
         "best": min(validations, key=lambda line: line["eval_loss"]),

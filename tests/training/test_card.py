@@ -118,7 +118,7 @@ def test_the_card_tells_data_training_and_results_beside_baselines(run: Path) ->
         "| Licence of this repository | weights CC BY 4.0, as the data they learned from; code Apache-2.0 |",
         "| Objectives and weights | gep 1.0, gepc 0.5 |",
         "| Dropout | 0.2 |",
-        "| Learning rate | at most 0.0001, after a warm-up of 5% of the steps, then linear |",
+        "| Learning rate | at most 0.0001, after a warm-up of 5% of the steps, then: linear |",
         "| Optimiser | adamw_torch_fused, weight decay 0, gradients clipped at 1 |",
         "| Seed | 42 |",
         "| Hardware | 2 x NVIDIA H100 |",

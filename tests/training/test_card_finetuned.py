@@ -30,6 +30,7 @@ COMMON = {
     },
     "device": "x86_64 CPU, 2 threads",
     "processes": 1,
+    "genes": 1200,
     "precision": "fp32",
 }
 CLASSIFIER = COMMON | {
@@ -79,10 +80,11 @@ def test_the_card_of_a_classifier_tells_scores_label_by_label_and_beside_the_bas
         "| Started from | `org/blood` |",
         "| What was trained | the class head, 1,234 parameters |",
         "| Steps | 8, each of 32 cells; 2 epochs |",
+        "| Genes | 1,200, those of the model it started from |",
         "| Tissues | blood (40) |",
         "| Assays | 10x 3' v2 (25), 10x 5' v1 (15) |",
         "| Diseases | not recorded |",
-        "| Learning rate | at most 0.001, after a warm-up of 12 steps, then linear |",
+        "| Learning rate | at most 0.001, after a warm-up of 12 steps, then: linear |",
         "| Optimiser | adamw, weight decay 0.01, gradients clipped at 1 |",
         "| Hardware | 1 x x86_64 CPU, 2 threads |",
         "| Precision | fp32 |",
@@ -107,6 +109,12 @@ def test_the_card_of_an_integration_tells_its_batches_and_errors(run: Path) -> N
         'obs["assay"]',
     ):
         assert row in text
+
+
+@pytest.mark.parametrize("summary", [CLASSIFIER, INTEGRATION])
+def test_intended_use_stands_before_the_limits(run: Path, summary: dict[str, Any]) -> None:
+    text = finetuned_card(change(run, summary)).text
+    assert 0 < text.index("## Intended use") < text.index("## Limits") < text.index("## How to cite")
 
 
 @pytest.mark.parametrize(("summary", "values"), [(CLASSIFIER, [0.75, 0.7]), (INTEGRATION, [90.0, 95.0])])
