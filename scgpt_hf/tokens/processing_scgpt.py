@@ -228,6 +228,7 @@ class ScGPTProcessor(ProcessorMixin):
         mask_ratios: Sequence[float] | None = None,
         packed: bool = False,
         drop_empty: bool = False,
+        return_tensors: str | None = None,
     ) -> BatchFeature:
         """Return the batch a model takes: `model(**processor(adata))`.
 
@@ -241,6 +242,7 @@ class ScGPTProcessor(ProcessorMixin):
             mask_ratios: hide genes and give labels, as in pretraining; None hides nothing.
             packed: cells end to end in one row, without padding, instead of one padded row per cell.
             drop_empty: leave out cells that express no known gene, instead of raising.
+            return_tensors: "pt" or None, which are the same.
 
         Returns:
             Tensors as `pad` or `pack` describe them.
@@ -248,6 +250,10 @@ class ScGPTProcessor(ProcessorMixin):
         Raises:
             ValueError: as `tokenize` and `match_genes`, or there are no gene names, or cells without a known gene.
         """
+        if return_tensors not in (None, "pt"):
+            raise ValueError(
+                f"return_tensors={return_tensors!r}: batches are PyTorch tensors; leave it out, or pass 'pt'"
+            )
         if hasattr(counts, "var_names"):
             genes = gene_names_of(counts, self.tokenizer.get_vocab(), self._gene_of) if genes is None else genes
             counts = counts.X
@@ -286,12 +292,11 @@ class ScGPTProcessor(ProcessorMixin):
     def _check_model(self, config: Mapping[str, Any], where: Any) -> None:
         """Raise unless the vocabulary is that of the model whose config this is; what the config lacks is not asked."""
         rows, pad_id = config.get("vocab_size", self.vocab_size), config.get("pad_token_id", self.pad_id)
-        if rows != self.vocab_size:
-            found = f"a vocabulary of {self.vocab_size:,}, but a model of {rows:,} genes and special tokens"
-        elif pad_id != self.pad_id:
-            found = f"{PAD} with the id {self.pad_id:,}, but a model that has it at {pad_id:,}"
-        else:
+        if (rows, pad_id) == (self.vocab_size, self.pad_id):
             return
+        found = f"a vocabulary of {self.vocab_size:,}, but a model of {rows} genes and special tokens"
+        if rows == self.vocab_size:
+            found = f"{PAD} with the id {self.pad_id}, but a model that has it at {pad_id}"
         raise ValueError(f"{where} holds {found}; copy tokenizer.json and config.json again from one folder")
 
     def _check_settings(self) -> None:

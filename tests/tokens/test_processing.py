@@ -268,3 +268,11 @@ def test_a_vocabulary_of_another_model_is_refused_where_they_are_saved_together(
             load.from_pretrained(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({"vocab_size": 63, "pad_token_id": 60}))
     assert ScGPTProcessor.from_pretrained(tmp_path).vocab_size == 63
+
+
+def test_tensors_are_pytorchs_also_when_asked_for() -> None:
+    processor = ScGPTProcessor.from_genes(GENES)
+    asked, plain = processor(_counts(), GENES, return_tensors="pt"), processor(_counts(), GENES)
+    assert all(torch.equal(asked[key], plain[key]) for key in plain)
+    with pytest.raises(ValueError, match=r"return_tensors='np': .* PyTorch tensors; leave it out, or pass 'pt'"):
+        processor(_counts(), GENES, return_tensors="np")
