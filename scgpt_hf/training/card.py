@@ -141,7 +141,8 @@ adata = sc.read_h5ad("cells.h5ad")  # raw counts
 scgpt_hf.embed_anndata(adata, model, processor)  # adata.obsm["X_scgpt"]: (cells, hidden)
 ```
 
-Without the package, the code that travels with the weights does it, some hundred cells at a time:
+Without the package, transformers 5.4 or newer and the code that travels with the weights do it, some hundred cells at
+a time:
 
 ```python
 import scanpy as sc, torch

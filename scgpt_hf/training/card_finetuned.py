@@ -245,7 +245,8 @@ adata = sc.read_h5ad("cells.h5ad")  # raw counts
 scgpt_hf.predict_cell_types(adata, model, processor)  # obs["predicted_cell_type"], and its confidence
 ```
 
-Without the package, the code that travels with the weights gives the logits of some hundred cells at a time:
+Without the package, transformers 5.4 or newer and the code that travels with the weights give the logits of some
+hundred cells at a time:
 
 ```python
 import scanpy as sc, torch

@@ -133,6 +133,7 @@ def test_the_card_tells_data_training_and_results_beside_baselines(run: Path) ->
         "constant): 54.1%.",
         "`<cls>` carries the value 0:",
         "![loss.png](loss.png)",
+        "transformers 5.4 or newer",
         "10.1038/s41592-024-02201-0",
         "10.1093/nar/gkae1142",
         "scgpt_hf, version 0.1.0",
