@@ -196,3 +196,33 @@ def test_another_dataset_or_a_public_one_is_left_alone(hub: Hub, client: Client,
     client(publish_cache, folder, "org/public", token=TOKEN)
     with pytest.raises(HubError, match="exists and is public"):
         client(publish_cache, folder, "org/public", private=True, token=TOKEN)
+
+
+def test_a_cache_that_broke_off_is_completed_by_the_same_again(hub: Hub, client: Client, folder: Path) -> None:
+    with hub.fault("/commit/", after_bytes=0), pytest.raises(HubError, match="run the same again: files that arrived"):
+        client(publish_cache, folder, "org/broken", token=TOKEN)
+    with (
+        hub.fault("/commit/", status=500, times=9),
+        pytest.raises(HubError, match=r"fails \(500\); run the same again"),
+    ):
+        client(publish_cache, folder, "org/broken", token=TOKEN)
+    start = len(hub.requests)
+    client(publish_cache, folder, "org/broken", token=TOKEN)
+    assert not [request for request in hub.requests[start:] if "PUT /lfs" in request]
+    rows = client(stream_back, "org/broken")
+    assert [row["cell_id"] for row in rows] == open_source(folder).obs().index.tolist()
+
+
+def test_a_download_of_a_cache_survives_dropped_connections_and_says_when_the_hub_fails(
+    hub: Hub, client: Client, folder: Path
+) -> None:
+    client(publish_cache, folder, "org/dropped", token=TOKEN)
+    with hub.fault("/resolve/", after_bytes=100, times=1) as fault:
+        cell_ids = open_source(folder).obs().index.to_numpy()
+        found = client(read_back, "hf://datasets/org/dropped", cell_ids)
+    assert fault.times == 0
+    assert (found == open_source(folder).read(cell_ids).counts.toarray()).all()
+    client(publish_cache, folder, "org/failing", token=TOKEN)
+    with hub.fault("/resolve/", status=500, times=99):
+        said = client(fail_to_open, "hf://datasets/org/failing")
+    assert said.startswith("ConnectionError: cannot bring hf://datasets/org/failing"), said
