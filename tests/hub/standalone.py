@@ -94,6 +94,13 @@ def main(path: str) -> list[str]:
     model = transformers.AutoModelForPreTraining.from_pretrained("org/classifier", **REMOTE)
     check("pretraining from a classifier", same_encoder(model, expected))
 
+    model.save_pretrained("again")
+    processor.save_pretrained("again")
+    again = transformers.AutoModelForSequenceClassification.from_pretrained("again", num_labels=2, **REMOTE)
+    check("saved again by a stranger", same_encoder(again, expected))
+    own = type(transformers.AutoProcessor.from_pretrained("again", **REMOTE)).__module__.split(".")[1]
+    check("the code comes from the new folder", {own, type(again).__module__.split(".")[1]} == {"again"})
+
     half = {name: weight.bfloat16() if weight.is_floating_point() else weight for name, weight in expected.items()}
     for repo_id, options in (("org/tiny-bf16", {}), ("org/tiny", {"dtype": torch.bfloat16})):
         model = transformers.AutoModelForPreTraining.from_pretrained(repo_id, **options, **REMOTE).eval()

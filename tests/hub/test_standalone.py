@@ -90,7 +90,7 @@ def test_a_process_with_little_more_than_transformers_loads_everything(hub: Hub,
     )
     assert finished.returncode == 0, finished.stderr[-3000:]
     held = json.loads(finished.stdout.splitlines()[-1])
-    assert len(held) == 30
+    assert len(held) == 32
     assert held[-1] == "nothing else was needed"
 
 
