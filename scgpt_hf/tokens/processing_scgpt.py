@@ -291,13 +291,12 @@ class ScGPTProcessor(ProcessorMixin):
 
     def _check_model(self, config: Mapping[str, Any], where: Any) -> None:
         """Raise unless the vocabulary is that of the model whose config this is; what the config lacks is not asked."""
-        rows, pad_id = config.get("vocab_size", self.vocab_size), config.get("pad_token_id", self.pad_id)
-        if (rows, pad_id) == (self.vocab_size, self.pad_id):
-            return
-        found = f"a vocabulary of {self.vocab_size:,}, but a model of {rows} genes and special tokens"
-        if rows == self.vocab_size:
-            found = f"{PAD} with the id {self.pad_id}, but a model that has it at {pad_id}"
-        raise ValueError(f"{where} holds {found}; copy tokenizer.json and config.json again from one folder")
+        own = {"vocab_size": self.vocab_size, "pad_token_id": self.pad_id}
+        if wrong := {name: config[name] for name in own if config.get(name) not in (None, own[name])}:
+            raise ValueError(
+                f"the vocabulary in {where} has {own}, the model there {wrong}; "
+                "copy tokenizer.json and config.json again from one folder"
+            )
 
     def _check_settings(self) -> None:
         for name, allowed in (("ties", tuple(TIE_CODES)), ("input_style", get_args(InputStyle))):
