@@ -51,8 +51,15 @@ def model_card(run: Path, repo_id: str | None = None, weights: str = LOCAL_CHECK
         _USE_AND_LIMITS,
         how_to_cite(summary),
     ]
+    if split.content and summary.get("steps", int) is None:
+        sections = [f"{sections[0]}\n\n{_GOES_ON}", *map(_without_gaps, sections[1:])]
     text = f"---\n{_metadata(summary, settings, title).to_yaml()}\n---\n\n" + "\n\n".join(sections) + "\n"
     return ModelCard(name_checkpoint(text, repo_id) if repo_id else text)
+
+
+def _without_gaps(section: str) -> str:
+    """Return the section without what is not known yet: rows of tables, and what else stands in a line of its own."""
+    return "\n".join(line for line in section.splitlines() if UNKNOWN not in line)
 
 
 def name_checkpoint(card: str, repo_id: str) -> str:
@@ -67,9 +74,14 @@ def complete_summary(summary: Record, split: Record, metrics: Path) -> Record:
     best = summary.get("best", dict) or _best_validation(metrics)
     baselines = summary.get("baselines", dict) or {}
     summary.content["best"] = {f"eval_{name}": value for name, value in baselines.items()} | best
-    for part in ("train", "validation"):
-        if summary.get(f"{part}_donors", int) is None and (donors := split.get(f"parts.{part}.donors", list)):
-            summary.content[f"{part}_donors"] = len(donors)
+    donors = {part: split.get(f"parts.{part}.donors", list) for part in ("train", "validation")}
+    known: dict[str, Any] = {f"{part}_donors": len(names) for part, names in donors.items() if names}
+    known |= {f"{part}_cells": split.get(f"parts.{part}.n_cells", int) for part in donors}
+    known["genes"] = len(split.get("source.genes", list) or []) or None
+    known["composition"] = split.get("source.composition", dict)
+    for name, value in known.items():
+        if summary.content.get(name) is None:
+            summary.content[name] = value
     return summary
 
 
@@ -255,10 +267,11 @@ Share of the variance explained (1 - GEP / constant): {summary.number("best.eval
 
 def how_to_cite(summary: Record) -> str:
     """Return the section that names scGPT, this software, and the Census where it was used."""
+    version = summary.get("versions.scgpt_hf", str)
     lines = [
         "- scGPT: Cui, H. et al. scGPT: toward building a foundation model for single-cell multi-omics using "
         "generative AI. *Nature Methods* 21, 1470-1480 (2024). https://doi.org/10.1038/s41592-024-02201-0",
-        f"- this software: scgpt_hf, version {summary.text('versions.scgpt_hf')}",
+        "- this software: scgpt_hf" + (f", version {version}" if version else ""),
     ]
     if census := summary.get("data.census_version", str):
         lines.append(
@@ -282,6 +295,10 @@ def table(rows: dict[str, str]) -> str:
 _DEMO = "demo: 700 blood cells of one donor that come with scanpy; its eight sequencing wells stand in for donors"
 _WHAT = """A transformer over the genes of a cell, pretrained to predict hidden expression from the visible genes,
 with the architecture and objectives of scGPT."""
+
+_GOES_ON = (
+    """**Training goes on.** These are the weights of a checkpoint; what is known only when it ends is left out."""
+)
 
 _USE_AND_LIMITS = """## Intended use
 

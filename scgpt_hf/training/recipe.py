@@ -30,6 +30,7 @@ from scgpt_hf.demo import demo_cells, demo_census
 from scgpt_hf.model.configuration_scgpt import ScGPTConfig
 from scgpt_hf.model.modeling_scgpt import ScGPTForPreTraining
 from scgpt_hf.tokens.processing_scgpt import ScGPTProcessor
+from scgpt_hf.training.provenance import composition_of
 from scgpt_hf.training.run_folder import SETTINGS, SPLIT, claim_run_folder, write_whole
 from scgpt_hf.training.settings import DataSettings, ModelSettings, Settings, TrainingSettings, settings_yaml
 
@@ -176,6 +177,7 @@ def save_selection(selection: Selection, source: CellSource, settings: Settings)
     folder, data = Path(settings.training.output_dir), settings.data
     folder.mkdir(parents=True, exist_ok=True)
     record = {**run_record(source, settings), "genes": selection.genes, "domains": selection.domains}
+    record["composition"] = composition_of(source, selection.parts)
     obs = source.obs([data.split_by])
     save_split(folder / SPLIT, selection.parts, obs, by=data.split_by, seed=settings.training.seed, source=record)
     write_whole(folder / SETTINGS, settings_yaml(settings))

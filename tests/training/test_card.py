@@ -101,6 +101,7 @@ def change(run: Path, **changes: Any) -> None:
 def test_the_card_tells_data_training_and_results_beside_baselines(run: Path) -> None:
     text = model_card(run).text
     assert UNKNOWN not in text
+    assert "goes on" not in text
     for row in (
         "| Source | CELLxGENE Census |",
         "| Organism | Homo sapiens |",
@@ -212,8 +213,9 @@ def test_an_empty_run_says_that_nothing_is_recorded(tmp_path: Path) -> None:
 
 def test_while_training_goes_on_split_and_metrics_stand_in_for_the_summary(run: Path) -> None:
     (run / "summary.json").unlink()
-    parts = {"train": {"donors": ["a", "b"]}, "validation": {"donors": ["c"]}}
-    (run / "split.json").write_text(json.dumps({"source": SUMMARY["data"], "parts": parts}))
+    parts = {"train": {"donors": ["a", "b"], "n_cells": 4000}, "validation": {"donors": ["c"], "n_cells": 50}}
+    source = {**SUMMARY["data"], "genes": ["ENSG1", "ENSG2"], "composition": SUMMARY["composition"]}
+    (run / "split.json").write_text(json.dumps({"source": source, "parts": parts}))
     lines = [
         {"step": 1, "loss": 9.0},
         {"step": 2, "eval_loss": 3.0, "eval_gep_mse": 30.0},
@@ -221,7 +223,14 @@ def test_while_training_goes_on_split_and_metrics_stand_in_for_the_summary(run: 
     ]
     (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     text = model_card(run).text
-    assert "cells of 2 donors |" in text
+    assert "**Training goes on.**" in text
+    assert UNKNOWN not in text
+    assert "| Train | 4,000 cells of 2 donors |" in text
+    assert "| Genes | 2, " in text
+    assert "| Tissues | blood (300,000) |" in text
+    assert "| Dropout | 0.2 |" in text
+    assert "| Hardware |" not in text
+    assert "- this software: scgpt_hf\n" in text
     assert "step 2." in text
     assert "(GEP) | 30.00 |" in text
     assert "| Census version | 2025-11-08 |" in text
