@@ -49,7 +49,10 @@ def test_a_run_pushes_while_it_trains_and_at_its_end(hub: Hub, pushed: tuple[Pat
 
 
 def test_the_pushed_card_is_ours(hub: Hub, pushed: tuple[Path, str]) -> None:
-    for files in list(hub.state.repositories["models/org/pushed"].commits.values())[1:]:
+    pushes = list(hub.state.repositories["models/org/pushed"].commits.values())[1:]
+    assert "not recorded" not in pushes[0]["README.md"].decode()
+    assert [b"**Training goes on.**" in files["README.md"] for files in pushes[:: len(pushes) - 1]] == [True, False]
+    for files in pushes:
         card = files["README.md"].decode()
         assert card.startswith("---\n")
         assert "# pushed\n" in card
