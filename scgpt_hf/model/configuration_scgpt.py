@@ -8,6 +8,7 @@ The class maps below travel in every `config.json`, so any Auto class loads from
 # mypy: disable-error-code="no-untyped-call"
 
 import difflib
+import math
 from dataclasses import field, fields
 from typing import Any, ClassVar, Literal
 
@@ -176,7 +177,8 @@ class ScGPTConfig(PreTrainedConfig):
         """Check sizes and shares; called by the library after construction.
 
         Raises:
-            ValueError: a size below 1 or absurd, a share outside [0, 1), or heads that do not divide the hidden size.
+            ValueError: a size below 1 or absurd, a share, similarity or temperature that cannot be, or heads that do
+                not divide the hidden size.
         """
         for name, largest in _LARGEST.items():
             if not 1 <= getattr(self, name) <= largest:
@@ -189,18 +191,23 @@ class ScGPTConfig(PreTrainedConfig):
         for name in ("dropout", "attention_dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected a share in [0, 1)")
+        if not -1 <= self.ecs_threshold <= 1:
+            raise ValueError(f"ecs_threshold is {self.ecs_threshold}; expected a cosine similarity, from -1 to 1")
+        if not 0 < self.cce_temperature < math.inf:
+            raise ValueError(f"cce_temperature is {self.cce_temperature}; expected a finite number above 0")
 
     def validate_objectives(self) -> None:
         """Check that each objective has the head it needs, and each head an objective.
 
         Raises:
-            ValueError: an unknown objective, a negative weight, or a head and its objective that do not go together.
+            ValueError: an unknown objective, a weight that is negative or not finite, or a head and its objective that
+                do not go together.
         """
         weights = self.loss_weights
         if unknown := sorted(set(weights) - set(OBJECTIVES)):
             raise ValueError(f"loss_weights names {unknown}; expected names from {list(OBJECTIVES)}")
-        if negative := {name: weight for name, weight in weights.items() if weight < 0}:
-            raise ValueError(f"loss_weights are negative: {negative}; leave an objective out or give it 0")
+        if wrong := {name: weight for name, weight in weights.items() if not 0 <= weight < math.inf}:
+            raise ValueError(f"loss_weights are negative or not finite: {wrong}; leave an objective out or give it 0")
         # A head without an objective would get no gradient, which distributed training refuses.
         zeros = {name for name in ("gep_zero", "gepc_zero") if self.weighs(name)}
         expected = (

@@ -62,12 +62,7 @@ class ResilientTrainer(Trainer):
         Args:
             course: which cells each step trains on.
             trainer_arguments: of `transformers.Trainer`.
-
-        Raises:
-            ValueError: one checkpoint shall be kept, which cannot be both the newest and the best.
         """
-        if trainer_arguments["args"].save_total_limit == 1:
-            raise ValueError("expected save_total_limit of 2 or more: the newest and the best checkpoint are kept")
         super().__init__(**trainer_arguments)
         self._model_class = type(self.model)
         self.course, self.folder = course, Path(self.args.output_dir)

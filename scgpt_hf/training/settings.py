@@ -9,12 +9,15 @@ import difflib
 import json
 from argparse import ArgumentDefaultsHelpFormatter
 from dataclasses import dataclass, field
+from enum import Enum
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
+
+from scgpt_hf.training.refusals import require_data_settings, require_training_settings
 
 
 def setting(default: Any, help: str) -> Any:
@@ -73,6 +76,7 @@ class DataSettings:
 
     def __post_init__(self) -> None:
         """Check what can be checked without the data."""
+        require_data_settings(self)
         if not 0 < self.validation_fraction < 1:
             raise ValueError(f"expected validation_fraction between 0 and 1, found {self.validation_fraction}")
         if not self.mask_ratios or not all(0 < ratio < 1 for ratio in self.mask_ratios):
@@ -117,6 +121,8 @@ class ModelSettings:
                 self.loss_weights = json.loads(self.loss_weights)
             except json.JSONDecodeError as error:
                 raise ValueError(f"expected loss_weights as JSON, found {self.loss_weights!r}: {error}") from error
+        if not isinstance(self.loss_weights, dict | None):
+            raise ValueError(f"expected loss_weights as names with numbers, found {self.loss_weights!r}")
         if "cls" in (self.loss_weights or {}):
             raise ValueError("the objective 'cls' needs labelled cells, which pretraining does not read")
 
@@ -168,20 +174,14 @@ class TrainingSettings(TrainingArguments):
                 self.bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
         else:
             self.bf16, self.fp16 = self.precision == "bf16", self.precision == "fp16"
-        if self.hub_strategy in {"checkpoint", "all_checkpoints"}:
-            raise ValueError(
-                f"hub_strategy {self.hub_strategy!r} would publish optimiser states; choose 'every_save' or 'end'"
-            )
-        super().__post_init__()  # type: ignore[no-untyped-call]
+        try:
+            super().__post_init__()  # type: ignore[no-untyped-call]
+        except (ImportError, TypeError, AttributeError, OverflowError) as error:
+            raise ValueError(f"the settings of the training do not fit together: {error}") from error
         self.mixed_precision = "bf16" if self.bf16 else "fp16" if self.fp16 else "no"  # not the launcher's
         if self.n_gpu > 1:
             raise ValueError(f"one process sees {self.n_gpu} GPUs; start one process a GPU with accelerate launch")
-        if self.max_bad_steps < 1:
-            raise ValueError(f"expected max_bad_steps >= 1, found {self.max_bad_steps}")
-        if not self.average_tokens_across_devices:
-            raise ValueError(
-                "average_tokens_across_devices=False would weigh the cells of a step differently by process"
-            )
+        require_training_settings(self)
 
 
 @dataclass
@@ -237,14 +237,17 @@ def read_yaml(path: Path) -> dict[str, Any]:
     """Return the settings of a YAML file as one flat dictionary.
 
     Raises:
-        ValueError: no such file, no mapping of sections, an unknown section or key.
+        ValueError: no such file, an alias, no mapping of sections, an unknown section or key.
     """
     if not path.is_file():
         raise ValueError(f"no settings file {path}; configs/ holds examples")
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not YAML: {error}") from error
+        text = path.read_text(encoding="utf-8")
+        if any(isinstance(token, yaml.AliasToken) for token in yaml.scan(text)):  # may hold itself, or grow without end
+            raise ValueError("it has an alias (*name); write the value itself")
+        content = yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise ValueError(f"cannot read {path} as YAML: {error}") from error
     if not isinstance(content, dict) or not all(isinstance(section, dict) for section in content.values()):
         raise ValueError(f"expected {path} to hold the sections {', '.join(SECTIONS)}, each with its settings")
     flat: dict[str, Any] = {}
@@ -268,13 +271,20 @@ def _asked(parser: HfArgumentParser, given: dict[str, Any]) -> dict[str, dict[st
     """Return by section what was asked for before anything was derived: our fields, the library's if not default."""
     return {
         name: {
-            f.name: given[f.name]
+            f.name: _plain(given[f.name])
             for f in dataclasses.fields(section)
             if f.name in section.__annotations__ or given.get(f.name) != parser.get_default(f.name)
             if f.name in given and f.name not in _SECRETS
         }
         for name, section in SECTIONS.items()
     }
+
+
+def _plain(value: Any) -> Any:
+    """Return what YAML can hold: the library reads some words as its own enumerations."""
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
+    return value.value if isinstance(value, Enum) else value
 
 
 def _as_flags(settings: dict[str, Any]) -> list[str]:

@@ -267,8 +267,3 @@ def test_a_disk_that_fills_up_keeps_the_last_checkpoint(small_census, tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, hard))
     assert newest_valid(tmp_path / "run").name == "checkpoint-4"
     assert not (tmp_path / "run" / ".unfinished").exists()
-
-
-def test_one_checkpoint_is_too_few(small_census, tmp_path):
-    with pytest.raises(ValueError, match="save_total_limit of 2 or more"):
-        prepare(small_census, tmp_path / "run", "--save_total_limit", "1")

@@ -1,10 +1,12 @@
 """Settings: one parser for flags and YAML, and no silent typo."""
 
+from contextlib import suppress
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 
-from scgpt_hf.training.settings import Settings, parse_settings, settings_yaml
+from scgpt_hf.training.settings import Settings, TrainingSettings, parse_settings, settings_yaml
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -39,6 +41,21 @@ def test_saved_settings_mean_the_same_run(tmp_path):
 
 def test_none_is_kept_where_the_default_is_something(tmp_path):
     assert parse(write(tmp_path, "data: {hvg_per: null}\n")).data.hvg_per is None
+
+
+def test_words_that_the_library_knows_are_saved_as_they_were_written(tmp_path):
+    words = ["--lr_scheduler_type", "cosine", "--debug", "underflow_overflow", "--report_to", "none"]
+    again = parse(write(tmp_path, settings_yaml(parse(*words))))
+    assert (again.training.lr_scheduler_type, again.training.debug) == ("cosine", ["underflow_overflow"])
+
+
+@pytest.mark.filterwarnings("ignore")  # of names that the library will drop
+@pytest.mark.parametrize("field", fields(TrainingSettings), ids=lambda field: field.name)
+@pytest.mark.parametrize("value", ["nan", "-5", "1e400", "9" * 30])
+def test_absurd_numbers_end_in_an_error_or_settings(field, value, capsys):
+    """What settings are made of is checked later; here, nothing else than our error and argparse's may come."""
+    with suppress(ValueError, OSError, SystemExit):
+        parse(f"--{field.name}", value)
 
 
 def test_credentials_are_not_saved():
@@ -82,10 +99,27 @@ def test_the_seed_recipe_is_the_paper_of_the_seed():
         ("dta: {n_hvg: 7}", "unknown section 'dta'.*did you mean 'data'"),
         ("training: {hidden_size: 7}", "unknown setting 'hidden_size' in section 'training'"),
         ("n_hvg: 7", "expected .* to hold the sections data, model, training"),
-        ("data: [1, 2", "is not YAML"),
+        ("data: [1, 2", "cannot read .* as YAML"),
+        ("data: " + "[" * 5000, "cannot read .* as YAML"),
+        ("data: &all {data: *all}", "it has an alias"),
         ("data: {validation_fraction: 1.5}", "validation_fraction between 0 and 1, found 1.5"),
         ("data: {mask_ratios: [0.5, 1.0]}", "mask_ratios between 0 and 1"),
         ("model: {loss_weights: '{gep'}", "loss_weights as JSON"),
+        ("model: {loss_weights: '5'}", "loss_weights as names with numbers, found 5"),
+        ("data: {max_cells: 0}", "expected max_cells finite, >= 1"),
+        ("training: {num_train_epochs: .inf}", "expected num_train_epochs finite, >= 0 and < 100,000, found inf"),
+        ("training: {learning_rate: .nan}", "expected learning_rate finite, >= 0, found nan"),
+        ("training: {adam_beta1: 1}", "expected adam_beta1 finite, >= 0 and < 1, found 1"),
+        ("training: {save_total_limit: 1}", "expected save_total_limit finite, >= 2"),
+        ("training: {cpu_threads: 100000}", "expected cpu_threads finite, >= 0 and < 1,024"),
+        ("training: {seed: -1}", "expected seed finite, >= 0"),
+        (
+            "training: {save_strategy: steps, save_steps: 0, load_best_model_at_end: false}",
+            "expected save_steps > 0, found 0",
+        ),
+        ("training: {save_only_model: true}", "save_only_model would leave checkpoints that no run can go on from"),
+        ("training: {label_smoothing_factor: 0.1}", "label_smoothing_factor is for classes"),
+        ("training: {report_to: nowhere}", r"report_to names \['nowhere'\], which is not installed or unknown"),
     ],
 )
 def test_bad_yaml_is_named(tmp_path, text, message):
