@@ -25,6 +25,7 @@ from scgpt_hf.training.checkpoints import newest_valid, verify
 
 READING = Path(__file__).with_name("reading.py")
 PRETRAIN = Path(__file__).resolve().parents[2] / "scripts" / "pretrain.py"
+UNCACHED = {"TILEDB_SM_TILE_CACHE_SIZE": "0", "TILEDB_VFS_READ_AHEAD_CACHE_SIZE": "0"}  # so few cells stay in memory
 
 
 class Reader:
@@ -85,7 +86,7 @@ def test_sigterm_while_a_store_is_silent_ends_a_run_with_a_checkpoint(small_cens
             [sys.executable, str(PRETRAIN), *flags, "--use_cpu", "true"],
             stdout=subprocess.DEVNULL,
             stderr=said,
-            env={**clean, **server.environment, "TILEDB_SM_TILE_CACHE_SIZE": "0", "OMP_NUM_THREADS": "1"},
+            env={**clean, **server.environment, **UNCACHED, "OMP_NUM_THREADS": "1"},
         )
         assert wait_until((tmp_path / "run" / "split.json").exists, patience_s=200), process.kill()
         server.faults = Faults(probability=1, kinds=("stall",), stall_s=300)
