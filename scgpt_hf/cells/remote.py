@@ -96,8 +96,9 @@ class Patience:
         for attempt in range(1, ATTEMPTS + 1):
             try:
                 return read()
-            # tiledbsoma lets some of TileDB's pass as RuntimeError; pyarrow refuses what it cannot make a table of
-            except (soma.SOMAError, RuntimeError, pa.ArrowException) as error:
+            # tiledbsoma lets some of TileDB's pass as RuntimeError; pyarrow refuses what it cannot make a table of, and
+            # names that are damaged are no text
+            except (soma.SOMAError, RuntimeError, pa.ArrowException, UnicodeDecodeError) as error:
                 reason = _NOISE.sub(" ", str(error)).strip()
                 if not is_remote(uri) or _FINAL.search(reason) or attempt == ATTEMPTS:
                     raise _passed_on(uri, reason, attempt, time.monotonic() - started) from error

@@ -151,7 +151,7 @@ def load_split(path: str | Path) -> Split:
     path = Path(path)
     try:
         manifest = json.loads(path.read_text())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON: {error}; make the split anew") from error
     described = _require_key(manifest, "parts", dict, path)
     parts, donors = {}, {}

@@ -152,7 +152,7 @@ def prune(folder: Path, limit: int | None, best: int | None) -> None:
     spared = {checkpoints[-1].name, checkpoint_at(folder, best or 0).name} if checkpoints else set()
     surplus = len(checkpoints) - limit if limit else 0
     for checkpoint in [path for path in checkpoints if path.name not in spared][: max(surplus, 0)]:
-        shutil.rmtree(checkpoint)
+        checkpoint.unlink() if checkpoint.is_symlink() else shutil.rmtree(checkpoint)
 
 
 def set_aside(folder: Path, step: int) -> None:
@@ -183,12 +183,13 @@ def _read_manifest(checkpoint: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path} is missing: {checkpoint.name} was not written whole, or not by this program")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        whole = all(isinstance(content[key], int) for key in ("step", "world_size"))
-        whole &= all(isinstance(n, int) and n >= 0 for size, steps in content["history"] for n in (size, steps))
+        whole = all(isinstance(content[key], int) for key in ("step", "world_size")) and content["world_size"] > 0
+        whole &= all(isinstance(n, int) for size, steps in content["history"] for n in (size, steps))
+        whole &= all(size > 0 and steps >= 0 for size, steps in content["history"])
         whole &= sum(steps for _, steps in content["history"]) == content["step"]
         for name, file in content["files"].items():
             whole &= _is_inside(name) and isinstance(file["bytes"], int) and isinstance(file["sha256"], str)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{path} is malformed: {error!r}") from error
     if not whole:
         raise CheckpointError(f"{path} is malformed: expected numbers of steps that add up, and files of the folder")
@@ -198,7 +199,7 @@ def _read_manifest(checkpoint: Path) -> dict[str, Any]:
 def _is_inside(name: str) -> bool:
     """Return whether a file's name cannot lead out of its folder."""
     path = PurePosixPath(name)
-    return bool(path.parts) and not path.is_absolute() and ".." not in path.parts
+    return bool(path.parts) and not path.is_absolute() and ".." not in path.parts and max(map(len, path.parts)) < 256
 
 
 def _flush(paths: Iterable[Path]) -> None:
@@ -214,7 +215,7 @@ def _flush(paths: Iterable[Path]) -> None:
 def _take_place(beside: Path, target: Path) -> None:
     """Rename a finished checkpoint to its name; one of that name gives way."""
     replaced = beside.with_name(f"{target.name}.replaced")
-    if target.exists():
+    if os.path.lexists(target):  # a link that leads nowhere, too
         shutil.rmtree(replaced, ignore_errors=True)
         os.replace(target, replaced)
     os.replace(beside, target)

@@ -148,7 +148,7 @@ def is_finished(folder: Path, course: Course) -> bool:
     """Return, and say, whether a run has done all its steps and left its model and summary."""
     try:
         summary = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return False
     done = summary.get("steps") if isinstance(summary, dict) else None
     finished = isinstance(done, int) and done >= course.n_steps and (folder / BEST_MODEL).is_dir()
@@ -177,7 +177,7 @@ def make_trainer(streams: Streams, model: ScGPTForPreTraining, args: TrainingSet
 
     Raises:
         OSError: the disk has no room for the checkpoints.
-        ValueError: validation masks nothing.
+        ValueError: validation masks nothing, or does not measure what shall tell the best model.
     """
     course = streams.course
     n_saves = len(course.epoch_ends) if args.save_strategy == "epoch" else math.ceil(course.n_steps / args.save_steps)
@@ -194,7 +194,15 @@ def make_trainer(streams: Streams, model: ScGPTForPreTraining, args: TrainingSet
         callbacks=[MetricsFile(Path(args.output_dir))],
     )
     trainer.baselines = measure_baselines(streams, trainer.accelerator)
+    _require_known_metric(trainer)
     return trainer
+
+
+def _require_known_metric(trainer: ScGPTTrainer) -> None:
+    """Raise unless validation measures what tells the best model; the library would look for it when it is due."""
+    wanted = (trainer.args.metric_for_best_model or "loss").removeprefix("eval_")
+    if wanted not in (known := trainer.metrics_of([0.0] * (2 * len(trainer.weights) + 1))):
+        raise ValueError(f"metric_for_best_model is {wanted!r}; validation measures {', '.join(known)}")
 
 
 def save_best_model(trainer: ScGPTTrainer, folder: Path) -> None:

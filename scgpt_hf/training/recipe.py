@@ -31,10 +31,18 @@ from scgpt_hf.model.configuration_scgpt import ScGPTConfig
 from scgpt_hf.model.modeling_scgpt import ScGPTForPreTraining
 from scgpt_hf.tokens.processing_scgpt import ScGPTProcessor
 from scgpt_hf.training.provenance import composition_of
+from scgpt_hf.training.resuming import difference, require_resumable, require_same_cells
 from scgpt_hf.training.run_folder import SETTINGS, SPLIT, claim_run_folder, write_whole
 from scgpt_hf.training.settings import DataSettings, ModelSettings, Settings, TrainingSettings, settings_yaml
 
 logger = logging.getLogger(__name__)
+
+
+# Settings of the data that settle what a cell's tokens are.
+_TOKENS = (
+    *("n_bins", "max_tokens", "ties", "input_style", "target_sum"),
+    *("cls_value", "pad_value", "mask_value", "domain_key"),
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -115,8 +123,8 @@ def begin_run(source: CellSource, settings: Settings) -> tuple[Selection, str | 
 
     Raises:
         FileExistsError, FileNotFoundError: see `claim_run_folder`.
-        ValueError: settings no model can have; see `choose`; a checkpoint that is not what was written; a resumed run
-            whose cells are other ones now.
+        ValueError: settings no model can have; see `choose`; a checkpoint that is not what was written, or not what a
+            run needs; a resumed run whose cells, genes or tokens are other ones now.
     """
     args, folder = settings.training, Path(settings.training.output_dir)
     _config(settings.model, vocab_size=4, pad_token_id=1, n_bins=settings.data.n_bins, n_domains=2)
@@ -126,24 +134,26 @@ def begin_run(source: CellSource, settings: Settings) -> tuple[Selection, str | 
         if checkpoint is None:
             selection = choose(source, settings.data, args.seed)
         else:
+            require_resumable(Path(checkpoint))
             selection, recorded = load_selection(folder / SPLIT)
             require_same_run(recorded, run_record(source, settings))
+            _require_same_data(selection, source, folder / SPLIT)
         told = [selection, checkpoint]
     selection, checkpoint = broadcast_object_list(told)
     return selection, checkpoint
 
 
 def run_record(source: CellSource, settings: Settings) -> dict[str, Any]:
-    """Return what must not change when a run is resumed: where its cells come from, their order and their masks."""
-    args = settings.training
+    """Return what must not change when a run is resumed: where its cells come from, their order, masks and tokens."""
+    args, data = settings.training, settings.data
     steps = {
         "seed": args.seed,
         "band_size": source.band_size,
-        "bands_per_block": settings.data.bands_per_block,
-        "cached": settings.data.cache_dir is not None or None,  # null as in records that do not know the word
-        "mask_ratios": list(settings.data.mask_ratios),
+        "bands_per_block": data.bands_per_block,
+        "cached": data.cache_dir is not None or None,  # null as in records that do not know the word
+        "mask_ratios": list(data.mask_ratios),
     }
-    return {**source.describe(), "steps": steps}
+    return {**source.describe(), "steps": steps, "tokens": {name: getattr(data, name) for name in _TOKENS}}
 
 
 def global_batch_size(args: TrainingSettings) -> int:
@@ -157,19 +167,24 @@ def require_same_run(recorded: dict[str, Any], now: dict[str, Any]) -> None:
     Raises:
         ValueError: naming what differs, and how it was.
     """
-
-    def comparable(record: dict[str, Any]) -> dict[str, Any]:
-        flat = {key: value for key, value in record.items() if key not in {"uri", "genes", "domains", "steps"}}
-        if "paths" in flat:  # the files may have moved, but their order gives the cells their ids
-            flat["paths"] = [Path(path).name for path in flat["paths"]]
-        return {**flat, **record.get("steps", {})}
-
-    then, new = comparable(recorded), comparable(now)
-    if changed := {key: then.get(key) for key in new if then.get(key) != new[key]}:
-        found = {key: new[key] for key in changed}
+    if changed := difference(recorded, now):
+        began, found = ({name: values[when] for name, values in changed.items()} for when in (0, 1))
         raise ValueError(
-            f"cannot resume exactly: the run began with {changed}, found {found}; give the same settings and data"
+            f"cannot resume exactly: the run began with {began}, found {found}; give the same settings and data"
         )
+
+
+def _require_same_data(selection: Selection, source: CellSource, split: Path) -> None:
+    """Raise unless a source still has the genes and cells of a recorded selection, of the same donors."""
+    if absent := set(selection.genes) - set(source.genes["feature_id"]):
+        raise ValueError(
+            f"{split} names {len(absent):,} genes that the data do not have, e.g. {sorted(absent)[:5]}; resume with "
+            "the data that the run began with"
+        )
+    recorded = load_split(split)
+    donor_key = recorded.by
+    if donor_key is not None:
+        require_same_cells(recorded.donors, recorded.parts, source.obs([donor_key])[donor_key])
 
 
 def save_selection(selection: Selection, source: CellSource, settings: Settings) -> None:
@@ -190,7 +205,12 @@ def load_selection(path: Path) -> tuple[Selection, dict[str, Any]]:
         ValueError: a malformed file, named with the key.
     """
     split = load_split(path)
-    for key in ("genes", "domains"):
+    if absent := {"train", "validation"} - split.parts.keys():
+        raise ValueError(f"{path} has no part {sorted(absent)}; it was not written by a pretraining run, or is damaged")
+    for key in ("steps", "tokens"):
+        if not isinstance(split.source.get(key, {}), dict):
+            raise ValueError(f"{path}: expected names with values at {key!r} under 'source'")
+    for key in ("genes", "domains", *({"paths"} & split.source.keys())):
         found = split.source.get(key)
         if not isinstance(found, list) or not all(isinstance(name, str) for name in found):
             raise ValueError(

@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
 from transformers.trainer_utils import IntervalStrategy
 
@@ -23,6 +24,7 @@ from scgpt_hf.training import checkpoints
 from scgpt_hf.training.checkpoints import Manifest
 from scgpt_hf.training.finite import HALVINGS_OF_FP16, FiniteGuard, all_finite, seed_by
 from scgpt_hf.training.ranks import Ranks
+from scgpt_hf.training.resuming import content_said, read_window
 from scgpt_hf.training.settings import TrainingSettings
 from scgpt_hf.training.stopping import Interrupted, StopSignal
 
@@ -218,7 +220,8 @@ class ResilientTrainer(Trainer):
         folder, index = Path(checkpoint), self.args.process_index
         manifest = checkpoints.manifest_of(folder)
         if manifest.world_size == self.args.world_size:
-            super()._load_rng_state(checkpoint)
+            with content_said(folder):
+                super()._load_rng_state(checkpoint)
             self.window = _load_window([folder / f"window_{index}.json"])
             return
         seeds = np.random.SeedSequence([self.args.seed, manifest.step, index])
@@ -231,8 +234,12 @@ class ResilientTrainer(Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
         try:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
-        except RuntimeError as error:
+        except (RuntimeError, SafetensorError) as error:
             raise ValueError(f"{resume_from_checkpoint} does not fit the model of the settings: {error}") from error
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        with content_said(Path(str(checkpoint))):
+            super()._load_optimizer_and_scheduler(checkpoint)
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
         if load_result.missing_keys or load_result.unexpected_keys:
@@ -285,7 +292,7 @@ def _evaluation_is_due(args: TrainingArguments, state: TrainerState, course: Cou
 
 def _load_window(paths: list[Path]) -> Window:
     """Return what was summed by the processes that wrote the files."""
-    contents = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
-    names = dict.fromkeys(name for content in contents for name in content["sums"])
-    sums = {name: sum(content["sums"].get(name, 0.0) for content in contents) for name in names}
-    return Window(dict(sums), contents[0]["n_good"])
+    contents = [read_window(path) for path in paths]
+    names = dict.fromkeys(name for sums, _ in contents for name in sums)
+    _, n_good = contents[0]
+    return Window({name: sum(sums.get(name, 0.0) for sums, _ in contents) for name in names}, n_good)

@@ -86,13 +86,23 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """Return the lines of metrics.jsonl; a last one that a crash cut off is left out."""
-    lines = path.read_text(encoding="utf-8").splitlines()
-    try:
-        last = [json.loads(line) for line in lines[-1:]]
-    except json.JSONDecodeError:
-        last = []
-    return [json.loads(line) for line in lines[:-1]] + last
+    """Return the lines of metrics.jsonl; a last one that a crash cut off is left out.
+
+    Raises:
+        ValueError: another line is no JSON object with a step; the message gives its number.
+    """
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    read: list[dict[str, Any]] = []
+    for number, text in enumerate(lines, start=1):
+        try:
+            line = json.loads(text)
+            read.append({"step": line["step"], **line})
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
+            if number < len(lines):
+                raise ValueError(
+                    f"line {number} of {path} is no JSON object with a step: {text[:60]!r}; remove the line"
+                ) from error
+    return read
 
 
 class MetricsFile(TrainerCallback):

@@ -209,7 +209,7 @@ class ScGPTTrainer(ResilientTrainer):
         for means, n_terms, n_cells in counted:  # only now, so that the GPU never waited
             weights = sums.new_tensor(n_terms)
             sums += torch.cat([means.cpu().double() * weights, weights, sums.new_tensor([n_cells])])
-        return self._metrics(over_ranks(sums, self.accelerator).tolist())
+        return self.metrics_of(over_ranks(sums, self.accelerator).tolist())
 
     def _validation_batches(self) -> Iterator[tuple[Batch, bool]]:
         """Yield this rank's batches, and whether each counts.
@@ -224,8 +224,8 @@ class ScGPTTrainer(ResilientTrainer):
                 elif self.is_fsdp_enabled:
                     yield batch, False
 
-    def _metrics(self, sums: list[float]) -> dict[str, float]:
-        """Return means by name; see `Baselines` for the three that frame them."""
+    def metrics_of(self, sums: list[float]) -> dict[str, float]:
+        """Return means by name from what `validate` sums; see `Baselines` for the three that frame them."""
         n = len(self.weights)
         means = {name: sums[row] / max(sums[n + row], 1.0) for row, name in enumerate(self.weights)}
         metrics = {"loss": sum((self.weights[name] * mean for name, mean in means.items()), 0.0)}
@@ -300,13 +300,14 @@ def _report_failure(job: Future[str]) -> None:
 
 
 class _TrueEpoch(TrainerCallback):
-    """Keeps `state.epoch` right in the epoch a run resumes in, where the library counts from the epoch's start."""
+    """Keeps `state.epoch` right where the library counts from the epoch's start; has the last few steps logged too."""
 
     def __init__(self, course: Course) -> None:
         self.course = course
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         state.epoch = self.course.epochs_done(state.global_step)
+        control.should_log |= state.global_step == self.course.n_steps
 
 
 class _Placeholder(torch.utils.data.IterableDataset[Batch]):

@@ -96,6 +96,9 @@ def test_a_manifest_cut_or_changed_anywhere_is_refused_or_says_the_same(data, tm
         {"step": 4},
         {"history": 3},
         {"history": [[32, -3], [32, 6]]},
+        {"history": [[0, 3]]},
+        {"files": {"a" * 300: {"bytes": 1, "sha256": ""}}},
+        {"world_size": 0},
         {"world_size": None},
     ],
 )
@@ -146,6 +149,18 @@ def test_pruning_spares_the_newest_and_the_best(steps, limit, pick, tmp_path_fac
     assert len(left) == min(len(steps), limit or len(steps))
     others = sorted(steps - {best, max(steps)})
     assert sorted(left - {best, max(steps)}) == others[len(others) - len(left - {best, max(steps)}) :]
+
+
+def test_links_in_the_place_of_checkpoints_give_way(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "checkpoint-9").symlink_to(tmp_path / "nowhere")
+    verify(write(tmp_path / "run", 9))
+    elsewhere = write(tmp_path / "elsewhere", 3)
+    (tmp_path / "run" / "checkpoint-3").symlink_to(elsewhere)
+    write(tmp_path / "run", 6)
+    prune(tmp_path / "run", 2, None)
+    assert [path.name for path in checkpoints_in(tmp_path / "run")] == ["checkpoint-6", "checkpoint-9"]
+    verify(elsewhere)
 
 
 def test_a_run_that_goes_back_sets_the_later_checkpoints_aside(tmp_path):

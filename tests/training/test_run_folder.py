@@ -96,6 +96,14 @@ def test_a_last_line_that_a_crash_cut_off_is_left_out_and_seconds_go_on(tmp_path
     assert state.log_history[-1] == read_lines(path)[-1]
 
 
+@pytest.mark.parametrize("line", ["junk", "{}", "[]", "3", "[" * 100_000])
+def test_a_line_that_is_none_is_named(tmp_path, line):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n' + line + '\n{"step": 2}\n')
+    with pytest.raises(ValueError, match=f"line 2 of {path} is no JSON object with a step"):
+        read_lines(path)
+
+
 def test_write_whole_replaces(tmp_path):
     for text in ("one", "two"):
         write_whole(tmp_path / "file", text)

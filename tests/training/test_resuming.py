@@ -1,0 +1,146 @@
+"""A run goes on from what holds all that it needs, with the data and the tokens that it began with, or not at all."""
+
+import hashlib
+import json
+import os
+import pickle
+import shutil
+from pathlib import Path
+
+import pytest
+from test_trainer import prepare
+
+from scgpt_hf.cells.census import CensusSource
+from scgpt_hf.training.checkpoints import checkpoints_in
+from scgpt_hf.training.resuming import read_window, require_resumable
+
+FLAGS = ("--save_strategy", "steps", "--save_steps", "2", "--eval_strategy", "no", "--load_best_model_at_end", "false")
+
+
+@pytest.fixture(scope="module")
+def run(small_census, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("resuming") / "run"
+    trainer, _, _ = prepare(small_census, folder, *FLAGS, "--max_steps", "4")
+    trainer.train()
+    return folder
+
+
+@pytest.fixture
+def copied(run, tmp_path):
+    return Path(shutil.copytree(run, tmp_path / "run"))
+
+
+def resume(census, folder, *flags):
+    flags = (*FLAGS, "--max_steps", "6", "--resume_from_checkpoint", "latest", *flags)
+    trainer, _, checkpoint = prepare(census, folder, *flags)
+    trainer.train(resume_from_checkpoint=checkpoint)
+
+
+def forge(checkpoint, name, content):
+    """Put other content into a file of a checkpoint, or remove it, so that the manifest agrees."""
+    manifest = json.loads((checkpoint / "manifest.json").read_text())
+    (checkpoint / name).unlink()
+    del manifest["files"][name]
+    if content is not None:
+        (checkpoint / name).write_bytes(content)
+        manifest["files"][name] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    (checkpoint / "manifest.json").write_text(json.dumps(manifest))
+
+
+class Malicious:
+    def __init__(self, witness):
+        self.witness = witness
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.witness),)
+
+
+@pytest.mark.parametrize("content", [None, b"", b"junk", b"[]", "pickle"])
+@pytest.mark.parametrize(
+    "name",
+    ["model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json", "window_0.json"],
+)
+def test_a_checkpoint_whose_hashes_lie_is_named_and_no_code_of_it_is_run(small_census, copied, tmp_path, name, content):
+    if content == "pickle":
+        content = pickle.dumps(Malicious(tmp_path / "executed"))
+    forge(copied / "checkpoint-4", name, content)
+    with pytest.raises(ValueError, match=r"checkpoint-4\b"):
+        resume(small_census, copied)
+    assert not (tmp_path / "executed").exists()
+    assert [path.name for path in checkpoints_in(copied)] == ["checkpoint-2", "checkpoint-4"]
+
+
+@pytest.mark.parametrize("change", [{"global_step": 3}, {"log_history": [1]}, {"log_history": [{"step": 9}]}])
+def test_a_state_of_another_step_is_refused(copied, change):
+    state = json.loads((copied / "checkpoint-4" / "trainer_state.json").read_text())
+    forge(copied / "checkpoint-4", "trainer_state.json", json.dumps({**state, **change}).encode())
+    with pytest.raises(ValueError, match="checkpoint-4"):
+        require_resumable(copied / "checkpoint-4")
+
+
+def test_a_window_is_numbers_by_name(run):
+    sums, n_good = read_window(run / "checkpoint-2" / "window_0.json")
+    assert set(sums) == {"gep", "gepc"}
+    assert n_good == 2
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--n_bins", "11"),
+        ("--max_tokens", "33"),
+        ("--ties", "midpoint"),
+        ("--cls_value", "-2"),
+        ("--input_style", "log1p"),
+        ("--mask_ratios", "0.5"),
+        ("--seed", "7"),
+    ],
+)
+def test_other_tokens_or_another_order_cannot_be_resumed(small_census, run, flags):
+    name = flags[0].removeprefix("--")
+    with pytest.raises(ValueError, match=f"cannot resume exactly: the run began with .*{name}"):
+        resume(small_census, run, *flags)
+
+
+def test_a_run_that_did_not_record_its_tokens_goes_on(small_census, copied):
+    split = json.loads((copied / "split.json").read_text())
+    del split["source"]["tokens"]
+    (copied / "split.json").write_text(json.dumps(split))
+    resume(small_census, copied, "--ties", "midpoint")
+
+
+def test_data_whose_donors_have_changed_places_are_refused(small_census, run, monkeypatch):
+    def reversed_obs(self, columns=()):
+        obs = told(self, columns)
+        return obs.assign(**{column: obs[column].to_numpy()[::-1] for column in columns})
+
+    told = CensusSource.obs
+    monkeypatch.setattr(CensusSource, "obs", reversed_obs)
+    with pytest.raises(ValueError, match=r"cells of 'train' were of the donors \['donor_.*resume with the data"):
+        resume(small_census, run)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda split: split["parts"].pop("validation"), "has no part"),
+        (lambda split: split["parts"]["train"].update(runs=[[1000, 1010]], n_cells=10), "not in the data any more"),
+        (lambda split: split["source"].update(genes=["nothing"]), "names 1 genes that the data do not have"),
+        (lambda split: split["source"].update(steps=5), "expected names with values at 'steps'"),
+        (lambda split: split["source"].update(tokens=[]), "expected names with values at 'tokens'"),
+        (lambda split: split["source"].update(paths=5), "expected a list of names at 'paths'"),
+    ],
+)
+def test_a_split_that_does_not_fit_the_data_is_refused(small_census, copied, change, message):
+    split = json.loads((copied / "split.json").read_text())
+    change(split)
+    (copied / "split.json").write_text(json.dumps(split))
+    with pytest.raises(ValueError, match=message):
+        resume(small_census, copied)
+
+
+def test_deeply_nested_files_are_refused_like_other_junk(small_census, copied):
+    (copied / "checkpoint-4" / "manifest.json").write_text("[" * 100_000)
+    (copied / "split.json").write_text("[" * 100_000)
+    with pytest.raises(ValueError, match=r"split\.json is not JSON"):
+        resume(small_census, copied)
