@@ -22,6 +22,7 @@ from scgpt_hf.training.dry_run import describe_run
 from scgpt_hf.training.hub import check_repository
 from scgpt_hf.training.machine import share_cores
 from scgpt_hf.training.recipe import begin_run, build_model, build_processor, open_cells, save_selection
+from scgpt_hf.training.run_folder import CARD, write_whole
 from scgpt_hf.training.settings import parse_settings
 from scgpt_hf.training.stopping import Interrupted
 
@@ -51,28 +52,27 @@ def main() -> None:
             return
         trainer = pretraining.make_trainer(streams, model, args)
         if args.process_index == 0 and checkpoint is None:
-            save_selection(selection, source, settings)
+            trainer.add_callback(pretraining.WhenItBegins(lambda: save_selection(selection, source, settings)))
         trainer.train(resume_from_checkpoint=checkpoint)
+        pretraining.save_best_model(trainer, folder)
+        if args.process_index == 0:
+            summary = pretraining.summarize(trainer, streams)
+            shown = {"donor_key": settings.data.split_by, "seed": args.seed}
+            show_run(folder, source, selection.parts, pretraining.whole_model(trainer, folder), processor, **shown)
+            write_whole(folder / CARD, str(model_card(folder)))
+            print(pretraining.tell(summary, folder))
+            if args.push_to_hub:
+                try:
+                    print(f"Published at {trainer.push_to_hub()}")
+                except (ValueError, OSError) as error:
+                    sys.exit(f"pretrain.py: {folder} is whole, but was not published: {error}")
     except Interrupted as interruption:
         if args.process_index == 0:
             print(f"pretrain.py: {interruption}", file=sys.stderr, flush=True)
         trainer.accelerator.end_training()
         os._exit(interruption.exit_code)  # all is saved; a read that hangs would abort an interpreter that ends orderly
-    except (ValueError, OSError, FloatingPointError) as error:
+    except (ValueError, OSError, FloatingPointError, ImportError) as error:
         sys.exit(f"pretrain.py: {error}")
-    pretraining.save_best_model(trainer, folder)
-    if args.process_index == 0:
-        summary = pretraining.summarize(trainer, streams)
-        shown = {"donor_key": settings.data.split_by, "seed": args.seed}
-        model = pretraining.whole_model(trainer, folder)
-        show_run(folder, source, selection.parts, model, processor, **shown)
-        model_card(folder).save(folder / "README.md")
-        print(pretraining.tell(summary, folder))
-        if args.push_to_hub:
-            try:
-                print(f"Published at {trainer.push_to_hub()}")
-            except (ValueError, OSError) as error:
-                sys.exit(f"pretrain.py: {folder} is whole, but was not published: {error}")
     trainer.accelerator.end_training()
 
 

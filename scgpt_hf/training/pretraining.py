@@ -5,6 +5,7 @@ import logging
 import math
 import os
 import shutil
+from collections.abc import Callable
 from contextlib import closing
 from copy import copy
 from dataclasses import asdict, replace
@@ -17,6 +18,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 from accelerate import Accelerator
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_pt_utils import get_model_param_count
 
 from scgpt_hf.cells.cache import uniform_band_size
@@ -34,6 +36,7 @@ from scgpt_hf.training.provenance import composition_of, training_of
 from scgpt_hf.training.recipe import Selection, global_batch_size
 from scgpt_hf.training.run_folder import (
     BEST_MODEL,
+    CARD,
     METRICS,
     SUMMARY,
     MetricsFile,
@@ -145,13 +148,14 @@ def tell_resumed(past: Manifest, course: Course, args: TrainingSettings) -> str:
 
 
 def is_finished(folder: Path, course: Course) -> bool:
-    """Return, and say, whether a run has done all its steps and left its model and summary."""
+    """Return, and say, whether a run has done all its steps and left its model, summary and, last of all, card."""
     try:
         summary = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         return False
     done = summary.get("steps") if isinstance(summary, dict) else None
-    finished = isinstance(done, int) and done >= course.n_steps and (folder / BEST_MODEL).is_dir()
+    told = (folder / BEST_MODEL).is_dir() and (folder / CARD).is_file()
+    finished = isinstance(done, int) and done >= course.n_steps and told
     if finished:
         logger.info("%s is finished; nothing was changed. To train further, give more --num_train_epochs", folder)
     return finished
@@ -203,6 +207,18 @@ def _require_known_metric(trainer: ScGPTTrainer) -> None:
     wanted = (trainer.args.metric_for_best_model or "loss").removeprefix("eval_")
     if wanted not in (known := trainer.metrics_of([0.0] * (2 * len(trainer.weights) + 1))):
         raise ValueError(f"metric_for_best_model is {wanted!r}; validation measures {', '.join(known)}")
+
+
+class WhenItBegins(TrainerCallback):
+    """Does something once nothing can refuse the run any more: model and optimiser are made, no step is done."""
+
+    def __init__(self, do: Callable[[], object]) -> None:
+        """Remember what to do."""
+        self.do = do
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Do it."""
+        self.do()
 
 
 def save_best_model(trainer: ScGPTTrainer, folder: Path) -> None:

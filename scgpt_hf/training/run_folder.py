@@ -12,13 +12,14 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from scgpt_hf.training.checkpoints import CheckpointError, checkpoints_in, newest_valid, verify
 
-METRICS, DROPPED, SPLIT, SETTINGS, SUMMARY, BEST_MODEL = (
+METRICS, DROPPED, SPLIT, SETTINGS, SUMMARY, BEST_MODEL, CARD = (
     "metrics.jsonl",
     "metrics.dropped.jsonl",
     "split.json",
     "settings.yaml",
     "summary.json",
     "best_model",
+    "README.md",
 )
 
 

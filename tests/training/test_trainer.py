@@ -63,6 +63,20 @@ def trained(small_census, tmp_path_factory):
     return trainer, streams, folder
 
 
+def test_the_last_steps_are_logged_however_few(small_census, tmp_path):
+    flags = ("--max_steps", "3", "--logging_steps", "100", "--eval_strategy", "no", "--load_best_model_at_end", "false")
+    trainer, _, _ = prepare(small_census, tmp_path / "run", *flags)
+    trainer.train()
+    (line,) = [line for line in trainer.state.log_history if "gep" in line]
+    assert line["step"] == 3
+
+
+def test_what_tells_the_best_model_is_measured(small_census, tmp_path):
+    with pytest.raises(ValueError, match="metric_for_best_model is 'mse'; validation measures loss, gep_mse"):
+        prepare(small_census, tmp_path / "run", "--metric_for_best_model", "eval_mse")
+    prepare(small_census, tmp_path / "run", "--metric_for_best_model", "variance_explained")
+
+
 def test_the_log_says_what_was_learned_and_how_fast(trained):
     _, _, folder = trained
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
