@@ -26,7 +26,7 @@ from scgpt_hf.training.hub import collect_files
 from scgpt_hf.training.ranks import Ranks
 from scgpt_hf.training.recipe import load_selection
 from scgpt_hf.training.run_folder import claim_run_folder
-from scgpt_hf.training.settings import parse_settings
+from scgpt_hf.training.settings import parse_settings, settings_yaml
 
 Rng = np.random.Generator
 
@@ -42,8 +42,8 @@ def make_inputs(cells: list[AnnData], census: Path, folder: Path) -> Path:
     shutil.copytree(census, folder / "soma")
     run = folder / "run"
     run.mkdir()
-    settings = {"data": {"data": ["cells.h5ad"], "n_bins": 51, "mask_ratios": [0.5]}, "model": {"hidden_size": 16}}
-    (run / "settings.yaml").write_text(yaml.safe_dump({**settings, "training": {"learning_rate": 1e-3, "seed": 1}}))
+    settings = settings_yaml(parse_settings(["--data", "cells.h5ad", "--seed", "1", "--use_cpu", "true"], ""))
+    (run / "settings.yaml").write_text(settings)
     with open_source(census) as source:  # type: ignore[attr-defined]
         obs, genes = source.obs(["donor_id"]), source.genes["feature_id"].tolist()
         described = {**source.describe(), "steps": {"seed": 1}, "genes": genes, "domains": []}
