@@ -84,7 +84,9 @@ def load_processor(name: str | Path) -> ScGPTProcessor:
     if not Path(name).is_dir() and not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", str(name)):
         raise FileNotFoundError(f"there is no folder {name}, and a repository of the Hub would be OWNER/NAME")
     with _damage_said(name):
-        processor: ScGPTProcessor = AutoProcessor.from_pretrained(name)  # type: ignore[no-untyped-call]
+        processor: ScGPTProcessor = AutoProcessor.from_pretrained(  # type: ignore[no-untyped-call]
+            name, trust_remote_code=False
+        )
         if not isinstance(processor, ScGPTProcessor):
             raise ValueError(f"{name} holds a {type(processor).__name__}, not a processor of scgpt")
     return processor

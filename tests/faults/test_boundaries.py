@@ -4,6 +4,7 @@ import json
 import os
 import pickle
 import shutil
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -58,6 +59,21 @@ def test_pickles_are_never_loaded(run, tmp_path, name):
         with pytest.raises((OSError, ValueError), match="best_model"):
             use_model(model)
     else:
+        use_model(model)
+    assert not witness.exists()
+
+
+@pytest.mark.parametrize("name", ["processor_config.json", "config.json", "tokenizer_config.json"])
+def test_code_beside_weights_is_neither_run_nor_asked_about(run, tmp_path, monkeypatch, name):
+    """Classes that we do not know would come from files of the folder, which the library offers to run."""
+    monkeypatch.setattr("builtins.input", lambda _: "y")
+    witness, model = tmp_path / "executed", run / "best_model"
+    (model / "evil.py").write_text(f"import os\nos.mkdir({str(witness)!r})\nclass Evil: pass\n")
+    content = json.loads((model / name).read_text()) | {"model_type": "evil", "processor_class": "Evil"}
+    autos = ("AutoProcessor", "AutoConfig", "AutoModel", "AutoTokenizer", "AutoModelForPreTraining")
+    content |= {"tokenizer_class": "Evil", "auto_map": dict.fromkeys(autos, "evil.Evil")}
+    (model / name).write_text(json.dumps(content))
+    with suppress(ValueError, OSError):
         use_model(model)
     assert not witness.exists()
 
