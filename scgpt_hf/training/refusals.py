@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import TrainingArguments
 from transformers.integrations.integration_utils import get_available_reporting_integrations
-from transformers.trainer_utils import SaveStrategy
+from transformers.trainer_utils import HubStrategy, SaveStrategy
 
 # The smallest number that can be, and the one that all are below; a NaN is not.
 _DATA: dict[str, tuple[float, float]] = {
@@ -35,7 +35,7 @@ _TRAINING: dict[str, tuple[float, float]] = {
     "logging_steps": (0, 2**31),
     "eval_steps": (0, 2**31),
     "save_steps": (0, 2**31),
-    "save_total_limit": (2, 2**31),  # one checkpoint cannot be both the newest and the best
+    "save_total_limit": (1, 2**31),
     "seed": (0, 2**32),
     "data_seed": (0, 2**32),
     "cpu_threads": (0, 1024),  # OpenMP crashes where the system refuses it a thread
@@ -62,8 +62,6 @@ def require_training_settings(args: TrainingArguments) -> None:
     _require_in_range(args, _TRAINING)
     if args.save_strategy == SaveStrategy.STEPS and not args.save_steps:
         raise ValueError("expected save_steps > 0, found 0; for no checkpoints at all choose save_strategy 'no'")
-    if args.save_only_model:
-        raise ValueError("save_only_model would leave checkpoints that no run can go on from; leave it out")
     if args.label_smoothing_factor:
         raise ValueError("label_smoothing_factor is for classes, which pretraining does not predict; leave it out")
     known = get_available_reporting_integrations()  # type: ignore[no-untyped-call]
@@ -74,9 +72,8 @@ def require_training_settings(args: TrainingArguments) -> None:
     if args.average_tokens_across_devices is False:
         raise ValueError("average_tokens_across_devices=False would weigh the cells of a step differently by process")
     if args.hub_strategy in {"checkpoint", "all_checkpoints"}:
-        raise ValueError(
-            f"hub_strategy {args.hub_strategy!r} would publish optimiser states; choose 'every_save' or 'end'"
-        )
+        strategy = HubStrategy(args.hub_strategy).value
+        raise ValueError(f"hub_strategy {strategy!r} would publish optimiser states; choose 'every_save' or 'end'")
 
 
 def _require_in_range(settings: Any, ranges: dict[str, tuple[float, float]]) -> None:

@@ -64,7 +64,16 @@ class ResilientTrainer(Trainer):
         Args:
             course: which cells each step trains on.
             trainer_arguments: of `transformers.Trainer`.
+
+        Raises:
+            ValueError: one checkpoint shall be kept, which cannot be both the newest and the best; or only its model,
+                from which no run can go on.
         """
+        if trainer_arguments["args"].save_total_limit == 1 or trainer_arguments["args"].save_only_model:
+            raise ValueError(
+                "expected save_total_limit of 2 or more and no save_only_model: the newest and the best checkpoint are "
+                "kept whole"
+            )
         super().__init__(**trainer_arguments)
         self._model_class = type(self.model)
         self.course, self.folder = course, Path(self.args.output_dir)

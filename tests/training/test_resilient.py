@@ -269,3 +269,9 @@ def test_a_disk_that_fills_up_keeps_the_last_checkpoint(small_census, tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, hard))
     assert newest_valid(tmp_path / "run").name == "checkpoint-4"
     assert not (tmp_path / "run" / ".unfinished").exists()
+
+
+@pytest.mark.parametrize("flags", [("--save_total_limit", "1"), ("--save_only_model", "true")])
+def test_checkpoints_that_nobody_could_go_on_from_are_refused(small_census, tmp_path, flags):
+    with pytest.raises(ValueError, match="save_total_limit of 2 or more and no save_only_model"):
+        prepare(small_census, tmp_path / "run", *flags)
