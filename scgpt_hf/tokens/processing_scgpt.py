@@ -281,12 +281,13 @@ class ScGPTProcessor(ProcessorMixin):
         gene_ids = np.asarray(gene_ids, np.int64)
         if gene_ids.shape != counts.shape[1:]:
             raise ValueError(f"found {gene_ids.shape} gene ids for {counts.shape[1]:,} columns; pass one per column")
-        largest = gene_ids.max(initial=-1)
-        if largest >= self.vocab_size:
+        if (largest := gene_ids.max(initial=-1)) >= self.vocab_size:
             raise ValueError(f"gene id {largest} is beyond the vocabulary of {self.vocab_size:,}; use match_genes")
-        columns_of_gene = np.bincount(np.maximum(gene_ids, -1) + 1)[1:]
-        if columns_of_gene.max(initial=0) > 1:
-            raise ValueError(f"two columns have gene id {columns_of_gene.argmax()}; each gene may have one column")
+        known = gene_ids[gene_ids >= 0]
+        met = np.zeros(self.vocab_size, np.bool_)
+        met[known] = True
+        if np.count_nonzero(met) < len(known):
+            raise ValueError(f"two columns have gene id {np.bincount(known).argmax()}; each gene may have one column")
         return gene_ids
 
     def _check_model(self, config: Mapping[str, Any], where: Any) -> None:
