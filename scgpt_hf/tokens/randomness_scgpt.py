@@ -4,6 +4,7 @@ Every number is a pure function of (seed, epoch, purpose, cell id, gene), so it 
 batches or neighbours do. What the numbers decide is said in `binning_scgpt`, `tokenizing_scgpt` and `masking_scgpt`.
 """
 
+from functools import lru_cache
 from typing import Any, Protocol
 
 import numpy as np
@@ -53,10 +54,15 @@ def scramble(words: UInt64Array) -> UInt64Array:
 
 def cell_keys(cell_ids: Int64Array, *, seed: int, epoch: int, purpose: int) -> UInt64Array:
     """Return one key per cell, from which `gene_words` derives the numbers of its genes. Shape (cells,)."""
+    return scramble((_key(seed, epoch, purpose) ^ cell_ids.astype(np.int64).view(np.uint64)) + GOLDEN)
+
+
+@lru_cache(maxsize=64)
+def _key(seed: int, epoch: int, purpose: int) -> np.uint64:
     key = np.zeros(1, np.uint64)
     for word in (seed, epoch, purpose):
         key = scramble((key ^ np.uint64(word & 0xFFFFFFFFFFFFFFFF)) + GOLDEN)
-    return scramble((key ^ cell_ids.astype(np.int64).view(np.uint64)) + GOLDEN)
+    return np.uint64(key[0])
 
 
 def gene_words(keys: UInt64Array, genes: npt.NDArray[np.integer]) -> UInt64Array:
