@@ -42,6 +42,8 @@ _TRAINING: dict[str, tuple[float, float]] = {
     "ddp_timeout": (1, 10**9),
     "max_bad_steps": (1, 2**31),
 }
+# Source: the documentation of `torch.compile`, which itself names an unknown one in a traceback.
+_COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 
 
 def require_data_settings(settings: Any) -> None:
@@ -68,6 +70,10 @@ def require_training_settings(args: TrainingArguments) -> None:
     if absent := set(args.report_to or []) - set(known):
         raise ValueError(
             f"report_to names {sorted(absent)}, which is not installed or unknown; install it, or leave it out"
+        )
+    if args.torch_compile_mode not in (None, *_COMPILE_MODES):
+        raise ValueError(
+            f"torch_compile_mode is {args.torch_compile_mode!r}; choose one of {', '.join(_COMPILE_MODES)}"
         )
     if args.average_tokens_across_devices is False:
         raise ValueError("average_tokens_across_devices=False would weigh the cells of a step differently by process")

@@ -118,6 +118,7 @@ def test_the_seed_recipe_is_the_paper_of_the_seed():
             "expected save_steps > 0, found 0",
         ),
         ("training: {hub_strategy: all_checkpoints}", "hub_strategy 'all_checkpoints' would publish optimiser states"),
+        ("training: {torch_compile_mode: fastest}", "torch_compile_mode is 'fastest'; choose one of default, reduce-"),
         ("training: {label_smoothing_factor: 0.1}", "label_smoothing_factor is for classes"),
         ("training: {report_to: nowhere}", r"report_to names \['nowhere'\], which is not installed or unknown"),
     ],
