@@ -119,7 +119,7 @@ def _shrink(
     words: Array = np.empty(len(ids), np.uint32)
     n_zeros, n_misfits = _pack(genes, counts, words)
     if n_zeros:
-        return _shrink([column[values != 0] for column in entries], row_of_id, first, narrow, lengths)
+        return _shrink([column[counts != 0] for column in entries], row_of_id, first, narrow, lengths)
     if n_misfits or not narrow:
         words = _widen(genes, counts)
     rows, begins, ends = (np.empty(len(ids), np.int32) for _ in range(3))

@@ -31,6 +31,16 @@ class TestCensus(SourceContract):
             source.close()
 
 
+def test_counts_of_a_wider_type_that_are_0_in_32_bits_are_left_out():
+    values = np.array([3.0, 1e-60, 2.0])  # the second is no 0 in float64
+    ids, genes, lengths = np.zeros(3, np.int64), np.arange(3), np.zeros(1, np.int64)
+    words, runs = bands._shrink([ids, genes, values], np.zeros(1, np.int32), 0, True, lengths)
+    assert (words & 0xFFFF).tolist() == [0, 2]
+    assert (words >> 16).tolist() == [3, 2]
+    assert lengths.tolist() == [2]
+    assert [part.tolist() for part in runs] == [[0], [0], [2]]
+
+
 def test_genes_come_as_two_columns(small_census):
     assert list(open_source(small_census).genes) == ["feature_id", "feature_name"]
 
