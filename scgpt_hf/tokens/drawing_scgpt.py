@@ -20,7 +20,6 @@ except ImportError:
 Array = Any  # in kernels: a numpy array, on whose dtype numba specialises
 ONE = np.uint64(1)
 _LARGEST_WORD = np.uint64(2**64 - 1)
-_LARGEST_STEP = float(2**64 - 2**11)  # the largest float below 2^64
 _F = TypeVar("_F", bound=Callable[..., Any])
 
 
@@ -65,8 +64,7 @@ def _threshold(words: Array, k: int) -> Any:
     low, high, n_low, n_high = np.uint64(0), _LARGEST_WORD, 0, len(words)  # words ≤ low, words ≤ high
     while n_high > k and high - low > ONE:
         share = (k - n_low + 0.5) / (n_high - n_low + 1.0)
-        guess = low + np.uint64(min(max(float(high - low) * share, 1.0), _LARGEST_STEP))
-        guess = min(guess, high - ONE)
+        guess = min(low + np.uint64(max(float(high - low) * share, 1.0)), high - ONE)
         n = 0
         for i in range(len(words)):  # by number: the compiler then counts several at once
             n += words[i] <= guess
