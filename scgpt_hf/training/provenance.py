@@ -20,14 +20,9 @@ def composition_of(source: CellSource, parts: dict[str, Int64Array]) -> dict[str
         source: of the cells.
         parts: ids of the cells, by part; int64 (cells of the part,).
     """
-    cell_ids = np.concatenate(list(parts.values()))
-    composition: dict[str, dict[str, int]] = {}
-    for column in ("tissue_general", "assay", "disease", "dataset_id"):
-        if column not in source.columns:
-            continue
-        counts = source.obs([column]).loc[cell_ids, column].astype(str).value_counts()
-        composition[column] = {str(value): int(n) for value, n in counts.items() if n}
-    return composition
+    told = [column for column in ("tissue_general", "assay", "disease", "dataset_id") if column in source.columns]
+    obs = source.obs(told).loc[np.concatenate(list(parts.values()))].astype(str)
+    return {column: {str(value): int(n) for value, n in obs[column].value_counts().items()} for column in told}
 
 
 def training_of(trainer: Trainer) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from scgpt_hf.cells.select import (
     sample_donors,
 )
 from scgpt_hf.cells.source import CellSource, open_source
-from scgpt_hf.cells.splits import load_split, save_split, split_cells
+from scgpt_hf.cells.splits import Split, load_split, save_split, split_cells
 from scgpt_hf.demo import demo_cells, demo_census
 from scgpt_hf.model.configuration_scgpt import ScGPTConfig
 from scgpt_hf.model.modeling_scgpt import ScGPTForPreTraining
@@ -135,9 +135,9 @@ def begin_run(source: CellSource, settings: Settings) -> tuple[Selection, str | 
             selection = choose(source, settings.data, args.seed)
         else:
             require_resumable(Path(checkpoint))
-            selection, recorded = load_selection(folder / SPLIT)
-            require_same_run(recorded, run_record(source, settings))
-            _require_same_data(selection, source, folder / SPLIT)
+            selection, split = load_selection(folder / SPLIT)
+            require_same_run(split.source, run_record(source, settings))
+            _require_same_data(split, source, folder / SPLIT)
         told = [selection, checkpoint]
     selection, checkpoint = broadcast_object_list(told)
     return selection, checkpoint
@@ -174,17 +174,15 @@ def require_same_run(recorded: dict[str, Any], now: dict[str, Any]) -> None:
         )
 
 
-def _require_same_data(selection: Selection, source: CellSource, split: Path) -> None:
-    """Raise unless a source still has the genes and cells of a recorded selection, of the same donors."""
-    if absent := set(selection.genes) - set(source.genes["feature_id"]):
+def _require_same_data(split: Split, source: CellSource, path: Path) -> None:
+    """Raise unless a source still has the genes and cells of the selection recorded at `path`, of the same donors."""
+    if absent := set(split.source["genes"]) - set(source.genes["feature_id"]):
         raise ValueError(
-            f"{split} names {len(absent):,} genes that the data do not have, e.g. {sorted(absent)[:5]}; resume with "
+            f"{path} names {len(absent):,} genes that the data do not have, e.g. {sorted(absent)[:5]}; resume with "
             "the data that the run began with"
         )
-    recorded = load_split(split)
-    donor_key = recorded.by
-    if donor_key is not None:
-        require_same_cells(recorded.donors, recorded.parts, source.obs([donor_key])[donor_key])
+    if split.by is not None:
+        require_same_cells(split.donors, split.parts, source.obs([split.by])[split.by])
 
 
 def save_selection(selection: Selection, source: CellSource, settings: Settings) -> None:
@@ -198,8 +196,8 @@ def save_selection(selection: Selection, source: CellSource, settings: Settings)
     write_whole(folder / SETTINGS, settings_yaml(settings))
 
 
-def load_selection(path: Path) -> tuple[Selection, dict[str, Any]]:
-    """Return what `save_selection` wrote: the selection, and its record.
+def load_selection(path: Path) -> tuple[Selection, Split]:
+    """Return what `save_selection` wrote: the selection, and the split that holds it, with the run's record as source.
 
     Raises:
         ValueError: a malformed file, named with the key.
@@ -218,7 +216,7 @@ def load_selection(path: Path) -> tuple[Selection, dict[str, Any]]:
                 "written by a pretraining run, or is damaged"
             )
     n_donors = {part: len(donors) for part, donors in split.donors.items()}
-    return Selection(split.parts, split.source["genes"], split.source["domains"], n_donors), dict(split.source)
+    return Selection(split.parts, split.source["genes"], split.source["domains"], n_donors), split
 
 
 def build_processor(genes: list[str], data: DataSettings, source: CellSource | None = None) -> ScGPTProcessor:
