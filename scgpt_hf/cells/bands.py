@@ -13,9 +13,8 @@ import pyarrow as pa
 import tiledbsoma as soma
 from numba import njit
 from numpy.typing import NDArray
-from scipy.sparse import csr_matrix
 
-from scgpt_hf.cells.block import Int64Array, sorted_csr
+from scgpt_hf.cells.block import Int64Array, Rows
 
 # Wanted cells per cell of the range they span, from which on reading the whole range is faster (measured).
 DENSE = 1 / 64
@@ -58,14 +57,16 @@ class Bands:
     def __init__(self, bands: Sequence[Band], places: Sequence[Int64Array], n_genes: int) -> None:
         n_cells = sum(map(len, places))
         self._bands, self._n_genes = bands, n_genes
+        narrow = all(band.words.dtype == np.uint32 for band in bands)
+        self._kinds = (np.uint16, np.uint16) if narrow else (np.int32, np.float32)
         self._band, self._row, self._length = (np.empty(n_cells, np.int64) for _ in range(3))
         for number, (band, cells) in enumerate(zip(bands, places, strict=True)):
             self._band[cells], self._row[cells], self._length[cells] = number, range(len(cells)), np.diff(band.indptr)
 
-    def gather(self, cells: Int64Array) -> csr_matrix:
-        """Return the cells at these positions, in this order: float32 (cells, genes), genes ascending."""
+    def gather(self, cells: Int64Array) -> Rows:
+        """Return the cells at these positions, in this order."""
         indptr = np.concatenate([[0], np.cumsum(self._length[cells])])
-        genes, counts = np.empty(indptr[-1], np.int32), np.empty(indptr[-1], np.float32)
+        genes, counts = (np.empty(indptr[-1], kind) for kind in self._kinds)
         order = np.argsort(self._band[cells], kind="stable")
         for part in np.split(order, np.flatnonzero(np.diff(self._band[cells[order]])) + 1) if len(cells) else []:
             band = self._bands[self._band[cells[part[0]]]]
@@ -73,7 +74,7 @@ class Bands:
                 (_unpack, counts) if band.words.dtype == np.uint32 else (_unpack_wide, counts.view(np.uint32))
             )
             unpack(band.indptr, band.words, self._row[cells[part]], indptr[part], genes, into)
-        return sorted_csr(indptr, genes, counts, self._n_genes)
+        return Rows(counts, genes, indptr, (len(cells), self._n_genes))
 
 
 def read_band(array: soma.SparseNDArray, cell_ids: Int64Array) -> Band:

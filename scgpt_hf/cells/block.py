@@ -6,7 +6,7 @@ its neighbours read.
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from hashlib import sha256
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import pandas as pd
@@ -14,6 +14,24 @@ from numpy.typing import NDArray
 from scipy.sparse import csr_matrix, issparse
 
 Int64Array: TypeAlias = NDArray[np.int64]
+
+
+class Rows(NamedTuple):
+    """Raw counts of some cells: the arrays of a CSR matrix, no wider than they must be.
+
+    Genes ascend within each cell, without stored zeros.
+
+    Attributes:
+        data: the counts; of a Census or a cache uint16, or float32 where they do not fit. Shape (entries,).
+        indices: their genes; of a Census or a cache uint16, or int32 where they do not fit. Shape (entries,).
+        indptr: where each cell begins and ends. Shape (cells + 1,).
+        shape: (cells, genes).
+    """
+
+    data: NDArray[Any]
+    indices: NDArray[Any]
+    indptr: NDArray[Any]
+    shape: tuple[int, int]
 
 
 class CellBlock:
@@ -25,7 +43,7 @@ class CellBlock:
     """
 
     def __init__(
-        self, counts: csr_matrix | Callable[[Int64Array], csr_matrix], obs: pd.DataFrame, cell_ids: Int64Array
+        self, counts: csr_matrix | Callable[[Int64Array], Rows], obs: pd.DataFrame, cell_ids: Int64Array
     ) -> None:
         """Put the parts together.
 
@@ -46,31 +64,29 @@ class CellBlock:
 
         Shape (cells, genes).
         """
-        self._counts = self.take(np.arange(len(self))) if callable(self._counts) else self._counts
+        if callable(self._counts):
+            self._counts = _widen(self._counts(np.arange(len(self))))
         return self._counts
 
-    def take(self, positions: Int64Array) -> csr_matrix:
-        """Return the counts of the cells at these positions, in this order. Shape (positions, genes)."""
-        counts = self._counts
-        return counts(positions) if callable(counts) else counts[positions]
+    def take(self, positions: Int64Array) -> Rows:
+        """Return the counts of the cells at these positions, in this order."""
+        if callable(self._counts):
+            return self._counts(positions)
+        taken = self._counts[positions]
+        return Rows(taken.data, taken.indices, taken.indptr, taken.shape)
 
     def with_obs(self, columns: Sequence[str]) -> "CellBlock":
         """Return the same cells with only these columns of obs."""
         return CellBlock(self._counts, self.obs[list(columns)], self.cell_ids)
 
 
-def sorted_csr(indptr: Int64Array, genes: NDArray[np.int32], counts: NDArray[np.float32], n_genes: int) -> csr_matrix:
-    """Return the matrix of cells whose genes ascend, without a copy or a look at its entries. Shape (cells, genes).
-
-    Args:
-        indptr: where each cell begins and ends. Shape (cells + 1,).
-        genes: column of each entry. Shape (entries,).
-        counts: of each entry. Shape (entries,).
-        n_genes: columns of the matrix.
-    """
+def _widen(rows: Rows) -> csr_matrix:
+    """Return rows as scipy takes them: int32 genes, float32 counts. Shape (cells, genes)."""
+    indptr = rows.indptr
     if indptr[-1] <= np.iinfo(np.int32).max:  # scipy wants both index arrays of one type
         indptr = indptr.astype(np.int32)
-    matrix = csr_matrix((counts, genes, indptr), shape=(len(indptr) - 1, n_genes), copy=False)
+    counts, genes = rows.data.astype(np.float32, copy=False), rows.indices.astype(np.int32, copy=False)
+    matrix = csr_matrix((counts, genes, indptr), shape=rows.shape, copy=False)
     matrix.has_sorted_indices = True
     return matrix
 

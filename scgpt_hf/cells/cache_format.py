@@ -18,9 +18,8 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 from numpy.typing import NDArray
-from scipy.sparse import csr_matrix
 
-from scgpt_hf.cells.block import CellBlock, Int64Array
+from scgpt_hf.cells.block import CellBlock, Int64Array, Rows
 from scgpt_hf.cells.layout import TILE
 
 ESCAPE = 255  # in `count`: the count is the next entry of `large_count`
@@ -77,11 +76,11 @@ def encode_bands(block: CellBlock, schema: pa.Schema, rows: Int64Array | None = 
         yield encode_cells(block.take(band), block.cell_ids[band], block.obs.iloc[band], schema)
 
 
-def encode_cells(counts: csr_matrix, cell_ids: Int64Array, obs: pd.DataFrame, schema: pa.Schema) -> pa.RecordBatch:
+def encode_cells(counts: Rows, cell_ids: Int64Array, obs: pd.DataFrame, schema: pa.Schema) -> pa.RecordBatch:
     """Return cells as a record batch.
 
     Args:
-        counts: raw counts; genes ascend within each cell. Shape (cells, genes).
+        counts: their raw counts.
         cell_ids: of these cells. Shape (cells,).
         obs: their columns. Shape (cells, columns).
         schema: as `cache_schema` returns it.

@@ -1,8 +1,8 @@
 """Cells out of the shards of a cache, in any order, straight from the mapped files.
 
 A shard is mapped, not read: of each record batch only the places of its Arrow buffers are kept. Cells are found, and
-brought into memory, by several threads; compiled loops that release the GIL copy a few cells at a time, widened to a
-CSR matrix. The format is described in `cache_format.py`.
+brought into memory, by several threads; compiled loops that release the GIL copy a few cells at a
+time. The format is described in `cache_format.py`.
 """
 
 from collections.abc import Sequence
@@ -13,9 +13,8 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 from numba import njit
-from scipy.sparse import csr_matrix
 
-from scgpt_hf.cells.block import Int64Array, sorted_csr
+from scgpt_hf.cells.block import Int64Array, Rows
 from scgpt_hf.cells.cache_format import CELL_COLUMNS, ESCAPE, Array, cache_schema
 from scgpt_hf.cells.cache_manifest import REMEDY, CacheError
 from scgpt_hf.cells.layout import TILE
@@ -102,24 +101,31 @@ class FoundCells:
         self._shards, self._shard_of_cell, self._places, self._lengths = shards, shard_of_cell, places, lengths
         self._n_genes = n_genes
 
-    def gather(self, cells: Int64Array) -> csr_matrix:
-        """Return the cells at these positions, in this order: float32 (cells, genes), genes ascending.
+    def gather(self, cells: Int64Array) -> Rows:
+        """Return the cells at these positions, in this order.
 
         Raises:
             CacheError: a cell has a gene that is none of the cache's.
         """
-        places, shard_of_cell = self._places[cells], self._shard_of_cell[cells]
         indptr = np.concatenate([[0], np.cumsum(self._lengths[cells])])
-        genes, counts = np.empty(indptr[-1], np.int32), np.empty(indptr[-1], np.float32)
-        order = np.lexsort((places[:, 0], shard_of_cell))  # so that memory is walked through forwards
-        for shard, part in _by_shard(order, self._shards, shard_of_cell):
-            _copy_cells(shard.genes, shard.bytes, shard.ints, part, places, indptr, genes, counts)
+        genes = np.empty(indptr[-1], np.uint16 if self._n_genes <= 2**16 else np.int32)
+        counts: Array = np.empty(indptr[-1], np.uint16)
+        if self._copy(cells, indptr, genes, counts):
+            counts = np.empty(indptr[-1], np.float32)
+            self._copy(cells, indptr, genes, counts)
         if (largest := genes.max(initial=0)) >= self._n_genes:
             folder = self._shards[0].path.parent
             raise CacheError(f"{folder} has {self._n_genes:,} genes, and cells with gene {largest:,}; {REMEDY}")
-        matrix = sorted_csr(indptr, genes, counts, self._n_genes)
-        matrix.has_canonical_format = True  # as they were written
-        return matrix
+        return Rows(counts, genes, indptr, (len(cells), self._n_genes))
+
+    def _copy(self, cells: Int64Array, indptr: Int64Array, genes: Array, counts: Array) -> int:
+        """Fill genes and counts; return how many counts do not fit 16 bits."""
+        places, shard_of_cell = self._places[cells], self._shard_of_cell[cells]
+        order = np.lexsort((places[:, 0], shard_of_cell))  # so that memory is walked through forwards
+        return sum(
+            _copy_cells(shard.genes, shard.bytes, shard.ints, part, places, indptr, genes, counts)
+            for shard, part in _by_shard(order, self._shards, shard_of_cell)
+        )
 
 
 def find_cells(
@@ -253,7 +259,8 @@ def _touch_cells(all_genes, all_counts, places, lengths):  # type: ignore[no-unt
 
 @njit(nogil=True, cache=True)
 def _copy_cells(all_genes, all_counts, all_large, cells, places, indptr, genes, counts):  # type: ignore[no-untyped-def]
-    """Copy and widen each cell to its place in the matrix."""
+    """Copy each cell to its place in the matrix; return how many counts do not fit 16 bits."""
+    n_misfits = 0
     for cell in cells:
         n = indptr[cell + 1] - indptr[cell]
         gene, count, large = places[cell]
@@ -267,4 +274,6 @@ def _copy_cells(all_genes, all_counts, all_large, cells, places, indptr, genes, 
             for entry in range(n):
                 if from_counts[entry] == ESCAPE:
                     to_counts[entry] = all_large[large]
+                    n_misfits += all_large[large] >= 2**16
                     large += 1
+    return n_misfits

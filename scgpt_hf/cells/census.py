@@ -15,7 +15,6 @@ import pandas as pd
 import pyarrow as pa
 import tiledbsoma as soma
 from numpy.typing import NDArray
-from scipy.sparse import csr_matrix
 
 from scgpt_hf.cells.bands import Band, Bands, read_band
 from scgpt_hf.cells.block import CellBlock, Int64Array, gene_hash, name_layers, require_cell_ids, require_counts
@@ -135,7 +134,7 @@ class CensusSource:
         bands = list(self._threads().map(self._read_band, np.split(ascending, edges))) if len(order) else []
         gather = Bands(bands, np.split(order, edges) if bands else [], len(self.genes)).gather
         if not all(band.raw for band in bands):
-            self._refuse(gather(np.arange(len(cell_ids))), ascending)
+            self._refuse(gather(np.arange(len(cell_ids))).data, ascending)
         return CellBlock(gather, self._read_obs(cell_ids, columns), cell_ids)
 
     def describe(self) -> dict[str, Any]:
@@ -171,7 +170,7 @@ class CensusSource:
         obs = self._patience.read(self._uris["obs"], read)
         return obs.set_index("soma_joinid").rename_axis("cell_id").loc[cell_ids]
 
-    def _refuse(self, counts: csr_matrix, cell_ids: Int64Array) -> None:
+    def _refuse(self, counts: NDArray[np.float32], cell_ids: Int64Array) -> None:
         """Raise the ValueError that says what is wrong with these counts, and which other layers look raw."""
         try:
             require_counts(counts, f"layer {self._layer!r} of {self._uri}")

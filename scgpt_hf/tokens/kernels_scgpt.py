@@ -12,7 +12,6 @@ from .drawing_scgpt import ONE, Array, compiled, draw_words, keep_lowest
 
 TIE_CODES = {"random": 0, "midpoint": 1, "upper": 2, "lower": 3}
 _LARGEST_TABULATED = 4095  # counts up to here are binned by a table per count; larger or fractional values by sorting
-_BEYOND = np.float32(_LARGEST_TABULATED + 1)
 _HALF_WORD = np.uint64(32)
 _DE_BRUIJN = np.uint64(0x03F79D71B4CB0A89)  # times a power of two, its upper six bits tell which
 _BIT_OF = np.zeros(64, np.int64)
@@ -34,10 +33,10 @@ def _count_values(values: Array, whole: Array, tally: Any) -> int:
     counts are 1, and adding to one number again and again waits for the last addition.
     """
     histograms, distinct, n_up_to = tally
-    n_untabulated = 0
+    n_untabulated, beyond = 0, values.dtype.type(_LARGEST_TABULATED + 1)
     largest: Any = np.int32(0)
     for i in range(len(values)):
-        count: Any = np.int32(min(values[i], _BEYOND))
+        count: Any = np.int32(min(values[i], beyond))
         n_untabulated += count != values[i]
         largest = max(largest, count)
         whole[i] = count

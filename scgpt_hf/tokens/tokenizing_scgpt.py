@@ -90,17 +90,21 @@ def rows_of(counts: SparseCounts, first: int, stop: int) -> Block:
 def as_block(counts: SparseCounts) -> Block:
     """Return the block with values in float32, or float64 where float32 would round them, and int32 columns.
 
+    Values and columns that are both uint16, as a Census or a cache gives them, stay so.
+
     Raises:
         ValueError: a value is negative, NaN or infinite.
     """
-    data: npt.NDArray[Any] = counts.data
+    data, columns = counts.data, counts.indices
+    if data.dtype == columns.dtype == np.uint16:
+        return Block(data, columns, counts.indptr.astype(np.int64), counts.shape)
     if data.size and not _all_sound(data):
         bad = data[~(np.isfinite(data) & (data >= 0))]
         raise ValueError(f"expected finite expression ≥ 0, found {bad[0]} ({len(bad):,} such entries); pass raw counts")
     if data.dtype not in (np.float32, np.float64):
         exact = data.dtype.kind in "iub" and (not data.size or data.max() < _EXACT_IN_FLOAT32)
         data = data.astype(np.float32 if exact else np.float64)
-    return Block(data, counts.indices.astype(np.int32, copy=False), counts.indptr.astype(np.int64), counts.shape)
+    return Block(data, columns.astype(np.int32, copy=False), counts.indptr.astype(np.int64), counts.shape)
 
 
 def _all_sound(data: npt.NDArray[Any]) -> bool:
@@ -192,7 +196,7 @@ def _fill(block: Block, gene_ids: Int64Array, zero_genes: Int64Array, rule: Toke
     start = 0
     for cell, (first, last) in enumerate(pairwise(block.indptr)):
         columns, counts = block.indices[first:last], block.data[first:last]
-        if (np.diff(columns) <= 0).any():
+        if (columns[1:] <= columns[:-1]).any():
             return cell
         known = (gene_ids[columns] >= 0) & (counts > 0)
         if known.any():

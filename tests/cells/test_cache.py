@@ -114,6 +114,17 @@ def test_more_genes_than_sixteen_bits_number(tmp_path):
     assert (open_source(tmp_path / "cache").read(np.array([1, 0])).counts != counts[[1, 0]]).nnz == 0
 
 
+def test_rows_are_narrow_where_their_counts_are(tmp_path):
+    counts = csr_matrix([[1, 0, 255], [65_535, 2, 0], [65_536, 0, 3]], dtype=np.float32)
+    var = pd.DataFrame(index=[f"ENSG{gene:011d}" for gene in range(3)])
+    write_cache(open_source(anndata.AnnData(counts, var=var)), tmp_path / "cache")
+    block = open_source(tmp_path / "cache").read(np.arange(3))
+    for cells, kind in (([1, 0], np.uint16), ([0, 2], np.float32), ([2, 1, 0], np.float32)):
+        rows = block.take(np.array(cells))
+        assert (rows.data.dtype, rows.indices.dtype) == (kind, np.uint16)
+        assert (csr_matrix(rows[:3], rows.shape) != counts[cells]).nnz == 0
+
+
 def test_a_filter_of_the_cache_adds_to_that_of_its_source(small_census, tmp_path):
     write_cache(open_source(small_census, obs_filter="disease == 'normal'"), tmp_path / "cache")
     source = open_source(tmp_path / "cache", obs_filter="donor_id == 'donor_4'")

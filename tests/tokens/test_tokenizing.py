@@ -1,5 +1,6 @@
 """Tokenising whole blocks against an obvious version, in both engines; a cell's tokens depend on that cell alone."""
 
+from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
 
@@ -12,8 +13,9 @@ from scipy.sparse import csr_matrix
 from scgpt_hf.tokens import tokenizing_scgpt
 from scgpt_hf.tokens.binning_scgpt import bin_counts
 from scgpt_hf.tokens.packing_scgpt import Tokens
-from scgpt_hf.tokens.randomness_scgpt import SAMPLING, TIES, cell_keys, gene_words
+from scgpt_hf.tokens.randomness_scgpt import SAMPLING, TIES, SparseCounts, cell_keys, gene_words
 from scgpt_hf.tokens.tokenizing_scgpt import (
+    Block,
     TokenRule,
     as_block,
     count_known,
@@ -50,6 +52,12 @@ def _cells(seed: int, n_cells: int = 8, n_genes: int = 70, fractional: bool = Fa
     return csr_matrix(counts), np.where(rng.random(n_genes) < 0.8, gene_ids, -1)
 
 
+def _narrow(counts: csr_matrix) -> Block:
+    """The same counts as a Census or a cache gives them."""
+    assert counts.data.max(initial=0) < 2**16
+    return Block(counts.data.astype(np.uint16), counts.indices.astype(np.uint16), counts.indptr, counts.shape)
+
+
 def _slowly(counts: np.ndarray, gene_ids: np.ndarray, rule: TokenRule, cell_id: int) -> list[tuple[int, float]]:
     """The tokens of one cell, as the rule is told in words."""
     keys = {p: cell_keys(np.array([cell_id]), seed=5, epoch=6, purpose=p) for p in (TIES, SAMPLING)}
@@ -80,15 +88,16 @@ def _assert_equal(first: Tokens, second: Tokens) -> None:
 
 
 @settings(deadline=None, max_examples=80)
-@given(seed=st.integers(0, 2**16), rule=RULES, fractional=st.booleans())
-def test_both_engines_do_what_the_rule_says(seed: int, rule: TokenRule, fractional: bool) -> None:
-    counts, gene_ids = _cells(seed, fractional=fractional)
+@given(seed=st.integers(0, 2**16), rule=RULES, stored=st.sampled_from(["whole", "fractional", "narrow"]))
+def test_both_engines_do_what_the_rule_says(seed: int, rule: TokenRule, stored: str) -> None:
+    counts, gene_ids = _cells(seed, fractional=stored == "fractional")
+    block = as_block(_narrow(counts) if stored == "narrow" else counts)
     ids = np.arange(len(counts.indptr) - 1) * 1000 - 3
     arguments: dict[str, Any] = {"cell_ids": ids, "seed": 5, "epoch": 6}
-    compiled = tokenize_counts(as_block(counts), gene_ids, rule, **arguments)
+    compiled = tokenize_counts(block, gene_ids, rule, **arguments)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tokenizing_scgpt, "COMPILED", False)
-        _assert_equal(tokenize_counts(as_block(counts), gene_ids, rule, **arguments), compiled)
+        _assert_equal(tokenize_counts(block, gene_ids, rule, **arguments), compiled)
     expected = [_slowly(row, gene_ids, rule, cell) for row, cell in zip(counts.toarray(), ids, strict=True)]
     assert _listed(compiled) == [cell for cell in expected if cell]
     assert compiled.cell_ids.tolist() == [cell_id for cell_id, cell in zip(ids, expected, strict=True) if cell]
@@ -118,6 +127,7 @@ def test_tokens_do_not_depend_on_how_counts_are_stored(seed: int, dtype: type) -
     rule = TokenRule(N_VOCAB, CLS_ID, 0.0, 30, 51, "random", False)
     arguments: dict[str, Any] = {"cell_ids": np.arange(8), "seed": 0, "epoch": 0}
     expected = tokenize_counts(as_block(counts), gene_ids, rule, **arguments)
+    _assert_equal(tokenize_counts(as_block(_narrow(counts)), gene_ids, rule, **arguments), expected)
     _assert_equal(tokenize_counts(as_block(counts.astype(dtype)), gene_ids, rule, **arguments), expected)
 
 
@@ -168,11 +178,12 @@ def test_no_cells_and_no_genes_give_no_tokens() -> None:
 
 @pytest.mark.parametrize("compiled", [True, False])
 @pytest.mark.parametrize("columns", [[2, 1], [1, 1]])
+@pytest.mark.parametrize("stored", [lambda counts: counts, lambda counts: _narrow(counts)], ids=["wide", "narrow"])
 def test_unsorted_or_repeated_columns_raise(
-    columns: list[int], compiled: bool, monkeypatch: pytest.MonkeyPatch
+    columns: list[int], compiled: bool, stored: Callable[[csr_matrix], SparseCounts], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tokenizing_scgpt, "COMPILED", compiled)
-    counts = csr_matrix((np.ones(3, np.float32), [0, *columns], [0, 1, 3]), shape=(2, 3))
+    counts = stored(csr_matrix((np.ones(3, np.float32), [0, *columns], [0, 1, 3]), shape=(2, 3)))
     rule = TokenRule(N_VOCAB, CLS_ID, 0.0, 30, 51, "random", False)
     with pytest.raises(ValueError, match=r"row 1 has unsorted or repeated columns; call counts.sum_duplicates"):
         tokenize_counts(as_block(counts), np.arange(3), rule, cell_ids=np.arange(2), seed=0, epoch=0)
