@@ -55,5 +55,5 @@ def write_on_ray(jobs: CacheJobs, *, rewrite: bool = False) -> bool:
 
 def _write(jobs: CacheJobs, shard: int, rewrite: bool) -> int:
     """Write a shard and return its number of cells."""
-    jobs.write(shard, rewrite=rewrite)
+    jobs.write([shard], rewrite=rewrite)
     return jobs.bounds[shard + 1] - jobs.bounds[shard]

@@ -91,11 +91,14 @@ def encode_cells(counts: Rows, cell_ids: Int64Array, obs: pd.DataFrame, schema: 
     if (largest := counts.data.max(initial=0)) > LARGEST:
         raise ValueError(f"found a count of {largest:,.0f}; a cache holds counts up to {LARGEST:,}")
     offsets, is_large = counts.indptr.astype(np.int32), np.flatnonzero(counts.data >= ESCAPE)
-    genes = counts.indices.astype(schema.field("gene").type.value_type.to_pandas_dtype())
+    small = counts.data if counts.data.dtype == np.uint16 else np.minimum(counts.data, ESCAPE)
+    small = small.astype(np.uint8)  # of two bytes the lower one
+    small[is_large] = ESCAPE
+    genes = counts.indices.astype(schema.field("gene").type.value_type.to_pandas_dtype(), copy=False)
     columns = [
         pa.array(cell_ids),
         pa.ListArray.from_arrays(offsets, genes),
-        pa.ListArray.from_arrays(offsets, np.minimum(counts.data, ESCAPE).astype(np.uint8)),
+        pa.ListArray.from_arrays(offsets, small),
         pa.ListArray.from_arrays(np.searchsorted(is_large, offsets), counts.data[is_large].astype(np.uint32)),
         *(_encode_column(obs[field.name], field.type) for field in list(schema)[len(CELL_COLUMNS) :]),
     ]

@@ -7,10 +7,11 @@ is recorded with its hash; whoever finds all of them recorded writes the manifes
 import json
 import logging
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from functools import cached_property, partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ import numpy as np
 import pyarrow as pa
 from tqdm.auto import tqdm
 
-from scgpt_hf.cells.block import Int64Array
+from scgpt_hf.cells.block import CellBlock, Int64Array
 from scgpt_hf.cells.cache_format import cache_schema, encode_bands, obs_type, write_shard
 from scgpt_hf.cells.cache_manifest import (
     JOBS,
@@ -119,32 +120,51 @@ class CacheJobs:
             return True
         return any(path.name != JOBS for path in self.folder.iterdir()) and not is_cache(self.folder)
 
-    def write(self, shard: int, *, rewrite: bool = False, tell: Callable[[int], object] = lambda n_cells: None) -> None:
-        """Write a shard, unless it is there: then it is verified.
+    def write(
+        self, shards: Iterable[int], *, rewrite: bool = False, tell: Callable[[int], object] = lambda n_cells: None
+    ) -> None:
+        """Write shards, but for those that are there: they are verified, before the first is written.
 
         Args:
-            shard: number of the shard.
-            rewrite: write a corrupt one again.
+            shards: their numbers.
+            rewrite: write corrupt ones again.
             tell: is told the number of cells each time some are done.
 
         Raises:
-            CacheError: it is corrupt; or the source gives other cells than when it was written first.
-            OSError: it cannot be written.
+            CacheError: one is corrupt; or the source gives other cells than when it was written first.
+            OSError: one cannot be written.
             ValueError: the source cannot be read.
         """
-        record, ids = self._record(shard, self._listed()), self.cell_ids[self.bounds[shard] : self.bounds[shard + 1]]
+        missing = [shard for shard in shards if not self._verify(shard, rewrite, tell)]
+        reads = (
+            partial(self.source.read, ids, self.identity.columns) for shard in missing for ids in self._ranges(shard)
+        )
+        with ReadingThreads(_READS_AHEAD, "cache-read") as readers:
+            blocks = in_order(readers, reads, n_ahead=_READS_AHEAD)  # of the next shard too, while one is completed
+            for shard in missing:
+                self._write(shard, islice(blocks, len(self._ranges(shard))), tell)
+
+    def _verify(self, shard: int, rewrite: bool, tell: Callable[[int], object]) -> bool:
+        """Return whether a shard is there and what it should be; raise if it is corrupt and not to be written again."""
+        record = self._record(shard)
+        if record is None or not (self.folder / record.file).exists():
+            return False
+        try:
+            check_shard(self.folder, record)
+        except CacheError as error:
+            if not rewrite:
+                raise
+            logger.warning("%s", error)
+            return False
+        tell(record.n_cells)
+        return True
+
+    def _write(self, shard: int, blocks: Iterable[CellBlock], tell: Callable[[int], object]) -> None:
+        """Write a shard and record it."""
+        record, ids = self._record(shard), self.cell_ids[self.bounds[shard] : self.bounds[shard + 1]]
         path = self.folder / self.name(shard)
-        if record is not None and path.exists():
-            try:
-                check_shard(self.folder, record)
-                tell(len(ids))
-                return
-            except CacheError as error:
-                if not rewrite:
-                    raise
-                logger.warning("%s", error)
         with self._unless_finished():
-            written = write_shard(path, self.schema, self._batches(ids, tell), scratch=self.folder / JOBS)
+            written = write_shard(path, self.schema, self._batches(blocks, tell), scratch=self.folder / JOBS)
             if record is not None and record.sha256 != written.sha256:
                 raise CacheError(
                     f"{path} was written again and is not what it was (sha256 {written.sha256[:16]}…, before "
@@ -166,20 +186,22 @@ class CacheJobs:
         shutil.rmtree(self.folder / JOBS, ignore_errors=True)
         return True
 
-    def _batches(self, cell_ids: Int64Array, tell: Callable[[int], object]) -> Iterator[pa.RecordBatch]:
-        """Yield the record batches of these cells; the next ones are read meanwhile."""
-        ranges = np.split(cell_ids, np.flatnonzero(np.diff(cell_ids // _READ_TOGETHER)) + 1)
-        reads = (partial(self.source.read, ids, self.identity.columns) for ids in ranges)
-        with ReadingThreads(_READS_AHEAD, "cache-read") as readers:
-            for block in in_order(readers, reads, n_ahead=_READS_AHEAD):
-                yield from encode_bands(block, self.schema)
-                tell(len(block))
+    def _ranges(self, shard: int) -> list[Int64Array]:
+        """Return the cells of a shard as they are read, some bands together."""
+        ids = self.cell_ids[self.bounds[shard] : self.bounds[shard + 1]]
+        return np.split(ids, np.flatnonzero(np.diff(ids // _READ_TOGETHER)) + 1)
 
-    def _record(self, shard: int, listed: dict[str, ShardRecord]) -> ShardRecord | None:
+    def _batches(self, blocks: Iterable[CellBlock], tell: Callable[[int], object]) -> Iterator[pa.RecordBatch]:
+        """Yield the record batches of the blocks of a shard."""
+        for block in blocks:
+            yield from encode_bands(block, self.schema)
+            tell(len(block))
+
+    def _record(self, shard: int, listed: dict[str, ShardRecord] | None = None) -> ShardRecord | None:
         """Return what is recorded of a shard, or None if it was never finished."""
         with suppress(FileNotFoundError):
             return ShardRecord(**_read_json(self.folder / JOBS / f"{self.name(shard)}.json"))
-        return listed.get(self.name(shard))
+        return (self._listed() if listed is None else listed).get(self.name(shard))
 
     def _listed(self) -> dict[str, ShardRecord]:
         """Return the shards of the manifest by file; none before there is one."""
@@ -256,8 +278,7 @@ def write_shards(jobs: CacheJobs, job: tuple[int, int] = (0, 1), *, rewrite: boo
     mine = range(index, jobs.n_shards, n_jobs)
     n_cells = sum(jobs.bounds[shard + 1] - jobs.bounds[shard] for shard in mine)
     with tqdm(total=n_cells, unit=" cells", unit_scale=True, desc="caching") as progress:
-        for shard in mine:
-            jobs.write(shard, rewrite=rewrite, tell=progress.update)
+        jobs.write(mine, rewrite=rewrite, tell=progress.update)
     return jobs.finish()
 
 

@@ -227,7 +227,7 @@ from scgpt_hf.cells.source import open_source
 source, read, reads = open_source(make_cells()), None, []
 def slow(ids, columns):
     reads.append(ids)
-    if len(reads) == 4:
+    if len(reads) == 5:  # the first is for the schema, and three are begun before a shard is complete
         import os, signal
         os.kill(os.getpid(), signal.SIGKILL)
     return read(ids, columns)
