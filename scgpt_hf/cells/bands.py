@@ -15,6 +15,7 @@ from numba import njit
 from numpy.typing import NDArray
 
 from scgpt_hf.cells.block import Int64Array, Rows
+from scgpt_hf.cells.layout import TILE
 
 # Wanted cells per cell of the range they span, from which on reading the whole range is faster (measured).
 DENSE = 1 / 64
@@ -81,51 +82,57 @@ def read_band(array: soma.SparseNDArray, cell_ids: Int64Array) -> Band:
     """Return cells of one band, given by ascending id."""
     first, last = int(cell_ids[0]), int(cell_ids[-1])
     whole = len(cell_ids) >= DENSE * (last - first + 1)
+    if whole:  # from edge to edge, for TileDB looks at every entry of a tile of which it is asked for a part
+        first = first // TILE * TILE
+        last = min(first + TILE, array.shape[0]) - 1
     row_of_id = np.full(last - first + 1, -1, dtype=np.int32)
     row_of_id[cell_ids - first] = np.arange(len(cell_ids), dtype=np.int32)
     narrow, indptr = array.shape[1] <= 2**16, np.zeros(len(cell_ids) + 1, np.int64)
     parts = [  # each is made small at once, so that its memory serves for the next
-        _shrink([column.to_numpy() for column in batch.columns], row_of_id, first, narrow, indptr[1:])
+        _shrink([column.to_numpy() for column in batch.columns], row_of_id, first, narrow)
         for table in array.read((slice(first, last) if whole else pa.array(cell_ids),)).tables()
         for batch in table.to_batches()
     ]
+    for _, rows, lengths in parts:
+        indptr[1:] += np.bincount(rows, lengths, len(cell_ids)).astype(np.int64)
     np.cumsum(indptr, out=indptr)
-    words: Array = np.empty(indptr[-1], np.result_type(np.uint32, *(part for part, _ in parts)))
+    words: Array = np.empty(indptr[-1], np.result_type(np.uint32, *(part for part, _, _ in parts)))
     cursor, low = indptr[:-1].copy(), words.dtype.type(2 ** (4 * words.itemsize) - 1)
-    for part, runs in parts:
+    n_descents = 0
+    for part, rows, lengths in parts:
         same = part if part.dtype == words.dtype else _widen(part & _LOW, (part >> _HALF).astype(np.float32))
-        _place_runs(same, *runs, cursor, words)
-    if not _ascend(indptr, words, low):  # the fragments of the array came out of order
+        n_descents += _place_runs(same, rows, lengths, indptr, cursor, words, low)
+    if n_descents:  # the fragments of the array came out of order
         words = words[np.lexsort((words & low, np.repeat(np.arange(len(cell_ids)), np.diff(indptr))))]
     return Band(indptr, words)
 
 
-def _shrink(
-    entries: Sequence[Array], row_of_id: Array, first: int, narrow: bool, lengths: Int64Array
-) -> tuple[Array, tuple[Array, Array, Array]]:
-    """Return the words of a part of a band as its entries lie, and where its runs of wanted cells are.
+def _shrink(entries: Sequence[Array], row_of_id: Array, first: int, narrow: bool) -> tuple[Array, Array, Array]:
+    """Return the words of the wanted cells of a part of a band as they lie there, and the runs that they are in.
 
     Args:
         entries: cell ids, genes and counts. Shape (entries,) each.
         row_of_id: the row of each cell of the band, −1 if it is not wanted. Shape (last id − first + 1,).
         first: id of the first cell.
         narrow: whether genes fit 16 bits.
-        lengths: of the cells, to which those of the runs are added. Shape (rows,).
 
     Returns:
-        See `Band.words`, shape (entries,); the row, begin and end of each run, shape (runs,).
+        Words, see `Band.words`; the row and the number of words of each run, shape (runs,).
     """
     ids, genes, values = entries
     counts = values.astype(np.float32, copy=False)
-    words: Array = np.empty(len(ids), np.uint32)
-    n_zeros, n_misfits = _pack(genes, counts, words)
-    if n_zeros:
-        return _shrink([column[counts != 0] for column in entries], row_of_id, first, narrow, lengths)
-    if n_misfits or not narrow:
-        words = _widen(genes, counts)
     rows, begins, ends = (np.empty(len(ids), np.int32) for _ in range(3))
-    n_runs = _find_runs(ids, row_of_id, first, lengths, rows, begins, ends)
-    return words, (rows[:n_runs].copy(), begins[:n_runs].copy(), ends[:n_runs].copy())
+    n_runs = _find_runs(ids, row_of_id, first, rows, begins, ends)
+    rows, begins, ends = rows[:n_runs].copy(), begins[:n_runs], ends[:n_runs]
+    lengths = ends - begins
+    words: Array = np.empty(lengths.sum(), np.uint32)
+    n_zeros, n_misfits = _pack(genes, counts, begins, ends, words)
+    if n_zeros:
+        return _shrink([column[counts != 0] for column in entries], row_of_id, first, narrow)
+    if n_misfits or not narrow:
+        wanted = np.repeat(begins - np.cumsum(lengths) + lengths, lengths) + np.arange(len(words))
+        words = _widen(genes[wanted], counts[wanted])
+    return words, rows, lengths
 
 
 def _widen(genes: Array, counts: Array) -> Array:
@@ -134,22 +141,7 @@ def _widen(genes: Array, counts: Array) -> Array:
 
 
 @njit(nogil=True, cache=True)
-def _pack(genes, counts, words):  # type: ignore[no-untyped-def]
-    """Fill words of 32 bits; return how many counts are 0, and how many do not fit. Of NaN, every comparison is false.
-
-    Here and below loops are short and run over slices from 0: the compiler then takes many entries at once.
-    """
-    n_zeros = n_misfits = 0
-    for i in range(len(genes)):
-        words[i] = (np.int32(counts[i]) << _HALF) | np.int32(genes[i])
-    for i in range(len(counts)):
-        n_zeros += counts[i] == 0
-        n_misfits += not ((counts[i] >= 0) & (counts[i] <= _LOW) & (counts[i] == np.floor(counts[i])))
-    return n_zeros, n_misfits
-
-
-@njit(nogil=True, cache=True)
-def _find_runs(ids, row_of_id, first, lengths, rows, begins, ends):  # type: ignore[no-untyped-def]
+def _find_runs(ids, row_of_id, first, rows, begins, ends):  # type: ignore[no-untyped-def]
     """Fill the row, begin and end of each run of entries of one wanted cell, a tile's worth; return how many."""
     n_runs = entry = 0
     while entry < len(ids):
@@ -159,31 +151,51 @@ def _find_runs(ids, row_of_id, first, lengths, rows, begins, ends):  # type: ign
         row = row_of_id[cell - first]
         if row >= 0:
             rows[n_runs], begins[n_runs], ends[n_runs] = row, begin, entry
-            lengths[row] += entry - begin
             n_runs += 1
     return n_runs
 
 
 @njit(nogil=True, cache=True)
-def _place_runs(part, rows, begins, ends, cursor, words):  # type: ignore[no-untyped-def]
-    """Copy each run behind the last one of its cell."""
-    for run in range(len(rows)):
-        these, place = part[begins[run] : ends[run]], cursor[rows[run]]
-        there = words[place : place + len(these)]
-        for i in range(len(these)):
-            there[i] = these[i]
-        cursor[rows[run]] += len(these)
+def _pack(genes, counts, begins, ends, words):  # type: ignore[no-untyped-def]
+    """Fill words of 32 bits; return how many counts are 0, and how many do not fit. Of NaN, every comparison is false.
+
+    Runs that lie side by side are taken as one. Here and below loops are short and run over slices from 0: the compiler
+    then takes many entries at once.
+    """
+    n_zeros = n_misfits = place = run = 0
+    while run < len(begins):
+        begin = begins[run]
+        while run + 1 < len(begins) and begins[run + 1] == ends[run]:
+            run += 1
+        some_genes, some_counts = genes[begin : ends[run]], counts[begin : ends[run]]
+        some_words = words[place : place + len(some_genes)]
+        for i in range(len(some_genes)):
+            some_words[i] = (np.int32(some_counts[i]) << _HALF) | np.int32(some_genes[i])
+        for i in range(len(some_counts)):
+            n_zeros += some_counts[i] == 0
+            n_misfits += not (
+                (some_counts[i] >= 0) & (some_counts[i] <= _LOW) & (some_counts[i] == np.floor(some_counts[i]))
+            )
+        place += len(some_genes)
+        run += 1
+    return n_zeros, n_misfits
 
 
 @njit(nogil=True, cache=True)
-def _ascend(indptr, words, low):  # type: ignore[no-untyped-def]
-    """Return whether the genes of every cell ascend."""
-    n_descents = 0
-    for cell in range(len(indptr) - 1):
-        these = words[indptr[cell] : indptr[cell + 1]]
+def _place_runs(part, rows, lengths, indptr, cursor, words, low):  # type: ignore[no-untyped-def]
+    """Copy each run behind the last one of its cell; return how often a gene is below the one before it in its cell."""
+    n_descents = begin = 0
+    for run in range(len(rows)):
+        these, place = part[begin : begin + lengths[run]], cursor[rows[run]]
+        there = words[place : place + len(these)]
+        for i in range(len(these)):
+            there[i] = these[i]
         for i in range(1, len(these)):
             n_descents += (these[i] & low) < (these[i - 1] & low)
-    return n_descents == 0
+        n_descents += place > indptr[rows[run]] and (these[0] & low) < (words[place - 1] & low)
+        cursor[rows[run]] = place + len(these)
+        begin += len(these)
+    return n_descents
 
 
 @njit(nogil=True, cache=True)
