@@ -210,12 +210,18 @@ class _Blocks:
             wait([ahead], PATIENCE_S)
 
     def _take(self, shard: int) -> tuple[list[Int64Array], CellBlock]:
-        """Return a shard that was read ahead, or read it now; then have the next one read."""
+        """Return a shard that was read ahead, or read it now; then have the next one read.
+
+        The next one is begun while this one still waits for its last bands, but for the very first, which nothing may
+        delay.
+        """
         expected, ahead = self.ahead
-        current = ahead if ahead is not None and expected == shard else self.readers.submit(self._read, shard)
+        if ahead is None or expected != shard:
+            ahead = self.readers.submit(self._read, shard)
+            ahead.result()
         following = shard + 1
         self.ahead = (following, self.readers.submit(self._read, following) if following < len(self.shards) else None)
-        return current.result()
+        return ahead.result()
 
     def _read(self, shard: int) -> tuple[list[Int64Array], CellBlock]:
         """Return the steps of a shard as cell ids, and the block that holds them in that order."""
