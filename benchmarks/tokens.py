@@ -21,6 +21,7 @@ from measuring import alternate, print_medians, ratios, write_result
 from scgpt_hf.cells.block import CellBlock, Rows
 from scgpt_hf.cells.source import open_source
 from scgpt_hf.cells.threads import n_cores
+from scgpt_hf.genes import match_columns
 from scgpt_hf.tokens.binning_scgpt import bin_cell
 from scgpt_hf.tokens.masking_scgpt import draw_ratios
 from scgpt_hf.tokens.packing_scgpt import IGNORE, Tokens, pack
@@ -118,7 +119,7 @@ def main() -> None:
     n_cells = min(arguments.cells, len(offered)) // TOGETHER * TOGETHER
     block = source.read(np.random.default_rng(0).permutation(offered)[:n_cells])
     processor = ScGPTProcessor.from_genes(source.genes["feature_id"].tolist())
-    gene_ids = processor.match_genes(source.genes["feature_id"].tolist())
+    gene_ids, _ = match_columns(source.genes, processor)
     plain = partial(cell_by_cell, block, gene_ids, processor)
     ours = partial(compiled, block.take(np.arange(n_cells)), block.cell_ids, gene_ids, processor)
     for one, other in zip(ours(0), plain(0), strict=True):

@@ -20,8 +20,8 @@ def match_columns(genes: pd.DataFrame, processor: ScGPTProcessor) -> tuple[Int64
     share a name, the first one stands for it, unless another is found by its id.
 
     Returns:
-        int64 (genes,), and the numbers of genes matched `by_id` and `by_symbol`, of `duplicates` left out, of
-        `unknown` genes, and of genes in the `vocabulary`.
+        int64 (genes,), read-only, and the numbers of genes matched `by_id` and `by_symbol`, of `duplicates` left out,
+        of `unknown` genes, and of genes in the `vocabulary`.
 
     Raises:
         ValueError: too few genes are known; see `ScGPTProcessor.match_genes`. The message says if they are a mouse's.
@@ -52,6 +52,7 @@ def match_columns(genes: pd.DataFrame, processor: ScGPTProcessor) -> tuple[Int64
         "vocabulary": len(vocabulary),
     }
     logger.info("genes: %s", coverage)
+    gene_ids.flags.writeable = False  # the processor then checks them once, and not for every batch
     return gene_ids, coverage
 
 

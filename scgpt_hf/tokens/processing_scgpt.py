@@ -20,7 +20,7 @@ from .kernels_scgpt import TIE_CODES
 from .masking_scgpt import draw_ratios, mask_tokens
 from .packing_scgpt import Tokens, pack, pad
 from .randomness_scgpt import Int64Array, SparseCounts, content_ids
-from .tokenizing_scgpt import TokenRule, as_block, count_known, csr_of, log_normalize, tokenize_counts
+from .tokenizing_scgpt import TokenRule, as_block, check_columns, count_known, csr_of, log_normalize, tokenize_counts
 from .vocabulary_scgpt import (
     CLS,
     EOC,
@@ -88,6 +88,7 @@ class ScGPTProcessor(ProcessorMixin):
         check_vocab(vocab)
         self._n_vocab, self._pad_id, self._cls_id = len(vocab), vocab[PAD], vocab[CLS]
         self._gene_of = genes_by_symbol(self.genes, self.symbols or [])
+        self._checked: Int64Array | None = None
 
     @classmethod
     def from_genes(cls, genes: Sequence[str], **settings: Any) -> "ScGPTProcessor":
@@ -185,7 +186,7 @@ class ScGPTProcessor(ProcessorMixin):
 
         Args:
             counts: raw counts, CSR with sorted columns. Shape (cells, genes).
-            gene_ids: from `match_genes`. Shape (genes,).
+            gene_ids: from `match_genes`; checked at every call, or once if it is read-only. Shape (genes,).
             cell_ids: what ties, sampling and masks of a cell are keyed by, int64 (cells,). None keys them by the cell's
                 own genes and counts (`content_ids`), so a cell gives the same tokens in any file, order or batch.
             seed: changes ties and sampling.
@@ -279,15 +280,9 @@ class ScGPTProcessor(ProcessorMixin):
 
     def _check_columns(self, counts: SparseCounts, gene_ids: Int64Array) -> Int64Array:
         gene_ids = np.asarray(gene_ids, np.int64)
-        if gene_ids.shape != counts.shape[1:]:
-            raise ValueError(f"found {gene_ids.shape} gene ids for {counts.shape[1]:,} columns; pass one per column")
-        if (largest := gene_ids.max(initial=-1)) >= self.vocab_size:
-            raise ValueError(f"gene id {largest} is beyond the vocabulary of {self.vocab_size:,}; use match_genes")
-        known = gene_ids[gene_ids >= 0]
-        met = np.zeros(self.vocab_size, np.bool_)
-        met[known] = True
-        if np.count_nonzero(met) < len(known):
-            raise ValueError(f"two columns have gene id {np.bincount(known).argmax()}; each gene may have one column")
+        if gene_ids is not self._checked or gene_ids.shape != counts.shape[1:]:
+            check_columns(gene_ids, counts.shape[1], self.vocab_size)
+            self._checked = None if gene_ids.flags.writeable else gene_ids  # what cannot change is checked once
         return gene_ids
 
     def _check_model(self, config: Mapping[str, Any], where: Any) -> None:

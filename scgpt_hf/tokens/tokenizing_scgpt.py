@@ -124,6 +124,23 @@ def log_normalize(block: Block, target_sum: float) -> Block:
     return replace(block, data=values.astype(np.float32))
 
 
+def check_columns(gene_ids: Int64Array, n_columns: int, n_vocab: int) -> None:
+    """Raise unless the vocabulary ids are those of so many columns, −1 where unknown.
+
+    Raises:
+        ValueError: there are more or fewer, one is beyond the vocabulary, or two columns have the same.
+    """
+    if gene_ids.shape != (n_columns,):
+        raise ValueError(f"found {gene_ids.shape} gene ids for {n_columns:,} columns; pass one per column")
+    if (largest := gene_ids.max(initial=-1)) >= n_vocab:
+        raise ValueError(f"gene id {largest} is beyond the vocabulary of {n_vocab:,}; use match_genes")
+    known = gene_ids[gene_ids >= 0]
+    met = np.zeros(n_vocab, np.bool_)
+    met[known] = True
+    if np.count_nonzero(met) < len(known):
+        raise ValueError(f"two columns have gene id {np.bincount(known).argmax()}; each gene may have one column")
+
+
 def count_known(block: Block, gene_ids: Int64Array) -> Int64Array:
     """Return how many known genes each cell expresses. Shape (cells,)."""
     known = (gene_ids[block.indices] >= 0) & (block.data > 0)

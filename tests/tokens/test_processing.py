@@ -16,6 +16,7 @@ from scipy.sparse import csc_matrix, csr_matrix
 from transformers import AutoProcessor, AutoTokenizer
 
 import scgpt_hf  # noqa: F401  # registers the processor
+from scgpt_hf.tokens import processing_scgpt
 from scgpt_hf.tokens.packing_scgpt import IGNORE
 from scgpt_hf.tokens.processing_scgpt import ScGPTProcessor
 
@@ -188,6 +189,28 @@ def test_bad_ids_raise() -> None:
         processor.tokenize(counts, np.arange(60) + 4, seed=0, epoch=0)
     with pytest.raises(ValueError, match="two columns have gene id 7"):
         processor.tokenize(counts, np.where(np.arange(60) == 3, 7, np.arange(60)), seed=0, epoch=0)
+
+
+def test_ids_that_cannot_change_are_checked_once_and_others_every_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    processor, counts, looked_at = ScGPTProcessor.from_genes(GENES), csr_matrix(_counts()), []
+    check = processing_scgpt.check_columns
+    monkeypatch.setattr(processing_scgpt, "check_columns", lambda *args: (looked_at.append(args), check(*args)))
+    for read_only, n_looks in ((True, 1), (False, 3)):
+        gene_ids = np.arange(60)
+        gene_ids.flags.writeable = not read_only
+        for _ in range(3):
+            processor.tokenize(counts, gene_ids, seed=0, epoch=0)
+        assert len(looked_at) == n_looks
+        looked_at.clear()
+    gene_ids[3] = 7
+    gene_ids.flags.writeable = False
+    with pytest.raises(ValueError, match="two columns have gene id 7"):
+        processor.tokenize(counts, gene_ids, seed=0, epoch=0)
+    checked = np.arange(60)
+    checked.flags.writeable = False
+    processor.tokenize(counts, checked, seed=0, epoch=0)
+    with pytest.raises(ValueError, match=r"found \(60,\) gene ids for 59 columns"):
+        processor.tokenize(counts[:, :59], checked, seed=0, epoch=0)
 
 
 @pytest.mark.parametrize(
