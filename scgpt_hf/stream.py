@@ -250,9 +250,10 @@ class _Blocks:
         tokens = self.processor.tokenize(counts, self.gene_ids, cell_ids=asked, seed=s.seed, epoch=epoch)
         if s.mask_ratios is not None:
             tokens = self.processor.mask(tokens, seed=s.seed, epoch=epoch, ratios=s.mask_ratios)
-        kept = np.isin(asked, tokens.cell_ids)
-        if n_empty := int((~kept).sum()):
+        kept = np.ones(len(asked), np.bool_)
+        if n_empty := len(asked) - len(tokens):
             logger.info("left out %d of %d cells: they express no gene of the vocabulary", n_empty, len(asked))
+            kept = np.isin(asked, tokens.cell_ids)
         kept_before = np.concatenate([[0], np.cumsum(kept)])[edges - edges[0]]
         batches = []
         for start, stop in pairwise(kept_before.tolist()):
