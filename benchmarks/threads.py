@@ -1,19 +1,21 @@
 """What the data threads cost a busy main thread: how much slower it runs while cells are read and tokenised beside it.
 
   python benchmarks/synthetic_census.py blood_100k --cells 100000
-  python benchmarks/threads.py blood_100k
+  python benchmarks/threads.py blood_100k [--cache CACHE]
 
-The main thread does one of two things for a while, alone and beside a stream that is never allowed to rest (its batches
-are thrown away by another thread): a plain Python loop, and many small torch operations on one thread, as a GPU's
-training thread issues them. A slowdown of 1 means no cost; with fewer cores than threads, some is the cores' own. The
-stream's speed while the main thread is busy is measured beside it, with and without the data threads' lower priority.
+The main thread does one of two things for a while: a plain Python loop, and many small torch operations on one thread,
+as a GPU's training thread issues them. It does them alone; beside a stream that rests while nobody asks for a batch, at
+a pace that a GPU asks for; and beside one that is never allowed to rest, with and without the data threads' lower
+priority. Another thread takes the batches and throws them away. A slowdown of 1 means no cost; with fewer cores than
+threads, some is the cores' own. The stream's speed while the main thread is busy is measured beside it.
 """
 
 import argparse
+import math
 import threading
 import time
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -21,10 +23,14 @@ import torch
 from measuring import alternate, print_medians, write_result
 
 from scgpt_hf.cells import threads
-from scgpt_hf.cells.census import CensusSource
 from scgpt_hf.cells.plan import plan_epoch
+from scgpt_hf.cells.source import open_source
 from scgpt_hf.stream import StreamSettings, stream_cells
 from scgpt_hf.tokens.processing_scgpt import ScGPTProcessor
+
+# Cells per second that one H100 asks for at 450 and at 120 tokens a cell, at 35 % of its peak.
+PACE_OF_SOMA, PACE_OF_CACHE = 5_000, 22_000
+POOL = 8 * 2048  # cells that are shuffled together
 
 
 def python_loop(seconds: float) -> float:
@@ -50,22 +56,26 @@ def small_operations(seconds: float) -> float:
 
 
 @contextmanager
-def streaming(path: Path, speeds: list[float], niceness: int):
-    """Stream tokens in the background without a rest; append its cells per second to a list."""
+def streaming(path: Path, speeds: list[float], niceness: int, pace: float):
+    """Stream tokens in the background, at most `pace` cells per second; append its speed to a list."""
     threads.NICENESS = niceness
     stop, ready, counted = threading.Event(), threading.Event(), [0]
-    source = CensusSource(f"{path}/census_data/homo_sapiens")
-    cells = source.obs().index.to_numpy()
-    plans = [plan_epoch(cells, seed=0, epoch=epoch, batch_size=32, bands_per_block=8) for epoch in range(100)]
+    source = open_source(path)
+    cells, bands = source.obs().index.to_numpy(), {"band_size": source.band_size}
+    bands["bands_per_block"] = POOL // source.band_size
+    plans = [plan_epoch(cells, seed=0, epoch=epoch, batch_size=32, **bands) for epoch in range(100)]
     processor = ScGPTProcessor.from_genes(source.genes["feature_id"].tolist())
 
     def consume() -> None:
-        threads.give_way()
-        for batch in stream_cells(source, plans, processor, StreamSettings(seed=0, mask_ratios=(0.25, 0.5, 0.75))):
-            counted[0] += len(batch["cu_seq_lens_q"]) - 1
+        stream = stream_cells(source, plans, processor, StreamSettings(seed=0, mask_ratios=(0.25, 0.5, 0.75)))
+        with closing(threads.read_ahead(stream)) as batches:
+            counted[0] += len(next(batches)["cu_seq_lens_q"]) - 1
+            started = time.perf_counter()
             ready.set()
-            if stop.is_set():
-                return
+            for batch in batches:
+                counted[0] += len(batch["cu_seq_lens_q"]) - 1
+                if stop.wait(max(0.0, counted[0] / pace - (time.perf_counter() - started))):
+                    return
 
     consumer = threading.Thread(target=consume)
     consumer.start()
@@ -82,23 +92,30 @@ def main() -> None:
     """Measure and write `results/threads.json`."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("census", type=Path, help="folder that synthetic_census.py wrote")
+    parser.add_argument("--cache", type=Path, help="folder that cache_census.py wrote of it: measure that, too")
     parser.add_argument("--seconds", type=float, default=4.0, help="of each measurement")
     parser.add_argument("--repeats", type=int, default=3)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     usual, result = threads.NICENESS, {}
 
-    def beside(work: Callable[[float], float], niceness: int, speeds: list[float]) -> float:
-        with streaming(arguments.census, speeds, niceness):
+    beside = {
+        f"SOMA, {PACE_OF_SOMA:,} cells/s": (arguments.census, usual, PACE_OF_SOMA),
+        "SOMA, without a rest": (arguments.census, usual, math.inf),
+        "SOMA, without a rest, equal priority": (arguments.census, 0, math.inf),
+    }
+    if arguments.cache:
+        beside[f"cache, {PACE_OF_CACHE:,} cells/s"] = (arguments.cache, usual, PACE_OF_CACHE)
+
+    def work_beside(work: Callable[[float], float], speeds: list[float], stream: tuple[Path, int, float]) -> float:
+        path, niceness, pace = stream
+        with streaming(path, speeds, niceness, pace):
             return work(arguments.seconds)
 
     for name, work in {"python loop": python_loop, "small torch operations": small_operations}.items():
-        speeds: dict[str, list[float]] = {"giving way": [], "equal priority": []}
-        arms = {
-            "alone": partial(work, arguments.seconds),
-            "beside the stream, giving way": partial(beside, work, usual, speeds["giving way"]),
-            "beside the stream, equal priority": partial(beside, work, 0, speeds["equal priority"]),
-        }
+        speeds: dict[str, list[float]] = {arm: [] for arm in beside}
+        arms = {"alone": partial(work, arguments.seconds)}
+        arms |= {arm: partial(work_beside, work, speeds[arm], stream) for arm, stream in beside.items()}
         medians = alternate(arms, arguments.repeats)
         print(name)
         print_medians(medians, "alone", "a time")
