@@ -20,6 +20,8 @@ from scgpt_hf.cells.layout import TILE
 # Wanted cells per cell of the range they span, from which on reading the whole range is faster (measured).
 DENSE = 1 / 64
 
+_LOOKED_AT_TWICE = 2048  # entries, 32 KiB: more of them would leave the nearest cache between the two looks
+
 _HALF, _LOW = 16, 2**16 - 1  # of a word of 32 bits: where the count begins; what masks the gene
 
 Array: TypeAlias = NDArray[Any]
@@ -98,11 +100,11 @@ def read_band(array: soma.SparseNDArray, cell_ids: Int64Array) -> Band:
     np.cumsum(indptr, out=indptr)
     words: Array = np.empty(indptr[-1], np.result_type(np.uint32, *(part for part, _, _ in parts)))
     cursor, low = indptr[:-1].copy(), words.dtype.type(2 ** (4 * words.itemsize) - 1)
-    n_descents = 0
+    descends = False
     for part, rows, lengths in parts:
         same = part if part.dtype == words.dtype else _widen(part & _LOW, (part >> _HALF).astype(np.float32))
-        n_descents += _place_runs(same, rows, lengths, indptr, cursor, words, low)
-    if n_descents:  # the fragments of the array came out of order
+        descends |= _place_runs(same, rows, lengths, indptr, cursor, words, low)
+    if descends:  # the fragments of the array came out of order
         words = words[np.lexsort((words & low, np.repeat(np.arange(len(cell_ids)), np.diff(indptr))))]
     return Band(indptr, words)
 
@@ -159,13 +161,13 @@ def _find_runs(ids, row_of_id, first, rows, begins, ends):  # type: ignore[no-un
 def _pack(genes, counts, begins, ends, words):  # type: ignore[no-untyped-def]
     """Fill words of 32 bits; return how many counts are 0, and how many do not fit. Of NaN, every comparison is false.
 
-    Runs that lie side by side are taken as one. Here and below loops are short and run over slices from 0: the compiler
-    then takes many entries at once.
+    Runs that lie side by side are taken together, as many as stay in the core's own memory while they are looked at
+    again. Here and below loops are short and run over slices from 0: the compiler then takes many entries at once.
     """
     n_zeros = n_misfits = place = run = 0
     while run < len(begins):
         begin = begins[run]
-        while run + 1 < len(begins) and begins[run + 1] == ends[run]:
+        while run + 1 < len(begins) and begins[run + 1] == ends[run] and ends[run] - begin < _LOOKED_AT_TWICE:
             run += 1
         some_genes, some_counts = genes[begin : ends[run]], counts[begin : ends[run]]
         some_words = words[place : place + len(some_genes)]
@@ -183,19 +185,19 @@ def _pack(genes, counts, begins, ends, words):  # type: ignore[no-untyped-def]
 
 @njit(nogil=True, cache=True)
 def _place_runs(part, rows, lengths, indptr, cursor, words, low):  # type: ignore[no-untyped-def]
-    """Copy each run behind the last one of its cell; return how often a gene is below the one before it in its cell."""
-    n_descents = begin = 0
+    """Copy each run behind the last one of its cell; return whether a gene is below the one before it in its cell."""
+    descends, begin = False, 0
     for run in range(len(rows)):
         these, place = part[begin : begin + lengths[run]], cursor[rows[run]]
         there = words[place : place + len(these)]
-        for i in range(len(these)):
-            there[i] = these[i]
+        there[0] = these[0]
         for i in range(1, len(these)):
-            n_descents += (these[i] & low) < (these[i - 1] & low)
-        n_descents += place > indptr[rows[run]] and (these[0] & low) < (words[place - 1] & low)
+            there[i] = these[i]
+            descends |= (these[i] & low) < (these[i - 1] & low)
+        descends |= place > indptr[rows[run]] and (these[0] & low) < (words[place - 1] & low)
         cursor[rows[run]] = place + len(these)
         begin += len(these)
-    return n_descents
+    return descends
 
 
 @njit(nogil=True, cache=True)

@@ -163,8 +163,12 @@ class CensusSource:
         if not columns or not len(cell_ids):
             return pd.DataFrame({name: [] for name in columns}, index=pd.Index(cell_ids, name="cell_id"))
 
+        first, last = int(cell_ids.min()), int(cell_ids.max())
+        gapless = last - first + 1 == len(cell_ids)  # then TileDB has no list to go through
+
         def read() -> pd.DataFrame:
-            rows = self._handle("obs").read((pa.array(np.sort(cell_ids)),), column_names=["soma_joinid", *columns])
+            where = slice(first, last) if gapless else pa.array(np.sort(cell_ids))
+            rows = self._handle("obs").read((where,), column_names=["soma_joinid", *columns])
             return cast(pd.DataFrame, rows.concat().to_pandas())
 
         obs = self._patience.read(self._uris["obs"], read)
