@@ -110,11 +110,11 @@ def main() -> None:
     parser.add_argument("census", type=Path, help="a SOMA in the Census layout")
     parser.add_argument("--out", type=Path, required=True, help="folder for the cache; replaced")
     parser.add_argument("--keep", action="store_true", help="read the cache that is there, and do not write")
-    parser.add_argument("--repeats", type=int, default=3, help="rounds of reading (default: %(default)s)")
+    parser.add_argument("--repeats", type=int, default=3, help="rounds of each arm (default: %(default)s)")
     parser.add_argument("--threads", type=int, nargs="*", default=[1, 2, 4], help="(default: 1 2 4)")
     asked = parser.parse_args()
     open_source(asked.census).read(np.arange(PIECE)).take(np.arange(PIECE))  # compiles
-    written = {} if asked.keep else {"write": write(asked.census, asked.out)}
+    written = {} if asked.keep else alternate({"write": partial(write, asked.census, asked.out)}, asked.repeats)
     sources = {n: CacheSource(asked.out, n_threads=n) for n in asked.threads}
     cell_ids = sources[1].obs().index.to_numpy()
     genes = sources[1].genes["feature_id"].to_numpy()
