@@ -1,7 +1,7 @@
 """Rows of a SOMA sparse array, a band of 2,048 at a time, kept small until they are asked for.
 
 Decides how the entries of a band are read, put into order and kept: in one word each, of four bytes where they fit. A
-block stays in its bands; `Bands.gather` makes the matrix of a few of its cells. `census.py` says which band is read by
+block stays in its bands; `Bands.gather` makes the rows of a few of its cells. `census.py` says which band is read by
 which thread. The loops over entries are compiled and release the GIL, so that threads read at the same time.
 """
 
