@@ -69,14 +69,18 @@ class CensusSource:
         self._lock, self._local = threading.Lock(), threading.local()
         self._handles: list[soma.SparseNDArray | soma.DataFrame] = []
         self._pool: ReadingThreads | None = None
-        self._uris, self.columns = self._patience.read(uri, self._look)
+        self._uris, self.columns, self._n_rows = self._patience.read(uri, self._look)
         self._filter = full_filter(obs_filter, self.columns, primary_only=primary_only)
 
-    def _look(self) -> tuple[dict[str, str], list[str]]:
-        """Return the URIs of X, obs and var, and the columns of obs."""
+    def _look(self) -> tuple[dict[str, str], list[str], int]:
+        """Return the URIs of X, obs and var, the columns of obs, and the rows of X."""
         with self._experiment() as experiment:
             uris = _find_arrays(experiment, self._layer)
-            return uris, [str(name) for name in experiment.obs.schema.names if name != "soma_joinid"]
+            layer: Any = experiment.ms["RNA"].X[self._layer]
+            if not isinstance(layer, soma.SparseNDArray):
+                raise ValueError(f"{layer.uri} is a {type(layer).__name__}, expected counts as a SparseNDArray")
+            columns = [str(name) for name in experiment.obs.schema.names if name != "soma_joinid"]
+            return uris, columns, layer.shape[0]
 
     def __getstate__(self) -> dict[str, Any]:
         return self._settings
@@ -155,6 +159,11 @@ class CensusSource:
     def _offered(self) -> NDArray[np.bool_]:
         """True at the id of each cell that matches the filter; one byte per cell of the Census."""
         ids = self.obs().index.to_numpy()
+        if ids[-1] >= self._n_rows:
+            raise ValueError(
+                f"{self._uri} has a cell {ids[-1]:,} in obs, and only {self._n_rows:,} rows in layer {self._layer!r} "
+                "of X; is the copy complete?"
+            )
         offered = np.zeros(int(ids[-1]) + 1, dtype=np.bool_)
         offered[ids] = True
         return offered

@@ -5,6 +5,7 @@ import threading
 
 import cellxgene_census
 import numpy as np
+import pyarrow as pa
 import pytest
 import requests
 import tiledbsoma as soma
@@ -121,6 +122,20 @@ def test_two_organisms_are_asked_to_be_told_apart(tmp_path):
             data.add_new_collection(organism, kind=soma.Experiment)
     with pytest.raises(ValueError, match=r"more than one organism.*mus_musculus"):
         open_source(tmp_path / "two")
+
+
+def test_counts_for_fewer_cells_than_obs_has_raise(tmp_path):
+    counts = random_sparse(20, 5, 0.5, format="csr", random_state=0, data_rvs=np.ones)
+    write_soma(tmp_path / "soma", counts)
+    layer = tmp_path / "soma" / "ms" / "RNA" / "X" / "raw"
+    shutil.rmtree(layer)
+    soma.SparseNDArray.create(str(layer), type=pa.float32(), shape=(15, 5)).close()
+    with pytest.raises(ValueError, match=r"a cell 19 in obs, and only 15 rows in layer 'raw' of X; is the copy compl"):
+        CensusSource(str(tmp_path / "soma")).read(np.arange(3))
+    shutil.rmtree(layer)
+    soma.DenseNDArray.create(str(layer), type=pa.float32(), shape=(20, 5)).close()
+    with pytest.raises(ValueError, match=r"X/raw is a DenseNDArray, expected counts as a SparseNDArray"):
+        CensusSource(str(tmp_path / "soma"))
 
 
 def test_counts_that_are_not_raw_raise(tmp_path):
