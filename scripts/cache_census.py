@@ -70,6 +70,9 @@ def main(arguments: list[str] | None = None) -> None:
             print(f"Published at {publish_cache(Path(asked.out), asked.push_to_hub, private=asked.private or None)}")
     except (ImportError, OSError, RuntimeError, ValueError) as error:
         sys.exit(f"cache_census.py: {error}")
+    except KeyboardInterrupt:
+        print("\ncache_census.py: interrupted; run the same again to go on: what is finished stays", file=sys.stderr)
+        sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -200,6 +200,17 @@ def test_jobs_of_an_array_write_a_cache_and_leave_one_of_something_else_alone(sm
     assert "Traceback" not in refused.stderr
 
 
+def test_a_cache_that_is_interrupted_says_how_to_go_on(small_census, tmp_path, monkeypatch, capsys):
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("scgpt_hf.cells.cache_jobs.write_shards", interrupt)
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(script("cache_census"))["main"]([str(small_census), str(tmp_path / "cache")])
+    assert ended.value.code == 130
+    assert "interrupted; run the same again to go on" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_two_processes_that_cache_learn_what_one_does_from_the_whole_cache(small_census, tmp_path):
     shared = ["--data", str(small_census), *SMALL, "--cache_dir", str(tmp_path / "cache"), "--dropout", "0"]
