@@ -1,8 +1,8 @@
 """Cells out of the shards of a cache, in any order, straight from the mapped files.
 
 A shard is mapped, not read: of each record batch only the places of its Arrow buffers are kept. Cells are found, and
-brought into memory, by several threads; compiled loops that release the GIL copy a few cells at a
-time. The format is described in `cache_format.py`.
+brought into memory, by several threads; compiled loops that release the GIL copy a few at a time. The format is
+described in `cache_format.py`.
 """
 
 from collections.abc import Sequence

@@ -111,13 +111,14 @@ class CachingSource:
         if not len(kept):
             return self._read_source(cell_ids, columns)
         where = self._parts, part_of[kept], cell_ids[kept]
-        found = find_cells(*where, len(self.genes), self._pool, _N_THREADS).gather
-        block = CellBlock(found, gather_obs(*where, columns), cell_ids[kept])
-        if not len(other):
-            return block
-        new, order = self._read_source(cell_ids[other], columns), np.argsort(np.concatenate([kept, other]))
-        obs = pd.concat([block.obs.astype(object), new.obs.astype(object)]).iloc[order]
-        return CellBlock(vstack([block.counts, new.counts], format="csr")[order], obs, cell_ids)
+        found = find_cells(*where, len(self.genes), self._pool, _N_THREADS)
+        block = CellBlock(found.gather, gather_obs(*where, columns), cell_ids[kept])
+        counts, obs = block.counts, block.obs  # copied at once: when the cache is whole, the parts go
+        if len(other):
+            block, order = self._read_source(cell_ids[other], columns), np.argsort(np.concatenate([kept, other]))
+            counts = vstack([counts, block.counts], format="csr")[order]
+            obs = pd.concat([obs.astype(object), block.obs.astype(object)]).iloc[order]
+        return CellBlock(counts, obs, cell_ids)
 
     def finish(self) -> CacheSource:
         """Return the whole cache, once every process has called this: what was read becomes its shards.
