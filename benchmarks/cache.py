@@ -15,6 +15,7 @@ import time
 import tracemalloc
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -42,11 +43,11 @@ CENSUS_CELLS = 160_000_000
 def write(census: Path, folder: Path) -> float:
     """Return cells per second of writing a new cache, verified hashes and manifest included."""
     shutil.rmtree(folder, ignore_errors=True)
-    source = open_source(census)
-    n_cells = len(source.obs())
-    started = time.perf_counter()
-    write_cache(source, folder)
-    return n_cells / (time.perf_counter() - started)
+    with closing(open_source(census)) as source:
+        n_cells = len(source.obs())
+        started = time.perf_counter()
+        write_cache(source, folder)
+        return n_cells / (time.perf_counter() - started)
 
 
 def read(source: CacheSource, cell_ids: np.ndarray, n_workers: int, work: Callable[[Rows, np.ndarray], Any]

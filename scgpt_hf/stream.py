@@ -212,12 +212,13 @@ class _Blocks:
     def _take(self, shard: int) -> tuple[list[Int64Array], CellBlock]:
         """Return a shard that was read ahead, or read it now; then have the next one read.
 
-        The next one is begun while this one still waits for its last bands, but for the very first, which nothing may
-        delay.
+        The next one is begun while this one still waits for its last bands; but nothing may delay one that is read
+        only now, as the first is.
         """
         expected, ahead = self.ahead
         if ahead is None or expected != shard:
             ahead = self.readers.submit(self._read, shard)
+            self.ahead = (shard, ahead)
             ahead.result()
         following = shard + 1
         self.ahead = (following, self.readers.submit(self._read, following) if following < len(self.shards) else None)

@@ -84,9 +84,9 @@ def read_band(array: soma.SparseNDArray, cell_ids: Int64Array) -> Band:
     """Return cells of one band, given by ascending id."""
     first, last = int(cell_ids[0]), int(cell_ids[-1])
     whole = len(cell_ids) >= DENSE * (last - first + 1)
-    if whole:  # from edge to edge, for TileDB looks at every entry of a tile of which it is asked for a part
+    if whole and last - first >= TILE // 2:  # to the edges: of a tile in part TileDB looks at every entry (measured)
         first = first // TILE * TILE
-        last = min(first + TILE, array.shape[0]) - 1
+        last = max(last, min(first + TILE, array.shape[0]) - 1)
     row_of_id = np.full(last - first + 1, -1, dtype=np.int32)
     row_of_id[cell_ids - first] = np.arange(len(cell_ids), dtype=np.int32)
     narrow, indptr = array.shape[1] <= 2**16, np.zeros(len(cell_ids) + 1, np.int64)

@@ -22,8 +22,9 @@ class Rows(NamedTuple):
     Genes ascend within each cell, without stored zeros.
 
     Attributes:
-        data: the counts; of a Census or a cache uint16, or float32 where they do not fit. Shape (entries,).
-        indices: their genes; of a Census or a cache uint16, or int32 where they do not fit. Shape (entries,).
+        data: the counts; of a Census or a cache uint16, or float32 where one does not fit. Shape (entries,).
+        indices: their genes; of a Census or a cache uint16, or int32 where one, or of a Census a count, does not fit.
+            Shape (entries,).
         indptr: where each cell begins and ends. Shape (cells + 1,).
         shape: (cells, genes).
     """
@@ -64,15 +65,17 @@ class CellBlock:
 
         Shape (cells, genes).
         """
-        if callable(self._counts):
-            self._counts = _widen(self._counts(np.arange(len(self))))
-        return self._counts
+        counts = self._counts
+        if callable(counts):
+            counts = self._counts = _widen(counts(np.arange(len(self))))
+        return counts
 
     def take(self, positions: Int64Array) -> Rows:
         """Return the counts of the cells at these positions, in this order."""
-        if callable(self._counts):
-            return self._counts(positions)
-        taken = self._counts[positions]
+        counts = self._counts
+        if callable(counts):
+            return counts(positions)
+        taken = counts[positions]
         return Rows(taken.data, taken.indices, taken.indptr, taken.shape)
 
     def with_obs(self, columns: Sequence[str]) -> "CellBlock":

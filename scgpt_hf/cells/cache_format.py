@@ -9,7 +9,7 @@ import errno
 import hashlib
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any, NamedTuple, TypeAlias
 from uuid import uuid4
@@ -105,7 +105,14 @@ def encode_cells(counts: Rows, cell_ids: Int64Array, obs: pd.DataFrame, schema: 
     return pa.RecordBatch.from_arrays(columns, schema=schema)
 
 
-def write_shard(path: Path, schema: pa.Schema, batches: Iterable[pa.RecordBatch], *, scratch: Path) -> Written:
+def write_shard(
+    path: Path,
+    schema: pa.Schema,
+    batches: Iterable[pa.RecordBatch],
+    *,
+    scratch: Path,
+    check: Callable[[Written], object] = lambda written: None,
+) -> Written:
     """Write record batches to a file, which appears when it is whole; return its hash and size.
 
     Args:
@@ -113,6 +120,7 @@ def write_shard(path: Path, schema: pa.Schema, batches: Iterable[pa.RecordBatch]
         schema: of the batches.
         batches: what to write.
         scratch: folder on the same disk in which the file grows; made if it does not exist.
+        check: is shown the hash and size; what it raises leaves `path` as it is.
 
     Raises:
         OSError: writing failed; the message says where, and how full the disk is.
@@ -127,6 +135,7 @@ def write_shard(path: Path, schema: pa.Schema, batches: Iterable[pa.RecordBatch]
                     writer.write_batch(batch)
             file.flush()
             os.fsync(file.fileno())
+        check(Written(hashed.sha256.hexdigest(), hashed.n_bytes))
         os.replace(beside, path)
     except OSError as error:
         if error.errno != errno.ENOSPC:

@@ -11,7 +11,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from functools import cached_property, partial
-from itertools import islice
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ import pyarrow as pa
 from tqdm.auto import tqdm
 
 from scgpt_hf.cells.block import CellBlock, Int64Array
-from scgpt_hf.cells.cache_format import cache_schema, encode_bands, obs_type, write_shard
+from scgpt_hf.cells.cache_format import Written, cache_schema, encode_bands, obs_type, write_shard
 from scgpt_hf.cells.cache_manifest import (
     JOBS,
     MANIFEST,
@@ -110,8 +111,9 @@ class CacheJobs:
         """Go on where the folder of jobs is gone because another job has just finished the cache."""
         try:
             yield
-        except FileNotFoundError:
-            if not (self.folder / MANIFEST).exists():
+        except FileNotFoundError as error:
+            ours = error.filename is not None and Path(error.filename).is_relative_to(self.folder)
+            if not (ours and (self.folder / MANIFEST).exists()):
                 raise
 
     def _is_foreign(self) -> bool:
@@ -123,7 +125,7 @@ class CacheJobs:
     def write(
         self, shards: Iterable[int], *, rewrite: bool = False, tell: Callable[[int], object] = lambda n_cells: None
     ) -> None:
-        """Write shards, but for those that are there: they are verified, before the first is written.
+        """Write shards, one after the other, but for those that are there: they are verified.
 
         Args:
             shards: their numbers.
@@ -135,14 +137,20 @@ class CacheJobs:
             OSError: one cannot be written.
             ValueError: the source cannot be read.
         """
-        missing = [shard for shard in shards if not self._verify(shard, rewrite, tell)]
         reads = (
-            partial(self.source.read, ids, self.identity.columns) for shard in missing for ids in self._ranges(shard)
+            partial(self._read, shard, ids)
+            for shard in shards
+            if not self._verify(shard, rewrite, tell)
+            for ids in self._ranges(shard)
         )
         with ReadingThreads(_READS_AHEAD, "cache-read") as readers:
             blocks = in_order(readers, reads, n_ahead=_READS_AHEAD)  # of the next shard too, while one is completed
-            for shard in missing:
-                self._write(shard, islice(blocks, len(self._ranges(shard))), tell)
+            for shard, read in groupby(blocks, key=itemgetter(0)):
+                self._write(shard, (block for _, block in read), tell)
+
+    def _read(self, shard: int, cell_ids: Int64Array) -> tuple[int, CellBlock]:
+        """Return cells, and the shard they are of."""
+        return shard, self.source.read(cell_ids, self.identity.columns)
 
     def _verify(self, shard: int, rewrite: bool, tell: Callable[[int], object]) -> bool:
         """Return whether a shard is there and what it should be; raise if it is corrupt and not to be written again."""
@@ -163,16 +171,20 @@ class CacheJobs:
         """Write a shard and record it."""
         record, ids = self._record(shard), self.cell_ids[self.bounds[shard] : self.bounds[shard + 1]]
         path = self.folder / self.name(shard)
-        with self._unless_finished():
-            written = write_shard(path, self.schema, self._batches(blocks, tell), scratch=self.folder / JOBS)
+
+        def require_same(written: Written) -> None:
             if record is not None and record.sha256 != written.sha256:
                 raise CacheError(
-                    f"{path} was written again and is not what it was (sha256 {written.sha256[:16]}…, before "
+                    f"{path}, written again, would not be what it was (sha256 {written.sha256[:16]}…, before "
                     f"{record.sha256[:16]}…): the source, or the version of pyarrow, has changed; make a new cache"
                 )
-            record = ShardRecord(path.name, *written, len(ids), int(ids[0]), int(ids[-1]))
+
+        with self._unless_finished():
+            batches, scratch = self._batches(blocks, tell), self.folder / JOBS
+            written = write_shard(path, self.schema, batches, scratch=scratch, check=require_same)
+            new = ShardRecord(path.name, *written, len(ids), int(ids[0]), int(ids[-1]))
             if not (self.folder / MANIFEST).exists():
-                write_text(self.folder / JOBS / f"{path.name}.json", json.dumps(asdict(record)))
+                write_text(self.folder / JOBS / f"{path.name}.json", json.dumps(asdict(new)))
 
     def finish(self) -> bool:
         """Write the manifest if all shards are there, and return whether they are."""

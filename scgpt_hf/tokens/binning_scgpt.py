@@ -15,7 +15,7 @@ from .kernels_scgpt import TIE_CODES, bin_block
 from .randomness_scgpt import Int64Array, UInt64Array, gene_words
 
 Ties = Literal["random", "midpoint", "upper", "lower"]
-Values = npt.NDArray[Any]  # float32 or float64, kept as it comes
+Values = npt.NDArray[Any]  # uint16, float32 or float64, kept as it comes
 
 _HALF = np.uint64(32)  # half the bits of a word: the upper half times n, halved again, is uniform on 0..n − 1
 

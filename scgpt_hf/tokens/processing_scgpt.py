@@ -280,9 +280,10 @@ class ScGPTProcessor(ProcessorMixin):
 
     def _check_columns(self, counts: SparseCounts, gene_ids: Int64Array) -> Int64Array:
         gene_ids = np.asarray(gene_ids, np.int64)
-        if gene_ids is not self._checked or gene_ids.shape != counts.shape[1:]:
+        fixed = gene_ids.base is None and not gene_ids.flags.writeable  # what cannot change is checked once
+        if not fixed or gene_ids is not self._checked or gene_ids.shape != counts.shape[1:]:
             check_columns(gene_ids, counts.shape[1], self.vocab_size)
-            self._checked = None if gene_ids.flags.writeable else gene_ids  # what cannot change is checked once
+            self._checked = gene_ids if fixed else None
         return gene_ids
 
     def _check_model(self, config: Mapping[str, Any], where: Any) -> None:

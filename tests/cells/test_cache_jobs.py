@@ -17,8 +17,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.sparse import csr_matrix, random_array
 
-from scgpt_hf.cells import cache_format
-from scgpt_hf.cells.cache_jobs import plan_cache, write_cache
+from scgpt_hf.cells import cache_format, cache_jobs
+from scgpt_hf.cells.cache_jobs import plan_cache, write_cache, write_shards
 from scgpt_hf.cells.cache_manifest import CacheError
 from scgpt_hf.cells.source import CellSource, open_source
 
@@ -129,7 +129,7 @@ def test_a_source_whose_counts_changed_is_refused(source, tmp_path):
     (tmp_path / "cache" / "data-00003-of-00005.arrow").unlink()
     other = make_cells()
     other.X.data[:] = 7
-    with pytest.raises(CacheError, match="written again and is not what it was"):
+    with pytest.raises(CacheError, match="written again, would not be what it was"):
         write_cache(open_source(other), tmp_path / "cache", **SHARD)
 
 
@@ -197,6 +197,36 @@ def test_what_does_not_fit_the_format_raises(tmp_path):
         write_cache(open_source(clash), tmp_path / "clash", columns=["count"])
 
 
+def test_a_job_that_another_one_overtakes_leaves_the_whole_cache_as_it_is(source, whole, tmp_path, monkeypatch):
+    folder = tmp_path / "cache"
+    jobs = plan_cache(source, folder, **SHARD)
+
+    def overtaken(path: Path, schema: object, batches: object, *, scratch: Path, **_: object) -> None:
+        monkeypatch.undo()
+        assert write_cache(source, folder, **SHARD)
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(scratch / path.name))
+
+    monkeypatch.setattr(cache_jobs, "write_shard", overtaken)
+    assert write_shards(jobs)
+    assert contents(folder) == whole
+
+
+def test_a_source_that_is_gone_is_no_sign_that_another_job_has_finished(source, whole, tmp_path, monkeypatch):
+    folder = tmp_path / "cache"
+    assert write_cache(source, folder, **SHARD)
+    (folder / "data-00001-of-00005.arrow").unlink()
+
+    def gone(cell_ids: np.ndarray, columns: object = ()) -> None:
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), "cells.h5ad")
+
+    jobs = plan_cache(source, folder, **SHARD)
+    assert jobs.schema
+    monkeypatch.setattr(source, "read", gone)
+    with pytest.raises(FileNotFoundError, match=r"cells\.h5ad"):
+        write_shards(jobs, rewrite=True)
+    assert sorted(path.name for path in folder.glob("data-*")) == [f"data-0000{n}-of-00005.arrow" for n in (0, 2, 3, 4)]
+
+
 def test_a_full_disk_leaves_finished_shards_and_says_so(source, whole, tmp_path, monkeypatch):
     room = sum(len(whole[f"data-{shard:05d}-of-00005.arrow"]) for shard in range(2)) + 5000
 
@@ -227,7 +257,7 @@ from scgpt_hf.cells.source import open_source
 source, read, reads = open_source(make_cells()), None, []
 def slow(ids, columns):
     reads.append(ids)
-    if len(reads) == 5:  # the first is for the schema, and three are begun before a shard is complete
+    if len(reads) == 6:  # the first is for the schema, and four are begun before a shard is complete
         import os, signal
         os.kill(os.getpid(), signal.SIGKILL)
     return read(ids, columns)

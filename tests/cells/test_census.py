@@ -124,6 +124,16 @@ def test_two_organisms_are_asked_to_be_told_apart(tmp_path):
         open_source(tmp_path / "two")
 
 
+def test_another_layer_may_have_fewer_rows(tmp_path):
+    write_soma(tmp_path / "soma", random_sparse(3000, 5, 0.5, format="csr", random_state=0))
+    with soma.Collection.open(str(tmp_path / "soma" / "ms" / "RNA" / "X"), "w") as layers:
+        small = layers.add_new_sparse_ndarray("small", type=pa.float32(), shape=(1500, 5))
+        ones = random_sparse(1500, 5, 0.5, format="coo", random_state=1, data_rvs=np.ones, dtype=np.float32)
+        small.write(pa.SparseCOOTensor.from_scipy(ones))
+    with pytest.raises(ValueError, match=r"expected raw counts.*--layer='small'"):
+        CensusSource(str(tmp_path / "soma")).read(np.arange(3000))
+
+
 def test_counts_for_fewer_cells_than_obs_has_raise(tmp_path):
     counts = random_sparse(20, 5, 0.5, format="csr", random_state=0, data_rvs=np.ones)
     write_soma(tmp_path / "soma", counts)

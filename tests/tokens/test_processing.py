@@ -207,6 +207,16 @@ def test_ids_that_cannot_change_are_checked_once_and_others_every_time(monkeypat
     with pytest.raises(ValueError, match="two columns have gene id 7"):
         processor.tokenize(counts, gene_ids, seed=0, epoch=0)
     checked = np.arange(60)
+    view = checked[:]
+    for ids in (checked, view):
+        ids.flags.writeable = False
+        processor.tokenize(counts, ids, seed=0, epoch=0)
+    checked.flags.writeable = True
+    checked[3] = 7
+    for ids in (checked, view):
+        with pytest.raises(ValueError, match="two columns have gene id 7"):
+            processor.tokenize(counts, ids, seed=0, epoch=0)
+    checked = np.arange(60)
     checked.flags.writeable = False
     processor.tokenize(counts, checked, seed=0, epoch=0)
     with pytest.raises(ValueError, match=r"found \(60,\) gene ids for 59 columns"):
