@@ -62,9 +62,9 @@ def streaming(path: Path, speeds: list[float], niceness: int, pace: float):
     threads.NICENESS = niceness
     stop, ready, counted = threading.Event(), threading.Event(), [0]
     source = open_source(path)
-    cells, bands = source.obs().index.to_numpy(), {"band_size": source.band_size}
-    bands["bands_per_block"] = POOL // source.band_size
-    plans = [plan_epoch(cells, seed=0, epoch=epoch, batch_size=32, **bands) for epoch in range(100)]
+    cells, size = source.obs().index.to_numpy(), source.band_size
+    order = partial(plan_epoch, cells, seed=0, batch_size=32, band_size=size, bands_per_block=POOL // size)
+    plans = [order(epoch=epoch) for epoch in range(100)]
     processor = ScGPTProcessor.from_genes(source.genes["feature_id"].tolist())
 
     def consume() -> None:

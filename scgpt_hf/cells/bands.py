@@ -132,7 +132,7 @@ def _shrink(entries: Sequence[Array], row_of_id: Array, first: int, narrow: bool
     if n_zeros:
         return _shrink([column[counts != 0] for column in entries], row_of_id, first, narrow)
     if n_misfits or not narrow:
-        wanted = np.repeat(begins - np.cumsum(lengths) + lengths, lengths) + np.arange(len(words))
+        wanted = row_of_id[ids - first] >= 0
         words = _widen(genes[wanted], counts[wanted])
     return words, rows, lengths
 

@@ -154,7 +154,7 @@ class CacheJobs:
 
     def _verify(self, shard: int, rewrite: bool, tell: Callable[[int], object]) -> bool:
         """Return whether a shard is there and what it should be; raise if it is corrupt and not to be written again."""
-        record = self._record(shard)
+        record = self._record(shard, self._listed())
         if record is None or not (self.folder / record.file).exists():
             return False
         try:
@@ -169,7 +169,7 @@ class CacheJobs:
 
     def _write(self, shard: int, blocks: Iterable[CellBlock], tell: Callable[[int], object]) -> None:
         """Write a shard and record it."""
-        record, ids = self._record(shard), self.cell_ids[self.bounds[shard] : self.bounds[shard + 1]]
+        record, ids = self._record(shard, self._listed()), self._cells(shard)
         path = self.folder / self.name(shard)
 
         def require_same(written: Written) -> None:
@@ -198,9 +198,13 @@ class CacheJobs:
         shutil.rmtree(self.folder / JOBS, ignore_errors=True)
         return True
 
+    def _cells(self, shard: int) -> Int64Array:
+        """Return the cells of a shard. Shape (cells,)."""
+        return self.cell_ids[self.bounds[shard] : self.bounds[shard + 1]]
+
     def _ranges(self, shard: int) -> list[Int64Array]:
         """Return the cells of a shard as they are read, some bands together."""
-        ids = self.cell_ids[self.bounds[shard] : self.bounds[shard + 1]]
+        ids = self._cells(shard)
         return np.split(ids, np.flatnonzero(np.diff(ids // _READ_TOGETHER)) + 1)
 
     def _batches(self, blocks: Iterable[CellBlock], tell: Callable[[int], object]) -> Iterator[pa.RecordBatch]:
@@ -209,11 +213,11 @@ class CacheJobs:
             yield from encode_bands(block, self.schema)
             tell(len(block))
 
-    def _record(self, shard: int, listed: dict[str, ShardRecord] | None = None) -> ShardRecord | None:
+    def _record(self, shard: int, listed: dict[str, ShardRecord]) -> ShardRecord | None:
         """Return what is recorded of a shard, or None if it was never finished."""
         with suppress(FileNotFoundError):
             return ShardRecord(**_read_json(self.folder / JOBS / f"{self.name(shard)}.json"))
-        return (self._listed() if listed is None else listed).get(self.name(shard))
+        return listed.get(self.name(shard))
 
     def _listed(self) -> dict[str, ShardRecord]:
         """Return the shards of the manifest by file; none before there is one."""

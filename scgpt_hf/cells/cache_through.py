@@ -112,8 +112,8 @@ class CachingSource:
             return self._read_source(cell_ids, columns)
         where = self._parts, part_of[kept], cell_ids[kept]
         found = find_cells(*where, len(self.genes), self._pool, _N_THREADS)
-        block = CellBlock(found.gather, gather_obs(*where, columns), cell_ids[kept])
-        counts, obs = block.counts, block.obs  # copied at once: when the cache is whole, the parts go
+        obs = gather_obs(*where, columns)
+        counts = CellBlock(found.gather, obs, cell_ids[kept]).counts  # at once: when the cache is whole, the parts go
         if len(other):
             block, order = self._read_source(cell_ids[other], columns), np.argsort(np.concatenate([kept, other]))
             counts = vstack([counts, block.counts], format="csr")[order]

@@ -77,8 +77,6 @@ class CensusSource:
         with self._experiment() as experiment:
             uris = _find_arrays(experiment, self._layer)
             layer: Any = experiment.ms["RNA"].X[self._layer]
-            if not isinstance(layer, soma.SparseNDArray):
-                raise ValueError(f"{layer.uri} is a {type(layer).__name__}, expected counts as a SparseNDArray")
             columns = [str(name) for name in experiment.obs.schema.names if name != "soma_joinid"]
             return uris, columns, layer.shape[0]
 
@@ -243,4 +241,7 @@ def _find_arrays(experiment: soma.Experiment, layer: str) -> dict[str, str]:
             raise ValueError(f"{measurement.uri} has no {part!r}, it has {sorted(measurement)}; is the copy complete?")
     if layer not in measurement.X:
         raise ValueError(f"{experiment.uri} has no layer {layer!r} of X; it has {sorted(measurement.X)}")
-    return {"obs": str(experiment.obs.uri), "var": str(measurement.var.uri), "X": str(measurement.X[layer].uri)}
+    counts = measurement.X[layer]
+    if not isinstance(counts, soma.SparseNDArray):
+        raise ValueError(f"{counts.uri} is a {type(counts).__name__}, expected counts as a SparseNDArray")
+    return {"obs": str(experiment.obs.uri), "var": str(measurement.var.uri), "X": str(counts.uri)}
