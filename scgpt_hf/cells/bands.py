@@ -5,7 +5,7 @@ block stays in its bands; `Bands.gather` makes the rows of a few of its cells. `
 which thread. The loops over entries are compiled and release the GIL, so that threads read at the same time.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
@@ -15,7 +15,9 @@ from numba import njit
 from numpy.typing import NDArray
 
 from scgpt_hf.cells.block import Int64Array, Rows
+from scgpt_hf.cells.fragments import PlainArray
 from scgpt_hf.cells.layout import TILE
+from scgpt_hf.cells.tiles import read_entries
 
 # Wanted cells per cell of the range they span, from which on reading the whole range is faster (measured).
 DENSE = 1 / 64
@@ -80,21 +82,15 @@ class Bands:
         return Rows(counts, genes, indptr, (len(cells), self._n_genes))
 
 
-def read_band(array: soma.SparseNDArray, cell_ids: Int64Array) -> Band:
+def read_band(array: soma.SparseNDArray | PlainArray, cell_ids: Int64Array) -> Band:
     """Return cells of one band, given by ascending id."""
-    first, last = int(cell_ids[0]), int(cell_ids[-1])
-    whole = len(cell_ids) >= DENSE * (last - first + 1)
-    if whole and last - first >= TILE // 2:  # to the edges: of a tile in part TileDB looks at every entry (measured)
-        first = first // TILE * TILE
-        last = max(last, min(first + TILE, array.shape[0]) - 1)
+    first, last = int(cell_ids[0]) - 1, int(cell_ids[-1]) + 1  # not wanted; they stand for all cells beyond, too
     row_of_id = np.full(last - first + 1, -1, dtype=np.int32)
     row_of_id[cell_ids - first] = np.arange(len(cell_ids), dtype=np.int32)
     narrow, indptr = array.shape[1] <= 2**16, np.zeros(len(cell_ids) + 1, np.int64)
-    parts = [  # each is made small at once, so that its memory serves for the next
-        _shrink([column.to_numpy() for column in batch.columns], row_of_id, first, narrow)
-        for table in array.read((slice(first, last) if whole else pa.array(cell_ids),)).tables()
-        for batch in table.to_batches()
-    ]
+    entries = read_entries(array, first + 1, last - 1) if isinstance(array, PlainArray) else _ask(array, cell_ids)
+    # each part is made small at once, so that its memory serves for the next
+    parts = [_shrink(some, row_of_id, first, narrow) for some in entries]
     for _, rows, lengths in parts:
         indptr[1:] += np.bincount(rows, lengths, len(cell_ids)).astype(np.int64)
     np.cumsum(indptr, out=indptr)
@@ -109,12 +105,25 @@ def read_band(array: soma.SparseNDArray, cell_ids: Int64Array) -> Band:
     return Band(indptr, words)
 
 
+def _ask(array: soma.SparseNDArray, cell_ids: Int64Array) -> Iterator[list[Array]]:
+    """Yield cell ids, genes and counts of these cells of a band and of some others, as TileDB has them ready."""
+    first, last = int(cell_ids[0]), int(cell_ids[-1])
+    whole = len(cell_ids) >= DENSE * (last - first + 1)
+    if whole and last - first >= TILE // 2:  # to the edges: of a tile in part TileDB looks at every entry (measured)
+        first = first // TILE * TILE
+        last = max(last, min(first + TILE, array.shape[0]) - 1)
+    for table in array.read((slice(first, last) if whole else pa.array(cell_ids),)).tables():
+        for batch in table.to_batches():
+            yield [column.to_numpy() for column in batch.columns]
+
+
 def _shrink(entries: Sequence[Array], row_of_id: Array, first: int, narrow: bool) -> tuple[Array, Array, Array]:
     """Return the words of the wanted cells of a part of a band as they lie there, and the runs that they are in.
 
     Args:
         entries: cell ids, genes and counts. Shape (entries,) each.
-        row_of_id: the row of each cell of the band, −1 if it is not wanted. Shape (last id − first + 1,).
+        row_of_id: the row of each cell of the band, −1 if it is not wanted. Shape (last id − first + 1,). The first
+            and the last are not wanted, and stand for all cells beyond.
         first: id of the first cell.
         narrow: whether genes fit 16 bits.
 
@@ -132,7 +141,7 @@ def _shrink(entries: Sequence[Array], row_of_id: Array, first: int, narrow: bool
     if n_zeros:
         return _shrink([column[counts != 0] for column in entries], row_of_id, first, narrow)
     if n_misfits or not narrow:
-        wanted = row_of_id[ids - first] >= 0
+        wanted = row_of_id[(ids - first).clip(0, len(row_of_id) - 1)] >= 0
         words = _widen(genes[wanted], counts[wanted])
     return words, rows, lengths
 
@@ -150,7 +159,7 @@ def _find_runs(ids, row_of_id, first, rows, begins, ends):  # type: ignore[no-un
         begin, cell = entry, ids[entry]
         while entry < len(ids) and ids[entry] == cell:
             entry += 1
-        row = row_of_id[cell - first]
+        row = row_of_id[min(max(cell - first, 0), len(row_of_id) - 1)]
         if row >= 0:
             rows[n_runs], begins[n_runs], ends[n_runs] = row, begin, entry
             n_runs += 1

@@ -1,8 +1,9 @@
 """Cells of a SOMA in the Census layout, local or remote, read fast in any order.
 
 The Census stores X in tiles of 2,048 cells, so the natural unit of reading is an aligned band of 2,048 rows. A few
-Python threads, each with its own TileDB context, read one band each; `bands.py` keeps it small until its cells are
-asked for. Which bands are worth reading together is decided by `plan.py`.
+Python threads read one band each: of a local Census from its files (`tiles.py`), else through TileDB, with a context of
+their own. `bands.py` keeps it small until its cells are asked for. Which bands are worth reading together is decided by
+`plan.py`.
 """
 
 import threading
@@ -18,6 +19,7 @@ from numpy.typing import NDArray
 
 from scgpt_hf.cells.bands import Band, Bands, read_band
 from scgpt_hf.cells.block import CellBlock, Int64Array, gene_hash, name_layers, require_cell_ids, require_counts
+from scgpt_hf.cells.fragments import PlainArray, open_plain
 from scgpt_hf.cells.obs import full_filter, require_columns, select_obs
 from scgpt_hf.cells.plan import BAND_SIZE
 from scgpt_hf.cells.remote import Patience, is_remote, open_context
@@ -69,16 +71,16 @@ class CensusSource:
         self._lock, self._local = threading.Lock(), threading.local()
         self._handles: list[soma.SparseNDArray | soma.DataFrame] = []
         self._pool: ReadingThreads | None = None
-        self._uris, self.columns, self._n_rows = self._patience.read(uri, self._look)
+        self._uris, self.columns, self._n_rows, self._plain = self._patience.read(uri, self._look)
         self._filter = full_filter(obs_filter, self.columns, primary_only=primary_only)
 
-    def _look(self) -> tuple[dict[str, str], list[str], int]:
-        """Return the URIs of X, obs and var, the columns of obs, and the rows of X."""
+    def _look(self) -> tuple[dict[str, str], list[str], int, PlainArray | None]:
+        """Return the URIs of X, obs and var, the columns of obs, the rows of X, and X where TileDB is not needed."""
         with self._experiment() as experiment:
             uris = _find_arrays(experiment, self._layer)
             layer: Any = experiment.ms["RNA"].X[self._layer]
             columns = [str(name) for name in experiment.obs.schema.names if name != "soma_joinid"]
-            return uris, columns, layer.shape[0]
+            return uris, columns, layer.shape[0], None if self._remote else open_plain(layer)
 
     def __getstate__(self) -> dict[str, Any]:
         return self._settings
@@ -223,7 +225,7 @@ class CensusSource:
         return getattr(self._local, name)
 
     def _read_band(self, cell_ids: Int64Array) -> Band:
-        return self._patience.read(self._uris["X"], lambda: read_band(self._handle("X"), cell_ids))
+        return self._patience.read(self._uris["X"], lambda: read_band(self._plain or self._handle("X"), cell_ids))
 
 
 def _find_arrays(experiment: soma.Experiment, layer: str) -> dict[str, str]:

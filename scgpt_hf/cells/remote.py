@@ -98,7 +98,7 @@ class Patience:
                 return read()
             # tiledbsoma lets some of TileDB's pass as RuntimeError; pyarrow refuses what it cannot make a table of, and
             # names that are damaged are no text
-            except (soma.SOMAError, RuntimeError, pa.ArrowException, UnicodeDecodeError) as error:
+            except (soma.SOMAError, RuntimeError, OSError, pa.ArrowException, UnicodeDecodeError) as error:
                 reason = _NOISE.sub(" ", str(error)).strip()
                 if not is_remote(uri) or _FINAL.search(reason) or attempt == ATTEMPTS:
                     raise _passed_on(uri, reason, attempt, time.monotonic() - started) from error
