@@ -94,7 +94,8 @@ def read_band(array: soma.SparseNDArray | PlainArray, cell_ids: Int64Array) -> B
     for _, rows, lengths in parts:
         indptr[1:] += np.bincount(rows, lengths, len(cell_ids)).astype(np.int64)
     np.cumsum(indptr, out=indptr)
-    words: Array = np.empty(indptr[-1], np.result_type(np.uint32, *(part for part, _, _ in parts)))
+    kind = np.result_type(np.uint32 if narrow else np.uint64, *(part for part, _, _ in parts))
+    words: Array = np.empty(indptr[-1], kind)
     cursor, low = indptr[:-1].copy(), words.dtype.type(2 ** (4 * words.itemsize) - 1)
     descends = False
     for part, rows, lengths in parts:

@@ -8,7 +8,7 @@ their own. `bands.py` keeps it small until its cells are asked for. Which bands 
 
 import threading
 from collections.abc import Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, cast
 
 import numpy as np
@@ -71,16 +71,16 @@ class CensusSource:
         self._lock, self._local = threading.Lock(), threading.local()
         self._handles: list[soma.SparseNDArray | soma.DataFrame] = []
         self._pool: ReadingThreads | None = None
-        self._uris, self.columns, self._n_rows, self._plain = self._patience.read(uri, self._look)
+        self._uris, self.columns, self._n_rows = self._patience.read(uri, self._look)
         self._filter = full_filter(obs_filter, self.columns, primary_only=primary_only)
 
-    def _look(self) -> tuple[dict[str, str], list[str], int, PlainArray | None]:
-        """Return the URIs of X, obs and var, the columns of obs, the rows of X, and X where TileDB is not needed."""
+    def _look(self) -> tuple[dict[str, str], list[str], int]:
+        """Return the URIs of X, obs and var, the columns of obs, and the rows of X."""
         with self._experiment() as experiment:
             uris = _find_arrays(experiment, self._layer)
             layer: Any = experiment.ms["RNA"].X[self._layer]
             columns = [str(name) for name in experiment.obs.schema.names if name != "soma_joinid"]
-            return uris, columns, layer.shape[0], None if self._remote else open_plain(layer)
+            return uris, columns, layer.shape[0]
 
     def __getstate__(self) -> dict[str, Any]:
         return self._settings
@@ -102,6 +102,7 @@ class CensusSource:
             pool.shutdown()
         with self._lock:
             handles, self._handles, self._local = self._handles, [], threading.local()
+            self.__dict__.pop("_plain", None)
         for handle in handles:
             handle.close()
 
@@ -135,7 +136,8 @@ class CensusSource:
         order = np.argsort(cell_ids)
         ascending = cell_ids[order]
         edges = np.flatnonzero(np.diff(ascending // BAND_SIZE)) + 1
-        bands = list(self._threads().map(self._read_band, np.split(ascending, edges))) if len(order) else []
+        read_one = partial(self._read_band, self._plain)  # found once, not by every thread
+        bands = list(self._threads().map(read_one, np.split(ascending, edges))) if len(order) else []
         gather = Bands(bands, np.split(order, edges) if bands else [], len(self.genes)).gather
         if not all(band.raw for band in bands):
             self._refuse(gather(np.arange(len(cell_ids))).data, ascending)
@@ -154,6 +156,16 @@ class CensusSource:
             "n_genes": len(self.genes),
             "gene_hash": gene_hash(self.genes["feature_id"]),
         }
+
+    @cached_property
+    def _plain(self) -> PlainArray | None:
+        """X, where its files are read without TileDB."""
+
+        def look() -> PlainArray | None:
+            with soma.SparseNDArray.open(self._uris["X"], context=self._context(1)) as array:
+                return open_plain(array)
+
+        return None if self._remote else self._patience.read(self._uris["X"], look)
 
     @cached_property
     def _offered(self) -> NDArray[np.bool_]:
@@ -224,8 +236,8 @@ class CensusSource:
                 self._handles.append(handle)
         return getattr(self._local, name)
 
-    def _read_band(self, cell_ids: Int64Array) -> Band:
-        return self._patience.read(self._uris["X"], lambda: read_band(self._plain or self._handle("X"), cell_ids))
+    def _read_band(self, plain: PlainArray | None, cell_ids: Int64Array) -> Band:
+        return self._patience.read(self._uris["X"], lambda: read_band(plain or self._handle("X"), cell_ids))
 
 
 def _find_arrays(experiment: soma.Experiment, layer: str) -> dict[str, str]:

@@ -25,6 +25,7 @@ logger = logging.getLogger(__name__)
 
 VERSIONS = (20, 21, 22)  # of the format, from TileDB 2.17 on; of these a footer is laid out as here
 
+_MOST_GENES = 2**31  # all that is kept of a gene is its lower half
 _METADATA = "__fragment_metadata.tdb"
 _FIXED = struct.Struct("<2B4q2Q2B")  # of a footer, what follows the name of the schema; then there are numbers
 _N_FIELDS = 4  # of a footer: the attribute, a place that is not used any more, two dimensions
@@ -65,6 +66,8 @@ class Fragment(NamedTuple):
 
     def tiles(self, first: int, last: int) -> range:
         """Return tiles with all entries of the cells from first to last, and entries of others."""
+        if self.lowest[0] > last or self.highest[-1] < first:  # at once, for there may be thousands of fragments
+            return range(0)
         return range(int(np.searchsorted(self.highest, first)), int(np.searchsorted(self.lowest, last, "right")))
 
 
@@ -91,11 +94,11 @@ def open_plain(array: soma.SparseNDArray) -> PlainArray | None:
     folder = Path(array.uri.removeprefix("file://"))
     try:
         fields = _fields(array)
-        if len([path for path in (folder / "__schema").iterdir() if path.name != "__enumerations"]) > 1:
-            raise _NotPlainError("its schema was changed")
+        _require_plain_folder(folder)
         names = _committed(folder / "__commits", array.tiledb_timestamp_ms)
         fragments = [_open_fragment(folder / "__fragments" / name, fields) for name in names]
-    except (_NotPlainError, OSError, ValueError, struct.error, zlib.error) as error:  # of damage TileDB shall tell
+    # of damage, which has many faces, TileDB shall tell
+    except (OSError, ValueError, ArithmeticError, LookupError, struct.error, zlib.error) as error:
         logger.debug("%s is read by TileDB: %s", array.uri, error)
         return None
     return PlainArray(array.shape, fields, fragments)
@@ -107,13 +110,13 @@ def _fields(array: soma.SparseNDArray) -> list[Field]:
     layout = [config.allows_duplicates, config.cell_order, config.tile_order, *(dim["tile"] for dim in dims.values())]
     if layout != [True, "row-major", "row-major", str(TILE), str(TILE)]:
         raise _NotPlainError(f"duplicates, orders and tiles are {layout}")
-    if array.type != pa.float32():
-        raise _NotPlainError(f"it has {array.type}")
+    if array.type != pa.float32() or array.shape[1] > _MOST_GENES:
+        raise _NotPlainError(f"it has {array.type} of {array.shape[1]:,} genes")
 
     def field(file: str, place: int, kind: type, filters: list[dict[str, Any]]) -> Field:
         names = [step["name"] for step in filters]
-        if names not in (["ZSTD"], ["BYTESHUFFLE", "ZSTD"]):
-            raise _NotPlainError(f"its filters are {names}")
+        if names != ["ZSTD"] and (names != ["BYTESHUFFLE", "ZSTD"] or file == "d0.tdb"):
+            raise _NotPlainError(f"the filters of {file} are {names}")
         return Field(file, place, np.dtype(kind), names[0] == "BYTESHUFFLE")
 
     return [
@@ -123,19 +126,29 @@ def _fields(array: soma.SparseNDArray) -> list[Field]:
     ]
 
 
+def _require_plain_folder(folder: Path) -> None:
+    """Raise if there may be a schema or fragments that are not where they are looked for."""
+    if not folder.is_absolute():
+        raise _NotPlainError("its address is relative, to a folder that TileDB chooses")
+    if (folder / "__array_schema.tdb").exists() or any(folder.glob("*.ok")):
+        raise _NotPlainError("it was begun in a format before 12")
+    if sum(path.name != "__enumerations" for path in (folder / "__schema").iterdir()) > 1:
+        raise _NotPlainError("its schema was changed")
+
+
 def _committed(folder: Path, until: int) -> list[str]:
     """Return the names of the fragments that were written whole by then, in milliseconds, the oldest first."""
 
     def listed(suffix: str) -> set[str]:
         return {Path(line).name for path in folder.glob(f"*{suffix}") for line in path.read_text().splitlines()}
 
-    commits = {path.name for path in folder.iterdir() if path.suffix not in (".con", ".ign")}
+    commits = {path.name for path in folder.glob("__*") if path.suffix not in (".con", ".ign")}
     commits |= listed(".con") - listed(".ign")  # lists of commits, and of those in such lists that are gone
     if others := {Path(commit).suffix for commit in commits} - {".wrt"}:
         raise _NotPlainError(f"there are {others} among its commits")
     times = {Path(commit).stem: [int(time) for time in commit.split("_")[2:4]] for commit in commits}
     if any(last > until for _, last in times.values()):
-        raise _NotPlainError("some of it was written in the future")
+        raise _NotPlainError("some of it was written later than it is looked at")
     return sorted(times, key=lambda name: (times[name][0], name))
 
 

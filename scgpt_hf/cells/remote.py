@@ -88,7 +88,7 @@ class Patience:
 
         Raises:
             FileNotFoundError: the object is not there, any more or at all.
-            PermissionError: the store refuses it.
+            PermissionError: the store, or the disk, refuses it.
             ConnectionError: a remote store failed to the last attempt.
             OSError: a local one failed.
         """
@@ -101,7 +101,7 @@ class Patience:
             except (soma.SOMAError, RuntimeError, OSError, pa.ArrowException, UnicodeDecodeError) as error:
                 reason = _NOISE.sub(" ", str(error)).strip()
                 if not is_remote(uri) or _FINAL.search(reason) or attempt == ATTEMPTS:
-                    raise _passed_on(uri, reason, attempt, time.monotonic() - started) from error
+                    raise _passed_on(uri, error, reason, attempt, time.monotonic() - started) from error
                 self._wait(uri, reason, attempt)
         raise AssertionError("the last attempt returns or raises")
 
@@ -117,7 +117,7 @@ class Patience:
         time.sleep(seconds)
 
 
-def _passed_on(uri: str, reason: str, attempts: int, seconds: float) -> OSError:
+def _passed_on(uri: str, error: Exception, reason: str, attempts: int, seconds: float) -> OSError:
     """Return the error that names the object and what to do."""
     if re.search(r"HTTP Response Code: 40[13]\b", reason):
         return PermissionError(
@@ -134,6 +134,8 @@ def _passed_on(uri: str, reason: str, attempts: int, seconds: float) -> OSError:
             f"reading {uri} failed {attempts} times in {seconds:.0f} s, in the end with: {reason}; check the network "
             "and the store, then resume from the last checkpoint, or train on a local copy (aws s3 sync)"
         )
+    if isinstance(error, OSError) and error.errno:  # the system has said what it is
+        return type(error)(error.errno, f"reading {uri} failed: {reason}")
     return OSError(
         errno.EIO, f"reading {uri} failed: {reason}; is it damaged, or written to? Check the disk, or copy it anew"
     )

@@ -20,8 +20,7 @@ from scgpt_hf.cells.block import Int64Array
 from scgpt_hf.cells.fragments import Field, PlainArray
 
 _TILES_AT_ONCE = 4  # 5 MB of a Census, decompressed
-_HEAD = 12  # bytes before a chunk: its size, its size as stored, and the size of what says how it was filtered
-_FILTERED = 16  # bytes of the latter after Zstandard, and 8 more where the bytes of its numbers lie apart
+_HEAD, _ABOUT = 12, 16  # bytes before a chunk; see `_find_frames`
 
 Array: TypeAlias = NDArray[Any]
 Bytes: TypeAlias = NDArray[np.uint8]
@@ -51,16 +50,19 @@ def read_entries(array: PlainArray, first: int, last: int) -> Iterator[list[Arra
 
 
 def _read(path: Path, begin: int, end: int) -> Bytes:
-    with path.open("rb", buffering=0) as file:
+    with path.open("rb") as file:
         file.seek(begin)
-        return np.frombuffer(file.read(end - begin), np.uint8)
+        stored = np.frombuffer(file.read(end - begin), np.uint8)
+    if len(stored) < end - begin:
+        raise OSError(f"{path} ends before byte {end:,}")
+    return stored
 
 
 def _decode(parts: Sequence[Bytes], fields: Sequence[Field], n_genes: int) -> list[Array]:
     """Return the numbers of each field of some tiles."""
     frames, n_bytes, chunks = np.empty(sum(map(len, parts)), np.uint8), 0, []
     for part, field in zip(parts, fields, strict=True):
-        sizes = np.empty(len(part) // (_HEAD + _FILTERED) + 1, np.int64)
+        sizes = np.empty(len(part) // (_HEAD + _ABOUT) + 1, np.int64)
         n_chunks, n_more = _find_frames(part, field.shuffled, field.kind.itemsize, frames[n_bytes:], sizes)
         if n_chunks < 0:
             raise OSError(f"a chunk of {field.file} is not stored as it should be")
@@ -87,23 +89,30 @@ def _numbers(content: Bytes, chunks: Int64Array, field: Field) -> Array:
 def _find_frames(stored, shuffled, width, frames, sizes):  # type: ignore[no-untyped-def]
     """Copy the Zstandard frames of all chunks one behind another, and fill the size of each chunk, decompressed.
 
+    A tile begins with the number of its chunks, 8 bytes. A chunk is, in numbers of 4 bytes:
+
+        0   its size | its size as stored | the size of what is from 12 on
+        12  parts of shuffling's own numbers, 0 or 1 | parts of numbers, 1 | two sizes of each: as it is, and as stored
+
+    and then the frames of these parts. Shuffling's own numbers, two of them, say that it shuffled one part.
+
     Returns:
-        The number of chunks, or −1 if they do not lie there as they should; the bytes copied.
+        The number of chunks, or −1 if they do not lie there like this; the bytes copied.
     """
-    n_about = _FILTERED + 8 * shuffled
+    n_about = _ABOUT + 8 * shuffled
     at = n_chunks = n_bytes = n_left = 0
     while at < len(stored):
-        if n_left == 0:  # a tile begins
-            n_left, at = _number(stored, at), at + 8
-        size, begin = _number(stored, at), at + _HEAD + n_about
+        if n_left == 0:
+            n_left, at = _number(stored, at) + (_number(stored, at + 4) << 32), at + 8
+        size, sizes_at, begin = _number(stored, at), at + n_about + 4, at + _HEAD + n_about
         end = begin + _number(stored, at + 4)
-        known = _number(stored, at + 8) == n_about and _number(stored, at + 12) == shuffled
-        known &= _number(stored, at + 16) == 1  # part, of these sizes
-        known &= size % width == 0 and size == _number(stored, at + n_about + 4)
-        if shuffled:  # before it lies another frame, of two numbers: that one part was shuffled, and its size
-            known &= _number(stored, at + 20) == 8
+        sound = _number(stored, at + 8) == n_about
+        sound &= _number(stored, at + 12) == shuffled and _number(stored, at + 16) == 1
+        if shuffled:
+            sound &= _number(stored, at + 20) == 8
             begin += _number(stored, at + 24)
-        if not known or end > len(stored) or end - begin != _number(stored, at + n_about + 8):
+        sound &= _number(stored, sizes_at) == size and _number(stored, sizes_at + 4) == end - begin
+        if not sound or size % width or end > len(stored):
             return -1, 0
         frames[n_bytes : n_bytes + end - begin] = stored[begin:end]
         sizes[n_chunks] = size
@@ -121,7 +130,10 @@ def _number(stored, at):  # type: ignore[no-untyped-def]
 
 @njit(nogil=True, cache=True)
 def _unshuffle(content, chunks, width, numbers):  # type: ignore[no-untyped-def]
-    """Fill the lower 32 bits of numbers of so many bytes, which lie apart in each chunk: all lowest ones first."""
+    """Fill the lower 32 bits of numbers of so many bytes, which lie apart in each chunk: all lowest ones first.
+
+    Genes need no more (`fragments.py` sees to that), and counts have no more.
+    """
     at = done = 0
     for size in chunks:
         n = size // width

@@ -1,7 +1,9 @@
 """What is read from TileDB's files is what TileDB reads, and what is not plain is left to it."""
 
+import errno
 import shutil
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -105,9 +107,12 @@ def test_more_genes_than_16_bits_hold(tmp_path, rng):
     assert_read_as_by_tiledb(uri)
 
 
+PLAIN = {"filters": ["ZstdFilter"], "tile": TILE}
+APART = {"filters": ["ByteShuffleFilter", "ZstdFilter"], "tile": TILE}
+
+
 def test_without_bytes_apart(tmp_path, rng):
-    plain = {"filters": ["ZstdFilter"], "tile": TILE}
-    uri = create(tmp_path / "x", dims={"soma_dim_0": plain, "soma_dim_1": plain}, attrs={"soma_data": plain})
+    uri = create(tmp_path / "x", dims={"soma_dim_0": PLAIN, "soma_dim_1": PLAIN}, attrs={"soma_data": PLAIN})
     write_at_random(uri, rng)
     assert_read_as_by_tiledb(uri)
 
@@ -142,6 +147,8 @@ GZIP = {"filters": ["GzipFilter"], "tile": TILE}
         {"kind": "int32"},
         {"dims": {"soma_dim_0": {"tile": 100}, "soma_dim_1": {"tile": TILE}}},
         {"attrs": {"soma_data": GZIP}},
+        {"dims": {"soma_dim_0": APART, "soma_dim_1": APART}},
+        {"shape": (N_CELLS, 2**31 + 1)},
     ],
 )
 def test_what_no_census_has_is_left_to_tiledb(tmp_path, rng, storage):
@@ -158,13 +165,47 @@ def test_deleted_cells_are_left_to_tiledb(tmp_path, rng):
     assert_read_as_by_tiledb(uri, plain=False)
 
 
-@pytest.mark.parametrize("left", ["__commits/__1_1_a_22.vac", "__commits/__1_1_a_22.upd", "__schema/__1_1_b"])
+@pytest.mark.parametrize(
+    "left", ["__commits/__1_1_a_22.vac", "__commits/__1_1_a_22.upd", "__schema/__1_1_b", "__1_1_a_8.ok"]
+)
 def test_what_a_reader_would_have_to_look_up_is_left_to_tiledb(tmp_path, rng, left):
     uri = create(tmp_path / "x")
     write_at_random(uri, rng)
     with soma.SparseNDArray.open(uri) as array:
         assert open_plain(array)
         (tmp_path / "x" / left).touch()
+        assert open_plain(array) is None
+
+
+def test_a_file_that_is_not_tiledbs_does_not_matter(tmp_path, rng):
+    uri = create(tmp_path / "x")
+    write_at_random(uri, rng)
+    (tmp_path / "x" / "__commits" / ".DS_Store").touch()
+    assert_read_as_by_tiledb(uri)
+
+
+def test_a_relative_address_is_left_to_tiledb(tmp_path, rng, monkeypatch):
+    write_at_random(create(tmp_path / "x"), rng)
+    monkeypatch.chdir(tmp_path)
+    with soma.SparseNDArray.open(str(tmp_path / "x")) as array:
+        assert open_plain(array)
+        monkeypatch.setattr(soma.SparseNDArray, "uri", "x")
+        assert open_plain(array) is None
+
+
+@pytest.mark.parametrize("at", [0, 4, 222])
+def test_a_damaged_footer_is_left_to_tiledb(tmp_path, rng, at):
+    """At the version, the length of a name, and the place of the R-tree."""
+    uri = create(tmp_path / "x")
+    write_at_random(uri, rng)
+    (file,) = (tmp_path / "x").rglob("__fragment_metadata.tdb")
+    data = file.read_bytes()
+    place = len(data) - 8 - int.from_bytes(data[-8:], "little") + at
+    with soma.SparseNDArray.open(uri) as array:
+        assert open_plain(array)
+        file.write_bytes(data[:place] + b"\xff" * 8 + data[place + 8 :])
+        assert open_plain(array) is None
+        file.write_bytes(data[:-200])
         assert open_plain(array) is None
 
 
@@ -204,7 +245,7 @@ def census(small_census, tmp_path):
     return shutil.copytree(small_census, tmp_path / "census") / "census_data" / "homo_sapiens"
 
 
-HEADS = [lambda data, at=at: data[:at] + b"\xff\xff\xff\x7f" + data[at + 4 :] for at in range(0, 36, 4) if at != 4]
+HEADS = [lambda data, at=at: data[:at] + b"\xff\xff\xff\x7f" + data[at + 4 :] for at in range(0, 36, 4)]
 
 
 @pytest.mark.parametrize("name", ["d0.tdb", "d1.tdb", "a0.tdb"])
@@ -213,10 +254,49 @@ def test_files_damaged_while_they_are_read_raise_with_their_address(census, name
     with CensusSource(str(census)) as source:
         assert source._plain
         for file in (census / "ms" / "RNA" / "X" / "raw").rglob(name):
-            data = damage(file.read_bytes())
-            file.write_bytes(data)
+            file.write_bytes(damage(file.read_bytes()))
         with pytest.raises(OSError, match=r"reading .*X/raw failed: .*; is it damaged, or written to\? Check the disk"):
             source.read(source.obs().index.to_numpy())
+
+
+def test_files_emptied_while_they_are_read_raise(census):
+    with CensusSource(str(census)) as source:
+        assert source._plain
+        for file in (census / "ms" / "RNA" / "X" / "raw").rglob("[ad][01].tdb"):
+            file.write_bytes(b"")
+        with pytest.raises(OSError, match=r"reading .*X/raw failed: .* ends before byte .*; is it damaged"):
+            source.read(source.obs().index.to_numpy())
+
+
+def test_files_that_may_not_be_read_raise_as_the_system_says(census, monkeypatch):
+    def refuse(*_args, **_settings):
+        raise PermissionError(errno.EACCES, "Permission denied", "d0.tdb")
+
+    with CensusSource(str(census)) as source:
+        cell_ids = source.obs().index.to_numpy()
+        monkeypatch.setattr(Path, "open", refuse)
+        assert source._plain is None  # and TileDB reads it all the same
+        monkeypatch.undo()
+        source.close()
+        assert source._plain
+        monkeypatch.setattr(Path, "open", refuse)
+        with pytest.raises(PermissionError, match=r"reading .*X/raw failed: .*Permission denied: 'd0.tdb'$"):
+            source.read(cell_ids)
+
+
+def test_a_source_that_was_closed_looks_anew(census):
+    uri = str(census / "ms" / "RNA" / "X" / "raw")
+    with CensusSource(str(census)) as source:
+        cell_ids = source.obs().index.to_numpy()
+        write(uri, cell_ids[:1], [0], [1.0])
+        before = source.read(cell_ids).counts
+        with soma.SparseNDArray.open(uri, "w") as array:
+            array._handle.consolidate_and_vacuum(["fragments"])
+        with pytest.raises(FileNotFoundError, match=r"reading .*X/raw failed: .*No such file"):
+            source.read(cell_ids)
+        source.close()
+        assert (source.read(cell_ids).counts != before).nnz == 0
+        assert source._plain
 
 
 def test_files_that_are_gone_raise(census):
