@@ -172,10 +172,13 @@ def test_read_ahead_keeps_order_raises_what_the_thread_raised_and_stops_it():
         seen.extend(batch["number"] for batch in read_ahead(broken(), depth=3))
     assert seen == list(range(20))
 
+    others = set(threading.enumerate())
     endless = read_ahead(iter(lambda: {"number": 0}, None), depth=2)
     next(endless)
+    own = [thread for thread in set(threading.enumerate()) - others if thread.name == "scgpt-read-ahead"]
+    assert own
     endless.close()
-    assert not [thread for thread in threading.enumerate() if thread.name == "scgpt-read-ahead"]
+    assert not [thread for thread in own if thread.is_alive()]
 
 
 def test_loader_counts_what_was_consumed_not_what_was_read():

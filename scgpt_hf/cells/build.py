@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from time import sleep
 from typing import Any
 
 import numpy as np
@@ -259,7 +260,9 @@ def _write_table(parent: Any, name: str, table: pd.DataFrame, dictionaries: Sequ
     parent.add_new_dataframe(
         name, schema=schema, domain=[[0, len(table) - 1]], platform_config=table_storage(schema)
     ).close()
-    # written through the handle of its creation, a table loses its dictionaries and filters match nothing: open it anew
+    # written through the handle of its creation, or in the same millisecond, a table loses its dictionaries and filters
+    # match nothing: let a moment pass and open it anew
+    sleep(0.002)
     with soma.DataFrame.open(f"{parent.uri}/{name}", "w") as frame:
         frame.write(pa.Table.from_pandas(table, schema=schema, preserve_index=False))
 

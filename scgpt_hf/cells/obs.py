@@ -107,8 +107,9 @@ def select_rows(obs: pd.DataFrame, value_filter: str | None) -> Int64Array:
     # mem:// belongs to its context, and only a context with a setting of its own is not the one all share
     uri, context = "mem://obs", soma.SOMATileDBContext(tiledb_config={"sm.compute_concurrency_level": 1})
     domain = [[0, max(len(obs) - 1, 0)]]
-    soma.DataFrame.create(uri, schema=table.schema, domain=domain, context=context).close()
-    with soma.DataFrame.open(uri, "w", context=context) as frame:
+    # writing adds the categories by a second schema; of two from the same millisecond TileDB may read the first
+    soma.DataFrame.create(uri, schema=table.schema, domain=domain, context=context, tiledb_timestamp=1).close()
+    with soma.DataFrame.open(uri, "w", context=context, tiledb_timestamp=2) as frame:
         frame.write(table)
-    with soma.DataFrame.open(uri, context=context) as frame:
+    with soma.DataFrame.open(uri, context=context, tiledb_timestamp=3) as frame:
         return np.asarray(select_obs(frame, value_filter, (), [str(name) for name in obs]).index, dtype=np.int64)
