@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import pandas as pd
@@ -202,9 +203,10 @@ def main() -> None:
     )
     names = [part.name.removesuffix(".h5ad") for part in blood.parts]
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = arguments.out.with_name(f".{arguments.out.name}.part")
-    write_soma(str(unfinished), "homo_sapiens", blood, blood.labels, names)
-    unfinished.rename(arguments.out)
+    with TemporaryDirectory(prefix=f".{arguments.out.name}-", dir=arguments.out.parent) as folder:
+        unfinished = Path(folder, "soma")
+        write_soma(str(unfinished), "homo_sapiens", blood, blood.labels, names)
+        unfinished.rename(arguments.out)
     n_donors = blood.labels["donor_id"].nunique()
     print(f"{arguments.out}: {arguments.cells:,} cells, {n_donors} donors, {len(names)} datasets")
 
