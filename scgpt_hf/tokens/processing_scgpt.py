@@ -84,9 +84,8 @@ class ScGPTProcessor(ProcessorMixin):
         self.target_sum, self.include_zeros = target_sum, include_zeros
         self.symbols = None if symbols is None else list(symbols)
         self._check_settings()
-        vocab = tokenizer.get_vocab()
-        check_vocab(vocab)
-        self._n_vocab, self._pad_id, self._cls_id = len(vocab), vocab[PAD], vocab[CLS]
+        self._vocab = tokenizer.get_vocab()  # once: with tens of thousands of genes it takes a while
+        check_vocab(self._vocab)
         self._gene_of = genes_by_symbol(self.genes, self.symbols or [])
         self._checked: Int64Array | None = None
 
@@ -144,23 +143,22 @@ class ScGPTProcessor(ProcessorMixin):
     @property
     def vocab_size(self) -> int:
         """Number of ids, special tokens included: `ScGPTConfig.vocab_size`."""
-        return self._n_vocab
+        return len(self._vocab)
 
     @property
     def pad_id(self) -> int:
         """Vocabulary id of `<pad>`: `ScGPTConfig.pad_token_id`."""
-        return self._pad_id
+        return self._vocab[PAD]
 
     @property
     def cls_id(self) -> int:
         """Vocabulary id of `<cls>`."""
-        return self._cls_id
+        return self._vocab[CLS]
 
     @property
     def genes(self) -> list[str]:
         """The genes of the vocabulary by ascending id, without special tokens."""
-        vocab = self.tokenizer.get_vocab()
-        return sorted(vocab.keys() - {PAD, CLS, EOC}, key=vocab.__getitem__)
+        return sorted(self._vocab.keys() - {PAD, CLS, EOC}, key=self._vocab.__getitem__)
 
     def genes_named(self, names: Iterable[str]) -> list[str]:
         """Return the gene of the vocabulary that each name stands for as a symbol; a name that is none as it is."""
@@ -173,7 +171,7 @@ class ScGPTProcessor(ProcessorMixin):
 
     def match_genes(self, genes: Sequence[str]) -> Int64Array:
         """Return the vocabulary id of each gene, −1 where unknown; see `vocabulary_scgpt.match_genes`."""
-        return match_genes(self.tokenizer.get_vocab(), genes)
+        return match_genes(self._vocab, genes)
 
     def count_known(self, counts: SparseCounts, gene_ids: Int64Array) -> Int64Array:
         """Return how many genes of the vocabulary each cell expresses, (cells,); `tokenize` drops cells with 0."""
@@ -256,7 +254,7 @@ class ScGPTProcessor(ProcessorMixin):
                 f"return_tensors={return_tensors!r}: batches are PyTorch tensors; leave it out, or pass 'pt'"
             )
         if hasattr(counts, "var_names"):
-            genes = gene_names_of(counts, self.tokenizer.get_vocab(), self._gene_of) if genes is None else genes
+            genes = gene_names_of(counts, self._vocab, self._gene_of) if genes is None else genes
             counts = counts.X
         if genes is None:
             raise ValueError("counts without gene names: pass genes=[...], one name per column, or an AnnData")
