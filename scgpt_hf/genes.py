@@ -28,13 +28,15 @@ def match_columns(genes: pd.DataFrame, processor: ScGPTProcessor) -> tuple[Int64
     """
     vocabulary = processor.genes
     ids, symbols = genes["feature_id"].astype(str), genes["feature_name"].astype(str)
-    named = pd.Series(processor.genes_named(symbols), genes.index, dtype=object)
     by_id = ids.isin(vocabulary)
-    found = ~by_id & named.isin(vocabulary)
-    repeated = found & (named.isin(ids[by_id]) | named.where(found).duplicated())
-    by_symbol = found & ~repeated
+    others = symbols[~by_id]
+    named = pd.Series(processor.genes_named(others), others.index, dtype=object)
+    named = named[named.isin(vocabulary)]
+    repeated = named.isin(ids[by_id]) | named.duplicated()
+    names = ids.copy()
+    names.update(named[~repeated])
     try:
-        gene_ids = processor.match_genes(list(ids.where(~by_symbol, named)))
+        gene_ids = processor.match_genes(list(names))
     except ValueError as error:
         if _of_a_mouse(ids, symbols):
             raise ValueError(
@@ -43,7 +45,7 @@ def match_columns(genes: pd.DataFrame, processor: ScGPTProcessor) -> tuple[Int64
                 "their human orthologs first"
             ) from error
         raise
-    n_known, n_symbols, n_repeated = int((gene_ids >= 0).sum()), int(by_symbol.sum()), int(repeated.sum())
+    n_known, n_symbols, n_repeated = int((gene_ids >= 0).sum()), int((~repeated).sum()), int(repeated.sum())
     coverage = {
         "by_id": n_known - n_symbols,
         "by_symbol": n_symbols,

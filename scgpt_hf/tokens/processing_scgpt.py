@@ -86,7 +86,7 @@ class ScGPTProcessor(ProcessorMixin):
         self._check_settings()
         self._vocab = tokenizer.get_vocab()  # once: with tens of thousands of genes it takes a while
         check_vocab(self._vocab)
-        self._gene_of = genes_by_symbol(self.genes, self.symbols or [])
+        self._gene_of = genes_by_symbol(self.genes, self.symbols) if self.symbols else {}
         self._checked: Int64Array | None = None
 
     @classmethod
