@@ -45,7 +45,8 @@ def match_columns(genes: pd.DataFrame, processor: ScGPTProcessor) -> tuple[Int64
                 "their human orthologs first"
             ) from error
         raise
-    n_known, n_symbols, n_repeated = int((gene_ids >= 0).sum()), int((~repeated).sum()), int(repeated.sum())
+    n_known, n_repeated = int((gene_ids >= 0).sum()), int(repeated.sum())
+    n_symbols = len(named) - n_repeated
     coverage = {
         "by_id": n_known - n_symbols,
         "by_symbol": n_symbols,

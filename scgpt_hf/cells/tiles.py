@@ -1,8 +1,7 @@
 """The entries of some cells of a sparse array, decompressed without TileDB.
 
 TileDB makes 20 bytes of every entry, in columns as long as its buffers; `bands.py` keeps four. Here a few tiles at a
-time become columns that the next step still finds in the nearer caches. The same entries take two thirds of the time
-(measured).
+time become columns, and their memory serves for the next ones. The same entries take two thirds of the time (measured).
 
 Source: `tile.md` of the format specification of TileDB; see `fragments.py`.
 """
@@ -19,7 +18,7 @@ from numpy.typing import NDArray
 from scgpt_hf.cells.block import Int64Array
 from scgpt_hf.cells.fragments import Field, PlainArray
 
-_TILES_AT_ONCE = 8  # 10 MB of a Census, decompressed; fewer would have threads ask for the GIL more often (measured)
+_TILES_AT_ONCE = 8  # 10 MB of a Census, decompressed; with fewer, threads would ask for the GIL more often
 _HEAD, _ABOUT = 12, 16  # bytes before a chunk; see `_find_frames`
 
 Array: TypeAlias = NDArray[Any]
@@ -64,9 +63,9 @@ def _decode(parts: Sequence[Bytes], fields: Sequence[Field], n_genes: int) -> li
     frames, n_chunks = np.empty(sum(n_stored), np.uint8), np.zeros(len(fields), np.int64)
     sizes = np.empty((len(fields), max(n_stored) // (_HEAD + _ABOUT) + 1), np.int64)
     shuffled, widths = zip(*((field.shuffled, field.kind.itemsize) for field in fields), strict=True)
-    n_bytes = _find_frames(tuple(parts), shuffled, widths, frames, sizes, n_chunks)
-    if n_bytes < 0:
-        raise OSError(f"a chunk of {fields[-1 - n_bytes].file} is not stored as it should be")
+    n_bytes = _find_all(tuple(parts), shuffled, widths, frames, sizes, n_chunks)
+    if n_chunks.min() < 0:
+        raise OSError(f"a chunk of {fields[int(n_chunks.argmin())].file} is not stored as it should be")
     chunks = [of_field[:n] for of_field, n in zip(sizes, n_chunks, strict=True)]
     ends = np.cumsum([of_field.sum() for of_field in chunks])
     content = pa.decompress(pa.py_buffer(frames[:n_bytes]), int(ends[-1]), codec="zstd", asbytes=False)
@@ -86,8 +85,25 @@ def _numbers(content: Bytes, chunks: Int64Array, field: Field) -> Array:
 
 
 @njit(nogil=True, cache=True)
-def _find_frames(parts, shuffled, widths, frames, sizes, n_chunks):  # type: ignore[no-untyped-def]
-    """Copy the Zstandard frames of all chunks of each field one behind another, and fill the decompressed sizes.
+def _find_all(parts, shuffled, widths, frames, sizes, n_chunks):  # type: ignore[no-untyped-def]
+    """Do for each field what `_find_frames` does, one behind another, and fill the number of chunks of each.
+
+    At once, for threads ask for the GIL after each call: beside a busy one up to a seventh more is read (measured).
+
+    Returns:
+        The bytes copied.
+    """
+    n_bytes = 0
+    for field in range(len(parts)):
+        into = frames[n_bytes:]
+        n_chunks[field], n_more = _find_frames(parts[field], shuffled[field], widths[field], into, sizes[field])
+        n_bytes += n_more
+    return n_bytes
+
+
+@njit(nogil=True, cache=True)
+def _find_frames(stored, shuffled, width, frames, sizes):  # type: ignore[no-untyped-def]
+    """Copy the Zstandard frames of all chunks one behind another, and fill the size of each chunk, decompressed.
 
     A tile begins with the number of its chunks, 8 bytes. A chunk is, in numbers of 4 bytes:
 
@@ -97,32 +113,27 @@ def _find_frames(parts, shuffled, widths, frames, sizes, n_chunks):  # type: ign
     and then the frames of these parts. Shuffling's own numbers, two of them, say that it shuffled one part.
 
     Returns:
-        The bytes copied, or −1 − the field whose chunks do not lie there like this.
+        The number of chunks, or −1 if they do not lie there like this; the bytes copied.
     """
-    n_bytes = 0
-    for field in range(len(parts)):
-        stored, apart = parts[field], shuffled[field]
-        n_about, at, n_left = _ABOUT + 8 * apart, 0, 0
-        while at < len(stored):
-            if n_left == 0:
-                n_left, at = _number(stored, at) + (_number(stored, at + 4) << 32), at + 8
-            size, sizes_at, begin = _number(stored, at), at + n_about + 4, at + _HEAD + n_about
-            end = begin + _number(stored, at + 4)
-            sound = _number(stored, at + 8) == n_about
-            sound &= _number(stored, at + 12) == apart and _number(stored, at + 16) == 1
-            if apart:
-                sound &= _number(stored, at + 20) == 8
-                begin += _number(stored, at + 24)
-            sound &= _number(stored, sizes_at) == size and _number(stored, sizes_at + 4) == end - begin
-            if not sound or size % widths[field] or end > len(stored):
-                return -1 - field
-            frames[n_bytes : n_bytes + end - begin] = stored[begin:end]
-            sizes[field, n_chunks[field]] = size
-            n_chunks[field] += 1
-            n_bytes, n_left, at = n_bytes + end - begin, n_left - 1, end
-        if n_left:
-            return -1 - field
-    return n_bytes
+    n_about = _ABOUT + 8 * shuffled
+    at = n_chunks = n_bytes = n_left = 0
+    while at < len(stored):
+        if n_left == 0:
+            n_left, at = _number(stored, at) + (_number(stored, at + 4) << 32), at + 8
+        size, sizes_at, begin = _number(stored, at), at + n_about + 4, at + _HEAD + n_about
+        end = begin + _number(stored, at + 4)
+        sound = _number(stored, at + 8) == n_about
+        sound &= _number(stored, at + 12) == shuffled and _number(stored, at + 16) == 1
+        if shuffled:
+            sound &= _number(stored, at + 20) == 8
+            begin += _number(stored, at + 24)
+        sound &= _number(stored, sizes_at) == size and _number(stored, sizes_at + 4) == end - begin
+        if not sound or size % width or end > len(stored):
+            return -1, 0
+        frames[n_bytes : n_bytes + end - begin] = stored[begin:end]
+        sizes[n_chunks] = size
+        n_bytes, n_chunks, n_left, at = n_bytes + end - begin, n_chunks + 1, n_left - 1, end
+    return (n_chunks if n_left == 0 else -1), n_bytes
 
 
 @njit(nogil=True, cache=True)
