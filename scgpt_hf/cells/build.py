@@ -263,7 +263,7 @@ def _write_table(parent: Any, name: str, table: pd.DataFrame, dictionaries: Sequ
     # written through the handle of its creation, or in the same millisecond, a table loses its dictionaries and filters
     # match nothing: let a moment pass and open it anew
     sleep(0.002)
-    with soma.DataFrame.open(f"{parent.uri}/{name}", "w") as frame:
+    with soma.DataFrame.open(f"{parent.uri}/{name}", "w", context=parent.context) as frame:
         frame.write(pa.Table.from_pandas(table, schema=schema, preserve_index=False))
 
 

@@ -3,10 +3,15 @@
 import platform
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+import tiledbsoma as soma
+from anndata import AnnData
 
 from scgpt_hf.cells import memory
+from scgpt_hf.cells.build import build_census
+from scgpt_hf.cells.source import open_source
 
 CHURN = """
 import resource, runpy
@@ -32,3 +37,27 @@ def faults(keep: bool) -> int:
 def test_blocks_that_were_freed_become_the_next_ones() -> None:
     eight_blocks = 8 * 3 * 2**20 // 4096
     assert faults(keep=True) < eight_blocks < faults(keep=False)
+
+
+def test_no_query_trims(tmp_path: Path, small_cells: list[AnnData], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trimming is slow, and in contexts that come and go it now and then corrupts memory; see `obs.py`."""
+    opened, trims = [], []
+
+    def noting(call):
+        def noted(*args, context=None, **settings):
+            opened.append(args[0])
+            trims.append(context is None or context.tiledb_config.get("sm.mem.malloc_trim") != "false")
+            return call(*args, context=context, **settings)
+
+        return noted
+
+    for kind in (soma.Experiment, soma.Collection, soma.DataFrame, soma.SparseNDArray):
+        for name in ("open", "create"):
+            monkeypatch.setattr(kind, name, noting(getattr(kind, name)))
+    small_cells[0].write_h5ad(tmp_path / "cells.h5ad")
+    for data in (tmp_path / "cells.h5ad", build_census([tmp_path / "cells.h5ad"], tmp_path / "soma")):
+        with open_source(data) as source:
+            source.read(source.obs().index.to_numpy()[:5], ["donor_id"])
+    assert "mem://obs" in opened
+    assert {"homo_sapiens", "obs", "var", "raw"} <= {uri.rsplit("/", 1)[-1] for uri in opened}
+    assert [uri for uri, trim in zip(opened, trims, strict=True) if trim] == []
