@@ -71,6 +71,7 @@ class CensusSource:
         self._lock, self._local = threading.Lock(), threading.local()
         self._handles: list[soma.SparseNDArray | soma.DataFrame] = []
         self._pool: ReadingThreads | None = None
+        self._offered: NDArray[np.bool_] | None = None
         self._uris, self.columns, self._n_rows = self._patience.read(uri, self._look)
         self._filter = full_filter(obs_filter, self.columns, primary_only=primary_only)
 
@@ -127,11 +128,14 @@ class CensusSource:
             with soma.DataFrame.open(self._uris["obs"], context=self._context(self._n_threads)) as frame:
                 return select_obs(frame, self._filter, columns)
 
-        return self._patience.read(self._uris["obs"], read)
+        obs = self._patience.read(self._uris["obs"], read)
+        if self._offered is None:  # once, for to go through a hundred million cells takes long
+            self._offered = self._mark(obs.index.to_numpy())
+        return obs
 
     def read(self, cell_ids: Int64Array, columns: Sequence[str] = ()) -> CellBlock:
         """Return these cells in this order; see `CellSource.read`."""
-        cell_ids = require_cell_ids(cell_ids, self._offered)
+        cell_ids = require_cell_ids(cell_ids, self._all_offered())
         require_columns(columns, self.columns)
         order = np.argsort(cell_ids)
         ascending = cell_ids[order]
@@ -152,7 +156,7 @@ class CensusSource:
             "organism": self._uri.rstrip("/").rsplit("/", 1)[-1],
             "layer": self._layer,
             "obs_filter": self._filter,
-            "n_cells": int(self._offered.sum()),
+            "n_cells": int(self._all_offered().sum()),
             "n_genes": len(self.genes),
             "gene_hash": gene_hash(self.genes["feature_id"]),
         }
@@ -167,10 +171,11 @@ class CensusSource:
 
         return None if self._remote else self._patience.read(self._uris["X"], look)
 
-    @cached_property
-    def _offered(self) -> NDArray[np.bool_]:
-        """True at the id of each cell that matches the filter; one byte per cell of the Census."""
-        ids = self.obs().index.to_numpy()
+    def _all_offered(self) -> NDArray[np.bool_]:
+        """Return, true at the id of each cell that matches the filter, one byte per cell of the Census."""
+        return self._mark(self.obs().index.to_numpy()) if self._offered is None else self._offered
+
+    def _mark(self, ids: Int64Array) -> NDArray[np.bool_]:
         if ids[-1] >= self._n_rows:
             raise ValueError(
                 f"{self._uri} has a cell {ids[-1]:,} in obs, and only {self._n_rows:,} rows in layer {self._layer!r} "

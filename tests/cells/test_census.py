@@ -13,7 +13,7 @@ from scipy.sparse import csr_matrix, vstack
 from scipy.sparse import random as random_sparse
 from source_contract import SourceContract
 
-from scgpt_hf.cells import bands
+from scgpt_hf.cells import bands, census
 from scgpt_hf.cells.census import CensusSource
 from scgpt_hf.cells.source import open_source
 
@@ -110,6 +110,17 @@ def test_close_ends_the_threads_and_the_source_opens_again(small_census):
     assert not any(thread.is_alive() for thread in own)
     assert (source.read(cell_ids).counts != before).nnz == 0
     source.close()
+
+
+def test_the_filter_is_asked_once_for_the_cells_there_are(small_census, monkeypatch):
+    asked = []
+    select = census.select_obs
+    monkeypatch.setattr(census, "select_obs", lambda *args: asked.append(args[1]) or select(*args))
+    with open_source(small_census, obs_filter="donor_id == 'donor_4'") as source:
+        cell_ids = source.obs(["cell_type"]).index.to_numpy()
+        source.read(cell_ids[:3])
+        assert source.describe()["n_cells"] == len(cell_ids)
+    assert len(asked) == 1
 
 
 def test_what_is_not_a_census_raises(tmp_path):
