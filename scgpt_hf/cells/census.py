@@ -23,7 +23,7 @@ from scgpt_hf.cells.fragments import PlainArray, open_plain
 from scgpt_hf.cells.obs import full_filter, require_columns, select_obs
 from scgpt_hf.cells.plan import BAND_SIZE
 from scgpt_hf.cells.remote import Patience, is_remote, open_context
-from scgpt_hf.cells.threads import ReadingThreads
+from scgpt_hf.cells.threads import ReadingThreads, n_cores
 
 
 class CensusSource:
@@ -52,7 +52,7 @@ class CensusSource:
             layer: layer of X with the raw counts; by default "raw".
             primary_only: keep only cells with `is_primary_data == True`.
             census_version: release, for the record.
-            n_threads: bands read at once.
+            n_threads: bands read at once; of a local Census at most one more than there are cores.
 
         Raises:
             OSError: it cannot be read, or a remote one not even after many attempts; every member may raise it.
@@ -228,7 +228,9 @@ class CensusSource:
     def _threads(self) -> ReadingThreads:
         with self._lock:
             if self._pool is None:
-                self._pool = ReadingThreads(self._n_threads, "census-band")
+                # to decode takes a core: with more threads less is read (measured); one may wait for the disk meanwhile
+                most = self._n_threads if self._remote else n_cores() + 1
+                self._pool = ReadingThreads(min(self._n_threads, most), "census-band")
             return self._pool
 
     def _handle(self, name: str) -> Any:

@@ -112,6 +112,16 @@ def test_close_ends_the_threads_and_the_source_opens_again(small_census):
     source.close()
 
 
+@pytest.mark.parametrize(("n_cores", "expected"), [(1, 2), (2, 3), (64, 4)])
+def test_a_local_census_is_not_read_by_many_more_threads_than_cores(small_census, monkeypatch, n_cores, expected):
+    monkeypatch.setattr(census, "n_cores", lambda: n_cores)
+    others = set(threading.enumerate())
+    with open_source(small_census) as source:
+        source.read(source.obs().index.to_numpy()[:3])
+        started = [thread.name for thread in set(threading.enumerate()) - others]
+        assert len([name for name in started if name.startswith("census-band")]) == expected
+
+
 def test_the_filter_is_asked_once_for_the_cells_there_are(small_census, monkeypatch):
     asked = []
     select = census.select_obs
