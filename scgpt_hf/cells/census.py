@@ -173,7 +173,9 @@ class CensusSource:
 
     def _all_offered(self) -> NDArray[np.bool_]:
         """Return, true at the id of each cell that matches the filter, one byte per cell of the Census."""
-        return self._mark(self.obs().index.to_numpy()) if self._offered is None else self._offered
+        if self._offered is None:
+            self.obs()  # marks them
+        return cast(NDArray[np.bool_], self._offered)
 
     def _mark(self, ids: Int64Array) -> NDArray[np.bool_]:
         if ids[-1] >= self._n_rows:
@@ -229,8 +231,8 @@ class CensusSource:
         with self._lock:
             if self._pool is None:
                 # to decode takes a core: with more threads less is read (measured); one may wait for the disk meanwhile
-                most = self._n_threads if self._remote else n_cores() + 1
-                self._pool = ReadingThreads(min(self._n_threads, most), "census-band")
+                n_threads = self._n_threads if self._remote else min(self._n_threads, n_cores() + 1)
+                self._pool = ReadingThreads(n_threads, "census-band")
             return self._pool
 
     def _handle(self, name: str) -> Any:

@@ -13,13 +13,11 @@ import pandas as pd
 import pyarrow as pa
 
 from scgpt_hf.cells.block import Int64Array
+from scgpt_hf.cells.memory import NO_TRIM
 
 logger = logging.getLogger(__name__)
 
 PRIMARY = "is_primary_data == True"
-# to trim after a query, in a context that ends, now and then corrupts memory: 1 of 500 tables on a busy machine, of
-# 43,000 none without it (TileDB 2.30, glibc 2.36)
-_IN_MEMORY: dict[str, str | float] = {"sm.compute_concurrency_level": 1, "sm.mem.malloc_trim": "false"}
 _MENTIONS = (ast.Name, ast.Constant)  # a column by its name, or as attr("name with a dot")
 
 
@@ -108,7 +106,7 @@ def select_rows(obs: pd.DataFrame, value_filter: str | None) -> Int64Array:
     columns = obs[[name for name in obs if name in mentioned]].assign(soma_joinid=rows)
     table = pa.Table.from_pandas(columns, preserve_index=False)
     # mem:// belongs to its context, and only a context with a setting of its own is not the one all share
-    uri, context = "mem://obs", soma.SOMATileDBContext(tiledb_config=_IN_MEMORY)
+    uri, context = "mem://obs", soma.SOMATileDBContext(tiledb_config={"sm.compute_concurrency_level": 1, **NO_TRIM})
     domain = [[0, max(len(obs) - 1, 0)]]
     # writing adds the categories by a second schema; of two from the same millisecond TileDB may read the first
     soma.DataFrame.create(uri, schema=table.schema, domain=domain, context=context, tiledb_timestamp=1).close()

@@ -21,7 +21,7 @@ from urllib.parse import urlsplit
 import pyarrow as pa
 import tiledbsoma as soma
 
-from scgpt_hf.cells.memory import keep_freed_memory
+from scgpt_hf.cells.memory import NO_TRIM, keep_freed_memory
 
 logger = logging.getLogger(__name__)
 
@@ -59,7 +59,7 @@ def open_context(remote: bool, *, n_threads: int) -> soma.SOMATileDBContext:
         "soma.init_buffer_bytes": BUFFER_BYTES,
         "sm.compute_concurrency_level": n_threads,
         "sm.io_concurrency_level": 16 if remote else n_threads,
-        "sm.mem.malloc_trim": "false",  # see `memory.py`
+        **NO_TRIM,
     }
     if not remote:
         return soma.SOMATileDBContext(tiledb_config=config)

@@ -40,7 +40,7 @@ def test_blocks_that_were_freed_become_the_next_ones() -> None:
 
 
 def test_no_query_trims(tmp_path: Path, small_cells: list[AnnData], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Trimming is slow, and in contexts that come and go it now and then corrupts memory; see `obs.py`."""
+    """Trimming is slow, and in contexts that come and go it now and then corrupts memory; see `memory.py`."""
     opened, trims = [], []
 
     def noting(call):
