@@ -29,14 +29,14 @@ from tqdm.auto import tqdm
 from scgpt_hf.cells.genes import join_genes
 from scgpt_hf.cells.h5ad import H5adPart, H5adSource
 from scgpt_hf.cells.layout import OBS_LABELS, OBS_NUMBERS, TILE, table_storage, x_storage
-from scgpt_hf.cells.memory import NO_TRIM, keep_freed_memory
+from scgpt_hf.cells.memory import TILEDB_CONFIG, keep_freed_memory
 from scgpt_hf.cells.obs import require_columns
 
 logger = logging.getLogger(__name__)
 
 BLOCK = 4 * TILE  # cells written at once: whole bands, so that no band is spread over two fragments
 # Order is `_order_by_tile`'s business: to have it checked again takes a fifth of the time. The rest: see `memory.py`.
-_WRITING: dict[str, str | float] = {"sm.check_global_order": "false", **NO_TRIM}
+_WRITING: dict[str, str | float] = {"sm.check_global_order": "false", **TILEDB_CONFIG}
 
 
 def build_census(

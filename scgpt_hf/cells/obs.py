@@ -13,7 +13,7 @@ import pandas as pd
 import pyarrow as pa
 
 from scgpt_hf.cells.block import Int64Array
-from scgpt_hf.cells.memory import NO_TRIM
+from scgpt_hf.cells.memory import TILEDB_CONFIG
 
 logger = logging.getLogger(__name__)
 
@@ -106,8 +106,8 @@ def select_rows(obs: pd.DataFrame, value_filter: str | None) -> Int64Array:
     columns = obs[[name for name in obs if name in mentioned]].assign(soma_joinid=rows)
     table = pa.Table.from_pandas(columns, preserve_index=False)
     # mem:// belongs to its context, and only a context with a setting of its own is not the one all share
-    uri, context = "mem://obs", soma.SOMATileDBContext(tiledb_config={"sm.compute_concurrency_level": 1, **NO_TRIM})
-    domain = [[0, max(len(obs) - 1, 0)]]
+    context = soma.SOMATileDBContext(tiledb_config={"sm.compute_concurrency_level": 1, **TILEDB_CONFIG})
+    uri, domain = "mem://obs", [[0, max(len(obs) - 1, 0)]]
     # writing adds the categories by a second schema; of two from the same millisecond TileDB may read the first
     soma.DataFrame.create(uri, schema=table.schema, domain=domain, context=context, tiledb_timestamp=1).close()
     with soma.DataFrame.open(uri, "w", context=context, tiledb_timestamp=2) as frame:

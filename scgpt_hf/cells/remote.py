@@ -21,12 +21,11 @@ from urllib.parse import urlsplit
 import pyarrow as pa
 import tiledbsoma as soma
 
-from scgpt_hf.cells.memory import NO_TRIM, keep_freed_memory
+from scgpt_hf.cells.memory import TILEDB_CONFIG, keep_freed_memory
 
 logger = logging.getLogger(__name__)
 
 ATTEMPTS = 8  # reads of a remote object before its error is passed on: 7 waits, 127 s in the mean
-BUFFER_BYTES = 8 * 2**20  # of each column of a query; larger and smaller ones were slower (measured)
 # What the store has answered for good; asking again would give the same. Anything else may pass.
 _FINAL = re.compile(r"HTTP Response Code: (401|403|404)\b|does not exist|not a valid TileDB|No such file")
 _NOISE = re.compile(r"\s*\[(Headers|Remote IP): [^\]]*\]|\s*\n\s*")
@@ -56,10 +55,9 @@ def open_context(remote: bool, *, n_threads: int) -> soma.SOMATileDBContext:
     """Return a fresh context with few threads and small buffers; a remote store is asked for 16 ranges at once."""
     keep_freed_memory()
     config: dict[str, str | float] = {
-        "soma.init_buffer_bytes": BUFFER_BYTES,
         "sm.compute_concurrency_level": n_threads,
         "sm.io_concurrency_level": 16 if remote else n_threads,
-        **NO_TRIM,
+        **TILEDB_CONFIG,
     }
     if not remote:
         return soma.SOMATileDBContext(tiledb_config=config)

@@ -62,6 +62,22 @@ def test_ctrl_c_while_reading_ahead_ends_the_process_at_once(small_census):
     assert errors.rstrip().endswith("KeyboardInterrupt")
 
 
+def test_a_process_that_was_started_to_ignore_ctrl_c_reads_on(small_census):
+    """As a script starts one with `&`; of TileDB's own handler it would die."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # what it inherits
+    try:
+        reader = Reader("read", small_census)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    reader.wait_for("reading")
+    reader.process.send_signal(signal.SIGINT)
+    for _ in range(20):
+        reader.wait_for("reading")
+    reader.process.terminate()
+    _, errors = reader.process.communicate(timeout=60)
+    assert reader.process.returncode == -signal.SIGTERM, errors
+
+
 def test_ctrl_c_while_a_store_is_silent_ends_the_process_in_seconds(small_census):
     with S3Server(small_census) as server:
         reader = Reader("stall", "s3://census/", **server.environment)
