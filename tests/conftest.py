@@ -1,10 +1,14 @@
 """Fixtures every room shares: the folder of real data and reference tensors."""
 
 import os
+import signal
 from pathlib import Path
 
 # Several test processes share the cores; torch and numpy read this when they are first imported, below.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Some tests send SIGINT, which a job that a script starts with `&` is told to ignore, and so would what it starts.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import numpy as np
 import pandas as pd
