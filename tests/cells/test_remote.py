@@ -52,27 +52,31 @@ def test_cells_read_from_s3_equal_the_local_ones(server, small_census):
         assert block.obs.equals(expected.obs)
 
 
-def test_with_a_fifth_of_the_requests_failing_the_batches_stay_the_same(server, small_census):
+def test_with_a_fifth_of_the_requests_failing_the_batches_stay_the_same(server, small_census, monkeypatch):
+    monkeypatch.setenv("TILEDB_VFS_S3_CONNECT_MAX_TRIES", "1")  # so that our own layer may have something to do
+    monkeypatch.setattr(remote, "ATTEMPTS", 100)  # opening an array takes a dozen requests, each fails in a fifth
     with open_source(small_census) as local:
         expected = batches_of(local)
     server.faults = Faults(probability=0.2, kinds=("500", "503", "reset", "truncate"), seed=3)
     with open_source(ADDRESS) as source:
         assert batches_of(source) == expected
     assert {kind: server.outcomes[kind] > 0 for kind in server.faults.kinds} == dict.fromkeys(server.faults.kinds, True)
-    assert 0.1 < 1 - server.outcomes["ok"] / server.outcomes.total() < 0.3
+    assert 0.15 < 1 - server.outcomes["ok"] / server.outcomes.total() < 0.25
 
 
 def test_what_the_client_does_not_repeat_is_read_again_and_said(server, small_census, monkeypatch, caplog):
     monkeypatch.setenv("TILEDB_VFS_S3_CONNECT_MAX_TRIES", "0")  # so that every failure reaches our own layer
-    monkeypatch.setattr(remote, "ATTEMPTS", 100)  # a read takes some requests, of which half fail
+    monkeypatch.setattr(remote, "ATTEMPTS", 100)  # opening and reading take some requests, of which half fail
     with open_source(small_census) as local:
         expected = batches_of(local)
+    kinds, only = ("500", "reset", "truncate"), "homo_sapiens/__group|X/raw/__fragments"
+    server.faults = Faults(probability=0.5, kinds=kinds, seed=3, only=only)
     with open_source(ADDRESS) as source, caplog.at_level(logging.WARNING, "scgpt_hf"):
-        server.faults = Faults(probability=0.5, kinds=("500", "truncate"), seed=3, only="/X/raw/__fragments")
+        n_opening = source._patience.n_retries
         assert batches_of(source) == expected
         n_retries = source._patience.n_retries
     said = [record.getMessage() for record in caplog.records if "retries in this run so far" in record.getMessage()]
-    assert n_retries > 0
+    assert 0 < n_opening < n_retries
     assert f"{n_retries} retries in this run so far" in said[-1]
     assert all(ADDRESS in line and "attempt 2 of 100 in" in line for line in said[:1])
 
@@ -92,7 +96,7 @@ def test_a_store_that_falls_silent_is_asked_again(server, small_census, monkeypa
     monkeypatch.setenv("TILEDB_VFS_S3_REQUEST_TIMEOUT_MS", "500")
     with open_source(ADDRESS) as source, open_source(small_census) as local:
         ids = source.obs().index.to_numpy()
-        server.faults = Faults(probability=0.3, kinds=("stall",), seed=2, only="/X/raw/__fragments", stall_s=20)
+        server.faults = Faults(probability=0.1, kinds=("stall",), seed=2, only="/X/raw/__fragments", stall_s=20)
         assert (source.read(ids).counts != local.read(ids).counts).nnz == 0
         assert server.outcomes["stall"] > 0
 
