@@ -27,6 +27,7 @@ from measuring import alternate, peak_memory_gb, print_medians, ratios, write_re
 from tiledbsoma_ml import ExperimentDataset
 
 from scgpt_hf.cells.census import CensusSource
+from scgpt_hf.cells.memory import TILEDB_CONFIG
 from scgpt_hf.cells.plan import BAND_SIZE, EpochPlan, plan_epoch
 from scgpt_hf.cells.remote import open_context
 from scgpt_hf.cells.source import open_source
@@ -118,7 +119,7 @@ def processor_of(source: CensusSource) -> ScGPTProcessor:
 
 def soma_ml(path: Path, buffer_bytes: int, obs_filter: str | None = None, batches: list | None = None) -> float:
     """Return cells per second of an epoch of raw rows from tiledbsoma-ml; adds the cell ids of each batch to a list."""
-    config = {"soma.init_buffer_bytes": buffer_bytes, "sm.mem.malloc_trim": "false"}  # as ours
+    config = TILEDB_CONFIG | {"soma.init_buffer_bytes": buffer_bytes}
     context = soma.SOMATileDBContext(tiledb_config=config)
     with soma.Experiment.open(f"{path}/census_data/homo_sapiens", context=context) as experiment:
         query = experiment.axis_query("RNA", obs_query=soma.AxisQuery(value_filter=obs_filter))
@@ -230,7 +231,8 @@ def main() -> None:
 
 
 def compare(arms: dict, repeats: int) -> dict[str, dict[str, float]]:
-    """Return and print medians in cells per second, and ratios to the first arm."""
+    """Return and print medians in cells per second, after a round to warm up, and ratios to the first arm."""
+    alternate(arms, 1)
     medians = alternate(arms, repeats)
     print_medians(medians, next(iter(arms)), "cells/s")
     return {"cells_per_s": medians, "ratio": ratios(medians, next(iter(arms)))}
