@@ -5,6 +5,8 @@ it to after every query (`TILEDB_CONFIG` turns that off; closing an array still 
 that the system had to clear anew: half of the time of reading (measured). And every thread that TileDB starts, several
 for each read, may keep a store of freed memory of its own; one store for all of them is as fast and smaller.
 
+What every TileDB context of ours is told stands here too: most of it is about memory.
+
 Source: `mallopt(3)`; `sm.mem.malloc_trim` of TileDB 2.30.
 """
 
