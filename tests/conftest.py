@@ -4,6 +4,8 @@ import os
 import signal
 from pathlib import Path
 
+from tests.support import ROOT
+
 # Several test processes share the cores; torch and numpy read this when they are first imported, below.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Some tests send SIGINT, which a job that a script starts with `&` is told to ignore, and so would what it starts.
@@ -20,7 +22,7 @@ from scipy.sparse import csr_matrix
 @pytest.fixture(scope="session")
 def shared() -> Path:
     """The folder with `data/blood` and `fixtures/scgpt_parity`; tests that need it skip where it is absent."""
-    folder = Path(os.environ.get("SCGPT_HF_SHARED", Path(__file__).resolve().parents[2] / "shared"))
+    folder = Path(os.environ.get("SCGPT_HF_SHARED", ROOT.parent / "shared"))
     if not folder.is_dir():
         pytest.skip(f"no shared data at {folder}; set SCGPT_HF_SHARED to the folder that holds data/ and fixtures/")
     return folder

@@ -16,7 +16,6 @@ import torch
 from anndata import AnnData
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from original_scgpt import Original, Tensors, forward, in_layout, weights_of, write_checkpoint
 from scipy.sparse import csr_matrix
 from transformers import (
     AutoModel,
@@ -30,8 +29,10 @@ from scgpt_hf import convert_scgpt
 from scgpt_hf.analysis.embed import embed_cells
 from scgpt_hf.cells.source import open_source
 from scgpt_hf.convert import save_converted
+from tests.support import ROOT
+from tests.support.original_scgpt import Original, Tensors, forward, in_layout, weights_of, write_checkpoint
 
-SCRIPT = Path(__file__).resolve().parents[1] / "scripts" / "convert.py"
+SCRIPT = ROOT / "scripts" / "convert.py"
 PLAIN = Original(n_classes=4, flags=True)
 
 

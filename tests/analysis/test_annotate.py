@@ -24,8 +24,9 @@ from scgpt_hf import (
     transfer_labels,
 )
 from scgpt_hf.analysis.annotate_file import annotate_file
+from tests.support import ROOT
 
-SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "annotate.py"
+SCRIPT = ROOT / "scripts" / "annotate.py"
 N_CELLS, GENES, TYPES = 30, [f"ENSG{number:011}" for number in range(12)], ["A/B", "C+", "D"]
 
 

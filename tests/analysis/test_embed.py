@@ -29,8 +29,9 @@ from scgpt_hf.genes import match_columns
 from scgpt_hf.model.configuration_scgpt import ScGPTConfig
 from scgpt_hf.model.modeling_scgpt import ScGPTForPreTraining, ScGPTModel
 from scgpt_hf.tokens.processing_scgpt import ScGPTProcessor
+from tests.support import ROOT
 
-SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "embed.py"
+SCRIPT = ROOT / "scripts" / "embed.py"
 N_CELLS, N_GENES, N_KNOWN = 50, 40, 30
 IDS = [f"ENSG{number:011}" for number in range(N_GENES)]
 QUIET: embed.EmbedSettings = {"progress": False}

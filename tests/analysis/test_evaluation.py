@@ -29,8 +29,9 @@ from scgpt_hf.analysis.evaluation import METRICS, TRANSFER, Evaluation, evaluate
 from scgpt_hf.analysis.evaluation_files import tabulate, write_evaluation
 from scgpt_hf.analysis.metrics import NotComputable
 from scgpt_hf.analysis.scored_cells import KEPT_PER_LABEL, choose_scored, sample_cells
+from tests.support import ROOT
 
-SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "evaluate.py"
+SCRIPT = ROOT / "scripts" / "evaluate.py"
 QUIET = {"progress": False}
 
 

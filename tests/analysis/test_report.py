@@ -15,8 +15,9 @@ from matplotlib.figure import Figure
 from scgpt_hf.analysis.plots import save_figure
 from scgpt_hf.analysis.report import write_report
 from scgpt_hf.analysis.report_page import Html, bar, drawing, facts, page, picture, section, table, tag
+from tests.support import ROOT
 
-SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "report.py"
+SCRIPT = ROOT / "scripts" / "report.py"
 EVIL = "<script>alert('&\"')</script>"
 
 

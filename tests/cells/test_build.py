@@ -5,7 +5,6 @@ import logging
 import runpy
 import subprocess
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import cellxgene_census
@@ -13,11 +12,12 @@ import numpy as np
 import pandas as pd
 import pytest
 import tiledbsoma as soma
-from source_contract import expected_counts
 
 from scgpt_hf.cells import build
 from scgpt_hf.cells.build import build_census
 from scgpt_hf.cells.layout import OBS_LABELS
+from tests.support import ROOT
+from tests.support.source_contract import expected_counts
 
 
 @pytest.fixture
@@ -169,7 +169,7 @@ def test_counts_that_turn_bad_midway_raise_and_leave_nothing(tmp_path, small_cel
 
 @pytest.mark.parametrize("limit", [4_000, 20_000])
 def test_a_write_that_fails_is_said_in_one_line_and_leaves_nothing(tmp_path, files, limit):
-    script = Path(__file__).parents[2] / "scripts" / "build_census.py"
+    script = ROOT / "scripts" / "build_census.py"
     limited = f"import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))\n"
     limited += "sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
     arguments = [sys.executable, "-c", limited, script, *files, "--out", tmp_path / "soma"]
@@ -207,7 +207,7 @@ def test_an_existing_folder_is_refused(tmp_path, files):
 
 
 def test_the_script_builds_and_explains_itself(tmp_path, files):
-    script = Path(__file__).parents[2] / "scripts" / "build_census.py"
+    script = ROOT / "scripts" / "build_census.py"
     built = subprocess.run(
         [sys.executable, script, *files, "--out", tmp_path / "soma"], capture_output=True, text=True, check=False
     )

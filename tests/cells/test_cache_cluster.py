@@ -7,10 +7,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from test_cache_jobs import SHARD, contents, make_cells
 
 from scgpt_hf.cells.cache_jobs import write_cache
 from scgpt_hf.cells.source import CellSource, open_source
+from tests.cells.test_cache_jobs import SHARD, contents, make_cells
+from tests.support import ROOT
 
 pytestmark = pytest.mark.slow
 
@@ -20,8 +21,8 @@ import sys
 from pathlib import Path
 import ray
 sys.path.insert(0, sys.argv[2])
-from test_cache_cluster import Deadly
-from test_cache_jobs import SHARD, make_cells
+from tests.cells.test_cache_cluster import Deadly
+from tests.cells.test_cache_jobs import SHARD, make_cells
 from scgpt_hf.cells.cache_cluster import write_on_ray
 from scgpt_hf.cells.cache_jobs import plan_cache
 from scgpt_hf.cells.source import open_source
@@ -58,7 +59,7 @@ class Deadly:
 
 def on_ray(folder: Path, deaths: int) -> str:
     (folder.parent / "deaths").write_text("once\n" * deaths)
-    arguments = [str(folder), str(Path(__file__).parent), str(folder.parent / "deaths")]
+    arguments = [str(folder), str(ROOT), str(folder.parent / "deaths")]
     done = subprocess.run([sys.executable, "-c", ON_RAY, *arguments], capture_output=True, text=True, timeout=250)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout

@@ -21,6 +21,7 @@ from scgpt_hf.cells import cache_format, cache_jobs
 from scgpt_hf.cells.cache_jobs import plan_cache, write_cache, write_shards
 from scgpt_hf.cells.cache_manifest import CacheError
 from scgpt_hf.cells.source import CellSource, open_source
+from tests.support import ROOT
 
 SHARD = {"cells_per_shard": 2048}
 
@@ -251,7 +252,7 @@ KILLED = """
 import sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[2])
-from test_cache_jobs import SHARD, make_cells
+from tests.cells.test_cache_jobs import SHARD, make_cells
 from scgpt_hf.cells.cache_jobs import write_cache
 from scgpt_hf.cells.source import open_source
 source, read, reads = open_source(make_cells()), None, []
@@ -268,7 +269,7 @@ write_cache(source, sys.argv[1], **SHARD)
 
 def test_a_job_that_was_killed_is_completed_by_the_same_job(source, whole, tmp_path):
     folder = tmp_path / "cache"
-    done = subprocess.run([sys.executable, "-c", KILLED, str(folder), str(Path(__file__).parent)], check=False)
+    done = subprocess.run([sys.executable, "-c", KILLED, str(folder), str(ROOT)], check=False)
     assert done.returncode == -signal.SIGKILL
     finished = [json.loads(path.read_text())["file"] for path in (folder / ".jobs").glob("data*.json")]
     assert 0 < len(finished) < 5

@@ -11,11 +11,11 @@ import requests
 import tiledbsoma as soma
 from scipy.sparse import csr_matrix, vstack
 from scipy.sparse import random as random_sparse
-from source_contract import SourceContract
 
 from scgpt_hf.cells import bands, census
 from scgpt_hf.cells.census import CensusSource
 from scgpt_hf.cells.source import open_source
+from tests.support.source_contract import SourceContract
 
 
 class TestCensus(SourceContract):

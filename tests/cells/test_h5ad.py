@@ -11,11 +11,11 @@ from anndata import AnnData, concat
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from scipy.sparse import csc_matrix, csr_matrix
-from source_contract import SourceContract
 
 from scgpt_hf.cells.genes import find_gene_ids, join_genes
 from scgpt_hf.cells.h5ad import H5adSource
 from scgpt_hf.cells.source import open_source
+from tests.support.source_contract import SourceContract
 
 
 def write(folder, cells):

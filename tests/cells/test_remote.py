@@ -9,7 +9,6 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import tiledbsoma as soma
-from s3_server import Faults, S3Server
 
 from scgpt_hf.cells import remote
 from scgpt_hf.cells.plan import plan_epoch
@@ -17,6 +16,7 @@ from scgpt_hf.cells.remote import Patience, require_no_credentials
 from scgpt_hf.cells.source import open_source
 from scgpt_hf.stream import StreamSettings, stream_cells
 from scgpt_hf.tokens.processing_scgpt import ScGPTProcessor
+from tests.support.s3_server import Faults, S3Server
 
 ADDRESS = "s3://census/census_data/homo_sapiens"
 

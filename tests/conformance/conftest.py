@@ -8,7 +8,7 @@ import pytest
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """Print each reason with its tests."""
-    tester = sys.modules.get("check_model")
+    tester = sys.modules.get("tests.conformance.check_model")
     if tester is None:
         return
     reasons: dict[str, set[str]] = defaultdict(set)

@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 
-SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "conformance.py"
+from tests.support import ROOT
+
+SCRIPT = ROOT / "scripts" / "conformance.py"
 
 
 @pytest.mark.network  # pip fetches the source package of transformers

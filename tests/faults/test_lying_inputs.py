@@ -5,7 +5,8 @@ or ValueError that names what was read; anything else, and any change on disk, f
 """
 
 import pytest
-from damage import CASES, check, make_inputs
+
+from tests.support.damage import CASES, check, make_inputs
 
 
 @pytest.fixture(scope="session")

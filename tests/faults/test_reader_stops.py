@@ -13,7 +13,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from s3_server import Faults, S3Server
 
 from scgpt_hf.cells import threads
 from scgpt_hf.cells.plan import plan_validation
@@ -22,9 +21,11 @@ from scgpt_hf.cells.threads import ReadingThreads, join_within, read_ahead
 from scgpt_hf.stream import StreamSettings, stream_cells
 from scgpt_hf.tokens.processing_scgpt import ScGPTProcessor
 from scgpt_hf.training.checkpoints import newest_valid, verify
+from tests.support import ROOT
+from tests.support.s3_server import Faults, S3Server
 
 READING = Path(__file__).with_name("reading.py")
-PRETRAIN = Path(__file__).resolve().parents[2] / "scripts" / "pretrain.py"
+PRETRAIN = ROOT / "scripts" / "pretrain.py"
 UNCACHED = {"TILEDB_SM_TILE_CACHE_SIZE": "0", "TILEDB_VFS_READ_AHEAD_CACHE_SIZE": "0"}  # so few cells stay in memory
 
 

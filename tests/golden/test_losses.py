@@ -1,14 +1,10 @@
 """The first 20 losses of a tiny model stay what they were: a change that moves them says so in the CHANGELOG."""
 
 import json
-import sys
-from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent))
-
-from make_losses import GOLDEN, first_losses
+from tests.golden.make_losses import GOLDEN, first_losses
 
 
 def test_the_first_20_losses_are_the_golden_ones():

@@ -5,7 +5,6 @@ from typing import Any
 
 import pytest
 import torch
-from test_gpu_model import PAD, masked_cells, network_on
 from transformers import TrainerCallback, set_seed
 
 from scgpt_hf.tokens.packing_scgpt import bucket, pack
@@ -13,6 +12,7 @@ from scgpt_hf.training.pretraining import Streams, make_trainer
 from scgpt_hf.training.recipe import begin_run, build_model, build_processor, open_cells, save_selection
 from scgpt_hf.training.settings import parse_settings
 from scgpt_hf.training.trainer import ScGPTTrainer
+from tests.gpu.test_gpu_model import PAD, masked_cells, network_on
 
 pytestmark = pytest.mark.gpu
 

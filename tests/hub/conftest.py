@@ -7,8 +7,9 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import pytest
-from hub_run import make_run
-from hub_server import Client, Hub, client_environment
+
+from tests.support.hub_run import make_run
+from tests.support.hub_server import Client, Hub, client_environment
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,6 @@
 """Data sets go to the Hub and stream back from it, by the real `datasets`."""
 
-from hub_server import Client, Hub
+from tests.support.hub_server import Client, Hub
 
 ROWS = {"gene": [[1, 5], [2], []], "count": [[3, 1], [7], []], "donor_id": ["a", "a", "b"]}
 

@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 import yaml
-from hub_run import FILES_OF_A_MODEL, RECORD, SECRET
-from hub_server import Client, Hub
 
 from scgpt_hf.training.card import model_card
 from scgpt_hf.training.hub import HubError, check_pair, check_repository, publish
+from tests.support.hub_run import FILES_OF_A_MODEL, RECORD, SECRET
+from tests.support.hub_server import Client, Hub
 
 
 def commits(hub: Hub, repo_id: str) -> int:

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hub_server import Client, Hub
 
 from scgpt_hf.cells.cache_jobs import write_cache
 from scgpt_hf.cells.cache_manifest import CacheError
 from scgpt_hf.cells.source import open_source
 from scgpt_hf.training.hub import HubError
 from scgpt_hf.training.hub_cache import cache_card, check_dataset, publish_cache
+from tests.support.hub_server import Client, Hub
 
 TOKEN = "hf_owner"
 

@@ -3,10 +3,12 @@
 from pathlib import Path
 
 import pytest
-from hub_run import make_run, run_script
-from hub_server import Client, Hub
 
-SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "publish.py"
+from tests.support import ROOT
+from tests.support.hub_run import make_run, run_script
+from tests.support.hub_server import Client, Hub
+
+SCRIPT = ROOT / "scripts" / "publish.py"
 TOKEN = "hf_owner"
 
 

@@ -11,10 +11,12 @@ import sys
 from pathlib import Path
 
 import pytest
-from hub_run import Ended, run_script
-from hub_server import Client, Hub, client_environment
 
-SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "pretrain.py"
+from tests.support import ROOT
+from tests.support.hub_run import Ended, run_script
+from tests.support.hub_server import Client, Hub, client_environment
+
+SCRIPT = ROOT / "scripts" / "pretrain.py"
 SMALL = [
     *("--hidden_size", "16", "--num_hidden_layers", "1", "--num_attention_heads", "2", "--intermediate_size", "16"),
     *("--min_gene_counts", "1", "--validation_fraction", "0.3", "--num_train_epochs", "2", "--logging_steps", "4"),

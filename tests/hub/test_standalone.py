@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hub_run import make_run
-from hub_server import Client, Hub, client_environment
 
 from scgpt_hf.training.hub import publish
+from tests.support.hub_run import make_run
+from tests.support.hub_server import Client, Hub, client_environment
 
 N_GENES, N_CELLS = 40, 6
 

@@ -8,14 +8,15 @@ from typing import Any
 
 import pytest
 import torch
-from original_scgpt import Original, forward
 from safetensors.torch import load_file
-from test_model_parity import CASES, close, switches_of
 from transformers import AutoModel, AutoModelForPreTraining, AutoModelForSequenceClassification, AutoProcessor
 
 from scgpt_hf.convert import convert_scgpt, save_converted
+from tests.parity.test_model_parity import CASES, close, switches_of
+from tests.support import ROOT
+from tests.support.original_scgpt import Original, forward
 
-SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "convert.py"
+SCRIPT = ROOT / "scripts" / "convert.py"
 
 
 @pytest.fixture(scope="session")

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from accelerate.state import AcceleratorState, DistributedType, PartialState
-from test_trainer import prepare
 from torch.distributed.fsdp import FSDPModule
 
 from scgpt_hf.training.pretraining import save_best_model, whole_model
+from tests.training.test_trainer import prepare
 
 EVERY_2 = (
     *("--save_strategy", "steps", "--save_steps", "2", "--eval_strategy", "steps", "--eval_steps", "2"),

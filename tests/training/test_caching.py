@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_trainer import prepare, weights_of
 
 from scgpt_hf.cells.cache import CacheSource
 from scgpt_hf.cells.cache_jobs import write_cache
 from scgpt_hf.cells.plan import BAND_SIZE
 from scgpt_hf.stream import stream_cells
 from scgpt_hf.training.pretraining import Streams
+from tests.training.test_trainer import prepare, weights_of
 
 FLAGS = ("--num_train_epochs", "3", "--save_strategy", "steps", "--save_steps", "3", "--save_total_limit", "30")
 FLAGS += ("--eval_strategy", "no", "--load_best_model_at_end", "false", "--domain_key", "assay", "--dropout", "0.1")

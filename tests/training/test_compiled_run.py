@@ -4,10 +4,10 @@ import json
 
 import pytest
 import torch
-from test_trainer import prepare
 
 from scgpt_hf.tokens.packing_scgpt import IGNORE
 from scgpt_hf.training.transfer import count_labels, pinning, to_device
+from tests.training.test_trainer import prepare
 
 CPU = torch.device("cpu")
 

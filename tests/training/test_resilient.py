@@ -10,13 +10,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from test_trainer import prepare, weights_of
 from transformers import TrainerCallback
 
 from scgpt_hf.cells.course import plan_run
 from scgpt_hf.training.checkpoints import checkpoints_in, newest_valid, verify
 from scgpt_hf.training.finite import FiniteGuard, all_finite, seed_by
 from scgpt_hf.training.pretraining import is_finished, save_best_model, summarize
+from tests.training.test_trainer import prepare, weights_of
 
 QUIET = ("--save_strategy", "no", "--eval_strategy", "no", "--load_best_model_at_end", "false", "--logging_steps", "1")
 EVERY_4 = (

@@ -8,11 +8,11 @@ import shutil
 from pathlib import Path
 
 import pytest
-from test_trainer import prepare
 
 from scgpt_hf.cells.census import CensusSource
 from scgpt_hf.training.checkpoints import checkpoints_in
 from scgpt_hf.training.resuming import read_window, require_resumable
+from tests.training.test_trainer import prepare
 
 FLAGS = ("--save_strategy", "steps", "--save_steps", "2", "--eval_strategy", "no", "--load_best_model_at_end", "false")
 

@@ -7,8 +7,7 @@ from pathlib import Path
 import pytest
 
 from scgpt_hf.training.settings import Settings, TrainingSettings, parse_settings, settings_yaml
-
-ROOT = Path(__file__).resolve().parents[2]
+from tests.support import ROOT
 
 
 def parse(*arguments: str) -> Settings:

@@ -7,18 +7,17 @@ import sys
 from pathlib import Path
 
 import pytest
-from test_trainer import prepare
 
 from scgpt_hf.model.modeling_scgpt import ScGPTForPreTraining
 from scgpt_hf.training.checkpoints import newest_valid, verify
-
-ROOT = Path(__file__).resolve().parents[2]
+from tests.support import ROOT
+from tests.training.test_trainer import prepare
 
 
 @pytest.mark.slow
 def test_a_sharded_model_learns_and_is_saved_as_a_whole_one(small_census, tmp_path):
     here, folder = Path(__file__).parent, tmp_path / "sharded"
-    env = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(here)}
+    env = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "--main_process_port", "0"]
     command += ["--config_file", str(ROOT / "accelerate_fsdp_config.yaml"), "--mixed_precision", "no"]
     done = subprocess.run(

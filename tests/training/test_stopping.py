@@ -10,14 +10,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_resilient import EVERY_4, read_metrics
-from test_trainer import prepare, weights_of
 from transformers import TrainerCallback
 
 from scgpt_hf.cells import threads
 from scgpt_hf.training import stopping
 from scgpt_hf.training.checkpoints import checkpoints_in, newest_valid, verify
 from scgpt_hf.training.stopping import Interrupted, StopSignal
+from tests.training.test_resilient import EVERY_4, read_metrics
+from tests.training.test_trainer import prepare, weights_of
 
 
 class Send(TrainerCallback):

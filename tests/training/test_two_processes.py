@@ -7,15 +7,16 @@ import sys
 from pathlib import Path
 
 import pytest
-from test_trainer import prepare
 
 from scgpt_hf.training.checkpoints import newest_valid, verify
+from tests.support import ROOT
+from tests.training.test_trainer import prepare
 
 
 @pytest.mark.slow
 def test_two_processes_agree_and_one_goes_on(small_census, tmp_path):
     here = Path(__file__).parent
-    env = {**os.environ, "ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(here)}
+    env = {**os.environ, "ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--rdzv_backend", "c10d"]
     command += ["--rdzv_endpoint", "localhost:0", str(here / "two_processes.py")]
     done = subprocess.run(

@@ -8,13 +8,13 @@ import sys
 from pathlib import Path
 
 import torch
-from test_resilient import EVERY_4, QUIET
-from test_trainer import prepare, weights_of
 from torch.nn.parallel import DistributedDataParallel
 
 from scgpt_hf.training.checkpoints import newest_valid, verify
 from scgpt_hf.training.finite import all_finite
 from scgpt_hf.training.stopping import Interrupted
+from tests.training.test_resilient import EVERY_4, QUIET
+from tests.training.test_trainer import prepare, weights_of
 
 OBJECTIVES = {
     "gep": {},

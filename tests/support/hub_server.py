@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
-from hub_api import Answer, Files, HubState, Request, respond
+from tests.support.hub_api import Answer, Files, HubState, Request, respond
 
 # What the fixture `client` is: calls a function with its arguments where the real client talks to the Hub.
 Client = Callable[..., Any]

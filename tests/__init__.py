@@ -1,0 +1,1 @@
+"""Tests; they mirror the package. `support` holds what several of them share."""
