@@ -64,7 +64,7 @@ def main() -> None:
     import conftest
     from damage import CASES, make_inputs
 
-    from scgpt_hf.cells.build import build_census
+    from scgpt_hf.cells.soma.build import build_census
 
     names, began, counts, failures = options.only or list(CASES), time.monotonic(), Counter[str](), []
     with tempfile.TemporaryDirectory() as scratch:

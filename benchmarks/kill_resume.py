@@ -109,7 +109,7 @@ def train(flags: list[str], folder: Path, trace: Path) -> None:
 
 def warm_up() -> None:
     """Do once, without starting a thread, what every forked session would begin with: imports and compiled code."""
-    importlib.import_module("scgpt_hf.cells.census")
+    importlib.import_module("scgpt_hf.cells.soma.census")
     importlib.import_module("scgpt_hf.cells.cache")
     genes = [f"ENSG{number:011d}" for number in range(8)]
     ScGPTProcessor.from_genes(genes)(np.ones((2, 8), np.float32), genes)

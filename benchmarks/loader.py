@@ -26,10 +26,10 @@ import tiledbsoma as soma
 from measuring import alternate, peak_memory_gb, print_medians, ratios, write_result
 from tiledbsoma_ml import ExperimentDataset
 
-from scgpt_hf.cells.census import CensusSource
-from scgpt_hf.cells.memory import TILEDB_CONFIG
 from scgpt_hf.cells.plan import BAND_SIZE, EpochPlan, plan_epoch
-from scgpt_hf.cells.remote import open_context
+from scgpt_hf.cells.soma.census import CensusSource
+from scgpt_hf.cells.soma.memory import TILEDB_CONFIG
+from scgpt_hf.cells.soma.remote import open_context
 from scgpt_hf.cells.source import open_source
 from scgpt_hf.cells.threads import in_order, read_ahead
 from scgpt_hf.stream import StreamSettings, stream_cells
@@ -81,7 +81,7 @@ def raw_rows(source: CensusSource, plan: EpochPlan) -> Iterator[Block]:
 
 def ours_through_tiledb(path: Path, n_threads: int) -> float:
     """Return cells per second of an epoch of raw rows, of a Census whose files are not plain."""
-    with patch("scgpt_hf.cells.census.open_plain", return_value=None):
+    with patch("scgpt_hf.cells.soma.census.open_plain", return_value=None):
         return ours_raw(path, n_threads)
 
 

@@ -22,8 +22,8 @@ from numba import njit
 from scipy.sparse import csr_matrix
 
 from scgpt_hf.cells.block import CellBlock
-from scgpt_hf.cells.build import write_soma
-from scgpt_hf.cells.layout import OBS_LABELS
+from scgpt_hf.cells.soma.build import write_soma
+from scgpt_hf.cells.soma.layout import OBS_LABELS
 
 CELL_TYPES = {  # share of the cells, Cell Ontology id
     "CD4-positive, alpha-beta T cell": (0.30, "CL:0000624"),

@@ -16,7 +16,7 @@ _HOME_OF = {
     "CellBlock": "cells.block",
     "CellSource": "cells.source",
     "open_source": "cells.source",
-    "build_census": "cells.build",
+    "build_census": "cells.soma.build",
     "write_cache": "cells.cache_jobs",
     "demo_cells": "demo",
     "demo_census": "demo",

@@ -35,7 +35,7 @@ def demo_census(folder: str | Path) -> Path:
 
     Source: scanpy `datasets/_datasets.py:pbmc68k_reduced`; Zheng et al. 2017, Nature Communications 8:14049.
     """
-    from scgpt_hf.cells.build import build_census
+    from scgpt_hf.cells.soma.build import build_census
     from scgpt_hf.cells.source import open_source
 
     folder = Path(folder)

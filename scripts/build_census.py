@@ -15,7 +15,7 @@ import argparse
 import logging
 import sys
 
-from scgpt_hf.cells.build import build_census
+from scgpt_hf.cells.soma.build import build_census
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -68,7 +68,7 @@ def small_cells() -> list[AnnData]:
 @pytest.fixture(scope="session")
 def small_census(small_cells: list[AnnData], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A local SOMA in the Census layout with the 300 cells of `small_cells`, 270 of them primary."""
-    from scgpt_hf.cells.build import build_census
+    from scgpt_hf.cells.soma.build import build_census
 
     folder = tmp_path_factory.mktemp("census")
     paths = [folder / f"{name}.h5ad" for name in ("first", "second")]

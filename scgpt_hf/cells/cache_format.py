@@ -20,7 +20,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from scgpt_hf.cells.block import CellBlock, Int64Array, Rows
-from scgpt_hf.cells.layout import TILE
+from scgpt_hf.cells.soma.layout import TILE
 
 ESCAPE = 255  # in `count`: the count is the next entry of `large_count`
 LARGEST = 2**32 - 1  # largest count that a cache holds

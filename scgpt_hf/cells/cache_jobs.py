@@ -36,8 +36,8 @@ from scgpt_hf.cells.cache_manifest import (
     write_manifest,
     write_text,
 )
-from scgpt_hf.cells.layout import TILE
 from scgpt_hf.cells.obs import require_columns
+from scgpt_hf.cells.soma.layout import TILE
 from scgpt_hf.cells.source import CellSource
 from scgpt_hf.cells.threads import ReadingThreads, in_order
 

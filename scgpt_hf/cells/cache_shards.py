@@ -17,7 +17,7 @@ from numba import njit
 from scgpt_hf.cells.block import Int64Array, Rows
 from scgpt_hf.cells.cache_format import CELL_COLUMNS, ESCAPE, Array, cache_schema
 from scgpt_hf.cells.cache_manifest import REMEDY, CacheError
-from scgpt_hf.cells.layout import TILE
+from scgpt_hf.cells.soma.layout import TILE
 
 _CELLS, _IDS, _OFFSETS, _GENES, _COUNTS, _LARGE_OFFSETS, _LARGE = range(7)  # columns of `Shard.batches`
 _PAGE = 4096  # bytes that the system reads at once, at least

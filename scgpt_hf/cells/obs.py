@@ -13,7 +13,7 @@ import pandas as pd
 import pyarrow as pa
 
 from scgpt_hf.cells.block import Int64Array
-from scgpt_hf.cells.memory import TILEDB_CONFIG
+from scgpt_hf.cells.soma.memory import TILEDB_CONFIG
 
 logger = logging.getLogger(__name__)
 

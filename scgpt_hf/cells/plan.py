@@ -11,7 +11,7 @@ from itertools import pairwise
 import numpy as np
 
 from scgpt_hf.cells.block import Int64Array
-from scgpt_hf.cells.layout import TILE
+from scgpt_hf.cells.soma.layout import TILE
 
 BAND_SIZE = TILE  # cells of one tile of X, and so of the aligned band that is cheapest to read
 # Ids looked at together when bands are found: 32 MiB of int64, whatever the number of cells.

@@ -71,7 +71,7 @@ def open_source(
 
         address = download_cache(address)
     if isinstance(address, str) and "://" in address:
-        from scgpt_hf.cells.address import open_census
+        from scgpt_hf.cells.soma.address import open_census
 
         return open_census(address, **settings)
     if not isinstance(address, str | Path | Sequence):
@@ -97,9 +97,9 @@ def _open_paths(paths: Sequence[Path], settings: dict[str, Any]) -> CellSource:
 
         return H5adSource(paths, **settings)
     if len(paths) == 1 and paths[0].is_dir():
-        from scgpt_hf.cells.address import open_census
         from scgpt_hf.cells.cache import CacheSource
         from scgpt_hf.cells.cache_manifest import is_cache
+        from scgpt_hf.cells.soma.address import open_census
 
         if is_cache(paths[0]):
             return CacheSource(paths[0], **settings)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from scgpt_hf.cells.census import CensusSource
+from scgpt_hf.cells.soma.census import CensusSource
 from scgpt_hf.training.checkpoints import checkpoints_in
 from scgpt_hf.training.resuming import read_window, require_resumable
 from tests.training.test_trainer import prepare

@@ -21,7 +21,7 @@ from urllib.parse import urlsplit
 import pyarrow as pa
 import tiledbsoma as soma
 
-from scgpt_hf.cells.memory import TILEDB_CONFIG, keep_freed_memory
+from scgpt_hf.cells.soma.memory import TILEDB_CONFIG, keep_freed_memory
 
 logger = logging.getLogger(__name__)
 

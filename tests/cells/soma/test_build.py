@@ -13,9 +13,9 @@ import pandas as pd
 import pytest
 import tiledbsoma as soma
 
-from scgpt_hf.cells import build
-from scgpt_hf.cells.build import build_census
-from scgpt_hf.cells.layout import OBS_LABELS
+from scgpt_hf.cells.soma import build
+from scgpt_hf.cells.soma.build import build_census
+from scgpt_hf.cells.soma.layout import OBS_LABELS
 from tests.support import ROOT
 from tests.support.source_contract import expected_counts
 

@@ -19,7 +19,7 @@ import pyarrow as pa
 import tiledbsoma as soma
 
 from scgpt_hf.cells.block import Int64Array
-from scgpt_hf.cells.layout import TILE
+from scgpt_hf.cells.soma.layout import TILE
 
 logger = logging.getLogger(__name__)
 

@@ -12,12 +12,12 @@ import tiledbsoma as soma
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from scgpt_hf.cells import fragments
-from scgpt_hf.cells.bands import read_band
-from scgpt_hf.cells.census import CensusSource
-from scgpt_hf.cells.fragments import open_plain
-from scgpt_hf.cells.layout import TILE, x_storage
-from scgpt_hf.cells.tiles import read_entries
+from scgpt_hf.cells.soma.census import CensusSource
+from scgpt_hf.cells.soma.chunks import read_band
+from scgpt_hf.cells.soma.layout import TILE, x_storage
+from scgpt_hf.cells.soma.native import fragments
+from scgpt_hf.cells.soma.native.fragments import open_plain
+from scgpt_hf.cells.soma.native.tiles import read_entries
 
 N_CELLS, N_GENES = 5000, 3000
 

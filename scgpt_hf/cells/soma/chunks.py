@@ -15,9 +15,9 @@ from numba import njit
 from numpy.typing import NDArray
 
 from scgpt_hf.cells.block import Int64Array, Rows
-from scgpt_hf.cells.fragments import PlainArray
-from scgpt_hf.cells.layout import TILE
-from scgpt_hf.cells.tiles import read_entries
+from scgpt_hf.cells.soma.layout import TILE
+from scgpt_hf.cells.soma.native.fragments import PlainArray
+from scgpt_hf.cells.soma.native.tiles import read_entries
 
 # Wanted cells per cell of the range they span, from which on reading the whole range is faster (measured).
 DENSE = 1 / 64

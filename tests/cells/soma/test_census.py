@@ -12,8 +12,9 @@ import tiledbsoma as soma
 from scipy.sparse import csr_matrix, vstack
 from scipy.sparse import random as random_sparse
 
-from scgpt_hf.cells import bands, census
-from scgpt_hf.cells.census import CensusSource
+from scgpt_hf.cells.soma import census
+from scgpt_hf.cells.soma import chunks as bands
+from scgpt_hf.cells.soma.census import CensusSource
 from scgpt_hf.cells.source import open_source
 from tests.support.source_contract import SourceContract
 

@@ -16,7 +16,7 @@ from numba import njit
 from numpy.typing import NDArray
 
 from scgpt_hf.cells.block import Int64Array
-from scgpt_hf.cells.fragments import Field, PlainArray
+from scgpt_hf.cells.soma.native.fragments import Field, PlainArray
 
 _TILES_AT_ONCE = 8  # 10 MB of a Census, decompressed; with fewer, threads would ask for the GIL more often
 _HEAD, _ABOUT = 12, 16  # bytes before a chunk; see `_find_frames`

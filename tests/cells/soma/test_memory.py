@@ -9,8 +9,8 @@ import pytest
 import tiledbsoma as soma
 from anndata import AnnData
 
-from scgpt_hf.cells import memory
-from scgpt_hf.cells.build import build_census
+from scgpt_hf.cells.soma import memory
+from scgpt_hf.cells.soma.build import build_census
 from scgpt_hf.cells.source import open_source
 
 CHURN = """

@@ -17,12 +17,12 @@ import pyarrow as pa
 import tiledbsoma as soma
 from numpy.typing import NDArray
 
-from scgpt_hf.cells.bands import Band, Bands, read_band
 from scgpt_hf.cells.block import CellBlock, Int64Array, gene_hash, name_layers, require_cell_ids, require_counts
-from scgpt_hf.cells.fragments import PlainArray, open_plain
 from scgpt_hf.cells.obs import full_filter, require_columns, select_obs
 from scgpt_hf.cells.plan import BAND_SIZE
-from scgpt_hf.cells.remote import Patience, is_remote, open_context
+from scgpt_hf.cells.soma.chunks import Band, Bands, read_band
+from scgpt_hf.cells.soma.native.fragments import PlainArray, open_plain
+from scgpt_hf.cells.soma.remote import Patience, is_remote, open_context
 from scgpt_hf.cells.threads import ReadingThreads, n_cores
 
 

@@ -10,9 +10,9 @@ import pyarrow as pa
 import pytest
 import tiledbsoma as soma
 
-from scgpt_hf.cells import remote
 from scgpt_hf.cells.plan import plan_epoch
-from scgpt_hf.cells.remote import Patience, require_no_credentials
+from scgpt_hf.cells.soma import remote
+from scgpt_hf.cells.soma.remote import Patience, require_no_credentials
 from scgpt_hf.cells.source import open_source
 from scgpt_hf.stream import StreamSettings, stream_cells
 from scgpt_hf.tokens.processing_scgpt import ScGPTProcessor
