@@ -16,8 +16,8 @@ from transformers import PreTrainedModel
 
 from scgpt_hf.analysis.annotate import transfer_labels
 from scgpt_hf.analysis.embed import embed_anndata
-from scgpt_hf.cells.h5ad_probe import require_readable
-from scgpt_hf.cells.soundness import damage_said
+from scgpt_hf.cells.h5ad.probe import require_readable
+from scgpt_hf.cells.h5ad.validation import damage_said
 from scgpt_hf.tokens.processing_scgpt import ScGPTProcessor
 
 

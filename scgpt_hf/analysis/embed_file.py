@@ -13,7 +13,7 @@ from anndata.io import write_elem
 from transformers import PreTrainedModel
 
 from scgpt_hf.analysis.embed import KEY, EmbedSettings, describe_embedding, embed_batches, load_pair, require_free_key
-from scgpt_hf.cells.soundness import damage_said
+from scgpt_hf.cells.h5ad.validation import damage_said
 from scgpt_hf.cells.source import open_source
 from scgpt_hf.tokens.processing_scgpt import ScGPTProcessor
 

@@ -75,7 +75,7 @@ def open_source(
 
         return open_census(address, **settings)
     if not isinstance(address, str | Path | Sequence):
-        from scgpt_hf.cells.h5ad import H5adSource
+        from scgpt_hf.cells.h5ad.reader import H5adSource
 
         return H5adSource(address, **settings)
     paths = [Path(path) for path in ([address] if isinstance(address, str | Path) else address)]
@@ -93,7 +93,7 @@ def _open_paths(paths: Sequence[Path], settings: dict[str, Any]) -> CellSource:
             "hf://datasets/OWNER/NAME"
         )
     if all(path.suffix == ".h5ad" and path.is_file() for path in paths):
-        from scgpt_hf.cells.h5ad import H5adSource
+        from scgpt_hf.cells.h5ad.reader import H5adSource
 
         return H5adSource(paths, **settings)
     if len(paths) == 1 and paths[0].is_dir():

@@ -23,7 +23,7 @@ from scgpt_hf.analysis import embed, inference
 from scgpt_hf.analysis.embed import embed_anndata, embed_cells, umap_of
 from scgpt_hf.analysis.embed_file import embed_file
 from scgpt_hf.cells import h5ad
-from scgpt_hf.cells.h5ad import H5adSource
+from scgpt_hf.cells.h5ad.reader import H5adSource
 from scgpt_hf.cells.source import open_source
 from scgpt_hf.genes import match_columns
 from scgpt_hf.model.configuration_scgpt import ScGPTConfig

@@ -10,7 +10,7 @@ import numpy as np
 import psutil
 import pytest
 
-from scgpt_hf.cells.h5ad import H5adSource
+from scgpt_hf.cells.h5ad.reader import H5adSource
 from scgpt_hf.cells.plan import plan_epoch
 from scgpt_hf.cells.source import open_source
 from scgpt_hf.cells.threads import read_ahead

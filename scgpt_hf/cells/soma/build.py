@@ -27,7 +27,7 @@ from scipy.sparse import csr_matrix
 from tqdm.auto import tqdm
 
 from scgpt_hf.cells.genes import join_genes
-from scgpt_hf.cells.h5ad import H5adPart, H5adSource
+from scgpt_hf.cells.h5ad.reader import H5adPart, H5adSource
 from scgpt_hf.cells.obs import require_columns
 from scgpt_hf.cells.soma.layout import OBS_LABELS, OBS_NUMBERS, TILE, table_storage, x_storage
 from scgpt_hf.cells.soma.memory import TILEDB_CONFIG, keep_freed_memory

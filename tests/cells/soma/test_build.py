@@ -157,7 +157,7 @@ def test_bad_files_raise_and_leave_nothing(tmp_path, small_cells, spoil, message
 
 
 def test_counts_that_turn_bad_midway_raise_and_leave_nothing(tmp_path, small_cells, monkeypatch):
-    monkeypatch.setattr("scgpt_hf.cells.h5ad.LOOK", 10)
+    monkeypatch.setattr("scgpt_hf.cells.h5ad.reader.LOOK", 10)
     monkeypatch.setattr(build, "BLOCK", 32)
     cells = small_cells[0].copy()
     cells.X.data[cells.X.indptr[150]] = 0.5

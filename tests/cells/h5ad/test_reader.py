@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from scipy.sparse import csc_matrix, csr_matrix
 
 from scgpt_hf.cells.genes import find_gene_ids, join_genes
-from scgpt_hf.cells.h5ad import H5adSource
+from scgpt_hf.cells.h5ad.reader import H5adSource
 from scgpt_hf.cells.source import open_source
 from tests.support.source_contract import SourceContract
 
@@ -78,7 +78,7 @@ def test_scattered_rows_of_a_file_are_read_as_they_are(tmp_path, small_cells, ro
 
 @pytest.mark.parametrize("wrong", [np.nan, -1, 0.5])
 def test_what_is_not_counts_raises_even_behind_the_first_cells(cells, wrong, monkeypatch):
-    monkeypatch.setattr("scgpt_hf.cells.h5ad.LOOK", 10)
+    monkeypatch.setattr("scgpt_hf.cells.h5ad.reader.LOOK", 10)
     cells.X.data[cells.X.indptr[25]] = wrong
     source = H5adSource(cells)
     source.read(np.arange(20))
@@ -186,7 +186,7 @@ def test_a_file_that_may_not_be_read_is_not_taken_for_a_damaged_one(tmp_path, mo
     def refuse(path, *_):
         raise PermissionError(errno.EACCES, "unable to open file", str(path))
 
-    monkeypatch.setattr("scgpt_hf.cells.h5ad.h5py.File", refuse)
+    monkeypatch.setattr("scgpt_hf.cells.h5ad.reader.h5py.File", refuse)
     with pytest.raises(PermissionError, match=r"cells\.h5ad"):
         open_source(tmp_path / "cells.h5ad")
 

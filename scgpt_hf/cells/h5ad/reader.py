@@ -19,10 +19,10 @@ from scipy.sparse import csr_matrix, issparse, vstack
 
 from scgpt_hf.cells.block import CellBlock, Int64Array, gene_hash, name_layers, require_cell_ids, require_counts
 from scgpt_hf.cells.genes import find_gene_ids, join_genes
-from scgpt_hf.cells.h5ad_probe import require_readable
+from scgpt_hf.cells.h5ad.probe import require_readable
+from scgpt_hf.cells.h5ad.validation import damage_said, require_sound
 from scgpt_hf.cells.obs import drop_unused_categories, full_filter, require_columns, select_rows
 from scgpt_hf.cells.soma.layout import TILE
-from scgpt_hf.cells.soundness import damage_said, require_sound
 
 logger = logging.getLogger(__name__)
 
