@@ -25,9 +25,9 @@ import numpy as np
 from measuring import alternate, print_medians, write_result
 
 from scgpt_hf.cells.block import CellBlock, Rows
-from scgpt_hf.cells.cache import CacheSource, uniform_band_size
-from scgpt_hf.cells.cache_jobs import write_cache
-from scgpt_hf.cells.cache_manifest import read_manifest
+from scgpt_hf.cells.cache.jobs import write_cache
+from scgpt_hf.cells.cache.manifest import read_manifest
+from scgpt_hf.cells.cache.reader import CacheSource, uniform_band_size
 from scgpt_hf.cells.plan import plan_epoch
 from scgpt_hf.cells.select import highly_variable_genes
 from scgpt_hf.cells.source import open_source

@@ -110,7 +110,7 @@ def train(flags: list[str], folder: Path, trace: Path) -> None:
 def warm_up() -> None:
     """Do once, without starting a thread, what every forked session would begin with: imports and compiled code."""
     importlib.import_module("scgpt_hf.cells.soma.census")
-    importlib.import_module("scgpt_hf.cells.cache")
+    importlib.import_module("scgpt_hf.cells.cache.reader")
     genes = [f"ENSG{number:011d}" for number in range(8)]
     ScGPTProcessor.from_genes(genes)(np.ones((2, 8), np.float32), genes)
     gc.collect()
@@ -276,7 +276,7 @@ def make_data(address: str, kind: str, scratch: Path) -> str:
         return address
 
     def copy() -> None:
-        from scgpt_hf.cells.cache_jobs import write_cache
+        from scgpt_hf.cells.cache.jobs import write_cache
         from scgpt_hf.cells.source import open_source
 
         write_cache(open_source(address), scratch / "cache")

@@ -17,7 +17,7 @@ _HOME_OF = {
     "CellSource": "cells.source",
     "open_source": "cells.source",
     "build_census": "cells.soma.build",
-    "write_cache": "cells.cache_jobs",
+    "write_cache": "cells.cache.jobs",
     "demo_cells": "demo",
     "demo_census": "demo",
     "convert_scgpt": "convert",

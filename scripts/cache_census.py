@@ -24,7 +24,7 @@ import logging
 import sys
 from pathlib import Path
 
-from scgpt_hf.cells.cache_jobs import CELLS_PER_SHARD, plan_cache, write_shards
+from scgpt_hf.cells.cache.jobs import CELLS_PER_SHARD, plan_cache, write_shards
 from scgpt_hf.cells.source import open_source
 from scgpt_hf.training.hub_cache import check_dataset, publish_cache
 
@@ -60,7 +60,7 @@ def main(arguments: list[str] | None = None) -> None:
             check_dataset(asked.push_to_hub, private=asked.private or None)
         jobs = plan_cache(source, asked.out, columns=asked.columns, cells_per_shard=asked.cells_per_shard)
         if asked.ray:
-            from scgpt_hf.cells.cache_cluster import write_on_ray
+            from scgpt_hf.cells.cache.cluster import write_on_ray
 
             whole = write_on_ray(jobs, rewrite=asked.rewrite)
         else:

@@ -12,7 +12,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from scgpt_hf.cells.cache_manifest import GENES
+from scgpt_hf.cells.cache.manifest import GENES
 from scgpt_hf.training.hub import publish
 from scgpt_hf.training.hub_cache import publish_cache
 

@@ -204,7 +204,7 @@ def test_a_cache_that_is_interrupted_says_how_to_go_on(small_census, tmp_path, m
     def interrupt(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("scgpt_hf.cells.cache_jobs.write_shards", interrupt)
+    monkeypatch.setattr("scgpt_hf.cells.cache.jobs.write_shards", interrupt)
     with pytest.raises(SystemExit) as ended:
         runpy.run_path(script("cache_census"))["main"]([str(small_census), str(tmp_path / "cache")])
     assert ended.value.code == 130

@@ -67,7 +67,7 @@ def open_source(
     if isinstance(address, Sequence) and not isinstance(address, str) and len(address) == 1:
         address = address[0]
     if isinstance(address, str) and address.startswith("hf://"):
-        from scgpt_hf.cells.cache_hub import download_cache
+        from scgpt_hf.cells.cache.hub import download_cache
 
         address = download_cache(address)
     if isinstance(address, str) and "://" in address:
@@ -97,8 +97,8 @@ def _open_paths(paths: Sequence[Path], settings: dict[str, Any]) -> CellSource:
 
         return H5adSource(paths, **settings)
     if len(paths) == 1 and paths[0].is_dir():
-        from scgpt_hf.cells.cache import CacheSource
-        from scgpt_hf.cells.cache_manifest import is_cache
+        from scgpt_hf.cells.cache.manifest import is_cache
+        from scgpt_hf.cells.cache.reader import CacheSource
         from scgpt_hf.cells.soma.address import open_census
 
         if is_cache(paths[0]):

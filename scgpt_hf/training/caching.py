@@ -7,7 +7,7 @@ or not a cache was there when the run began.
 import numpy as np
 from accelerate import PartialState
 
-from scgpt_hf.cells.cache_through import CachingSource
+from scgpt_hf.cells.cache.write_through import CachingSource
 from scgpt_hf.cells.plan import BAND_SIZE
 from scgpt_hf.cells.source import CellSource
 from scgpt_hf.training.recipe import Selection

@@ -21,7 +21,7 @@ from accelerate import Accelerator
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_pt_utils import get_model_param_count
 
-from scgpt_hf.cells.cache import uniform_band_size
+from scgpt_hf.cells.cache.reader import uniform_band_size
 from scgpt_hf.cells.course import Course, plan_run
 from scgpt_hf.cells.plan import plan_epoch, plan_validation
 from scgpt_hf.cells.source import CellSource

@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from scgpt_hf.cells.cache_jobs import write_cache
-from scgpt_hf.cells.cache_manifest import CacheError
+from scgpt_hf.cells.cache.jobs import write_cache
+from scgpt_hf.cells.cache.manifest import CacheError
 from scgpt_hf.cells.source import open_source
 from scgpt_hf.training.hub import HubError
 from scgpt_hf.training.hub_cache import cache_card, check_dataset, publish_cache

@@ -14,7 +14,7 @@ from anndata import AnnData
 
 from scgpt_hf.analysis.curves import read_metrics
 from scgpt_hf.analysis.embed import load_encoder
-from scgpt_hf.cells.cache_jobs import write_cache
+from scgpt_hf.cells.cache.jobs import write_cache
 from scgpt_hf.cells.source import open_source
 from scgpt_hf.cells.splits import load_split, save_split
 from scgpt_hf.model.configuration_scgpt import ScGPTConfig

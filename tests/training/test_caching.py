@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from scgpt_hf.cells.cache import CacheSource
-from scgpt_hf.cells.cache_jobs import write_cache
+from scgpt_hf.cells.cache.jobs import write_cache
+from scgpt_hf.cells.cache.reader import CacheSource
 from scgpt_hf.cells.plan import BAND_SIZE
 from scgpt_hf.stream import stream_cells
 from scgpt_hf.training.pretraining import Streams

@@ -18,8 +18,8 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from scgpt_hf.cells.block import CellBlock, Int64Array, require_cell_ids
-from scgpt_hf.cells.cache_manifest import MANIFEST, REMEDY, CacheError, check_shard, read_genes, read_manifest
-from scgpt_hf.cells.cache_shards import Shard, find_cells
+from scgpt_hf.cells.cache.manifest import MANIFEST, REMEDY, CacheError, check_shard, read_genes, read_manifest
+from scgpt_hf.cells.cache.shards import Shard, find_cells
 from scgpt_hf.cells.obs import PRIMARY, drop_unused_categories, full_filter, require_columns, select_rows
 from scgpt_hf.cells.soma.memory import keep_freed_memory
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from scgpt_hf.cells.cache_jobs import CacheJobs
+from scgpt_hf.cells.cache.jobs import CacheJobs
 
 RETRIES = 5  # of a shard whose worker died
 

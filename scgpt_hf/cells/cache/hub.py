@@ -16,7 +16,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from scgpt_hf.cells.cache_manifest import MANIFEST
+from scgpt_hf.cells.cache.manifest import MANIFEST
 
 logger = logging.getLogger(__name__)
 

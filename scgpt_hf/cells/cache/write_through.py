@@ -19,11 +19,11 @@ import pandas as pd
 from scipy.sparse import vstack
 
 from scgpt_hf.cells.block import CellBlock, Int64Array
-from scgpt_hf.cells.cache import CacheSource
-from scgpt_hf.cells.cache_format import encode_bands, write_shard
-from scgpt_hf.cells.cache_jobs import CELLS_PER_SHARD, COLUMNS, plan_cache, write_shards
-from scgpt_hf.cells.cache_manifest import JOBS, MANIFEST, CacheError, hash_file, require_same_source
-from scgpt_hf.cells.cache_shards import Shard, find_cells, gather_obs
+from scgpt_hf.cells.cache.format import encode_bands, write_shard
+from scgpt_hf.cells.cache.jobs import CELLS_PER_SHARD, COLUMNS, plan_cache, write_shards
+from scgpt_hf.cells.cache.manifest import JOBS, MANIFEST, CacheError, hash_file, require_same_source
+from scgpt_hf.cells.cache.reader import CacheSource
+from scgpt_hf.cells.cache.shards import Shard, find_cells, gather_obs
 from scgpt_hf.cells.source import CellSource
 
 logger = logging.getLogger(__name__)

@@ -21,8 +21,8 @@ import pyarrow as pa
 from tqdm.auto import tqdm
 
 from scgpt_hf.cells.block import CellBlock, Int64Array
-from scgpt_hf.cells.cache_format import Written, cache_schema, encode_bands, obs_type, write_shard
-from scgpt_hf.cells.cache_manifest import (
+from scgpt_hf.cells.cache.format import Written, cache_schema, encode_bands, obs_type, write_shard
+from scgpt_hf.cells.cache.manifest import (
     JOBS,
     MANIFEST,
     CacheError,

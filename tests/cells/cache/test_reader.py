@@ -13,9 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.sparse import csr_matrix
 
-from scgpt_hf.cells.cache import CacheSource, uniform_band_size
-from scgpt_hf.cells.cache_jobs import write_cache
-from scgpt_hf.cells.cache_manifest import CacheError, hash_file
+from scgpt_hf.cells.cache.jobs import write_cache
+from scgpt_hf.cells.cache.manifest import CacheError, hash_file
+from scgpt_hf.cells.cache.reader import CacheSource, uniform_band_size
 from scgpt_hf.cells.source import CellSource, open_source
 from tests.support.source_contract import SourceContract
 

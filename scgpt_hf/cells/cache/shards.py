@@ -15,8 +15,8 @@ import pyarrow as pa
 from numba import njit
 
 from scgpt_hf.cells.block import Int64Array, Rows
-from scgpt_hf.cells.cache_format import CELL_COLUMNS, ESCAPE, Array, cache_schema
-from scgpt_hf.cells.cache_manifest import REMEDY, CacheError
+from scgpt_hf.cells.cache.format import CELL_COLUMNS, ESCAPE, Array, cache_schema
+from scgpt_hf.cells.cache.manifest import REMEDY, CacheError
 from scgpt_hf.cells.soma.layout import TILE
 
 _CELLS, _IDS, _OFFSETS, _GENES, _COUNTS, _LARGE_OFFSETS, _LARGE = range(7)  # columns of `Shard.batches`

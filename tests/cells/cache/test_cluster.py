@@ -7,10 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
-
-from scgpt_hf.cells.cache_jobs import write_cache
-from scgpt_hf.cells.source import CellSource, open_source
 from tests.cells.test_cache_jobs import SHARD, contents, make_cells
+
+from scgpt_hf.cells.cache.jobs import write_cache
+from scgpt_hf.cells.source import CellSource, open_source
 from tests.support import ROOT
 
 pytestmark = pytest.mark.slow
@@ -23,8 +23,8 @@ import ray
 sys.path.insert(0, sys.argv[2])
 from tests.cells.test_cache_cluster import Deadly
 from tests.cells.test_cache_jobs import SHARD, make_cells
-from scgpt_hf.cells.cache_cluster import write_on_ray
-from scgpt_hf.cells.cache_jobs import plan_cache
+from scgpt_hf.cells.cache.cluster import write_on_ray
+from scgpt_hf.cells.cache.jobs import plan_cache
 from scgpt_hf.cells.source import open_source
 folder, deaths = Path(sys.argv[1]), Path(sys.argv[3])
 ray.init(num_cpus=2, include_dashboard=False, runtime_env={"env_vars": {"PYTHONPATH": sys.argv[2]}})

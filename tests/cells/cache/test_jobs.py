@@ -17,9 +17,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.sparse import csr_matrix, random_array
 
-from scgpt_hf.cells import cache_format, cache_jobs
-from scgpt_hf.cells.cache_jobs import plan_cache, write_cache, write_shards
-from scgpt_hf.cells.cache_manifest import CacheError
+from scgpt_hf.cells.cache import format as cache_format
+from scgpt_hf.cells.cache import jobs as cache_jobs
+from scgpt_hf.cells.cache.jobs import plan_cache, write_cache, write_shards
+from scgpt_hf.cells.cache.manifest import CacheError
 from scgpt_hf.cells.source import CellSource, open_source
 from tests.support import ROOT
 
@@ -253,7 +254,7 @@ import sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[2])
 from tests.cells.test_cache_jobs import SHARD, make_cells
-from scgpt_hf.cells.cache_jobs import write_cache
+from scgpt_hf.cells.cache.jobs import write_cache
 from scgpt_hf.cells.source import open_source
 source, read, reads = open_source(make_cells()), None, []
 def slow(ids, columns):
