@@ -22,9 +22,9 @@ from sklearn.metrics import confusion_matrix
 from transformers import EarlyStoppingCallback, PreTrainedModel, set_seed
 
 from scgpt_hf.cells.plan import plan_epoch, plan_validation
-from scgpt_hf.cells.select import cells_expressing
+from scgpt_hf.cells.selection.filters import cells_expressing
+from scgpt_hf.cells.selection.splits import save_split
 from scgpt_hf.cells.source import Address, CellSource, open_source
-from scgpt_hf.cells.splits import save_split
 from scgpt_hf.genes import match_columns
 from scgpt_hf.model.modeling_scgpt import ScGPTForSequenceClassification
 from scgpt_hf.pretrained import domain_classes, load_pretrained, load_processor

@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 from transformers import set_seed
 
-from scgpt_hf.cells.select import cells_expressing, null_free
+from scgpt_hf.cells.selection.filters import cells_expressing, null_free
 from scgpt_hf.cells.source import Address, CellSource, open_source
 from scgpt_hf.genes import match_columns
 from scgpt_hf.model.configuration_scgpt import ScGPTConfig

@@ -12,7 +12,7 @@ import numpy.typing as npt
 import pandas as pd
 
 from scgpt_hf.cells.block import Int64Array
-from scgpt_hf.cells.splits import split_cells
+from scgpt_hf.cells.selection.splits import split_cells
 
 logger = logging.getLogger(__name__)
 

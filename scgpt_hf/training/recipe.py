@@ -16,7 +16,7 @@ from accelerate.utils import broadcast_object_list
 from huggingface_hub.errors import StrictDataclassError
 
 from scgpt_hf.cells.block import Int64Array
-from scgpt_hf.cells.select import (
+from scgpt_hf.cells.selection.filters import (
     cells_expressing,
     filter_cells,
     filter_genes,
@@ -24,8 +24,8 @@ from scgpt_hf.cells.select import (
     null_free,
     sample_donors,
 )
+from scgpt_hf.cells.selection.splits import Split, load_split, save_split, split_cells
 from scgpt_hf.cells.source import CellSource, open_source
-from scgpt_hf.cells.splits import Split, load_split, save_split, split_cells
 from scgpt_hf.demo import demo_cells, demo_census
 from scgpt_hf.model.configuration_scgpt import ScGPTConfig
 from scgpt_hf.model.modeling_scgpt import ScGPTForPreTraining

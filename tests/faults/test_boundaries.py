@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from scgpt_hf.cells.selection.splits import load_split
 from scgpt_hf.cells.source import open_source
-from scgpt_hf.cells.splits import load_split
 from scgpt_hf.training.hub import collect_files
 from scgpt_hf.training.settings import parse_settings, settings_yaml
 from tests.support.damage import make_inputs, use_model

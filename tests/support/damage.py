@@ -15,8 +15,8 @@ from anndata import AnnData
 from scgpt_hf.analysis.curves import read_metrics
 from scgpt_hf.analysis.embed import load_encoder
 from scgpt_hf.cells.cache.jobs import write_cache
+from scgpt_hf.cells.selection.splits import load_split, save_split
 from scgpt_hf.cells.source import open_source
-from scgpt_hf.cells.splits import load_split, save_split
 from scgpt_hf.model.configuration_scgpt import ScGPTConfig
 from scgpt_hf.model.modeling_scgpt import ScGPTForPreTraining
 from scgpt_hf.tokens.processing_scgpt import ScGPTProcessor

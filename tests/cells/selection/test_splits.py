@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from scgpt_hf.cells.splits import load_split, save_split, split_cells
+from scgpt_hf.cells.selection.splits import load_split, save_split, split_cells
 
 FRACTIONS = {"train": 0.97, "validation": 0.03}
 

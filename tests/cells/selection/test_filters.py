@@ -13,10 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.sparse import csr_matrix
 
-from scgpt_hf.cells import select
 from scgpt_hf.cells.block import CellBlock
-from scgpt_hf.cells.hvg import add_sums, expected_std, moments, rank_genes, standardized_variances
-from scgpt_hf.cells.select import (
+from scgpt_hf.cells.selection import filters as select
+from scgpt_hf.cells.selection.filters import (
     filter_cells,
     filter_genes,
     gene_totals,
@@ -24,6 +23,7 @@ from scgpt_hf.cells.select import (
     null_free,
     sample_donors,
 )
+from scgpt_hf.cells.selection.hvg import add_sums, expected_std, moments, rank_genes, standardized_variances
 from scgpt_hf.cells.source import open_source
 
 law = settings(deadline=None, max_examples=30)
@@ -339,7 +339,7 @@ def test_ranking_takes_the_median_over_the_batches_that_rank_a_gene():
 def test_a_fit_on_equal_means_gets_the_same_noise_each_time(caplog):
     counts = (np.random.default_rng(0).random((60, 4000)) < 1 / 60) * 1.0
     means, variances = counts.mean(axis=0), counts.var(axis=0, ddof=1)
-    with caplog.at_level(logging.DEBUG, "scgpt_hf.cells.hvg"):
+    with caplog.at_level(logging.DEBUG, "scgpt_hf.cells.selection.hvg"):
         std = expected_std(means, variances)
     assert "fit failed with jitter 0" in caplog.text
     assert np.isfinite(std).all()

@@ -14,9 +14,9 @@ import pandas as pd
 from tqdm import tqdm
 
 from scgpt_hf.cells.block import CellBlock, Int64Array
-from scgpt_hf.cells.hvg import add_sums, expected_std, moments, rank_genes, standardized_variances
 from scgpt_hf.cells.plan import BAND_SIZE
-from scgpt_hf.cells.splits import find_donors
+from scgpt_hf.cells.selection.hvg import add_sums, expected_std, moments, rank_genes, standardized_variances
+from scgpt_hf.cells.selection.splits import find_donors
 
 if TYPE_CHECKING:
     from scgpt_hf.cells.source import CellSource
