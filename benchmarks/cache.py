@@ -28,7 +28,7 @@ from scgpt_hf.cells.block import CellBlock, Rows
 from scgpt_hf.cells.cache.jobs import write_cache
 from scgpt_hf.cells.cache.manifest import read_manifest
 from scgpt_hf.cells.cache.reader import CacheSource, uniform_band_size
-from scgpt_hf.cells.plan import plan_epoch
+from scgpt_hf.cells.schedule.epoch import plan_epoch
 from scgpt_hf.cells.selection.filters import highly_variable_genes
 from scgpt_hf.cells.source import open_source
 from scgpt_hf.genes import match_columns

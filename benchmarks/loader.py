@@ -26,7 +26,7 @@ import tiledbsoma as soma
 from measuring import alternate, peak_memory_gb, print_medians, ratios, write_result
 from tiledbsoma_ml import ExperimentDataset
 
-from scgpt_hf.cells.plan import BAND_SIZE, EpochPlan, plan_epoch
+from scgpt_hf.cells.schedule.epoch import BAND_SIZE, EpochPlan, plan_epoch
 from scgpt_hf.cells.soma.census import CensusSource
 from scgpt_hf.cells.soma.memory import TILEDB_CONFIG
 from scgpt_hf.cells.soma.remote import open_context

@@ -18,7 +18,7 @@ import torch
 from measuring import alternate, print_medians, write_result
 from training_step import How, TrainingStep, cells_per_second
 
-from scgpt_hf.cells.plan import plan_epoch
+from scgpt_hf.cells.schedule.epoch import plan_epoch
 from scgpt_hf.cells.source import CellSource, open_source
 from scgpt_hf.model.configuration_scgpt import training_flops_per_token
 from scgpt_hf.stream import Batch, StreamSettings, lengths_of, stream_cells

@@ -23,7 +23,7 @@ import torch
 from measuring import alternate, print_medians, write_result
 
 from scgpt_hf.cells import threads
-from scgpt_hf.cells.plan import plan_epoch
+from scgpt_hf.cells.schedule.epoch import plan_epoch
 from scgpt_hf.cells.source import open_source
 from scgpt_hf.stream import StreamSettings, stream_cells
 from scgpt_hf.tokens.processing_scgpt import ScGPTProcessor

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from transformers import AutoModelForPreTraining, AutoProcessor
 
-from scgpt_hf.cells.plan import plan_validation
+from scgpt_hf.cells.schedule.epoch import plan_validation
 from scgpt_hf.stream import StreamSettings, stream_cells
 from scgpt_hf.tokens.packing_scgpt import IGNORE
 from scgpt_hf.training.baselines import sum_bins

@@ -21,7 +21,7 @@ import torch
 from scipy.sparse import csr_matrix
 
 from scgpt_hf.cells.block import CellBlock, Int64Array
-from scgpt_hf.cells.plan import Plan, lay_out
+from scgpt_hf.cells.schedule.epoch import Plan, lay_out
 from scgpt_hf.cells.source import CellSource
 from scgpt_hf.cells.threads import PATIENCE_S, ReadingThreads, in_order, n_cores, read_ahead
 from scgpt_hf.genes import match_columns

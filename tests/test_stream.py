@@ -12,7 +12,7 @@ import pytest
 import torch
 from scipy.sparse import csr_matrix
 
-from scgpt_hf.cells.plan import plan_epoch, plan_validation
+from scgpt_hf.cells.schedule.epoch import plan_epoch, plan_validation
 from scgpt_hf.cells.source import open_source
 from scgpt_hf.cells.threads import read_ahead
 from scgpt_hf.stream import StreamLoader, StreamSettings, stream_cells

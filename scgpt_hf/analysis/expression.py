@@ -22,7 +22,7 @@ from transformers import AutoModelForPreTraining, PreTrainedModel
 from scgpt_hf.analysis.hiding import hide_in_turn, join_tokens
 from scgpt_hf.analysis.unbinning import counts_of_bins, counts_of_log1p
 from scgpt_hf.cells.block import Int64Array
-from scgpt_hf.cells.plan import BAND_SIZE
+from scgpt_hf.cells.schedule.epoch import BAND_SIZE
 from scgpt_hf.cells.source import open_source
 from scgpt_hf.genes import match_columns
 from scgpt_hf.pretrained import load_pretrained, require_pair

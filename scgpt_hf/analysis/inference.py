@@ -17,7 +17,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from scgpt_hf.cells.block import Int64Array, require_counts
-from scgpt_hf.cells.plan import BAND_SIZE, plan_validation
+from scgpt_hf.cells.schedule.epoch import BAND_SIZE, plan_validation
 from scgpt_hf.cells.source import CellSource
 from scgpt_hf.cells.threads import read_ahead
 from scgpt_hf.genes import match_columns

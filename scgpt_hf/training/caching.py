@@ -8,7 +8,7 @@ import numpy as np
 from accelerate import PartialState
 
 from scgpt_hf.cells.cache.write_through import CachingSource
-from scgpt_hf.cells.plan import BAND_SIZE
+from scgpt_hf.cells.schedule.epoch import BAND_SIZE
 from scgpt_hf.cells.source import CellSource
 from scgpt_hf.training.recipe import Selection
 from scgpt_hf.training.settings import DataSettings, Settings

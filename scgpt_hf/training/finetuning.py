@@ -21,7 +21,7 @@ from scipy.special import softmax
 from sklearn.metrics import confusion_matrix
 from transformers import EarlyStoppingCallback, PreTrainedModel, set_seed
 
-from scgpt_hf.cells.plan import plan_epoch, plan_validation
+from scgpt_hf.cells.schedule.epoch import plan_epoch, plan_validation
 from scgpt_hf.cells.selection.filters import cells_expressing
 from scgpt_hf.cells.selection.splits import save_split
 from scgpt_hf.cells.source import Address, CellSource, open_source

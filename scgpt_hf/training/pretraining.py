@@ -22,8 +22,8 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_pt_utils import get_model_param_count
 
 from scgpt_hf.cells.cache.reader import uniform_band_size
-from scgpt_hf.cells.course import Course, plan_run
-from scgpt_hf.cells.plan import plan_epoch, plan_validation
+from scgpt_hf.cells.schedule.epoch import plan_epoch, plan_validation
+from scgpt_hf.cells.schedule.run import Course, plan_run
 from scgpt_hf.cells.source import CellSource
 from scgpt_hf.cells.threads import read_ahead
 from scgpt_hf.model.modeling_scgpt import ScGPTForPreTraining

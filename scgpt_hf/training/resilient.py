@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
 from transformers.trainer_utils import IntervalStrategy
 
-from scgpt_hf.cells.course import Course
+from scgpt_hf.cells.schedule.run import Course
 from scgpt_hf.stream import Batch
 from scgpt_hf.training import checkpoints
 from scgpt_hf.training.checkpoints import Manifest

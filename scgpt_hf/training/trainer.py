@@ -22,7 +22,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_utils import HubStrategy
 from transformers.utils.hub import PushInProgress
 
-from scgpt_hf.cells.course import Course
+from scgpt_hf.cells.schedule.run import Course
 from scgpt_hf.cells.threads import read_ahead
 from scgpt_hf.stream import Batch, StreamLoader, lengths_of
 from scgpt_hf.training.baselines import Baselines

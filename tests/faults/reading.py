@@ -11,7 +11,7 @@ from contextlib import closing
 
 import numpy as np
 
-from scgpt_hf.cells.plan import plan_validation
+from scgpt_hf.cells.schedule.epoch import plan_validation
 from scgpt_hf.cells.source import open_source
 from scgpt_hf.cells.threads import read_ahead
 from scgpt_hf.stream import StreamSettings, stream_cells

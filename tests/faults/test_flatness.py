@@ -11,7 +11,7 @@ import psutil
 import pytest
 
 from scgpt_hf.cells.h5ad.reader import H5adSource
-from scgpt_hf.cells.plan import plan_epoch
+from scgpt_hf.cells.schedule.epoch import plan_epoch
 from scgpt_hf.cells.source import open_source
 from scgpt_hf.cells.threads import read_ahead
 from scgpt_hf.stream import StreamSettings, stream_cells

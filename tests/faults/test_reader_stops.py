@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from scgpt_hf.cells import threads
-from scgpt_hf.cells.plan import plan_validation
+from scgpt_hf.cells.schedule.epoch import plan_validation
 from scgpt_hf.cells.source import open_source
 from scgpt_hf.cells.threads import ReadingThreads, join_within, read_ahead
 from scgpt_hf.stream import StreamSettings, stream_cells

@@ -15,7 +15,7 @@ import pandas as pd
 import torch
 from scipy.sparse import csr_matrix
 
-from scgpt_hf.cells.plan import plan_epoch
+from scgpt_hf.cells.schedule.epoch import plan_epoch
 from scgpt_hf.cells.source import open_source
 from scgpt_hf.model.configuration_scgpt import ScGPTConfig
 from scgpt_hf.model.modeling_scgpt import ScGPTForPreTraining

@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
-from scgpt_hf.cells.course import plan_run
+from scgpt_hf.cells.schedule.run import plan_run
 from scgpt_hf.training.checkpoints import checkpoints_in, newest_valid, verify
 from scgpt_hf.training.finite import FiniteGuard, all_finite, seed_by
 from scgpt_hf.training.pretraining import is_finished, save_best_model, summarize

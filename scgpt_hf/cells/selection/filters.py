@@ -14,7 +14,7 @@ import pandas as pd
 from tqdm import tqdm
 
 from scgpt_hf.cells.block import CellBlock, Int64Array
-from scgpt_hf.cells.plan import BAND_SIZE
+from scgpt_hf.cells.schedule.epoch import BAND_SIZE
 from scgpt_hf.cells.selection.hvg import add_sums, expected_std, moments, rank_genes, standardized_variances
 from scgpt_hf.cells.selection.splits import find_donors
 

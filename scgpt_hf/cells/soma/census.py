@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from scgpt_hf.cells.block import CellBlock, Int64Array, gene_hash, name_layers, require_cell_ids, require_counts
 from scgpt_hf.cells.obs import full_filter, require_columns, select_obs
-from scgpt_hf.cells.plan import BAND_SIZE
+from scgpt_hf.cells.schedule.epoch import BAND_SIZE
 from scgpt_hf.cells.soma.chunks import Band, Bands, read_band
 from scgpt_hf.cells.soma.native.fragments import PlainArray, open_plain
 from scgpt_hf.cells.soma.remote import Patience, is_remote, open_context

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pytest
 import tiledbsoma as soma
 
-from scgpt_hf.cells.plan import plan_epoch
+from scgpt_hf.cells.schedule.epoch import plan_epoch
 from scgpt_hf.cells.soma import remote
 from scgpt_hf.cells.soma.remote import Patience, require_no_credentials
 from scgpt_hf.cells.source import open_source

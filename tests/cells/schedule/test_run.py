@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from scgpt_hf.cells.course import cells_left, plan_run
-from scgpt_hf.cells.plan import plan_epoch, rank_columns
+from scgpt_hf.cells.schedule.epoch import plan_epoch, rank_columns
+from scgpt_hf.cells.schedule.run import cells_left, plan_run
 
 ORDER = {"seed": 3, "band_size": 16, "bands_per_block": 2}
 law = settings(deadline=None, max_examples=50)

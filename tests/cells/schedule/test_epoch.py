@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from scgpt_hf.cells import plan as plans
-from scgpt_hf.cells.plan import EpochPlan, plan_epoch, plan_validation, rank_columns
+from scgpt_hf.cells.schedule import epoch as plans
+from scgpt_hf.cells.schedule.epoch import EpochPlan, plan_epoch, plan_validation, rank_columns
 
 cell_sets = st.lists(st.integers(0, 400), min_size=1, max_size=150, unique=True).map(lambda ids: np.array(sorted(ids)))
 sizes = st.fixed_dictionaries(

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from scgpt_hf.cells.block import Int64Array
-from scgpt_hf.cells.plan import EpochPlan, plan_epoch
+from scgpt_hf.cells.schedule.epoch import EpochPlan, plan_epoch
 
 History = Sequence[tuple[int, int]]  # (cells of a global step, number of steps), in the order they were trained
 
