@@ -31,7 +31,7 @@ from scgpt_hf.cells.cache.reader import CacheSource, uniform_band_size
 from scgpt_hf.cells.schedule.epoch import plan_epoch
 from scgpt_hf.cells.selection.filters import highly_variable_genes
 from scgpt_hf.cells.source import open_source
-from scgpt_hf.genes import match_columns
+from scgpt_hf.pipeline.genes import match_columns
 from scgpt_hf.tokens.processing_scgpt import ScGPTProcessor
 
 BLOCK = 32_768  # cells of a block of the default plan

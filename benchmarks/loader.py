@@ -32,7 +32,7 @@ from scgpt_hf.cells.soma.memory import TILEDB_CONFIG
 from scgpt_hf.cells.soma.remote import open_context
 from scgpt_hf.cells.source import open_source
 from scgpt_hf.cells.threads import in_order, read_ahead
-from scgpt_hf.stream import StreamSettings, stream_cells
+from scgpt_hf.pipeline.stream import StreamSettings, stream_cells
 from scgpt_hf.tokens.processing_scgpt import ScGPTProcessor
 from scgpt_hf.tokens.tokenizing_scgpt import Block, rows_of
 

@@ -21,7 +21,7 @@ from training_step import How, TrainingStep, cells_per_second
 from scgpt_hf.cells.schedule.epoch import plan_epoch
 from scgpt_hf.cells.source import CellSource, open_source
 from scgpt_hf.model.configuration_scgpt import training_flops_per_token
-from scgpt_hf.stream import Batch, StreamSettings, lengths_of, stream_cells
+from scgpt_hf.pipeline.stream import Batch, StreamSettings, lengths_of, stream_cells
 from scgpt_hf.tokens.processing_scgpt import ScGPTProcessor
 from scgpt_hf.training.recipe import build_model, build_processor, choose
 from scgpt_hf.training.settings import DataSettings, ModelSettings

@@ -25,7 +25,7 @@ from measuring import alternate, print_medians, write_result
 from scgpt_hf.cells import threads
 from scgpt_hf.cells.schedule.epoch import plan_epoch
 from scgpt_hf.cells.source import open_source
-from scgpt_hf.stream import StreamSettings, stream_cells
+from scgpt_hf.pipeline.stream import StreamSettings, stream_cells
 from scgpt_hf.tokens.processing_scgpt import ScGPTProcessor
 
 # Cells per second that one H100 (989 TFLOP/s, bf16) asks for at 35 % of its peak: of 450 tokens, 153 MFLOP each in the

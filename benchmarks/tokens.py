@@ -21,7 +21,7 @@ from measuring import alternate, print_medians, ratios, write_result
 from scgpt_hf.cells.block import CellBlock, Rows
 from scgpt_hf.cells.source import open_source
 from scgpt_hf.cells.threads import n_cores
-from scgpt_hf.genes import match_columns
+from scgpt_hf.pipeline.genes import match_columns
 from scgpt_hf.tokens.binning_scgpt import bin_cell
 from scgpt_hf.tokens.masking_scgpt import draw_ratios
 from scgpt_hf.tokens.packing_scgpt import IGNORE, Tokens, pack

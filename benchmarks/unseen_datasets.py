@@ -15,7 +15,7 @@ import torch
 from transformers import AutoModelForPreTraining, AutoProcessor
 
 from scgpt_hf.cells.schedule.epoch import plan_validation
-from scgpt_hf.stream import StreamSettings, stream_cells
+from scgpt_hf.pipeline.stream import StreamSettings, stream_cells
 from scgpt_hf.tokens.packing_scgpt import IGNORE
 from scgpt_hf.training.baselines import sum_bins
 from scgpt_hf.training.recipe import load_selection, open_cells

@@ -16,9 +16,9 @@ from transformers import AutoModel, PreTrainedModel
 from scgpt_hf.analysis.inference import Float32Array, RunSettings, run_batches
 from scgpt_hf.cells.block import Int64Array
 from scgpt_hf.cells.source import CellSource, open_source
-from scgpt_hf.genes import match_columns
+from scgpt_hf.pipeline.genes import match_columns
+from scgpt_hf.pipeline.stream import Batch
 from scgpt_hf.pretrained import load_pretrained
-from scgpt_hf.stream import Batch
 from scgpt_hf.tokens.processing_scgpt import ScGPTProcessor
 
 if TYPE_CHECKING:

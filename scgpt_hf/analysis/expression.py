@@ -24,7 +24,7 @@ from scgpt_hf.analysis.unbinning import counts_of_bins, counts_of_log1p
 from scgpt_hf.cells.block import Int64Array
 from scgpt_hf.cells.schedule.epoch import BAND_SIZE
 from scgpt_hf.cells.source import open_source
-from scgpt_hf.genes import match_columns
+from scgpt_hf.pipeline.genes import match_columns
 from scgpt_hf.pretrained import load_pretrained, require_pair
 from scgpt_hf.tokens.packing_scgpt import Tokens, pack
 from scgpt_hf.tokens.processing_scgpt import ScGPTProcessor

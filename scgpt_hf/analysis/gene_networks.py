@@ -16,8 +16,8 @@ from transformers import PreTrainedModel
 
 from scgpt_hf.analysis.inference import run_batches
 from scgpt_hf.cells.source import open_source
+from scgpt_hf.pipeline.stream import Batch
 from scgpt_hf.pretrained import require_pair
-from scgpt_hf.stream import Batch
 from scgpt_hf.tokens.processing_scgpt import ScGPTProcessor
 
 if TYPE_CHECKING:

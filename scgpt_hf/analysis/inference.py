@@ -20,10 +20,10 @@ from scgpt_hf.cells.block import Int64Array, require_counts
 from scgpt_hf.cells.schedule.epoch import BAND_SIZE, plan_validation
 from scgpt_hf.cells.source import CellSource
 from scgpt_hf.cells.threads import read_ahead
-from scgpt_hf.genes import match_columns
 from scgpt_hf.model.configuration_scgpt import ScGPTConfig
+from scgpt_hf.pipeline.genes import match_columns
+from scgpt_hf.pipeline.stream import Batch
 from scgpt_hf.pretrained import domain_classes, require_pair
-from scgpt_hf.stream import Batch
 from scgpt_hf.tokens.packing_scgpt import pack, pad
 from scgpt_hf.tokens.processing_scgpt import ScGPTProcessor
 

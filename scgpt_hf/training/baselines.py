@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from scgpt_hf.stream import Batch
+from scgpt_hf.pipeline.stream import Batch
 from scgpt_hf.tokens.packing_scgpt import IGNORE
 
 Float64Array = npt.NDArray[np.float64]

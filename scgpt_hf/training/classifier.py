@@ -15,7 +15,7 @@ from transformers import Trainer
 
 from scgpt_hf.cells.block import Int64Array
 from scgpt_hf.cells.threads import read_ahead
-from scgpt_hf.stream import Batch, StreamLoader
+from scgpt_hf.pipeline.stream import Batch, StreamLoader
 
 Logits = npt.NDArray[np.float32]
 

@@ -25,10 +25,10 @@ from scgpt_hf.cells.schedule.epoch import plan_epoch, plan_validation
 from scgpt_hf.cells.selection.filters import cells_expressing
 from scgpt_hf.cells.selection.splits import save_split
 from scgpt_hf.cells.source import Address, CellSource, open_source
-from scgpt_hf.genes import match_columns
 from scgpt_hf.model.modeling_scgpt import ScGPTForSequenceClassification
+from scgpt_hf.pipeline.genes import match_columns
+from scgpt_hf.pipeline.stream import StreamSettings, stream_cells
 from scgpt_hf.pretrained import domain_classes, load_pretrained, load_processor
-from scgpt_hf.stream import StreamSettings, stream_cells
 from scgpt_hf.tokens.processing_scgpt import ScGPTProcessor
 from scgpt_hf.training.calibration import Logits, calibration_error, fit_temperature, reliability
 from scgpt_hf.training.classifier import ClassifierTrainer, agreement, score

@@ -14,9 +14,9 @@ from transformers import set_seed
 
 from scgpt_hf.cells.selection.filters import cells_expressing, null_free
 from scgpt_hf.cells.source import Address, CellSource, open_source
-from scgpt_hf.genes import match_columns
 from scgpt_hf.model.configuration_scgpt import ScGPTConfig
 from scgpt_hf.model.modeling_scgpt import ScGPTForPreTraining
+from scgpt_hf.pipeline.genes import match_columns
 from scgpt_hf.pretrained import Pretrained, load_pretrained, load_processor
 from scgpt_hf.tokens.processing_scgpt import ScGPTProcessor
 from scgpt_hf.training.finetuning import require_new_folder, save_inputs, save_results

@@ -27,7 +27,7 @@ from scgpt_hf.cells.schedule.run import Course, plan_run
 from scgpt_hf.cells.source import CellSource
 from scgpt_hf.cells.threads import read_ahead
 from scgpt_hf.model.modeling_scgpt import ScGPTForPreTraining
-from scgpt_hf.stream import StreamSettings, stream_cells
+from scgpt_hf.pipeline.stream import StreamSettings, stream_cells
 from scgpt_hf.tokens.processing_scgpt import ScGPTProcessor
 from scgpt_hf.training.baselines import Baselines, baselines_from, sum_bins, sum_errors
 from scgpt_hf.training.caching import band_order, open_caching

@@ -19,7 +19,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.trainer_utils import IntervalStrategy
 
 from scgpt_hf.cells.schedule.run import Course
-from scgpt_hf.stream import Batch
+from scgpt_hf.pipeline.stream import Batch
 from scgpt_hf.training import checkpoints
 from scgpt_hf.training.checkpoints import Manifest
 from scgpt_hf.training.finite import HALVINGS_OF_FP16, FiniteGuard, all_finite, seed_by

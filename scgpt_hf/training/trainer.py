@@ -24,7 +24,7 @@ from transformers.utils.hub import PushInProgress
 
 from scgpt_hf.cells.schedule.run import Course
 from scgpt_hf.cells.threads import read_ahead
-from scgpt_hf.stream import Batch, StreamLoader, lengths_of
+from scgpt_hf.pipeline.stream import Batch, StreamLoader, lengths_of
 from scgpt_hf.training.baselines import Baselines
 from scgpt_hf.training.checkpoints import checkpoint_at
 from scgpt_hf.training.hub import check_repository, publish

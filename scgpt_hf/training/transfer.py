@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 
-from scgpt_hf.stream import Batch
+from scgpt_hf.pipeline.stream import Batch
 from scgpt_hf.tokens.packing_scgpt import IGNORE
 
 

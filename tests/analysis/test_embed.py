@@ -25,9 +25,9 @@ from scgpt_hf.analysis.embed_file import embed_file
 from scgpt_hf.cells import h5ad
 from scgpt_hf.cells.h5ad.reader import H5adSource
 from scgpt_hf.cells.source import open_source
-from scgpt_hf.genes import match_columns
 from scgpt_hf.model.configuration_scgpt import ScGPTConfig
 from scgpt_hf.model.modeling_scgpt import ScGPTForPreTraining, ScGPTModel
+from scgpt_hf.pipeline.genes import match_columns
 from scgpt_hf.tokens.processing_scgpt import ScGPTProcessor
 from tests.support import ROOT
 

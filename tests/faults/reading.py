@@ -14,7 +14,7 @@ import numpy as np
 from scgpt_hf.cells.schedule.epoch import plan_validation
 from scgpt_hf.cells.source import open_source
 from scgpt_hf.cells.threads import read_ahead
-from scgpt_hf.stream import StreamSettings, stream_cells
+from scgpt_hf.pipeline.stream import StreamSettings, stream_cells
 from scgpt_hf.tokens.processing_scgpt import ScGPTProcessor
 
 

@@ -14,7 +14,7 @@ from scgpt_hf.cells.h5ad.reader import H5adSource
 from scgpt_hf.cells.schedule.epoch import plan_epoch
 from scgpt_hf.cells.source import open_source
 from scgpt_hf.cells.threads import read_ahead
-from scgpt_hf.stream import StreamSettings, stream_cells
+from scgpt_hf.pipeline.stream import StreamSettings, stream_cells
 from scgpt_hf.tokens.processing_scgpt import ScGPTProcessor
 
 WARM_UP, STEPS = 200, 400

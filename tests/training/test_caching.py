@@ -10,7 +10,7 @@ import torch
 from scgpt_hf.cells.cache.jobs import write_cache
 from scgpt_hf.cells.cache.reader import CacheSource
 from scgpt_hf.cells.schedule.epoch import BAND_SIZE
-from scgpt_hf.stream import stream_cells
+from scgpt_hf.pipeline.stream import stream_cells
 from scgpt_hf.training.pretraining import Streams
 from tests.training.test_trainer import prepare, weights_of
 

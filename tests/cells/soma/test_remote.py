@@ -14,7 +14,7 @@ from scgpt_hf.cells.schedule.epoch import plan_epoch
 from scgpt_hf.cells.soma import remote
 from scgpt_hf.cells.soma.remote import Patience, require_no_credentials
 from scgpt_hf.cells.source import open_source
-from scgpt_hf.stream import StreamSettings, stream_cells
+from scgpt_hf.pipeline.stream import StreamSettings, stream_cells
 from scgpt_hf.tokens.processing_scgpt import ScGPTProcessor
 from tests.support.s3_server import Faults, S3Server
 

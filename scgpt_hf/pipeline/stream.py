@@ -24,7 +24,7 @@ from scgpt_hf.cells.block import CellBlock, Int64Array
 from scgpt_hf.cells.schedule.epoch import Plan, lay_out
 from scgpt_hf.cells.source import CellSource
 from scgpt_hf.cells.threads import PATIENCE_S, ReadingThreads, in_order, n_cores, read_ahead
-from scgpt_hf.genes import match_columns
+from scgpt_hf.pipeline.genes import match_columns
 from scgpt_hf.tokens.packing_scgpt import Tokens, bucket, pack, pad
 from scgpt_hf.tokens.processing_scgpt import ScGPTProcessor
 

@@ -15,7 +15,7 @@ from scipy.sparse import csr_matrix
 from scgpt_hf.cells.schedule.epoch import plan_epoch, plan_validation
 from scgpt_hf.cells.source import open_source
 from scgpt_hf.cells.threads import read_ahead
-from scgpt_hf.stream import StreamLoader, StreamSettings, stream_cells
+from scgpt_hf.pipeline.stream import StreamLoader, StreamSettings, stream_cells
 from scgpt_hf.tokens.packing_scgpt import IGNORE
 from scgpt_hf.tokens.processing_scgpt import ScGPTProcessor
 
