@@ -20,7 +20,7 @@ _HOME_OF = {
     "write_cache": "cells.cache.jobs",
     "demo_cells": "demo",
     "demo_census": "demo",
-    "convert_scgpt": "convert",
+    "convert_scgpt": "conversion.checkpoint",
     "StreamSettings": "pipeline.stream",
     "read_ahead": "pipeline.stream",
     "stream_cells": "pipeline.stream",

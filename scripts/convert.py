@@ -16,7 +16,7 @@ import argparse
 import sys
 from typing import Any
 
-from scgpt_hf.convert import convert_scgpt, save_converted
+from scgpt_hf.conversion.checkpoint import convert_scgpt, save_converted
 
 
 def main() -> None:

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoModelForPreTraining, AutoModelForSequenceClassification, AutoProcessor
 
-from scgpt_hf.convert import convert_scgpt, save_converted
+from scgpt_hf.conversion.checkpoint import convert_scgpt, save_converted
 from tests.parity.test_model_parity import CASES, close, switches_of
 from tests.support import ROOT
 from tests.support.original_scgpt import Original, forward

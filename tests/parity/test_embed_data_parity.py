@@ -13,7 +13,7 @@ from scipy.sparse import csr_matrix
 from scipy.stats import rankdata
 
 from scgpt_hf.analysis.embed import embed_anndata
-from scgpt_hf.convert import convert_scgpt, save_converted
+from scgpt_hf.conversion.checkpoint import convert_scgpt, save_converted
 from scgpt_hf.tokens.packing_scgpt import pack, pad
 from scgpt_hf.tokens.tokenizing_scgpt import csr_of
 

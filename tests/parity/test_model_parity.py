@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from scgpt_hf.convert import Switches, convert_scgpt
+from scgpt_hf.conversion.checkpoint import Switches, convert_scgpt
 from scgpt_hf.model.modeling_scgpt import ScGPTForPreTraining, ScGPTForPreTrainingOutput
 from scgpt_hf.model.objectives_scgpt import (
     IGNORE,

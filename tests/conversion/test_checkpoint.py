@@ -28,7 +28,7 @@ from transformers import (
 from scgpt_hf import convert_scgpt
 from scgpt_hf.analysis.embed import embed_cells
 from scgpt_hf.cells.source import open_source
-from scgpt_hf.convert import save_converted
+from scgpt_hf.conversion.checkpoint import save_converted
 from tests.support import ROOT
 from tests.support.original_scgpt import Original, Tensors, forward, in_layout, weights_of, write_checkpoint
 

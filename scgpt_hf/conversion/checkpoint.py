@@ -14,9 +14,9 @@ from typing import Any, Literal, TypedDict, Unpack, get_args, get_type_hints
 
 import torch
 
-from scgpt_hf.convert_files import ARGS, VOCAB, WEIGHTS, OriginalFiles, read_original
-from scgpt_hf.convert_keys import infer_settings, place_weights, sort_keys
-from scgpt_hf.convert_report import ConversionReport, card_of
+from scgpt_hf.conversion.files import ARGS, VOCAB, WEIGHTS, OriginalFiles, read_original
+from scgpt_hf.conversion.keys import infer_settings, place_weights, sort_keys
+from scgpt_hf.conversion.report import ConversionReport, card_of
 from scgpt_hf.model.configuration_scgpt import ScGPTConfig
 from scgpt_hf.model.modeling_scgpt import ScGPTForPreTraining
 from scgpt_hf.tokens.processing_scgpt import ScGPTProcessor
