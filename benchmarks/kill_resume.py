@@ -38,7 +38,7 @@ from transformers import TrainerCallback, set_seed
 
 from scgpt_hf.demo import demo_census
 from scgpt_hf.tokens.processing_scgpt import ScGPTProcessor
-from scgpt_hf.training.checkpoints import checkpoints_in
+from scgpt_hf.training.fault_tolerance.checkpoints import checkpoints_in
 from scgpt_hf.training.pretraining import Streams, make_trainer
 from scgpt_hf.training.recipe import begin_run, build_model, build_processor, open_cells, save_selection
 from scgpt_hf.training.settings import parse_settings

@@ -30,8 +30,8 @@ from scgpt_hf.demo import demo_cells, demo_census
 from scgpt_hf.model.configuration_scgpt import ScGPTConfig
 from scgpt_hf.model.modeling_scgpt import ScGPTForPreTraining
 from scgpt_hf.tokens.processing_scgpt import ScGPTProcessor
+from scgpt_hf.training.fault_tolerance.resume import difference, require_resumable, require_same_cells
 from scgpt_hf.training.provenance import composition_of
-from scgpt_hf.training.resuming import difference, require_resumable, require_same_cells
 from scgpt_hf.training.run_folder import SETTINGS, SPLIT, claim_run_folder, write_whole
 from scgpt_hf.training.settings import DataSettings, ModelSettings, Settings, TrainingSettings, settings_yaml
 

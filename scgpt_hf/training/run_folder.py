@@ -10,7 +10,7 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from scgpt_hf.training.checkpoints import CheckpointError, checkpoints_in, newest_valid, verify
+from scgpt_hf.training.fault_tolerance.checkpoints import CheckpointError, checkpoints_in, newest_valid, verify
 
 METRICS, DROPPED, SPLIT, SETTINGS, SUMMARY, BEST_MODEL, CARD = (
     "metrics.jsonl",

@@ -12,7 +12,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
 from kill_resume import begin_anew, finish, require_same, start, traced, train_whole, warm_up
 
-from scgpt_hf.training.checkpoints import newest_valid
+from scgpt_hf.training.fault_tolerance.checkpoints import newest_valid
 
 BATCH, SAVE_EVERY = 8, 3
 

@@ -20,7 +20,7 @@ from scgpt_hf.cells.source import open_source
 from scgpt_hf.cells.threads import ReadingThreads, join_within, read_ahead
 from scgpt_hf.pipeline.stream import StreamSettings, stream_cells
 from scgpt_hf.tokens.processing_scgpt import ScGPTProcessor
-from scgpt_hf.training.checkpoints import newest_valid, verify
+from scgpt_hf.training.fault_tolerance.checkpoints import newest_valid, verify
 from tests.support import ROOT
 from tests.support.s3_server import Faults, S3Server
 

@@ -6,8 +6,8 @@ from copy import deepcopy
 import pytest
 from transformers import TrainerControl, TrainerState
 
-from scgpt_hf.training.checkpoints import CheckpointError, Manifest, written_whole
-from scgpt_hf.training.ranks import Ranks
+from scgpt_hf.training.fault_tolerance.checkpoints import CheckpointError, Manifest, written_whole
+from scgpt_hf.training.fault_tolerance.ranks import Ranks
 from scgpt_hf.training.run_folder import (
     MetricsFile,
     claim_run_folder,

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from scgpt_hf.model.modeling_scgpt import ScGPTForPreTraining
-from scgpt_hf.training.checkpoints import newest_valid, verify
+from scgpt_hf.training.fault_tolerance.checkpoints import newest_valid, verify
 from tests.support import ROOT
 from tests.training.test_trainer import prepare
 

@@ -20,13 +20,13 @@ from transformers.trainer_utils import IntervalStrategy
 
 from scgpt_hf.cells.schedule.run import Course
 from scgpt_hf.pipeline.stream import Batch
-from scgpt_hf.training import checkpoints
-from scgpt_hf.training.checkpoints import Manifest
-from scgpt_hf.training.finite import HALVINGS_OF_FP16, FiniteGuard, all_finite, seed_by
-from scgpt_hf.training.ranks import Ranks
-from scgpt_hf.training.resuming import content_said, read_window
+from scgpt_hf.training.fault_tolerance import checkpoints
+from scgpt_hf.training.fault_tolerance.checkpoints import Manifest
+from scgpt_hf.training.fault_tolerance.nonfinite import HALVINGS_OF_FP16, FiniteGuard, all_finite, seed_by
+from scgpt_hf.training.fault_tolerance.ranks import Ranks
+from scgpt_hf.training.fault_tolerance.resume import content_said, read_window
+from scgpt_hf.training.fault_tolerance.signals import Interrupted, StopSignal
 from scgpt_hf.training.settings import TrainingSettings
-from scgpt_hf.training.stopping import Interrupted, StopSignal
 
 logger = logging.getLogger(__name__)
 

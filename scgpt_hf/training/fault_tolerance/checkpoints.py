@@ -18,7 +18,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from scgpt_hf.training.ranks import Ranks
+from scgpt_hf.training.fault_tolerance.ranks import Ranks
 
 logger = logging.getLogger(__name__)
 

@@ -16,7 +16,7 @@ from transformers import TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 
 from scgpt_hf.cells.block import Int64Array
-from scgpt_hf.training.checkpoints import CheckpointError, manifest_of
+from scgpt_hf.training.fault_tolerance.checkpoints import CheckpointError, manifest_of
 
 # What a checkpoint is incomplete without: the library would go on from the rest, with other numbers than before.
 _NEEDED = ("model*.safetensors", "optimizer*", "scheduler.pt", TRAINER_STATE_NAME)

@@ -10,13 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from tests.training.test_resilient import EVERY_4, read_metrics
 from transformers import TrainerCallback
 
 from scgpt_hf.cells import threads
-from scgpt_hf.training import stopping
-from scgpt_hf.training.checkpoints import checkpoints_in, newest_valid, verify
-from scgpt_hf.training.stopping import Interrupted, StopSignal
-from tests.training.test_resilient import EVERY_4, read_metrics
+from scgpt_hf.training.fault_tolerance import signals as stopping
+from scgpt_hf.training.fault_tolerance.checkpoints import checkpoints_in, newest_valid, verify
+from scgpt_hf.training.fault_tolerance.signals import Interrupted, StopSignal
 from tests.training.test_trainer import prepare, weights_of
 
 

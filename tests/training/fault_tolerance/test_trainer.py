@@ -13,8 +13,8 @@ import torch
 from transformers import TrainerCallback
 
 from scgpt_hf.cells.schedule.run import plan_run
-from scgpt_hf.training.checkpoints import checkpoints_in, newest_valid, verify
-from scgpt_hf.training.finite import FiniteGuard, all_finite, seed_by
+from scgpt_hf.training.fault_tolerance.checkpoints import checkpoints_in, newest_valid, verify
+from scgpt_hf.training.fault_tolerance.nonfinite import FiniteGuard, all_finite, seed_by
 from scgpt_hf.training.pretraining import is_finished, save_best_model, summarize
 from tests.training.test_trainer import prepare, weights_of
 

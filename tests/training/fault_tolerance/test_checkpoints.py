@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from scgpt_hf.training.checkpoints import (
+from scgpt_hf.training.fault_tolerance.checkpoints import (
     MANIFEST,
     CheckpointError,
     Manifest,
@@ -22,7 +22,7 @@ from scgpt_hf.training.checkpoints import (
     verify,
     written_whole,
 )
-from scgpt_hf.training.ranks import Ranks
+from scgpt_hf.training.fault_tolerance.ranks import Ranks
 
 ALONE = Ranks(1, 0, 1)
 FILES = {"model.safetensors": b"weights" * 100, "optimizer.pt": b"moments" * 100, "deep/state.json": b"{}"}
