@@ -16,9 +16,9 @@ from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser, RawDescripti
 from transformers import HfArgumentParser
 
 from scgpt_hf.analysis.report import write_report
-from scgpt_hf.training.finetuning import finetune_classifier
-from scgpt_hf.training.finetuning_settings import AnnotateSettings, IntegrateSettings
-from scgpt_hf.training.integration import finetune_integration
+from scgpt_hf.training.finetuning.annotate import finetune_classifier
+from scgpt_hf.training.finetuning.integrate import finetune_integration
+from scgpt_hf.training.finetuning.settings import AnnotateSettings, IntegrateSettings
 
 TASKS = {"annotate": (AnnotateSettings, finetune_classifier), "integrate": (IntegrateSettings, finetune_integration)}
 

@@ -25,7 +25,7 @@ from scgpt_hf.analysis.plots_scores import plot_scores
 from scgpt_hf.analysis.plots_types import plot_calibration, plot_confusion, plot_f1
 from scgpt_hf.analysis.probing import Predictions
 from scgpt_hf.analysis.scored_cells import ScoredCells
-from scgpt_hf.training.calibration import calibration_error
+from scgpt_hf.training.finetuning.calibration import calibration_error
 
 GROUPS = {
     "cell types kept apart": BIO,

@@ -15,7 +15,7 @@ from matplotlib.ticker import PercentFormatter
 
 from scgpt_hf.analysis.classification import count_confusions, f1_by_type
 from scgpt_hf.analysis.plots import GREY, PALETTE, SMALL, text_width
-from scgpt_hf.training.calibration import calibration_error, reliability
+from scgpt_hf.training.finetuning.calibration import calibration_error, reliability
 
 _MARKERS = "oDs^vPX*"
 _ROW = 0.21  # inches of a type in a figure that lists them

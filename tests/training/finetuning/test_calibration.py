@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.special import log_softmax, softmax
 
-from scgpt_hf.training.calibration import calibration_error, fit_temperature, reliability
+from scgpt_hf.training.finetuning.calibration import calibration_error, fit_temperature, reliability
 
 
 def draw(temperature: float, n_cells: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:

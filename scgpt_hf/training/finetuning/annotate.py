@@ -30,10 +30,10 @@ from scgpt_hf.pipeline.genes import match_columns
 from scgpt_hf.pipeline.stream import StreamSettings, stream_cells
 from scgpt_hf.pretrained import domain_classes, load_pretrained, load_processor
 from scgpt_hf.tokens.processing_scgpt import ScGPTProcessor
-from scgpt_hf.training.calibration import Logits, calibration_error, fit_temperature, reliability
-from scgpt_hf.training.classifier import ClassifierTrainer, agreement, score
-from scgpt_hf.training.finetuning_settings import AnnotateSettings, FinetuneSettings, training_settings
-from scgpt_hf.training.labels import LabelledCells, balanced_weights, choose_labelled
+from scgpt_hf.training.finetuning.calibration import Logits, calibration_error, fit_temperature, reliability
+from scgpt_hf.training.finetuning.classifier import ClassifierTrainer, agreement, score
+from scgpt_hf.training.finetuning.labels import LabelledCells, balanced_weights, choose_labelled
+from scgpt_hf.training.finetuning.settings import AnnotateSettings, FinetuneSettings, training_settings
 from scgpt_hf.training.provenance import composition_of, training_of
 from scgpt_hf.training.run_folder import BEST_MODEL, SETTINGS, SPLIT, SUMMARY, MetricsFile, write_json, write_whole
 

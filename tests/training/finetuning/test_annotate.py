@@ -25,7 +25,7 @@ from scgpt_hf import (
     predict_cell_types,
 )
 from scgpt_hf.pretrained import load_pretrained
-from scgpt_hf.training.classifier import agreement, weighted_cross_entropy
+from scgpt_hf.training.finetuning.classifier import agreement, weighted_cross_entropy
 
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
 QUIET = {"use_cpu": True, "disable_tqdm": True}

@@ -19,9 +19,9 @@ from scgpt_hf.model.modeling_scgpt import ScGPTForPreTraining
 from scgpt_hf.pipeline.genes import match_columns
 from scgpt_hf.pretrained import Pretrained, load_pretrained, load_processor
 from scgpt_hf.tokens.processing_scgpt import ScGPTProcessor
-from scgpt_hf.training.finetuning import require_new_folder, save_inputs, save_results
-from scgpt_hf.training.finetuning_settings import IntegrateSettings, training_settings
-from scgpt_hf.training.labels import split_within
+from scgpt_hf.training.finetuning.annotate import require_new_folder, save_inputs, save_results
+from scgpt_hf.training.finetuning.labels import split_within
+from scgpt_hf.training.finetuning.settings import IntegrateSettings, training_settings
 from scgpt_hf.training.pretraining import Streams, make_trainer
 from scgpt_hf.training.provenance import composition_of, training_of
 from scgpt_hf.training.recipe import Selection, start_at_mean

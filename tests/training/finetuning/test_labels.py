@@ -6,7 +6,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from scgpt_hf.training.labels import LabelledCells, balanced_weights, choose_labelled, keep_share, split_within
+from scgpt_hf.training.finetuning.labels import (
+    LabelledCells,
+    balanced_weights,
+    choose_labelled,
+    keep_share,
+    split_within,
+)
 
 
 def choose(obs: pd.DataFrame, **changed: object) -> LabelledCells:
