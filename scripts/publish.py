@@ -13,8 +13,8 @@ import sys
 from pathlib import Path
 
 from scgpt_hf.cells.cache.manifest import GENES
-from scgpt_hf.training.hub import publish
-from scgpt_hf.training.hub_cache import publish_cache
+from scgpt_hf.publishing.hub import publish
+from scgpt_hf.publishing.hub_cache import publish_cache
 
 
 def main() -> None:

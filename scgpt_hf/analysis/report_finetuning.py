@@ -25,7 +25,7 @@ from scgpt_hf.analysis.report_page import (
     section,
     table,
 )
-from scgpt_hf.training.record import UNKNOWN, Record
+from scgpt_hf.publishing.record import UNKNOWN, Record
 from scgpt_hf.training.run_folder import BEST_MODEL, METRICS, SETTINGS, SUMMARY
 
 _SHOWN = {"confusion", "labels", "validation", "majority_baseline", "calibration_error", "reliability", "data"}

@@ -21,8 +21,8 @@ from scgpt_hf.analysis.report_page import (
     section,
     table,
 )
-from scgpt_hf.training.card import complete_summary
-from scgpt_hf.training.record import UNKNOWN, Record, composition
+from scgpt_hf.publishing.card import complete_summary
+from scgpt_hf.publishing.record import UNKNOWN, Record, composition
 from scgpt_hf.training.run_folder import BEST_MODEL, METRICS, SETTINGS, SPLIT, SUMMARY
 
 _ERRORS = {

@@ -25,10 +25,10 @@ from transformers.utils.hub import PushInProgress
 from scgpt_hf.cells.schedule.run import Course
 from scgpt_hf.cells.threads import read_ahead
 from scgpt_hf.pipeline.stream import Batch, StreamLoader, lengths_of
+from scgpt_hf.publishing.hub import check_repository, publish
 from scgpt_hf.training.baselines import Baselines
 from scgpt_hf.training.fault_tolerance.checkpoints import checkpoint_at
 from scgpt_hf.training.fault_tolerance.trainer import ResilientTrainer, Window
-from scgpt_hf.training.hub import check_repository, publish
 from scgpt_hf.training.throughput import Throughput
 from scgpt_hf.training.transfer import count_labels, pinning, to_device
 

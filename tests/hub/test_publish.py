@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import yaml
 
-from scgpt_hf.training.card import model_card
-from scgpt_hf.training.hub import HubError, check_pair, check_repository, publish
+from scgpt_hf.publishing.card import model_card
+from scgpt_hf.publishing.hub import HubError, check_pair, check_repository, publish
 from tests.support.hub_run import FILES_OF_A_MODEL, RECORD, SECRET
 from tests.support.hub_server import Client, Hub
 

@@ -12,8 +12,8 @@ import pytest
 from scgpt_hf.cells.cache.jobs import write_cache
 from scgpt_hf.cells.cache.manifest import CacheError
 from scgpt_hf.cells.source import open_source
-from scgpt_hf.training.hub import HubError
-from scgpt_hf.training.hub_cache import cache_card, check_dataset, publish_cache
+from scgpt_hf.publishing.hub import HubError
+from scgpt_hf.publishing.hub_cache import cache_card, check_dataset, publish_cache
 from tests.support.hub_server import Client, Hub
 
 TOKEN = "hf_owner"

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from scgpt_hf.training.hub import publish
+from scgpt_hf.publishing.hub import publish
 from tests.support.hub_run import make_run
 from tests.support.hub_server import Client, Hub, client_environment
 

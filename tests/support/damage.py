@@ -19,11 +19,11 @@ from scgpt_hf.cells.selection.splits import load_split, save_split
 from scgpt_hf.cells.source import open_source
 from scgpt_hf.model.configuration_scgpt import ScGPTConfig
 from scgpt_hf.model.modeling_scgpt import ScGPTForPreTraining
+from scgpt_hf.publishing.card import model_card
+from scgpt_hf.publishing.hub import collect_files
 from scgpt_hf.tokens.processing_scgpt import ScGPTProcessor
-from scgpt_hf.training.card import model_card
 from scgpt_hf.training.fault_tolerance.checkpoints import Manifest, written_whole
 from scgpt_hf.training.fault_tolerance.ranks import Ranks
-from scgpt_hf.training.hub import collect_files
 from scgpt_hf.training.recipe import load_selection
 from scgpt_hf.training.run_folder import claim_run_folder
 from scgpt_hf.training.settings import parse_settings, settings_yaml

@@ -11,7 +11,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
-from scgpt_hf.training.card import (
+from scgpt_hf.publishing.card import (
     LOCAL_CHECKPOINT,
     how_to_cite,
     machine,
@@ -21,7 +21,7 @@ from scgpt_hf.training.card import (
     recipe,
     table,
 )
-from scgpt_hf.training.record import UNKNOWN, Record
+from scgpt_hf.publishing.record import UNKNOWN, Record
 
 ANNOTATE, INTEGRATE = "annotate", "integrate"
 _TAGS = ["scgpt", "single-cell", "biology", "transcriptomics", "gene-expression"]

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from huggingface_hub import ModelCard
 
-from scgpt_hf.training.card_finetuned import finetuned_card
+from scgpt_hf.publishing.card_finetuned import finetuned_card
 
 DATA = {"kind": "h5ad", "paths": ["blood.h5ad"], "census_version": None, "organism": None, "gene_hash": "abc123"}
 COMMON = {

@@ -16,9 +16,9 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, Mo
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
-from scgpt_hf.training.card import LOCAL_CHECKPOINT, model_card, name_checkpoint
-from scgpt_hf.training.card_finetuned import finetuned_card
-from scgpt_hf.training.record import Record
+from scgpt_hf.publishing.card import LOCAL_CHECKPOINT, model_card, name_checkpoint
+from scgpt_hf.publishing.card_finetuned import finetuned_card
+from scgpt_hf.publishing.record import Record
 
 logger = logging.getLogger(__name__)
 

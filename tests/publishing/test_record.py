@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from scgpt_hf.training.record import UNKNOWN, Record, portable
+from scgpt_hf.publishing.record import UNKNOWN, Record, portable
 
 
 @pytest.fixture

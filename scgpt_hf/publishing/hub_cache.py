@@ -13,8 +13,8 @@ import pyarrow as pa
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, DatasetCard, DatasetCardData, HfApi
 
 from scgpt_hf.cells.cache.manifest import GENES, MANIFEST, Identity, ShardRecord, check_shard, read_manifest
-from scgpt_hf.training.hub import HubError, plain_words, require_repo_id
-from scgpt_hf.training.record import portable
+from scgpt_hf.publishing.hub import HubError, plain_words, require_repo_id
+from scgpt_hf.publishing.record import portable
 
 logger = logging.getLogger(__name__)
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from scgpt_hf.training.record import UNKNOWN, Record, composition
+from scgpt_hf.publishing.record import UNKNOWN, Record, composition
 
 # How a card names its own checkpoint until it is published; `name_checkpoint` puts the repository there.
 LOCAL_CHECKPOINT = "best_model"

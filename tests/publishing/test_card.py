@@ -9,7 +9,7 @@ import pytest
 import yaml
 from huggingface_hub import ModelCard
 
-from scgpt_hf.training.card import UNKNOWN, model_card, name_checkpoint
+from scgpt_hf.publishing.card import UNKNOWN, model_card, name_checkpoint
 
 BEST = {
     "step": 900,
