@@ -21,9 +21,9 @@ import numpy as np
 from measuring import write_result
 
 from scgpt_hf import IntegrateSettings, embed_anndata, finetune_integration
-from scgpt_hf.analysis.baseline_embeddings import PCA
-from scgpt_hf.analysis.evaluation import evaluate_embeddings
-from scgpt_hf.analysis.metrics import BATCH, BIO
+from scgpt_hf.analysis.evaluation.baseline_embeddings import PCA
+from scgpt_hf.analysis.evaluation.evaluate import evaluate_embeddings
+from scgpt_hf.analysis.evaluation.metrics import BATCH, BIO
 
 BEFORE, AFTER = "pretrained", "integrated"
 

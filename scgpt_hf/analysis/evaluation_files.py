@@ -16,15 +16,15 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from scgpt_hf.analysis.classification import f1_by_type
 from scgpt_hf.analysis.embed import umap_of
-from scgpt_hf.analysis.evaluation import PREDICTION, TRANSFER, Evaluation, MethodScores
-from scgpt_hf.analysis.metrics import AVERAGES, BATCH, BIO
+from scgpt_hf.analysis.evaluation.classification import f1_by_type
+from scgpt_hf.analysis.evaluation.evaluate import PREDICTION, TRANSFER, Evaluation, MethodScores
+from scgpt_hf.analysis.evaluation.metrics import AVERAGES, BATCH, BIO
+from scgpt_hf.analysis.evaluation.probing import Predictions
+from scgpt_hf.analysis.evaluation.scored_cells import ScoredCells
 from scgpt_hf.analysis.plots import plot_umap, save_figure
 from scgpt_hf.analysis.plots_scores import plot_scores
 from scgpt_hf.analysis.plots_types import plot_calibration, plot_confusion, plot_f1
-from scgpt_hf.analysis.probing import Predictions
-from scgpt_hf.analysis.scored_cells import ScoredCells
 from scgpt_hf.training.finetuning.calibration import calibration_error
 
 GROUPS = {

@@ -6,7 +6,7 @@ The numbers are those of scores.json, the figures those of the folder. `report_p
 from pathlib import Path
 from typing import Any
 
-from scgpt_hf.analysis.evaluation import NOT_APPLICABLE
+from scgpt_hf.analysis.evaluation.evaluate import NOT_APPLICABLE
 from scgpt_hf.analysis.evaluation_files import GROUPS, SCORES, TABLE
 from scgpt_hf.analysis.report_page import Html, facts, figures, fold, page, paragraph, picture, section, table
 from scgpt_hf.publishing.record import Record

@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from scgpt_hf.analysis.classification import f1_by_type
 from scgpt_hf.analysis.curves import plot_loss, read_metrics
+from scgpt_hf.analysis.evaluation.classification import f1_by_type
 from scgpt_hf.analysis.plots_types import plot_calibration, plot_confusion, plot_f1
 from scgpt_hf.analysis.report_page import (
     Html,

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from scipy.sparse import csr_matrix
 
 from scgpt_hf.analysis import evaluation_files
-from scgpt_hf.analysis.baseline_embeddings import (
+from scgpt_hf.analysis.evaluation.baseline_embeddings import (
     BASELINES,
     LOGISTIC,
     PCA,
@@ -25,10 +25,10 @@ from scgpt_hf.analysis.baseline_embeddings import (
     scvi_embedding,
     variable_genes,
 )
-from scgpt_hf.analysis.evaluation import METRICS, TRANSFER, Evaluation, evaluate_embeddings
+from scgpt_hf.analysis.evaluation.evaluate import METRICS, TRANSFER, Evaluation, evaluate_embeddings
+from scgpt_hf.analysis.evaluation.metrics import NotComputable
+from scgpt_hf.analysis.evaluation.scored_cells import KEPT_PER_LABEL, choose_scored, sample_cells
 from scgpt_hf.analysis.evaluation_files import tabulate, write_evaluation
-from scgpt_hf.analysis.metrics import NotComputable
-from scgpt_hf.analysis.scored_cells import KEPT_PER_LABEL, choose_scored, sample_cells
 from tests.support import ROOT
 
 SCRIPT = ROOT / "scripts" / "evaluate.py"

@@ -13,8 +13,14 @@ import pandas as pd
 from scipy.sparse import csr_matrix
 from tqdm import tqdm
 
-from scgpt_hf.analysis.baseline_embeddings import BASELINES, LOGISTIC, PCA, baseline_features, transfer_features
-from scgpt_hf.analysis.metrics import (
+from scgpt_hf.analysis.evaluation.baseline_embeddings import (
+    BASELINES,
+    LOGISTIC,
+    PCA,
+    baseline_features,
+    transfer_features,
+)
+from scgpt_hf.analysis.evaluation.metrics import (
     AVERAGES,
     BATCH,
     BIO,
@@ -23,8 +29,8 @@ from scgpt_hf.analysis.metrics import (
     integration_scorers,
     with_averages,
 )
-from scgpt_hf.analysis.probing import CLASSIFIERS, Classifier, Predictions, predict_held_out, predict_query
-from scgpt_hf.analysis.scored_cells import MAX_CELLS, ScoredCells, choose_scored
+from scgpt_hf.analysis.evaluation.probing import CLASSIFIERS, Classifier, Predictions, predict_held_out, predict_query
+from scgpt_hf.analysis.evaluation.scored_cells import MAX_CELLS, ScoredCells, choose_scored
 from scgpt_hf.cells.source import open_source
 
 if TYPE_CHECKING:

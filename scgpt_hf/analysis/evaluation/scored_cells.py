@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from scgpt_hf.analysis.metrics import FloatArray, Labels, require_embedding
+from scgpt_hf.analysis.evaluation.metrics import FloatArray, Labels, require_embedding
 
 if TYPE_CHECKING:
     from anndata import AnnData

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from sklearn.metrics import silhouette_samples
 
-from scgpt_hf.analysis.metrics import BATCH, BIO, NotComputable, integration_scores, with_averages
+from scgpt_hf.analysis.evaluation.metrics import BATCH, BIO, NotComputable, integration_scores, with_averages
 
 rng = np.random.default_rng(0)
 cell_labels = np.repeat(["a", "b", "c"], [50, 40, 30])

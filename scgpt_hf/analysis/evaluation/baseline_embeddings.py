@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 from scipy.sparse import csr_matrix
 
-from scgpt_hf.analysis.metrics import FloatArray, Labels
+from scgpt_hf.analysis.evaluation.metrics import FloatArray, Labels
 
 PCA, LOGISTIC, SCVI = "HVG + PCA", "HVG + logistic regression", "scVI"
 BASELINES = (PCA, LOGISTIC, SCVI)
