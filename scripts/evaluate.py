@@ -19,8 +19,8 @@ from pathlib import Path
 from scgpt_hf.analysis.annotate_file import open_backed
 from scgpt_hf.analysis.evaluation.baseline_embeddings import BASELINES
 from scgpt_hf.analysis.evaluation.evaluate import DEFAULTS, METRICS, NOT_APPLICABLE, evaluate_embeddings
-from scgpt_hf.analysis.evaluation_files import require_free_folder, tabulate, write_evaluation
-from scgpt_hf.analysis.report import write_report
+from scgpt_hf.reporting.evaluation_files import require_free_folder, tabulate, write_evaluation
+from scgpt_hf.reporting.report import write_report
 
 
 def main() -> None:

@@ -15,7 +15,7 @@ from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser, RawDescripti
 
 from transformers import HfArgumentParser
 
-from scgpt_hf.analysis.report import write_report
+from scgpt_hf.reporting.report import write_report
 from scgpt_hf.training.finetuning.annotate import finetune_classifier
 from scgpt_hf.training.finetuning.integrate import finetune_integration
 from scgpt_hf.training.finetuning.settings import AnnotateSettings, IntegrateSettings

@@ -15,9 +15,9 @@ from pathlib import Path
 import accelerate
 from transformers import set_seed
 
-from scgpt_hf.analysis.pictures import show_run
 from scgpt_hf.publishing.card import model_card
 from scgpt_hf.publishing.hub import check_repository
+from scgpt_hf.reporting.run_figures import show_run
 from scgpt_hf.training import pretraining
 from scgpt_hf.training.dry_run import describe_run
 from scgpt_hf.training.fault_tolerance.signals import Interrupted

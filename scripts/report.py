@@ -10,7 +10,7 @@ The page needs nothing else and no network; it can be sent by mail and read on a
 import argparse
 import sys
 
-from scgpt_hf.analysis.report import write_report
+from scgpt_hf.reporting.report import write_report
 
 
 def main() -> None:

@@ -12,7 +12,6 @@ import numpy as np
 import yaml
 from anndata import AnnData
 
-from scgpt_hf.analysis.curves import read_metrics
 from scgpt_hf.analysis.embed import load_encoder
 from scgpt_hf.cells.cache.jobs import write_cache
 from scgpt_hf.cells.selection.splits import load_split, save_split
@@ -21,6 +20,7 @@ from scgpt_hf.model.configuration_scgpt import ScGPTConfig
 from scgpt_hf.model.modeling_scgpt import ScGPTForPreTraining
 from scgpt_hf.publishing.card import model_card
 from scgpt_hf.publishing.hub import collect_files
+from scgpt_hf.reporting.curves import read_metrics
 from scgpt_hf.tokens.processing_scgpt import ScGPTProcessor
 from scgpt_hf.training.fault_tolerance.checkpoints import Manifest, written_whole
 from scgpt_hf.training.fault_tolerance.ranks import Ranks

@@ -14,7 +14,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.sparse import csr_matrix
 
-from scgpt_hf.analysis import evaluation_files
 from scgpt_hf.analysis.evaluation.baseline_embeddings import (
     BASELINES,
     LOGISTIC,
@@ -28,7 +27,8 @@ from scgpt_hf.analysis.evaluation.baseline_embeddings import (
 from scgpt_hf.analysis.evaluation.evaluate import METRICS, TRANSFER, Evaluation, evaluate_embeddings
 from scgpt_hf.analysis.evaluation.metrics import NotComputable
 from scgpt_hf.analysis.evaluation.scored_cells import KEPT_PER_LABEL, choose_scored, sample_cells
-from scgpt_hf.analysis.evaluation_files import tabulate, write_evaluation
+from scgpt_hf.reporting import evaluation_files
+from scgpt_hf.reporting.evaluation_files import tabulate, write_evaluation
 from tests.support import ROOT
 
 SCRIPT = ROOT / "scripts" / "evaluate.py"

@@ -6,8 +6,10 @@ The numbers are those of the run folder; nothing is computed anew but the curves
 from pathlib import Path
 from typing import Any
 
-from scgpt_hf.analysis.curves import plot_loss, read_metrics
-from scgpt_hf.analysis.report_page import (
+from scgpt_hf.publishing.card import complete_summary
+from scgpt_hf.publishing.record import UNKNOWN, Record, composition
+from scgpt_hf.reporting.curves import plot_loss, read_metrics
+from scgpt_hf.reporting.report_page import (
     Html,
     bar,
     code,
@@ -21,8 +23,6 @@ from scgpt_hf.analysis.report_page import (
     section,
     table,
 )
-from scgpt_hf.publishing.card import complete_summary
-from scgpt_hf.publishing.record import UNKNOWN, Record, composition
 from scgpt_hf.training.run_folder import BEST_MODEL, METRICS, SETTINGS, SPLIT, SUMMARY
 
 _ERRORS = {

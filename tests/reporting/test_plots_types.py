@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
-from scgpt_hf.analysis.plots_scores import plot_scores
-from scgpt_hf.analysis.plots_types import plot_calibration, plot_confusion, plot_f1
+from scgpt_hf.reporting.plots_scores import plot_scores
+from scgpt_hf.reporting.plots_types import plot_calibration, plot_confusion, plot_f1
 
 TRUE = ["T"] * 6 + ["B"] * 4
 PREDICTED = ["T"] * 3 + ["B"] * 2 + ["unassigned"] + ["B"] * 4

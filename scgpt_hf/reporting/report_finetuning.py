@@ -9,10 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from scgpt_hf.analysis.curves import plot_loss, read_metrics
 from scgpt_hf.analysis.evaluation.classification import f1_by_type
-from scgpt_hf.analysis.plots_types import plot_calibration, plot_confusion, plot_f1
-from scgpt_hf.analysis.report_page import (
+from scgpt_hf.publishing.record import UNKNOWN, Record
+from scgpt_hf.reporting.curves import plot_loss, read_metrics
+from scgpt_hf.reporting.plots_types import plot_calibration, plot_confusion, plot_f1
+from scgpt_hf.reporting.report_page import (
     Html,
     code,
     drawing,
@@ -25,7 +26,6 @@ from scgpt_hf.analysis.report_page import (
     section,
     table,
 )
-from scgpt_hf.publishing.record import UNKNOWN, Record
 from scgpt_hf.training.run_folder import BEST_MODEL, METRICS, SETTINGS, SUMMARY
 
 _SHOWN = {"confusion", "labels", "validation", "majority_baseline", "calibration_error", "reliability", "data"}

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from scgpt_hf.analysis.evaluation.evaluate import NOT_APPLICABLE
-from scgpt_hf.analysis.evaluation_files import GROUPS, SCORES, TABLE
-from scgpt_hf.analysis.report_page import Html, facts, figures, fold, page, paragraph, picture, section, table
 from scgpt_hf.publishing.record import Record
+from scgpt_hf.reporting.evaluation_files import GROUPS, SCORES, TABLE
+from scgpt_hf.reporting.report_page import Html, facts, figures, fold, page, paragraph, picture, section, table
 
 MEANING = {
     "NMI": "agreement of k-means clusters with the labels, by mutual information; 1 is the same partition",

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import MaxNLocator
 
-from scgpt_hf.analysis.plots import GREY, PALETTE, SMALL, FloatArray
+from scgpt_hf.reporting.plots import GREY, PALETTE, SMALL, FloatArray
 
 Curves = dict[str, tuple[FloatArray, FloatArray]]
 

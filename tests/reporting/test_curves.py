@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from matplotlib.axes import Axes
 
-from scgpt_hf.analysis.curves import plot_loss, read_metrics, spread
+from scgpt_hf.reporting.curves import plot_loss, read_metrics, spread
 
 Lines = list[dict[str, Any]]
 REFERENCES = {"eval_constant_mse": 208.0, "eval_gene_mean_mse": 120.0, "eval_tie_floor_mse": 44.0}

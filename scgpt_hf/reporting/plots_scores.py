@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from scgpt_hf.analysis.plots import GREY, SMALL, text_width
+from scgpt_hf.reporting.plots import GREY, SMALL, text_width
 
 _WIDTH, _HEIGHT, _GAP = 0.52, 0.27, 0.12  # inches of a cell of the table, and between two groups
 

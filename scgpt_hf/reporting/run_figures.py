@@ -7,12 +7,12 @@ from pathlib import Path
 import numpy as np
 from transformers import PreTrainedModel
 
-from scgpt_hf.analysis.curves import plot_loss, read_metrics
 from scgpt_hf.analysis.embed import embed_cells, umap_of
-from scgpt_hf.analysis.plots import plot_umap, save_figure
-from scgpt_hf.analysis.report import write_report
 from scgpt_hf.cells.block import Int64Array
 from scgpt_hf.cells.source import CellSource
+from scgpt_hf.reporting.curves import plot_loss, read_metrics
+from scgpt_hf.reporting.plots import plot_umap, save_figure
+from scgpt_hf.reporting.report import write_report
 from scgpt_hf.tokens.processing_scgpt import ScGPTProcessor
 
 logger = logging.getLogger(__name__)

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
 from scgpt_hf.analysis.evaluation.classification import count_confusions, f1_by_type
-from scgpt_hf.analysis.plots import GREY, PALETTE, SMALL, text_width
+from scgpt_hf.reporting.plots import GREY, PALETTE, SMALL, text_width
 from scgpt_hf.training.finetuning.calibration import calibration_error, reliability
 
 _MARKERS = "oDs^vPX*"

@@ -22,9 +22,9 @@ from scgpt_hf.analysis.evaluation.evaluate import PREDICTION, TRANSFER, Evaluati
 from scgpt_hf.analysis.evaluation.metrics import AVERAGES, BATCH, BIO
 from scgpt_hf.analysis.evaluation.probing import Predictions
 from scgpt_hf.analysis.evaluation.scored_cells import ScoredCells
-from scgpt_hf.analysis.plots import plot_umap, save_figure
-from scgpt_hf.analysis.plots_scores import plot_scores
-from scgpt_hf.analysis.plots_types import plot_calibration, plot_confusion, plot_f1
+from scgpt_hf.reporting.plots import plot_umap, save_figure
+from scgpt_hf.reporting.plots_scores import plot_scores
+from scgpt_hf.reporting.plots_types import plot_calibration, plot_confusion, plot_f1
 from scgpt_hf.training.finetuning.calibration import calibration_error
 
 GROUPS = {

@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from matplotlib.figure import Figure
 
-from scgpt_hf.analysis.plots import save_figure
-from scgpt_hf.analysis.report import write_report
-from scgpt_hf.analysis.report_page import Html, bar, drawing, facts, page, picture, section, table, tag
+from scgpt_hf.reporting.plots import save_figure
+from scgpt_hf.reporting.report import write_report
+from scgpt_hf.reporting.report_page import Html, bar, drawing, facts, page, picture, section, table, tag
 from tests.support import ROOT
 
 SCRIPT = ROOT / "scripts" / "report.py"

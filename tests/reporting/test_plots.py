@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import to_hex, to_rgb
 from matplotlib.figure import Figure
 
-from scgpt_hf.analysis.plots import OTHER, PALETTE, plot_umap, save_figure
+from scgpt_hf.reporting.plots import OTHER, PALETTE, plot_umap, save_figure
 
 
 def legend_of(axes: Axes) -> list[str]:

@@ -6,11 +6,11 @@ Which folder gets which page is decided here; the pages are made in `report_run.
 
 from pathlib import Path
 
-from scgpt_hf.analysis.evaluation_files import SCORES
-from scgpt_hf.analysis.report_evaluation import report_evaluation
-from scgpt_hf.analysis.report_finetuning import report_finetuning
-from scgpt_hf.analysis.report_run import report_run
 from scgpt_hf.publishing.record import Record
+from scgpt_hf.reporting.evaluation_files import SCORES
+from scgpt_hf.reporting.report_evaluation import report_evaluation
+from scgpt_hf.reporting.report_finetuning import report_finetuning
+from scgpt_hf.reporting.report_run import report_run
 from scgpt_hf.training.run_folder import METRICS, SUMMARY, write_whole
 
 REPORT = "report.html"
