@@ -42,7 +42,7 @@ from training_step import How, TrainingStep, cells_per_second
 from scgpt_hf.model.configuration_scgpt import ScGPTConfig, training_flops_per_token
 from scgpt_hf.model.modeling_scgpt import ScGPTForPreTraining
 from scgpt_hf.tokens.packing_scgpt import IGNORE, Tokens, bucket, pack
-from scgpt_hf.training.peak import device_peak
+from scgpt_hf.training.peak_flops import device_peak
 
 ARMS = {
     "eager": How(),

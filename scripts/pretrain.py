@@ -19,9 +19,9 @@ from scgpt_hf.publishing.card import model_card
 from scgpt_hf.publishing.hub import check_repository
 from scgpt_hf.reporting.run_figures import show_run
 from scgpt_hf.training import pretraining
+from scgpt_hf.training.device import share_cores
 from scgpt_hf.training.dry_run import describe_run
 from scgpt_hf.training.fault_tolerance.signals import Interrupted
-from scgpt_hf.training.machine import share_cores
 from scgpt_hf.training.recipe import begin_run, build_model, build_processor, open_cells, save_selection
 from scgpt_hf.training.run_folder import CARD, write_whole
 from scgpt_hf.training.settings import parse_settings

@@ -14,7 +14,7 @@ from scgpt_hf.cells.threads import read_ahead
 from scgpt_hf.model.configuration_scgpt import training_flops_per_token
 from scgpt_hf.model.modeling_scgpt import ScGPTForPreTraining
 from scgpt_hf.pipeline.stream import Batch, lengths_of
-from scgpt_hf.training.machine import device_name
+from scgpt_hf.training.device import device_name
 from scgpt_hf.training.pretraining import Streams
 from scgpt_hf.training.settings import TrainingSettings
 

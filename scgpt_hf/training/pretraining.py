@@ -30,7 +30,7 @@ from scgpt_hf.model.modeling_scgpt import ScGPTForPreTraining
 from scgpt_hf.pipeline.stream import StreamSettings, stream_cells
 from scgpt_hf.tokens.processing_scgpt import ScGPTProcessor
 from scgpt_hf.training.baselines import Baselines, baselines_from, sum_bins, sum_errors
-from scgpt_hf.training.caching import band_order, open_caching
+from scgpt_hf.training.cache_dir import band_order, open_caching
 from scgpt_hf.training.fault_tolerance.checkpoints import Manifest, manifest_of
 from scgpt_hf.training.provenance import composition_of, training_of
 from scgpt_hf.training.recipe import Selection, global_batch_size

@@ -10,7 +10,7 @@ from transformers import Trainer
 
 from scgpt_hf.cells.block import Int64Array
 from scgpt_hf.cells.source import CellSource
-from scgpt_hf.training.machine import device_name
+from scgpt_hf.training.device import device_name
 
 
 def composition_of(source: CellSource, parts: dict[str, Int64Array]) -> dict[str, dict[str, int]]:

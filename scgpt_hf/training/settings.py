@@ -17,7 +17,7 @@ import torch
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
-from scgpt_hf.training.refusals import require_data_settings, require_training_settings
+from scgpt_hf.training.settings_validation import require_data_settings, require_training_settings
 
 
 def setting(default: Any, help: str) -> Any:

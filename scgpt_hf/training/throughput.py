@@ -7,7 +7,7 @@ import torch
 
 from scgpt_hf.model.configuration_scgpt import ScGPTConfig, training_flops_per_token
 from scgpt_hf.pipeline.stream import Batch, lengths_of
-from scgpt_hf.training.peak import device_peak
+from scgpt_hf.training.peak_flops import device_peak
 
 
 class Throughput:

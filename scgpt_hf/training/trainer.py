@@ -29,8 +29,8 @@ from scgpt_hf.publishing.hub import check_repository, publish
 from scgpt_hf.training.baselines import Baselines
 from scgpt_hf.training.fault_tolerance.checkpoints import checkpoint_at
 from scgpt_hf.training.fault_tolerance.trainer import ResilientTrainer, Window
+from scgpt_hf.training.pin_memory import count_labels, pinning, to_device
 from scgpt_hf.training.throughput import Throughput
-from scgpt_hf.training.transfer import count_labels, pinning, to_device
 
 logger = logging.getLogger(__name__)
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from scgpt_hf.tokens.packing_scgpt import IGNORE
-from scgpt_hf.training.transfer import count_labels, pinning, to_device
+from scgpt_hf.training.pin_memory import count_labels, pinning, to_device
 from tests.training.test_trainer import prepare
 
 CPU = torch.device("cpu")

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from scgpt_hf.training import machine
-from scgpt_hf.training.machine import device_name, share_cores
+from scgpt_hf.training import device as machine
+from scgpt_hf.training.device import device_name, share_cores
 from scgpt_hf.training.settings import TrainingSettings
 
 LAUNCHED = {"ACCELERATE_MIXED_PRECISION": "no"}
