@@ -7,10 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from tests.cells.test_cache_jobs import SHARD, contents, make_cells
 
 from scgpt_hf.cells.cache.jobs import write_cache
 from scgpt_hf.cells.source import CellSource, open_source
+from tests.cells.test_cache_jobs import SHARD, contents, make_cells
 from tests.support import ROOT
 
 pytestmark = pytest.mark.slow

@@ -4,13 +4,13 @@ import threading
 
 import numpy as np
 import pytest
-from tests.cells.test_cache_jobs import SHARD, contents, make_cells
 
 from scgpt_hf.cells.cache.jobs import write_cache
 from scgpt_hf.cells.cache.manifest import CacheError
 from scgpt_hf.cells.cache.write_through import CachingSource
 from scgpt_hf.cells.schedule.epoch import plan_epoch
 from scgpt_hf.cells.source import CellSource, open_source
+from tests.cells.test_cache_jobs import SHARD, contents, make_cells
 
 CELLS = np.arange(100, 8900)
 

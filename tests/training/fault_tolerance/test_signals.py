@@ -10,13 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.training.test_resilient import EVERY_4, read_metrics
 from transformers import TrainerCallback
 
 from scgpt_hf.cells import threads
-from scgpt_hf.training.fault_tolerance import signals as stopping
+from scgpt_hf.training.fault_tolerance import signals
 from scgpt_hf.training.fault_tolerance.checkpoints import checkpoints_in, newest_valid, verify
 from scgpt_hf.training.fault_tolerance.signals import Interrupted, StopSignal
+from tests.training.test_resilient import EVERY_4, read_metrics
 from tests.training.test_trainer import prepare, weights_of
 
 
@@ -156,7 +156,7 @@ def test_a_second_signal_ends_the_process_at_once():
         "        time.sleep(0.05)\n"
         "        if stop.number: print(int(stop.number), flush=True)\n"
     )
-    beside = Path(stopping.__file__).parent  # imported from there, it needs nothing else of ours
+    beside = Path(signals.__file__).parent  # imported from there, it needs nothing else of ours
     with subprocess.Popen([sys.executable, "-c", code], cwd=beside, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout.readline() == "ready\n"
         process.send_signal(signal.SIGINT)

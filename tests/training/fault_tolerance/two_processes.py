@@ -8,12 +8,12 @@ import sys
 from pathlib import Path
 
 import torch
-from tests.training.test_resilient import EVERY_4, QUIET
 from torch.nn.parallel import DistributedDataParallel
 
 from scgpt_hf.training.fault_tolerance.checkpoints import newest_valid, verify
 from scgpt_hf.training.fault_tolerance.nonfinite import all_finite
 from scgpt_hf.training.fault_tolerance.signals import Interrupted
+from tests.training.test_resilient import EVERY_4, QUIET
 from tests.training.test_trainer import prepare, weights_of
 
 OBJECTIVES = {

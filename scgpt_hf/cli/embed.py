@@ -1,0 +1,53 @@
+"""Embed the cells of an .h5ad file with a pretrained model: one vector per cell, in obsm.
+
+  python scripts/embed.py data.h5ad --model runs/demo/best_model --out embedded.h5ad
+  python scripts/embed.py data.h5ad --model OWNER/NAME --out embedded.h5ad --layer counts --batch_size 256
+
+The file may be larger than memory. It needs raw counts and genes by Ensembl id or symbol. Then, in scanpy:
+
+  adata = scanpy.read_h5ad("embedded.h5ad")
+  scanpy.pp.neighbors(adata, use_rep="X_scgpt"); scanpy.tl.umap(adata); scanpy.tl.leiden(adata)
+
+adata.uns["X_scgpt"] says which model and how many genes it knew.
+"""
+
+import argparse
+import sys
+
+from scgpt_hf.analysis.embed import KEY, load_encoder
+from scgpt_hf.analysis.embed_file import embed_file
+
+
+def main() -> None:
+    """Read the command line, embed, say what was done."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", help=".h5ad file with raw counts")
+    parser.add_argument("--model", required=True, help="folder of a saved model, or its repository on the Hub")
+    parser.add_argument("--out", required=True, help="file to write: the data with the embedding added")
+    parser.add_argument("--key", default=KEY, help="name in obsm and uns (default: %(default)s)")
+    parser.add_argument("--layer", help="layer with the raw counts (default: X)")
+    parser.add_argument("--batch_size", type=int, default=64, help="cells at once; for speed (default: %(default)s)")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, … (default: a GPU if there is one)")
+    parser.add_argument(
+        "--empty",
+        choices=("raise", "nan"),
+        default="raise",
+        help="cells that express no gene the model knows: stop, or write NaN (default: %(default)s)",
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace OUT, and an embedding of that name")
+    options = vars(parser.parse_args())
+    try:
+        model, processor = load_encoder(options.pop("model"), options.pop("device"))
+        report = embed_file(options.pop("data"), options.pop("out"), model, processor, **options)
+    except (OSError, ValueError) as error:
+        sys.exit(f"embed.py: {error}")
+    genes = report["genes"]
+    print(
+        f"Embedded {report['cells'] - report['empty_cells']:,} of {report['cells']:,} cells with {report['model']}.\n"
+        f"Genes: {genes['by_id']:,} matched by id, {genes['by_symbol']:,} by symbol, "
+        f"{genes['duplicates']:,} duplicates, {genes['unknown']:,} unknown; the model knows {genes['vocabulary']:,}."
+    )
+
+
+if __name__ == "__main__":
+    main()
