@@ -27,7 +27,7 @@ from measuring import alternate, print_medians, write_result
 from scgpt_hf.cells.block import CellBlock, Rows
 from scgpt_hf.cells.cache.jobs import write_cache
 from scgpt_hf.cells.cache.manifest import read_manifest
-from scgpt_hf.cells.cache.reader import CacheSource, uniform_band_size
+from scgpt_hf.cells.cache.reader import CacheSource, uniform_chunk_size
 from scgpt_hf.cells.schedule.epoch import plan_epoch
 from scgpt_hf.cells.selection.filters import highly_variable_genes
 from scgpt_hf.cells.source import open_source
@@ -87,11 +87,11 @@ def read_map_style(folder: Path, n_cells: int) -> float:
     return len(order) / (time.perf_counter() - started)
 
 
-def plan(n_cells: int, band_size: int) -> dict[str, float]:
+def plan(n_cells: int, chunk_size: int) -> dict[str, float]:
     """Return what the plan of one epoch takes, besides the ids themselves: seconds, and GB at its peak and kept."""
     cell_ids = np.arange(n_cells, dtype=np.int64)
-    arguments: dict[str, Any] = {"seed": 0, "epoch": 0, "batch_size": 4096, "band_size": band_size}
-    arguments["bands_per_block"] = BLOCK // band_size
+    arguments: dict[str, Any] = {"seed": 0, "epoch": 0, "batch_size": 4096, "chunk_size": chunk_size}
+    arguments["chunks_per_window"] = BLOCK // chunk_size
     started = time.perf_counter()
     plan_epoch(cell_ids, **arguments)
     seconds = time.perf_counter() - started
@@ -100,9 +100,15 @@ def plan(n_cells: int, band_size: int) -> dict[str, float]:
     kept, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     started = time.perf_counter()
-    planned.block(7)
+    planned.window(7)
     block = time.perf_counter() - started
-    return {"band_size": band_size, "seconds": seconds, "peak_gb": peak / 1e9, "kept_gb": kept / 1e9, "block_s": block}
+    return {
+        "chunk_size": chunk_size,
+        "seconds": seconds,
+        "peak_gb": peak / 1e9,
+        "kept_gb": kept / 1e9,
+        "block_s": block,
+    }
 
 
 def main() -> None:
@@ -119,7 +125,7 @@ def main() -> None:
     sources = {n: CacheSource(asked.out, n_threads=n) for n in asked.threads}
     cell_ids = sources[1].obs().index.to_numpy()
     genes = sources[1].genes["feature_id"].to_numpy()
-    chosen = highly_variable_genes(sources[1], cell_ids[:HVG_CELLS], 1200, per=None)
+    chosen = highly_variable_genes(sources[1], cell_ids[:HVG_CELLS], 1200, batch_key=None)
     processors = {
         "all genes": ScGPTProcessor.from_genes(genes.tolist(), max_tokens=1201),
         "1,200 variable genes": ScGPTProcessor.from_genes(genes[chosen].tolist(), max_tokens=1201),
@@ -134,7 +140,7 @@ def main() -> None:
         arm()
     medians = written | alternate(arms, asked.repeats)
     print_medians(medians, "datasets, map-style, 1 thread", "cells/s")
-    plans = [plan(CENSUS_CELLS, size) for size in (2048, uniform_band_size(CENSUS_CELLS))]
+    plans = [plan(CENSUS_CELLS, size) for size in (2048, uniform_chunk_size(CENSUS_CELLS))]
     for planned in plans:
         print("plan of 160 million cells:", ", ".join(f"{name} {value:,.3g}" for name, value in planned.items()))
     shards = read_manifest(asked.out)[1]

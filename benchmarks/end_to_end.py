@@ -42,7 +42,7 @@ from training_step import How, TrainingStep, cells_per_second
 from scgpt_hf.model.configuration_scgpt import ScGPTConfig, training_flops_per_token
 from scgpt_hf.model.modeling_scgpt import ScGPTForPreTraining
 from scgpt_hf.tokens.packing_scgpt import IGNORE, Tokens, bucket, pack
-from scgpt_hf.training.peak_flops import device_peak
+from scgpt_hf.training.peak_flops import peak_flops
 
 ARMS = {
     "eager": How(),
@@ -126,7 +126,7 @@ def measure(mean_tokens: int, options: argparse.Namespace, device: torch.device)
     model = next(iter(runs.values()))[0].model
     masked = float(np.mean([(tokens.labels != IGNORE).mean() for tokens in cells]))
     flops = training_flops_per_token(model.config, float((lengths**2).sum() / lengths.sum()), masked)
-    work = Work(n_cells, float(lengths.mean()), flops, device_peak(device))
+    work = Work(n_cells, float(lengths.mean()), flops, peak_flops(device))
     arms = {name: report(name, work, rate, *runs[name]) for name, rate in rates.items()}
     parameters = sum(parameter.numel() for parameter in model.parameters())
     return {**asdict(work), "genes": n_genes, "parameters": parameters, "arms": arms}
@@ -165,8 +165,8 @@ def start(
 
 def report(name: str, work: Work, rate: float, step: TrainingStep, batches: list[dict[str, Any]]) -> dict[str, Any]:
     """Print and return what an arm's rate means, and where its time goes."""
-    feed = cycle(batches)
-    families = breakdown(lambda: step(next(feed)), step.wait, seconds=work.cells / rate)
+    stream_config = cycle(batches)
+    families = breakdown(lambda: step(next(stream_config)), step.wait, seconds=work.cells / rate)
     tokens = rate * work.mean_tokens
     found: dict[str, Any] = {
         "cells_per_second": rate,

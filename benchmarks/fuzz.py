@@ -24,7 +24,7 @@ from measuring import write_result
 
 TESTS = Path(__file__).resolve().parents[1] / "tests"
 TOGETHER = 50  # examples of a child process
-PATIENCE_S = 120
+JOIN_TIMEOUT_S = 120
 
 
 def run(
@@ -42,7 +42,7 @@ def run(
     for seed in seeds:
         for name in names:
             results.put((name, seed, "began"))
-            signal.alarm(PATIENCE_S)  # an example that hangs ends its process, by name
+            signal.alarm(JOIN_TIMEOUT_S)  # an example that hangs ends its process, by name
             with tempfile.TemporaryDirectory() as folder:
                 try:
                     ended = check(name, Path(inputs), Path(folder), seed).rpartition(" -> ")[2].partition(":")[0]

@@ -38,7 +38,7 @@ def main() -> None:
     parser.add_argument("--model", required=True, help="folder of a pretrained model, or its repository on the Hub")
     parser.add_argument("--files", nargs="+", default=["pbmc3k_10x", "pbmc4k_asurat"], help="one for each batch")
     parser.add_argument("--cells", type=int, default=200, help="of each file, drawn at random")
-    parser.add_argument("--label", default="cell_type_coarse", help="obs column of cell types")
+    parser.add_argument("--labels_key", default="cell_type_coarse", help="obs column of cell types")
     parser.add_argument("--epochs", type=int, default=5, help="of fine-tuning")
     parser.add_argument("--batch_size", type=int, default=32, help="cells per step")
     parser.add_argument("--input_norm", choices=("domain", "none"), default="domain", help="a norm per batch, or none")
@@ -53,7 +53,7 @@ def main() -> None:
             name: getattr(options, name) for name in ("epochs", "batch_size", "input_norm", "learning_rate", "seed")
         }
         settings = IntegrateSettings(
-            model=options.model, out=f"{folder}/joined", domain_key="batch", use_cpu=True, disable_tqdm=True, **training
+            model=options.model, out=f"{folder}/joined", batch_key="batch", use_cpu=True, disable_tqdm=True, **training
         )
         summary = finetune_integration(cells, settings)
         seconds = time.perf_counter() - started

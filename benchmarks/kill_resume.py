@@ -39,13 +39,13 @@ from transformers import TrainerCallback, set_seed
 from scgpt_hf.demo import demo_census
 from scgpt_hf.tokens.processing_scgpt import ScGPTProcessor
 from scgpt_hf.training.fault_tolerance.checkpoints import checkpoints_in
-from scgpt_hf.training.pretraining import Streams, make_trainer
+from scgpt_hf.training.pretraining import DataModule, make_trainer
 from scgpt_hf.training.recipe import begin_run, build_model, build_processor, open_cells, save_selection
 from scgpt_hf.training.settings import parse_settings
 
 TINY = [
     *("--hidden_size", "16", "--num_hidden_layers", "1", "--num_attention_heads", "2", "--intermediate_size", "16"),
-    *("--dropout", "0.1", "--use_cpu", "true", "--disable_tqdm", "true", "--bands_per_block", "1"),
+    *("--dropout", "0.1", "--use_cpu", "true", "--disable_tqdm", "true", "--chunks_per_window", "1"),
     *("--save_strategy", "steps", "--eval_strategy", "epoch", "--load_best_model_at_end", "false"),
     *("--logging_steps", "4", "--max_tokens", "65"),
 ]
@@ -99,8 +99,8 @@ def train(flags: list[str], folder: Path, trace: Path) -> None:
     selection, checkpoint = begin_run(source, settings)
     processor = build_processor(selection.genes, settings.data)
     set_seed(args.seed)
-    model = build_model(processor, settings.model, selection.domains, settings.data.domain_key)
-    trainer = make_trainer(Streams(source, selection, processor, settings, checkpoint), model, args)
+    model = build_model(processor, settings.model, selection.domains, settings.data.batch_key)
+    trainer = make_trainer(DataModule(source, selection, processor, settings, checkpoint), model, args)
     if args.process_index == 0 and checkpoint is None:
         save_selection(selection, source, settings)
     trainer.add_callback(Trace(trainer, trace.with_name(f"{trace.name}.{args.process_index}")))

@@ -5,9 +5,9 @@
 
 Warm: every file is read once before. The ceiling is a full scan by TileDB, --threads threads that throw away what they
 read. Ours reads the files of a local Census itself; an arm does so through TileDB, as it has to read a remote one.
-tiledbsoma-ml yields raw rows, shuffled as well as ours (chunks of 2,048 cells, as many in its buffer as bands in
+tiledbsoma-ml yields raw rows, shuffled as well as ours (chunks of 2,048 cells, as many in its buffer as chunks in
 our pool); of two sizes of TileDB's buffers the better one counts. How well cells are mixed is measured on the batches:
-entropy of the donors as a share of a uniform draw's, and pairs of a batch that come from one band of 2,048 cells.
+entropy of the donors as a share of a uniform draw's, and pairs of a batch that come from one chunk of 2,048 cells.
 """
 
 import argparse
@@ -26,13 +26,13 @@ import tiledbsoma as soma
 from measuring import alternate, peak_memory_gb, print_medians, ratios, write_result
 from tiledbsoma_ml import ExperimentDataset
 
-from scgpt_hf.cells.schedule.epoch import BAND_SIZE, EpochPlan, plan_epoch
+from scgpt_hf.cells.schedule.epoch import CHUNK_SIZE, EpochPlan, plan_epoch
 from scgpt_hf.cells.soma.census import CensusSource
 from scgpt_hf.cells.soma.memory import TILEDB_CONFIG
 from scgpt_hf.cells.soma.remote import open_context
 from scgpt_hf.cells.source import open_source
-from scgpt_hf.cells.threads import in_order, read_ahead
-from scgpt_hf.pipeline.stream import StreamSettings, stream_cells
+from scgpt_hf.cells.threads import in_order, prefetch
+from scgpt_hf.pipeline.stream import StreamConfig, stream_cells
 from scgpt_hf.tokens.processing_scgpt import ScGPTProcessor
 from scgpt_hf.tokens.tokenizing_scgpt import Block, rows_of
 
@@ -44,16 +44,16 @@ BUFFERS = (64 * 2**20, 2**30)  # tiledbsoma-ml: bytes of a column of a query; th
 
 
 def full_scan(path: Path, n_threads: int) -> float:
-    """Return cells per second of reading all of X in aligned bands and throwing it away."""
+    """Return cells per second of reading all of X in aligned chunks and throwing it away."""
     uri = f"{path}/census_data/homo_sapiens/ms/RNA/X/raw"
     with soma.SparseNDArray.open(uri) as array:
         n_cells = array.shape[0]
-    starts = range(0, n_cells, 4 * BAND_SIZE)
+    starts = range(0, n_cells, 4 * CHUNK_SIZE)
 
     def scan(thread: int) -> None:
         with soma.SparseNDArray.open(uri, context=open_context(False, n_threads=1)) as array:
             for start in starts[thread::n_threads]:
-                for _ in array.read((slice(start, min(start + 4 * BAND_SIZE, n_cells) - 1),)).tables():
+                for _ in array.read((slice(start, min(start + 4 * CHUNK_SIZE, n_cells) - 1),)).tables():
                     pass
 
     started = time.perf_counter()
@@ -69,7 +69,7 @@ def plan_of(source: CensusSource) -> EpochPlan:
 
 def raw_rows(source: CensusSource, plan: EpochPlan) -> Iterator[Block]:
     """Yield the CSR arrays of each batch of an epoch, shape (cells, genes); the next block is read meanwhile."""
-    reads = (partial(source.read, plan.block(index).ravel()) for index in range(plan.n_blocks))
+    reads = (partial(source.read, plan.window(index).ravel()) for index in range(plan.n_windows))
     with ThreadPoolExecutor(2) as readers:
         for block in in_order(readers, reads, n_ahead=1):
             for together in range(0, len(block), GATHERED):
@@ -99,8 +99,8 @@ def token_batches(path: Path, n_threads: int) -> Iterator[Iterator[dict]]:
     """Give the batches of an epoch, tokenised, masked, packed and read ahead."""
     with CensusSource(f"{path}/census_data/homo_sapiens", n_threads=n_threads) as source:
         plan, processor = plan_of(source), processor_of(source)
-        batches = stream_cells(source, [plan], processor, StreamSettings(seed=0, mask_ratios=(0.25, 0.5, 0.75)))
-        with closing(read_ahead(batches)) as ready:
+        batches = stream_cells(source, [plan], processor, StreamConfig(seed=0, mask_ratios=(0.25, 0.5, 0.75)))
+        with closing(prefetch(batches)) as ready:
             yield ready
 
 
@@ -124,7 +124,7 @@ def soma_ml(path: Path, buffer_bytes: int, obs_filter: str | None = None, batche
     with soma.Experiment.open(f"{path}/census_data/homo_sapiens", context=context) as experiment:
         query = experiment.axis_query("RNA", obs_query=soma.AxisQuery(value_filter=obs_filter))
         dataset = ExperimentDataset(
-            query, "raw", batch_size=BATCH, io_batch_size=BANDS * BAND_SIZE, shuffle_chunk_size=BAND_SIZE,
+            query, "raw", batch_size=BATCH, io_batch_size=BANDS * CHUNK_SIZE, shuffle_chunk_size=CHUNK_SIZE,
             return_sparse_X=True, seed=0,
         )  # fmt: skip
         started, n_cells = time.perf_counter(), 0
@@ -136,15 +136,15 @@ def soma_ml(path: Path, buffer_bytes: int, obs_filter: str | None = None, batche
 
 
 def mixing(batches: list[np.ndarray], donors: np.ndarray) -> dict[str, float]:
-    """Return how well donors and bands are mixed in batches of cell ids, beside a uniform draw."""
+    """Return how well donors and chunks are mixed in batches of cell ids, beside a uniform draw."""
     rng = np.random.default_rng(0)
     uniform = [rng.choice(len(donors), BATCH, replace=False) for _ in range(2000)]
-    same_band = [share_of_pairs(ids // BAND_SIZE) for ids in batches]
+    same_band = [share_of_pairs(ids // CHUNK_SIZE) for ids in batches]
     return {
         "donor_entropy_of_uniform": float(np.mean([entropy(donors[ids]) for ids in batches]))
         / float(np.mean([entropy(donors[ids]) for ids in uniform])),
         "same_band_pairs": float(np.mean(same_band)),
-        "same_band_pairs_uniform": float(np.mean([share_of_pairs(ids // BAND_SIZE) for ids in uniform])),
+        "same_band_pairs_uniform": float(np.mean([share_of_pairs(ids // CHUNK_SIZE) for ids in uniform])),
     }
 
 
@@ -165,7 +165,7 @@ def compare_mixing(path: Path) -> dict[str, dict[str, float]]:
     source = open_source(path)
     donors = pd.factorize(source.obs(["donor_id"])["donor_id"])[0]
     plan = plan_of(source)
-    ours = [row for block in range(plan.n_blocks) for row in plan.block(block)]
+    ours = [row for block in range(plan.n_windows) for row in plan.window(block)]
     theirs: list[np.ndarray] = []
     soma_ml(path, BUFFERS[0], batches=theirs)
     return {"ours": mixing(ours, donors), "tiledbsoma-ml": mixing(theirs[: len(ours)], donors)}
@@ -180,7 +180,7 @@ def first_batch_s(path: Path, n_threads: int) -> float:
 
 
 def memory_gb(path: Path, n_threads: int) -> float:
-    """Return the peak memory of a process of its own that streams an epoch of tokens."""
+    """Return the peak memory of a process of its own that data_module an epoch of tokens."""
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         return pool.submit(_stream_and_measure, path, n_threads).result()
 

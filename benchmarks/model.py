@@ -21,7 +21,7 @@ from training_step import How, TrainingStep, cells_per_second
 from scgpt_hf.cells.schedule.epoch import plan_epoch
 from scgpt_hf.cells.source import CellSource, open_source
 from scgpt_hf.model.configuration_scgpt import training_flops_per_token
-from scgpt_hf.pipeline.stream import Batch, StreamSettings, lengths_of, stream_cells
+from scgpt_hf.pipeline.stream import Batch, StreamConfig, lengths_of, stream_cells
 from scgpt_hf.tokens.processing_scgpt import ScGPTProcessor
 from scgpt_hf.training.recipe import build_model, build_processor, choose
 from scgpt_hf.training.settings import DataSettings, ModelSettings
@@ -88,8 +88,8 @@ def read_batches(
     padded: bool,
 ) -> list[Batch]:
     """Return the first masked batches of an epoch, in either layout."""
-    plan = plan_epoch(cell_ids, seed=SEED, epoch=0, batch_size=options.batch_size, band_size=source.band_size)
-    settings = StreamSettings(SEED, mask_ratios=tuple(data.mask_ratios), padded=padded)
+    plan = plan_epoch(cell_ids, seed=SEED, epoch=0, batch_size=options.batch_size, chunk_size=source.chunk_size)
+    settings = StreamConfig(SEED, mask_ratios=tuple(data.mask_ratios), padded=padded)
     return list(islice(stream_cells(source, [plan], processor, settings), options.batches))
 
 

@@ -19,7 +19,7 @@ import psutil
 from measuring import RESULTS, write_result
 from transformers import TrainerCallback, set_seed
 
-from scgpt_hf.training.pretraining import Streams, make_trainer
+from scgpt_hf.training.pretraining import DataModule, make_trainer
 from scgpt_hf.training.recipe import begin_run, build_model, build_processor, open_cells, save_selection
 from scgpt_hf.training.settings import parse_settings
 
@@ -87,8 +87,8 @@ def main() -> None:
         selection, _ = begin_run(source, settings)
         processor = build_processor(selection.genes, settings.data)
         set_seed(0)
-        streams = Streams(source, selection, processor, settings)
-        trainer = make_trainer(streams, build_model(processor, settings.model), settings.training)
+        data_module = DataModule(source, selection, processor, settings)
+        trainer = make_trainer(data_module, build_model(processor, settings.model), settings.training)
         save_selection(selection, source, settings)
         watch = Watch()
         trainer.add_callback(watch)

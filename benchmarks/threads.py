@@ -25,7 +25,7 @@ from measuring import alternate, print_medians, write_result
 from scgpt_hf.cells import threads
 from scgpt_hf.cells.schedule.epoch import plan_epoch
 from scgpt_hf.cells.source import open_source
-from scgpt_hf.pipeline.stream import StreamSettings, stream_cells
+from scgpt_hf.pipeline.stream import StreamConfig, stream_cells
 from scgpt_hf.tokens.processing_scgpt import ScGPTProcessor
 
 # Cells per second that one H100 (989 TFLOP/s, bf16) asks for at 35 % of its peak: of 450 tokens, 153 MFLOP each in the
@@ -62,14 +62,14 @@ def streaming(path: Path, speeds: list[float], niceness: int, pace: float):
     threads.NICENESS = niceness
     stop, ready, counted = threading.Event(), threading.Event(), [0]
     source = open_source(path)
-    cells, size = source.obs().index.to_numpy(), source.band_size
-    order = partial(plan_epoch, cells, seed=0, batch_size=32, band_size=size, bands_per_block=POOL // size)
+    cells, size = source.obs().index.to_numpy(), source.chunk_size
+    order = partial(plan_epoch, cells, seed=0, batch_size=32, chunk_size=size, chunks_per_window=POOL // size)
     plans = [order(epoch=epoch) for epoch in range(100)]
     processor = ScGPTProcessor.from_genes(source.genes["feature_id"].tolist())
 
     def consume() -> None:
-        stream = stream_cells(source, plans, processor, StreamSettings(seed=0, mask_ratios=(0.25, 0.5, 0.75)))
-        with closing(threads.read_ahead(stream)) as batches:
+        stream = stream_cells(source, plans, processor, StreamConfig(seed=0, mask_ratios=(0.25, 0.5, 0.75)))
+        with closing(threads.prefetch(stream)) as batches:
             counted[0] += len(next(batches)["cu_seq_lens_q"]) - 1
             started = time.perf_counter()
             ready.set()

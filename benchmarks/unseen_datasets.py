@@ -15,7 +15,7 @@ import torch
 from transformers import AutoModelForPreTraining, AutoProcessor
 
 from scgpt_hf.cells.schedule.epoch import plan_validation
-from scgpt_hf.pipeline.stream import StreamSettings, stream_cells
+from scgpt_hf.pipeline.stream import StreamConfig, stream_cells
 from scgpt_hf.tokens.packing_scgpt import IGNORE
 from scgpt_hf.training.baselines import sum_bins
 from scgpt_hf.training.recipe import load_selection, open_cells
@@ -36,13 +36,13 @@ def main() -> None:
     model = AutoModelForPreTraining.from_pretrained(run / "best_model").eval()
 
     seed, ratios = settings.training.seed, tuple(settings.data.mask_ratios)
-    plain = stream_cells(source, [plan_validation(train, 64)], processor, StreamSettings(seed))
+    plain = stream_cells(source, [plan_validation(train, 64)], processor, StreamConfig(seed))
     n_seen, bins = sum_bins(plain, processor.vocab_size)
     bins[processor.tokenizer.all_special_ids] = n_seen[processor.tokenizer.all_special_ids] = 0
     gene_mean = np.where(n_seen > 0, bins / np.maximum(n_seen, 1), bins.sum() / n_seen.sum())
 
     errors, n_masked = np.zeros(3), 0
-    for batch in stream_cells(source, [plan_validation(unseen, 64)], processor, StreamSettings(seed, ratios)):
+    for batch in stream_cells(source, [plan_validation(unseen, 64)], processor, StreamConfig(seed, ratios)):
         with torch.inference_mode():
             outputs = model(**batch)
         masked = batch["labels"][batch["labels"] != IGNORE].numpy()

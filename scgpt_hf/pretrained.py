@@ -40,11 +40,11 @@ def load_pretrained(name: str | Path, model_class: Any, **changes: Any) -> Pretr
     """
     processor = load_processor(name)
     require_inside(name)
-    with _damage_said(name):
+    with _translate_load_errors(name):
         saved, _ = ScGPTConfig.get_config_dict(name)
     if saved.get("model_type") != ScGPTConfig.model_type:
         raise ValueError(f"{name} holds a {saved.get('model_type')!r} model, not one of scgpt")
-    with _damage_said(name):
+    with _translate_load_errors(name):
         try:
             config = ScGPTConfig(**{**saved, **changes})
         except StrictDataclassError as error:
@@ -55,7 +55,7 @@ def load_pretrained(name: str | Path, model_class: Any, **changes: Any) -> Pretr
                 else f"{name} cannot be used: {wrong}; it may be from a newer version of scgpt_hf, or damaged"
             ) from error
     loading = {"config": config, "output_loading_info": True, "ignore_mismatched_sizes": True}
-    with _damage_said(name), _report_unprinted():
+    with _translate_load_errors(name), _report_unprinted():
         model, report = model_class.from_pretrained(name, use_safetensors=True, **loading)
     require_pair(model, processor)
     missing = {*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])}
@@ -83,7 +83,7 @@ def load_processor(name: str | Path) -> ScGPTProcessor:
         raise ValueError(f"{name} is the folder of a run; its model is {Path(name, 'best_model')}")
     if not Path(name).is_dir() and not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", str(name)):
         raise FileNotFoundError(f"there is no folder {name}, and a repository of the Hub would be OWNER/NAME")
-    with _damage_said(name):
+    with _translate_load_errors(name):
         processor: ScGPTProcessor = AutoProcessor.from_pretrained(  # type: ignore[no-untyped-call]
             name, trust_remote_code=False
         )
@@ -101,14 +101,14 @@ def require_inside(name: str | Path) -> None:
     index = Path(name, "model.safetensors.index.json")
     if not index.is_file():
         return
-    with _damage_said(name):
+    with _translate_load_errors(name):
         shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
         if wrong := sorted(shard for shard in shards if Path(shard).name != shard):
             raise ValueError(f"{index} leads out of its folder: {wrong[:3]}; expected names of files beside it")
 
 
 @contextmanager
-def _damage_said(name: str | Path) -> Iterator[None]:
+def _translate_load_errors(name: str | Path) -> Iterator[None]:
     """Turn what the libraries raise on damaged files into an error that names the folder; ours pass."""
     try:
         yield
@@ -155,16 +155,16 @@ def require_pair(model: PreTrainedModel, processor: ScGPTProcessor) -> None:
 def domain_classes(config: ScGPTConfig) -> dict[str, tuple[str, dict[str, int]]]:
     """Return the obs column and the ids of the domains that the encoder needs; empty where it needs none.
 
-    In the form of `StreamSettings.categories`.
+    In the form of `StreamConfig.categories`.
 
     Raises:
         ValueError: the encoder needs domains, and the config does not name them.
     """
     if config.input_norm != "domain":
         return {}
-    if config.domain_key is None or not config.domains:
+    if config.batch_key is None or not config.domains:
         raise ValueError(
             "the encoder has a batch norm for every experimental batch, but its config does not say which these are; "
-            "set model.config.domain_key (an obs column) and model.config.domains (its values, by their ids)"
+            "set model.config.batch_key (an obs column) and model.config.domains (its values, by their ids)"
         )
-    return {"domain_ids": (config.domain_key, {domain: index for index, domain in enumerate(config.domains)})}
+    return {"domain_ids": (config.batch_key, {domain: index for index, domain in enumerate(config.domains)})}

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from scgpt_hf.analysis.annotate import transfer_labels
 from scgpt_hf.analysis.embed import embed_anndata
 from scgpt_hf.cells.h5ad.probe import require_readable
-from scgpt_hf.cells.h5ad.validation import damage_said
+from scgpt_hf.cells.h5ad.validation import translate_read_errors
 from scgpt_hf.tokens.processing_scgpt import ScGPTProcessor
 
 
@@ -97,5 +97,5 @@ def open_backed(path: str | Path) -> AnnData:
     if not Path(path).is_file():
         raise FileNotFoundError(f"there is no file {path}")
     require_readable([str(path)])
-    with damage_said(str(path)):
+    with translate_read_errors(str(path)):
         return anndata.read_h5ad(path, backed="r")

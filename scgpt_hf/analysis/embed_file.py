@@ -13,7 +13,7 @@ from anndata.io import write_elem
 from transformers import PreTrainedModel
 
 from scgpt_hf.analysis.embed import KEY, EmbedSettings, describe_embedding, embed_batches, load_pair, require_free_key
-from scgpt_hf.cells.h5ad.validation import damage_said
+from scgpt_hf.cells.h5ad.validation import translate_read_errors
 from scgpt_hf.cells.source import open_source
 from scgpt_hf.tokens.processing_scgpt import ScGPTProcessor
 
@@ -41,7 +41,7 @@ def embed_file(
     if out.exists() and not overwrite:
         raise FileExistsError(f"{out} exists; choose another name, or overwrite it")
     source = open_source(path, layer=layer, primary_only=False)
-    with damage_said(str(path)), h5py.File(path) as file:
+    with translate_read_errors(str(path)), h5py.File(path) as file:
         taken = list(file.get("obsm", {}))
     require_free_key(key, taken, overwrite)
     model, processor = load_pair(model, processor)

@@ -1,7 +1,7 @@
 """Genes filled in: what the model expects of a gene that it is not shown, from the other genes of the cell.
 
 Each gene is hidden once, in groups as in pretraining, and predicted from its own state (GEP) and from `<cls>` (GEPC).
-`hiding.py` decides what is hidden and what is seen; `unbinning.py` turns predicted bins into counts.
+`masked_views.py` decides what is hidden and what is seen; `inverse_binning.py` turns predicted bins into counts.
 """
 
 from collections.abc import Iterator, Sequence
@@ -19,10 +19,10 @@ from scipy.sparse import csr_matrix, vstack
 from tqdm import tqdm
 from transformers import AutoModelForPreTraining, PreTrainedModel
 
-from scgpt_hf.analysis.hiding import hide_in_turn, join_tokens
-from scgpt_hf.analysis.unbinning import counts_of_bins, counts_of_log1p
+from scgpt_hf.analysis.inverse_binning import counts_of_bins, counts_of_log1p
+from scgpt_hf.analysis.masked_views import hide_in_turn, join_tokens
 from scgpt_hf.cells.block import Int64Array
-from scgpt_hf.cells.schedule.epoch import BAND_SIZE
+from scgpt_hf.cells.schedule.epoch import CHUNK_SIZE
 from scgpt_hf.cells.source import open_source
 from scgpt_hf.pipeline.genes import match_columns
 from scgpt_hf.pretrained import load_pretrained, require_pair
@@ -89,7 +89,7 @@ def predict_expression(
     asked = None if genes is None else columns
     cell_ids, blocks = source.obs().index.to_numpy(np.int64), []
     with tqdm(total=len(cell_ids), unit="cell", desc="predicting", disable=not progress) as bar:
-        for ids in np.split(cell_ids, range(BAND_SIZE, len(cell_ids), BAND_SIZE)):
+        for ids in np.split(cell_ids, range(CHUNK_SIZE, len(cell_ids), CHUNK_SIZE)):
             counts = source.read(ids).counts
             tokens = _all_tokens(counts, gene_ids, processor)
             looks = hide_in_turn(tokens, asked, processor, share=hidden_share)

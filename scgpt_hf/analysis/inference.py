@@ -17,9 +17,9 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from scgpt_hf.cells.block import Int64Array, require_counts
-from scgpt_hf.cells.schedule.epoch import BAND_SIZE, plan_validation
+from scgpt_hf.cells.schedule.epoch import CHUNK_SIZE, plan_validation
 from scgpt_hf.cells.source import CellSource
-from scgpt_hf.cells.threads import read_ahead
+from scgpt_hf.cells.threads import prefetch
 from scgpt_hf.model.configuration_scgpt import ScGPTConfig
 from scgpt_hf.pipeline.genes import match_columns
 from scgpt_hf.pipeline.stream import Batch
@@ -79,7 +79,7 @@ def run_batches(
     training = model.training
     model.eval()  # type: ignore[no-untyped-call]
     config: Any = model.config
-    batches = read_ahead(_read_batches(source, cell_ids, config, processor, batch_size, empty))
+    batches = prefetch(_read_batches(source, cell_ids, config, processor, batch_size, empty))
     try:
         with closing(batches), tqdm(total=len(cell_ids), unit="cell", desc=doing, disable=not progress) as bar:
             for batch in batches:
@@ -105,14 +105,14 @@ def _read_batches(
     Packed, or padded for the models that count padding; with `domain_ids` for those that need them. Not `stream_cells`:
     that keys samples by cell id, and these ids are row numbers, which change when a file is cut.
     """
-    plan = plan_validation(cell_ids, batch_size, cells_per_block=BAND_SIZE)
+    plan = plan_validation(cell_ids, batch_size, cells_per_window=CHUNK_SIZE)
     processor = copy(processor)
     processor.ties = "midpoint"
     gene_ids, _ = match_columns(source.genes, processor)
     domains = domain_classes(config)
     columns = [column for column, _ in domains.values()]
     first = 0
-    for index in range(plan.n_blocks):
+    for index in range(plan.n_windows):
         ids = np.concatenate(plan.steps(index))
         block = source.read(ids, columns)
         require_counts(block.counts, where=f"cells {ids[0]:,} to {ids[-1]:,}")

@@ -30,7 +30,7 @@ class CellSource(Protocol):
         """The names of the obs columns that there are; known without reading any."""
 
     @property
-    def band_size(self) -> int:
+    def chunk_size(self) -> int:
         """Cells of an aligned range of ids that are best read together; 1 where any order is as fast."""
 
     def obs(self, columns: Sequence[str] = ()) -> pd.DataFrame:

@@ -22,7 +22,9 @@ from typing import Any, TypeAlias, TypeVar
 
 logger = logging.getLogger(__name__)
 
-PATIENCE_S = 5.0  # waited for a read in progress when its reader closes; a band of a local store takes less than one
+JOIN_TIMEOUT_S = (
+    5.0  # waited for a read in progress when its reader closes; a chunk of a local store takes less than one
+)
 
 PULSE_S = 0.5  # between two looks at whether waiting for an item still makes sense
 
@@ -32,16 +34,16 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 _Tasks: TypeAlias = "queue.SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None]"
-_pools: "weakref.WeakSet[ReadingThreads]" = weakref.WeakSet()
+_pools: "weakref.WeakSet[DaemonThreadPool]" = weakref.WeakSet()
 
 
-class ReadingThreads(Executor):
+class DaemonThreadPool(Executor):
     """An executor of daemon threads; they end when it is shut down or no longer used."""
 
     def __init__(self, n_threads: int, name: str) -> None:
         """Start the threads, named `name` and a number."""
         self._tasks: _Tasks = queue.SimpleQueue()
-        self._threads = [_ReadingThread(self._tasks, f"{name}_{number}") for number in range(n_threads)]
+        self._threads = [_DaemonThread(self._tasks, f"{name}_{number}") for number in range(n_threads)]
         self._open, self._lock = True, threading.Lock()
         _pools.add(self)
         for thread in self._threads:
@@ -61,7 +63,7 @@ class ReadingThreads(Executor):
         return future
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = True) -> None:
-        """End the threads: cancel what has not begun, and wait up to `PATIENCE_S` for what has."""
+        """End the threads: cancel what has not begun, and wait up to `JOIN_TIMEOUT_S` for what has."""
         with self._lock:
             self._open = False
             with suppress(queue.Empty):
@@ -70,7 +72,7 @@ class ReadingThreads(Executor):
                         task[0].cancel()
         self._end()
         if wait:
-            join_within(self._threads, PATIENCE_S)
+            join_within(self._threads, JOIN_TIMEOUT_S)
 
     def __del__(self) -> None:
         self._end()
@@ -96,7 +98,7 @@ def in_order(
         yield pending.popleft().result()
 
 
-def read_ahead(
+def prefetch(
     items: Iterable[Item], depth: int = 8, *, while_waiting: Callable[[], object] | None = None
 ) -> Generator[Item, None, None]:
     """Yield items in order while a background thread prepares the next `depth` of them.
@@ -122,7 +124,7 @@ def read_ahead(
         return False
 
     def work() -> None:
-        give_way()
+        lower_priority()
         try:
             for item in items:
                 if not hand_over(item):
@@ -149,10 +151,10 @@ def read_ahead(
             yield item
     finally:
         stopped.set()
-        join_within([thread], PATIENCE_S)
+        join_within([thread], JOIN_TIMEOUT_S)
 
 
-def give_way() -> None:
+def lower_priority() -> None:
     """Lower the priority of the calling thread, and of those it will start, where Linux sets it for each thread.
 
     Data is prepared ahead, so its threads can wait while the training thread is busy; when that waits for data, they
@@ -168,18 +170,18 @@ def n_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def join_within(threads: Sequence[threading.Thread], patience_s: float) -> None:
+def join_within(threads: Sequence[threading.Thread], timeout_s: float) -> None:
     """Wait for threads to end, at most so long altogether; those that have not are named in the log and left."""
-    until = time.monotonic() + patience_s
+    until = time.monotonic() + timeout_s
     for thread in threads:
         thread.join(max(0.0, until - time.monotonic()))
     if busy := [thread.name for thread in threads if thread.is_alive()]:
         logger.warning(
-            "%s did not end within %g s: a read hangs; it ends by itself or with the process", busy, patience_s
+            "%s did not end within %g s: a read hangs; it ends by itself or with the process", busy, timeout_s
         )
 
 
-class _ReadingThread(threading.Thread):
+class _DaemonThread(threading.Thread):
     """Does tasks until it finds None among them."""
 
     def __init__(self, tasks: _Tasks, name: str) -> None:
@@ -187,7 +189,7 @@ class _ReadingThread(threading.Thread):
         self.tasks = tasks
 
     def run(self) -> None:
-        give_way()
+        lower_priority()
         while (task := self.tasks.get()) is not None:
             future, call = task
             if future.set_running_or_notify_cancel():
@@ -203,4 +205,4 @@ def _end_all() -> None:
     """End the threads of readers that nobody shut down, before the interpreter ends."""
     for pool in list(_pools):
         pool.shutdown(wait=False)
-    join_within([thread for thread in threading.enumerate() if isinstance(thread, _ReadingThread)], PATIENCE_S)
+    join_within([thread for thread in threading.enumerate() if isinstance(thread, _DaemonThread)], JOIN_TIMEOUT_S)

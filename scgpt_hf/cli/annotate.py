@@ -26,7 +26,7 @@ def main() -> None:
     parser.add_argument("--model", help="folder of a saved model, or its repository on the Hub")
     parser.add_argument("--reference", help=".h5ad file with labelled cells; with it, labels are transferred")
     parser.add_argument("--key", default="cell_type", help="obs column of the reference (default: %(default)s)")
-    parser.add_argument("--ignore_label", nargs="*", default=["unknown"], help="values of --key that are no label")
+    parser.add_argument("--ignore_labels", nargs="*", default=["unknown"], help="values of --key that are no label")
     parser.add_argument("--n_neighbors", type=int, default=15, help="cells that vote (default: %(default)s)")
     parser.add_argument("--max_distance", type=float, help="cells farther from their neighbours are unassigned")
     parser.add_argument("--threshold", type=float, default=0.5, help="least confidence (default: %(default)s)")

@@ -1,7 +1,7 @@
 r"""Score embeddings of labelled cells beside baselines computed on the same cells.
 
   python scripts/evaluate.py embedded.h5ad --embedding X_scgpt --out scores
-  python scripts/evaluate.py embedded.h5ad --embedding X_scgpt --embedding X_scVI --label cell_type --batch donor_id \
+  python scripts/evaluate.py embedded.h5ad --embedding X_scgpt --embedding X_scVI --labels_key cell_type --batch donor_id \
       --reference reference.h5ad --baselines "HVG + PCA" "HVG + logistic regression" scVI --vector svg --out scores
 
 Cell types kept apart (NMI, ARI, ASW, cLISI) and batches mixed (ASW, iLISI, graph connectivity) by scib-metrics
@@ -28,7 +28,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", help=".h5ad file with labels, embeddings in obsm and, for baselines, raw counts")
     parser.add_argument("--embedding", action="append", required=True, help="key of obsm; may be given several times")
-    parser.add_argument("--label", default="cell_type", help="obs column of cell types (default: %(default)s)")
+    parser.add_argument("--labels_key", default="cell_type", help="obs column of cell types (default: %(default)s)")
     parser.add_argument("--batch", default="donor_id", help="obs column of donors (default: %(default)s)")
     parser.add_argument("--reference", help=".h5ad file with the same embeddings, to transfer types from")
     parser.add_argument("--out", required=True, type=Path, help="new folder")

@@ -1,8 +1,8 @@
 """Fine-tune a pretrained model: to name cell types, or to bring experimental batches together.
 
-  python scripts/finetune.py data.h5ad --model runs/demo/best_model --label cell_type --out runs/types
-  python scripts/finetune.py data.h5ad --model ORG/NAME --label cell_type --out runs/types --train lora
-  python scripts/finetune.py a.h5ad b.h5ad --task integrate --model ORG/NAME --domain_key assay --out runs/joined
+  python scripts/finetune.py data.h5ad --model runs/demo/best_model --labels_key cell_type --out runs/types
+  python scripts/finetune.py data.h5ad --model ORG/NAME --labels_key cell_type --out runs/types --train lora
+  python scripts/finetune.py a.h5ad b.h5ad --task integrate --model ORG/NAME --batch_key assay --out runs/joined
 
 The first two leave a classifier for scripts/annotate.py, the third an encoder for scripts/embed.py, in OUT/best_model,
 with report.html, summary.json, metrics, split and settings beside it. `--task integrate --help` tells its flags.
@@ -12,6 +12,7 @@ A run that was interrupted cannot be resumed: remove OUT and start it again.
 import logging
 import sys
 from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser, RawDescriptionHelpFormatter
+from typing import Any
 
 from transformers import HfArgumentParser
 
@@ -32,6 +33,8 @@ def main() -> None:
     task = ArgumentParser(add_help=False, allow_abbrev=False)
     task.add_argument("--task", choices=TASKS, default="annotate", help="what to fine-tune for")
     chosen, rest = task.parse_known_args()
+    settings_of: Any
+    finetune: Any
     settings_of, finetune = TASKS[chosen.task]
     parser = HfArgumentParser(
         settings_of, parents=[task], description=__doc__, formatter_class=Teach, allow_abbrev=False

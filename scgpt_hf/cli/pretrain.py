@@ -18,9 +18,9 @@ from transformers import set_seed
 
 from scgpt_hf.publishing.card import model_card
 from scgpt_hf.publishing.hub import check_repository
-from scgpt_hf.reporting.run_figures import show_run
+from scgpt_hf.reporting.run_figures import write_run_figures
 from scgpt_hf.training import pretraining
-from scgpt_hf.training.device import share_cores
+from scgpt_hf.training.device import set_cpu_threads
 from scgpt_hf.training.dry_run import describe_run
 from scgpt_hf.training.fault_tolerance.signals import Interrupted
 from scgpt_hf.training.recipe import begin_run, build_model, build_processor, open_cells, save_selection
@@ -37,29 +37,31 @@ def main() -> None:
             check_repository(args.hub_model_id, private=args.hub_private_repo, token=args.hub_token)
         logging.basicConfig(format="%(message)s")
         logging.getLogger("scgpt_hf").setLevel(logging.INFO if args.process_index == 0 else logging.WARNING)
-        share_cores(args)
+        set_cpu_threads(args)
         with accelerate.PartialState().main_process_first():
             source = open_cells(settings)
         selection, checkpoint = begin_run(source, settings)
         processor = build_processor(selection.genes, settings.data, source)
         set_seed(args.seed)
-        model = build_model(processor, settings.model, selection.domains, settings.data.domain_key)
-        streams = pretraining.Streams(source, selection, processor, settings, checkpoint)
+        model = build_model(processor, settings.model, selection.domains, settings.data.batch_key)
+        data_module = pretraining.DataModule(source, selection, processor, settings, checkpoint)
         if args.dry_run:
             if args.process_index == 0:
-                print(describe_run(streams, model, args))
+                print(describe_run(data_module, model, args))
             return
-        if checkpoint and pretraining.is_finished(folder, streams.course):
+        if checkpoint and pretraining.is_finished(folder, data_module.schedule):
             return
-        trainer = pretraining.make_trainer(streams, model, args)
+        trainer = pretraining.make_trainer(data_module, model, args)
         if args.process_index == 0 and checkpoint is None:
             trainer.add_callback(pretraining.WhenItBegins(lambda: save_selection(selection, source, settings)))
         trainer.train(resume_from_checkpoint=checkpoint)
         pretraining.save_best_model(trainer, folder)
         if args.process_index == 0:
-            summary = pretraining.summarize(trainer, streams)
-            shown: Any = {"donor_key": settings.data.split_by, "seed": args.seed}
-            show_run(folder, source, selection.parts, pretraining.whole_model(trainer, folder), processor, **shown)
+            summary = pretraining.summarize(trainer, data_module)
+            shown: Any = {"donor_key": settings.data.donor_key, "seed": args.seed}
+            write_run_figures(
+                folder, source, selection.parts, pretraining.whole_model(trainer, folder), processor, **shown
+            )
             write_whole(folder / CARD, str(model_card(folder)))
             print(pretraining.tell(summary, folder))
             if args.push_to_hub:

@@ -65,7 +65,7 @@ class ScGPTConfig(PreTrainedConfig):
         hidden_size: width of the hidden state.
         num_hidden_layers: encoder layers.
         num_attention_heads: heads per layer; divides `hidden_size`.
-        intermediate_size: width of the feed-forward layer.
+        intermediate_size: width of the stream_config-forward layer.
         dropout: share dropped of embedded values and of each residual branch, in training.
         attention_dropout: share dropped of attention probabilities, in training. The original uses `dropout` here
             too; the packed CUDA kernel has none, so any other value than 0 takes a slower path.
@@ -83,7 +83,7 @@ class ScGPTConfig(PreTrainedConfig):
         gepc_detach: whether the GEPC loss leaves the gene embedding untouched.
         explicit_zero_prob: whether expression heads also predict that a gene is expressed at all.
         n_domains: experimental batches known to the model.
-        domain_key: obs column that names the experimental batch of a cell.
+        batch_key: obs column that names the experimental batch of a cell.
         domains: values of that column, in the order of their ids; empty where nobody recorded them.
         domain_embedding: whether the expression heads are told the domain.
         domain_head: whether an adversarial discriminator guesses the domain (DAR).
@@ -123,7 +123,7 @@ class ScGPTConfig(PreTrainedConfig):
     gepc_detach: bool = False
     explicit_zero_prob: bool = False
     n_domains: int = 0
-    domain_key: str | None = None
+    batch_key: str | None = None
     domains: list[str] = field(default_factory=list)
     domain_embedding: bool = False
     domain_head: bool = False

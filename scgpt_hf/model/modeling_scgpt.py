@@ -94,7 +94,7 @@ class ScGPTAttention(nn.Module):
 
 
 class ScGPTLayer(GradientCheckpointingLayer):
-    """Attention and a ReLU feed-forward network, each with a residual and a norm placed by `norm_scheme`."""
+    """Attention and a ReLU stream_config-forward network, each with a residual and a norm placed by `norm_scheme`."""
 
     def __init__(self, config: ScGPTConfig, layer_idx: int) -> None:
         super().__init__()

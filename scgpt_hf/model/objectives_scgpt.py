@@ -48,8 +48,8 @@ def bernoulli_nll(logits: Tensor, labels: Tensor, num_items: Tensor | int | None
     Source: bowang-lab/scGPT:scgpt/loss.py:16.
     """
     expressed = (labels > 0).float()
-    surprise = F.binary_cross_entropy_with_logits(logits.float(), expressed, reduction="none")
-    return _mean_where(labels != IGNORE, surprise, num_items)
+    nll = F.binary_cross_entropy_with_logits(logits.float(), expressed, reduction="none")
+    return _mean_where(labels != IGNORE, nll, num_items)
 
 
 def elastic_cell_similarity(cell_embedding: Tensor, threshold: float) -> Tensor:
@@ -86,8 +86,8 @@ def contrastive_cells(first: Tensor, second: Tensor, temperature: float) -> Tens
 def class_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     """Return the mean cross entropy of (cells, classes) logits over the cells whose int64 label is not `IGNORE`."""
     known = labels != int(IGNORE)
-    surprise = F.cross_entropy(logits.float(), labels, ignore_index=int(IGNORE), reduction="none")
-    return _mean_where(known, surprise)
+    nll = F.cross_entropy(logits.float(), labels, ignore_index=int(IGNORE), reduction="none")
+    return _mean_where(known, nll)
 
 
 def domain_cross_entropy(logits: Tensor, domain_ids: Tensor) -> Tensor:

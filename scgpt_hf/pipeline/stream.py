@@ -21,9 +21,9 @@ import torch
 from scipy.sparse import csr_matrix
 
 from scgpt_hf.cells.block import CellBlock, Int64Array
-from scgpt_hf.cells.schedule.epoch import Plan, lay_out
+from scgpt_hf.cells.schedule.epoch import Plan, list_windows
 from scgpt_hf.cells.source import CellSource
-from scgpt_hf.cells.threads import PATIENCE_S, ReadingThreads, in_order, n_cores, read_ahead
+from scgpt_hf.cells.threads import JOIN_TIMEOUT_S, DaemonThreadPool, in_order, n_cores, prefetch
 from scgpt_hf.pipeline.genes import match_columns
 from scgpt_hf.tokens.packing_scgpt import Tokens, bucket, pack, pad
 from scgpt_hf.tokens.processing_scgpt import ScGPTProcessor
@@ -38,7 +38,7 @@ _MOST_TOKENIZING = 4  # threads; one gives tens of thousands of cells per second
 
 
 @dataclass(frozen=True)
-class StreamSettings:
+class StreamConfig:
     """What a stream adds to the cells of its plan.
 
     Attributes:
@@ -66,7 +66,7 @@ def stream_cells(
     source: CellSource,
     plans: Sequence[Plan],
     processor: ScGPTProcessor,
-    settings: StreamSettings,
+    settings: StreamConfig,
     *,
     start_step: int = 0,
 ) -> datasets.IterableDataset:
@@ -88,10 +88,10 @@ def stream_cells(
         ValueError: counts that are not raw, too few known genes, a value of a category without a class, a batch without
             any cell.
     """
-    laid_out = lay_out(plans)
-    shards = [(epoch, block, max(0, start_step - first)) for epoch, block, first, last in laid_out if last > start_step]
+    windows = list_windows(plans)
+    shards = [(epoch, block, max(0, start_step - first)) for epoch, block, first, last in windows if last > start_step]
     if not shards:
-        raise ValueError(f"nothing is left to read after step {start_step:,}; the plan has {laid_out[-1][3]:,} steps")
+        raise ValueError(f"nothing is left to read after step {start_step:,}; the plan has {windows[-1][3]:,} steps")
     blocks = _Blocks(source, plans, processor, settings, shards)
     return datasets.IterableDataset.from_generator(blocks.batches, gen_kwargs={"shards": list(range(len(shards)))})
 
@@ -124,7 +124,7 @@ class StreamLoader:
         Args:
             open_stream: gives the batches from number n on; all, or those of some epochs.
             epoch_ends: the number of batches handed out when each epoch ends, ascending.
-            while_waiting: see `read_ahead`.
+            while_waiting: see `prefetch`.
         """
         self.open_stream = open_stream
         self.epoch_ends = epoch_ends
@@ -162,7 +162,7 @@ class StreamLoader:
         self.consumed = state["consumed"]
 
     def _open(self) -> Generator[Batch, None, None]:
-        return read_ahead(self.open_stream(self.consumed), while_waiting=self.while_waiting)
+        return prefetch(self.open_stream(self.consumed), while_waiting=self.while_waiting)
 
     def close(self) -> None:
         """Stop the reading thread."""
@@ -179,14 +179,16 @@ class _Blocks:
         source: CellSource,
         plans: Sequence[Plan],
         processor: ScGPTProcessor,
-        settings: StreamSettings,
+        settings: StreamConfig,
         shards: list[tuple[int, int, int]],
     ) -> None:
         self.source, self.plans, self.processor, self.settings, self.shards = source, plans, processor, settings, shards
         self.gene_ids, _ = match_columns(source.genes, processor)
-        self.readers = ReadingThreads(2, "scgpt-read-block")  # the next block begins where the last one's bands run out
+        self.readers = DaemonThreadPool(
+            2, "scgpt-read-block"
+        )  # the next block begins where the last one's chunks run out
         self.n_tokenizing = min(_MOST_TOKENIZING, n_cores())
-        self.tokenizers = ReadingThreads(self.n_tokenizing, "scgpt-tokenize")
+        self.tokenizers = DaemonThreadPool(self.n_tokenizing, "scgpt-tokenize")
         self.ahead: tuple[int, Future[tuple[list[Int64Array], CellBlock]] | None] = (0, None)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -207,12 +209,12 @@ class _Blocks:
         _, ahead = self.ahead
         self.ahead = (0, None)
         if ahead is not None and not ahead.cancel():
-            wait([ahead], PATIENCE_S)
+            wait([ahead], JOIN_TIMEOUT_S)
 
     def _take(self, shard: int) -> tuple[list[Int64Array], CellBlock]:
         """Return a shard that was read ahead, or read it now; then have the next one read.
 
-        The next one is begun while this one still waits for its last bands; but nothing may delay one that is read
+        The next one is begun while this one still waits for its last chunks; but nothing may delay one that is read
         only now, as the first is.
         """
         expected, ahead = self.ahead

@@ -181,7 +181,7 @@ def _data(summary: Record, settings: Record) -> str:
             part.capitalize(): f"{summary.number(f'{part}_cells')} cells of {summary.number(f'{part}_donors')} donors"
             for part in ("train", "validation")
         },
-        "Kept together": f"`{settings.text('data.split_by')}`, never in both parts",
+        "Kept together": f"`{settings.text('data.donor_key')}`, never in both parts",
         **make_up(summary),
         "Genes": f"{summary.number('genes')}, chosen on training cells ({settings.text('data.gene_selection')})",
         "Gene hash of the source": summary.text("data.gene_hash"),

@@ -202,7 +202,7 @@ def _share(part: Any, whole: Any) -> str:
 
 def _of_integration(summary: Record, settings: Record) -> list[str]:
     """Return the sections on a model that brings experimental batches together."""
-    key = summary.text("domain_key")
+    key = summary.text("batch_key")
     what = f"Embeds single cells of several experimental batches (`{key}`) so that cells of one type lie together."
     domains = summary.get("domains", dict) or {}
     named = ", ".join(f"{domain} ({sum(parts.values()):,})" for domain, parts in domains.items())

@@ -1,4 +1,4 @@
-"""Publishes a cache as a dataset on the Hub, which `datasets` streams and `open_source` opens after a download.
+"""Publishes a cache as a dataset on the Hub, which `datasets` data_module and `open_source` opens after a download.
 
 The shards go up as they are; of the manifest, what only holds on this machine is left out. Models are published by
 `hub.py`, whose words for what the Hub refuses are used here too.

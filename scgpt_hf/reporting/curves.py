@@ -1,4 +1,4 @@
-"""The course of a run, drawn from its `metrics.jsonl`: losses by name, and what the validation error means.
+"""The schedule of a run, drawn from its `metrics.jsonl`: losses by name, and what the validation error means.
 
 Figures are returned; `plots.py` holds the palette and saves them.
 """
@@ -49,7 +49,7 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
 
 
 def plot_loss(metrics: Sequence[Mapping[str, Any]], panels: Collection[str] = ("training", "validation")) -> Figure:
-    """Return the course of a run: training losses by name, and validation MSE between its reference lines.
+    """Return the schedule of a run: training losses by name, and validation MSE between its reference lines.
 
     A run that was never validated, or logged no training loss, gets one panel instead of two. The best step is the
     one with the lowest `eval_loss`, as the run keeps it.

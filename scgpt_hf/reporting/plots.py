@@ -1,6 +1,6 @@
 """Figures of cells, and how any figure is saved: figures are returned, never shown, and saved only by `save_figure`.
 
-Every figure is built on `matplotlib.figure.Figure` alone, so no global state of pyplot is read or changed. The course
+Every figure is built on `matplotlib.figure.Figure` alone, so no global state of pyplot is read or changed. The schedule
 of a run is drawn in `curves.py`.
 """
 

@@ -118,7 +118,7 @@ def _data(summary: Record, settings: Record) -> Html:
         donors = summary.number(f"{part}_donors")
         rows.append((name, f"{summary.number(f'{part}_cells')} cells of {donors} donors"))
     rows += [
-        ("Never in both parts", settings.text("data.split_by")),
+        ("Never in both parts", settings.text("data.donor_key")),
         ("Genes", f"{summary.number('genes')}, chosen on training cells ({settings.text('data.gene_selection')})"),
     ]
     rows += [

@@ -1,4 +1,4 @@
-"""What closes a run: the course of its losses, its cells on a map, and a page that tells of both."""
+"""What closes a run: the schedule of its losses, its cells on a map, and a page that tells of both."""
 
 import logging
 from collections.abc import Mapping
@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 MAPPED_CELLS = 5_000
 
 
-def show_run(
+def write_run_figures(
     folder: Path,
     source: CellSource,
     parts: Mapping[str, Int64Array],

@@ -10,9 +10,9 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from .drawing_scgpt import COMPILED
 from .kernels_scgpt import TIE_CODES, bin_block
 from .randomness_scgpt import Int64Array, UInt64Array, gene_words
+from .sampling_scgpt import COMPILED
 
 Ties = Literal["random", "midpoint", "upper", "lower"]
 Values = npt.NDArray[Any]  # uint16, float32 or float64, kept as it comes

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from .drawing_scgpt import ONE, Array, compiled, draw_words, keep_lowest
+from .sampling_scgpt import ONE, Array, compiled, draw_words, keep_lowest
 
 TIE_CODES = {"random": 0, "midpoint": 1, "upper": 2, "lower": 3}
 _LARGEST_TABULATED = 4095  # counts up to here are binned by a table per count; larger or fractional values by sorting
@@ -47,9 +47,9 @@ def _count_values(values: Array, whole: Array, tally: Any) -> int:
     n_distinct, n = np.uint64(0), np.int64(0)
     for count in range(largest + 1):
         n_here = np.int64(0)
-        for lane in range(8):
-            n_here += histograms[(count << 3) + lane]
-            histograms[(count << 3) + lane] = 0
+        for rank_group in range(8):
+            n_here += histograms[(count << 3) + rank_group]
+            histograms[(count << 3) + rank_group] = 0
         n += n_here
         distinct[n_distinct], n_up_to[n_distinct] = count, n  # overwritten by the next one unless there are any
         n_distinct += np.uint64(n_here > 0)

@@ -9,9 +9,9 @@ from dataclasses import replace
 import numpy as np
 import numpy.typing as npt
 
-from .drawing_scgpt import COMPILED, hide_block
 from .packing_scgpt import IGNORE, Tokens
 from .randomness_scgpt import MASK_RATIO, MASKING, Int64Array, cell_keys, gene_words, uniform
+from .sampling_scgpt import COMPILED, hide_block
 
 
 def draw_ratios(cell_ids: Int64Array, ratios: Sequence[float], *, seed: int, epoch: int) -> npt.NDArray[np.float64]:

@@ -14,7 +14,7 @@ import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 
-from .drawing_scgpt import COMPILED, compiled
+from .sampling_scgpt import COMPILED, compiled
 
 IGNORE = -100.0  # in labels: nothing to predict here
 

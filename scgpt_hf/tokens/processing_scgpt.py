@@ -15,11 +15,11 @@ import numpy.typing as npt
 from transformers import BatchFeature, PreTrainedConfig, PreTrainedTokenizerFast, ProcessorMixin
 
 from .binning_scgpt import Ties
-from .drawing_scgpt import COMPILED  # noqa: F401  # transformers 5.4 copies from a folder only what is named here
 from .kernels_scgpt import TIE_CODES
 from .masking_scgpt import draw_ratios, mask_tokens
 from .packing_scgpt import Tokens, pack, pad
 from .randomness_scgpt import Int64Array, SparseCounts, content_ids
+from .sampling_scgpt import COMPILED  # noqa: F401  # transformers 5.4 copies from a folder only what is named here
 from .tokenizing_scgpt import TokenRule, as_block, check_columns, count_known, csr_of, log_normalize, tokenize_counts
 from .vocabulary_scgpt import (
     CLS,

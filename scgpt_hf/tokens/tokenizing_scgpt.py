@@ -13,10 +13,10 @@ import numpy as np
 import numpy.typing as npt
 
 from .binning_scgpt import Ties, bin_cell, quantile_levels
-from .drawing_scgpt import COMPILED
 from .kernels_scgpt import TIE_CODES, tokenize_block
 from .packing_scgpt import Tokens
 from .randomness_scgpt import SAMPLING, TIES, Int64Array, SparseCounts, UInt64Array, cell_keys, gene_words
+from .sampling_scgpt import COMPILED
 
 _EXACT_IN_FLOAT32 = 2**24
 _INFINITY = np.float32(np.inf).view(np.uint32)

@@ -1,6 +1,6 @@
 """What `--cache_dir` changes in a run: where cells are read, and how they are shuffled once they lie in the cache.
 
-Order follows from the settings alone: the first epoch is shuffled by bands and the later ones over all cells, whether
+Order follows from the settings alone: the first epoch is shuffled by chunks and the later ones over all cells, whether
 or not a cache was there when the run began.
 """
 
@@ -8,7 +8,7 @@ import numpy as np
 from accelerate import PartialState
 
 from scgpt_hf.cells.cache.write_through import CachingSource
-from scgpt_hf.cells.schedule.epoch import BAND_SIZE
+from scgpt_hf.cells.schedule.epoch import CHUNK_SIZE
 from scgpt_hf.cells.source import CellSource
 from scgpt_hf.training.recipe import Selection
 from scgpt_hf.training.settings import DataSettings, Settings
@@ -25,12 +25,12 @@ def open_caching(source: CellSource, selection: Selection, settings: Settings) -
         source,
         str(data.cache_dir),
         np.sort(np.concatenate(list(selection.parts.values()))),
-        columns=[] if data.domain_key is None else [data.domain_key],
+        columns=[] if data.batch_key is None else [data.batch_key],
         job=(args.process_index, args.world_size),
         wait=PartialState().wait_for_everyone,
     )
 
 
-def band_order(band_size: int, data: DataSettings) -> dict[str, int]:
-    """Return the arguments of `plan_epoch` for a source's bands: blocks hold as many cells for any source."""
-    return {"band_size": band_size, "bands_per_block": data.bands_per_block * BAND_SIZE // band_size}
+def chunk_order(chunk_size: int, data: DataSettings) -> dict[str, int]:
+    """Return the arguments of `plan_epoch` for a source's chunks: blocks hold as many cells for any source."""
+    return {"chunk_size": chunk_size, "chunks_per_window": data.chunks_per_window * CHUNK_SIZE // chunk_size}

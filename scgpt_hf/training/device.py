@@ -14,7 +14,7 @@ logger = logging.getLogger(__name__)
 _LAUNCHED = {"LOCAL_WORLD_SIZE", "ACCELERATE_MIXED_PRECISION"}  # what torchrun and accelerate leave in the environment
 
 
-def share_cores(args: TrainingSettings) -> None:
+def set_cpu_threads(args: TrainingSettings) -> None:
     """Have a process that trains on the CPU use the threads that were asked for, or else its share of the cores.
 
     OMP_NUM_THREADS asks too, but for the 1 that launchers set where nobody has.

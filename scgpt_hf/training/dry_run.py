@@ -10,30 +10,30 @@ import numpy as np
 import torch
 from accelerate.utils import send_to_device
 
-from scgpt_hf.cells.threads import read_ahead
+from scgpt_hf.cells.threads import prefetch
 from scgpt_hf.model.configuration_scgpt import training_flops_per_token
 from scgpt_hf.model.modeling_scgpt import ScGPTForPreTraining
 from scgpt_hf.pipeline.stream import Batch, lengths_of
 from scgpt_hf.training.device import device_name
-from scgpt_hf.training.pretraining import Streams
+from scgpt_hf.training.pretraining import DataModule
 from scgpt_hf.training.settings import TrainingSettings
 
 _TIMED_STEPS = 5
 
 
-def describe_run(streams: Streams, model: ScGPTForPreTraining, args: TrainingSettings) -> str:
+def describe_run(data_module: DataModule, model: ScGPTForPreTraining, args: TrainingSettings) -> str:
     """Return the plan of a run in a few lines; a few steps are trained on a copy that nobody keeps.
 
     Args:
-        streams: of the run.
+        data_module: of the run.
         model: new; its weights change.
         args: of the run.
     """
-    parts, donors, plan = streams.selection.parts, streams.selection.n_donors, streams.epoch
-    with closing(read_ahead(streams.train(0))) as stream:
+    parts, donors, plan = data_module.selection.parts, data_module.selection.n_donors, data_module.epoch
+    with closing(prefetch(data_module.train(0))) as stream:
         batches = list(islice(stream, _TIMED_STEPS + 1))
     lengths = np.concatenate([lengths_of(batch).numpy() for batch in batches])
-    n_steps = streams.course.n_steps
+    n_steps = data_module.schedule.n_steps
     low, high = np.quantile(lengths, [0.25, 0.75])
     mean_tokens = float(np.square(lengths).sum() / lengths.sum())
     flops = training_flops_per_token(model.config, mean_tokens) * lengths.mean() * plan.batch_size
@@ -41,7 +41,7 @@ def describe_run(streams: Streams, model: ScGPTForPreTraining, args: TrainingSet
     lines = {
         "cells": f"{len(parts['train']):,} of {donors['train']:,} donors to train on, "
         f"{len(parts['validation']):,} of {donors['validation']:,} others to validate on",
-        "genes": f"{len(streams.selection.genes):,} of {len(streams.source.genes):,}",
+        "genes": f"{len(data_module.selection.genes):,} of {len(data_module.source.genes):,}",
         "tokens per cell": f"mean {lengths.mean():.0f}, half of them {low:.0f} to {high:.0f}, most {lengths.max()} "
         f"(the first {len(lengths):,} cells)",
         "steps": f"{n_steps:,} of {plan.batch_size:,} cells; {plan.n_steps:,} an epoch, "

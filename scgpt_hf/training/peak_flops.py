@@ -6,7 +6,7 @@ import torch
 PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12, "L40S": 362e12}
 
 
-def device_peak(device: torch.device) -> float | None:
+def peak_flops(device: torch.device) -> float | None:
     """Return the bf16 peak of a device in FLOP/s, or None where it is not known (every CPU)."""
     if device.type != "cuda":
         return None

@@ -11,10 +11,10 @@ from scgpt_hf.pipeline.stream import Batch
 from scgpt_hf.tokens.packing_scgpt import IGNORE
 
 
-def pinning(open_stream: Callable[..., Iterable[Batch]], device: torch.device) -> Callable[..., Iterable[Batch]]:
+def pin_batches(open_stream: Callable[..., Iterable[Batch]], device: torch.device) -> Callable[..., Iterable[Batch]]:
     """Return a way to open the stream whose batches lie in page-locked memory if they go to a CUDA device.
 
-    The copy is made where the stream is read: in the thread of `read_ahead`.
+    The copy is made where the stream is read: in the thread of `prefetch`.
     """
     if device.type != "cuda":
         return open_stream

@@ -1,4 +1,4 @@
-"""Puts a run together: plans and streams for the trainer, baselines for its validation, what is written at its end."""
+"""Puts a run together: plans and data_module for the trainer, baselines for its validation, what is written at its end."""
 
 import json
 import logging
@@ -21,16 +21,16 @@ from accelerate import Accelerator
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_pt_utils import get_model_param_count
 
-from scgpt_hf.cells.cache.reader import uniform_band_size
+from scgpt_hf.cells.cache.reader import uniform_chunk_size
 from scgpt_hf.cells.schedule.epoch import plan_epoch, plan_validation
-from scgpt_hf.cells.schedule.run import Course, plan_run
+from scgpt_hf.cells.schedule.run import RunSchedule, plan_run
 from scgpt_hf.cells.source import CellSource
-from scgpt_hf.cells.threads import read_ahead
+from scgpt_hf.cells.threads import prefetch
 from scgpt_hf.model.modeling_scgpt import ScGPTForPreTraining
-from scgpt_hf.pipeline.stream import StreamSettings, stream_cells
+from scgpt_hf.pipeline.stream import StreamConfig, stream_cells
 from scgpt_hf.tokens.processing_scgpt import ScGPTProcessor
 from scgpt_hf.training.baselines import Baselines, baselines_from, sum_bins, sum_errors
-from scgpt_hf.training.cache_dir import band_order, open_caching
+from scgpt_hf.training.cache_dir import chunk_order, open_caching
 from scgpt_hf.training.fault_tolerance.checkpoints import Manifest, manifest_of
 from scgpt_hf.training.provenance import composition_of, training_of
 from scgpt_hf.training.recipe import Selection, global_batch_size
@@ -55,11 +55,11 @@ _CHECKPOINT_BYTES = 12  # per parameter: a weight and two moments of Adam, 4 byt
 _PACKAGES = ("scgpt_hf", "torch", "transformers", "datasets", "accelerate", "tiledbsoma", "cellxgene-census")
 
 
-class Streams:
+class DataModule:
     """The batches of one rank, for training, for validation and for the baselines.
 
     Attributes:
-        course: which cells each step of the run trains on.
+        schedule: which cells each step of the run trains on.
         caching: writes the cells to `cache_dir` while the first epoch reads them; None without one.
         epoch: the plan of a first epoch with the present global batch.
         n_validation_steps: batches of all ranks in one validation.
@@ -87,7 +87,7 @@ class Streams:
         """
         args, data = settings.training, settings.data
         self.source, self.processor, self.selection = source, processor, selection
-        self.feed = StreamSettings(
+        self.stream_config = StreamConfig(
             seed=args.seed,
             mask_ratios=tuple(data.mask_ratios),
             rank=args.process_index,
@@ -95,33 +95,33 @@ class Streams:
             micro_batches=args.gradient_accumulation_steps,
             padded=settings.model.cell_pooling != "cls" or settings.model.input_norm != "none",
             bucketed=args.torch_compile,
-            categories=_categories(data.domain_key, selection.domains),
+            categories=_categories(data.batch_key, selection.domains),
         )
         order: dict[str, Any] = {"seed": args.seed, "batch_size": global_batch_size(args)}
-        first = band_order(source.band_size, data)
+        first = chunk_order(source.chunk_size, data)
         cell_ids = selection.parts["train"]
         self.epoch = plan_epoch(cell_ids, epoch=0, **order, **first)
         past = manifest_of(Path(checkpoint)) if checkpoint else Manifest(0, args.world_size, [])
         self.caching = None if data.cache_dir is None else open_caching(source, selection, settings)
-        later: dict[str, Any] = first if self.caching is None else band_order(uniform_band_size(len(cell_ids)), data)
+        later: dict[str, Any] = first if self.caching is None else chunk_order(uniform_chunk_size(len(cell_ids)), data)
         order |= {"n_epochs": args.num_train_epochs, "max_steps": args.max_steps, "history": past.history}
-        self.course = plan_run(cell_ids, **order, first_epoch=first, **later)
+        self.schedule = plan_run(cell_ids, **order, first_epoch=first, **later)
         if checkpoint:
-            logger.info("%s", tell_resumed(past, self.course, args))
+            logger.info("%s", format_resume(past, self.schedule, args))
         plan = plan_validation(selection.parts["validation"], args.per_device_eval_batch_size)
-        validated = replace(self.feed, micro_batches=1, bucketed=False)
+        validated = replace(self.stream_config, micro_batches=1, bucketed=False)
         self._validation = partial(stream_cells, self.caching or source, [plan], settings=validated)
         self._validated = self._validation(processor)
         self.n_validation_steps = plan.n_steps
 
     def train(self, consumed: int) -> Any:
         """Return the training batches of this rank after the first `consumed`, a multiple of its micro-batches."""
-        plans, step = self.course.plans_from(consumed // self.feed.micro_batches)
+        plans, step = self.schedule.plans_from(consumed // self.stream_config.micro_batches)
         source: CellSource = self.source
         if self.caching is not None:  # its first epoch is a stream of its own, at whose end all ranks make the cache
             first = [plan for plan in plans if plan.epoch == 0]
             source, plans = (self.caching, first) if first else (self.caching.finish(), plans)
-        return stream_cells(source, plans, self.processor, self.feed, start_step=step)
+        return stream_cells(source, plans, self.processor, self.stream_config, start_step=step)
 
     def validation(self, processor: ScGPTProcessor | None = None) -> Any:
         """Return the validation batches of this rank; masks and ties are the same every time."""
@@ -129,13 +129,13 @@ class Streams:
 
     def unmasked(self) -> Any:
         """Return training batches without masks, in the order of a first epoch."""
-        feed = replace(self.feed, micro_batches=1, mask_ratios=None, bucketed=False)
-        return stream_cells(self.caching or self.source, [self.epoch], self.processor, feed)
+        stream_config = replace(self.stream_config, micro_batches=1, mask_ratios=None, bucketed=False)
+        return stream_cells(self.caching or self.source, [self.epoch], self.processor, stream_config)
 
 
-def tell_resumed(past: Manifest, course: Course, args: TrainingSettings) -> str:
+def format_resume(past: Manifest, schedule: RunSchedule, args: TrainingSettings) -> str:
     """Return where a run goes on, and what of its steps has changed."""
-    said = f"resumed after step {past.step:,} of {course.n_steps:,} ({course.epochs_done(past.step):.2f} epochs)"
+    said = f"resumed after step {past.step:,} of {schedule.n_steps:,} ({schedule.epochs_done(past.step):.2f} epochs)"
     if past.world_size != args.world_size:
         said += f"; on {args.world_size} processes instead of {past.world_size}, with new draws of dropout"
     before, now = (past.history[-1][0] if past.history else None), global_batch_size(args)
@@ -147,7 +147,7 @@ def tell_resumed(past: Manifest, course: Course, args: TrainingSettings) -> str:
     return said
 
 
-def is_finished(folder: Path, course: Course) -> bool:
+def is_finished(folder: Path, schedule: RunSchedule) -> bool:
     """Return, and say, whether a run has done all its steps and left its model, summary and, last of all, card."""
     try:
         summary = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))
@@ -155,49 +155,51 @@ def is_finished(folder: Path, course: Course) -> bool:
         return False
     done = summary.get("steps") if isinstance(summary, dict) else None
     told = (folder / BEST_MODEL).is_dir() and (folder / CARD).is_file()
-    finished = isinstance(done, int) and done >= course.n_steps and told
+    finished = isinstance(done, int) and done >= schedule.n_steps and told
     if finished:
         logger.info("%s is finished; nothing was changed. To train further, give more --num_train_epochs", folder)
     return finished
 
 
-def measure_baselines(streams: Streams, accelerator: Accelerator) -> Baselines:
+def measure_baselines(data_module: DataModule, accelerator: Accelerator) -> Baselines:
     """Return what simple predictors score on the validation masks, over all ranks; see `Baselines`."""
-    processor = streams.processor
-    with closing(read_ahead(streams.unmasked())) as batches:
-        wanted = islice(batches, math.ceil(BASELINE_CELLS / streams.epoch.batch_size))
+    processor = data_module.processor
+    with closing(prefetch(data_module.unmasked())) as batches:
+        wanted = islice(batches, math.ceil(BASELINE_CELLS / data_module.epoch.batch_size))
         bin_sums = sum_bins(wanted, processor.vocab_size)
     bin_sums[:, processor.tokenizer.all_special_ids] = 0
     low, high = copy(processor), copy(processor)
     if processor.ties == "random":  # any other rule leaves no noise, and the floor is 0
         low.ties, high.ties = "lower", "upper"
     bin_sums = over_ranks(torch.from_numpy(bin_sums), accelerator).numpy()
-    errors = sum_errors(streams.validation(), streams.validation(low), streams.validation(high), bin_sums)
+    errors = sum_errors(data_module.validation(), data_module.validation(low), data_module.validation(high), bin_sums)
     return baselines_from(over_ranks(torch.from_numpy(errors), accelerator).numpy())
 
 
-def make_trainer(streams: Streams, model: ScGPTForPreTraining, args: TrainingSettings) -> ScGPTTrainer:
+def make_trainer(data_module: DataModule, model: ScGPTForPreTraining, args: TrainingSettings) -> ScGPTTrainer:
     """Return the trainer of a run, metrics.jsonl included.
 
     Raises:
         OSError: the disk has no room for the checkpoints.
         ValueError: validation masks nothing, or does not measure what shall tell the best model.
     """
-    course = streams.course
-    n_saves = len(course.epoch_ends) if args.save_strategy == "epoch" else math.ceil(course.n_steps / args.save_steps)
+    schedule = data_module.schedule
+    n_saves = (
+        len(schedule.epoch_ends) if args.save_strategy == "epoch" else math.ceil(schedule.n_steps / args.save_steps)
+    )
     n_checkpoints = min(args.save_total_limit or n_saves, n_saves) + 2  # one while it is written, and the best model
     require_space(Path(args.output_dir), n_checkpoints * _CHECKPOINT_BYTES * model.num_parameters())
     trainer = ScGPTTrainer(
         model=model,
         args=args,
-        processing_class=streams.processor,
-        train_stream=streams.train,
-        course=course,
-        validation_stream=streams.validation,
-        n_validation_steps=streams.n_validation_steps,
+        processing_class=data_module.processor,
+        train_stream=data_module.train,
+        schedule=schedule,
+        validation_stream=data_module.validation,
+        n_validation_steps=data_module.n_validation_steps,
         callbacks=[MetricsFile(Path(args.output_dir))],
     )
-    trainer.baselines = measure_baselines(streams, trainer.accelerator)
+    trainer.baselines = measure_baselines(data_module, trainer.accelerator)
     _require_known_metric(trainer)
     return trainer
 
@@ -244,9 +246,9 @@ def whole_model(trainer: ScGPTTrainer, folder: Path) -> ScGPTForPreTraining:
     return cast(ScGPTForPreTraining, model.to(trainer.args.device))
 
 
-def summarize(trainer: ScGPTTrainer, streams: Streams) -> dict[str, Any]:
+def summarize(trainer: ScGPTTrainer, data_module: DataModule) -> dict[str, Any]:
     """Return what a reader of the run wants to know first, and write it to summary.json; for the first process."""
-    args, parts, donors = trainer.args, streams.selection.parts, streams.selection.n_donors
+    args, parts, donors = trainer.args, data_module.selection.parts, data_module.selection.n_donors
     history = trainer.state.log_history
     rates = [line["cells_per_second"] for line in history if "cells_per_second" in line]
     validations = [line for line in history if "eval_loss" in line]
@@ -256,18 +258,18 @@ def summarize(trainer: ScGPTTrainer, streams: Streams) -> dict[str, Any]:
         "validation_cells": len(parts["validation"]),
         "train_donors": donors["train"],
         "validation_donors": donors["validation"],
-        "genes": len(streams.selection.genes),
+        "genes": len(data_module.selection.genes),
         "steps": trainer.state.global_step,
         "epochs": trainer.state.epoch,
-        "global_batch_size": streams.epoch.batch_size,
+        "global_batch_size": data_module.epoch.batch_size,
         "train_seconds": read_lines(Path(args.output_dir) / METRICS)[-1]["seconds"],
         **training_of(trainer),
         "cells_per_second": round(float(np.median(rates)), 1) if rates else None,
         "versions": {name: version(name) for name in _PACKAGES},
         "baselines": asdict(trainer.baselines) if trainer.baselines else None,
         "best": min(validations, key=lambda line: line["eval_loss"]) if validations else None,
-        "composition": composition_of(streams.source, parts),
-        "data": streams.source.describe(),
+        "composition": composition_of(data_module.source, parts),
+        "data": data_module.source.describe(),
     }
     write_json(Path(args.output_dir) / SUMMARY, summary)
     return summary
@@ -297,7 +299,7 @@ def tell(summary: dict[str, Any], folder: Path) -> str:
     return "\n".join(line for line in lines if line)
 
 
-def _categories(domain_key: str | None, domains: list[str]) -> dict[str, tuple[str, dict[str, int]]]:
-    if domain_key is None:
+def _categories(batch_key: str | None, domains: list[str]) -> dict[str, tuple[str, dict[str, int]]]:
+    if batch_key is None:
         return {}
-    return {"domain_ids": (domain_key, {domain: index for index, domain in enumerate(domains)})}
+    return {"domain_ids": (batch_key, {domain: index for index, domain in enumerate(domains)})}

@@ -41,7 +41,7 @@ logger = logging.getLogger(__name__)
 # Settings of the data that settle what a cell's tokens are.
 _TOKENS = (
     *("n_bins", "max_tokens", "ties", "input_style", "target_sum"),
-    *("cls_value", "pad_value", "mask_value", "domain_key"),
+    *("cls_value", "pad_value", "mask_value", "batch_key"),
 )
 
 
@@ -91,20 +91,20 @@ def choose(source: CellSource, data: DataSettings, seed: int) -> Selection:
     Raises:
         ValueError: as the steps say; each names what it found and what to do.
     """
-    columns = sorted({data.split_by, *([data.domain_key] if data.domain_key else [])})
+    columns = sorted({data.donor_key, *([data.batch_key] if data.batch_key else [])})
     obs = source.obs(columns)
-    obs = obs.loc[null_free(obs, data.split_by)]
+    obs = obs.loc[null_free(obs, data.donor_key)]
     if data.max_cells is not None:
-        obs = obs.loc[sample_donors(obs, data.max_cells, seed=seed, by=data.split_by)]
+        obs = obs.loc[sample_donors(obs, data.max_cells, seed=seed, donor_key=data.donor_key)]
     obs = obs.loc[filter_cells(source, obs.index.to_numpy(np.int64), data.min_genes)]
     fractions = {"train": 1 - data.validation_fraction, "validation": data.validation_fraction}
-    parts = split_cells(obs, fractions, by=data.split_by, seed=seed)
+    parts = split_cells(obs, fractions, donor_key=data.donor_key, seed=seed)
     columns_chosen = _choose_genes(source, parts["train"], data)
     if data.gene_selection == "hvg":  # a cell may express none of a few genes; among all, min_genes sees to it
         parts = {part: cells_expressing(source, ids, columns_chosen) for part, ids in parts.items()}
     genes = source.genes["feature_id"].to_numpy()[columns_chosen]
-    domains = [] if data.domain_key is None else sorted(obs[data.domain_key].astype(str).unique())
-    n_donors = {part: int(obs.loc[cell_ids, data.split_by].nunique()) for part, cell_ids in parts.items()}
+    domains = [] if data.batch_key is None else sorted(obs[data.batch_key].astype(str).unique())
+    n_donors = {part: int(obs.loc[cell_ids, data.donor_key].nunique()) for part, cell_ids in parts.items()}
     return Selection(parts, genes.tolist(), domains, n_donors)
 
 
@@ -113,7 +113,7 @@ def _choose_genes(source: CellSource, train: Int64Array, data: DataSettings) -> 
     frequent = filter_genes(source, train, data.min_gene_counts)
     if data.gene_selection == "all":
         return frequent
-    return highly_variable_genes(source, train, data.n_hvg, per=data.hvg_per, candidates=frequent)
+    return highly_variable_genes(source, train, data.n_hvg, batch_key=data.hvg_batch_key, candidates=frequent)
 
 
 def begin_run(source: CellSource, settings: Settings) -> tuple[Selection, str | None]:
@@ -148,8 +148,8 @@ def run_record(source: CellSource, settings: Settings) -> dict[str, Any]:
     args, data = settings.training, settings.data
     steps = {
         "seed": args.seed,
-        "band_size": source.band_size,
-        "bands_per_block": data.bands_per_block,
+        "chunk_size": source.chunk_size,
+        "chunks_per_window": data.chunks_per_window,
         "cached": data.cache_dir is not None or None,  # null as in records that do not know the word
         "mask_ratios": list(data.mask_ratios),
     }
@@ -181,8 +181,8 @@ def _require_same_data(split: Split, source: CellSource, path: Path) -> None:
             f"{path} names {len(absent):,} genes that the data do not have, e.g. {sorted(absent)[:5]}; resume with "
             "the data that the run began with"
         )
-    if split.by is not None:
-        require_same_cells(split.donors, split.parts, source.obs([split.by])[split.by])
+    if split.donor_key is not None:
+        require_same_cells(split.donors, split.parts, source.obs([split.donor_key])[split.donor_key])
 
 
 def save_selection(selection: Selection, source: CellSource, settings: Settings) -> None:
@@ -191,8 +191,10 @@ def save_selection(selection: Selection, source: CellSource, settings: Settings)
     folder.mkdir(parents=True, exist_ok=True)
     record = {**run_record(source, settings), "genes": selection.genes, "domains": selection.domains}
     record["composition"] = composition_of(source, selection.parts)
-    obs = source.obs([data.split_by])
-    save_split(folder / SPLIT, selection.parts, obs, by=data.split_by, seed=settings.training.seed, source=record)
+    obs = source.obs([data.donor_key])
+    save_split(
+        folder / SPLIT, selection.parts, obs, donor_key=data.donor_key, seed=settings.training.seed, source=record
+    )
     write_whole(folder / SETTINGS, settings_yaml(settings))
 
 
@@ -245,7 +247,7 @@ def build_processor(genes: list[str], data: DataSettings, source: CellSource | N
 
 
 def build_model(
-    processor: ScGPTProcessor, model: ModelSettings, domains: Sequence[str] = (), domain_key: str | None = None
+    processor: ScGPTProcessor, model: ModelSettings, domains: Sequence[str] = (), batch_key: str | None = None
 ) -> ScGPTForPreTraining:
     """Return a new model for the processor's vocabulary; weights follow from torch's seed.
 
@@ -253,7 +255,7 @@ def build_model(
         processor: of the model.
         model: sizes and options.
         domains: experimental batches, in the order of their ids.
-        domain_key: obs column that names them.
+        batch_key: obs column that names them.
     """
     new = ScGPTForPreTraining(
         _config(
@@ -263,7 +265,7 @@ def build_model(
             n_bins=processor.n_bins,
             n_domains=len(domains),
             domains=list(domains),
-            domain_key=domain_key,
+            batch_key=batch_key,
         )
     )
     start_at_mean(new, processor)

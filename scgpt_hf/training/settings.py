@@ -17,7 +17,7 @@ import torch
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
-from scgpt_hf.training.settings_validation import require_data_settings, require_training_settings
+from scgpt_hf.training.settings_validation import validate_data_settings, validate_training_settings
 
 
 def setting(default: Any, help: str) -> Any:
@@ -40,7 +40,7 @@ class DataSettings:
     primary_only: bool = setting(True, "keep only cells with is_primary_data == True, so that none is seen twice")
     layer: str | None = setting(None, "layer with the raw counts; X of an .h5ad and raw of a SOMA when not given")
     max_cells: int | None = setting(None, "draw whole donors at random up to this many cells; all when not given")
-    split_by: str = setting("donor_id", "obs column that is never divided between training and validation")
+    donor_key: str = setting("donor_id", "obs column that is never divided between training and validation")
     validation_fraction: float = setting(0.2, "share of the cells, in whole donors, held out for validation")
     min_genes: int = setting(10, "drop cells that express fewer genes than this")
     min_gene_counts: int = setting(3, "drop genes with fewer counts than this over all training cells")
@@ -48,7 +48,7 @@ class DataSettings:
         "all", "'hvg': the n_hvg most variable genes; 'all': every gene kept, each cell's sampled down to max_tokens"
     )
     n_hvg: int = setting(1200, "number of highly variable genes (seurat_v3), from training cells")
-    hvg_per: str | None = setting(
+    hvg_batch_key: str | None = setting(
         "donor_id", "obs column whose groups each rank the genes (the batch key of seurat_v3)"
     )
     target_sum: float = setting(
@@ -66,17 +66,17 @@ class DataSettings:
     mask_ratios: list[float] = setting(
         [0.25, 0.5, 0.75], "shares of the genes to hide; one is drawn per cell and epoch"
     )
-    domain_key: str | None = setting(None, "obs column of the experimental batch, for the heads that need one")
+    batch_key: str | None = setting(None, "obs column of the experimental batch, for the heads that need one")
     cache_dir: str | None = setting(
         None,
         "write the cells to this folder during the first epoch and read them from there, shuffled over all of them, in "
         "later ones; about 5 kB a cell, twice that while it is made; a cache that is there is used from the start",
     )
-    bands_per_block: int = setting(32, "bands of 2,048 neighbouring cells that are shuffled together")
+    chunks_per_window: int = setting(32, "chunks of 2,048 neighbouring cells that are shuffled together")
 
     def __post_init__(self) -> None:
         """Check what can be checked without the data."""
-        require_data_settings(self)
+        validate_data_settings(self)
         if not 0 < self.validation_fraction < 1:
             raise ValueError(f"expected validation_fraction between 0 and 1, found {self.validation_fraction}")
         if not self.mask_ratios or not all(0 < ratio < 1 for ratio in self.mask_ratios):
@@ -90,8 +90,8 @@ class ModelSettings:
     hidden_size: int = setting(64, "width of the encoder")
     num_hidden_layers: int = setting(2, "encoder layers")
     num_attention_heads: int = setting(4, "attention heads")
-    intermediate_size: int = setting(128, "width of the feed-forward")
-    dropout: float = setting(0.1, "dropout of embeddings, residuals and feed-forward")
+    intermediate_size: int = setting(128, "width of the stream_config-forward")
+    dropout: float = setting(0.1, "dropout of embeddings, residuals and stream_config-forward")
     attention_dropout: float = setting(
         0.0, "dropout of attention probabilities; above 0 the GPU's fast kernel is not used"
     )
@@ -181,7 +181,7 @@ class TrainingSettings(TrainingArguments):
         self.mixed_precision = "bf16" if self.bf16 else "fp16" if self.fp16 else "no"  # not the launcher's
         if self.n_gpu > 1:
             raise ValueError(f"one process sees {self.n_gpu} GPUs; start one process a GPU with accelerate launch")
-        require_training_settings(self)
+        validate_training_settings(self)
 
 
 @dataclass
@@ -228,8 +228,8 @@ def parse_settings(arguments: list[str], description: str) -> Settings:
     given = vars(parser.parse_known_args(arguments)[0])
     data, model, training = sections
     settings = Settings(data, model, training, _asked(parser, given))
-    if settings.data.domain_key is None and (settings.model.domain_embedding or settings.model.domain_head):
-        raise ValueError("domain_embedding and domain_head need --domain_key, the obs column of the experimental batch")
+    if settings.data.batch_key is None and (settings.model.domain_embedding or settings.model.domain_head):
+        raise ValueError("domain_embedding and domain_head need --batch_key, the obs column of the experimental batch")
     return settings
 
 

@@ -17,7 +17,7 @@ _DATA: dict[str, tuple[float, float]] = {
     "min_gene_counts": (0, 2**53),
     "n_bins": (2, 2**31),
     "max_tokens": (2, 2**31),
-    "bands_per_block": (1, 2**31),
+    "chunks_per_window": (1, 2**31),
 }
 _TRAINING: dict[str, tuple[float, float]] = {
     "per_device_train_batch_size": (1, 2**31),
@@ -46,7 +46,7 @@ _TRAINING: dict[str, tuple[float, float]] = {
 _COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 
 
-def require_data_settings(settings: Any) -> None:
+def validate_data_settings(settings: Any) -> None:
     """Raise unless the numbers of `DataSettings` can be.
 
     Raises:
@@ -55,7 +55,7 @@ def require_data_settings(settings: Any) -> None:
     _require_in_range(settings, _DATA)
 
 
-def require_training_settings(args: TrainingArguments) -> None:
+def validate_training_settings(args: TrainingArguments) -> None:
     """Raise for what the library would notice, if at all, once the run has begun.
 
     Raises:

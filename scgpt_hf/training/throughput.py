@@ -7,7 +7,7 @@ import torch
 
 from scgpt_hf.model.configuration_scgpt import ScGPTConfig, training_flops_per_token
 from scgpt_hf.pipeline.stream import Batch, lengths_of
-from scgpt_hf.training.peak_flops import device_peak
+from scgpt_hf.training.peak_flops import peak_flops
 
 
 class Throughput:
@@ -16,7 +16,7 @@ class Throughput:
     def __init__(self, config: ScGPTConfig, device: torch.device, world_size: int) -> None:
         """Start the clock."""
         self.config, self.world_size = config, world_size
-        self.peak = device_peak(device)
+        self.peak = peak_flops(device)
         self.restart(waited_s=0.0)
 
     def count(self, batches: Iterable[Batch]) -> None:

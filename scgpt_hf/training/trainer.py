@@ -22,14 +22,14 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_utils import HubStrategy
 from transformers.utils.hub import PushInProgress
 
-from scgpt_hf.cells.schedule.run import Course
-from scgpt_hf.cells.threads import read_ahead
+from scgpt_hf.cells.schedule.run import RunSchedule
+from scgpt_hf.cells.threads import prefetch
 from scgpt_hf.pipeline.stream import Batch, StreamLoader, lengths_of
 from scgpt_hf.publishing.hub import check_repository, publish
 from scgpt_hf.training.baselines import Baselines
 from scgpt_hf.training.fault_tolerance.checkpoints import checkpoint_at
-from scgpt_hf.training.fault_tolerance.trainer import ResilientTrainer, Window
-from scgpt_hf.training.pin_memory import count_labels, pinning, to_device
+from scgpt_hf.training.fault_tolerance.trainer import FaultTolerantTrainer, Window
+from scgpt_hf.training.pin_memory import count_labels, pin_batches, to_device
 from scgpt_hf.training.throughput import Throughput
 
 logger = logging.getLogger(__name__)
@@ -38,7 +38,7 @@ logger = logging.getLogger(__name__)
 _SQUARED_ERRORS = ("gep", "gepc")
 
 
-class ScGPTTrainer(ResilientTrainer):
+class ScGPTTrainer(FaultTolerantTrainer):
     """Pretrains on a stream of packed batches."""
 
     def __init__(
@@ -50,14 +50,14 @@ class ScGPTTrainer(ResilientTrainer):
         baselines: Baselines | None = None,
         **trainer_arguments: Any,
     ) -> None:
-        """Wire the streams into the trainer.
+        """Wire the data_module into the trainer.
 
         Args:
             train_stream: batches of this rank from number n of the run on; a step takes one per accumulation step.
             validation_stream: batches of this rank, the same every time.
             n_validation_steps: batches of all ranks together; every rank has its share of them or one less.
             baselines: logged beside every validation.
-            trainer_arguments: of `ResilientTrainer` and `transformers.Trainer`; at least course, model, args and
+            trainer_arguments: of `FaultTolerantTrainer` and `transformers.Trainer`; at least schedule, model, args and
                 processing_class.
 
         Raises:
@@ -66,7 +66,7 @@ class ScGPTTrainer(ResilientTrainer):
         super().__init__(**trainer_arguments, eval_dataset=_Placeholder())
         config = trainer_arguments["model"].config
         self.weights: dict[str, float] = {name: weight for name, weight in config.loss_weights.items() if weight}
-        self.validation_stream = pinning(validation_stream, self.args.device)
+        self.validation_stream = pin_batches(validation_stream, self.args.device)
         self.n_validation_rounds = math.ceil(n_validation_steps / self.args.world_size)
         if self.is_fsdp_enabled and n_validation_steps < self.args.world_size:
             raise ValueError(
@@ -75,18 +75,18 @@ class ScGPTTrainer(ResilientTrainer):
             )
         self.baselines = baselines
         micro_batches = self.args.gradient_accumulation_steps
-        train_stream = pinning(train_stream, self.args.device)
-        epoch_ends = [end * micro_batches for end in self.course.epoch_ends]
+        train_stream = pin_batches(train_stream, self.args.device)
+        epoch_ends = [end * micro_batches for end in self.schedule.epoch_ends]
         self.loader = StreamLoader(train_stream, epoch_ends, while_waiting=self.signal.check)
         self.throughput = Throughput(config, self.args.device, self.args.world_size)
-        self.add_callback(_TrueEpoch(self.course))
+        self.add_callback(_TrueEpoch(self.schedule))
 
     def get_train_dataloader(self) -> StreamLoader:  # type: ignore[override]
         """Return the loader, which stands where the last step left it."""
         return self.loader
 
     def train(self, *arguments: Any, **keywords: Any) -> Any:
-        """Train as `ResilientTrainer.train`, and stop the reading threads whatever happens."""
+        """Train as `FaultTolerantTrainer.train`, and stop the reading threads whatever happens."""
         self.throughput.restart(self.loader.waited_s)
         try:
             return super().train(*arguments, **keywords)
@@ -148,11 +148,13 @@ class ScGPTTrainer(ResilientTrainer):
 
         Where the global batch has changed, it goes by steps of the first size, so that it does not jump.
         """
-        decay, course = self.args.lr_decay_per_epoch, self.course
+        decay, schedule = self.args.lr_decay_per_epoch, self.schedule
         if decay is None:
-            scheduler = super().create_scheduler(math.ceil(course.steps_of_first_size(num_training_steps)), optimizer)
-            if course.has_changed and isinstance(scheduler, LambdaLR):
-                scheduler.lr_lambdas = [_compose(factor, course.steps_of_first_size) for factor in scheduler.lr_lambdas]
+            scheduler = super().create_scheduler(math.ceil(schedule.steps_of_first_size(num_training_steps)), optimizer)
+            if schedule.has_changed and isinstance(scheduler, LambdaLR):
+                scheduler.lr_lambdas = [
+                    _compose(factor, schedule.steps_of_first_size) for factor in scheduler.lr_lambdas
+                ]
             return scheduler
         if self.lr_scheduler is not None:
             return self.lr_scheduler
@@ -160,7 +162,7 @@ class ScGPTTrainer(ResilientTrainer):
 
         def factor(step: int) -> float:
             warmed_up = min(1.0, (step + 1) / max(n_warmup, 1))
-            return float(warmed_up * decay ** int(course.epochs_done(step)))
+            return float(warmed_up * decay ** int(schedule.epochs_done(step)))
 
         optimizer = optimizer or self.optimizer
         assert optimizer is not None
@@ -216,7 +218,7 @@ class ScGPTTrainer(ResilientTrainer):
 
         All ranks run a sharded model, or none can: one that has a batch less ends with its last one again.
         """
-        with closing(read_ahead(self.validation_stream(), while_waiting=self.signal.check)) as batches:
+        with closing(prefetch(self.validation_stream(), while_waiting=self.signal.check)) as batches:
             for _ in range(self.n_validation_rounds):
                 if taken := self.take(batches, 1):
                     (batch,) = taken
@@ -302,12 +304,12 @@ def _report_failure(job: Future[str]) -> None:
 class _TrueEpoch(TrainerCallback):
     """Keeps `state.epoch` right where the library counts from the epoch's start; has the last few steps logged too."""
 
-    def __init__(self, course: Course) -> None:
-        self.course = course
+    def __init__(self, schedule: RunSchedule) -> None:
+        self.schedule = schedule
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        state.epoch = self.course.epochs_done(state.global_step)
-        control.should_log |= state.global_step == self.course.n_steps
+        state.epoch = self.schedule.epochs_done(state.global_step)
+        control.should_log |= state.global_step == self.schedule.n_steps
 
 
 class _Placeholder(torch.utils.data.IterableDataset[Batch]):

@@ -127,7 +127,7 @@ def test_blocks_are_small_and_do_not_show(
         sizes.append(len(cell_ids))
         return read(cell_ids, columns)
 
-    monkeypatch.setattr(inference, "BAND_SIZE", 16)
+    monkeypatch.setattr(inference, "CHUNK_SIZE", 16)
     monkeypatch.setattr(source, "read", watched)
     embedding = embed_cells(source, np.arange(N_CELLS), model, processor, batch_size=8, **QUIET)
     assert sizes == [16, 16, 16, 2]
@@ -137,7 +137,7 @@ def test_blocks_are_small_and_do_not_show(
 def test_a_file_four_times_as_long_takes_no_more_memory(
     model: ScGPTModel, processor: ScGPTProcessor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(inference, "BAND_SIZE", 128)
+    monkeypatch.setattr(inference, "CHUNK_SIZE", 128)
     monkeypatch.setattr(h5ad, "LOOK", 128)
     counts = np.random.default_rng(0).poisson(3, (512, 500)).astype(np.float32)
     counts[:, 0] = 1

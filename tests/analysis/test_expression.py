@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from scipy.sparse import csr_matrix, issparse
 
 from scgpt_hf.analysis.expression import predict_expression
-from scgpt_hf.analysis.hiding import hide_in_turn
-from scgpt_hf.analysis.unbinning import counts_of_bins, counts_of_log1p
+from scgpt_hf.analysis.inverse_binning import counts_of_bins, counts_of_log1p
+from scgpt_hf.analysis.masked_views import hide_in_turn
 from scgpt_hf.model.configuration_scgpt import ScGPTConfig
 from scgpt_hf.model.modeling_scgpt import ScGPTForPreTraining, ScGPTForSequenceClassification, ScGPTModel
 from scgpt_hf.tokens.binning_scgpt import bin_ranges

@@ -13,8 +13,8 @@ import numpy as np
 
 from scgpt_hf.cells.schedule.epoch import plan_validation
 from scgpt_hf.cells.source import open_source
-from scgpt_hf.cells.threads import read_ahead
-from scgpt_hf.pipeline.stream import StreamSettings, stream_cells
+from scgpt_hf.cells.threads import prefetch
+from scgpt_hf.pipeline.stream import StreamConfig, stream_cells
 from scgpt_hf.tokens.processing_scgpt import ScGPTProcessor
 
 
@@ -22,8 +22,8 @@ def main(how: str, address: str) -> None:
     """Read, and stop as asked."""
     source = open_source(address)
     processor = ScGPTProcessor.from_genes(source.genes["feature_id"].tolist())
-    plans = [plan_validation(source.obs().index.to_numpy(np.int64), 10, cells_per_block=20)] * 100
-    batches = read_ahead(stream_cells(source, plans, processor, StreamSettings(0, (0.5,))))
+    plans = [plan_validation(source.obs().index.to_numpy(np.int64), 10, cells_per_window=20)] * 100
+    batches = prefetch(stream_cells(source, plans, processor, StreamConfig(0, (0.5,))))
     print("opened", flush=True)
     if how == "stall":
         sys.stdin.readline()  # until the server falls silent

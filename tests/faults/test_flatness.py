@@ -13,8 +13,8 @@ import pytest
 from scgpt_hf.cells.h5ad.reader import H5adSource
 from scgpt_hf.cells.schedule.epoch import plan_epoch
 from scgpt_hf.cells.source import open_source
-from scgpt_hf.cells.threads import read_ahead
-from scgpt_hf.pipeline.stream import StreamSettings, stream_cells
+from scgpt_hf.cells.threads import prefetch
+from scgpt_hf.pipeline.stream import StreamConfig, stream_cells
 from scgpt_hf.tokens.processing_scgpt import ScGPTProcessor
 
 WARM_UP, STEPS = 200, 400
@@ -40,11 +40,11 @@ def standing(process) -> tuple[int, int, int]:
 def test_hundreds_of_steps_take_no_more_memory_files_or_threads_than_the_first(source):
     processor, process = ScGPTProcessor.from_genes(source.genes["feature_id"].tolist()), psutil.Process()
     ids = source.obs().index.to_numpy(np.int64)
-    plans = [plan_epoch(ids, seed=0, epoch=epoch, batch_size=8, band_size=32) for epoch in range(60)]
-    stream = stream_cells(source, plans, processor, StreamSettings(seed=0, mask_ratios=(0.5,)))
+    plans = [plan_epoch(ids, seed=0, epoch=epoch, batch_size=8, chunk_size=32) for epoch in range(60)]
+    stream = stream_cells(source, plans, processor, StreamConfig(seed=0, mask_ratios=(0.5,)))
     tracemalloc.start()
     try:
-        with closing(read_ahead(stream)) as batches:
+        with closing(prefetch(stream)) as batches:
             assert len(list(islice(batches, WARM_UP))) == WARM_UP
             memory, files, threads = standing(process)
             assert len(list(islice(batches, STEPS))) == STEPS

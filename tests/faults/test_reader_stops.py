@@ -17,8 +17,8 @@ import pytest
 from scgpt_hf.cells import threads
 from scgpt_hf.cells.schedule.epoch import plan_validation
 from scgpt_hf.cells.source import open_source
-from scgpt_hf.cells.threads import ReadingThreads, join_within, read_ahead
-from scgpt_hf.pipeline.stream import StreamSettings, stream_cells
+from scgpt_hf.cells.threads import DaemonThreadPool, join_within, prefetch
+from scgpt_hf.pipeline.stream import StreamConfig, stream_cells
 from scgpt_hf.tokens.processing_scgpt import ScGPTProcessor
 from scgpt_hf.training.fault_tolerance.checkpoints import newest_valid, verify
 from tests.support import ROOT
@@ -105,7 +105,7 @@ def test_sigterm_while_a_store_is_silent_ends_a_run_with_a_checkpoint(small_cens
             stderr=said,
             env={**clean, **server.environment, **UNCACHED, "OMP_NUM_THREADS": "1"},
         )
-        assert wait_until((tmp_path / "run" / "split.json").exists, patience_s=200), process.kill()
+        assert wait_until((tmp_path / "run" / "split.json").exists, timeout_s=200), process.kill()
         server.faults = Faults(probability=1, kinds=("stall",), stall_s=300)
         assert server.stalled.wait(60), process.kill()
         process.terminate()
@@ -132,14 +132,14 @@ def test_no_thread_is_left_after_readers_that_stopped_early_or_failed(small_cens
     before = threading.enumerate()
     with open_source(small_census) as source:
         processor = ScGPTProcessor.from_genes(source.genes["feature_id"].tolist())
-        plans = [plan_validation(source.obs().index.to_numpy(np.int64), 10, cells_per_block=20)] * 3
+        plans = [plan_validation(source.obs().index.to_numpy(np.int64), 10, cells_per_window=20)] * 3
         for _ in range(5):
-            batches = read_ahead(stream_cells(source, plans, processor, StreamSettings(0)))
+            batches = prefetch(stream_cells(source, plans, processor, StreamConfig(0)))
             next(batches)
             batches.close()
             unknown = {"domain_ids": ("donor_id", {"nobody": 0})}
             with pytest.raises(ValueError, match="have no class"):
-                list(read_ahead(stream_cells(source, plans, processor, StreamSettings(0, categories=unknown))))
+                list(prefetch(stream_cells(source, plans, processor, StreamConfig(0, categories=unknown))))
         del batches
 
     def left() -> list[str]:
@@ -149,16 +149,16 @@ def test_no_thread_is_left_after_readers_that_stopped_early_or_failed(small_cens
     assert wait_until(lambda: not left()), left()
 
 
-def wait_until(true, patience_s: float = 60) -> bool:
+def wait_until(true, timeout_s: float = 60) -> bool:
     """Whether it becomes true in time: a thread that was told to end still takes a moment."""
-    until = time.monotonic() + patience_s
+    until = time.monotonic() + timeout_s
     while not true() and time.monotonic() < until:
         time.sleep(0.01)
     return true()
 
 
 def test_reading_threads_return_results_in_order_and_raise_what_the_task_raised():
-    pool = ReadingThreads(3, "scgpt-test")
+    pool = DaemonThreadPool(3, "scgpt-test")
     assert list(pool.map(lambda number: number**2, range(50))) == [number**2 for number in range(50)]
     with pytest.raises(ZeroDivisionError):
         pool.submit(lambda: 1 / 0).result()
@@ -169,8 +169,8 @@ def test_reading_threads_return_results_in_order_and_raise_what_the_task_raised(
 
 
 def test_shutting_down_cancels_what_has_not_begun_and_leaves_what_hangs(monkeypatch, caplog):
-    monkeypatch.setattr(threads, "PATIENCE_S", 0.05)
-    pool, released = ReadingThreads(1, "scgpt-test"), threading.Event()
+    monkeypatch.setattr(threads, "JOIN_TIMEOUT_S", 0.05)
+    pool, released = DaemonThreadPool(1, "scgpt-test"), threading.Event()
     hanging, waiting = pool.submit(released.wait), pool.submit(int)
     assert wait_until(hanging.running)
     pool.shutdown()
@@ -185,10 +185,10 @@ def test_shutting_down_cancels_what_has_not_begun_and_leaves_what_hangs(monkeypa
 def test_the_interpreter_waits_for_a_read_in_progress_and_begins_no_other():
     """A thread that comes back from C++ to an interpreter that has gone would abort the process."""
     code = (
-        "import threading, time; from scgpt_hf.cells.threads import ReadingThreads\n"
+        "import threading, time; from scgpt_hf.cells.threads import DaemonThreadPool\n"
         "begun = threading.Event()\n"
         "def read():\n    begun.set(); time.sleep(0.5); print('read', flush=True)\n"
-        "pool = ReadingThreads(1, 'test')\n"
+        "pool = DaemonThreadPool(1, 'test')\n"
         "for _ in range(3): pool.submit(read)\n"
         "begun.wait()"
     )

@@ -19,7 +19,7 @@ from scgpt_hf.cells.schedule.epoch import plan_epoch
 from scgpt_hf.cells.source import open_source
 from scgpt_hf.model.configuration_scgpt import ScGPTConfig
 from scgpt_hf.model.modeling_scgpt import ScGPTForPreTraining
-from scgpt_hf.pipeline.stream import StreamSettings, stream_cells
+from scgpt_hf.pipeline.stream import StreamConfig, stream_cells
 from scgpt_hf.tokens.processing_scgpt import ScGPTProcessor
 
 GOLDEN = Path(__file__).with_name("losses.json")
@@ -43,7 +43,7 @@ def first_losses(n_steps: int = 20) -> list[float]:
     model = ScGPTForPreTraining(config).train()
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
     losses = []
-    stream = stream_cells(source, plans, processor, StreamSettings(1, (0.25, 0.5, 0.75)))
+    stream = stream_cells(source, plans, processor, StreamConfig(1, (0.25, 0.5, 0.75)))
     for batch in islice(stream, n_steps):
         loss = model(**batch).loss
         loss.backward()

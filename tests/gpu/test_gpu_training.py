@@ -8,7 +8,7 @@ import torch
 from transformers import TrainerCallback, set_seed
 
 from scgpt_hf.tokens.packing_scgpt import bucket, pack
-from scgpt_hf.training.pretraining import Streams, make_trainer
+from scgpt_hf.training.pretraining import DataModule, make_trainer
 from scgpt_hf.training.recipe import begin_run, build_model, build_processor, open_cells, save_selection
 from scgpt_hf.training.settings import parse_settings
 from scgpt_hf.training.trainer import ScGPTTrainer
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.gpu
 
 SMALL = [
     *("--hidden_size", "64", "--num_hidden_layers", "2", "--num_attention_heads", "1", "--intermediate_size", "64"),
-    *("--min_gene_counts", "1", "--validation_fraction", "0.3", "--disable_tqdm", "true", "--bands_per_block", "1"),
+    *("--min_gene_counts", "1", "--validation_fraction", "0.3", "--disable_tqdm", "true", "--chunks_per_window", "1"),
     *("--max_steps", "20", "--eval_strategy", "no", "--save_strategy", "no", "--load_best_model_at_end", "false"),
     *("--learning_rate", "1e-3", "--per_device_train_batch_size", "16"),
 ]
@@ -43,7 +43,7 @@ def trainer_for(census: Path, folder: Path, *flags: str) -> ScGPTTrainer:
     set_seed(settings.training.seed)
     processor = build_processor(selection.genes, settings.data)
     model = build_model(processor, settings.model)
-    trainer = make_trainer(Streams(source, selection, processor, settings), model, settings.training)
+    trainer = make_trainer(DataModule(source, selection, processor, settings), model, settings.training)
     save_selection(selection, source, settings)
     return trainer
 

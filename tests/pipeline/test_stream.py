@@ -14,8 +14,8 @@ from scipy.sparse import csr_matrix
 
 from scgpt_hf.cells.schedule.epoch import plan_epoch, plan_validation
 from scgpt_hf.cells.source import open_source
-from scgpt_hf.cells.threads import read_ahead
-from scgpt_hf.pipeline.stream import StreamLoader, StreamSettings, stream_cells
+from scgpt_hf.cells.threads import prefetch
+from scgpt_hf.pipeline.stream import StreamConfig, StreamLoader, stream_cells
 from scgpt_hf.tokens.packing_scgpt import IGNORE
 from scgpt_hf.tokens.processing_scgpt import ScGPTProcessor
 
@@ -40,7 +40,7 @@ def processor(source):
 def plans_of(n_epochs: int, seed: int = 0):
     cells = np.arange(N_CELLS)
     return [
-        plan_epoch(cells, seed=seed, epoch=epoch, batch_size=BATCH, band_size=16, bands_per_block=2)
+        plan_epoch(cells, seed=seed, epoch=epoch, batch_size=BATCH, chunk_size=16, chunks_per_window=2)
         for epoch in range(n_epochs)
     ]
 
@@ -52,7 +52,7 @@ def cells_of(batch) -> list[tuple[tuple[int, ...], tuple[float, ...]]]:
 
 
 def test_stream_yields_each_planned_step_once_and_again(source, processor):
-    stream = stream_cells(source, plans_of(2), processor, StreamSettings(seed=0, mask_ratios=(0.5,)))
+    stream = stream_cells(source, plans_of(2), processor, StreamConfig(seed=0, mask_ratios=(0.5,)))
     first, second = list(stream), list(stream)
     assert len(first) == 2 * (N_CELLS // BATCH)
     assert all(len(batch["cu_seq_lens_q"]) == BATCH + 1 for batch in first)
@@ -64,7 +64,7 @@ def test_masks_differ_between_epochs_and_follow_the_seed(source, processor):
     def labels(seed: int):
         plan = plan_validation(np.arange(N_CELLS), BATCH)
         plans = [replace(plan, epoch=epoch) for epoch in range(2)]
-        stream = stream_cells(source, plans, processor, StreamSettings(seed, (0.5,)))
+        stream = stream_cells(source, plans, processor, StreamConfig(seed, (0.5,)))
         return torch.cat([batch["labels"].ravel() for batch in stream]).chunk(2)
 
     assert not torch.equal(*labels(0))
@@ -76,15 +76,15 @@ def test_masks_differ_between_epochs_and_follow_the_seed(source, processor):
 @pytest.mark.parametrize("micro_batches", [1, 3])
 def test_every_global_step_holds_the_same_cells_for_any_number_of_ranks(source, processor, world_size, micro_batches):
     def steps(world: int, micro: int):
-        streams = [
-            list(stream_cells(source, plans_of(2), processor, StreamSettings(3, (0.5,), rank, world, micro)))
+        data_module = [
+            list(stream_cells(source, plans_of(2), processor, StreamConfig(3, (0.5,), rank, world, micro)))
             for rank in range(world)
         ]
-        n_steps = len(streams[0]) // micro
+        n_steps = len(data_module[0]) // micro
         return [
             sorted(
                 cell
-                for stream in streams
+                for stream in data_module
                 for batch in stream[step * micro : (step + 1) * micro]
                 for cell in cells_of(batch)
             )
@@ -96,39 +96,39 @@ def test_every_global_step_holds_the_same_cells_for_any_number_of_ranks(source, 
 
 @pytest.mark.parametrize("start", [0, 1, 5, 8, 11, 15])
 def test_a_stream_can_start_at_any_step(source, processor, start):
-    settings = StreamSettings(seed=1, mask_ratios=(0.25, 0.75))
+    settings = StreamConfig(seed=1, mask_ratios=(0.25, 0.75))
     whole = list(stream_cells(source, plans_of(2), processor, settings))
     rest = list(stream_cells(source, plans_of(2), processor, settings, start_step=start))
     assert [cells_of(batch) for batch in rest] == [cells_of(batch) for batch in whole[start:]]
 
 
 def test_state_dict_of_datasets_resumes_too(source, processor):
-    stream = stream_cells(source, plans_of(1), processor, StreamSettings(seed=1, mask_ratios=(0.5,)))
+    stream = stream_cells(source, plans_of(1), processor, StreamConfig(seed=1, mask_ratios=(0.5,)))
     batches = iter(stream)
     for _ in range(5):
         next(batches)
     state = stream.state_dict()
     rest = [cells_of(batch) for batch in batches]
-    again = stream_cells(source, plans_of(1), processor, StreamSettings(seed=1, mask_ratios=(0.5,)))
+    again = stream_cells(source, plans_of(1), processor, StreamConfig(seed=1, mask_ratios=(0.5,)))
     again.load_state_dict(state)
     assert [cells_of(batch) for batch in again] == rest
 
 
 def test_starting_after_the_end_is_an_error(source, processor):
     with pytest.raises(ValueError, match="nothing is left"):
-        stream_cells(source, plans_of(1), processor, StreamSettings(seed=0), start_step=8)
+        stream_cells(source, plans_of(1), processor, StreamConfig(seed=0), start_step=8)
 
 
 def test_validation_sees_every_cell_once_over_all_ranks(source, processor):
     plan = plan_validation(np.arange(N_CELLS), 7)
-    streams = [stream_cells(source, [plan], processor, StreamSettings(0, (0.5,), rank, 20)) for rank in range(20)]
-    cells = [cell for stream in streams for batch in stream for cell in cells_of(batch)]
+    data_module = [stream_cells(source, [plan], processor, StreamConfig(0, (0.5,), rank, 20)) for rank in range(20)]
+    cells = [cell for stream in data_module for batch in stream for cell in cells_of(batch)]
     assert len(cells) == N_CELLS == len(set(cells))
 
 
 def test_labels_are_the_hidden_values(source, processor):
-    masked = list(stream_cells(source, plans_of(1), processor, StreamSettings(0, (0.5,))))
-    plain = list(stream_cells(source, plans_of(1), processor, StreamSettings(0)))
+    masked = list(stream_cells(source, plans_of(1), processor, StreamConfig(0, (0.5,))))
+    plain = list(stream_cells(source, plans_of(1), processor, StreamConfig(0)))
     for batch, whole in zip(masked, plain, strict=True):
         hidden = batch["labels"] != IGNORE
         assert torch.equal(batch["labels"][hidden], whole["values"][hidden])
@@ -141,14 +141,14 @@ def test_categories_become_class_ids(source, processor):
     batch = next(
         iter(
             stream_cells(
-                source, [plan_validation(np.arange(N_CELLS), 6)], processor, StreamSettings(0, categories=classes)
+                source, [plan_validation(np.arange(N_CELLS), 6)], processor, StreamConfig(0, categories=classes)
             )
         )
     )
     assert batch["domain_ids"].tolist() == [0, 1, 2, 0, 1, 2]
     unknown = {"domain_ids": ("donor_id", {"d0": 0})}
     with pytest.raises(ValueError, match=r"'d1', 'd2'.*have no class in domain_ids"):
-        list(stream_cells(source, plans_of(1), processor, StreamSettings(0, categories=unknown)))
+        list(stream_cells(source, plans_of(1), processor, StreamConfig(0, categories=unknown)))
 
 
 def test_cells_without_a_known_gene_are_left_out_and_a_batch_of_them_raises(processor):
@@ -156,10 +156,10 @@ def test_cells_without_a_known_gene_are_left_out_and_a_batch_of_them_raises(proc
     counts[4:, :5] = 2
     genes = pd.DataFrame(index=[f"ENSG{index:011d}" for index in range(N_GENES)])
     source = open_source(anndata.AnnData(csr_matrix(counts), var=genes, obs=pd.DataFrame(index=map(str, range(8)))))
-    whole = list(stream_cells(source, [plan_validation(np.arange(8), 8)], processor, StreamSettings(0)))
+    whole = list(stream_cells(source, [plan_validation(np.arange(8), 8)], processor, StreamConfig(0)))
     assert [len(batch["cu_seq_lens_q"]) - 1 for batch in whole] == [4]
     with pytest.raises(ValueError, match="no cell of a batch"):
-        list(stream_cells(source, [plan_validation(np.arange(8), 4)], processor, StreamSettings(0)))
+        list(stream_cells(source, [plan_validation(np.arange(8), 4)], processor, StreamConfig(0)))
 
 
 def test_read_ahead_keeps_order_raises_what_the_thread_raised_and_stops_it():
@@ -169,11 +169,11 @@ def test_read_ahead_keeps_order_raises_what_the_thread_raised_and_stops_it():
 
     seen = []
     with pytest.raises(OSError, match="the disk is gone"):
-        seen.extend(batch["number"] for batch in read_ahead(broken(), depth=3))
+        seen.extend(batch["number"] for batch in prefetch(broken(), depth=3))
     assert seen == list(range(20))
 
     others = set(threading.enumerate())
-    endless = read_ahead(iter(lambda: {"number": 0}, None), depth=2)
+    endless = prefetch(iter(lambda: {"number": 0}, None), depth=2)
     next(endless)
     own = [thread for thread in set(threading.enumerate()) - others if thread.name == "scgpt-read-ahead"]
     assert own

@@ -61,7 +61,7 @@ SUMMARY = {
 }
 SETTINGS = {
     "data": {
-        "split_by": "donor_id",
+        "donor_key": "donor_id",
         "gene_selection": "hvg",
         "input_style": "binned",
         "n_bins": 51,
@@ -194,7 +194,7 @@ def test_a_cache_of_the_hub_is_named_as_its_data_set(run: Path) -> None:
 
 def test_no_path_host_or_credential_is_in_the_card(run: Path, tmp_path: Path) -> None:
     settings = {
-        "data": {"data": [str(tmp_path)], "split_by": str(tmp_path / "x")},
+        "data": {"data": [str(tmp_path)], "donor_key": str(tmp_path / "x")},
         "training": {"hub_token": "hf_secret"},
     }
     (run / "settings.yaml").write_text(yaml.safe_dump(settings))

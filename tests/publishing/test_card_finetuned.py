@@ -50,7 +50,7 @@ CLASSIFIER = COMMON | {
 }
 INTEGRATION = COMMON | {
     "task": "integrate",
-    "domain_key": "assay",
+    "batch_key": "assay",
     "domains": {"10x 3' v2": {"train": 20, "validation": 5}, "10x 5' v1": {"train": 10, "validation": 5}},
     "best": {"eval_gep_mse": 90.0, "eval_gepc_mse": 95.0, "eval_gene_mean_mse": 120.0, "eval_constant_mse": 200.0},
 }

@@ -1,4 +1,4 @@
-"""The course of a run: what is read, and what is drawn where."""
+"""The schedule of a run: what is read, and what is drawn where."""
 
 import itertools
 import json

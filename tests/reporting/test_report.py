@@ -30,7 +30,7 @@ class Reader(HTMLParser):
         self.tags: list[str] = []
         self.links: list[str] = []
         self.texts: list[str] = []
-        self.feed(text)
+        self.stream_config(text)
         assert self.open == []
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
@@ -130,7 +130,7 @@ def a_run(folder: Path) -> Path:
     (folder / "summary.json").write_text(json.dumps(summary))
     (folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
     (folder / "settings.yaml").write_text(
-        yaml.safe_dump({"data": {"split_by": EVIL}, "training": {"output_dir": "/x/y"}})
+        yaml.safe_dump({"data": {"donor_key": EVIL}, "training": {"output_dir": "/x/y"}})
     )
     (folder / "split.json").write_text(json.dumps({"seed": 42}))
     save_figure(Figure(figsize=(7, 3)), folder / "umap.png")

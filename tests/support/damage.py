@@ -108,7 +108,7 @@ def damage_tree(content: Any, rng: Rng) -> Any:
     elif roll < 0.8:
         del changed[key]
     elif isinstance(changed, dict):
-        changed["surprise"] = junk
+        changed["nll"] = junk
     else:
         changed.append(junk)
     return changed

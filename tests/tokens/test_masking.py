@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from scgpt_hf.tokens import masking_scgpt
-from scgpt_hf.tokens.drawing_scgpt import _threshold
 from scgpt_hf.tokens.masking_scgpt import draw_ratios, mask_tokens
 from scgpt_hf.tokens.packing_scgpt import IGNORE, Tokens
+from scgpt_hf.tokens.sampling_scgpt import _threshold
 
 
 def _tokens(n_genes: list[int], first_cell: int = 0) -> Tokens:

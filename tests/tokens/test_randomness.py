@@ -6,7 +6,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.sparse import csr_matrix
 
-from scgpt_hf.tokens.drawing_scgpt import gene_word
 from scgpt_hf.tokens.randomness_scgpt import (
     MASKING,
     SAMPLING,
@@ -17,6 +16,7 @@ from scgpt_hf.tokens.randomness_scgpt import (
     scramble,
     uniform,
 )
+from scgpt_hf.tokens.sampling_scgpt import gene_word
 
 INT64 = st.integers(-(2**63), 2**63 - 1)
 

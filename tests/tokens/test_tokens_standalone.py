@@ -68,7 +68,7 @@ def test_kernels_compile_where_nothing_can_be_written(tmp_path: Path) -> None:
     (package / "__pycache__").write_text("a file where numba wants a folder")
     code = """
 import numpy as np
-from room.drawing_scgpt import COMPILED, gene_word
+from room.sampling_scgpt import COMPILED, gene_word
 assert COMPILED
 assert type(gene_word._cache).__name__ == "NullCache"
 assert gene_word(np.uint64(1234567), 0) == 6457827717110365317

@@ -9,28 +9,28 @@ import torch
 
 from scgpt_hf.cells.cache.jobs import write_cache
 from scgpt_hf.cells.cache.reader import CacheSource
-from scgpt_hf.cells.schedule.epoch import BAND_SIZE
+from scgpt_hf.cells.schedule.epoch import CHUNK_SIZE
 from scgpt_hf.pipeline.stream import stream_cells
-from scgpt_hf.training.pretraining import Streams
+from scgpt_hf.training.pretraining import DataModule
 from tests.training.test_trainer import prepare, weights_of
 
 FLAGS = ("--num_train_epochs", "3", "--save_strategy", "steps", "--save_steps", "3", "--save_total_limit", "30")
-FLAGS += ("--eval_strategy", "no", "--load_best_model_at_end", "false", "--domain_key", "assay", "--dropout", "0.1")
+FLAGS += ("--eval_strategy", "no", "--load_best_model_at_end", "false", "--batch_key", "assay", "--dropout", "0.1")
 
 
 @pytest.fixture(scope="module")
 def cached(small_census, tmp_path_factory):
     """A run of three epochs that made its cache in the first."""
     folder = tmp_path_factory.mktemp("run")
-    trainer, streams, _ = prepare(small_census, folder / "run", *FLAGS, "--cache_dir", str(folder / "cache"))
+    trainer, data_module, _ = prepare(small_census, folder / "run", *FLAGS, "--cache_dir", str(folder / "cache"))
     trainer.train()
-    return trainer, streams, folder
+    return trainer, data_module, folder
 
 
-def batches_of(streams: Streams) -> list[dict[str, torch.Tensor]]:
+def batches_of(data_module: DataModule) -> list[dict[str, torch.Tensor]]:
     """All batches of a run, as the trainer asks for them."""
-    batches = list(streams.train(0))
-    return batches if len(batches) == streams.course.n_steps else batches + list(streams.train(len(batches)))
+    batches = list(data_module.train(0))
+    return batches if len(batches) == data_module.schedule.n_steps else batches + list(data_module.train(len(batches)))
 
 
 def same(some, others) -> bool:
@@ -42,24 +42,24 @@ def same(some, others) -> bool:
 
 
 def test_a_run_from_the_cache_equals_one_from_the_soma_batch_for_batch(cached, small_census, tmp_path):
-    _, streams, _ = cached
-    plans, _ = streams.course.plans_from(0)
-    from_soma = list(stream_cells(streams.source, plans, streams.processor, streams.feed))
-    assert same(batches_of(streams), from_soma)
+    _, data_module, _ = cached
+    plans, _ = data_module.schedule.plans_from(0)
+    from_soma = list(stream_cells(data_module.source, plans, data_module.processor, data_module.stream_config))
+    assert same(batches_of(data_module), from_soma)
     _, fresh, _ = prepare(small_census, tmp_path / "run", *FLAGS, "--cache_dir", str(tmp_path / "cache"))
     assert same(batches_of(fresh), from_soma)
 
 
 def test_later_epochs_are_shuffled_over_all_cells(cached):
-    _, streams, _ = cached
-    first, *later = (leg.plan for leg in streams.course.legs)
-    assert len(first.band_starts) == -(-300 // BAND_SIZE)
-    assert all(len(plan.band_starts) == len(plan.cell_ids) for plan in later)
+    _, data_module, _ = cached
+    first, *later = (segment.plan for segment in data_module.schedule.segments)
+    assert len(first.chunk_starts) == -(-300 // CHUNK_SIZE)
+    assert all(len(plan.chunk_starts) == len(plan.cell_ids) for plan in later)
 
 
 def test_the_cache_is_the_one_that_cache_census_writes(cached, tmp_path):
-    _, streams, folder = cached
-    write_cache(streams.source, tmp_path / "cache", cell_ids=CacheSource(folder / "cache").obs().index.to_numpy())
+    _, data_module, folder = cached
+    write_cache(data_module.source, tmp_path / "cache", cell_ids=CacheSource(folder / "cache").obs().index.to_numpy())
     for path in (tmp_path / "cache").iterdir():
         assert path.read_bytes() == (folder / "cache" / path.name).read_bytes(), path.name
     assert len(list((folder / "cache").iterdir())) == len(list((tmp_path / "cache").iterdir()))
@@ -68,8 +68,8 @@ def test_the_cache_is_the_one_that_cache_census_writes(cached, tmp_path):
 @pytest.mark.parametrize("cache", ["whole", "gone", "begun"])
 @pytest.mark.parametrize("step", [3, 12])
 def test_resumed_equals_uninterrupted_whatever_is_left_of_the_cache(cached, small_census, tmp_path, cache, step):
-    whole, streams, folder = cached
-    assert step != 12 or streams.course.epoch_ends[0] < 12
+    whole, data_module, folder = cached
+    assert step != 12 or data_module.schedule.epoch_ends[0] < 12
     run = shutil.copytree(folder / "run", tmp_path / "run")
     if cache == "whole":
         shutil.copytree(folder / "cache", tmp_path / "cache")
@@ -92,8 +92,10 @@ def test_a_run_that_was_cached_is_not_resumed_without_a_cache(cached, small_cens
 
 def test_a_cache_as_data_trains_in_one_order_for_all_epochs(cached, tmp_path):
     folder = cached[2] / "cache"
-    trainer, streams, _ = prepare(folder, tmp_path / "run", *FLAGS)
-    assert all(len(leg.plan.band_starts) == len(leg.plan.cell_ids) for leg in streams.course.legs)
+    trainer, data_module, _ = prepare(folder, tmp_path / "run", *FLAGS)
+    assert all(
+        len(segment.plan.chunk_starts) == len(segment.plan.cell_ids) for segment in data_module.schedule.segments
+    )
     trainer.train()
     assert json.loads((tmp_path / "run" / "split.json").read_text())["source"]["kind"] == "cache"
     with pytest.raises(ValueError, match="a cache already"):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from scgpt_hf.tokens.packing_scgpt import IGNORE
-from scgpt_hf.training.pin_memory import count_labels, pinning, to_device
+from scgpt_hf.training.pin_memory import count_labels, pin_batches, to_device
 from tests.training.test_trainer import prepare
 
 CPU = torch.device("cpu")
@@ -15,8 +15,10 @@ CPU = torch.device("cpu")
 def test_a_compiled_run_has_the_losses_of_an_eager_one(small_census, tmp_path):
     losses = []
     for name, flags in {"eager": (), "compiled": ("--torch_compile_backend", "eager")}.items():
-        trainer, streams, _ = prepare(small_census, tmp_path / name, "--dropout", "0", "--logging_steps", "2", *flags)
-        assert streams.feed.bucketed == (name == "compiled")
+        trainer, data_module, _ = prepare(
+            small_census, tmp_path / name, "--dropout", "0", "--logging_steps", "2", *flags
+        )
+        assert data_module.stream_config.bucketed == (name == "compiled")
         trainer.train()
         losses.append([line["loss"] for line in trainer.state.log_history if "gep" in line])
         losses.append([line["eval_loss"] for line in trainer.state.log_history if "eval_loss" in line])
@@ -37,6 +39,6 @@ def test_only_what_goes_to_a_gpu_is_pinned():
     def stream(position):
         return [position]
 
-    assert pinning(stream, CPU) is stream
+    assert pin_batches(stream, CPU) is stream
     tensor = torch.ones(2)
     assert to_device(tensor, CPU) is tensor

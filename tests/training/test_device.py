@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from scgpt_hf.training import device as machine
-from scgpt_hf.training.device import device_name, share_cores
+from scgpt_hf.training.device import device_name, set_cpu_threads
 from scgpt_hf.training.settings import TrainingSettings
 
 LAUNCHED = {"ACCELERATE_MIXED_PRECISION": "no"}
@@ -32,7 +32,7 @@ def test_threads_asked_for_are_given_and_others_are_a_share(monkeypatch, tmp_pat
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    share_cores(args)
+    set_cpu_threads(args)
     assert given == ([] if expected is None else [expected])  # None: as torch took it from the environment
 
 

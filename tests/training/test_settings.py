@@ -30,7 +30,7 @@ def test_flags_win_over_yaml_and_yaml_over_defaults(tmp_path):
 
 def test_saved_settings_mean_the_same_run(tmp_path):
     first = parse(
-        "--data", "a.h5ad", "b.h5ad", "--hvg_per", "assay", "--loss_weights", '{"gep": 2}', "--adam_beta2", "0.9"
+        "--data", "a.h5ad", "b.h5ad", "--hvg_batch_key", "assay", "--loss_weights", '{"gep": 2}', "--adam_beta2", "0.9"
     )
     again = parse(write(tmp_path, settings_yaml(first)))
     assert again.data == first.data
@@ -39,7 +39,7 @@ def test_saved_settings_mean_the_same_run(tmp_path):
 
 
 def test_none_is_kept_where_the_default_is_something(tmp_path):
-    assert parse(write(tmp_path, "data: {hvg_per: null}\n")).data.hvg_per is None
+    assert parse(write(tmp_path, "data: {hvg_batch_key: null}\n")).data.hvg_batch_key is None
 
 
 def test_words_that_the_library_knows_are_saved_as_they_were_written(tmp_path):

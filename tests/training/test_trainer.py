@@ -10,7 +10,7 @@ import torch
 from transformers import set_seed
 
 from scgpt_hf.training.dry_run import describe_run
-from scgpt_hf.training.pretraining import Streams, make_trainer, save_best_model, summarize, tell
+from scgpt_hf.training.pretraining import DataModule, make_trainer, save_best_model, summarize, tell
 from scgpt_hf.training.recipe import begin_run, build_model, build_processor, open_cells, save_selection
 from scgpt_hf.training.settings import parse_settings
 from scgpt_hf.training.trainer import ScGPTTrainer
@@ -18,22 +18,22 @@ from scgpt_hf.training.trainer import ScGPTTrainer
 TINY = [
     *("--hidden_size", "16", "--num_hidden_layers", "1", "--num_attention_heads", "2", "--intermediate_size", "16"),
     *("--min_gene_counts", "1", "--validation_fraction", "0.3", "--use_cpu", "true", "--disable_tqdm", "true"),
-    *("--num_train_epochs", "2", "--logging_steps", "5", "--bands_per_block", "1"),
+    *("--num_train_epochs", "2", "--logging_steps", "5", "--chunks_per_window", "1"),
 ]
 
 
-def prepare(census: Path, folder: Path, *flags: str) -> tuple[ScGPTTrainer, Streams, str | None]:
+def prepare(census: Path, folder: Path, *flags: str) -> tuple[ScGPTTrainer, DataModule, str | None]:
     settings = parse_settings([*TINY, "--data", str(census), "--output_dir", str(folder), *flags], "test")
     source = open_cells(settings)
     selection, checkpoint = begin_run(source, settings)
     set_seed(settings.training.seed)
     processor = build_processor(selection.genes, settings.data, source)
-    model = build_model(processor, settings.model, selection.domains, settings.data.domain_key)
-    streams = Streams(source, selection, processor, settings, checkpoint)
-    trainer = make_trainer(streams, model, settings.training)
+    model = build_model(processor, settings.model, selection.domains, settings.data.batch_key)
+    data_module = DataModule(source, selection, processor, settings, checkpoint)
+    trainer = make_trainer(data_module, model, settings.training)
     if checkpoint is None and settings.training.process_index == 0:
         save_selection(selection, source, settings)
-    return trainer, streams, checkpoint
+    return trainer, data_module, checkpoint
 
 
 def weights_of(trainer: ScGPTTrainer) -> dict[str, torch.Tensor]:
@@ -43,7 +43,7 @@ def weights_of(trainer: ScGPTTrainer) -> dict[str, torch.Tensor]:
 @pytest.fixture(scope="module")
 def trained(small_census, tmp_path_factory):
     folder = tmp_path_factory.mktemp("run") / "whole"
-    trainer, streams, checkpoint = prepare(
+    trainer, data_module, checkpoint = prepare(
         small_census,
         folder,
         "--save_strategy",
@@ -60,7 +60,7 @@ def trained(small_census, tmp_path_factory):
         "false",
     )
     trainer.train(resume_from_checkpoint=checkpoint)
-    return trainer, streams, folder
+    return trainer, data_module, folder
 
 
 def test_the_last_steps_are_logged_however_few(small_census, tmp_path):
@@ -102,9 +102,9 @@ def test_the_log_says_what_was_learned_and_how_fast(trained):
 
 
 def test_validation_is_the_same_every_time(trained):
-    trainer, streams, _ = trained
+    trainer, data_module, _ = trained
     assert trainer.validate() == trainer.validate()
-    assert trainer.validate()["cells"] == len(streams.selection.parts["validation"])
+    assert trainer.validate()["cells"] == len(data_module.selection.parts["validation"])
 
 
 @pytest.mark.parametrize("step", [4, 8])
@@ -162,10 +162,10 @@ def test_one_batch_of_32_equals_four_of_8_accumulated(small_census, tmp_path):
 
 
 def test_the_learning_rate_of_the_seed_recipe_steps_down_after_each_epoch(small_census, tmp_path):
-    trainer, streams, _ = prepare(
+    trainer, data_module, _ = prepare(
         small_census, tmp_path / "run", "--lr_decay_per_epoch", "0.5", "--warmup_steps", "0", "--learning_rate", "1e-3"
     )
-    n_steps = streams.epoch.n_steps
+    n_steps = data_module.epoch.n_steps
     trainer.create_optimizer_and_scheduler(2 * n_steps)
     rates = []
     for _ in range(2 * n_steps):
@@ -176,12 +176,12 @@ def test_the_learning_rate_of_the_seed_recipe_steps_down_after_each_epoch(small_
 
 
 def test_a_finished_run_has_its_best_model_and_its_summary(trained):
-    trainer, streams, folder = trained
+    trainer, data_module, folder = trained
     save_best_model(trainer, folder)
     saved = {path.name for path in (folder / "best_model").iterdir()}
     assert {"model.safetensors", "config.json", "tokenizer.json", "processor_config.json"} <= saved
     assert not [name for name in saved if name.endswith((".bin", ".pt", ".pth"))]
-    summary = summarize(trainer, streams)
+    summary = summarize(trainer, data_module)
     assert json.loads((folder / "summary.json").read_text())["train_cells"] == summary["train_cells"]
     assert summary["recipe"]["optimiser"].startswith("adamw")
     assert summary["recipe"]["seed"] == trainer.args.seed
@@ -208,7 +208,7 @@ def test_a_run_resumes_with_its_own_cells_and_steps_only(small_census, trained, 
     ("flags", "message"),
     [
         (["--hidden_size", "15"], "hidden_size"),
-        (["--domain_head", "true"], "--domain_key"),
+        (["--domain_head", "true"], "--batch_key"),
         (["--loss_weights", '{"cls": 1}'], "labelled cells"),
         (["--per_device_train_batch_size", "1000"], "1,000 of one step"),
         (["--gene_selection", "hvg", "--n_hvg", "5000"], "5,?000"),
@@ -227,7 +227,7 @@ def test_a_diverged_run_stops_and_says_so(small_census, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "flags", [["--cell_pooling", "average"], ["--input_norm", "domain", "--domain_key", "dataset_id"]]
+    "flags", [["--cell_pooling", "average"], ["--input_norm", "domain", "--batch_key", "dataset_id"]]
 )
 def test_models_that_count_padding_train_on_padded_cells(small_census, tmp_path, flags):
     trainer, _, _ = prepare(small_census, tmp_path / "run", "--logging_steps", "2", *flags)
@@ -250,7 +250,7 @@ def test_a_dry_run_writes_nothing_and_says_all(small_census, tmp_path):
     selection, _ = begin_run(source, settings)
     processor = build_processor(selection.genes, settings.data)
     model = build_model(processor, settings.model)
-    words = describe_run(Streams(source, selection, processor, settings), model, settings.training)
+    words = describe_run(DataModule(source, selection, processor, settings), model, settings.training)
     for name in ("cells", "genes", "tokens per cell", "steps", "parameters", "arithmetic", "time", "memory"):
         assert f"{name}  " in words
     assert f"{model.num_parameters():,}" in words
@@ -261,7 +261,7 @@ def test_a_dry_run_writes_nothing_and_says_all(small_census, tmp_path):
 def test_donor_heads_train_and_unseen_objectives_are_refused(small_census, tmp_path):
     weights = json.dumps({"gep": 1, "gepc": 1, "dar": 1, "ecs": 10})
     flags = (
-        "--domain_key",
+        "--batch_key",
         "dataset_id",
         "--domain_embedding",
         "true",

@@ -1,6 +1,6 @@
 """How cells lie in a shard of a cache: an Arrow IPC stream that `datasets` opens and that is read without copies.
 
-One record batch holds the cells of one aligned band of ids, ascending; so the bytes of a shard depend on its cells
+One record batch holds the cells of one aligned chunk of ids, ascending; so the bytes of a shard depend on its cells
 alone. `gene` is the row of the cache's genes, `count` its raw count in one byte: 255 means that the cell's next entry
 of `large_count` holds it. Which cells make a shard is decided in `cache_jobs.py`; reading is in `cache_shards.py`.
 """
@@ -58,8 +58,8 @@ def obs_type(column: pd.Series) -> pa.DataType:
     return pa.from_numpy_dtype(getattr(dtype, "numpy_dtype", dtype))
 
 
-def encode_bands(block: CellBlock, schema: pa.Schema, rows: Int64Array | None = None) -> Iterator[pa.RecordBatch]:
-    """Yield cells of a block by ascending id, one record batch for each aligned band of ids.
+def encode_chunks(block: CellBlock, schema: pa.Schema, rows: Int64Array | None = None) -> Iterator[pa.RecordBatch]:
+    """Yield cells of a block by ascending id, one record batch for each aligned chunk of ids.
 
     Args:
         block: of cells.
@@ -72,8 +72,8 @@ def encode_bands(block: CellBlock, schema: pa.Schema, rows: Int64Array | None = 
     rows = np.arange(len(block)) if rows is None else rows
     rows = rows[np.argsort(block.cell_ids[rows])]
     edges = np.flatnonzero(np.diff(block.cell_ids[rows] // TILE)) + 1
-    for band in np.split(rows, edges) if len(rows) else []:
-        yield encode_cells(block.take(band), block.cell_ids[band], block.obs.iloc[band], schema)
+    for chunk in np.split(rows, edges) if len(rows) else []:
+        yield encode_cells(block.take(chunk), block.cell_ids[chunk], block.obs.iloc[chunk], schema)
 
 
 def encode_cells(counts: Rows, cell_ids: Int64Array, obs: pd.DataFrame, schema: pa.Schema) -> pa.RecordBatch:

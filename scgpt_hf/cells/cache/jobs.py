@@ -21,7 +21,7 @@ import pyarrow as pa
 from tqdm.auto import tqdm
 
 from scgpt_hf.cells.block import CellBlock, Int64Array
-from scgpt_hf.cells.cache.format import Written, cache_schema, encode_bands, obs_type, write_shard
+from scgpt_hf.cells.cache.format import Written, cache_schema, encode_chunks, obs_type, write_shard
 from scgpt_hf.cells.cache.manifest import (
     JOBS,
     MANIFEST,
@@ -39,7 +39,7 @@ from scgpt_hf.cells.cache.manifest import (
 from scgpt_hf.cells.obs import require_columns
 from scgpt_hf.cells.soma.layout import TILE
 from scgpt_hf.cells.source import CellSource
-from scgpt_hf.cells.threads import ReadingThreads, in_order
+from scgpt_hf.cells.threads import DaemonThreadPool, in_order
 
 logger = logging.getLogger(__name__)
 
@@ -50,7 +50,7 @@ COLUMNS = (
 )
 CELLS_PER_SHARD = 32 * TILE  # about 300 MB
 _READ_TOGETHER = 8 * TILE  # cells of one read, 100 MB
-_READS_AHEAD = 2  # at once: when one has no band left to begin, the other has
+_READS_AHEAD = 2  # at once: when one has no chunk left to begin, the other has
 PLAN = "plan.json"
 
 
@@ -143,7 +143,7 @@ class CacheJobs:
             if not self._verify(shard, rewrite, tell)
             for ids in self._ranges(shard)
         )
-        with ReadingThreads(_READS_AHEAD, "cache-read") as readers:
+        with DaemonThreadPool(_READS_AHEAD, "cache-read") as readers:
             blocks = in_order(readers, reads, n_ahead=_READS_AHEAD)  # of the next shard too, while one is completed
             for shard, read in groupby(blocks, key=itemgetter(0)):
                 self._write(shard, (block for _, block in read), tell)
@@ -203,14 +203,14 @@ class CacheJobs:
         return self.cell_ids[self.bounds[shard] : self.bounds[shard + 1]]
 
     def _ranges(self, shard: int) -> list[Int64Array]:
-        """Return the cells of a shard as they are read, some bands together."""
+        """Return the cells of a shard as they are read, some chunks together."""
         ids = self._cells(shard)
         return np.split(ids, np.flatnonzero(np.diff(ids // _READ_TOGETHER)) + 1)
 
     def _batches(self, blocks: Iterable[CellBlock], tell: Callable[[int], object]) -> Iterator[pa.RecordBatch]:
         """Yield the record batches of the blocks of a shard."""
         for block in blocks:
-            yield from encode_bands(block, self.schema)
+            yield from encode_chunks(block, self.schema)
             tell(len(block))
 
     def _record(self, shard: int, listed: dict[str, ShardRecord]) -> ShardRecord | None:
@@ -246,9 +246,9 @@ def plan_cache(
     columns = [name for name in COLUMNS if name in source.columns] if columns is None else list(columns)
     require_columns(columns, source.columns)
     identity = Identity(source.describe(), len(cell_ids), hash_cells(cell_ids), columns, cells_per_shard)
-    bands = np.flatnonzero(np.diff(cell_ids // TILE, prepend=-1))  # where each begins
-    first = np.flatnonzero(np.diff(bands // cells_per_shard, prepend=-1))
-    return CacheJobs(source, Path(folder), cell_ids, identity, [*bands[first].tolist(), len(cell_ids)])
+    chunks = np.flatnonzero(np.diff(cell_ids // TILE, prepend=-1))  # where each begins
+    first = np.flatnonzero(np.diff(chunks // cells_per_shard, prepend=-1))
+    return CacheJobs(source, Path(folder), cell_ids, identity, [*chunks[first].tolist(), len(cell_ids)])
 
 
 def write_cache(

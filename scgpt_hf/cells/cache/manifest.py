@@ -58,7 +58,7 @@ class Identity:
         cells: number of cells.
         cells_hash: the first 16 hexadecimal digits of a SHA-256 over their ids.
         columns: obs columns.
-        cells_per_shard: least number of cells of a shard; bands of ids are never cut.
+        cells_per_shard: least number of cells of a shard; chunks of ids are never cut.
     """
 
     source: dict[str, Any]

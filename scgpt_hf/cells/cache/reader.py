@@ -27,13 +27,13 @@ logger = logging.getLogger(__name__)
 
 # A cache up to this size is hashed before its first use, at about 1 GB/s and core; a larger one when asked to.
 VERIFIED_BYTES = 64 * 2**30
-# Bands of a plan, of which each takes 16 bytes an epoch: up to 8 million cells are shuffled one by one.
-_MOST_BANDS = 2**23
+# Chunks of a plan, of which each takes 16 bytes an epoch: up to 8 million cells are shuffled one by one.
+_MOST_CHUNKS = 2**23
 
 
-def uniform_band_size(n_cells: int) -> int:
+def uniform_chunk_size(n_cells: int) -> int:
     """Return the cells that a plan over a cache keeps together: 1, or for many cells the least that bounds the plan."""
-    return 1 << max(0, (n_cells - 1).bit_length() - _MOST_BANDS.bit_length() + 1)
+    return 1 << max(0, (n_cells - 1).bit_length() - _MOST_CHUNKS.bit_length() + 1)
 
 
 class CacheSource:
@@ -98,9 +98,9 @@ class CacheSource:
         return read_genes(self._folder, self.identity)
 
     @property
-    def band_size(self) -> int:
+    def chunk_size(self) -> int:
         """Cells best read together: 1, unless the plan of so many would take too much memory."""
-        return uniform_band_size(self.identity.cells)
+        return uniform_chunk_size(self.identity.cells)
 
     def obs(self, columns: Sequence[str] = ()) -> pd.DataFrame:
         """Return the cells that match the filter; see `CellSource.obs`."""

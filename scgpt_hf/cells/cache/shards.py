@@ -30,7 +30,7 @@ class Shard:
         path: of the file.
         table: the file as an Arrow table, without a copy.
         cell_ids: its cells, ascending. Shape (cells,).
-        bands: the band of ids of each record batch, ascending. Shape (batches,).
+        chunks: the chunk of ids of each record batch, ascending. Shape (batches,).
         batches: cells of each record batch, and where its buffers begin in the file, in elements of their own type:
             cell ids, offsets of genes, genes, counts, offsets of large counts, large counts. Shape (batches, 7).
         longs, ints, genes, bytes: the file as int64, uint32, the type of genes, uint8.
@@ -52,7 +52,7 @@ class Shard:
             content = file.read_buffer()
         try:
             self.table = pa.ipc.open_stream(pa.BufferReader(content)).read_all()
-            _require_sound(self.table, content, n_genes)
+            _validate_shard(self.table, content, n_genes)
         except (pa.ArrowException, OSError, ValueError) as error:
             raise CacheError(f"{path} is no whole shard of a cache: {error}; {REMEDY}") from error
         gene_type = self.table.schema.field("gene").type.value_type.to_pandas_dtype()
@@ -62,7 +62,7 @@ class Shard:
         )
         places = [_find_buffers(batch, content.address) for batch in self.table.to_batches()]
         self.batches = np.array(places, np.int64).reshape(-1, 7)
-        self.bands = self.longs[self.batches[:, _IDS]] // TILE
+        self.chunks = self.longs[self.batches[:, _IDS]] // TILE
 
     @property
     def cell_ids(self) -> Int64Array:
@@ -147,7 +147,7 @@ def find_cells(
     def find(cells: Int64Array) -> None:
         for shard, part in _by_shard(cells, shards, shard_of_cell):
             found, n_entries = np.empty((len(part), 3), np.int64), np.empty(len(part), np.int64)
-            _find_cells(shard.longs, shard.ints, shard.batches, shard.bands, cell_ids[part], found, n_entries)
+            _find_cells(shard.longs, shard.ints, shard.batches, shard.chunks, cell_ids[part], found, n_entries)
             _touch_cells(shard.genes, shard.bytes, found, n_entries)
             places[part], lengths[part] = found, n_entries
 
@@ -176,7 +176,7 @@ def _by_shard(cells: Int64Array, shards: Sequence[Shard], shard_of_cell: Array) 
     return [(shards[shard_of_cell[run[0]]], run) for run in runs if len(run)]
 
 
-def _require_sound(table: pa.Table, content: pa.Buffer, n_genes: int) -> None:
+def _validate_shard(table: pa.Table, content: pa.Buffer, n_genes: int) -> None:
     """Raise unless the cells lie in the file as `cache_format.py` says: neither Arrow nor the loops below look again.
 
     Touches the ids and the offsets, 20 bytes of each cell; obs is looked at where it is read.
@@ -195,7 +195,7 @@ def _require_sound(table: pa.Table, content: pa.Buffer, n_genes: int) -> None:
         if not all(0 <= buffer.address - content.address <= content.size - buffer.size for buffer in buffers):
             raise ValueError("it is compressed, or of another byte order")
         if ids.null_count or (np.diff(ids) <= 0).any() or ids[0].as_py() // TILE != ids[-1].as_py() // TILE:
-            raise ValueError("the cells of a batch do not ascend within one band")
+            raise ValueError("the cells of a batch do not ascend within one chunk")
         if not genes.offsets.equals(counts.offsets):
             raise ValueError("the cells have not as many genes as counts")
 
@@ -219,13 +219,13 @@ def _find_buffers(batch: pa.RecordBatch, address: int) -> tuple[int, ...]:
 
 
 @njit(nogil=True, cache=True)
-def _find_cells(longs, ints, batches, bands, cell_ids, places, lengths):  # type: ignore[no-untyped-def]
+def _find_cells(longs, ints, batches, chunks, cell_ids, places, lengths):  # type: ignore[no-untyped-def]
     """Fill where each cell lies, in elements: genes, counts, large counts or −1; and its number of genes.
 
-    Its record batch is found by its band, its row by bisection, which in a whole band is one look.
+    Its record batch is found by its chunk, its row by bisection, which in a whole chunk is one look.
     """
     for i in range(len(cell_ids)):
-        batch = batches[np.searchsorted(bands, cell_ids[i] // TILE)]
+        batch = batches[np.searchsorted(chunks, cell_ids[i] // TILE)]
         ids = longs[batch[_IDS] : batch[_IDS] + batch[_CELLS]]
         last = len(ids) - 1
         low, high = max(0, last - (ids[last] - cell_ids[i])), min(last, cell_ids[i] - ids[0])

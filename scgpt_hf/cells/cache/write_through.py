@@ -19,7 +19,7 @@ import pandas as pd
 from scipy.sparse import vstack
 
 from scgpt_hf.cells.block import CellBlock, Int64Array
-from scgpt_hf.cells.cache.format import encode_bands, write_shard
+from scgpt_hf.cells.cache.format import encode_chunks, write_shard
 from scgpt_hf.cells.cache.jobs import CELLS_PER_SHARD, COLUMNS, plan_cache, write_shards
 from scgpt_hf.cells.cache.manifest import JOBS, MANIFEST, CacheError, hash_file, require_same_source
 from scgpt_hf.cells.cache.reader import CacheSource
@@ -90,9 +90,9 @@ class CachingSource:
         return self._source.columns
 
     @property
-    def band_size(self) -> int:
+    def chunk_size(self) -> int:
         """Cells best read together, of the source: what is in the cache is as fast in any order."""
-        return self._source.band_size
+        return self._source.chunk_size
 
     def obs(self, columns: Sequence[str] = ()) -> pd.DataFrame:
         """Return the cells of the source; see `CellSource.obs`."""
@@ -158,7 +158,7 @@ class CachingSource:
         folder = self._folder / JOBS / PARTS
         folder.mkdir(exist_ok=True)
         path, schema = folder / f"new-{uuid4().hex}", self._jobs.schema
-        written = write_shard(path, schema, encode_bands(block, schema, rows), scratch=folder)
+        written = write_shard(path, schema, encode_chunks(block, schema, rows), scratch=folder)
         self._add(path.rename(folder / f"{written.sha256}.arrow"))
 
     def _find(self, cell_ids: Int64Array) -> Any:

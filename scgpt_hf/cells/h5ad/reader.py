@@ -20,7 +20,7 @@ from scipy.sparse import csr_matrix, issparse, vstack
 from scgpt_hf.cells.block import CellBlock, Int64Array, gene_hash, name_layers, require_cell_ids, require_counts
 from scgpt_hf.cells.genes import find_gene_ids, join_genes
 from scgpt_hf.cells.h5ad.probe import require_readable
-from scgpt_hf.cells.h5ad.validation import damage_said, require_sound
+from scgpt_hf.cells.h5ad.validation import translate_read_errors, validate_sparse
 from scgpt_hf.cells.obs import drop_unused_categories, full_filter, require_columns, select_rows
 from scgpt_hf.cells.soma.layout import TILE
 
@@ -65,14 +65,14 @@ class H5adPart:
 
     def _read_run(self, start: int, stop: int) -> csr_matrix:
         """Return neighbouring rows of a file."""
-        with damage_said(self.name):
-            return csr_matrix(require_sound(self.counts[start:stop], self.name))
+        with translate_read_errors(self.name):
+            return csr_matrix(validate_sparse(self.counts[start:stop], self.name))
 
 
 class H5adSource:
     """The cells of files or of one AnnData, numbered over all of them in order; see `CellSource` for its members."""
 
-    band_size = TILE
+    chunk_size = TILE
 
     def __init__(
         self,
@@ -193,7 +193,7 @@ def open_parts(data: AnnData | str | Path | Sequence[str | Path], layer: str | N
     paths = [str(path) for path in ([data] if isinstance(data, str | Path) else data)]
     require_readable(paths)
     for path in paths:
-        with damage_said(path):
+        with translate_read_errors(path):
             file = h5py.File(path, "r")
         try:
             yield _open_part(file, path, layer)
@@ -203,7 +203,7 @@ def open_parts(data: AnnData | str | Path | Sequence[str | Path], layer: str | N
 
 
 def _open_part(file: h5py.File, name: str, layer: str | None) -> H5adPart:
-    with damage_said(name):
+    with translate_read_errors(name):
         frames = {"X": read_elem(file["var"]), RAW: read_elem(file["raw/var"]) if "raw/var" in file else None}
         obs = read_elem(file["obs"])
         for table, what in ((obs, "obs"), (frames["X"], "var")):
@@ -247,7 +247,7 @@ def _on_disk(matrix: h5py.Group | h5py.Dataset) -> Any:
     if sparse.format == "csr":
         return sparse
     logger.warning("%s%s is stored by gene (CSC), not by cell: read into memory", matrix.file.filename, matrix.name)
-    return require_sound(sparse.to_memory(), matrix.file.filename).tocsr()
+    return validate_sparse(sparse.to_memory(), matrix.file.filename).tocsr()
 
 
 def _head(matrix: Any) -> Any:

@@ -12,7 +12,7 @@ from scipy.sparse import issparse
 
 
 @contextmanager
-def damage_said(name: str) -> Iterator[None]:
+def translate_read_errors(name: str) -> Iterator[None]:
     """Turn what h5py and anndata raise on a damaged file into an error that names it; ours pass.
 
     Raises:
@@ -30,7 +30,7 @@ def damage_said(name: str) -> Iterator[None]:
         ) from error
 
 
-def require_sound(matrix: Any, where: str) -> Any:
+def validate_sparse(matrix: Any, where: str) -> Any:
     """Return a matrix, if sparse with its parts checked: scipy reads beyond its memory where they do not fit together.
 
     Raises:

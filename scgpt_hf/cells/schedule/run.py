@@ -20,7 +20,7 @@ History = Sequence[tuple[int, int]]  # (cells of a global step, number of steps)
 
 
 @dataclass(frozen=True)
-class Leg:
+class Segment:
     """Steps of a run that follow one plan from its beginning: [first, last), counted from the start of the run."""
 
     plan: EpochPlan
@@ -29,26 +29,26 @@ class Leg:
 
 
 @dataclass(frozen=True)
-class Course:
-    """All steps of a run, as legs end to end.
+class RunSchedule:
+    """All steps of a run, as segments end to end.
 
     Attributes:
-        legs: in order; each begins where the one before ends.
+        segments: in order; each begins where the one before ends.
         start: steps that earlier sessions trained.
     """
 
-    legs: tuple[Leg, ...]
+    segments: tuple[Segment, ...]
     start: int
 
     @property
     def n_steps(self) -> int:
         """Steps of the whole run."""
-        return self.legs[-1].last
+        return self.segments[-1].last
 
     @property
     def epoch_ends(self) -> list[int]:
         """Number of steps done when each epoch ends; the last one may end early."""
-        inner = [leg.last for leg, after in pairwise(self.legs) if leg.plan.epoch != after.plan.epoch]
+        inner = [segment.last for segment, after in pairwise(self.segments) if segment.plan.epoch != after.plan.epoch]
         return [*inner, self.n_steps]
 
     @property
@@ -58,13 +58,16 @@ class Course:
 
     def plan_at(self, step: int) -> EpochPlan:
         """Return the plan of step number `step`, counted from 0; past the end, of the last one."""
-        return self._leg(step).plan
+        return self._segment_at(step).plan
 
     def epochs_done(self, step: int) -> float:
         """Return how many epochs `step` steps are, with the part done of the one under way."""
         bounds = [0, *self.epoch_ends]
         epoch = int(np.searchsorted(bounds[1:-1], step, side="right"))
-        full = sum(leg.plan.n_steps if leg is self.legs[-1] else leg.last - leg.first for leg in self._epoch(epoch))
+        full = sum(
+            segment.plan.n_steps if segment is self.segments[-1] else segment.last - segment.first
+            for segment in self._epoch(epoch)
+        )
         return epoch + (step - bounds[epoch]) / full
 
     @property
@@ -74,29 +77,33 @@ class Course:
 
     def steps_of_first_size(self, step: int) -> float:
         """Return how many steps as large as the first would hold the cells of the first `step` steps."""
-        return sum(size * n for size, n in self.history(step)) / self.legs[0].plan.batch_size
+        return sum(size * n for size, n in self.history(step)) / self.segments[0].plan.batch_size
 
     def cells(self, step: int) -> Int64Array:
         """Return the cells of all ranks that step number `step`, counted from 0, trains on. Shape (batch_size,)."""
-        leg = self._leg(step)
-        index, row = divmod(step - leg.first, leg.plan.steps_per_block)
-        cells: Int64Array = leg.plan.block(index)[row]
+        segment = self._segment_at(step)
+        index, row = divmod(step - segment.first, segment.plan.steps_per_window)
+        cells: Int64Array = segment.plan.window(index)[row]
         return cells
 
     def plans_from(self, step: int) -> tuple[list[EpochPlan], int]:
         """Return the plans from step number `step` on, and how many steps of the first were done before."""
-        leg = self._leg(step)
-        return [other.plan for other in self.legs[self.legs.index(leg) :]], step - leg.first
+        segment = self._segment_at(step)
+        return [other.plan for other in self.segments[self.segments.index(segment) :]], step - segment.first
 
     def history(self, step: int) -> list[tuple[int, int]]:
         """Return what the first `step` steps were, as `plan_run` reads it."""
-        return _merged((leg.plan.batch_size, min(leg.last, step) - leg.first) for leg in self.legs if leg.first < step)
+        return _merged(
+            (segment.plan.batch_size, min(segment.last, step) - segment.first)
+            for segment in self.segments
+            if segment.first < step
+        )
 
-    def _leg(self, step: int) -> Leg:
-        return next((leg for leg in self.legs if step < leg.last), self.legs[-1])
+    def _segment_at(self, step: int) -> Segment:
+        return next((segment for segment in self.segments if step < segment.last), self.segments[-1])
 
-    def _epoch(self, epoch: int) -> list[Leg]:
-        return [leg for leg in self.legs if leg.plan.epoch == epoch]
+    def _epoch(self, epoch: int) -> list[Segment]:
+        return [segment for segment in self.segments if segment.plan.epoch == epoch]
 
 
 def plan_run(
@@ -108,8 +115,8 @@ def plan_run(
     history: History = (),
     first_epoch: Mapping[str, Any] = MappingProxyType({}),
     **order: Any,
-) -> Course:
-    """Return the course of a run: which cells each of its steps trains on.
+) -> RunSchedule:
+    """Return the schedule of a run: which cells each of its steps trains on.
 
     Args:
         cell_ids: cells to train on, ascending, no repeats. Shape (cells,).
@@ -125,7 +132,7 @@ def plan_run(
     """
     if max_steps <= 0 and n_epochs <= 0:
         raise ValueError(f"expected num_train_epochs or max_steps above 0, found {n_epochs} and {max_steps}")
-    legs: list[Leg] = []
+    segments: list[Segment] = []
     spans = iter(_spans(history, batch_size))
     size, until = next(spans)
     first, epoch, left = 0, 0, cell_ids
@@ -135,31 +142,31 @@ def plan_run(
             continue
         plan = plan_epoch(left, epoch=epoch, batch_size=size, **{**order, **(first_epoch if epoch == 0 else {})})
         last = int(min(first + plan.n_steps, until))
-        legs.append(Leg(plan, first, last))
+        segments.append(Segment(plan, first, last))
         whole = last == first + plan.n_steps
         epoch, left = (epoch + 1, cell_ids) if whole else (epoch, cells_left(plan, last - first))
         if last == until:
             size, until = next(spans)
         first = last
-    n_steps = max_steps if max_steps > 0 else _steps_of(legs, n_epochs)
-    kept = tuple(replace(leg, last=min(leg.last, n_steps)) for leg in legs if leg.first < n_steps)
-    return Course(kept, sum(n for _, n in history))
+    n_steps = max_steps if max_steps > 0 else _steps_of(segments, n_epochs)
+    kept = tuple(replace(segment, last=min(segment.last, n_steps)) for segment in segments if segment.first < n_steps)
+    return RunSchedule(kept, sum(n for _, n in history))
 
 
 def cells_left(plan: EpochPlan, n_steps: int) -> Int64Array:
     """Return the cells that the first `n_steps` steps of a plan do not visit, ascending."""
     kept = np.ones(len(plan.cell_ids), dtype=bool)
-    for index in range(-(-n_steps // plan.steps_per_block)):
-        visited = plan.block(index)[: n_steps - index * plan.steps_per_block]
+    for index in range(-(-n_steps // plan.steps_per_window)):
+        visited = plan.window(index)[: n_steps - index * plan.steps_per_window]
         kept[np.searchsorted(plan.cell_ids, visited)] = False
     return plan.cell_ids[kept]
 
 
-def _steps_of(legs: Sequence[Leg], n_epochs: float) -> int:
-    """Return the steps of `n_epochs` epochs, of which the legs are the whole ones and all of the last."""
+def _steps_of(segments: Sequence[Segment], n_epochs: float) -> int:
+    """Return the steps of `n_epochs` epochs, of which the segments are the whole ones and all of the last."""
     whole = math.ceil(n_epochs) - 1
-    begins = next(leg.first for leg in legs if leg.plan.epoch == whole)
-    return begins + math.ceil((legs[-1].last - begins) * (n_epochs - whole))
+    begins = next(segment.first for segment in segments if segment.plan.epoch == whole)
+    return begins + math.ceil((segments[-1].last - begins) * (n_epochs - whole))
 
 
 def _spans(history: History, batch_size: int) -> list[tuple[int, float]]:

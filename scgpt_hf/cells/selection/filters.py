@@ -1,6 +1,6 @@
 """Which cells and which genes a run uses, chosen before anything is trained.
 
-Counts are streamed, never held: memory is bounded by a few bands of cells, and for variable genes by donors x genes.
+Counts are streamed, never held: memory is bounded by a few chunks of cells, and for variable genes by donors x genes.
 Which of the chosen cells train is decided next, in `splits.py`; genes are then chosen from training cells only.
 """
 
@@ -14,7 +14,7 @@ import pandas as pd
 from tqdm import tqdm
 
 from scgpt_hf.cells.block import CellBlock, Int64Array
-from scgpt_hf.cells.schedule.epoch import BAND_SIZE
+from scgpt_hf.cells.schedule.epoch import CHUNK_SIZE
 from scgpt_hf.cells.selection.hvg import add_sums, expected_std, moments, rank_genes, standardized_variances
 from scgpt_hf.cells.selection.splits import find_donors
 
@@ -27,8 +27,8 @@ logger = logging.getLogger(__name__)
 # that is fitted to each batch fails, or is noise, on few cells. Measured on 17,736 cells of shared/data/blood: ranking
 # 13 donors of 55 to 83 cells one by one instead of together replaced 565 of 1,200 genes.
 MIN_CELLS_PER_BATCH = 100
-# Four bands, as many as a source reads at once: 100 MB of counts, at 1,500 expressed genes per cell.
-_CELLS_PER_READ = 4 * BAND_SIZE
+# Four chunks, as many as a source reads at once: 100 MB of counts, at 1,500 expressed genes per cell.
+_CELLS_PER_READ = 4 * CHUNK_SIZE
 
 
 def null_free(obs: pd.DataFrame, column: str = "donor_id") -> Int64Array:
@@ -44,17 +44,17 @@ def null_free(obs: pd.DataFrame, column: str = "donor_id") -> Int64Array:
     return obs.index.to_numpy(np.int64)[kept]
 
 
-def sample_donors(obs: pd.DataFrame, max_cells: int, *, seed: int, by: str = "donor_id") -> Int64Array:
+def sample_donors(obs: pd.DataFrame, max_cells: int, *, seed: int, donor_key: str = "donor_id") -> Int64Array:
     """Return the cells of whole donors taken at random, `max_cells` at most.
 
     Donors are shuffled and taken in that order; one that would exceed `max_cells` is skipped and the next is tried, so
     the total comes close to `max_cells`, and very large donors are taken less often than small ones.
 
     Args:
-        obs: one row for each cell, index = cell ids, with column `by`. Shape (cells, columns).
+        obs: one row for each cell, index = cell ids, with column `donor_key`. Shape (cells, columns).
         max_cells: most cells to return.
         seed: settles the order of the donors.
-        by: the column that names donors.
+        donor_key: the column that names donors.
 
     Returns:
         int64 cell ids, ascending.
@@ -62,7 +62,7 @@ def sample_donors(obs: pd.DataFrame, max_cells: int, *, seed: int, by: str = "do
     Raises:
         ValueError: no such column, cells without a donor, or not even the smallest donor fits.
     """
-    donor_of_cell, donors = find_donors(obs, by)
+    donor_of_cell, donors = find_donors(obs, donor_key)
     n_cells = np.bincount(donor_of_cell, minlength=len(donors))
     taken, left = np.zeros(len(donors), bool), max_cells
     for donor in np.random.default_rng(seed).permutation(len(donors)):
@@ -150,7 +150,7 @@ def highly_variable_genes(
     cell_ids: Int64Array,
     n_genes: int,
     *,
-    per: str | None = "donor_id",
+    batch_key: str | None = "donor_id",
     candidates: Int64Array | None = None,
     min_cells: int = MIN_CELLS_PER_BATCH,
 ) -> Int64Array:
@@ -164,7 +164,7 @@ def highly_variable_genes(
         source: of the cells.
         cell_ids: training cells only. Shape (cells,).
         n_genes: number of genes to return.
-        per: obs column; genes are ranked within the cells of each value. None ranks over all cells.
+        batch_key: obs column; genes are ranked within the cells of each value. None ranks over all cells.
         candidates: columns to choose from; by default all. Shape (candidates,).
         min_cells: donors with fewer cells are pooled into one batch, with the next larger ones if these are too few.
 
@@ -184,8 +184,8 @@ def highly_variable_genes(
         )
     cell_ids = np.sort(cell_ids)
     batch_of_cell = np.zeros(len(cell_ids), np.int64)
-    if per is not None:
-        batch_of_cell = _pool_donors(source.obs([per]).loc[cell_ids], per, min_cells)
+    if batch_key is not None:
+        batch_of_cell = _pool_donors(source.obs([batch_key]).loc[cell_ids], batch_key, min_cells)
     n_cells = np.bincount(batch_of_cell)
     sums = _sum_counts(source, cell_ids, columns, batch_of_cell)
     means, variances = moments(sums, n_cells)
@@ -196,9 +196,9 @@ def highly_variable_genes(
     return columns[rank_genes(standardized_variances(sums, n_cells, means, std), n_genes)]
 
 
-def _pool_donors(obs: pd.DataFrame, by: str, min_cells: int) -> Int64Array:
+def _pool_donors(obs: pd.DataFrame, donor_key: str, min_cells: int) -> Int64Array:
     """Return the number of each cell's batch: its donor, or 0 for all donors with few cells. Shape (cells,)."""
-    donor_of_cell, donors = find_donors(obs, by)
+    donor_of_cell, donors = find_donors(obs, donor_key)
     n_cells = np.bincount(donor_of_cell)
     order = np.argsort(n_cells, kind="stable")
     before = np.cumsum(n_cells[order]) - n_cells[order]
@@ -239,14 +239,14 @@ def _count_genes(source: "CellSource", cell_ids: Int64Array) -> Int64Array:
 
 
 def _stream_blocks(source: "CellSource", cell_ids: Int64Array, what: str) -> Iterator[CellBlock]:
-    """Yield the cells in ascending order, four bands' worth at a time, with a bar on a terminal when it takes long."""
+    """Yield the cells in ascending order, four chunks' worth at a time, with a bar on a terminal when it takes long."""
     cells = np.sort(cell_ids)
     first = 0
     with tqdm(total=len(cells), desc=what, unit=" cells", disable=None, delay=2) as bar:
         while first < len(cells):
             stop = first + _CELLS_PER_READ
-            if stop < len(cells):  # back to where a band begins, so that no band is read twice
-                stop = int(np.searchsorted(cells, cells[stop] // BAND_SIZE * BAND_SIZE))
+            if stop < len(cells):  # back to where a chunk begins, so that no chunk is read twice
+                stop = int(np.searchsorted(cells, cells[stop] // CHUNK_SIZE * CHUNK_SIZE))
             yield source.read(cells[first:stop])
             bar.update(stop - first)
             first = stop

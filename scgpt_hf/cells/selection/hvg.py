@@ -1,4 +1,4 @@
-"""The arithmetic of highly variable genes as Seurat v3 defines them, on sums of counts that `select.py` streams.
+"""The arithmetic of highly variable genes as Seurat v3 defines them, on sums of counts that `select.py` data_module.
 
 Sums of whole numbers make the result a function of the cells alone, in whatever order they are read. The libraries
 that offer it are what the tests compare with: scanpy needs all cells in memory; cellxgene_census adds unseeded noise
@@ -27,7 +27,7 @@ _JITTERS = (0.0, 1e-12, 1e-9, 1e-6)
 # Genes below which no curve is fitted: below 15 the fit is singular, and with 2 or 3 scikit-misc crashes the process.
 _MIN_FITTED = 30
 _LARGER_BATCHES = (
-    "rank genes within larger groups of cells (--hvg_per; `per` or a higher `min_cells` in Python), "
+    "rank genes within larger groups of cells (--hvg_batch_key; `per` or a higher `min_cells` in Python), "
     "or take every gene (--gene_selection all)"
 )
 

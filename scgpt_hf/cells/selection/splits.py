@@ -29,20 +29,20 @@ class Split:
     Attributes:
         parts: cell ids of each part, ascending, int64.
         donors: donors of each part; empty when cells were split without regard to donors.
-        by: the obs column whose values stay together, or None.
+        donor_key: the obs column whose values stay together, or None.
         seed: that placed the donors.
         source: where the cells come from; what `CellSource.describe` returned, and what the caller added.
     """
 
     parts: dict[str, Int64Array]
     donors: dict[str, list[str]]
-    by: str | None
+    donor_key: str | None
     seed: int
     source: dict[str, Any]
 
 
 def split_cells(
-    obs: pd.DataFrame, fractions: Mapping[str, float], *, seed: int, by: str | None = "donor_id"
+    obs: pd.DataFrame, fractions: Mapping[str, float], *, seed: int, donor_key: str | None = "donor_id"
 ) -> dict[str, Int64Array]:
     """Return the cell ids of each part; no donor is in two parts.
 
@@ -51,10 +51,10 @@ def split_cells(
     fraction gets a donor, so a small part is larger than asked when all donors are large.
 
     Args:
-        obs: one row for each cell, index = cell ids, with column `by`. Shape (cells, columns).
+        obs: one row for each cell, index = cell ids, with column `donor_key`. Shape (cells, columns).
         fractions: share of the cells of each part, e.g. {"train": 0.97, "validation": 0.03}; they add up to 1.
         seed: settles the placement.
-        by: column whose values stay together. None splits single cells, which leaks: cells of one donor resemble each
+        donor_key: column whose values stay together. None splits single cells, which leaks: cells of one donor resemble each
             other, so the loss on the other part then says nothing about new donors.
 
     Returns:
@@ -65,16 +65,16 @@ def split_cells(
     """
     _require_fractions(fractions)
     rng = np.random.default_rng(seed)
-    if by is None:
+    if donor_key is None:
         donor_of_cell, donors = np.arange(len(obs)), obs.index
     else:
-        donor_of_cell, donors = find_donors(obs, by)
+        donor_of_cell, donors = find_donors(obs, donor_key)
     n_parts = sum(fraction > 0 for fraction in fractions.values())
     if len(donors) < n_parts:
         raise ValueError(
-            f"found {len(donors)} {by or 'cells'} in {len(obs):,} cells, expected at least {n_parts}: one for each of "
+            f"found {len(donors)} {donor_key or 'cells'} in {len(obs):,} cells, expected at least {n_parts}: one for each of "
             f"{list(fractions)}; take in more of them (a wider --obs_filter, a larger --max_cells), "
-            "or keep the values of another obs column together (--split_by)"
+            "or keep the values of another obs column together (--donor_key)"
         )
     n_cells = np.bincount(donor_of_cell, minlength=len(donors))
     part_of_donor = _place_donors(n_cells, np.array(list(fractions.values())), rng)
@@ -82,23 +82,23 @@ def split_cells(
     return {name: np.sort(ids[part_of_donor[donor_of_cell] == part]) for part, name in enumerate(fractions)}
 
 
-def find_donors(obs: pd.DataFrame, by: str) -> tuple[npt.NDArray[np.intp], pd.Index]:
+def find_donors(obs: pd.DataFrame, donor_key: str) -> tuple[npt.NDArray[np.intp], pd.Index]:
     """Return the number of each cell's donor, shape (cells,), and the donors by number, sorted, as text.
 
     Raises:
-        ValueError: no cells, no column `by`, or a cell without a value in it.
+        ValueError: no cells, no column `donor_key`, or a cell without a value in it.
     """
     if not len(obs):
         raise ValueError("found no cells to take donors from; widen the filter (--obs_filter)")
-    if by not in obs:
-        raise ValueError(f"obs has no column {by!r} to tell donors apart; its columns are {list(obs.columns)}")
-    missing = int(obs[by].isna().sum())
+    if donor_key not in obs:
+        raise ValueError(f"obs has no column {donor_key!r} to tell donors apart; its columns are {list(obs.columns)}")
+    missing = int(obs[donor_key].isna().sum())
     if missing:
         raise ValueError(
-            f"{missing:,} of {len(obs):,} cells have no {by}; choose a column that every cell has "
-            "(--split_by, --hvg_per), or leave these cells out (--obs_filter; `null_free` in Python)"
+            f"{missing:,} of {len(obs):,} cells have no {donor_key}; choose a column that every cell has "
+            "(--donor_key, --hvg_batch_key), or leave these cells out (--obs_filter; `null_free` in Python)"
         )
-    donor_of_cell, donors = pd.factorize(obs[by].astype(str), sort=True)
+    donor_of_cell, donors = pd.factorize(obs[donor_key].astype(str), sort=True)
     return donor_of_cell, pd.Index(donors)
 
 
@@ -109,7 +109,7 @@ def save_split(
     *,
     seed: int,
     source: Mapping[str, Any],
-    by: str | None = "donor_id",
+    donor_key: str | None = "donor_id",
 ) -> None:
     """Write the manifest of a split as JSON: donors, number of cells and cell ids of each part, and their provenance.
 
@@ -118,21 +118,21 @@ def save_split(
     Args:
         path: usually `split.json` of the run folder.
         parts: cell ids of each part, as `split_cells` returns them.
-        obs: one row for each cell, index = cell ids, with column `by`. Shape (cells, columns).
+        obs: one row for each cell, index = cell ids, with column `donor_key`. Shape (cells, columns).
         seed: that was given to `split_cells`.
         source: what `CellSource.describe` returns, with anything else worth keeping; JSON-able.
-        by: that was given to `split_cells`.
+        donor_key: that was given to `split_cells`.
     """
     path = Path(path)
     described = {
         name: {
             "n_cells": len(ids),
-            "donors": [] if by is None or not len(ids) else find_donors(obs.loc[ids], by)[1].tolist(),
+            "donors": [] if donor_key is None or not len(ids) else find_donors(obs.loc[ids], donor_key)[1].tolist(),
             "runs": _to_runs(ids),
         }
         for name, ids in parts.items()
     }
-    manifest = {"seed": seed, "by": by, "source": dict(source), "parts": described}
+    manifest = {"seed": seed, "donor_key": donor_key, "source": dict(source), "parts": described}
     beside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         beside.write_text(json.dumps(manifest) + "\n")
@@ -165,9 +165,9 @@ def load_split(path: str | Path) -> Split:
             raise ValueError(f"{path}: {len(shared)} donors are both in {one!r} and {other!r}, e.g. {shared[:5]}")
         if len(cells := np.intersect1d(parts[one], parts[other])):
             raise ValueError(f"{path}: {len(cells):,} cells are both in {one!r} and {other!r}, e.g. {cells[:5]}")
-    by = _require_key(manifest, "by", str | None, path)
+    donor_key = _require_key(manifest, "donor_key", str | None, path)
     seed = _require_key(manifest, "seed", int, path)
-    return Split(parts, donors, by, seed, _require_key(manifest, "source", dict, path))
+    return Split(parts, donors, donor_key, seed, _require_key(manifest, "source", dict, path))
 
 
 def _require_fractions(fractions: Mapping[str, float]) -> None:

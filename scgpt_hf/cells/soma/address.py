@@ -8,7 +8,7 @@ from typing import Any
 import tiledbsoma as soma
 
 from scgpt_hf.cells.soma.census import CensusSource
-from scgpt_hf.cells.soma.remote import Patience, is_remote, open_context, require_no_credentials
+from scgpt_hf.cells.soma.remote import RetryPolicy, is_remote, open_context, require_no_credentials
 
 
 def open_census(
@@ -54,7 +54,7 @@ def _find_release(version: str) -> tuple[str, str]:
 def _find_organism(uri: str, organism: str | None) -> str:
     """Return the URI of an organism's experiment below a SOMA's root; by default, of its only organism."""
     try:
-        found = Patience().read(uri, lambda: _list_organisms(uri))
+        found = RetryPolicy().read(uri, lambda: _list_organisms(uri))
     except OSError as error:
         if is_remote(uri) and not isinstance(error, FileNotFoundError):
             raise

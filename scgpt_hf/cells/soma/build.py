@@ -34,7 +34,7 @@ from scgpt_hf.cells.soma.memory import TILEDB_CONFIG, keep_freed_memory
 
 logger = logging.getLogger(__name__)
 
-BLOCK = 4 * TILE  # cells written at once: whole bands, so that no band is spread over two fragments
+BLOCK = 4 * TILE  # cells written at once: whole chunks, so that no chunk is spread over two fragments
 # Order is `_order_by_tile`'s business: to have it checked again takes a fifth of the time. The rest: see `memory.py`.
 _WRITING: dict[str, str | float] = {"sm.check_global_order": "false", **TILEDB_CONFIG}
 
@@ -211,7 +211,7 @@ def _entries_by_tile(counts: csr_matrix, first_cell: int) -> pa.Table:
 
 @njit(nogil=True, cache=True)
 def _order_by_tile(indptr, indices, data, first_cell, n_tiles):  # type: ignore[no-untyped-def]
-    """Return cells, genes and counts tile after tile, row after row within a tile; `first_cell` begins a band."""
+    """Return cells, genes and counts tile after tile, row after row within a tile; `first_cell` begins a chunk."""
     places = np.zeros(n_tiles[0] * n_tiles[1] + 1, np.int64)
     for cell in range(len(indptr) - 1):
         for entry in range(indptr[cell], indptr[cell + 1]):

@@ -1,8 +1,8 @@
 """Cells of a SOMA in the Census layout, local or remote, read fast in any order.
 
-The Census stores X in tiles of 2,048 cells, so the natural unit of reading is an aligned band of 2,048 rows. A few
-Python threads read one band each: of a local Census from its files (`tiles.py`), else through TileDB, with a context of
-their own. `bands.py` keeps it small until its cells are asked for. Which bands are worth reading together is decided by
+The Census stores X in tiles of 2,048 cells, so the natural unit of reading is an aligned chunk of 2,048 rows. A few
+Python threads read one chunk each: of a local Census from its files (`tiles.py`), else through TileDB, with a context of
+their own. `chunks.py` keeps it small until its cells are asked for. Which chunks are worth reading together is decided by
 `plan.py`.
 """
 
@@ -19,11 +19,11 @@ from numpy.typing import NDArray
 
 from scgpt_hf.cells.block import CellBlock, Int64Array, gene_hash, name_layers, require_cell_ids, require_counts
 from scgpt_hf.cells.obs import full_filter, require_columns, select_obs
-from scgpt_hf.cells.schedule.epoch import BAND_SIZE
-from scgpt_hf.cells.soma.chunks import Band, Bands, read_band
+from scgpt_hf.cells.schedule.epoch import CHUNK_SIZE
+from scgpt_hf.cells.soma.chunks import Chunk, Chunks, read_chunk
 from scgpt_hf.cells.soma.native.fragments import PlainArray, open_plain
-from scgpt_hf.cells.soma.remote import Patience, is_remote, open_context
-from scgpt_hf.cells.threads import ReadingThreads, n_cores
+from scgpt_hf.cells.soma.remote import RetryPolicy, is_remote, open_context
+from scgpt_hf.cells.threads import DaemonThreadPool, n_cores
 
 
 class CensusSource:
@@ -32,7 +32,7 @@ class CensusSource:
     Nothing is kept open before it is needed. `close` ends the threads and closes the arrays; the next read opens them.
     """
 
-    band_size = BAND_SIZE
+    chunk_size = CHUNK_SIZE
 
     def __init__(
         self,
@@ -52,7 +52,7 @@ class CensusSource:
             layer: layer of X with the raw counts; by default "raw".
             primary_only: keep only cells with `is_primary_data == True`.
             census_version: release, for the record.
-            n_threads: bands read at once; of a local Census at most one more than there are cores.
+            n_threads: chunks read at once; of a local Census at most one more than there are cores.
 
         Raises:
             OSError: it cannot be read, or a remote one not even after many attempts; every member may raise it.
@@ -67,12 +67,12 @@ class CensusSource:
             "n_threads": n_threads,
         }
         self._uri, self._layer, self._n_threads = uri, layer or "raw", n_threads
-        self._remote, self._patience = is_remote(uri), Patience()
+        self._remote, self._retry_policy = is_remote(uri), RetryPolicy()
         self._lock, self._local = threading.Lock(), threading.local()
         self._handles: list[soma.SparseNDArray | soma.DataFrame] = []
-        self._pool: ReadingThreads | None = None
+        self._pool: DaemonThreadPool | None = None
         self._offered: NDArray[np.bool_] | None = None
-        self._uris, self.columns, self._n_rows = self._patience.read(uri, self._look)
+        self._uris, self.columns, self._n_rows = self._retry_policy.read(uri, self._look)
         self._filter = full_filter(obs_filter, self.columns, primary_only=primary_only)
 
     def _look(self) -> tuple[dict[str, str], list[str], int]:
@@ -116,7 +116,7 @@ class CensusSource:
                 rows = frame.read(column_names=["soma_joinid", "feature_id", "feature_name"])
                 return cast(pd.DataFrame, rows.concat().to_pandas())
 
-        genes = self._patience.read(self._uris["var"], read).sort_values("soma_joinid", ignore_index=True)
+        genes = self._retry_policy.read(self._uris["var"], read).sort_values("soma_joinid", ignore_index=True)
         if not len(genes) or (genes["soma_joinid"] != genes.index).any():
             raise ValueError(f"{self._uris['var']} lacks some of its genes, or all; is the copy complete?")
         return genes.drop(columns="soma_joinid").astype(str)
@@ -128,7 +128,7 @@ class CensusSource:
             with soma.DataFrame.open(self._uris["obs"], context=self._context(self._n_threads)) as frame:
                 return select_obs(frame, self._filter, columns)
 
-        obs = self._patience.read(self._uris["obs"], read)
+        obs = self._retry_policy.read(self._uris["obs"], read)
         if self._offered is None:  # once, for to go through a hundred million cells takes long
             self._offered = self._mark(obs.index.to_numpy())
         return obs
@@ -139,11 +139,11 @@ class CensusSource:
         require_columns(columns, self.columns)
         order = np.argsort(cell_ids)
         ascending = cell_ids[order]
-        edges = np.flatnonzero(np.diff(ascending // BAND_SIZE)) + 1
-        read_one = partial(self._read_band, self._plain)  # found once, not by every thread
-        bands = list(self._threads().map(read_one, np.split(ascending, edges))) if len(order) else []
-        gather = Bands(bands, np.split(order, edges) if bands else [], len(self.genes)).gather
-        if not all(band.raw for band in bands):
+        edges = np.flatnonzero(np.diff(ascending // CHUNK_SIZE)) + 1
+        read_one = partial(self._read_chunk, self._plain)  # found once, not by every thread
+        chunks = list(self._threads().map(read_one, np.split(ascending, edges))) if len(order) else []
+        gather = Chunks(chunks, np.split(order, edges) if chunks else [], len(self.genes)).gather
+        if not all(chunk.raw for chunk in chunks):
             self._refuse(gather(np.arange(len(cell_ids))).data, ascending)
         return CellBlock(gather, self._read_obs(cell_ids, columns), cell_ids)
 
@@ -169,7 +169,7 @@ class CensusSource:
             with soma.SparseNDArray.open(self._uris["X"], context=self._context(1)) as array:
                 return open_plain(array)
 
-        return None if self._remote else self._patience.read(self._uris["X"], look)
+        return None if self._remote else self._retry_policy.read(self._uris["X"], look)
 
     def _all_offered(self) -> NDArray[np.bool_]:
         """Return, true at the id of each cell that matches the filter, one byte per cell of the Census."""
@@ -199,7 +199,7 @@ class CensusSource:
             rows = self._handle("obs").read((where,), column_names=["soma_joinid", *columns])
             return cast(pd.DataFrame, rows.concat().to_pandas())
 
-        obs = self._patience.read(self._uris["obs"], read)
+        obs = self._retry_policy.read(self._uris["obs"], read)
         return obs.set_index("soma_joinid").rename_axis("cell_id").loc[cell_ids]
 
     def _refuse(self, counts: NDArray[np.float32], cell_ids: Int64Array) -> None:
@@ -207,17 +207,17 @@ class CensusSource:
         try:
             require_counts(counts, f"layer {self._layer!r} of {self._uri}")
         except ValueError as error:
-            others = self._patience.read(self._uri, lambda: self._other_layers(cell_ids))
+            others = self._retry_policy.read(self._uri, lambda: self._other_layers(cell_ids))
             raise name_layers(error, others) from error
 
     def _other_layers(self, cell_ids: Int64Array) -> dict[str, bool]:
-        """Return the other layers of X, and whether the cells of the first band of these ids look raw there."""
-        cell_ids = cell_ids[cell_ids // BAND_SIZE == cell_ids[0] // BAND_SIZE]
+        """Return the other layers of X, and whether the cells of the first chunk of these ids look raw there."""
+        cell_ids = cell_ids[cell_ids // CHUNK_SIZE == cell_ids[0] // CHUNK_SIZE]
         with self._experiment() as experiment:
             measurement: Any = experiment.ms["RNA"]
             others = {name: layer for name, layer in measurement.X.items() if name != self._layer}
             return {
-                name: isinstance(layer, soma.SparseNDArray) and read_band(layer, cell_ids).raw
+                name: isinstance(layer, soma.SparseNDArray) and read_chunk(layer, cell_ids).raw
                 for name, layer in others.items()
             }
 
@@ -227,12 +227,12 @@ class CensusSource:
     def _context(self, n_threads: int) -> soma.SOMATileDBContext:
         return open_context(self._remote, n_threads=n_threads)
 
-    def _threads(self) -> ReadingThreads:
+    def _threads(self) -> DaemonThreadPool:
         with self._lock:
             if self._pool is None:
                 # to decode takes a core: with more threads less is read (measured); one may wait for the disk meanwhile
                 n_threads = self._n_threads if self._remote else min(self._n_threads, n_cores() + 1)
-                self._pool = ReadingThreads(n_threads, "census-band")
+                self._pool = DaemonThreadPool(n_threads, "census-chunk")
             return self._pool
 
     def _handle(self, name: str) -> Any:
@@ -245,8 +245,8 @@ class CensusSource:
                 self._handles.append(handle)
         return getattr(self._local, name)
 
-    def _read_band(self, plain: PlainArray | None, cell_ids: Int64Array) -> Band:
-        return self._patience.read(self._uris["X"], lambda: read_band(plain or self._handle("X"), cell_ids))
+    def _read_chunk(self, plain: PlainArray | None, cell_ids: Int64Array) -> Chunk:
+        return self._retry_policy.read(self._uris["X"], lambda: read_chunk(plain or self._handle("X"), cell_ids))
 
 
 def _find_arrays(experiment: soma.Experiment, layer: str) -> dict[str, str]:

@@ -1,7 +1,7 @@
-"""Rows of a SOMA sparse array, a band of 2,048 at a time, kept small until they are asked for.
+"""Rows of a SOMA sparse array, a chunk of 2,048 at a time, kept small until they are asked for.
 
-Decides how the entries of a band are read, put into order and kept: in one word each, of four bytes where they fit. A
-block stays in its bands; `Bands.gather` makes the rows of a few of its cells. `census.py` says which band is read by
+Decides how the entries of a chunk are read, put into order and kept: in one word each, of four bytes where they fit. A
+block stays in its chunks; `Chunks.gather` makes the rows of a few of its cells. `census.py` says which chunk is read by
 which thread. The loops over entries are compiled and release the GIL, so that threads read at the same time.
 """
 
@@ -29,8 +29,8 @@ _HALF, _LOW = 16, 2**16 - 1  # of a word of 32 bits: where the count begins; wha
 Array: TypeAlias = NDArray[Any]
 
 
-class Band(NamedTuple):
-    """Some cells of one band, by ascending id: cell i holds entries `indptr[i]:indptr[i + 1]`.
+class Chunk(NamedTuple):
+    """Some cells of one chunk, by ascending id: cell i holds entries `indptr[i]:indptr[i + 1]`.
 
     Attributes:
         indptr: int64 (cells + 1,).
@@ -50,23 +50,23 @@ class Band(NamedTuple):
         return bool((np.isfinite(counts) & (counts > 0) & (counts == np.floor(counts))).all())
 
 
-class Bands:
-    """The cells of many bands, in the order they were asked for.
+class Chunks:
+    """The cells of many chunks, in the order they were asked for.
 
     Args:
-        bands: as read.
-        places: the position of each cell of each band.
+        chunks: as read.
+        places: the position of each cell of each chunk.
         n_genes: columns of a matrix.
     """
 
-    def __init__(self, bands: Sequence[Band], places: Sequence[Int64Array], n_genes: int) -> None:
+    def __init__(self, chunks: Sequence[Chunk], places: Sequence[Int64Array], n_genes: int) -> None:
         n_cells = sum(map(len, places))
-        self._bands, self._n_genes = bands, n_genes
-        narrow = all(band.words.dtype == np.uint32 for band in bands)
+        self._bands, self._n_genes = chunks, n_genes
+        narrow = all(chunk.words.dtype == np.uint32 for chunk in chunks)
         self._kinds = (np.uint16, np.uint16) if narrow else (np.int32, np.float32)
         self._band, self._row, self._length = (np.empty(n_cells, np.int64) for _ in range(3))
-        for number, (band, cells) in enumerate(zip(bands, places, strict=True)):
-            self._band[cells], self._row[cells], self._length[cells] = number, range(len(cells)), np.diff(band.indptr)
+        for number, (chunk, cells) in enumerate(zip(chunks, places, strict=True)):
+            self._band[cells], self._row[cells], self._length[cells] = number, range(len(cells)), np.diff(chunk.indptr)
 
     def gather(self, cells: Int64Array) -> Rows:
         """Return the cells at these positions, in this order."""
@@ -74,16 +74,16 @@ class Bands:
         genes, counts = (np.empty(indptr[-1], kind) for kind in self._kinds)
         order = np.argsort(self._band[cells], kind="stable")
         for part in np.split(order, np.flatnonzero(np.diff(self._band[cells[order]])) + 1) if len(cells) else []:
-            band = self._bands[self._band[cells[part[0]]]]
+            chunk = self._bands[self._band[cells[part[0]]]]
             unpack, into = (
-                (_unpack, counts) if band.words.dtype == np.uint32 else (_unpack_wide, counts.view(np.uint32))
+                (_unpack, counts) if chunk.words.dtype == np.uint32 else (_unpack_wide, counts.view(np.uint32))
             )
-            unpack(band.indptr, band.words, self._row[cells[part]], indptr[part], genes, into)
+            unpack(chunk.indptr, chunk.words, self._row[cells[part]], indptr[part], genes, into)
         return Rows(counts, genes, indptr, (len(cells), self._n_genes))
 
 
-def read_band(array: soma.SparseNDArray | PlainArray, cell_ids: Int64Array) -> Band:
-    """Return cells of one band, given by ascending id."""
+def read_chunk(array: soma.SparseNDArray | PlainArray, cell_ids: Int64Array) -> Chunk:
+    """Return cells of one chunk, given by ascending id."""
     first, last = int(cell_ids[0]) - 1, int(cell_ids[-1]) + 1  # not wanted; they stand for all cells beyond, too
     row_of_id = np.full(last - first + 1, -1, dtype=np.int32)
     row_of_id[cell_ids - first] = np.arange(len(cell_ids), dtype=np.int32)
@@ -103,11 +103,11 @@ def read_band(array: soma.SparseNDArray | PlainArray, cell_ids: Int64Array) -> B
         descends |= _place_runs(same, rows, lengths, indptr, cursor, words, low)
     if descends:  # the fragments of the array came out of order
         words = words[np.lexsort((words & low, np.repeat(np.arange(len(cell_ids)), np.diff(indptr))))]
-    return Band(indptr, words)
+    return Chunk(indptr, words)
 
 
 def _ask(array: soma.SparseNDArray, cell_ids: Int64Array) -> Iterator[list[Array]]:
-    """Yield cell ids, genes and counts of these cells of a band and of some others, as TileDB has them ready."""
+    """Yield cell ids, genes and counts of these cells of a chunk and of some others, as TileDB has them ready."""
     first, last = int(cell_ids[0]), int(cell_ids[-1])
     whole = len(cell_ids) >= DENSE * (last - first + 1)
     if whole and last - first >= TILE // 2:  # to the edges: of a tile in part TileDB looks at every entry (measured)
@@ -119,17 +119,17 @@ def _ask(array: soma.SparseNDArray, cell_ids: Int64Array) -> Iterator[list[Array
 
 
 def _shrink(entries: Sequence[Array], row_of_id: Array, first: int, narrow: bool) -> tuple[Array, Array, Array]:
-    """Return the words of the wanted cells of a part of a band as they lie there, and the runs that they are in.
+    """Return the words of the wanted cells of a part of a chunk as they lie there, and the runs that they are in.
 
     Args:
         entries: cell ids, genes and counts. Shape (entries,) each.
-        row_of_id: the row of each cell of the band, −1 if it is not wanted. Shape (last id − first + 1,). The first
+        row_of_id: the row of each cell of the chunk, −1 if it is not wanted. Shape (last id − first + 1,). The first
             and the last are not wanted, and stand for all cells beyond.
         first: id of the first cell.
         narrow: whether genes fit 16 bits.
 
     Returns:
-        Words, see `Band.words`; the row and the number of words of each run, shape (runs,).
+        Words, see `Chunk.words`; the row and the number of words of each run, shape (runs,).
     """
     ids, genes, values = entries
     counts = values.astype(np.float32, copy=False)
@@ -148,7 +148,7 @@ def _shrink(entries: Sequence[Array], row_of_id: Array, first: int, narrow: bool
 
 
 def _widen(genes: Array, counts: Array) -> Array:
-    """Return words of 64 bits; see `Band`."""
+    """Return words of 64 bits; see `Chunk`."""
     return genes.astype(np.uint64) | (counts.view(np.uint32).astype(np.uint64) << np.uint64(32))
 
 
@@ -212,7 +212,7 @@ def _place_runs(part, rows, lengths, indptr, cursor, words, low):  # type: ignor
 
 @njit(nogil=True, cache=True)
 def _unpack(indptr, words, rows, starts, genes, counts):  # type: ignore[no-untyped-def]
-    """Fill genes and counts of rows of a band from where each starts in the result."""
+    """Fill genes and counts of rows of a chunk from where each starts in the result."""
     for cell in range(len(rows)):
         these, start = words[indptr[rows[cell]] : indptr[rows[cell] + 1]], starts[cell]
         to_genes, to_counts = genes[start : start + len(these)], counts[start : start + len(these)]

@@ -17,7 +17,7 @@ OBS_LABELS = (
     *(column for name in ONTOLOGIES for column in (name, f"{name}_ontology_term_id")),
 )
 OBS_NUMBERS = ("raw_sum", "nnz", "raw_mean_nnz", "raw_variance_nnz", "n_measured_vars")
-TILE = 2048  # cells and genes; so the cells of an aligned band, the cheapest to read (`plan.BAND_SIZE`)
+TILE = 2048  # cells and genes; so the cells of an aligned chunk, the cheapest to read (`plan.CHUNK_SIZE`)
 
 _ZSTD = {"_type": "ZstdFilter", "level": 9}
 _NUMBER = ["ByteShuffleFilter", _ZSTD]

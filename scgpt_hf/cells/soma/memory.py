@@ -1,7 +1,7 @@
-"""What the memory of one band becomes: the memory of the next one.
+"""What the memory of one chunk becomes: the memory of the next one.
 
 By itself glibc hands freed memory back to the system once there is more of it than two large blocks, and TileDB asks
-it to after every query (`TILEDB_CONFIG` turns that off; closing an array still does). Each band then began with pages
+it to after every query (`TILEDB_CONFIG` turns that off; closing an array still does). Each chunk then began with pages
 that the system had to clear anew: half of the time of reading (measured). And every thread that TileDB starts, several
 for each read, may keep a store of freed memory of its own; one store for all of them is as fast and smaller.
 

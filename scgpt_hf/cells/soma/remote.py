@@ -2,7 +2,7 @@
 
 Two layers try again. TileDB's S3 client repeats a single request, 5 times within 2 s, after 3 s of silence too, and for
 about a minute where the store answers SlowDown; `TILEDB_VFS_S3_*` in the environment changes that. Above it,
-`Patience` repeats whole reads, so that a run outlives an outage of two minutes.
+`RetryPolicy` repeats whole reads, so that a run outlives an outage of two minutes.
 
 Source: config of TileDB 2.30 (`vfs.s3.connect_max_tries`, `request_timeout_ms`); measured with `tests/s3_server.py`.
 """
@@ -66,7 +66,7 @@ def open_context(remote: bool, *, n_threads: int) -> soma.SOMATileDBContext:
     return get_default_soma_context(tiledb_config=config)
 
 
-class Patience:
+class RetryPolicy:
     """Reads objects of a store, again where it is remote and fails for now.
 
     Attributes:

@@ -39,7 +39,7 @@ class Manifest:
     Attributes:
         step: steps done.
         world_size: processes that wrote it.
-        history: (cells of a global step, number of steps), in the order they were trained; see `cells.course`.
+        history: (cells of a global step, number of steps), in the order they were trained; see `cells.schedule`.
     """
 
     step: int
@@ -77,18 +77,18 @@ def written_whole(folder: Path, manifest: Manifest, ranks: Ranks) -> Iterator[Pa
         if ranks.is_first:
             shutil.rmtree(beside, ignore_errors=True)
             beside.mkdir(parents=True)
-        ranks.most(0)
+        ranks.all_reduce_max(0)
         yield beside
     except (OSError, RuntimeError, SafetensorError) as error:  # torch.save tells of a full disk by a RuntimeError
         problem = error
-    if not ranks.most(problem is not None) and ranks.is_first:
+    if not ranks.all_reduce_max(problem is not None) and ranks.is_first:
         try:
             _write_manifest(beside, manifest)
             _flush([*beside.rglob("*"), beside])
             _take_place(beside, target)
         except OSError as error:
             problem = error
-    if ranks.most(problem is not None):
+    if ranks.all_reduce_max(problem is not None):
         if ranks.is_first:
             shutil.rmtree(folder / _UNFINISHED, ignore_errors=True)
         earlier = next((path for path in reversed(checkpoints_in(folder)) if path != target), None)

@@ -17,7 +17,7 @@ logger = logging.getLogger(__name__)
 HALVINGS_OF_FP16 = 16
 
 
-class FiniteGuard:
+class NonFiniteGuard:
     """Skips the steps of one run whose loss or gradient is not finite."""
 
     def __init__(self, limit: int, cells: Callable[[int], Int64Array], *, tells: bool) -> None:
@@ -84,7 +84,7 @@ class FiniteGuard:
                 )
 
 
-def seed_by(loss: torch.Tensor) -> torch.Tensor:
+def propagate_nonfinite(loss: torch.Tensor) -> torch.Tensor:
     """Return a finite loss as it is; from one that is not, every gradient becomes NaN, so that all processes see it."""
     return loss * (1 + 0 * loss.detach())
 

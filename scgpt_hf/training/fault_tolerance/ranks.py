@@ -22,7 +22,7 @@ class Ranks:
         if world_size > 1:  # beside the group of the gradients, which may know tensors on GPUs only
             self._group = dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=timeout_s))
 
-    def most(self, number: int) -> int:
+    def all_reduce_max(self, number: int) -> int:
         """Return the largest number that any process gives, once all have given theirs."""
         if self._group is None:
             return number

@@ -26,7 +26,7 @@ _NESTED = {"steps", "tokens"}  # parts of a run's record that are compared by wh
 
 
 @contextmanager
-def content_said(checkpoint: Path) -> Iterator[None]:
+def translate_load_errors(checkpoint: Path) -> Iterator[None]:
     """Turn what torch, pickle and the library raise on files that do not hold what they should into our error.
 
     Raises:
@@ -53,7 +53,7 @@ def require_resumable(checkpoint: Path) -> None:
     manifest = manifest_of(checkpoint)
     ranks = range(manifest.world_size)
     states = ["rng_state.pth"] if manifest.world_size == 1 else (f"rng_state_{index}.pth" for index in ranks)
-    with content_said(checkpoint):
+    with translate_load_errors(checkpoint):
         for pattern in (*_NEEDED, *states):
             if not any(checkpoint.glob(pattern)):
                 raise CheckpointError(f"{checkpoint} lacks {pattern}; it was not written by a pretraining run")

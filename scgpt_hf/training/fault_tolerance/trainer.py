@@ -18,13 +18,18 @@ from safetensors import SafetensorError
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
 from transformers.trainer_utils import IntervalStrategy
 
-from scgpt_hf.cells.schedule.run import Course
+from scgpt_hf.cells.schedule.run import RunSchedule
 from scgpt_hf.pipeline.stream import Batch
 from scgpt_hf.training.fault_tolerance import checkpoints
 from scgpt_hf.training.fault_tolerance.checkpoints import Manifest
-from scgpt_hf.training.fault_tolerance.nonfinite import HALVINGS_OF_FP16, FiniteGuard, all_finite, seed_by
+from scgpt_hf.training.fault_tolerance.nonfinite import (
+    HALVINGS_OF_FP16,
+    NonFiniteGuard,
+    all_finite,
+    propagate_nonfinite,
+)
 from scgpt_hf.training.fault_tolerance.ranks import Ranks
-from scgpt_hf.training.fault_tolerance.resume import content_said, read_window
+from scgpt_hf.training.fault_tolerance.resume import read_window, translate_load_errors
 from scgpt_hf.training.fault_tolerance.signals import Interrupted, StopSignal
 from scgpt_hf.training.settings import TrainingSettings
 
@@ -52,17 +57,17 @@ class Window:
         self.n_good = self.n_good + (~bad).float()
 
 
-class ResilientTrainer(Trainer):
+class FaultTolerantTrainer(Trainer):
     """A Trainer whose position in the data is its step number, and which loses nothing but the time since a save."""
 
     args: TrainingSettings
     model: Any
 
-    def __init__(self, *, course: Course, **trainer_arguments: Any) -> None:
-        """Follow a course.
+    def __init__(self, *, schedule: RunSchedule, **trainer_arguments: Any) -> None:
+        """Follow a schedule.
 
         Args:
-            course: which cells each step trains on.
+            schedule: which cells each step trains on.
             trainer_arguments: of `transformers.Trainer`.
 
         Raises:
@@ -76,10 +81,10 @@ class ResilientTrainer(Trainer):
             )
         super().__init__(**trainer_arguments)
         self._model_class = type(self.model)
-        self.course, self.folder = course, Path(self.args.output_dir)
+        self.schedule, self.folder = schedule, Path(self.args.output_dir)
         self.ranks = Ranks(self.args.world_size, self.args.process_index, self.args.ddp_timeout)
         limit = self.args.max_bad_steps + (HALVINGS_OF_FP16 if self.args.fp16 else 0)
-        self.guard = FiniteGuard(limit, course.cells, tells=self.ranks.is_first)
+        self.guard = NonFiniteGuard(limit, schedule.cells, tells=self.ranks.is_first)
         self.signal = StopSignal()
         self.window, self.step_shares = Window(), dict[str, torch.Tensor]()
         self._saved_step = -1
@@ -99,11 +104,11 @@ class ResilientTrainer(Trainer):
             return super().train(*arguments, **keywords)
 
     def set_initial_training_values(self, *arguments: Any) -> tuple[Any, ...]:
-        """Return the library's numbers, with the epochs that the course has left and all its steps."""
+        """Return the library's numbers, with the epochs that the schedule has left and all its steps."""
         _, longest, *others, in_epoch, _ = super().set_initial_training_values(*arguments)
-        start = self.course.start
-        n_epochs = start // longest + sum(end > start for end in self.course.epoch_ends)
-        return (n_epochs, longest, *others, in_epoch, self.course.n_steps)
+        start = self.schedule.start
+        n_epochs = start // longest + sum(end > start for end in self.schedule.epoch_ends)
+        return (n_epochs, longest, *others, in_epoch, self.schedule.n_steps)
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Batch], num_batches: int, device: torch.device
@@ -130,7 +135,7 @@ class ResilientTrainer(Trainer):
             taken = list(islice(batches, number))
         except Exception as error:  # noqa: BLE001 — raised again below, on all processes and after a checkpoint
             problem = error
-        if told := self.ranks.most(self.signal.number or (_CANNOT_READ if problem else 0)):
+        if told := self.ranks.all_reduce_max(self.signal.number or (_CANNOT_READ if problem else 0)):
             self._stop(told, problem)
         return taken
 
@@ -156,7 +161,7 @@ class ResilientTrainer(Trainer):
     ) -> Any:
         """Return the library's loss, whose gradients are NaN throughout if it is not finite."""
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
-        return (seed_by(loss), outputs) if return_outputs else seed_by(loss)
+        return (propagate_nonfinite(loss), outputs) if return_outputs else propagate_nonfinite(loss)
 
     def training_step(self, *arguments: Any, **keywords: Any) -> torch.Tensor:
         """Return the loss of a micro-batch after its backward pass; 0 if it is not finite, since it is skipped."""
@@ -178,7 +183,7 @@ class ResilientTrainer(Trainer):
         self.guard.review()
         self._require_finite()
         step, best = self.state.global_step, self.state.best_global_step
-        manifest = Manifest(step, self.args.world_size, self.course.history(step))
+        manifest = Manifest(step, self.args.world_size, self.schedule.history(step))
         with checkpoints.written_whole(self.folder, manifest, self.ranks) as beside:
             self._writes_into = beside.parent
             try:
@@ -196,7 +201,7 @@ class ResilientTrainer(Trainer):
         states = self.optimizer.state.values() if self.optimizer is not None else []
         moments = [value for state in states for value in state.values() if isinstance(value, torch.Tensor)]
         finite = all_finite([*self.model.parameters(), *self.model.buffers(), *moments])
-        if self.ranks.most(not finite):
+        if self.ranks.all_reduce_max(not finite):
             raise FloatingPointError(
                 f"weights or optimiser state are not finite after step {self.state.global_step:,}: nothing was saved; "
                 "the run has diverged; lower --learning_rate or lengthen --warmup_steps, and resume from a checkpoint"
@@ -229,7 +234,7 @@ class ResilientTrainer(Trainer):
         folder, index = Path(checkpoint), self.args.process_index
         manifest = checkpoints.manifest_of(folder)
         if manifest.world_size == self.args.world_size:
-            with content_said(folder):
+            with translate_load_errors(folder):
                 super()._load_rng_state(checkpoint)
             self.window = _load_window([folder / f"window_{index}.json"])
             return
@@ -247,7 +252,7 @@ class ResilientTrainer(Trainer):
             raise ValueError(f"{resume_from_checkpoint} does not fit the model of the settings: {error}") from error
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        with content_said(Path(str(checkpoint))):
+        with translate_load_errors(Path(str(checkpoint))):
             super()._load_optimizer_and_scheduler(checkpoint)
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
@@ -265,20 +270,20 @@ class ResilientTrainer(Trainer):
 class _Resuming(TrainerCallback):
     """Puts a run in order that goes on from a checkpoint, before its first step."""
 
-    def __init__(self, trainer: ResilientTrainer) -> None:
+    def __init__(self, trainer: FaultTolerantTrainer) -> None:
         self.trainer = trainer
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         trainer, step = self.trainer, state.global_step
         if trainer.ranks.is_first:
             checkpoints.set_aside(trainer.folder, step)
-        trainer.ranks.most(0)
-        assert step == trainer.course.start, "a run goes on from the checkpoint that its course was planned for"
+        trainer.ranks.all_reduce_max(0)
+        assert step == trainer.schedule.start, "a run goes on from the checkpoint that its schedule was planned for"
         if not step:
             return
         trainer._saved_step = step
         self._find_best(state)
-        if _evaluation_is_due(args, state, trainer.course):
+        if _evaluation_is_due(args, state, trainer.schedule):
             trainer._determine_best_metric(trainer.evaluate(), None)
             self._find_best(state)
 
@@ -288,15 +293,15 @@ class _Resuming(TrainerCallback):
         state.best_model_checkpoint = str(best) if state.best_global_step and best.is_dir() else None
 
 
-def _evaluation_is_due(args: TrainingArguments, state: TrainerState, course: Course) -> bool:
+def _evaluation_is_due(args: TrainingArguments, state: TrainerState, schedule: RunSchedule) -> bool:
     """Return whether the run was ended after a step was saved and before it was validated."""
     step = state.global_step
     if not step or any(line["step"] == step and "eval_loss" in line for line in state.log_history):
         return False
     if args.eval_strategy == IntervalStrategy.EPOCH:
-        return step in course.epoch_ends
+        return step in schedule.epoch_ends
     in_turn = state.eval_steps > 0 and step % state.eval_steps == 0
-    return args.eval_strategy == IntervalStrategy.STEPS and (in_turn or step == course.n_steps)
+    return args.eval_strategy == IntervalStrategy.STEPS and (in_turn or step == schedule.n_steps)
 
 
 def _load_window(paths: list[Path]) -> Window:

@@ -27,7 +27,7 @@ from scgpt_hf.cells.selection.splits import save_split
 from scgpt_hf.cells.source import Address, CellSource, open_source
 from scgpt_hf.model.modeling_scgpt import ScGPTForSequenceClassification
 from scgpt_hf.pipeline.genes import match_columns
-from scgpt_hf.pipeline.stream import StreamSettings, stream_cells
+from scgpt_hf.pipeline.stream import StreamConfig, stream_cells
 from scgpt_hf.pretrained import domain_classes, load_pretrained, load_processor
 from scgpt_hf.tokens.processing_scgpt import ScGPTProcessor
 from scgpt_hf.training.finetuning.calibration import Logits, calibration_error, fit_temperature, reliability
@@ -69,7 +69,7 @@ def finetune_classifier(data: Address, settings: AnnotateSettings) -> dict[str, 
     set_seed(settings.seed)
     model = _load_classifier(cells.labels, settings)
     trainer = _make_trainer(source, processor, cells, model, settings)
-    save_inputs(folder, source, cells.parts, cells.split_by, settings, {"labels": cells.labels})
+    save_inputs(folder, source, cells.parts, cells.donor_key, settings, {"labels": cells.labels})
     trainer.train()
     trained: Any = trainer.accelerator.unwrap_model(trainer.model)
     n_trained = trained.num_parameters(only_trainable=True)
@@ -113,7 +113,7 @@ def save_inputs(
     folder: Path,
     source: CellSource,
     parts: dict[str, Any],
-    split_by: str | None,
+    donor_key: str | None,
     settings: FinetuneSettings,
     told: dict[str, Any],
 ) -> None:
@@ -121,9 +121,9 @@ def save_inputs(
     folder.mkdir(parents=True, exist_ok=True)
     text = yaml.safe_dump(asdict(settings), sort_keys=False, allow_unicode=True, width=120)
     write_whole(folder / SETTINGS, str(text))
-    obs = source.obs([] if split_by is None else [split_by])
+    obs = source.obs([] if donor_key is None else [donor_key])
     record = {**source.describe(), **told}
-    save_split(folder / SPLIT, parts, obs, seed=settings.seed, source=record, by=split_by)
+    save_split(folder / SPLIT, parts, obs, seed=settings.seed, source=record, donor_key=donor_key)
 
 
 def save_results(folder: Path, model: PreTrainedModel, processor: ScGPTProcessor, summary: dict[str, Any]) -> None:
@@ -140,18 +140,18 @@ def save_results(folder: Path, model: PreTrainedModel, processor: ScGPTProcessor
 
 
 def _choose_cells(source: CellSource, processor: ScGPTProcessor, settings: AnnotateSettings) -> LabelledCells:
-    split_by = settings.split_by
-    donors = [split_by or "donor_id"] if split_by or "donor_id" in source.columns else []
-    obs = source.obs(list(dict.fromkeys([settings.label, *donors])))
+    donor_key = settings.donor_key
+    donors = [donor_key or "donor_id"] if donor_key or "donor_id" in source.columns else []
+    obs = source.obs(list(dict.fromkeys([settings.labels_key, *donors])))
     known = np.flatnonzero(match_columns(source.genes, processor)[0] >= 0)
     obs = obs.loc[cells_expressing(source, obs.index.to_numpy(np.int64), known)]
     return choose_labelled(
         obs,
-        settings.label,
-        split_by=split_by,
+        settings.labels_key,
+        donor_key=donor_key,
         validation_fraction=settings.validation_fraction,
         label_fraction=settings.label_fraction,
-        ignore=settings.ignore_label,
+        ignore=settings.ignore_labels,
         min_cells=settings.min_cells,
         seed=settings.seed,
     )
@@ -184,7 +184,7 @@ def _load_classifier(labels: list[str], settings: AnnotateSettings) -> Any:
 def _make_trainer(
     source: CellSource, processor: ScGPTProcessor, cells: LabelledCells, model: Any, settings: AnnotateSettings
 ) -> ClassifierTrainer:
-    """Return the trainer, its streams planned; nothing is read or written yet."""
+    """Return the trainer, its data_module planned; nothing is read or written yet."""
     batch_size = min(settings.batch_size, len(cells.parts["train"]))
     args = training_settings(
         settings,
@@ -195,21 +195,24 @@ def _make_trainer(
         metric_for_best_model="eval_macro_f1",
         greater_is_better=True,
     )
-    feed = StreamSettings(
+    stream_config = StreamConfig(
         seed=settings.seed,
         rank=args.process_index,
         world_size=args.world_size,
         padded=bool(model.config.counts_padding),
         categories={
-            "labels": (settings.label, {label: index for index, label in enumerate(cells.labels)}),
+            "labels": (settings.labels_key, {label: index for index, label in enumerate(cells.labels)}),
             **domain_classes(model.config),
         },
     )
     train, held_out = cells.parts["train"], cells.parts["validation"]
-    keywords = {"seed": settings.seed, "batch_size": batch_size * args.world_size, "band_size": source.band_size}
+    keywords = {"seed": settings.seed, "batch_size": batch_size * args.world_size, "chunk_size": source.chunk_size}
     plans = [plan_epoch(train, epoch=epoch, **keywords) for epoch in range(settings.epochs)]
     plan = plan_validation(held_out, args.per_device_eval_batch_size)
-    whole, steady = StreamSettings(settings.seed, padded=feed.padded, categories=feed.categories), copy(processor)
+    whole, steady = (
+        StreamConfig(settings.seed, padded=stream_config.padded, categories=stream_config.categories),
+        copy(processor),
+    )
     steady.ties = "midpoint"  # as cells are embedded and predicted
     validated = stream_cells(source, [plan], steady, whole)
     weights = balanced_weights(cells.classes("train"), len(cells.labels))
@@ -217,7 +220,7 @@ def _make_trainer(
         model=model,
         args=args,
         callbacks=[MetricsFile(Path(settings.out)), EarlyStoppingCallback(settings.patience)],
-        train_stream=lambda consumed: stream_cells(source, plans, processor, feed, start_step=consumed),
+        train_stream=lambda consumed: stream_cells(source, plans, processor, stream_config, start_step=consumed),
         epoch_ends=[plans[0].n_steps * (epoch + 1) for epoch in range(settings.epochs)],
         validation_stream=lambda: validated,
         class_weights=torch.from_numpy(weights if settings.class_weights == "balanced" else np.ones_like(weights)),
@@ -228,13 +231,13 @@ def _describe_cells(source: CellSource, cells: LabelledCells, settings: Annotate
     """Return how many cells of each label were learned from and held out, and which were left out."""
     n_cells = {part: np.bincount(cells.classes(part), minlength=len(cells.labels)).tolist() for part in cells.parts}
     donors = {}
-    if cells.split_by is not None:
-        by = source.obs([cells.split_by])[cells.split_by]
+    if cells.donor_key is not None:
+        by = source.obs([cells.donor_key])[cells.donor_key]
         donors = {f"{part}_donors": int(by.reindex(ids).nunique()) for part, ids in cells.parts.items()}
     return {
-        "label": settings.label,
+        "labels_key": settings.labels_key,
         "train": settings.train,
-        "held_out": "cells" if cells.split_by is None else cells.split_by,
+        "held_out": "cells" if cells.donor_key is None else cells.donor_key,
         **{f"{part}_cells": len(ids) for part, ids in cells.parts.items()},
         **donors,
         "labels": {

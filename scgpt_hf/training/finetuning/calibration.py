@@ -35,10 +35,10 @@ def fit_temperature(logits: Logits, classes: Int64Array) -> float:
     targets = np.full(logits.shape, 1 / (n_cells + n_classes))
     targets[np.arange(n_cells), classes] += n_cells / (n_cells + n_classes)
 
-    def surprise(log_temperature: float) -> float:
+    def nll(log_temperature: float) -> float:
         return float(-(targets * log_softmax(logits / np.exp(log_temperature), axis=1)).sum(axis=1).mean())
 
-    return float(np.exp(minimize_scalar(surprise, bounds=_RANGE, method="bounded").x))
+    return float(np.exp(minimize_scalar(nll, bounds=_RANGE, method="bounded").x))
 
 
 def reliability(confidence: npt.ArrayLike, correct: npt.ArrayLike, n_bins: int = 15) -> pd.DataFrame:

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import Trainer
 
 from scgpt_hf.cells.block import Int64Array
-from scgpt_hf.cells.threads import read_ahead
+from scgpt_hf.cells.threads import prefetch
 from scgpt_hf.pipeline.stream import Batch, StreamLoader
 
 Logits = npt.NDArray[np.float32]
@@ -32,7 +32,7 @@ class ClassifierTrainer(Trainer):
         class_weights: Tensor,
         **trainer_arguments: Any,
     ) -> None:
-        """Wire the streams into the trainer.
+        """Wire the data_module into the trainer.
 
         Args:
             train_stream: batches of this rank from number n of the run on, with `labels`, int64 (cells,).
@@ -92,7 +92,7 @@ class ClassifierTrainer(Trainer):
         training = model.training
         model.eval()
         logits, classes = [], []
-        for batch in read_ahead(self.validation_stream()):
+        for batch in prefetch(self.validation_stream()):
             classes.append(batch.pop("labels"))
             with self.accelerator.autocast():
                 logits.append(model(**self._prepare_inputs(batch)).logits.float())
@@ -113,8 +113,8 @@ def weighted_cross_entropy(
         num_items_in_batch: cells of the whole batch, of which this is a part.
         class_weights: float32 (classes,).
     """
-    surprise = F.cross_entropy(outputs.logits.float(), classes, class_weights.to(classes.device), reduction="sum")
-    return surprise / (len(classes) if num_items_in_batch is None else num_items_in_batch)
+    nll = F.cross_entropy(outputs.logits.float(), classes, class_weights.to(classes.device), reduction="sum")
+    return nll / (len(classes) if num_items_in_batch is None else num_items_in_batch)
 
 
 def score(logits: Logits, classes: Int64Array) -> dict[str, float]:

@@ -22,7 +22,7 @@ from scgpt_hf.tokens.processing_scgpt import ScGPTProcessor
 from scgpt_hf.training.finetuning.annotate import require_new_folder, save_inputs, save_results
 from scgpt_hf.training.finetuning.labels import split_within
 from scgpt_hf.training.finetuning.settings import IntegrateSettings, training_settings
-from scgpt_hf.training.pretraining import Streams, make_trainer
+from scgpt_hf.training.pretraining import DataModule, make_trainer
 from scgpt_hf.training.provenance import composition_of, training_of
 from scgpt_hf.training.recipe import Selection, start_at_mean
 from scgpt_hf.training.settings import DataSettings, ModelSettings, Settings
@@ -49,7 +49,7 @@ def finetune_integration(data: Address, settings: IntegrateSettings) -> dict[str
     folder = require_new_folder(settings.out)
     source = open_source(data, layer=settings.layer, primary_only=False)
     processor = load_processor(settings.model)
-    domain_of = _domains(source, processor, settings.domain_key)
+    domain_of = _domains(source, processor, settings.batch_key)
     parts = split_within(domain_of, settings.validation_fraction, settings.seed)
     domains = sorted(set(domain_of))
     set_seed(settings.seed)
@@ -59,15 +59,15 @@ def finetune_integration(data: Address, settings: IntegrateSettings) -> dict[str
         start_at_mean(model, processor)  # type: ignore[arg-type]
     selection = Selection(parts, processor.genes, domains, dict.fromkeys(parts, len(domains)))
     as_pretraining = _as_pretraining(model.config, settings)  # type: ignore[arg-type]
-    streams = Streams(source, selection, processor, as_pretraining)
-    trainer = make_trainer(streams, model, as_pretraining.training)  # type: ignore[arg-type]
+    data_module = DataModule(source, selection, processor, as_pretraining)
+    trainer = make_trainer(data_module, model, as_pretraining.training)  # type: ignore[arg-type]
     save_inputs(folder, source, parts, None, settings, {"domains": domains})
     trainer.train()
     validations = [line for line in trainer.state.log_history if "eval_loss" in line]
     summary = {
         "task": "integrate",
         "model": settings.model,
-        "domain_key": settings.domain_key,
+        "batch_key": settings.batch_key,
         **{f"{part}_cells": len(ids) for part, ids in parts.items()},
         "domains": {
             domain: {part: int((domain_of.reindex(ids) == domain).sum()) for part, ids in parts.items()}
@@ -100,7 +100,7 @@ def _domains(source: CellSource, processor: ScGPTProcessor, key: str) -> "pd.Ser
     if domain_of.nunique() < 2:
         raise ValueError(
             f"integration brings two or more experimental batches together; all {len(domain_of):,} cells have "
-            f"{domain_of.iloc[0]!r} in obs[{key!r}]; choose another column (--domain_key)"
+            f"{domain_of.iloc[0]!r} in obs[{key!r}]; choose another column (--batch_key)"
         )
     return domain_of
 
@@ -112,7 +112,7 @@ def _load_for_domains(domains: list[str], settings: IntegrateSettings) -> Pretra
         settings.model,
         ScGPTForPreTraining,
         n_domains=len(domains),
-        domain_key=settings.domain_key,
+        batch_key=settings.batch_key,
         domains=domains,
         input_norm=settings.input_norm,
         domain_embedding=settings.domain_embedding,
@@ -124,8 +124,8 @@ def _load_for_domains(domains: list[str], settings: IntegrateSettings) -> Pretra
 
 
 def _as_pretraining(config: ScGPTConfig, settings: IntegrateSettings) -> Settings:
-    """Return the settings under which pretraining's streams and trainer do this."""
-    data = DataSettings(mask_ratios=[settings.mask_ratio], domain_key=settings.domain_key)
+    """Return the settings under which pretraining's data_module and trainer do this."""
+    data = DataSettings(mask_ratios=[settings.mask_ratio], batch_key=settings.batch_key)
     model = ModelSettings(cell_pooling=config.cell_pooling, input_norm=config.input_norm)
     args = training_settings(
         settings,

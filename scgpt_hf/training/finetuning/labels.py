@@ -28,7 +28,7 @@ class LabelledCells:
         parts: "train" and "validation" → cell ids, ascending.
         labels: names of the classes, sorted, in the order of their ids.
         label_of: name of each cell's label, indexed by cell id; cells that were left out are not in it.
-        split_by: obs column whose values were held out whole; None where single cells were held out.
+        donor_key: obs column whose values were held out whole; None where single cells were held out.
         left_out: why → how many cells.
         rare: labels left out for having too few cells → how many they have.
     """
@@ -36,7 +36,7 @@ class LabelledCells:
     parts: dict[str, Int64Array]
     labels: list[str]
     label_of: pd.Series
-    split_by: str | None
+    donor_key: str | None
     left_out: dict[str, int]
     rare: dict[str, int]
 
@@ -49,7 +49,7 @@ def choose_labelled(
     obs: pd.DataFrame,
     label: str,
     *,
-    split_by: str | None,
+    donor_key: str | None,
     validation_fraction: float,
     label_fraction: float,
     ignore: Sequence[str],
@@ -58,15 +58,15 @@ def choose_labelled(
 ) -> LabelledCells:
     """Return the cells with a label that can be learned, split into training and validation.
 
-    Whole donors (values of `split_by`) are held out: of twenty random splits the first one with most labels on both
+    Whole donors (values of `donor_key`) are held out: of twenty random splits the first one with most labels on both
     sides. With a single donor, or none recorded, cells are held out instead, the same share of every label and at least
     one cell of each; what is then measured says nothing about new donors. A label that only held-out donors have cannot
     be learned, and is not scored either.
 
     Args:
-        obs: one row for each cell, index = cell ids, with the columns `label` and, if given, `split_by`.
+        obs: one row for each cell, index = cell ids, with the columns `label` and, if given, `donor_key`.
         label: column with the labels.
-        split_by: column whose values stay together; None for `donor_id` where obs has it.
+        donor_key: column whose values stay together; None for `donor_id` where obs has it.
         validation_fraction: share of the labelled cells held out, in (0, 1).
         label_fraction: share of the training cells of each label that is kept, at least one cell each; in (0, 1].
         ignore: values that are no labels. Missing and empty values never are.
@@ -74,7 +74,7 @@ def choose_labelled(
         seed: settles split and share.
 
     Raises:
-        ValueError: fewer than two labels are left, or cells have no value in `split_by`.
+        ValueError: fewer than two labels are left, or cells have no value in `donor_key`.
     """
     text = obs[label].astype(object)
     labelled = (text.notna() & ~text.astype(str).isin(["", *ignore])).to_numpy()
@@ -83,9 +83,9 @@ def choose_labelled(
     label_of = text[labelled].astype(str)
     label_of = label_of[~label_of.isin(list(rare)).to_numpy()]
     _require_labels(label_of, label, len(obs), ignore, rare, min_cells)
-    if split_by is None and "donor_id" in obs and obs.loc[label_of.index, "donor_id"].nunique() > 1:
-        split_by = "donor_id"
-    parts = _split(obs.loc[label_of.index], label_of, split_by, validation_fraction, seed)
+    if donor_key is None and "donor_id" in obs and obs.loc[label_of.index, "donor_id"].nunique() > 1:
+        donor_key = "donor_id"
+    parts = _split(obs.loc[label_of.index], label_of, donor_key, validation_fraction, seed)
     learned = set(label_of.reindex(parts["train"]))
     lost = ~label_of.reindex(parts["validation"]).isin(learned).to_numpy()
     parts["validation"], lost_cells = parts["validation"][~lost], parts["validation"][lost]
@@ -98,10 +98,12 @@ def choose_labelled(
         "label not used (label_fraction)": n_train - len(parts["train"]),
     }
     if len(learned) < 2:
-        raise ValueError(f"of {label!r}, training cells have only {sorted(learned)}; hold out other cells (--split_by)")
-    _report(left_out, rare, sorted(set(label_of.reindex(lost_cells))), split_by)
+        raise ValueError(
+            f"of {label!r}, training cells have only {sorted(learned)}; hold out other cells (--donor_key)"
+        )
+    _report(left_out, rare, sorted(set(label_of.reindex(lost_cells))), donor_key)
     label_of = label_of.reindex(np.concatenate(list(parts.values())))
-    return LabelledCells(parts, sorted(learned), label_of, split_by, left_out, rare)
+    return LabelledCells(parts, sorted(learned), label_of, donor_key, left_out, rare)
 
 
 def keep_share(label_of: pd.Series, share: float, seed: int) -> Int64Array:
@@ -147,20 +149,20 @@ def _require_labels(
         few = f"; too few cells (fewer than min_cells {min_cells}) have {rare}" if rare else ""
         raise ValueError(
             f"a classifier needs two labels or more; of {n_cells:,} cells, obs[{label!r}] has {found}, not counting "
-            f"missing values and {list(ignore)}{few}; choose another column (--label)"
+            f"missing values and {list(ignore)}{few}; choose another column (--labels_key)"
         )
 
 
 def _split(
-    obs: pd.DataFrame, label_of: pd.Series, split_by: str | None, fraction: float, seed: int
+    obs: pd.DataFrame, label_of: pd.Series, donor_key: str | None, fraction: float, seed: int
 ) -> dict[str, Int64Array]:
-    if split_by is None:
+    if donor_key is None:
         return split_within(label_of, fraction, seed)
     fractions = {"train": 1 - fraction, "validation": fraction}
     best: dict[str, Int64Array] = {}
     most = -1
     for attempt in range(_SPLITS):
-        parts = split_cells(obs, fractions, by=split_by, seed=seed + attempt)
+        parts = split_cells(obs, fractions, donor_key=donor_key, seed=seed + attempt)
         n_shared = len(set(label_of.reindex(parts["train"])) & set(label_of.reindex(parts["validation"])))
         if n_shared > most:
             best, most = parts, n_shared
@@ -169,11 +171,11 @@ def _split(
     return best
 
 
-def _report(left_out: dict[str, int], rare: dict[str, int], lost: list[str], split_by: str | None) -> None:
-    if split_by is None:
+def _report(left_out: dict[str, int], rare: dict[str, int], lost: list[str], donor_key: str | None) -> None:
+    if donor_key is None:
         logger.warning(
             "there is one donor only, or none is recorded: cells are held out, the same share of every label; the "
-            "scores say nothing about new donors (--split_by COLUMN holds out the values of another column)"
+            "scores say nothing about new donors (--donor_key COLUMN holds out the values of another column)"
         )
     if rare:
         logger.warning("left out for having too few cells: %s", rare)

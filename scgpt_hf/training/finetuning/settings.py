@@ -28,13 +28,13 @@ class FinetuneSettings:
 class AnnotateSettings(FinetuneSettings):
     """A class head on labelled cells."""
 
-    label: str = required("obs column with the labels to learn, e.g. cell_type")
-    ignore_label: list[str] = setting(["unknown"], "values that are no label; missing values never are")
+    labels_key: str = required("obs column with the labels to learn, e.g. cell_type")
+    ignore_labels: list[str] = setting(["unknown"], "values that are no label; missing values never are")
     min_cells: int = setting(2, "labels of fewer cells are left out, with a count in the summary")
     train: Literal["head", "lora", "full"] = setting(
         "full", "head: the encoder stays as it is; lora: low-rank changes, merged in the end; full: every weight"
     )
-    split_by: str | None = setting(
+    donor_key: str | None = setting(
         None, "obs column whose values are held out whole; donor_id when not given, or cells if there is one donor only"
     )
     validation_fraction: float = setting(0.2, "share of the labelled cells held out, to stop early and to calibrate")
@@ -67,7 +67,7 @@ class IntegrateSettings(FinetuneSettings):
     are not expressed are tokens too, with heads that predict whether a gene is.
     """
 
-    domain_key: str = required("obs column of the experimental batch, e.g. assay, dataset_id or donor_id")
+    batch_key: str = required("obs column of the experimental batch, e.g. assay, dataset_id or donor_id")
     validation_fraction: float = setting(0.1, "share of the cells of each domain held out, to choose the best epoch")
     batch_size: int = setting(64, "cells per step and device; ECS compares the cells of a step")
     learning_rate: float = setting(1e-4, "highest learning rate, a tenth less after each epoch; 1e-3 for few cells")

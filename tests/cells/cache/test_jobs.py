@@ -36,7 +36,7 @@ def make_cells(seed: int = 0, n_cells: int = 9000) -> anndata.AnnData:
 
 @pytest.fixture(scope="module")
 def source() -> CellSource:
-    """9,000 cells in five bands."""
+    """9,000 cells in five chunks."""
     return open_source(make_cells())
 
 
@@ -83,9 +83,9 @@ def test_shards_are_ranges_of_whole_bands(source, chosen, cells_per_shard):
     plan = plan_cache(_Renumbered(source), "nowhere", cell_ids=cell_ids, columns=[], cells_per_shard=cells_per_shard)
     ranges = [cell_ids[start:stop] for start, stop in zip(plan.bounds[:-1], plan.bounds[1:], strict=True)]
     assert np.concatenate(ranges).tolist() == cell_ids.tolist()
-    bands = [set(ids // 2048) for ids in ranges]
-    assert all(bands)
-    assert sum(map(len, bands)) == len(set.union(*bands))
+    chunks = [set(ids // 2048) for ids in ranges]
+    assert all(chunks)
+    assert sum(map(len, chunks)) == len(set.union(*chunks))
 
 
 class _Renumbered:

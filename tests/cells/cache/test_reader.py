@@ -15,7 +15,7 @@ from scipy.sparse import csr_matrix
 
 from scgpt_hf.cells.cache.jobs import write_cache
 from scgpt_hf.cells.cache.manifest import CacheError, hash_file
-from scgpt_hf.cells.cache.reader import CacheSource, uniform_band_size
+from scgpt_hf.cells.cache.reader import CacheSource, uniform_chunk_size
 from scgpt_hf.cells.source import CellSource, open_source
 from tests.support.source_contract import SourceContract
 
@@ -58,13 +58,13 @@ def cells(n_cells: int, n_genes: int = 30, seed: int = 0) -> anndata.AnnData:
 
 @pytest.fixture(scope="module")
 def many() -> CellSource:
-    """4,500 cells: three bands."""
+    """4,500 cells: three chunks."""
     return open_source(cells(4500))
 
 
 @pytest.fixture(scope="module")
 def cached(many: CellSource, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Them in two shards of two bands and one, of which the first is not full."""
+    """Them in two shards of two chunks and one, of which the first is not full."""
     folder = tmp_path_factory.mktemp("cache") / "many"
     write_cache(many, folder, cell_ids=np.arange(10, 4500), columns=["donor_id", "age", "ratio"], cells_per_shard=2048)
     return folder
@@ -135,9 +135,9 @@ def test_a_filter_of_the_cache_adds_to_that_of_its_source(small_census, tmp_path
 
 
 def test_a_plan_over_a_cache_shuffles_single_cells_until_that_takes_too_much_memory():
-    assert uniform_band_size(1) == uniform_band_size(2**23) == 1
-    assert uniform_band_size(2**23 + 1) == 2
-    assert uniform_band_size(160_000_000) == 32
+    assert uniform_chunk_size(1) == uniform_chunk_size(2**23) == 1
+    assert uniform_chunk_size(2**23 + 1) == 2
+    assert uniform_chunk_size(160_000_000) == 32
 
 
 def damage(folder: Path, name: str, how) -> None:

@@ -29,8 +29,8 @@ def whole(source: CellSource, tmp_path_factory: pytest.TempPathFactory) -> dict[
 
 def blocks(rank: int = 0, world_size: int = 1) -> list[np.ndarray]:
     """What a rank reads in an epoch."""
-    plan = plan_epoch(CELLS, seed=0, epoch=0, batch_size=256, bands_per_block=2)
-    return [np.concatenate(plan.steps(block, rank=rank, world_size=world_size)) for block in range(plan.n_blocks)]
+    plan = plan_epoch(CELLS, seed=0, epoch=0, batch_size=256, chunks_per_window=2)
+    return [np.concatenate(plan.steps(block, rank=rank, world_size=world_size)) for block in range(plan.n_windows)]
 
 
 def same(block, expected) -> bool:

@@ -71,7 +71,7 @@ def make_cells(n_cells: Sequence[int], n_genes: int = 300, seed: int = 0) -> Mem
 @pytest.fixture
 def small_reads(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(select, "_CELLS_PER_READ", 64)
-    monkeypatch.setattr(select, "BAND_SIZE", 32)
+    monkeypatch.setattr(select, "CHUNK_SIZE", 32)
 
 
 # Cells
@@ -100,7 +100,9 @@ def test_seeds_sample_other_donors_in_any_kind_of_column():
     obs = pd.DataFrame({"donor_id": pd.Categorical(np.repeat(list("abcdefgh"), 5))})
     assert len({tuple(sample_donors(obs, 20, seed=seed)) for seed in range(8)}) > 4
     as_text = obs.astype(str).rename(columns={"donor_id": "sample"})
-    np.testing.assert_array_equal(sample_donors(obs, 20, seed=3), sample_donors(as_text, 20, seed=3, by="sample"))
+    np.testing.assert_array_equal(
+        sample_donors(obs, 20, seed=3), sample_donors(as_text, 20, seed=3, donor_key="sample")
+    )
 
 
 def test_sample_donors_names_the_smallest_donor():
@@ -108,7 +110,7 @@ def test_sample_donors_names_the_smallest_donor():
     with pytest.raises(ValueError, match=r"at most 5 cells: the smallest, 'small', has 7; raise .*--max_cells"):
         sample_donors(obs, 5, seed=0)
     with pytest.raises(ValueError, match="no column 'patient'"):
-        sample_donors(obs, 5, seed=0, by="patient")
+        sample_donors(obs, 5, seed=0, donor_key="patient")
     with pytest.raises(ValueError, match="found no cells"):
         sample_donors(obs[:0], 5, seed=0)
 
@@ -175,12 +177,12 @@ def test_totals_are_those_of_the_cells_asked_for_and_exact(small_reads, caplog):
 
 def test_no_band_is_read_twice(small_reads):
     source = make_cells([300])
-    bands = []
+    chunks = []
     read = source.read
-    source.read = lambda ids, columns=(): bands.append(set(ids // 32)) or read(ids, columns)
+    source.read = lambda ids, columns=(): chunks.append(set(ids // 32)) or read(ids, columns)
     gene_totals(source, source.cell_ids)
-    assert len(bands) > 3
-    assert len(set.union(*bands)) == sum(len(touched) for touched in bands)
+    assert len(chunks) > 3
+    assert len(set.union(*chunks)) == sum(len(touched) for touched in chunks)
 
 
 @pytest.mark.parametrize("n_cells", [[400], [150, 260, 120]])
@@ -271,7 +273,7 @@ def test_pooling_leaves_no_small_batch_and_keeps_large_donors_apart(sizes, min_c
 def test_genes_may_be_ranked_over_all_cells():
     source = make_cells([100, 100])
     twin = MemorySource(source.counts.toarray(), ["one"] * 200)
-    found = highly_variable_genes(source, source.cell_ids, 30, per=None)
+    found = highly_variable_genes(source, source.cell_ids, 30, batch_key=None)
     np.testing.assert_array_equal(found, highly_variable_genes(twin, twin.cell_ids, 30))
 
 

@@ -91,7 +91,7 @@ def test_a_donor_in_two_datasets_is_one_donor():
 
 def test_cells_are_split_singly_when_asked():
     obs = make_obs([150_000, 150_000])
-    parts = split_cells(obs, FRACTIONS, seed=0, by=None)
+    parts = split_cells(obs, FRACTIONS, seed=0, donor_key=None)
     assert abs(len(parts["validation"]) - 9000) <= 1
     assert obs.loc[parts["validation"], "donor_id"].nunique() == 2
 
@@ -101,13 +101,13 @@ def test_cells_are_split_singly_when_asked():
     [
         (make_obs([9]), {}, r"found 1 donor_id in 9 cells, expected at least 2: one for each of \['train', 'valid"),
         (make_obs([]), {}, "found no cells to take donors from; widen the filter"),
-        (make_obs([9]), {}, "take in more of them .*--obs_filter.*--max_cells.*--split_by"),
+        (make_obs([9]), {}, "take in more of them .*--obs_filter.*--max_cells.*--donor_key"),
         (make_obs([1]), {"by": None}, "found 1 cells in 1 cells, expected at least 2"),
         (make_obs([5, 5]), {"by": "patient"}, r"no column 'patient' .* columns are \['donor_id'\]"),
         (
             make_obs([5, 5]).assign(donor_id=[None, None, *"xyxyxyxy"]),
             {},
-            "2 of 10 cells have no donor_id; choose a column .*--split_by.*--obs_filter",
+            "2 of 10 cells have no donor_id; choose a column .*--donor_key.*--obs_filter",
         ),
         (make_obs([5, 5]), {"fractions": {"a": 0.5, "b": 0.6}}, r"add up to 1, found \{'a': 0.5, 'b': 0.6\}"),
         (make_obs([5, 5]), {"fractions": {"a": 1.5, "b": -0.5}}, r"in \[0, 1\]"),
@@ -120,15 +120,15 @@ def test_split_cells_refuses(obs, settings, message):
 
 
 @law
-@given(sizes=donor_sizes, order=st.integers(0, 9), by=st.sampled_from(["donor_id", None]))
+@given(sizes=donor_sizes, order=st.integers(0, 9), donor_key=st.sampled_from(["donor_id", None]))
 def test_a_manifest_comes_back_as_it_was(tmp_path_factory, sizes, order, by):
     obs, path = make_obs(sizes, order), tmp_path_factory.mktemp("split") / "split.json"
     obs.index = pd.Index(np.cumsum(np.random.default_rng(order).integers(1, 3, len(obs))), name="cell_id")
-    parts = split_cells(obs, {"train": 0.7, "validation": 0.3, "test": 0.0}, seed=order, by=by)
+    parts = split_cells(obs, {"train": 0.7, "validation": 0.3, "test": 0.0}, seed=order, donor_key=by)
     source = {"kind": "census", "census_version": "2025-11-08", "gene_hash": "0123"}
-    save_split(path, parts, obs, seed=order, source=source, by=by)
+    save_split(path, parts, obs, seed=order, source=source, donor_key=by)
     split = load_split(path)
-    assert (split.by, split.seed, split.source) == (by, order, source)
+    assert (split.donor_key, split.seed, split.source) == (by, order, source)
     assert list(split.parts) == ["train", "validation", "test"]
     for name, ids in parts.items():
         assert split.parts[name].dtype == np.int64
@@ -182,7 +182,7 @@ def written(tmp_path, change):
         (lambda m: m.pop("parts"), "split.json: expected 'parts' as dict, found 'nothing'"),
         (lambda m: m.update(parts=[1]), r"expected 'parts' as dict, found '\[1\]'"),
         (lambda m: m.update(seed="x"), "expected 'seed' as int, found 'x'"),
-        (lambda m: m.update(by=3), r"expected 'by' as str \| None, found '3'"),
+        (lambda m: m.update(donor_key=3), r"expected 'donor_key' as str \| None, found '3'"),
         (lambda m: m.pop("source"), "expected 'source' as dict"),
         (lambda m: m["parts"].update(train=7), "part 'train': expected 'n_cells' as int, found '7'"),
         (lambda m: m["parts"]["train"].pop("donors"), "split.json, part 'train': expected 'donors' as list"),

@@ -13,7 +13,7 @@ from scipy.sparse import csr_matrix, vstack
 from scipy.sparse import random as random_sparse
 
 from scgpt_hf.cells.soma import census
-from scgpt_hf.cells.soma import chunks as bands
+from scgpt_hf.cells.soma import chunks as chunks
 from scgpt_hf.cells.soma.census import CensusSource
 from scgpt_hf.cells.source import open_source
 from tests.support.source_contract import SourceContract
@@ -36,7 +36,7 @@ class TestCensus(SourceContract):
 def test_counts_of_a_wider_type_that_are_0_in_32_bits_are_left_out():
     values = np.array([3.0, 1e-60, 2.0])  # the second is no 0 in float64
     ids, genes = np.zeros(3, np.int64), np.arange(3)
-    words, rows, lengths = bands._shrink([ids, genes, values], np.zeros(1, np.int32), 0, True)
+    words, rows, lengths = chunks._shrink([ids, genes, values], np.zeros(1, np.int32), 0, True)
     assert (words & 0xFFFF).tolist() == [0, 2]
     assert (words >> 16).tolist() == [3, 2]
     assert (rows.tolist(), lengths.tolist()) == ([0], [2])
@@ -54,7 +54,7 @@ def test_one_organism_may_be_addressed_alone(small_census):
 @pytest.mark.parametrize("n_threads", [1, 3])
 @pytest.mark.parametrize("dense", [0.0, 2.0])
 def test_bands_and_coordinates_read_the_same(tmp_path, monkeypatch, n_threads, dense):
-    monkeypatch.setattr(bands, "DENSE", dense)
+    monkeypatch.setattr(chunks, "DENSE", dense)
     counts = random_sparse(
         5000, 30, 0.2, format="csr", random_state=0, data_rvs=lambda n: np.arange(n) % 7
     )  # with zeros
@@ -104,7 +104,7 @@ def test_close_ends_the_threads_and_the_source_opens_again(small_census):
     source = open_source(small_census)
     cell_ids = source.obs().index.to_numpy()
     before = source.read(cell_ids).counts
-    own = [thread for thread in set(threading.enumerate()) - others if thread.name.startswith("census-band")]
+    own = [thread for thread in set(threading.enumerate()) - others if thread.name.startswith("census-chunk")]
     assert own
     source.close()
     source.close()
@@ -120,7 +120,7 @@ def test_a_local_census_is_not_read_by_many_more_threads_than_cores(small_census
     with open_source(small_census) as source:
         source.read(source.obs().index.to_numpy()[:3])
         started = [thread.name for thread in set(threading.enumerate()) - others]
-        assert len([name for name in started if name.startswith("census-band")]) == expected
+        assert len([name for name in started if name.startswith("census-chunk")]) == expected
 
 
 def test_the_filter_is_asked_once_for_the_cells_there_are(small_census, monkeypatch):

@@ -12,9 +12,9 @@ import tiledbsoma as soma
 
 from scgpt_hf.cells.schedule.epoch import plan_epoch
 from scgpt_hf.cells.soma import remote
-from scgpt_hf.cells.soma.remote import Patience, require_no_credentials
+from scgpt_hf.cells.soma.remote import RetryPolicy, require_no_credentials
 from scgpt_hf.cells.source import open_source
-from scgpt_hf.pipeline.stream import StreamSettings, stream_cells
+from scgpt_hf.pipeline.stream import StreamConfig, stream_cells
 from scgpt_hf.tokens.processing_scgpt import ScGPTProcessor
 from tests.support.s3_server import Faults, S3Server
 
@@ -37,8 +37,8 @@ def batches_of(source):
     """The batches of two epochs, every array of them as a list."""
     processor = ScGPTProcessor.from_genes(source.genes["feature_id"].tolist())
     ids = source.obs().index.to_numpy()
-    plans = [plan_epoch(ids, seed=0, epoch=epoch, batch_size=30, band_size=64) for epoch in range(2)]
-    stream = stream_cells(source, plans, processor, StreamSettings(seed=0, mask_ratios=(0.5,)))
+    plans = [plan_epoch(ids, seed=0, epoch=epoch, batch_size=30, chunk_size=64) for epoch in range(2)]
+    stream = stream_cells(source, plans, processor, StreamConfig(seed=0, mask_ratios=(0.5,)))
     return [{name: np.asarray(value).tolist() for name, value in batch.items()} for batch in stream]
 
 
@@ -72,9 +72,9 @@ def test_what_the_client_does_not_repeat_is_read_again_and_said(server, small_ce
     kinds, only = ("500", "reset", "truncate"), "homo_sapiens/__group|X/raw/__fragments"
     server.faults = Faults(probability=0.5, kinds=kinds, seed=3, only=only)
     with open_source(ADDRESS) as source, caplog.at_level(logging.WARNING, "scgpt_hf"):
-        n_opening = source._patience.n_retries
+        n_opening = source._retry_policy.n_retries
         assert batches_of(source) == expected
-        n_retries = source._patience.n_retries
+        n_retries = source._retry_policy.n_retries
     said = [record.getMessage() for record in caplog.records if "retries in this run so far" in record.getMessage()]
     assert 0 < n_opening < n_retries
     assert f"{n_retries} retries in this run so far" in said[-1]
@@ -108,7 +108,7 @@ def test_a_census_that_disappears_ends_the_run_at_once(server):
         server.faults.gone = True
         with pytest.raises(FileNotFoundError, match=rf"{ADDRESS}\S+ cannot be found.*put it back and resume"):
             source.read(ids)
-        assert source._patience.n_retries == 0
+        assert source._retry_policy.n_retries == 0
     with pytest.raises(ValueError, match=f"cannot open '{ADDRESS}' as a SOMA"):
         open_source(ADDRESS)
 
@@ -134,7 +134,7 @@ def failing(n_times, message="connection reset", kind=soma.SOMAError):
 def test_waits_double_and_differ(monkeypatch):
     waits: list[float] = []
     monkeypatch.setattr(remote.time, "sleep", waits.append)
-    patience = Patience()
+    patience = RetryPolicy()
     assert patience.read("s3://b/k", failing(7)) == "read"
     assert all(0.5 * 2**attempt <= wait <= 1.5 * 2**attempt for attempt, wait in enumerate(waits))
     assert len({round(wait / 2**attempt, 6) for attempt, wait in enumerate(waits)}) == len(waits) == 7
@@ -152,7 +152,7 @@ def test_waits_double_and_differ(monkeypatch):
     ],
 )
 def test_what_another_attempt_cannot_change_is_said_at_once(uri, message, expected, says):
-    patience = Patience()
+    patience = RetryPolicy()
     with pytest.raises(expected, match=f"{re.escape(uri)}.*{says}") as raised:
         patience.read(uri, failing(1, message))
     assert type(raised.value) is expected
@@ -165,12 +165,12 @@ def test_what_cannot_be_read_of_a_damaged_store_is_named():
     codes = pa.DictionaryArray.from_arrays(pa.array([-1476393056], pa.int32()), pa.array(["a"]), safe=False)
     for read in (codes.to_pandas, failing(1, kind=RuntimeError), b"\xb6".decode):
         with pytest.raises(OSError, match=r"reading / failed: .* is it damaged"):
-            Patience().read("/", read)
+            RetryPolicy().read("/", read)
 
 
 def test_retries_of_all_threads_are_counted(monkeypatch):
     monkeypatch.setattr(remote.time, "sleep", lambda _: None)
-    patience = Patience()
+    patience = RetryPolicy()
     threads = [threading.Thread(target=patience.read, args=("s3://b/k", failing(3))) for _ in range(8)]
     for thread in threads:
         thread.start()

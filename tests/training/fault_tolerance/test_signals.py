@@ -47,7 +47,7 @@ def test_a_signal_ends_in_a_checkpoint_from_which_the_run_goes_on_exactly(
     small_census, whole, tmp_path, step, number, code
 ):
     run, uninterrupted = whole
-    step = uninterrupted.course.epoch_ends[0] if step == "end of an epoch" else step
+    step = uninterrupted.schedule.epoch_ends[0] if step == "end of an epoch" else step
     trainer, _, _ = prepare(small_census, tmp_path / "run", *EVERY_4)
     trainer.add_callback(Send(number, step))
     before = signal.getsignal(number)
@@ -82,17 +82,17 @@ def test_a_signal_before_the_first_step_leaves_a_run_to_resume(small_census, tmp
 
 def test_a_validation_is_given_up_for_a_signal(small_census, whole, tmp_path):
     """It is made up for when the run goes on."""
-    trainer, streams, _ = prepare(small_census, tmp_path / "run", *EVERY_4)
+    trainer, data_module, _ = prepare(small_census, tmp_path / "run", *EVERY_4)
     seen = []
 
     def validation():
-        for batch in streams.validation():
+        for batch in data_module.validation():
             seen.append(batch)
             os.kill(os.getpid(), signal.SIGTERM)
             yield batch
 
     trainer.validation_stream = validation
-    end = trainer.course.epoch_ends[0]
+    end = trainer.schedule.epoch_ends[0]
     with pytest.raises(Interrupted, match=f"after step {end}"):
         trainer.train()
     assert not [line for line in trainer.state.log_history if "eval_loss" in line]
@@ -102,7 +102,7 @@ def test_a_validation_is_given_up_for_a_signal(small_census, whole, tmp_path):
 
 
 def test_a_signal_is_obeyed_while_cells_do_not_come(small_census, tmp_path, monkeypatch):
-    monkeypatch.setattr(threads, "PATIENCE_S", 0.1)
+    monkeypatch.setattr(threads, "JOIN_TIMEOUT_S", 0.1)
     trainer, _, _ = prepare(small_census, tmp_path / "run", *EVERY_4)
     opened, come = trainer.loader.open_stream, threading.Event()
 

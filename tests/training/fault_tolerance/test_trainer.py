@@ -14,7 +14,7 @@ from transformers import TrainerCallback
 
 from scgpt_hf.cells.schedule.run import plan_run
 from scgpt_hf.training.fault_tolerance.checkpoints import checkpoints_in, newest_valid, verify
-from scgpt_hf.training.fault_tolerance.nonfinite import FiniteGuard, all_finite, seed_by
+from scgpt_hf.training.fault_tolerance.nonfinite import NonFiniteGuard, all_finite, propagate_nonfinite
 from scgpt_hf.training.pretraining import is_finished, save_best_model, summarize
 from tests.training.test_trainer import prepare, weights_of
 
@@ -60,7 +60,7 @@ class Watch(TrainerCallback):
         ("values", ()),
         ("labels", ("--gradient_accumulation_steps", "2", "--per_device_train_batch_size", "16")),
         ("labels", ("--optim", "adamw_torch")),
-        ("values", ("--input_norm", "domain", "--domain_key", "dataset_id")),
+        ("values", ("--input_norm", "domain", "--batch_key", "dataset_id")),
     ],
     ids=["labels", "values", "accumulated", "unfused", "with batch norm"],
 )
@@ -77,7 +77,7 @@ def test_a_bad_step_changes_nothing_and_names_its_cells(small_census, tmp_path, 
     assert all_finite(watch.seen[6])
     for step in (2, 3, 5):
         assert f"step {step + 1} is skipped" in caplog.text
-        assert str(trainer.course.cells(step).tolist()) in caplog.text
+        assert str(trainer.schedule.cells(step).tolist()) in caplog.text
     assert caplog.text.count("is skipped") == 3
     lines = [line for line in trainer.state.log_history if "loss" in line]
     assert all(np.isfinite(value) for line in lines for value in line.values())
@@ -109,13 +109,13 @@ def test_a_finite_loss_keeps_its_gradient_to_the_bit_and_another_spoils_all():
     for factor, expected in ((3.0, torch.tensor([3.0, 6.0])), (torch.inf, None)):
         weight = torch.tensor([1.0, 2.0], requires_grad=True)
         loss = (weight * weight).sum() * 1.5
-        seed_by(loss * factor / 1.5 / 2 + loss / 4 * 0).backward()
+        propagate_nonfinite(loss * factor / 1.5 / 2 + loss / 4 * 0).backward()
         assert torch.equal(weight.grad, expected) if expected is not None else weight.grad.isnan().all()
 
 
 def test_on_a_device_bad_steps_are_seen_when_they_are_reviewed(caplog):
     """Flags of a GPU stay there; here those of the meta device stand in until the review."""
-    guard = FiniteGuard(2, lambda step: np.array([step]), tells=True)
+    guard = NonFiniteGuard(2, lambda step: np.array([step]), tells=True)
     guard._unseen = [(0, torch.tensor(True)), (1, torch.tensor(False)), (2, torch.tensor(True))]
     guard.review()
     assert "[0]" in caplog.text
@@ -161,19 +161,19 @@ def read_metrics(folder):
 def finished(small_census, tmp_path_factory):
     """A run of two epochs of 6 steps, saved every 4 and validated after each epoch."""
     folder = tmp_path_factory.mktemp("finished") / "run"
-    trainer, streams, _ = prepare(
+    trainer, data_module, _ = prepare(
         small_census, folder, *EVERY_4, "--save_steps", "2", "--per_device_train_batch_size", "30"
     )
     trainer.train()
     save_best_model(trainer, folder)
-    summarize(trainer, streams)
+    summarize(trainer, data_module)
     return folder, trainer
 
 
 def test_a_validation_that_a_kill_prevented_is_made_up_for(small_census, finished, tmp_path):
     """The checkpoint of an epoch's last step is written before the epoch is validated."""
     run, trainer = finished
-    end = trainer.course.epoch_ends[0]
+    end = trainer.schedule.epoch_ends[0]
     assert end % 2 == 0
     folder = shutil.copytree(run, tmp_path / "run")
     flags = (*EVERY_4, "--save_steps", "2", "--per_device_train_batch_size", "30")
@@ -188,15 +188,15 @@ def test_a_validation_that_a_kill_prevented_is_made_up_for(small_census, finishe
 
 def test_a_finished_run_is_known_as_such(finished, tmp_path):
     run, trainer = finished
-    assert not is_finished(run, trainer.course)  # its card is missing, as after a disk that was full at the end
+    assert not is_finished(run, trainer.schedule)  # its card is missing, as after a disk that was full at the end
     (run / "README.md").touch()
-    assert is_finished(run, trainer.course)
-    cells = trainer.course.plan_at(0).cell_ids
+    assert is_finished(run, trainer.schedule)
+    cells = trainer.schedule.plan_at(0).cell_ids
     longer = plan_run(cells, batch_size=30, n_epochs=3, seed=42)
     assert not is_finished(run, longer)
-    assert not is_finished(tmp_path, trainer.course)
+    assert not is_finished(tmp_path, trainer.schedule)
     (tmp_path / "summary.json").write_text("[3]")
-    assert not is_finished(tmp_path, trainer.course)
+    assert not is_finished(tmp_path, trainer.schedule)
 
 
 @pytest.mark.parametrize(
@@ -232,22 +232,22 @@ def test_with_another_batch_the_rest_of_the_epoch_is_visited_once(small_census, 
 
     trainer.get_batch_samples = count
     trainer.train(resume_from_checkpoint=checkpoint)
-    course = trainer.course
-    assert taken == [22] * (course.n_steps - 2)
-    assert trainer.state.global_step == course.n_steps
+    schedule = trainer.schedule
+    assert taken == [22] * (schedule.n_steps - 2)
+    assert trainer.state.global_step == schedule.n_steps
     assert trainer.state.epoch == 3
-    cells = np.concatenate([course.cells(step) for step in range(course.epoch_ends[0])])
-    assert len(np.unique(cells)) == len(cells) > len(whole.course.plan_at(0).cell_ids) - 22
-    np.testing.assert_array_equal(course.cells(1), whole.course.cells(1))
-    assert verify(newest_valid(folder)).history == [(30, 2), (22, course.n_steps - 2)]
+    cells = np.concatenate([schedule.cells(step) for step in range(schedule.epoch_ends[0])])
+    assert len(np.unique(cells)) == len(cells) > len(whole.schedule.plan_at(0).cell_ids) - 22
+    np.testing.assert_array_equal(schedule.cells(1), whole.schedule.cells(1))
+    assert verify(newest_valid(folder)).history == [(30, 2), (22, schedule.n_steps - 2)]
     rates = [line["learning_rate"] for line in trainer.state.log_history if "learning_rate" in line]
-    assert max(abs(a - b) for a, b in pairwise(rates[4:])) < 1.5 * max(rates) / (course.n_steps - 3)
+    assert max(abs(a - b) for a, b in pairwise(rates[4:])) < 1.5 * max(rates) / (schedule.n_steps - 3)
     again, _, checkpoint = prepare(
         small_census, folder, *EVERY_4, "--num_train_epochs", "4", "--resume_from_checkpoint", "latest"
     )
     again.train(resume_from_checkpoint=checkpoint)
     assert again.state.epoch == 4
-    sizes = [(30, 2), (22, course.n_steps - 2), (32, again.course.n_steps - course.n_steps)]
+    sizes = [(30, 2), (22, schedule.n_steps - 2), (32, again.schedule.n_steps - schedule.n_steps)]
     assert verify(newest_valid(folder)).history == sizes
 
 

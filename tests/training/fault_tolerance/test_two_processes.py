@@ -37,4 +37,4 @@ def test_two_processes_agree_and_one_goes_on(small_census, tmp_path):
     flags = ("--per_device_train_batch_size", "64", "--resume_from_checkpoint", "latest", "--dropout", "0")
     trainer, _, checkpoint = prepare(small_census, tmp_path / "told", *flags)
     trainer.train(resume_from_checkpoint=checkpoint)
-    assert trainer.state.global_step == trainer.course.n_steps == 4
+    assert trainer.state.global_step == trainer.schedule.n_steps == 4

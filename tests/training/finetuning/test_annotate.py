@@ -97,8 +97,8 @@ def test_the_folder_loads_and_predicts_what_was_scored(run: tuple[str, Path, dic
     right = held_out.obs["predicted_cell_type"].astype(str) == held_out.obs["cell_type"].astype(str)
     assert right.mean() == pytest.approx(summary["validation"]["accuracy"])
     likely = held_out.obs["predicted_cell_type_confidence"]
-    surprise = summary["validation"]["loss"]  # of the calibrated model: no confidence is better than its own surprise
-    assert -np.log(likely[right]).mean() <= surprise + 1e-6
+    nll = summary["validation"]["loss"]  # of the calibrated model: no confidence is better than its own nll
+    assert -np.log(likely[right]).mean() <= nll + 1e-6
 
 
 def test_the_same_seed_gives_the_same_weights(cells: AnnData, base: Path, tmp_path: Path) -> None:
@@ -190,7 +190,7 @@ def test_bad_settings_raise(cells: AnnData, base: Path, tmp_path: Path, monkeypa
     with pytest.raises(ValueError, match="no_such"):
         finetune_classifier(cells, AnnotateSettings(**{**given, "label": "no_such"}))
     with pytest.raises(ValueError, match="found 1 assay"):
-        finetune_classifier(cells, AnnotateSettings(**given, split_by="assay"))
+        finetune_classifier(cells, AnnotateSettings(**given, donor_key="assay"))
     with pytest.raises(ValueError, match="is the folder of a run"):
         finetune_classifier(cells, AnnotateSettings(**{**given, "model": str(base.parent)}))
     with pytest.raises(FileExistsError, match="name a new folder"):

@@ -38,11 +38,11 @@ def test_no_temperature_of_a_grid_is_better(n_cells: int, seed: int) -> None:
     logits, classes = draw(2.0, n_cells, seed)
     targets = (np.eye(4)[classes] * n_cells + 1) / (n_cells + 4)
 
-    def surprise(temperature: float) -> float:
+    def nll(temperature: float) -> float:
         return float(-(targets * log_softmax(logits / temperature, axis=1)).sum(axis=1).mean())
 
-    best = min(surprise(temperature) for temperature in np.geomspace(0.05, 20, 200))
-    assert surprise(fit_temperature(logits, classes)) <= best + 1e-6
+    best = min(nll(temperature) for temperature in np.geomspace(0.05, 20, 200))
+    assert nll(fit_temperature(logits, classes)) <= best + 1e-6
 
 
 def test_a_few_cells_that_are_all_right_are_no_certainty() -> None:

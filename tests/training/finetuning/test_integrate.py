@@ -46,7 +46,7 @@ def base(cells: AnnData, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def run(cells: AnnData, base: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
     out = tmp_path_factory.mktemp("run") / "joined"
-    settings = IntegrateSettings(model=str(base), out=str(out), domain_key="dataset_id", epochs=2, **QUIET)
+    settings = IntegrateSettings(model=str(base), out=str(out), batch_key="dataset_id", epochs=2, **QUIET)
     return out, finetune_integration(cells, settings)
 
 
@@ -58,7 +58,7 @@ def test_a_run_trains_all_objectives_and_says_what_is_new(run: tuple[Path, dict[
     assert summary["new"] == ["cell_to_gene_head", "domain_encoder", "domain_head", "expression_head", "input_norm"]
     assert summary["domains"]["first"] == {"train": 144, "validation": 16}
     config = json.loads((out / "best_model" / "config.json").read_text())
-    assert (config["domain_key"], config["domains"], config["n_domains"]) == ("dataset_id", ["first", "second"], 2)
+    assert (config["batch_key"], config["domains"], config["n_domains"]) == ("dataset_id", ["first", "second"], 2)
     assert config["loss_weights"] == {"gep": 1.0, "gepc": 1.0, "ecs": 10.0, "dar": 1.0}
     losses = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert any({"eval_gep_mse", "eval_gepc_mse", "eval_ecs", "eval_dar"} <= line.keys() for line in losses)
@@ -89,8 +89,8 @@ def test_a_domain_that_the_model_does_not_know_raises(run: tuple[Path, dict[str,
     with pytest.raises(ValueError, match="dataset_id"):
         embed_anndata(other, out / "best_model", progress=False)
     model, processor = AutoModel.from_pretrained(out / "best_model"), ScGPTProcessor.from_pretrained(out / "best_model")
-    model.config.domain_key = None
-    with pytest.raises(ValueError, match=r"set model\.config\.domain_key"):
+    model.config.batch_key = None
+    with pytest.raises(ValueError, match=r"set model\.config\.batch_key"):
         embed_anndata(cells[:20].copy(), model, processor, progress=False)
 
 
@@ -108,7 +108,7 @@ def test_an_integrated_model_can_be_taught_labels(
 
 
 def test_one_domain_or_settings_that_do_not_fit_raise(cells: AnnData, base: Path, tmp_path: Path) -> None:
-    given: dict[str, Any] = {"model": str(base), "out": str(tmp_path / "run"), "domain_key": "assay", **QUIET}
+    given: dict[str, Any] = {"model": str(base), "out": str(tmp_path / "run"), "batch_key": "assay", **QUIET}
     with pytest.raises(ValueError, match=r"two or more experimental batches.*10x 3' v3"):
         finetune_integration(cells, IntegrateSettings(**given))
     with pytest.raises(ValueError, match="expected mask_ratio"):

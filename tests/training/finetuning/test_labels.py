@@ -16,7 +16,7 @@ from scgpt_hf.training.finetuning.labels import (
 
 
 def choose(obs: pd.DataFrame, **changed: object) -> LabelledCells:
-    defaults = {"split_by": None, "validation_fraction": 0.3, "label_fraction": 1.0, "ignore": ["unknown"]}
+    defaults = {"donor_key": None, "validation_fraction": 0.3, "label_fraction": 1.0, "ignore": ["unknown"]}
     return choose_labelled(obs, "type", **{**defaults, "min_cells": 2, "seed": 0, **changed})
 
 
@@ -49,7 +49,7 @@ def test_every_cell_is_used_once_or_counted(
         assert (np.diff(ids) > 0).all()
         assert [cells.labels[index] for index in cells.classes(part)] == obs.loc[ids, "type"].tolist()
     assert set(cells.classes("train")) == set(range(len(cells.labels)))
-    if cells.split_by is not None:
+    if cells.donor_key is not None:
         donors = [set(obs.loc[ids, "donor_id"]) for ids in cells.parts.values()]
         assert not donors[0] & donors[1]
 
@@ -59,7 +59,7 @@ def test_donors_are_held_out_whole_and_most_labels_are_on_both_sides() -> None:
     obs = obs_of(["a", "b"] * 8 + ["a", "rare"] * 8, [donor for donor in "wxyz" for _ in range(8)])
     for seed in range(5):
         cells = choose(obs, seed=seed, validation_fraction=0.25)
-        assert cells.split_by == "donor_id"
+        assert cells.donor_key == "donor_id"
         assert {"rare"} < set(obs.loc[cells.parts["train"], "type"])
         n_shared = len(set(cells.classes("train")) & set(cells.classes("validation")))
         assert n_shared == 2
@@ -68,7 +68,7 @@ def test_donors_are_held_out_whole_and_most_labels_are_on_both_sides() -> None:
 def test_with_one_donor_a_share_of_every_label_is_held_out(caplog: pytest.LogCaptureFixture) -> None:
     cells = choose(obs_of(["a"] * 10 + ["b"] * 2 + ["c"] * 40, ["only"] * 52), validation_fraction=0.2)
     assert "say nothing about new donors" in caplog.text
-    assert cells.split_by is None
+    assert cells.donor_key is None
     assert np.bincount(cells.classes("validation")).tolist() == [2, 1, 8]
     assert np.bincount(cells.classes("train")).tolist() == [8, 1, 32]
 

@@ -50,7 +50,7 @@ class Field(NamedTuple):
 
 
 class Fragment(NamedTuple):
-    """What was written at once: tiles of entries, ordered by the bands of their cells.
+    """What was written at once: tiles of entries, ordered by the chunks of their cells.
 
     Attributes:
         folder: of its files.

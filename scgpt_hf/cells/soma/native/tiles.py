@@ -1,6 +1,6 @@
 """The entries of some cells of a sparse array, decompressed without TileDB.
 
-TileDB makes 20 bytes of every entry, in columns as long as its buffers; `bands.py` keeps four. Here a few tiles at a
+TileDB makes 20 bytes of every entry, in columns as long as its buffers; `chunks.py` keeps four. Here a few tiles at a
 time become columns, and their memory serves for the next ones. The same entries take two thirds of the time (measured).
 
 Source: `tile.md` of the format specification of TileDB; see `fragments.py`.

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from scgpt_hf.cells.soma.census import CensusSource
-from scgpt_hf.cells.soma.chunks import read_band
+from scgpt_hf.cells.soma.chunks import read_chunk
 from scgpt_hf.cells.soma.layout import TILE, x_storage
 from scgpt_hf.cells.soma.native import fragments
 from scgpt_hf.cells.soma.native.fragments import open_plain
@@ -44,14 +44,14 @@ def write_at_random(uri, rng, first=0, last=N_CELLS, n_entries=40_000, kind=np.f
 
 
 def assert_read_as_by_tiledb(uri, *, plain=True, cell_ids=None):
-    """All bands, or the given cells of one, are the same to the bit."""
+    """All chunks, or the given cells of one, are the same to the bit."""
     with soma.SparseNDArray.open(uri) as array:
         opened = open_plain(array)
         assert (opened is not None) == plain
         if plain:
             for first in range(0, array.shape[0], TILE) if cell_ids is None else [None]:
                 asked = np.arange(first, min(first + TILE, array.shape[0])) if cell_ids is None else cell_ids
-                for ours, theirs in zip(read_band(opened, asked), read_band(array, asked), strict=True):
+                for ours, theirs in zip(read_chunk(opened, asked), read_chunk(array, asked), strict=True):
                     assert ours.dtype == theirs.dtype
                     np.testing.assert_array_equal(ours, theirs)
 
