@@ -175,7 +175,7 @@ def compare(
         tuning = AnnotateSettings(
             model=str(settings.model),
             out=f"{folder}/run",
-            label=label,
+            labels_key=label,
             epochs=EPOCHS[share],
             learning_rate=settings.learning_rate,
             seed=seed,

@@ -137,7 +137,7 @@ def _training(summary: Record, settings: Record, rows: dict[str, str]) -> str:
 
 def _of_classifier(summary: Record, settings: Record) -> list[str]:
     """Return the sections on a classifier of cell types."""
-    label = summary.text("label")
+    label = summary.text("labels_key")
     held_out, left_out = summary.text("held_out"), summary.get("left_out", dict) or {}
     what = f"Names the `{label}` of single cells, with a calibrated confidence: a class head on a pretrained encoder."
     cells = {

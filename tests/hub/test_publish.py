@@ -59,7 +59,7 @@ def test_publish_keeps_the_words_somebody_wrote_into_the_readme(hub: Hub, client
 
 
 def test_publish_of_a_fine_tuned_run_sends_its_own_card(hub: Hub, client: Client, run: Path) -> None:
-    (run / "summary.json").write_text(json.dumps({"task": "annotate", "label": "cell_type"}))
+    (run / "summary.json").write_text(json.dumps({"task": "annotate", "labels_key": "cell_type"}))
     (run / "settings.yaml").write_text(yaml.safe_dump({"model": str(run / "best_model"), "learning_rate": 1e-3}))
     client(publish, run, "org/types", token="hf_owner")
     card = hub.files("org/types")["README.md"].decode()

@@ -35,7 +35,7 @@ COMMON = {
 }
 CLASSIFIER = COMMON | {
     "task": "annotate",
-    "label": "cell_type",
+    "labels_key": "cell_type",
     "train": "head",
     "held_out": "donor_id",
     "train_donors": 3,

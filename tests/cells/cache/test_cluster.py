@@ -10,7 +10,7 @@ import pytest
 
 from scgpt_hf.cells.cache.jobs import write_cache
 from scgpt_hf.cells.source import CellSource, open_source
-from tests.cells.test_cache_jobs import SHARD, contents, make_cells
+from tests.cells.cache.test_jobs import SHARD, contents, make_cells
 from tests.support import ROOT
 
 pytestmark = pytest.mark.slow
@@ -21,8 +21,8 @@ import sys
 from pathlib import Path
 import ray
 sys.path.insert(0, sys.argv[2])
-from tests.cells.test_cache_cluster import Deadly
-from tests.cells.test_cache_jobs import SHARD, make_cells
+from tests.cells.cache.test_cluster import Deadly
+from tests.cells.cache.test_jobs import SHARD, make_cells
 from scgpt_hf.cells.cache.cluster import write_on_ray
 from scgpt_hf.cells.cache.jobs import plan_cache
 from scgpt_hf.cells.source import open_source

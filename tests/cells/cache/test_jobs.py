@@ -253,7 +253,7 @@ KILLED = """
 import sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[2])
-from tests.cells.test_cache_jobs import SHARD, make_cells
+from tests.cells.cache.test_jobs import SHARD, make_cells
 from scgpt_hf.cells.cache.jobs import write_cache
 from scgpt_hf.cells.source import open_source
 source, read, reads = open_source(make_cells()), None, []

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from scgpt_hf.analysis.annotate_file import open_backed
-from scgpt_hf.cells import h5ad_probe
+from scgpt_hf.cells.h5ad import probe
 from scgpt_hf.cells.h5ad.probe import require_readable
 from scgpt_hf.cells.source import open_source
 
@@ -32,7 +32,7 @@ def profiled():
 @pytest.mark.usefixtures("profiled")
 @pytest.mark.parametrize("read", [open_source, open_backed])
 def test_a_file_on_which_hdf5_never_ends_is_refused(path, read, monkeypatch):
-    monkeypatch.setattr(h5ad_probe, "STEP_S", 0.5)
+    monkeypatch.setattr(probe, "STEP_S", 0.5)
     content = bytearray(path.read_bytes())
     entry = content.index(b"GCOL") + HEADER
     content[entry : entry + HEADER] = bytes(HEADER)  # free space of no length: HDF5 steps over it, and does not move
@@ -46,7 +46,7 @@ def test_a_file_on_which_hdf5_never_ends_is_refused(path, read, monkeypatch):
 def test_a_file_on_which_hdf5_crashes_is_refused(path, tmp_path, monkeypatch):
     child = tmp_path / "child.py"
     child.write_text("import os, signal\nprint(1, '/obs', flush=True)\nos.kill(os.getpid(), signal.SIGSEGV)")
-    monkeypatch.setattr(h5ad_probe, "__file__", str(child))
+    monkeypatch.setattr(probe, "__file__", str(child))
     other = tmp_path / "other.h5ad"
     other.write_bytes(path.read_bytes())
     with pytest.raises(ValueError, match=r"cannot read '.*other.h5ad' .*: at /obs the HDF5 library dies of SIGSEGV"):

@@ -283,7 +283,7 @@ def test_genes_may_be_ranked_over_all_cells():
         ({"n_genes": 301}, r"asked for 301 highly variable genes of 300; choose --n_hvg in \[1, 300\]"),
         ({"n_genes": 11, "candidates": np.arange(10)}, "asked for 11 highly variable genes of 10"),
         ({"n_genes": 0}, "asked for 0"),
-        ({"n_genes": 3, "per": "patient"}, "no column"),
+        ({"n_genes": 3, "batch_key": "patient"}, "no column"),
     ],
 )
 def test_highly_variable_genes_refuses(arguments, message):

@@ -102,8 +102,8 @@ def test_cells_are_split_singly_when_asked():
         (make_obs([9]), {}, r"found 1 donor_id in 9 cells, expected at least 2: one for each of \['train', 'valid"),
         (make_obs([]), {}, "found no cells to take donors from; widen the filter"),
         (make_obs([9]), {}, "take in more of them .*--obs_filter.*--max_cells.*--donor_key"),
-        (make_obs([1]), {"by": None}, "found 1 cells in 1 cells, expected at least 2"),
-        (make_obs([5, 5]), {"by": "patient"}, r"no column 'patient' .* columns are \['donor_id'\]"),
+        (make_obs([1]), {"donor_key": None}, "found 1 cells in 1 cells, expected at least 2"),
+        (make_obs([5, 5]), {"donor_key": "patient"}, r"no column 'patient' .* columns are \['donor_id'\]"),
         (
             make_obs([5, 5]).assign(donor_id=[None, None, *"xyxyxyxy"]),
             {},
@@ -164,7 +164,7 @@ def test_a_failed_write_leaves_the_old_manifest_and_nothing_beside_it(tmp_path):
 def written(tmp_path, change):
     manifest = {
         "seed": 0,
-        "by": "donor_id",
+        "donor_key": "donor_id",
         "source": {},
         "parts": {
             "train": {"n_cells": 3, "donors": ["x"], "runs": [[0, 2], [5, 6]]},

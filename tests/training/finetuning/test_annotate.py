@@ -58,7 +58,7 @@ def run(request: Any, cells: AnnData, base: Path, tmp_path_factory: pytest.TempP
         pytest.importorskip("peft")
     out = tmp_path_factory.mktemp("run") / "types"
     settings = AnnotateSettings(
-        model=str(base), out=str(out), label="cell_type", train=request.param, learning_rate=3e-3, epochs=6, **QUIET
+        model=str(base), out=str(out), labels_key="cell_type", train=request.param, learning_rate=3e-3, epochs=6, **QUIET
     )
     return request.param, out, finetune_classifier(cells, settings)
 
@@ -107,7 +107,7 @@ def test_the_same_seed_gives_the_same_weights(cells: AnnData, base: Path, tmp_pa
         settings = AnnotateSettings(
             model=str(base),
             out=str(tmp_path / name),
-            label="cell_type",
+            labels_key="cell_type",
             epochs=1,
             seed=seed,
             label_fraction=0.3,
@@ -176,19 +176,19 @@ def relabelled(cells: AnnData, types: list[str]) -> AnnData:
 def test_bad_cells_raise_and_leave_no_folder(
     change: Any, message: str, cells: AnnData, base: Path, tmp_path: Path
 ) -> None:
-    settings = AnnotateSettings(model=str(base), out=str(tmp_path / "run"), label="cell_type", **QUIET)
+    settings = AnnotateSettings(model=str(base), out=str(tmp_path / "run"), labels_key="cell_type", **QUIET)
     with pytest.raises(ValueError, match=message):
         finetune_classifier(change(cells), settings)
     assert not (tmp_path / "run").exists()
 
 
 def test_bad_settings_raise(cells: AnnData, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    given = {"model": str(base), "out": str(tmp_path / "run"), "label": "cell_type", **QUIET}
+    given = {"model": str(base), "out": str(tmp_path / "run"), "labels_key": "cell_type", **QUIET}
     for wrong in ({"validation_fraction": 1.0}, {"label_fraction": 0.0}, {"min_cells": 1}):
         with pytest.raises(ValueError, match=f"expected {next(iter(wrong))}"):
             AnnotateSettings(**{**given, **wrong})
     with pytest.raises(ValueError, match="no_such"):
-        finetune_classifier(cells, AnnotateSettings(**{**given, "label": "no_such"}))
+        finetune_classifier(cells, AnnotateSettings(**{**given, "labels_key": "no_such"}))
     with pytest.raises(ValueError, match="found 1 assay"):
         finetune_classifier(cells, AnnotateSettings(**given, donor_key="assay"))
     with pytest.raises(ValueError, match="is the folder of a run"):
