@@ -12,7 +12,7 @@ from accelerate.state import AcceleratorState, DistributedType, PartialState
 from torch.distributed.fsdp import FSDPModule
 
 from scgpt_hf.training.pretraining import save_best_model, whole_model
-from tests.training.test_trainer import prepare
+from tests.support.training import prepare
 
 EVERY_2 = (
     *("--save_strategy", "steps", "--save_steps", "2", "--eval_strategy", "steps", "--eval_steps", "2"),

@@ -12,7 +12,7 @@ from scgpt_hf.cells.cache.reader import CacheSource
 from scgpt_hf.cells.schedule.epoch import CHUNK_SIZE
 from scgpt_hf.pipeline.stream import stream_cells
 from scgpt_hf.training.pretraining import DataModule
-from tests.training.test_trainer import prepare, weights_of
+from tests.support.training import prepare, weights_of
 
 FLAGS = ("--num_train_epochs", "3", "--save_strategy", "steps", "--save_steps", "3", "--save_total_limit", "30")
 FLAGS += ("--eval_strategy", "no", "--load_best_model_at_end", "false", "--batch_key", "assay", "--dropout", "0.1")

@@ -7,7 +7,7 @@ import torch
 
 from scgpt_hf.tokens.packing_scgpt import IGNORE
 from scgpt_hf.training.pin_memory import count_labels, pin_batches, to_device
-from tests.training.test_trainer import prepare
+from tests.support.training import prepare
 
 CPU = torch.device("cpu")
 

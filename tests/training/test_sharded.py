@@ -11,7 +11,7 @@ import pytest
 from scgpt_hf.model.modeling_scgpt import ScGPTForPreTraining
 from scgpt_hf.training.fault_tolerance.checkpoints import newest_valid, verify
 from tests.support import ROOT
-from tests.training.test_trainer import prepare
+from tests.support.training import prepare
 
 
 @pytest.mark.slow

@@ -3,41 +3,15 @@
 import json
 import re
 import shutil
-from pathlib import Path
 
 import pytest
 import torch
-from transformers import set_seed
 
 from scgpt_hf.training.dry_run import describe_run
-from scgpt_hf.training.pretraining import DataModule, make_trainer, save_best_model, summarize, tell
-from scgpt_hf.training.recipe import begin_run, build_model, build_processor, open_cells, save_selection
+from scgpt_hf.training.pretraining import DataModule, save_best_model, summarize, tell
+from scgpt_hf.training.recipe import begin_run, build_model, build_processor, open_cells
 from scgpt_hf.training.settings import parse_settings
-from scgpt_hf.training.trainer import ScGPTTrainer
-
-TINY = [
-    *("--hidden_size", "16", "--num_hidden_layers", "1", "--num_attention_heads", "2", "--intermediate_size", "16"),
-    *("--min_gene_counts", "1", "--validation_fraction", "0.3", "--use_cpu", "true", "--disable_tqdm", "true"),
-    *("--num_train_epochs", "2", "--logging_steps", "5", "--chunks_per_window", "1"),
-]
-
-
-def prepare(census: Path, folder: Path, *flags: str) -> tuple[ScGPTTrainer, DataModule, str | None]:
-    settings = parse_settings([*TINY, "--data", str(census), "--output_dir", str(folder), *flags], "test")
-    source = open_cells(settings)
-    selection, checkpoint = begin_run(source, settings)
-    set_seed(settings.training.seed)
-    processor = build_processor(selection.genes, settings.data, source)
-    model = build_model(processor, settings.model, selection.domains, settings.data.batch_key)
-    data_module = DataModule(source, selection, processor, settings, checkpoint)
-    trainer = make_trainer(data_module, model, settings.training)
-    if checkpoint is None and settings.training.process_index == 0:
-        save_selection(selection, source, settings)
-    return trainer, data_module, checkpoint
-
-
-def weights_of(trainer: ScGPTTrainer) -> dict[str, torch.Tensor]:
-    return {name: weight.detach().clone() for name, weight in trainer.model.named_parameters()}
+from tests.support.training import TINY, prepare, weights_of
 
 
 @pytest.fixture(scope="module")

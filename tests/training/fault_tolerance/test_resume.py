@@ -12,7 +12,7 @@ import pytest
 from scgpt_hf.cells.soma.census import CensusSource
 from scgpt_hf.training.fault_tolerance.checkpoints import checkpoints_in
 from scgpt_hf.training.fault_tolerance.resume import read_window, require_resumable
-from tests.training.test_trainer import prepare
+from tests.support.training import prepare
 
 FLAGS = ("--save_strategy", "steps", "--save_steps", "2", "--eval_strategy", "no", "--load_best_model_at_end", "false")
 

@@ -16,8 +16,7 @@ from scgpt_hf.cells import threads
 from scgpt_hf.training.fault_tolerance import signals
 from scgpt_hf.training.fault_tolerance.checkpoints import checkpoints_in, newest_valid, verify
 from scgpt_hf.training.fault_tolerance.signals import Interrupted, StopSignal
-from tests.training.fault_tolerance.test_trainer import EVERY_4, read_metrics
-from tests.training.test_trainer import prepare, weights_of
+from tests.support.training import EVERY_4, prepare, read_metrics, weights_of
 
 
 class Send(TrainerCallback):

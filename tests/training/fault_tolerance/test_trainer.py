@@ -1,6 +1,5 @@
 """What happens to long runs, done to short ones: bad numbers, lost data, full disks, other batches, early kills."""
 
-import json
 import logging
 import resource
 import shutil
@@ -16,13 +15,7 @@ from scgpt_hf.cells.schedule.run import plan_run
 from scgpt_hf.training.fault_tolerance.checkpoints import checkpoints_in, newest_valid, verify
 from scgpt_hf.training.fault_tolerance.nonfinite import NonFiniteGuard, all_finite, propagate_nonfinite
 from scgpt_hf.training.pretraining import is_finished, save_best_model, summarize
-from tests.training.test_trainer import prepare, weights_of
-
-QUIET = ("--save_strategy", "no", "--eval_strategy", "no", "--load_best_model_at_end", "false", "--logging_steps", "1")
-EVERY_4 = (
-    *("--save_strategy", "steps", "--save_steps", "4", "--eval_strategy", "epoch", "--logging_steps", "1"),
-    *("--load_best_model_at_end", "false", "--save_total_limit", "20"),
-)
+from tests.support.training import EVERY_4, QUIET, prepare, read_metrics, weights_of
 
 
 def poison(trainer, steps, key="labels"):
@@ -148,13 +141,6 @@ def test_lost_data_end_in_an_error_and_a_checkpoint_that_resumes_exactly(small_c
     for name, weight in weights_of(whole).items():
         assert torch.equal(weight, resumed.model.get_parameter(name)), name
     assert read_metrics(tmp_path / "run") == read_metrics(tmp_path / "whole")
-
-
-def read_metrics(folder):
-    """The lines of metrics.jsonl, but for what the clock says."""
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    clock = ("seconds", "_per_second", "waiting_share", "_runtime")
-    return [{k: v for k, v in line.items() if not k.endswith(clock)} for line in lines if "train_loss" not in line]
 
 
 @pytest.fixture(scope="module")

@@ -13,8 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from scgpt_hf.training.fault_tolerance.checkpoints import newest_valid, verify
 from scgpt_hf.training.fault_tolerance.nonfinite import all_finite
 from scgpt_hf.training.fault_tolerance.signals import Interrupted
-from tests.training.fault_tolerance.test_trainer import EVERY_4, QUIET
-from tests.training.test_trainer import prepare, weights_of
+from tests.support.training import EVERY_4, QUIET, prepare, weights_of
 
 OBJECTIVES = {
     "gep": {},

@@ -58,7 +58,13 @@ def run(request: Any, cells: AnnData, base: Path, tmp_path_factory: pytest.TempP
         pytest.importorskip("peft")
     out = tmp_path_factory.mktemp("run") / "types"
     settings = AnnotateSettings(
-        model=str(base), out=str(out), labels_key="cell_type", train=request.param, learning_rate=3e-3, epochs=6, **QUIET
+        model=str(base),
+        out=str(out),
+        labels_key="cell_type",
+        train=request.param,
+        learning_rate=3e-3,
+        epochs=6,
+        **QUIET,
     )
     return request.param, out, finetune_classifier(cells, settings)
 

@@ -99,7 +99,12 @@ def test_an_integrated_model_can_be_taught_labels(
 ) -> None:
     out, _ = run
     settings = AnnotateSettings(
-        model=str(out / "best_model"), out=str(tmp_path / "types"), labels_key="cell_type", train="head", epochs=1, **QUIET
+        model=str(out / "best_model"),
+        out=str(tmp_path / "types"),
+        labels_key="cell_type",
+        train="head",
+        epochs=1,
+        **QUIET,
     )
     assert finetune_classifier(cells, settings)["validation_cells"] > 0
     before, after = (load_file(folder / "best_model" / "model.safetensors") for folder in (out, tmp_path / "types"))

@@ -1,0 +1,63 @@
+"""Small pretraining runs for tests: prepare a trainer from flags, and read what a run leaves behind."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import set_seed
+
+from scgpt_hf.training.pretraining import DataModule, make_trainer
+from scgpt_hf.training.recipe import begin_run, build_model, build_processor, open_cells, save_selection
+from scgpt_hf.training.settings import parse_settings
+from scgpt_hf.training.trainer import ScGPTTrainer
+
+# A model and a data set that train in a few seconds on one CPU core.
+TINY = [
+    *("--hidden_size", "16", "--num_hidden_layers", "1", "--num_attention_heads", "2", "--intermediate_size", "16"),
+    *("--min_gene_counts", "1", "--validation_fraction", "0.3", "--use_cpu", "true", "--disable_tqdm", "true"),
+    *("--num_train_epochs", "2", "--logging_steps", "5", "--chunks_per_window", "1"),
+]
+# No checkpoints, no validation, every step logged.
+QUIET = ("--save_strategy", "no", "--eval_strategy", "no", "--load_best_model_at_end", "false", "--logging_steps", "1")
+# A checkpoint every 4 steps, a validation after each epoch, every step logged.
+EVERY_4 = (
+    *("--save_strategy", "steps", "--save_steps", "4", "--eval_strategy", "epoch", "--logging_steps", "1"),
+    *("--load_best_model_at_end", "false", "--save_total_limit", "20"),
+)
+
+
+def prepare(census: Path, folder: Path, *flags: str) -> tuple[ScGPTTrainer, DataModule, str | None]:
+    """Set up a pretraining run as the command line does, up to the call of `train`.
+
+    Args:
+        census: the cells to train on.
+        folder: the run folder.
+        flags: settings that differ from `TINY`.
+
+    Returns:
+        The trainer, its data module, and the checkpoint that `train` must resume from, or None for a new run.
+    """
+    settings = parse_settings([*TINY, "--data", str(census), "--output_dir", str(folder), *flags], "test")
+    source = open_cells(settings)
+    selection, checkpoint = begin_run(source, settings)
+    set_seed(settings.training.seed)
+    processor = build_processor(selection.genes, settings.data, source)
+    model = build_model(processor, settings.model, selection.domains, settings.data.batch_key)
+    data_module = DataModule(source, selection, processor, settings, checkpoint)
+    trainer = make_trainer(data_module, model, settings.training)
+    if checkpoint is None and settings.training.process_index == 0:
+        save_selection(selection, source, settings)
+    return trainer, data_module, checkpoint
+
+
+def weights_of(trainer: ScGPTTrainer) -> dict[str, torch.Tensor]:
+    """Return copies of the model's weights by name."""
+    return {name: weight.detach().clone() for name, weight in trainer.model.named_parameters()}
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """Return the lines of metrics.jsonl without the values that depend on the clock."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    clock = ("seconds", "_per_second", "waiting_share", "_runtime")
+    return [{k: v for k, v in line.items() if not k.endswith(clock)} for line in lines if "train_loss" not in line]
