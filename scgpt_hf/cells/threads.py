@@ -98,7 +98,7 @@ def in_order(
         yield pending.popleft().result()
 
 
-def prefetch(
+def prefetch(  # noqa: C901
     items: Iterable[Item], depth: int = 8, *, while_waiting: Callable[[], object] | None = None
 ) -> Generator[Item, None, None]:
     """Yield items in order while a background thread prepares the next `depth` of them.

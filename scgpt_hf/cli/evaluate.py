@@ -1,8 +1,9 @@
 r"""Score embeddings of labelled cells beside baselines computed on the same cells.
 
   python scripts/evaluate.py embedded.h5ad --embedding X_scgpt --out scores
-  python scripts/evaluate.py embedded.h5ad --embedding X_scgpt --embedding X_scVI --labels_key cell_type --batch donor_id \
-      --reference reference.h5ad --baselines "HVG + PCA" "HVG + logistic regression" scVI --vector svg --out scores
+  python scripts/evaluate.py embedded.h5ad --embedding X_scgpt --embedding X_scVI --labels_key cell_type \
+      --batch donor_id --reference reference.h5ad --baselines "HVG + PCA" "HVG + logistic regression" scVI \
+      --vector svg --out scores
 
 Cell types kept apart (NMI, ARI, ASW, cLISI) and batches mixed (ASW, iLISI, graph connectivity) by scib-metrics
 (pip install "scgpt_hf[metrics]"); macro-F1 of nearest neighbours and of a linear probe, donors never split between

@@ -28,7 +28,7 @@ from scgpt_hf.training.run_folder import CARD, write_whole
 from scgpt_hf.training.settings import parse_settings
 
 
-def main() -> None:
+def main() -> None:  # noqa: C901
     """Read the settings, train, and leave a run folder that speaks for itself."""
     try:
         settings = parse_settings(sys.argv[1:], __doc__)

@@ -1,4 +1,4 @@
-"""Puts a run together: plans and data_module for the trainer, baselines for its validation, what is written at its end."""
+"""Put a run together: plans and batches for the trainer, baselines for its validation, the files at its end."""
 
 import json
 import logging

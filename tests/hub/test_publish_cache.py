@@ -1,4 +1,4 @@
-"""A cache goes to the Hub as a dataset, data_module back, and is a source again after a download; by the real client."""
+"""A cache goes to the Hub as a dataset, streams back, and is a source again after a download; by the real client."""
 
 import json
 import re

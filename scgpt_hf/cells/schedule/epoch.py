@@ -53,8 +53,9 @@ class EpochPlan:
     def window(self, index: int) -> Int64Array:
         """Return the cells of one block, shape (steps, batch_size): global step s of the block trains on row s.
 
-        The block's cells are cut into `rank_groups` consecutive parts; rank_group l, shuffled within itself, fills the columns
-        [l * batch_size // rank_groups, (l + 1) * batch_size // rank_groups). So the columns of one rank touch few chunks.
+        The block's cells are cut into `rank_groups` consecutive parts; rank_group l, shuffled within itself, fills the
+        columns [l * batch_size // rank_groups, (l + 1) * batch_size // rank_groups). So the columns of one rank
+        touch few chunks.
 
         Raises:
             IndexError: there is no such block.
@@ -161,7 +162,8 @@ def plan_epoch(
         batch_size: cells of one global step, over all ranks.
         chunk_size: cells of one aligned read.
         chunks_per_window: full chunks whose cells are shuffled together.
-        rank_groups: 1, 2 or 4 ranks, or any number that divides `rank_groups`, share a block without reading its chunks twice.
+        rank_groups: 1, 2 or 4 ranks, or any number that divides `rank_groups`, share a block without reading its chunks
+            twice.
 
     Raises:
         ValueError: ids that do not ascend, fewer cells than one step needs, or a number out of range.

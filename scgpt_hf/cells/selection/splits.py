@@ -54,8 +54,8 @@ def split_cells(
         obs: one row for each cell, index = cell ids, with column `donor_key`. Shape (cells, columns).
         fractions: share of the cells of each part, e.g. {"train": 0.97, "validation": 0.03}; they add up to 1.
         seed: settles the placement.
-        donor_key: column whose values stay together. None splits single cells, which leaks: cells of one donor resemble each
-            other, so the loss on the other part then says nothing about new donors.
+        donor_key: column whose values stay together. None splits single cells, which leaks: cells of one donor resemble
+            each other, so the loss on the other part then says nothing about new donors.
 
     Returns:
         For each part int64 cell ids, ascending.
@@ -72,8 +72,8 @@ def split_cells(
     n_parts = sum(fraction > 0 for fraction in fractions.values())
     if len(donors) < n_parts:
         raise ValueError(
-            f"found {len(donors)} {donor_key or 'cells'} in {len(obs):,} cells, expected at least {n_parts}: one for each of "
-            f"{list(fractions)}; take in more of them (a wider --obs_filter, a larger --max_cells), "
+            f"found {len(donors)} {donor_key or 'cells'} in {len(obs):,} cells, expected at least {n_parts}: one for "
+            f"each of {list(fractions)}; take in more of them (a wider --obs_filter, a larger --max_cells), "
             "or keep the values of another obs column together (--donor_key)"
         )
     n_cells = np.bincount(donor_of_cell, minlength=len(donors))

@@ -1,9 +1,9 @@
 """Cells of a SOMA in the Census layout, local or remote, read fast in any order.
 
 The Census stores X in tiles of 2,048 cells, so the natural unit of reading is an aligned chunk of 2,048 rows. A few
-Python threads read one chunk each: of a local Census from its files (`tiles.py`), else through TileDB, with a context of
-their own. `chunks.py` keeps it small until its cells are asked for. Which chunks are worth reading together is decided by
-`plan.py`.
+Python threads read one chunk each: of a local Census from its files (`tiles.py`), else through TileDB, with a context
+of their own. `chunks.py` keeps it small until its cells are asked for. Which chunks are worth reading together is
+decided by `plan.py`.
 """
 
 import threading

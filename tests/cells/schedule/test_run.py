@@ -1,4 +1,4 @@
-"""The schedule of a run: every cell once an epoch, however often the global batch changes, and the same steps if not."""
+"""The schedule of a run: every cell once an epoch, however often the global batch changes, or the same steps if not."""
 
 from itertools import pairwise
 
