@@ -178,21 +178,31 @@ class ScGPTProcessor(ProcessorMixin):
         return count_known(as_block(counts), self._check_columns(counts, gene_ids))
 
     def tokenize(
-        self, counts: SparseCounts, gene_ids: Int64Array, *, cell_ids: Int64Array | None = None, seed: int, epoch: int
+        self,
+        counts: SparseCounts,
+        gene_ids: Int64Array,
+        *,
+        cell_ids: Int64Array | None = None,
+        seed: int,
+        epoch: int,
+        ties: Ties | None = None,
+        max_tokens: int | None = None,
     ) -> Tokens:
-        """Return the tokens of the cells that express a known gene; `cell_ids` of the result tell which they are.
+        """Tokenize every cell that expresses a known gene; `Tokens.cell_ids` lists these cells.
 
         Args:
             counts: raw counts, CSR with sorted columns. Shape (cells, genes).
             gene_ids: from `match_genes`; checked at every call, or once if it is read-only. Shape (genes,).
             cell_ids: what ties, sampling and masks of a cell are keyed by, int64 (cells,). None keys them by the cell's
                 own genes and counts (`content_ids`), so a cell gives the same tokens in any file, order or batch.
-            seed: changes ties and sampling.
-            epoch: the same.
+            seed: seed of ties and sampling.
+            epoch: epoch of ties and sampling.
+            ties: overrides the processor's `ties` in this call.
+            max_tokens: overrides the processor's `max_tokens` in this call.
 
         Raises:
-            ValueError: a value is negative or not finite, shapes disagree, or columns are unsorted or map to one id
-                twice.
+            ValueError: a value is negative or not finite, shapes disagree, columns are unsorted or map to one id twice,
+                or `ties` or `max_tokens` is not a possible setting.
         """
         block, gene_ids = as_block(counts), self._check_columns(counts, gene_ids)
         cell_ids = content_ids(block, gene_ids) if cell_ids is None else np.asarray(cell_ids, np.int64)
@@ -202,7 +212,8 @@ class ScGPTProcessor(ProcessorMixin):
             )
         if self.input_style == "log1p":
             block = log_normalize(block, self.target_sum)
-        tokens = tokenize_counts(block, gene_ids, self._rule(), cell_ids=cell_ids, seed=seed, epoch=epoch)
+        rule = self._rule(self.ties if ties is None else ties, self.max_tokens if max_tokens is None else max_tokens)
+        tokens = tokenize_counts(block, gene_ids, rule, cell_ids=cell_ids, seed=seed, epoch=epoch)
         logger.debug(
             "%d of %d cells express no known gene and were dropped", counts.shape[0] - len(tokens), counts.shape[0]
         )
@@ -270,11 +281,11 @@ class ScGPTProcessor(ProcessorMixin):
             tokens = self.mask(tokens, seed=seed, epoch=epoch, ratios=mask_ratios)
         return BatchFeature(pack(tokens) if packed else pad(tokens, pad_id=self.pad_id, pad_value=self.pad_value))
 
-    def _rule(self) -> TokenRule:
+    def _rule(self, ties: Ties, max_tokens: int) -> TokenRule:
+        _require_choice("ties", ties, tuple(TIE_CODES))
+        _require_integer("max_tokens", max_tokens, 2)
         n_bins = self.n_bins if self.input_style == "binned" else None
-        return TokenRule(
-            self.vocab_size, self.cls_id, self.cls_value, self.max_tokens, n_bins, self.ties, self.include_zeros
-        )
+        return TokenRule(self.vocab_size, self.cls_id, self.cls_value, max_tokens, n_bins, ties, self.include_zeros)
 
     def _check_columns(self, counts: SparseCounts, gene_ids: Int64Array) -> Int64Array:
         gene_ids = np.asarray(gene_ids, np.int64)
@@ -294,13 +305,10 @@ class ScGPTProcessor(ProcessorMixin):
             )
 
     def _check_settings(self) -> None:
-        for name, allowed in (("ties", tuple(TIE_CODES)), ("input_style", get_args(InputStyle))):
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"unknown {name} {getattr(self, name)!r}; choose one of {', '.join(allowed)}")
-        for name, least in (("n_bins", 2), ("max_tokens", 2)):
-            found = getattr(self, name)
-            if isinstance(found, bool) or not isinstance(found, int) or found < least:
-                raise ValueError(f"{name} must be a whole number ≥ {least}, found {found!r}")
+        _require_choice("ties", self.ties, tuple(TIE_CODES))
+        _require_choice("input_style", self.input_style, get_args(InputStyle))
+        _require_integer("n_bins", self.n_bins, 2)
+        _require_integer("max_tokens", self.max_tokens, 2)
         for name in ("cls_value", "pad_value", "mask_value", "target_sum"):
             found = getattr(self, name)
             if isinstance(found, bool) or not isinstance(found, int | float) or not math.isfinite(found):
@@ -309,6 +317,16 @@ class ScGPTProcessor(ProcessorMixin):
             raise ValueError(f"target_sum must be > 0 counts per cell, found {self.target_sum!r}")
         if not isinstance(self.include_zeros, bool):
             raise ValueError(f"include_zeros must be true or false, found {self.include_zeros!r}")
+
+
+def _require_choice(name: str, found: Any, allowed: Sequence[str]) -> None:
+    if found not in allowed:
+        raise ValueError(f"unknown {name} {found!r}; choose one of {', '.join(allowed)}")
+
+
+def _require_integer(name: str, found: Any, least: int) -> None:
+    if isinstance(found, bool) or not isinstance(found, int) or found < least:
+        raise ValueError(f"{name} must be a whole number ≥ {least}, found {found!r}")
 
 
 ScGPTProcessor.register_for_auto_class("AutoProcessor")  # type: ignore[no-untyped-call]

@@ -89,6 +89,20 @@ def test_midpoint_ties_are_free_of_randomness() -> None:
     assert not torch.equal(random(_counts(), GENES)["values"], random(_counts(), GENES, epoch=1)["values"])
 
 
+def test_a_call_of_tokenize_can_override_ties_and_max_tokens() -> None:
+    processor, counts = ScGPTProcessor.from_genes(GENES, max_tokens=9), csr_matrix(_counts())
+    other = ScGPTProcessor.from_genes(GENES, ties="upper", max_tokens=30)
+    gene_ids = processor.match_genes(GENES)
+    expected = other.tokenize(counts, gene_ids, seed=0, epoch=0)
+    found = processor.tokenize(counts, gene_ids, seed=0, epoch=0, ties="upper", max_tokens=30)
+    assert found.input_ids.tolist() == expected.input_ids.tolist()
+    assert found.values.tolist() == expected.values.tolist()
+    assert (processor.ties, processor.max_tokens) == ("random", 9)
+    for wrong in ({"ties": "left"}, {"max_tokens": 1}):
+        with pytest.raises(ValueError, match=next(iter(wrong))):
+            processor.tokenize(counts, gene_ids, seed=0, epoch=0, **wrong)
+
+
 def test_cell_ids_key_the_draws() -> None:
     processor, counts = ScGPTProcessor.from_genes(GENES), np.repeat(_counts(n_cells=1), 3, axis=0)
     values = processor(counts, GENES, cell_ids=np.array([5, 6, 5]))["values"]
