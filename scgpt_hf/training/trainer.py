@@ -150,11 +150,9 @@ class ScGPTTrainer(FaultTolerantTrainer):
         """
         decay, schedule = self.args.lr_decay_per_epoch, self.schedule
         if decay is None:
-            scheduler = super().create_scheduler(math.ceil(schedule.steps_of_first_size(num_training_steps)), optimizer)
-            if schedule.has_changed and isinstance(scheduler, LambdaLR):
-                scheduler.lr_lambdas = [
-                    _compose(factor, schedule.steps_of_first_size) for factor in scheduler.lr_lambdas
-                ]
+            scheduler = super().create_scheduler(math.ceil(schedule.equivalent_steps(num_training_steps)), optimizer)
+            if schedule.changes_batch_size and isinstance(scheduler, LambdaLR):
+                scheduler.lr_lambdas = [_compose(factor, schedule.equivalent_steps) for factor in scheduler.lr_lambdas]
             return scheduler
         if self.lr_scheduler is not None:
             return self.lr_scheduler

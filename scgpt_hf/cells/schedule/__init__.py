@@ -1,1 +1,1 @@
-"""schedule."""
+"""In which order a run trains on its cells."""

@@ -106,7 +106,7 @@ class FaultTolerantTrainer(Trainer):
     def set_initial_training_values(self, *arguments: Any) -> tuple[Any, ...]:
         """Return the library's numbers, with the epochs that the schedule has left and all its steps."""
         _, longest, *others, in_epoch, _ = super().set_initial_training_values(*arguments)
-        start = self.schedule.start
+        start = self.schedule.start_step
         n_epochs = start // longest + sum(end > start for end in self.schedule.epoch_ends)
         return (n_epochs, longest, *others, in_epoch, self.schedule.n_steps)
 
@@ -278,7 +278,9 @@ class _Resuming(TrainerCallback):
         if trainer.ranks.is_first:
             checkpoints.set_aside(trainer.folder, step)
         trainer.ranks.all_reduce_max(0)
-        assert step == trainer.schedule.start, "a run goes on from the checkpoint that its schedule was planned for"
+        assert step == trainer.schedule.start_step, (
+            "a run goes on from the checkpoint that its schedule was planned for"
+        )
         if not step:
             return
         trainer._saved_step = step

@@ -1,1 +1,1 @@
-"""Tests of schedule."""
+"""Tests of `scgpt_hf.cells.schedule`."""

@@ -177,7 +177,7 @@ def test_a_finished_run_is_known_as_such(finished, tmp_path):
     assert not is_finished(run, trainer.schedule)  # its card is missing, as after a disk that was full at the end
     (run / "README.md").touch()
     assert is_finished(run, trainer.schedule)
-    cells = trainer.schedule.plan_at(0).cell_ids
+    cells = trainer.schedule.segments[0].plan.cell_ids
     longer = plan_run(cells, batch_size=30, n_epochs=3, seed=42)
     assert not is_finished(run, longer)
     assert not is_finished(tmp_path, trainer.schedule)
@@ -223,7 +223,7 @@ def test_with_another_batch_the_rest_of_the_epoch_is_visited_once(small_census, 
     assert trainer.state.global_step == schedule.n_steps
     assert trainer.state.epoch == 3
     cells = np.concatenate([schedule.cells(step) for step in range(schedule.epoch_ends[0])])
-    assert len(np.unique(cells)) == len(cells) > len(whole.schedule.plan_at(0).cell_ids) - 22
+    assert len(np.unique(cells)) == len(cells) > len(whole.schedule.segments[0].plan.cell_ids) - 22
     np.testing.assert_array_equal(schedule.cells(1), whole.schedule.cells(1))
     assert verify(newest_valid(folder)).history == [(30, 2), (22, schedule.n_steps - 2)]
     rates = [line["learning_rate"] for line in trainer.state.log_history if "learning_rate" in line]
