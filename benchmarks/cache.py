@@ -24,7 +24,7 @@ import datasets
 import numpy as np
 from measuring import alternate, print_medians, write_result
 
-from scgpt_hf.cells.block import CellBlock, Rows
+from scgpt_hf.cells.block import CellBlock
 from scgpt_hf.cells.cache.jobs import write_cache
 from scgpt_hf.cells.cache.manifest import read_manifest
 from scgpt_hf.cells.cache.reader import CacheSource, uniform_chunk_size
@@ -50,7 +50,7 @@ def write(census: Path, folder: Path) -> float:
         return n_cells / (time.perf_counter() - started)
 
 
-def read(source: CacheSource, cell_ids: np.ndarray, n_workers: int, work: Callable[[Rows, np.ndarray], Any]
+def read(source: CacheSource, cell_ids: np.ndarray, n_workers: int, work: Callable[[CellBlock, np.ndarray], Any]
          ) -> float:  # fmt: skip
     """Return cells per second of reading all cells in a random order, block after block, and working on pieces."""
     order = np.random.default_rng(0).permutation(cell_ids)
@@ -68,11 +68,11 @@ def read(source: CacheSource, cell_ids: np.ndarray, n_workers: int, work: Callab
     return n_cells / (time.perf_counter() - started)
 
 
-def keep_nothing(counts: Rows, cell_ids: np.ndarray) -> None:
+def keep_nothing(counts: CellBlock, cell_ids: np.ndarray) -> None:
     """Do nothing with the cells."""
 
 
-def tokenize(processor: ScGPTProcessor, columns: np.ndarray, counts: Rows, cell_ids: np.ndarray) -> None:
+def tokenize(processor: ScGPTProcessor, columns: np.ndarray, counts: CellBlock, cell_ids: np.ndarray) -> None:
     """Make the tokens of the cells."""
     processor.tokenize(counts, columns, cell_ids=cell_ids, seed=0, epoch=0)
 

@@ -19,7 +19,6 @@ from tempfile import TemporaryDirectory
 import numpy as np
 import pandas as pd
 from numba import njit
-from scipy.sparse import csr_matrix
 
 from scgpt_hf.cells.block import CellBlock
 from scgpt_hf.cells.soma.build import write_soma
@@ -74,7 +73,7 @@ class SyntheticBlood:
         parts = list(self.pool.map(self._draw, edges[:-1], edges[1:]))
         lengths, genes, counts = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
         indptr = np.concatenate([[0], np.cumsum(lengths)])
-        return CellBlock(csr_matrix((counts, genes, indptr), (stop - first, self.n_genes)), pd.DataFrame(), cell_ids)
+        return CellBlock((counts, genes, indptr), pd.DataFrame(index=cell_ids), cell_ids, n_genes=self.n_genes)
 
     @cached_property
     def molecules(self) -> float:

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 from measuring import alternate, print_medians, ratios, write_result
 
-from scgpt_hf.cells.block import CellBlock, Rows
+from scgpt_hf.cells.block import CellBlock
 from scgpt_hf.cells.source import open_source
 from scgpt_hf.cells.threads import n_cores
 from scgpt_hf.pipeline.genes import match_columns
@@ -33,7 +33,7 @@ BATCH, TOGETHER, SEED, EPOCH, RATIOS = 32, 512, 0, 0, (0.25, 0.5, 0.75)
 
 
 def compiled(
-    counts: Rows, cell_ids: np.ndarray, gene_ids: np.ndarray, processor: ScGPTProcessor, first: int
+    counts: CellBlock, cell_ids: np.ndarray, gene_ids: np.ndarray, processor: ScGPTProcessor, first: int
 ) -> list[dict]:
     """Return the batches of the cells tokenised together from `first` on, as the stream makes them."""
     cells = slice(first, min(first + TOGETHER, len(cell_ids)))

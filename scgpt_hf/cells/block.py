@@ -1,12 +1,14 @@
-"""The noun every source hands on: a block of cells with raw counts.
+"""`CellBlock`: the raw counts, obs rows and ids of some cells, as every source returns them.
 
-Decides what raw counts are and which cell ids may be asked for. It does not read anything: `source.py` opens,
-its neighbours read.
+This module also defines what valid raw counts and valid cell ids are. It reads nothing: `source.py` opens a source, and
+the packages `soma`, `h5ad` and `cache` read it.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from copy import copy
+from functools import cached_property
 from hashlib import sha256
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import pandas as pd
@@ -14,84 +16,124 @@ from numpy.typing import NDArray
 from scipy.sparse import csr_matrix, issparse
 
 Int64Array: TypeAlias = NDArray[np.int64]
-
-
-class Rows(NamedTuple):
-    """Raw counts of some cells: the arrays of a CSR matrix, no wider than they must be.
-
-    Genes ascend within each cell, without stored zeros.
-
-    Attributes:
-        data: the counts; of a Census or a cache uint16, or float32 where one does not fit. Shape (entries,).
-        indices: their genes; of a Census or a cache uint16, or int32 where one, or of a Census a count, does not fit.
-            Shape (entries,).
-        indptr: where each cell begins and ends. Shape (cells + 1,).
-        shape: (cells, genes).
-    """
-
-    data: NDArray[Any]
-    indices: NDArray[Any]
-    indptr: NDArray[Any]
-    shape: tuple[int, int]
+# data, indices and indptr of a CSR matrix, in scipy's order
+CsrArrays: TypeAlias = tuple[NDArray[Any], NDArray[Any], NDArray[Any]]
 
 
 class CellBlock:
-    """Some cells of a source, in the order they were asked for.
+    """The raw counts of some cells of a source as a CSR matrix, with their obs rows and ids.
+
+    Genes ascend within each cell, without repeats and without stored zeros. A block has the arrays of a CSR matrix, so
+    you can pass it to `ScGPTProcessor.tokenize` directly.
+
+    Some readers return a subclass that keeps the counts in a compact form and overrides `_gather`. Such a block builds
+    `data`, `indices` and `indptr` for all cells when one of them is first used. Use `take` to work on a few cells at a
+    time without that memory.
 
     Attributes:
-        obs: the obs columns asked for, indexed by cell id. Shape (cells, columns).
-        cell_ids: which cells these are, int64. Shape (cells,).
+        obs: the requested obs columns, indexed by cell id. Shape (cells, columns).
+        cell_ids: the ids of the cells, int64. Shape (cells,).
+        shape: number of cells and of genes.
+
+    Example:
+        >>> obs, cell_ids = pd.DataFrame(index=[7, 3]), np.array([7, 3])
+        >>> block = CellBlock.from_scipy(csr_matrix([[0, 5, 1], [2, 0, 0]]), obs, cell_ids)
+        >>> block.shape
+        (2, 3)
+        >>> block.take(np.array([1])).counts.toarray()
+        array([[2., 0., 0.]], dtype=float32)
     """
 
-    def __init__(
-        self, counts: csr_matrix | Callable[[Int64Array], Rows], obs: pd.DataFrame, cell_ids: Int64Array
-    ) -> None:
-        """Put the parts together.
+    def __init__(self, arrays: CsrArrays | None, obs: pd.DataFrame, cell_ids: Int64Array, *, n_genes: int) -> None:
+        """Create a block without copying anything.
 
         Args:
-            counts: raw counts of all cells; or what gathers those of the cells at some positions, which spares the
-                memory of all.
-            obs: their labels.
-            cell_ids: which they are.
+            arrays: `data`, `indices` and `indptr` of all cells; None in a subclass that overrides `_gather`.
+            obs: obs columns, indexed by cell id. Shape (cells, columns).
+            cell_ids: the ids of the cells. Shape (cells,).
+            n_genes: number of columns of the matrix.
         """
-        self._counts, self.obs, self.cell_ids = counts, obs, cell_ids
+        if arrays is not None:
+            self._arrays = arrays
+        self.obs, self.cell_ids, self.shape = obs, cell_ids, (len(cell_ids), n_genes)
+
+    @classmethod
+    def from_scipy(cls, counts: csr_matrix, obs: pd.DataFrame, cell_ids: Int64Array) -> "CellBlock":
+        """Create a block from a scipy matrix in canonical format, whose arrays it shares.
+
+        Args:
+            counts: raw counts. Shape (cells, genes).
+            obs: obs columns, indexed by cell id. Shape (cells, columns).
+            cell_ids: the ids of the cells. Shape (cells,).
+        """
+        return CellBlock((counts.data, counts.indices, counts.indptr), obs, cell_ids, n_genes=counts.shape[1])
 
     def __len__(self) -> int:
         return len(self.cell_ids)
 
     @property
-    def counts(self) -> csr_matrix:
-        """Raw counts of all cells, float32 or integer; genes ascend within each cell, no stored zeros, no repeats.
+    def data(self) -> NDArray[Any]:
+        """The counts, shape (entries,).
 
-        Shape (cells, genes).
+        A Census and a cache give uint16 where all counts fit, and float32 otherwise; other sources give float32.
         """
-        counts = self._counts
-        if callable(counts):
-            counts = self._counts = _widen(counts(np.arange(len(self))))
-        return counts
+        return self._arrays[0]
 
-    def take(self, positions: Int64Array) -> Rows:
-        """Return the counts of the cells at these positions, in this order."""
-        counts = self._counts
-        if callable(counts):
-            return counts(positions)
-        taken = counts[positions]
-        return Rows(taken.data, taken.indices, taken.indptr, taken.shape)
+    @property
+    def indices(self) -> NDArray[Any]:
+        """The gene of each count, shape (entries,).
+
+        A Census and a cache give uint16 where all genes fit (of a Census also all counts), and int32 otherwise.
+        """
+        return self._arrays[1]
+
+    @property
+    def indptr(self) -> NDArray[Any]:
+        """The offsets of the cells: cell i has entries `indptr[i]:indptr[i + 1]`. Shape (cells + 1,)."""
+        return self._arrays[2]
+
+    @cached_property
+    def counts(self) -> csr_matrix:
+        """The counts as scipy takes them, float32 with int32 genes; built once and kept. Shape (cells, genes)."""
+        data, indices, indptr = self._arrays
+        if indptr[-1] <= np.iinfo(np.int32).max:  # scipy wants both index arrays of one type
+            indptr = indptr.astype(np.int32, copy=False)
+        arrays = data.astype(np.float32, copy=False), indices.astype(np.int32, copy=False), indptr
+        matrix = csr_matrix(arrays, shape=self.shape, copy=False)
+        matrix.has_canonical_format = True  # a block promises it; scipy would look at every entry to find out
+        return matrix
+
+    def take(self, positions: Int64Array) -> "CellBlock":
+        """Return the cells at the given positions, in this order, without unpacking the rest of the block.
+
+        Args:
+            positions: rows of this block, not cell ids. Shape (taken cells,).
+        """
+        obs, cell_ids = self.obs.iloc[positions], self.cell_ids[positions]
+        return CellBlock(self._gather(positions), obs, cell_ids, n_genes=self.shape[1])
 
     def with_obs(self, columns: Sequence[str]) -> "CellBlock":
-        """Return the same cells with only these columns of obs."""
-        return CellBlock(self._counts, self.obs[list(columns)], self.cell_ids)
+        """Return the same cells with only these obs columns. The counts are shared."""
+        block = copy(self)
+        block.obs = self.obs[list(columns)]
+        return block
 
+    @cached_property
+    def _arrays(self) -> CsrArrays:
+        """The CSR arrays of all cells, which a compact block gathers here and others receive in `__init__`."""
+        return self._gather(np.arange(len(self)))
 
-def _widen(rows: Rows) -> csr_matrix:
-    """Return rows as scipy takes them: int32 genes, float32 counts. Shape (cells, genes)."""
-    indptr = rows.indptr
-    if indptr[-1] <= np.iinfo(np.int32).max:  # scipy wants both index arrays of one type
-        indptr = indptr.astype(np.int32)
-    counts, genes = rows.data.astype(np.float32, copy=False), rows.indices.astype(np.int32, copy=False)
-    matrix = csr_matrix((counts, genes, indptr), shape=rows.shape, copy=False)
-    matrix.has_sorted_indices = True
-    return matrix
+    def _gather(self, positions: Int64Array) -> CsrArrays:
+        """Return the CSR arrays of the cells at the given positions."""
+        data, indices, indptr = self._arrays
+        starts, stops = indptr[positions], indptr[positions + 1]
+        taken_indptr = np.concatenate([[0], np.cumsum(stops - starts, dtype=np.int64)])
+        entries: Any
+        if len(positions) and (np.diff(positions) == 1).all():
+            entries = slice(starts[0], stops[-1])  # neighbouring cells, the common case: views, no copy
+        else:
+            entries = np.repeat(starts - taken_indptr[:-1], stops - starts) + np.arange(taken_indptr[-1])
+        return data[entries], indices[entries], taken_indptr
 
 
 def require_counts(counts: Any, where: str) -> None:

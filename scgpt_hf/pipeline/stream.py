@@ -232,7 +232,7 @@ class _Blocks:
         s = self.settings
         steps = self.plans[epoch].steps(index, rank=s.rank, world_size=s.world_size)[first_step:]
         if not steps:
-            return [], CellBlock(csr_matrix((0, len(self.gene_ids))), pd.DataFrame(), np.empty(0, np.int64))
+            return [], CellBlock.from_scipy(csr_matrix((0, len(self.gene_ids))), pd.DataFrame(), np.empty(0, np.int64))
         columns = sorted({column for column, _ in s.categories.values()})
         return steps, self.source.read(np.concatenate(steps), columns)
 

@@ -19,7 +19,7 @@ import pandas as pd
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from scgpt_hf.cells.block import CellBlock, Int64Array, Rows
+from scgpt_hf.cells.block import CellBlock, Int64Array
 from scgpt_hf.cells.soma.layout import TILE
 
 ESCAPE = 255  # in `count`: the count is the next entry of `large_count`
@@ -73,34 +73,33 @@ def encode_chunks(block: CellBlock, schema: pa.Schema, rows: Int64Array | None =
     rows = rows[np.argsort(block.cell_ids[rows])]
     edges = np.flatnonzero(np.diff(block.cell_ids[rows] // TILE)) + 1
     for chunk in np.split(rows, edges) if len(rows) else []:
-        yield encode_cells(block.take(chunk), block.cell_ids[chunk], block.obs.iloc[chunk], schema)
+        yield encode_cells(block.take(chunk), schema)
 
 
-def encode_cells(counts: Rows, cell_ids: Int64Array, obs: pd.DataFrame, schema: pa.Schema) -> pa.RecordBatch:
+def encode_cells(cells: CellBlock, schema: pa.Schema) -> pa.RecordBatch:
     """Return cells as a record batch.
 
     Args:
-        counts: their raw counts.
-        cell_ids: of these cells. Shape (cells,).
-        obs: their columns. Shape (cells, columns).
+        cells: raw counts, ids and obs columns of the cells.
         schema: as `cache_schema` returns it.
 
     Raises:
         ValueError: a count is larger than 4,294,967,295.
     """
-    if (largest := counts.data.max(initial=0)) > LARGEST:
+    counts, genes, indptr = cells.data, cells.indices, cells.indptr
+    if (largest := counts.max(initial=0)) > LARGEST:
         raise ValueError(f"found a count of {largest:,.0f}; a cache holds counts up to {LARGEST:,}")
-    offsets, is_large = counts.indptr.astype(np.int32), np.flatnonzero(counts.data >= ESCAPE)
-    small = counts.data if counts.data.dtype == np.uint16 else np.minimum(counts.data, ESCAPE)
+    offsets, is_large = indptr.astype(np.int32), np.flatnonzero(counts >= ESCAPE)
+    small = counts if counts.dtype == np.uint16 else np.minimum(counts, ESCAPE)
     small = small.astype(np.uint8)  # of two bytes the lower one
     small[is_large] = ESCAPE
-    genes = counts.indices.astype(schema.field("gene").type.value_type.to_pandas_dtype(), copy=False)
+    genes = genes.astype(schema.field("gene").type.value_type.to_pandas_dtype(), copy=False)
     columns = [
-        pa.array(cell_ids),
+        pa.array(cells.cell_ids),
         pa.ListArray.from_arrays(offsets, genes),
         pa.ListArray.from_arrays(offsets, small),
-        pa.ListArray.from_arrays(np.searchsorted(is_large, offsets), counts.data[is_large].astype(np.uint32)),
-        *(_encode_column(obs[field.name], field.type) for field in list(schema)[len(CELL_COLUMNS) :]),
+        pa.ListArray.from_arrays(np.searchsorted(is_large, offsets), counts[is_large].astype(np.uint32)),
+        *(_encode_column(cells.obs[field.name], field.type) for field in list(schema)[len(CELL_COLUMNS) :]),
     ]
     return pa.RecordBatch.from_arrays(columns, schema=schema)
 

@@ -120,13 +120,13 @@ class CacheSource:
         cell_ids = require_cell_ids(cell_ids, self._offered)
         require_columns(columns, self.columns)
         shard_of_cell = np.searchsorted([record.last_cell for record in self._records], cell_ids)
-        found = find_cells(
-            self._shards, shard_of_cell, cell_ids, len(self.genes), self._pool, n_threads=self._n_threads
-        )
         obs = pd.DataFrame(index=pd.Index(cell_ids, name="cell_id"))
         for name in columns:
             obs[name] = self._column(name)[np.searchsorted(self._cell_ids, cell_ids)]
-        return CellBlock(found.gather, obs, cell_ids)
+        n_genes, n_threads = len(self.genes), self._n_threads
+        return find_cells(
+            self._shards, shard_of_cell, obs, cell_ids, n_genes=n_genes, pool=self._pool, n_threads=n_threads
+        )
 
     def describe(self) -> dict[str, Any]:
         """Return where the cells come from: the description of the source that was cached, and this folder."""

@@ -14,7 +14,7 @@ import pandas as pd
 import pyarrow as pa
 from numba import njit
 
-from scgpt_hf.cells.block import Int64Array, Rows
+from scgpt_hf.cells.block import CellBlock, CsrArrays, Int64Array
 from scgpt_hf.cells.cache.format import CELL_COLUMNS, ESCAPE, Array, cache_schema
 from scgpt_hf.cells.cache.manifest import REMEDY, CacheError
 from scgpt_hf.cells.soma.layout import TILE
@@ -84,43 +84,54 @@ class Shard:
         return column
 
 
-class FoundCells:
-    """Cells found in their shards, in the order they were asked for, and copied when asked for again.
-
-    Args:
-        shards: mapped files.
-        shard_of_cell: which of them holds each cell. Shape (cells,).
-        places: where it lies there, as `_find_cells` says. Shape (cells, 3).
-        lengths: its genes. Shape (cells,).
-        n_genes: columns of a matrix.
-    """
+class MappedBlock(CellBlock):
+    """A block whose counts stay in the mapped shards until its rows are needed."""
 
     def __init__(
-        self, shards: Sequence[Shard], shard_of_cell: Array, places: Int64Array, lengths: Int64Array, n_genes: int
+        self,
+        shards: Sequence[Shard],
+        shard_of_cell: Array,
+        places: tuple[Int64Array, Int64Array],
+        obs: pd.DataFrame,
+        cell_ids: Int64Array,
+        *,
+        n_genes: int,
     ) -> None:
-        self._shards, self._shard_of_cell, self._places, self._lengths = shards, shard_of_cell, places, lengths
-        self._n_genes = n_genes
+        """Create a block of cells in any order.
 
-    def gather(self, cells: Int64Array) -> Rows:
-        """Return the cells at these positions, in this order.
+        Args:
+            shards: mapped files.
+            shard_of_cell: the shard of each cell. Shape (cells,).
+            places: the position of each cell in its shard as `_find_cells` fills it, shape (cells, 3), and its number
+                of genes, shape (cells,).
+            obs: obs columns of the block, indexed by cell id. Shape (cells, columns).
+            cell_ids: the ids of the cells. Shape (cells,).
+            n_genes: number of genes of the cache.
+        """
+        super().__init__(None, obs, cell_ids, n_genes=n_genes)
+        self._shards, self._shard_of_cell = shards, shard_of_cell
+        self._places, self._lengths = places
+
+    def _gather(self, positions: Int64Array) -> CsrArrays:
+        """Copy the cells at the given positions from the shards.
 
         Raises:
-            CacheError: a cell has a gene that is none of the cache's.
+            CacheError: a cell has a gene that the cache does not have.
         """
-        indptr = np.concatenate([[0], np.cumsum(self._lengths[cells])])
-        genes = np.empty(indptr[-1], np.uint16 if self._n_genes <= 2**16 else np.int32)
+        indptr, n_genes = np.concatenate([[0], np.cumsum(self._lengths[positions])]), self.shape[1]
+        genes = np.empty(indptr[-1], np.uint16 if n_genes <= 2**16 else np.int32)
         counts: Array = np.empty(indptr[-1], np.uint16)
-        if self._copy(cells, indptr, genes, counts):
+        if self._copy(positions, indptr, genes, counts):  # large counts are rare: copy the cells a second time
             counts = np.empty(indptr[-1], np.float32)
-            self._copy(cells, indptr, genes, counts)
-        if (largest := genes.max(initial=0)) >= self._n_genes:
+            self._copy(positions, indptr, genes, counts)
+        if (largest := genes.max(initial=0)) >= n_genes:
             folder = self._shards[0].path.parent
-            raise CacheError(f"{folder} has {self._n_genes:,} genes, and cells with gene {largest:,}; {REMEDY}")
-        return Rows(counts, genes, indptr, (len(cells), self._n_genes))
+            raise CacheError(f"{folder} has {n_genes:,} genes, and cells with gene {largest:,}; {REMEDY}")
+        return counts, genes, indptr
 
-    def _copy(self, cells: Int64Array, indptr: Int64Array, genes: Array, counts: Array) -> int:
+    def _copy(self, positions: Int64Array, indptr: Int64Array, genes: Array, counts: Array) -> int:
         """Fill genes and counts; return how many counts do not fit 16 bits."""
-        places, shard_of_cell = self._places[cells], self._shard_of_cell[cells]
+        places, shard_of_cell = self._places[positions], self._shard_of_cell[positions]
         order = np.lexsort((places[:, 0], shard_of_cell))  # so that memory is walked through forwards
         return sum(
             _copy_cells(shard.genes, shard.bytes, shard.ints, part, places, indptr, genes, counts)
@@ -129,17 +140,25 @@ class FoundCells:
 
 
 def find_cells(
-    shards: Sequence[Shard], shard_of_cell: Array, cell_ids: Int64Array, n_genes: int, pool: Executor, n_threads: int
-) -> FoundCells:
-    """Return cells of any shards, in the order given, with their bytes brought into memory.
+    shards: Sequence[Shard],
+    shard_of_cell: Array,
+    obs: pd.DataFrame,
+    cell_ids: Int64Array,
+    *,
+    n_genes: int,
+    pool: Executor,
+    n_threads: int,
+) -> CellBlock:
+    """Find cells in their shards, bring their bytes into memory, and return them as a block, in the order given.
 
     Args:
         shards: mapped files.
-        shard_of_cell: which of them holds each cell. Shape (cells,).
-        cell_ids: the cells; each is in its shard. Shape (cells,).
-        n_genes: of the cache.
-        pool: runs the search.
-        n_threads: parts that are searched at the same time.
+        shard_of_cell: the shard of each cell. Shape (cells,).
+        obs: obs columns of the block, indexed by cell id. Shape (cells, columns).
+        cell_ids: the ids of the cells; each is in its shard. Shape (cells,).
+        n_genes: number of genes of the cache.
+        pool: executor that runs the search.
+        n_threads: number of parts that are searched at the same time.
     """
     order = np.lexsort((cell_ids, shard_of_cell))
     places, lengths = np.empty((len(cell_ids), 3), np.int64), np.empty(len(cell_ids), np.int64)
@@ -153,7 +172,7 @@ def find_cells(
 
     for done in [pool.submit(find, part) for part in np.array_split(order, n_threads)]:
         done.result()
-    return FoundCells(shards, shard_of_cell, places, lengths, n_genes)
+    return MappedBlock(shards, shard_of_cell, (places, lengths), obs, cell_ids, n_genes=n_genes)
 
 
 def gather_obs(

@@ -110,15 +110,15 @@ class CachingSource:
         kept, other = np.flatnonzero(part_of >= 0), np.flatnonzero(part_of < 0)
         if not len(kept):
             return self._read_source(cell_ids, columns)
-        where = self._parts, part_of[kept], cell_ids[kept]
-        found = find_cells(*where, len(self.genes), self._pool, _N_THREADS)
-        obs = gather_obs(*where, columns)
-        counts = CellBlock(found.gather, obs, cell_ids[kept]).counts  # at once: when the cache is whole, the parts go
+        parts, part_of_cell, ids, n_genes = self._parts, part_of[kept], cell_ids[kept], len(self.genes)
+        obs = gather_obs(parts, part_of_cell, ids, columns)
+        found = find_cells(parts, part_of_cell, obs, ids, n_genes=n_genes, pool=self._pool, n_threads=_N_THREADS)
+        counts = found.counts  # at once: when the cache is whole, the parts go
         if len(other):
             block, order = self._read_source(cell_ids[other], columns), np.argsort(np.concatenate([kept, other]))
             counts = vstack([counts, block.counts], format="csr")[order]
             obs = pd.concat([obs.astype(object), block.obs.astype(object)]).iloc[order]
-        return CellBlock(counts, obs, cell_ids)
+        return CellBlock.from_scipy(counts, obs, cell_ids)
 
     def finish(self) -> CacheSource:
         """Return the whole cache, once every process has called this: what was read becomes its shards.

@@ -160,7 +160,7 @@ class H5adSource:
             blocks.append(csr_matrix((counts.data, place[counts.indices], counts.indptr), shape=shape))
         counts = vstack(blocks, format="csr")[np.argsort(order)]
         counts.sort_indices()
-        return CellBlock(counts, self._obs.loc[cell_ids, list(columns)], cell_ids)
+        return CellBlock.from_scipy(counts, self._obs.loc[cell_ids, list(columns)], cell_ids)
 
     def describe(self) -> dict[str, Any]:
         """Return where the cells come from; see `CellSource.describe`."""

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from scgpt_hf.cells.block import CellBlock, Int64Array, gene_hash, name_layers, require_cell_ids, require_counts
 from scgpt_hf.cells.obs import full_filter, require_columns, select_obs
 from scgpt_hf.cells.schedule.epoch import CHUNK_SIZE
-from scgpt_hf.cells.soma.chunks import Chunk, Chunks, read_chunk
+from scgpt_hf.cells.soma.chunks import Chunk, ChunkedBlock, read_chunk
 from scgpt_hf.cells.soma.native.fragments import PlainArray, open_plain
 from scgpt_hf.cells.soma.remote import RetryPolicy, is_remote, open_context
 from scgpt_hf.cells.threads import DaemonThreadPool, n_cores
@@ -142,10 +142,11 @@ class CensusSource:
         edges = np.flatnonzero(np.diff(ascending // CHUNK_SIZE)) + 1
         read_one = partial(self._read_chunk, self._plain)  # found once, not by every thread
         chunks = list(self._threads().map(read_one, np.split(ascending, edges))) if len(order) else []
-        gather = Chunks(chunks, np.split(order, edges) if chunks else [], len(self.genes)).gather
+        places = np.split(order, edges) if chunks else []
+        block = ChunkedBlock(chunks, places, self._read_obs(cell_ids, columns), cell_ids, n_genes=len(self.genes))
         if not all(chunk.raw for chunk in chunks):
-            self._refuse(gather(np.arange(len(cell_ids))).data, ascending)
-        return CellBlock(gather, self._read_obs(cell_ids, columns), cell_ids)
+            self._refuse(block.data, ascending)
+        return block
 
     def describe(self) -> dict[str, Any]:
         """Return where the cells come from; see `CellSource.describe`."""

@@ -1,7 +1,7 @@
 """Rows of a SOMA sparse array, a chunk of 2,048 at a time, kept small until they are asked for.
 
 Decides how the entries of a chunk are read, put into order and kept: in one word each, of four bytes where they fit. A
-block stays in its chunks; `Chunks.gather` makes the rows of a few of its cells. `census.py` says which chunk is read by
+block stays in its chunks; `ChunkedBlock` unpacks the rows of a few of its cells. `census.py` says which chunk is read by
 which thread. The loops over entries are compiled and release the GIL, so that threads read at the same time.
 """
 
@@ -9,12 +9,13 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import tiledbsoma as soma
 from numba import njit
 from numpy.typing import NDArray
 
-from scgpt_hf.cells.block import Int64Array, Rows
+from scgpt_hf.cells.block import CellBlock, CsrArrays, Int64Array
 from scgpt_hf.cells.soma.layout import TILE
 from scgpt_hf.cells.soma.native.fragments import PlainArray
 from scgpt_hf.cells.soma.native.tiles import read_entries
@@ -50,36 +51,48 @@ class Chunk(NamedTuple):
         return bool((np.isfinite(counts) & (counts > 0) & (counts == np.floor(counts))).all())
 
 
-class Chunks:
-    """The cells of many chunks, in the order they were asked for.
+class ChunkedBlock(CellBlock):
+    """A block whose counts stay packed in chunks until its rows are needed."""
 
-    Args:
-        chunks: as read.
-        places: the position of each cell of each chunk.
-        n_genes: columns of a matrix.
-    """
+    def __init__(
+        self,
+        chunks: Sequence[Chunk],
+        places: Sequence[Int64Array],
+        obs: pd.DataFrame,
+        cell_ids: Int64Array,
+        *,
+        n_genes: int,
+    ) -> None:
+        """Create a block of cells in any order.
 
-    def __init__(self, chunks: Sequence[Chunk], places: Sequence[Int64Array], n_genes: int) -> None:
-        n_cells = sum(map(len, places))
-        self._bands, self._n_genes = chunks, n_genes
+        Args:
+            chunks: as read.
+            places: for each chunk, the position in the block of each of its cells.
+            obs: obs columns of the block, indexed by cell id. Shape (cells, columns).
+            cell_ids: the ids of the cells. Shape (cells,).
+            n_genes: number of columns of the matrix.
+        """
+        super().__init__(None, obs, cell_ids, n_genes=n_genes)
+        n_cells, self._chunks = len(cell_ids), chunks
         narrow = all(chunk.words.dtype == np.uint32 for chunk in chunks)
         self._kinds = (np.uint16, np.uint16) if narrow else (np.int32, np.float32)
-        self._band, self._row, self._length = (np.empty(n_cells, np.int64) for _ in range(3))
+        self._chunk_of_cell, self._row, self._length = (np.empty(n_cells, np.int64) for _ in range(3))
         for number, (chunk, cells) in enumerate(zip(chunks, places, strict=True)):
-            self._band[cells], self._row[cells], self._length[cells] = number, range(len(cells)), np.diff(chunk.indptr)
+            self._chunk_of_cell[cells], self._row[cells] = number, range(len(cells))
+            self._length[cells] = np.diff(chunk.indptr)
 
-    def gather(self, cells: Int64Array) -> Rows:
-        """Return the cells at these positions, in this order."""
-        indptr = np.concatenate([[0], np.cumsum(self._length[cells])])
+    def _gather(self, positions: Int64Array) -> CsrArrays:
+        indptr = np.concatenate([[0], np.cumsum(self._length[positions])])
         genes, counts = (np.empty(indptr[-1], kind) for kind in self._kinds)
-        order = np.argsort(self._band[cells], kind="stable")
-        for part in np.split(order, np.flatnonzero(np.diff(self._band[cells[order]])) + 1) if len(cells) else []:
-            chunk = self._bands[self._band[cells[part[0]]]]
+        chunk_of_cell = self._chunk_of_cell[positions]
+        order = np.argsort(chunk_of_cell, kind="stable")
+        for part in np.split(order, np.flatnonzero(np.diff(chunk_of_cell[order])) + 1) if len(order) else []:
+            chunk = self._chunks[chunk_of_cell[part[0]]]
             unpack, into = (
                 (_unpack, counts) if chunk.words.dtype == np.uint32 else (_unpack_wide, counts.view(np.uint32))
             )
-            unpack(chunk.indptr, chunk.words, self._row[cells[part]], indptr[part], genes, into)
-        return Rows(counts, genes, indptr, (len(cells), self._n_genes))
+            unpack(chunk.indptr, chunk.words, self._row[positions[part]], indptr[part], genes, into)
+        return counts, genes, indptr
 
 
 def read_chunk(array: soma.SparseNDArray | PlainArray, cell_ids: Int64Array) -> Chunk:

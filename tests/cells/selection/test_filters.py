@@ -51,7 +51,7 @@ class MemorySource:
     def read(self, cell_ids: np.ndarray, columns: Sequence[str] = ()) -> CellBlock:
         self.reads.append(len(cell_ids))
         counts = self.counts[np.searchsorted(self.cell_ids, cell_ids)]
-        return CellBlock(counts, self.obs(columns).loc[cell_ids], cell_ids)
+        return CellBlock.from_scipy(counts, self.obs(columns).loc[cell_ids], cell_ids)
 
     def describe(self) -> dict[str, Any]:
         return {"kind": self.kind, "layer": "raw"}
