@@ -1,13 +1,60 @@
 """Raw counts are told from everything else, and cell ids are checked before anything is read."""
 
 import numpy as np
+import pandas as pd
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from scipy.sparse import csr_matrix
 
-from scgpt_hf.cells.block import gene_hash, name_layers, require_cell_ids, require_counts
+from scgpt_hf.cells.block import CellBlock, gene_hash, name_layers, require_cell_ids, require_counts
+
+
+def block_of(counts, dtype=np.float32):
+    """A block of these cells, with a label each."""
+    matrix = csr_matrix(counts)
+    arrays = matrix.data.astype(dtype), matrix.indices.astype(np.uint16), matrix.indptr
+    cell_ids = np.arange(len(counts), dtype=np.int64) * 10
+    return CellBlock(arrays, pd.DataFrame({"label": cell_ids + 1}, index=cell_ids), cell_ids, n_genes=matrix.shape[1])
+
+
+@given(
+    counts=arrays(np.uint16, (5, 4), elements=st.integers(0, 9)),
+    positions=st.one_of(st.lists(st.integers(0, 4)), st.sampled_from([[], [1, 2, 3], [0, 1, 2, 3, 4]])),
+)
+def test_take_returns_the_rows_at_any_positions_with_their_labels_and_their_dtype(counts, positions):
+    block = block_of(counts, np.uint16)
+    taken = block.take(np.array(positions, np.int64))
+    assert (taken.counts.toarray() == counts[positions]).all()
+    assert (taken.data.dtype, taken.indices.dtype, taken.shape) == (np.uint16, np.uint16, (len(positions), 4))
+    assert taken.cell_ids.tolist() == taken.obs.index.tolist() == [10 * position for position in positions]
+    assert taken.obs["label"].tolist() == [10 * position + 1 for position in positions]
+    assert len(taken) == len(positions)
+
+
+def test_counts_are_a_float32_matrix_that_is_built_once():
+    block = block_of(np.eye(3, dtype=np.int64), np.uint16)
+    assert block.counts is block.counts
+    assert (block.counts.dtype, block.counts.indices.dtype) == (np.float32, np.int32)
+    assert (block.counts.toarray() == np.eye(3)).all()
+
+
+def test_a_block_of_a_scipy_matrix_shares_its_arrays():
+    matrix = csr_matrix(np.eye(3, dtype=np.float32))
+    block = CellBlock.from_scipy(matrix, pd.DataFrame(index=range(3)), np.arange(3))
+    assert np.shares_memory(block.data, matrix.data)
+    assert np.shares_memory(block.counts.data, matrix.data)
+    assert np.shares_memory(block.take(np.array([1, 2])).data, matrix.data)
+
+
+def test_with_obs_keeps_the_cells_and_drops_the_other_columns():
+    block = block_of(np.eye(3))
+    without = block.with_obs([])
+    assert list(without.obs) == []
+    assert list(block.obs) == ["label"]
+    assert without.cell_ids is block.cell_ids
+    assert (without.counts != block.counts).nnz == 0
 
 
 @given(counts=arrays(np.float32, (3, 4), elements=st.integers(0, 2**20)))

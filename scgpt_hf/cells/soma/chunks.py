@@ -1,8 +1,8 @@
 """Rows of a SOMA sparse array, a chunk of 2,048 at a time, kept small until they are asked for.
 
-Decides how the entries of a chunk are read, put into order and kept: in one word each, of four bytes where they fit. A
-block stays in its chunks; `ChunkedBlock` unpacks the rows of a few of its cells. `census.py` says which chunk is read by
-which thread. The loops over entries are compiled and release the GIL, so that threads read at the same time.
+Decides how the entries of a chunk are read, put into order and kept: in one word each, of four bytes where they fit.
+`ChunkedBlock` keeps its chunks and unpacks the rows of a few of its cells. `census.py` says which thread reads a chunk.
+The loops over entries are compiled and release the GIL, so that threads read at the same time.
 """
 
 from collections.abc import Iterator, Sequence
