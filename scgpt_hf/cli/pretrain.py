@@ -22,7 +22,7 @@ from scgpt_hf.reporting.run_figures import write_run_figures
 from scgpt_hf.training import pretraining
 from scgpt_hf.training.device import set_cpu_threads
 from scgpt_hf.training.dry_run import describe_run
-from scgpt_hf.training.fault_tolerance.signals import Interrupted
+from scgpt_hf.training.fault_tolerance.signals import Interrupted, StopSignal
 from scgpt_hf.training.recipe import begin_run, build_model, build_processor, open_cells, save_selection
 from scgpt_hf.training.run_folder import CARD, write_whole
 from scgpt_hf.training.settings import parse_settings
@@ -51,7 +51,7 @@ def main() -> None:  # noqa: C901
             return
         if checkpoint and pretraining.is_finished(folder, data_module.schedule):
             return
-        trainer = pretraining.make_trainer(data_module, model, args)
+        trainer = pretraining.make_trainer(data_module, model, args, StopSignal())
         if args.process_index == 0 and checkpoint is None:
             trainer.add_callback(pretraining.WhenItBegins(lambda: save_selection(selection, source, settings)))
         trainer.train(resume_from_checkpoint=checkpoint)

@@ -32,6 +32,7 @@ from scgpt_hf.tokens.processing_scgpt import ScGPTProcessor
 from scgpt_hf.training.baselines import Baselines, baselines_from, sum_bins, sum_errors
 from scgpt_hf.training.cache_dir import chunk_order, open_caching
 from scgpt_hf.training.fault_tolerance.checkpoints import Manifest, manifest_of
+from scgpt_hf.training.fault_tolerance.signals import StopSignal
 from scgpt_hf.training.provenance import composition_of, training_of
 from scgpt_hf.training.recipe import Selection, global_batch_size
 from scgpt_hf.training.run_folder import (
@@ -176,8 +177,13 @@ def measure_baselines(data_module: DataModule, accelerator: Accelerator) -> Base
     return baselines_from(over_ranks(torch.from_numpy(errors), accelerator).numpy())
 
 
-def make_trainer(data_module: DataModule, model: ScGPTForPreTraining, args: TrainingSettings) -> ScGPTTrainer:
-    """Return the trainer of a run, metrics.jsonl included.
+def make_trainer(
+    data_module: DataModule,
+    model: ScGPTForPreTraining,
+    args: TrainingSettings,
+    stop_signal: StopSignal | None = None,
+) -> ScGPTTrainer:
+    """Return the trainer of a run, metrics.jsonl included; it handles signals only if `stop_signal` is passed.
 
     Raises:
         OSError: the disk has no room for the checkpoints.
@@ -198,6 +204,7 @@ def make_trainer(data_module: DataModule, model: ScGPTForPreTraining, args: Trai
         validation_stream=data_module.validation,
         n_validation_steps=data_module.n_validation_steps,
         callbacks=[MetricsFile(Path(args.output_dir))],
+        stop_signal=stop_signal,
     )
     trainer.baselines = measure_baselines(data_module, trainer.accelerator)
     _require_known_metric(trainer)

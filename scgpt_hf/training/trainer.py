@@ -77,7 +77,7 @@ class ScGPTTrainer(FaultTolerantTrainer):
         micro_batches = self.args.gradient_accumulation_steps
         train_stream = pin_batches(train_stream, self.args.device)
         epoch_ends = [end * micro_batches for end in self.schedule.epoch_ends]
-        self.loader = StreamLoader(train_stream, epoch_ends, while_waiting=self.signal.check)
+        self.loader = StreamLoader(train_stream, epoch_ends, while_waiting=self.check_stop_signal)
         self.throughput = Throughput(config, self.args.device, self.args.world_size)
         self.add_callback(_TrueEpoch(self.schedule))
 
@@ -216,7 +216,7 @@ class ScGPTTrainer(FaultTolerantTrainer):
 
         All ranks run a sharded model, or none can: one that has a batch less ends with its last one again.
         """
-        with closing(prefetch(self.validation_stream(), while_waiting=self.signal.check)) as batches:
+        with closing(prefetch(self.validation_stream(), while_waiting=self.check_stop_signal)) as batches:
             for _ in range(self.n_validation_rounds):
                 if taken := self.take(batches, 1):
                     (batch,) = taken

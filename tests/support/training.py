@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from transformers import set_seed
 
+from scgpt_hf.training.fault_tolerance.signals import StopSignal
 from scgpt_hf.training.pretraining import DataModule, make_trainer
 from scgpt_hf.training.recipe import begin_run, build_model, build_processor, open_cells, save_selection
 from scgpt_hf.training.settings import parse_settings
@@ -27,13 +28,16 @@ EVERY_4 = (
 )
 
 
-def prepare(census: Path, folder: Path, *flags: str) -> tuple[ScGPTTrainer, DataModule, str | None]:
+def prepare(
+    census: Path, folder: Path, *flags: str, stop_signal: StopSignal | None = None
+) -> tuple[ScGPTTrainer, DataModule, str | None]:
     """Set up a pretraining run as the command line does, up to the call of `train`.
 
     Args:
         census: the cells to train on.
         folder: the run folder.
         flags: settings that differ from `TINY`.
+        stop_signal: handles signals while the trainer runs; the command line passes one.
 
     Returns:
         The trainer, its data module, and the checkpoint that `train` must resume from, or None for a new run.
@@ -45,7 +49,7 @@ def prepare(census: Path, folder: Path, *flags: str) -> tuple[ScGPTTrainer, Data
     processor = build_processor(selection.genes, settings.data, source)
     model = build_model(processor, settings.model, selection.domains, settings.data.batch_key)
     data_module = DataModule(source, selection, processor, settings, checkpoint)
-    trainer = make_trainer(data_module, model, settings.training)
+    trainer = make_trainer(data_module, model, settings.training, stop_signal)
     if checkpoint is None and settings.training.process_index == 0:
         save_selection(selection, source, settings)
     return trainer, data_module, checkpoint

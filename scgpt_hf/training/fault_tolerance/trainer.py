@@ -7,6 +7,7 @@ here but in `trainer.py`.
 import json
 import logging
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -63,11 +64,15 @@ class FaultTolerantTrainer(Trainer):
     args: TrainingSettings
     model: Any
 
-    def __init__(self, *, schedule: RunSchedule, **trainer_arguments: Any) -> None:
+    def __init__(
+        self, *, schedule: RunSchedule, stop_signal: StopSignal | None = None, **trainer_arguments: Any
+    ) -> None:
         """Follow a schedule.
 
         Args:
             schedule: which cells each step trains on.
+            stop_signal: handles SIGTERM and SIGINT while `train` runs: the first one saves a checkpoint and stops. None
+                leaves the signal handlers of the process alone.
             trainer_arguments: of `transformers.Trainer`.
 
         Raises:
@@ -85,7 +90,7 @@ class FaultTolerantTrainer(Trainer):
         self.ranks = Ranks(self.args.world_size, self.args.process_index, self.args.ddp_timeout)
         limit = self.args.max_bad_steps + (HALVINGS_OF_FP16 if self.args.fp16 else 0)
         self.guard = NonFiniteGuard(limit, schedule.cells, tells=self.ranks.is_first)
-        self.signal = StopSignal()
+        self.stop_signal = stop_signal
         self.window, self.step_shares = Window(), dict[str, torch.Tensor]()
         self._saved_step = -1
         self._writes_into: Path | None = None
@@ -100,8 +105,13 @@ class FaultTolerantTrainer(Trainer):
             OSError: cells could not be read, after a checkpoint; or a checkpoint could not be written.
             ValueError: the checkpoint does not fit the model.
         """
-        with self.signal:
+        with self.stop_signal or nullcontext():
             return super().train(*arguments, **keywords)
+
+    def check_stop_signal(self) -> None:
+        """Raise `InterruptedError` if a stop signal has arrived; called while the trainer waits for a batch."""
+        if self.stop_signal is not None:
+            self.stop_signal.check()
 
     def set_initial_training_values(self, *arguments: Any) -> tuple[Any, ...]:
         """Return the library's numbers, with the epochs that the schedule has left and all its steps."""
@@ -135,7 +145,8 @@ class FaultTolerantTrainer(Trainer):
             taken = list(islice(batches, number))
         except Exception as error:  # noqa: BLE001 — raised again below, on all processes and after a checkpoint
             problem = error
-        if told := self.ranks.all_reduce_max(self.signal.number or (_CANNOT_READ if problem else 0)):
+        received = self.stop_signal.number if self.stop_signal else 0
+        if told := self.ranks.all_reduce_max(received or (_CANNOT_READ if problem else 0)):
             self._stop(told, problem)
         return taken
 

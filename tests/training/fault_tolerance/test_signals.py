@@ -47,7 +47,7 @@ def test_a_signal_ends_in_a_checkpoint_from_which_the_run_goes_on_exactly(
 ):
     run, uninterrupted = whole
     step = uninterrupted.schedule.epoch_ends[0] if step == "end of an epoch" else step
-    trainer, _, _ = prepare(small_census, tmp_path / "run", *EVERY_4)
+    trainer, _, _ = prepare(small_census, tmp_path / "run", *EVERY_4, stop_signal=StopSignal())
     trainer.add_callback(Send(number, step))
     before = signal.getsignal(number)
     with pytest.raises(Interrupted, match=f"by {number.name} after step {step}; nothing is lost") as caught:
@@ -67,7 +67,7 @@ def test_a_signal_before_the_first_step_leaves_a_run_to_resume(small_census, tmp
         def on_train_begin(self, *_, **__):
             os.kill(os.getpid(), signal.SIGTERM)
 
-    trainer, _, _ = prepare(small_census, tmp_path / "run", *EVERY_4)
+    trainer, _, _ = prepare(small_census, tmp_path / "run", *EVERY_4, stop_signal=StopSignal())
     trainer.add_callback(SendAtOnce())
     with pytest.raises(Interrupted, match="after step 0"):
         trainer.train()
@@ -81,7 +81,7 @@ def test_a_signal_before_the_first_step_leaves_a_run_to_resume(small_census, tmp
 
 def test_a_validation_is_given_up_for_a_signal(small_census, whole, tmp_path):
     """It is made up for when the run goes on."""
-    trainer, data_module, _ = prepare(small_census, tmp_path / "run", *EVERY_4)
+    trainer, data_module, _ = prepare(small_census, tmp_path / "run", *EVERY_4, stop_signal=StopSignal())
     seen = []
 
     def validation():
@@ -102,7 +102,7 @@ def test_a_validation_is_given_up_for_a_signal(small_census, whole, tmp_path):
 
 def test_a_signal_is_obeyed_while_cells_do_not_come(small_census, tmp_path, monkeypatch):
     monkeypatch.setattr(threads, "JOIN_TIMEOUT_S", 0.1)
-    trainer, _, _ = prepare(small_census, tmp_path / "run", *EVERY_4)
+    trainer, _, _ = prepare(small_census, tmp_path / "run", *EVERY_4, stop_signal=StopSignal())
     opened, come = trainer.loader.open_stream, threading.Event()
 
     def silent_after_3(first):
@@ -122,16 +122,35 @@ def test_a_signal_is_obeyed_while_cells_do_not_come(small_census, tmp_path, monk
 
 
 def test_a_signal_after_the_last_step_is_sent_again(small_census, tmp_path):
-    trainer, _, _ = prepare(small_census, tmp_path / "run", *EVERY_4, "--max_steps", "3", "--eval_strategy", "no")
+    trainer, _, _ = prepare(
+        small_census, tmp_path / "run", *EVERY_4, "--max_steps", "3", "--eval_strategy", "no", stop_signal=StopSignal()
+    )
     trainer.add_callback(Send(signal.SIGINT, 3))
     with pytest.raises(KeyboardInterrupt):
         trainer.train()
     assert [path.name for path in checkpoints_in(tmp_path / "run")] == ["checkpoint-3"]
 
 
-def test_other_threads_leave_signals_alone():
-    import threading
+def test_a_trainer_without_a_stop_signal_leaves_the_handlers_alone(small_census, tmp_path):
+    """A library call must not change what Ctrl-C does in the caller's process."""
 
+    class Watch(TrainerCallback):
+        def on_step_end(self, *_, **__):
+            seen.append([signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)])
+
+    seen = []
+    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+    trainer, _, _ = prepare(small_census, tmp_path / "run", *EVERY_4)
+    trainer.add_callback(Watch())
+    trainer.add_callback(Send(signal.SIGINT, 6))
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    assert seen == [before] * len(seen)
+    assert newest_valid(tmp_path / "run").name == "checkpoint-4"
+    assert not [thread.name for thread in threading.enumerate() if thread.name == "scgpt-read-ahead"]
+
+
+def test_other_threads_leave_signals_alone():
     before = signal.getsignal(signal.SIGTERM)
     seen = []
 
@@ -148,7 +167,7 @@ def test_other_threads_leave_signals_alone():
 def test_a_second_signal_ends_the_process_at_once():
     code = (
         "import signal, time\n"
-        "from stopping import StopSignal\n"
+        "from signals import StopSignal\n"
         "with StopSignal() as stop:\n"
         "    print('ready', flush=True)\n"
         "    while True:\n"

@@ -12,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from scgpt_hf.training.fault_tolerance.checkpoints import newest_valid, verify
 from scgpt_hf.training.fault_tolerance.nonfinite import all_finite
-from scgpt_hf.training.fault_tolerance.signals import Interrupted
+from scgpt_hf.training.fault_tolerance.signals import Interrupted, StopSignal
 from tests.support.training import EVERY_4, QUIET, prepare, weights_of
 
 OBJECTIVES = {
@@ -55,7 +55,7 @@ def main(census: Path, scratch: Path) -> None:
     trainer.train()
     checks["skipped"] = trainer.window.n_good == 0 and all_finite(weights_of(trainer).values())
 
-    trainer, _, _ = run("told", *EVERY_4)
+    trainer, _, _ = prepare(census, scratch / "told", *EVERY_4, stop_signal=StopSignal())
     take = trainer.get_batch_samples
 
     def tell(*arguments):
