@@ -174,7 +174,7 @@ class CacheSource:
         """True at the id of each cell that matches the filter."""
         matching = self._cell_ids
         if self._filter is not None:
-            obs = pd.DataFrame({name: self._column(name) for name in self.columns})
+            obs = pd.DataFrame({name: self._column(name) for name in self.columns}, index=self._cell_ids)
             matching = matching[select_rows(obs, self._filter)]
         offered = np.zeros(int(self._cell_ids[-1]) + 1, dtype=np.bool_)
         offered[matching] = True

@@ -6,7 +6,6 @@ import logging
 import numpy as np
 import pandas as pd
 import pytest
-import tiledbsoma as soma
 from anndata import AnnData, concat
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -189,22 +188,3 @@ def test_a_file_that_may_not_be_read_is_not_taken_for_a_damaged_one(tmp_path, mo
     monkeypatch.setattr("scgpt_hf.cells.h5ad.reader.h5py.File", refuse)
     with pytest.raises(PermissionError, match=r"cells\.h5ad"):
         open_source(tmp_path / "cells.h5ad")
-
-
-def test_a_filter_is_answered_however_fast_its_table_was_written(monkeypatch, cells):
-    """TileDB orders what is written by milliseconds: of a table and its categories it may see the table alone."""
-    times = []
-
-    def noting(method):
-        def call(*args, **settings):
-            times.append(settings["tiledb_timestamp"])
-            return method(*args, **settings)
-
-        return call
-
-    for name in ("create", "open"):
-        monkeypatch.setattr(soma.DataFrame, name, noting(getattr(soma.DataFrame, name)))
-    cells.obs["donor_id"] = cells.obs["donor_id"].astype("category")
-    assert len(H5adSource(cells, obs_filter="donor_id == 'a'").obs()) == 15
-    assert len(times) == 3
-    assert times == sorted(set(times))

@@ -1,0 +1,245 @@
+"""SOMA value filters: pandas tables are filtered as TileDB filters the same table, with the same errors."""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pytest
+import tiledbsoma as soma
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from scgpt_hf.cells.obs import full_filter, select_obs, select_rows
+from scgpt_hf.cells.obs_filter import ObsFilter
+from scgpt_hf.cells.soma.memory import TILEDB_CONFIG
+
+WORDS = ["normal", "COVID-19", "", "it's", "a # b", "é"]
+# Literals that fit each column; the types of obs in a Census, in a cache, and in AnnData files.
+LITERALS: dict[str, Sequence[object]] = {
+    "tissue": WORDS,
+    "text": WORDS,
+    "grade": ["low", "high"],
+    "n genes": [-3, 0, 1, 2, 1000],
+    "small": [-3, 0, 1, 100],
+    "unsigned": [0, 1, 2, 255],
+    "age": [-1.5, 0, 0.1, 2.0],
+    "score": [-1.5, 0, 0.1, 2.0],
+    "whole": [0, 1, 2],
+    "primary": [True, False],
+    "flag": [True, False],
+    "label": [0, 1, 2],
+}
+ORDERED = [name for name in LITERALS if name not in ("tissue", "label")]
+
+
+@st.composite
+def tables(draw: st.DrawFn) -> pd.DataFrame:
+    """Return up to 12 cells with columns of every type that a filter can use; every nullable one has gaps."""
+    n_cells = draw(st.integers(1, 12))
+
+    def values(name: str, missing: object = None) -> list[object]:
+        options = [*LITERALS[name], missing] if missing is not ... else list(LITERALS[name])
+        return draw(st.lists(st.sampled_from(options), min_size=n_cells, max_size=n_cells))
+
+    return pd.DataFrame(
+        {
+            "tissue": pd.Categorical(values("tissue"), categories=WORDS),
+            "text": pd.array(values("text"), dtype="string"),
+            "grade": pd.Categorical(values("grade"), categories=["low", "high"], ordered=True),
+            "n genes": np.array(values("n genes", ...), dtype=np.int64),
+            "small": np.array(values("small", ...), dtype=np.int8),
+            "unsigned": np.array(values("unsigned", ...), dtype=np.uint8),
+            "age": np.array(values("age", np.nan), dtype=np.float64),
+            "score": np.array(values("score", np.nan), dtype=np.float32),
+            "whole": pd.array(values("whole"), dtype="Int64"),
+            "primary": np.array(values("primary", ...), dtype=np.bool_),
+            "flag": pd.array(values("flag"), dtype="boolean"),
+            "label": pd.Categorical(values("label"), categories=[2, 0, 1]),
+        }
+    )
+
+
+@st.composite
+def comparisons(draw: st.DrawFn) -> str:
+    """Return the text of one comparison that is valid for `tables`."""
+    name = draw(st.sampled_from(list(LITERALS)))
+    column = f"attr({name!r})" if " " in name or draw(st.booleans()) else name
+    literals = st.sampled_from(LITERALS[name])
+    kind = draw(st.sampled_from(["equal", "list", "missing", "order", "chain"]))
+    if kind == "list":
+        chosen = draw(st.lists(literals, min_size=1, max_size=3))
+        return f"{column} {draw(st.sampled_from(['in', 'not in']))} {chosen!r}"
+    if kind == "missing":
+        return f"{column} {draw(st.sampled_from(['==', '!=']))} None"
+    if kind == "equal" or name not in ORDERED:
+        symbol = draw(st.sampled_from(["==", "!="]))
+    else:
+        symbol = draw(st.sampled_from(["<", "<=", ">", ">="]))
+    literal = repr(draw(literals))
+    if kind == "chain" and name in ORDERED:
+        return f"{literal} <= {column} <= {draw(literals)!r}"
+    sides = [column, f"val({literal})" if draw(st.booleans()) and not literal.startswith("-") else literal]
+    return f" {symbol} ".join(sides if draw(st.booleans()) else sides[::-1])
+
+
+def filters() -> st.SearchStrategy[str]:
+    """Return filters that join comparisons in every way of the syntax."""
+
+    def join(inner: st.SearchStrategy[str]) -> st.SearchStrategy[str]:
+        words = st.sampled_from(["and", "or", "&", "|"])
+        return st.one_of(
+            st.builds("not ({})".format, inner), st.builds("({}) {} ({})".format, inner, words, inner), inner
+        )
+
+    return st.recursive(comparisons(), join, max_leaves=5)
+
+
+@pytest.fixture(scope="module")
+def write() -> Callable[[pd.DataFrame], soma.DataFrame]:
+    """Write a table to a SOMA dataframe in memory and open it."""
+
+    def write(table: pd.DataFrame) -> soma.DataFrame:
+        # mem:// belongs to its context. Timestamps: TileDB stores categories in a second version of the schema, and of
+        # two versions from the same millisecond it may read the first.
+        context = soma.SOMATileDBContext(tiledb_config={"sm.compute_concurrency_level": 1, **TILEDB_CONFIG})
+        arrow = pa.Table.from_pandas(table.assign(soma_joinid=np.arange(len(table))), preserve_index=False)
+        stored = {"schema": arrow.schema, "domain": [[0, max(len(table) - 1, 0)]], "context": context}
+        soma.DataFrame.create("mem://obs", **stored, tiledb_timestamp=1).close()
+        with soma.DataFrame.open("mem://obs", "w", context=context, tiledb_timestamp=2) as frame:
+            frame.write(arrow)
+        return soma.DataFrame.open("mem://obs", context=context, tiledb_timestamp=3)
+
+    return write
+
+
+def tiledb_rows(frame: soma.DataFrame, soma_filter: str) -> list[int]:
+    """Return the rows that TileDB selects."""
+    return frame.read(value_filter=soma_filter, column_names=["soma_joinid"]).concat()["soma_joinid"].to_pylist()
+
+
+@given(table=tables(), texts=st.lists(filters(), min_size=1, max_size=8))
+@settings(deadline=None, max_examples=40)
+def test_a_filter_selects_the_same_cells_from_a_table_as_from_a_soma(write, table, texts):
+    with write(table) as frame:
+        types = {field.name: field.type for field in frame.schema}
+        for text in texts:
+            parsed = ObsFilter(text)
+            assert np.flatnonzero(parsed.matches(table)).tolist() == tiledb_rows(frame, parsed.to_soma(types)), text
+
+
+@given(table=tables(), texts=st.lists(comparisons(), min_size=1, max_size=8))
+@settings(deadline=None, max_examples=40)
+def test_a_comparison_means_what_tiledbsoma_makes_of_the_text(write, table, texts):
+    with write(table) as frame:
+        for text in texts:
+            try:
+                expected = tiledb_rows(frame, text)
+            except soma.SOMAError:  # lists of booleans, of small integers, of negative numbers
+                continue
+            assert np.flatnonzero(ObsFilter(text).matches(table)).tolist() == expected, text
+
+
+OBS = pd.DataFrame(
+    {
+        "tissue": pd.Categorical(["blood", "lung", None]),
+        "age": [30, 40, 50],
+        "small": np.array([1, 2, 3], np.int8),
+        "score": [0.5, np.nan, 1.5],
+        "primary": [True, False, True],
+        "day": pd.to_datetime(["2020-01-01"] * 3),
+    }
+)
+
+
+@pytest.mark.parametrize(
+    ("obs_filter", "named"),
+    [
+        ("organ == 'blood'", "'organ'"),
+        ("attr('organ') in ['blood']", "'organ'"),
+        ("tissue == 1", "'tissue'"),
+        ("tissue < 'lung'", "'tissue'"),
+        ("age == '30'", "'age'"),
+        ("age < 30.5", "'age'"),
+        ("age == 1e999", "'age'"),
+        ("small == 200", "'small'"),
+        (f"score < {10**400}", "'score'"),
+        ("primary == 2", "'primary'"),
+        ("primary == 'True'", "'primary'"),
+        ("day > 0", "'day'"),
+    ],
+)
+def test_a_filter_that_does_not_fit_its_columns_raises_alike_for_a_table_and_a_soma(write, obs_filter, named):
+    messages = []
+    with write(OBS) as frame:
+        for select in (lambda: select_rows(OBS, obs_filter), lambda: select_obs(frame, obs_filter, ())):
+            with pytest.raises(ValueError, match=named) as raised:
+                select()
+            messages.append(str(raised.value))
+    assert obs_filter in messages[0]
+    # Arrow and TileDB name some types differently, e.g. string and large_string
+    assert messages[0].replace("large_", "") == messages[1].replace("large_", "")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("", "tissue", "True", "tissue = 'blood'", "tissue == 'blood') or (age == 30", "tissue == 'blood', age == 30"),
+        *("tissue == primary", "tissue == blood", "1 == 1", "tissue is None", "'blood' in tissue", "30 < age > None"),
+        *("tissue in []", "tissue in ('blood',)", "tissue in ['blood', None]", "tissue in ['blood'] in ['lung']"),
+        *("tissue == 'blood' & age == 30", "~(age == 30)", "(age == 30) ^ (age == 40)", "age + 1 == 31", "-age == 3"),
+        *(
+            "age == 3j",
+            "tissue == f'x'",
+            "tissue == b'x'",
+            "tissue == -'x'",
+            "tissue.name == 'x'",
+            "lower(tissue) == 'x'",
+        ),
+        *("attr(tissue) == 'x'", "attr('a', 'b') == 'x'", "attr() == 'x'", "tissue == val('a', 'b')", "age < None"),
+        *("(x := age) == 30", "lambda: age == 30", "age == 30 if True else False", "tissue == 'blo\x00od'"),
+    ],
+)
+def test_text_that_is_no_filter_raises_before_any_data_is_read(text):
+    with pytest.raises(ValueError, match="cannot parse the obs filter"):
+        ObsFilter(text)
+
+
+def test_columns_with_values_of_several_types_raise():
+    with pytest.raises(ValueError, match="'mixed'"):
+        ObsFilter("mixed == 'a'").matches(pd.DataFrame({"mixed": pd.Categorical(["a", 1])}))
+
+
+def test_a_category_that_no_cell_has_is_neither_below_nor_above_the_others():
+    grades = pd.DataFrame({"grade": pd.Categorical(["low", "high", None], categories=["low", "high"], ordered=True)})
+    for symbol in ("<", "<=", ">", ">="):
+        assert not ObsFilter(f"grade {symbol} 'middle'").matches(grades).any()
+
+
+def test_the_cell_id_can_be_filtered_on():
+    obs = OBS.set_index(pd.Index([10, 20, 30], name="cell_id"))
+    assert select_rows(obs, "soma_joinid in [10, 30]").tolist() == [0, 2]
+
+
+def test_a_filter_without_matches_raises(write):
+    with write(OBS) as frame:
+        for select in (lambda: select_rows(OBS, "age == 31"), lambda: select_obs(frame, "age == 31", ())):
+            with pytest.raises(ValueError, match="none of the 3 cells"):
+                select()
+    assert select_rows(OBS, None).tolist() == [0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (" age == 30 ", "(age == 30) and is_primary_data == True"),
+        ("age == 30 # years", "(age == 30) and is_primary_data == True"),
+        ("(age == 30  # years\n or age == 40)", "(age == 30 or age == 40) and is_primary_data == True"),
+        ("tissue == 'a # b'", "(tissue == 'a # b') and is_primary_data == True"),
+        (None, "is_primary_data == True"),
+    ],
+)
+def test_the_filter_on_primary_data_is_added_to_the_users_filter(text, expected):
+    found = full_filter(text, ["age", "is_primary_data"], primary_only=True)
+    assert found == expected
+    ObsFilter(found)
