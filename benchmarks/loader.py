@@ -33,8 +33,8 @@ from scgpt_hf.cells.soma.remote import open_context
 from scgpt_hf.cells.source import open_source
 from scgpt_hf.cells.threads import in_order, prefetch
 from scgpt_hf.pipeline.stream import StreamConfig, stream_cells
+from scgpt_hf.tokens.counts_scgpt import SparseCounts, slice_cells
 from scgpt_hf.tokens.processing_scgpt import ScGPTProcessor
-from scgpt_hf.tokens.tokenizing_scgpt import Block, rows_of
 
 BATCH = 32
 THIRD = "cell_type in ['CD4-positive, alpha-beta T cell', 'platelet']"  # of a synthetic Census, in runs of about 12
@@ -67,7 +67,7 @@ def plan_of(source: CensusSource) -> EpochPlan:
     return plan_epoch(source.obs().index.to_numpy(), seed=0, epoch=0, batch_size=BATCH)
 
 
-def raw_rows(source: CensusSource, plan: EpochPlan) -> Iterator[Block]:
+def raw_rows(source: CensusSource, plan: EpochPlan) -> Iterator[SparseCounts]:
     """Yield the CSR arrays of each batch of an epoch, shape (cells, genes); the next block is read meanwhile."""
     reads = (partial(source.read, plan.window(index).ravel()) for index in range(plan.n_windows))
     with ThreadPoolExecutor(2) as readers:
@@ -75,7 +75,7 @@ def raw_rows(source: CensusSource, plan: EpochPlan) -> Iterator[Block]:
             for together in range(0, len(block), GATHERED):
                 counts = block.take(np.arange(together, min(together + GATHERED, len(block))))
                 for first in range(0, counts.shape[0], BATCH):
-                    yield rows_of(counts, first, min(first + BATCH, counts.shape[0]))
+                    yield slice_cells(counts, first, min(first + BATCH, counts.shape[0]))
             del block  # or it would be in memory until the next one is
 
 

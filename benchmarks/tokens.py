@@ -23,11 +23,11 @@ from scgpt_hf.cells.source import open_source
 from scgpt_hf.cells.threads import n_cores
 from scgpt_hf.pipeline.genes import match_columns
 from scgpt_hf.tokens.binning_scgpt import bin_cell
-from scgpt_hf.tokens.masking_scgpt import draw_ratios
+from scgpt_hf.tokens.counts_scgpt import slice_cells
+from scgpt_hf.tokens.masking_scgpt import sample_mask_ratios
 from scgpt_hf.tokens.packing_scgpt import IGNORE, Tokens, pack
 from scgpt_hf.tokens.processing_scgpt import ScGPTProcessor
-from scgpt_hf.tokens.randomness_scgpt import MASKING, SAMPLING, TIES, cell_keys, gene_words
-from scgpt_hf.tokens.tokenizing_scgpt import rows_of
+from scgpt_hf.tokens.randomness_scgpt import MASKING, SAMPLING, TIES, cell_keys, random_words
 
 BATCH, TOGETHER, SEED, EPOCH, RATIOS = 32, 512, 0, 0, (0.25, 0.5, 0.75)
 
@@ -37,7 +37,7 @@ def compiled(
 ) -> list[dict]:
     """Return the batches of the cells tokenised together from `first` on, as the stream makes them."""
     cells = slice(first, min(first + TOGETHER, len(cell_ids)))
-    together = rows_of(counts, cells.start, cells.stop)
+    together = slice_cells(counts, cells.start, cells.stop)
     tokens = processor.tokenize(together, gene_ids, cell_ids=cell_ids[cells], seed=SEED, epoch=EPOCH)
     tokens = processor.mask(tokens, seed=SEED, epoch=EPOCH, ratios=RATIOS)
     return [pack(tokens[start : start + BATCH]) for start in range(0, len(tokens), BATCH)]
@@ -47,7 +47,7 @@ def cell_by_cell(block: CellBlock, gene_ids: np.ndarray, processor: ScGPTProcess
     """Return the same batches, made in NumPy."""
     ids = block.cell_ids[first : first + TOGETHER]
     keys = [cell_keys(ids, seed=SEED, epoch=EPOCH, purpose=purpose) for purpose in (TIES, SAMPLING, MASKING)]
-    ratios_drawn = draw_ratios(ids, RATIOS, seed=SEED, epoch=EPOCH)
+    ratios_drawn = sample_mask_ratios(ids, RATIOS, seed=SEED, epoch=EPOCH)
     counts = block.counts
     cells = []
     for cell in range(len(ids)):
@@ -75,12 +75,12 @@ def tokens_of_cell(
     genes, values = genes[order], values[order]
     bins = bin_cell(values, genes, keys[0], processor.n_bins, processor.ties)
     if len(genes) > processor.max_tokens - 1:
-        words = gene_words(keys[1], genes)
+        words = random_words(keys[1], genes)
         sampled = words <= np.partition(words, processor.max_tokens - 2)[processor.max_tokens - 2]
         genes, bins = genes[sampled], bins[sampled]
     masked = np.zeros(len(genes), np.bool_)
     if n_masked := int(ratio * len(genes)):
-        words = gene_words(keys[2], genes)
+        words = random_words(keys[2], genes)
         masked = words <= np.partition(words, n_masked - 1)[n_masked - 1]
     values = np.where(masked, np.float32(processor.mask_value), bins)
     labels = np.where(masked, bins, np.float32(IGNORE))

@@ -11,7 +11,7 @@ import numpy as np
 from scgpt_hf.cells.block import Int64Array
 from scgpt_hf.tokens.packing_scgpt import IGNORE, Tokens
 from scgpt_hf.tokens.processing_scgpt import ScGPTProcessor
-from scgpt_hf.tokens.randomness_scgpt import MASKING, cell_keys, gene_words
+from scgpt_hf.tokens.randomness_scgpt import MASKING, cell_keys, random_words
 
 
 def hide_in_turn(
@@ -35,7 +35,7 @@ def hide_in_turn(
     keys = cell_keys(tokens.cell_ids, seed=0, epoch=0, purpose=MASKING)
     room = processor.max_tokens - 1
     for cell, (start, stop) in enumerate(pairwise(tokens.indptr)):  # the model takes far longer than this loop
-        genes = np.argsort(gene_words(keys[cell : cell + 1], tokens.input_ids[start + 1 : stop])) + start + 1
+        genes = np.argsort(random_words(keys[cell : cell + 1], tokens.input_ids[start + 1 : stop])) + start + 1
         own = tokens.input_ids[genes]
         n_hidden = max(1, int(share * min(len(genes), room)))
         wanted = own if asked is None else asked

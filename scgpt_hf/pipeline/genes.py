@@ -30,7 +30,7 @@ def match_columns(genes: pd.DataFrame, processor: ScGPTProcessor) -> tuple[Int64
     ids, symbols = genes["feature_id"].astype(str), genes["feature_name"].astype(str)
     by_id = ids.isin(vocabulary)
     others = symbols[~by_id]
-    named = pd.Series(processor.genes_named(others), others.index, dtype=object)
+    named = pd.Series(processor.resolve_symbols(others), others.index, dtype=object)
     named = named[named.isin(vocabulary)]
     repeated = named.isin(ids[by_id]) | named.duplicated()
     names = ids.copy()

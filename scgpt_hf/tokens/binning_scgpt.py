@@ -1,7 +1,23 @@
-"""Quantile bins: the rank class of each expressed gene within its own cell.
+"""Quantile binning: replace the count of each expressed gene by its rank class within the cell.
 
-This file holds the rule, one cell at a time in plain numpy; `kernels_scgpt` computes the same numbers, to the bit, for
-whole blocks. Which genes are binned is decided in `tokenizing_scgpt`.
+The depth of sequencing differs between cells, so raw counts are not comparable. scGPT therefore divides the expressed
+genes of each cell into `n_bins` − 1 classes of equal size: bin 1 holds the lowest counts of the cell, the last bin the
+highest. Bin 0 means "not expressed".
+
+Example with `n_bins=5`, that is, four classes. The edges are the quantiles 0, 1/3, 2/3 and 1 of the cell's counts:
+
+    counts   1  2  3  4  5  6  7          edges 1, 3, 5, 7
+    bins     1  1  2  2  3  3  4          the number of edges that are not above the count
+
+*Ties* are the difficult part. Most counts of a cell are 1, so many edges coincide:
+
+    counts   1  1  1  1  1  2  9          edges 1, 1, 1, 9
+
+A count of 1 equals three edges, so it belongs to any of the bins 1 to 3. `ties` decides: `random` draws one of them for
+each gene, which is what scGPT does; `midpoint` takes the middle one; `lower` and `upper` take the ends.
+
+This module states the rule in plain numpy, one cell at a time. `kernels_scgpt` computes the same numbers, bit for bit,
+for many cells. `tokenizing_scgpt` decides which genes are binned.
 """
 
 from itertools import pairwise
@@ -10,32 +26,32 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from .kernels_scgpt import TIE_CODES, bin_block
-from .randomness_scgpt import Int64Array, UInt64Array, gene_words
+from .kernels_scgpt import TIE_CODES, bin_cells
+from .randomness_scgpt import Int64Array, UInt64Array, random_words
 from .sampling_scgpt import COMPILED
 
 Ties = Literal["random", "midpoint", "upper", "lower"]
-Values = npt.NDArray[Any]  # uint16, float32 or float64, kept as it comes
+Values = npt.NDArray[Any]  # uint16, float32 or float64; never converted, to save a copy
 
-_HALF = np.uint64(32)  # half the bits of a word: the upper half times n, halved again, is uniform on 0..n − 1
+_HALF = np.uint64(32)
 
 
 def quantile_levels(n_bins: int) -> npt.NDArray[np.float64]:
-    """Return the `n_bins` − 1 equally spaced levels in [0, 1] at which the edges lie."""
+    """Return the `n_bins` − 1 equally spaced levels in [0, 1] of the bin edges."""
     return np.linspace(0.0, 1.0, n_bins - 1)
 
 
 def quantile_edges(values: Values, n_bins: int) -> npt.NDArray[np.float64]:
-    """Return the bin edges of one cell: quantiles of its expressed values, linearly interpolated.
+    """Compute the bin edges of one cell: quantiles of its expressed values, linearly interpolated.
 
     Args:
         values: expressed values of one cell, > 0, in any order. Shape (genes,), genes ≥ 1.
-        n_bins: number of bins with the zero bin.
+        n_bins: number of bins, including the zero bin.
 
     Returns:
-        Ascending edges, shape (n_bins − 1,); the first is the smallest value, the last the largest.
+        Ascending edges, shape (n_bins − 1,). The first is the smallest value, the last the largest.
 
-    Source: `numpy.quantile(method="linear")`, written out so that the digits do not depend on numpy's version.
+    Source: `numpy.quantile(method="linear")`, written out so that no digit depends on the version of numpy.
     """
     ordered = np.sort(values)
     position = (len(values) - 1) * quantile_levels(n_bins)
@@ -48,7 +64,7 @@ def quantile_edges(values: Values, n_bins: int) -> npt.NDArray[np.float64]:
 
 
 def bin_ranges(values: Values, n_bins: int) -> tuple[Int64Array, Int64Array]:
-    """Return the lowest and highest bin that each value of one cell may fall in; they differ only where edges coincide.
+    """Compute the lowest and the highest bin of each value of one cell; they differ only where edges coincide.
 
     Source: both sides of `np.digitize`, as in bowang-lab/scGPT:scgpt/preprocess.py:239.
     """
@@ -58,11 +74,12 @@ def bin_ranges(values: Values, n_bins: int) -> tuple[Int64Array, Int64Array]:
 
 
 def bin_cell(values: Values, genes: npt.NDArray[np.integer], key: UInt64Array, n_bins: int, ties: Ties) -> Values:
-    """Return the bins of one cell; arguments as in `bin_counts`, `key` of shape (1,)."""
+    """Bin the values of one cell; arguments as in `bin_counts`, `key` of shape (1,)."""
     lowest, highest = bin_ranges(values, n_bins)
     if ties == "random":
-        choices = (highest - lowest + 1).astype(np.uint64)
-        bins = lowest + (((gene_words(key, genes) >> _HALF) * choices) >> _HALF).astype(np.int64)
+        n_choices = (highest - lowest + 1).astype(np.uint64)
+        # 32 random bits times n, divided by 2³², are uniform on 0 .. n − 1, without a division.
+        bins = lowest + (((random_words(key, genes) >> _HALF) * n_choices) >> _HALF).astype(np.int64)
     else:
         bins = {"midpoint": (lowest + highest) // 2, "upper": highest, "lower": lowest}[ties]
     return bins.astype(np.float32)
@@ -71,26 +88,24 @@ def bin_cell(values: Values, genes: npt.NDArray[np.integer], key: UInt64Array, n
 def bin_counts(
     values: Values, indptr: Int64Array, *, genes: Int64Array, keys: UInt64Array, n_bins: int, ties: Ties
 ) -> npt.NDArray[np.float32]:
-    """Return each expressed gene's quantile bin within its own cell.
+    """Replace each expressed value by its quantile bin within its cell.
 
-    Bins are relative: bin 5 of one cell and bin 5 of another share a rank, not a count. A monotone transform of a
-    cell's values leaves them as they are. Where k + 1 edges coincide with a value (most counts are 1), the value may
-    fall in any of k + 1 bins: `random` draws one uniformly, `midpoint` takes the middle (rounded down, since bins are
-    whole), `upper` and `lower` the ends.
+    Bins are relative: bin 5 of two cells is the same rank, not the same count. A monotone transform of a cell's values,
+    such as normalising and taking the logarithm, does not change its bins.
 
     Args:
-        values: expressed values of all cells, end to end, > 0. Shape (tokens,).
-        indptr: where each cell begins and ends. Shape (cells + 1,).
-        genes: vocabulary ids, which key the draw. Shape (tokens,).
+        values: expressed values of all cells, > 0. Shape (tokens,).
+        indptr: offsets of the cells. Shape (cells + 1,).
+        genes: vocabulary ids. They select the random numbers of the ties. Shape (tokens,).
         keys: `cell_keys(..., purpose=TIES)`. Shape (cells,).
-        n_bins: number of bins with the zero bin, so results lie in [1, n_bins − 1].
-        ties: how to choose among coinciding edges.
+        n_bins: number of bins, including the zero bin, so results lie in [1, n_bins − 1].
+        ties: how to choose a bin where edges coincide. `midpoint` rounds down, because bins are integers.
 
     Returns:
-        float32 bins, shape (tokens,), order kept.
+        float32 bins in the order of `values`, shape (tokens,).
 
     Raises:
-        ValueError: a value is not a number > 0, or `n_bins` < 2, or `ties` is unknown.
+        ValueError: a value is not > 0, `n_bins` < 2, or `ties` is unknown.
 
     Source: Cui et al. 2024, Nature Methods 21:1470 (value binning); `upper` is scGPT's one-sided variant.
     """
@@ -102,9 +117,9 @@ def bin_counts(
         raise ValueError(f"expressed values must be > 0, found {values.min()}; drop unexpressed genes before binning")
     bins = np.empty(len(values), np.float32)
     if COMPILED:
-        bin_block(values, indptr, genes.astype(np.int32), keys, quantile_levels(n_bins), TIE_CODES[ties], bins)
+        bin_cells(values, indptr, genes.astype(np.int32), keys, quantile_levels(n_bins), TIE_CODES[ties], bins)
         return bins
-    for cell, (start, stop) in enumerate(pairwise(indptr)):  # plain numpy is for machines without numba
+    for cell, (start, stop) in enumerate(pairwise(indptr)):  # a slow loop, only for machines without numba
         if stop > start:
             bins[start:stop] = bin_cell(values[start:stop], genes[start:stop], keys[cell : cell + 1], n_bins, ties)
     return bins

@@ -1,8 +1,16 @@
-"""Tokens of many cells end to end, and the two layouts in which a model reads them.
+"""`Tokens`, the tokens of many cells, and the two layouts in which a model reads them.
 
-`pack` lays the cells of a batch in one row without padding (training); `pad` gives each cell a row (any other use);
-`bucket` lengthens a packed row to one of few sizes, for a compiled model.
-What the tokens are is decided in `tokenizing_scgpt`.
+Cells express different numbers of genes, so their tokens do not form a rectangle. Two cells of 3 and 5 tokens can be
+laid out in two ways:
+
+    pad     a a a . .      one row per cell, filled with `<pad>` to the longest: (cells, tokens)
+            b b b b b
+    pack    a a a b b b b b     all cells in one row, without padding: (1, tokens)
+
+Packed batches carry the offsets of the cells (`cu_seq_lens_q`), and attention keeps the cells apart. The model returns
+the same numbers for both layouts. Training packs, because padding would cost more than half of the work. `pad` is
+simpler to use, and some settings need it (`ScGPTConfig.padding_dependent_settings`). `bucket` lengthens a packed batch
+to one of few sizes, so that `torch.compile` does not recompile for every batch.
 """
 
 import math
@@ -16,19 +24,20 @@ import torch.nn.functional as F
 
 from .sampling_scgpt import COMPILED, compiled
 
-IGNORE = -100.0  # in labels: nothing to predict here
+IGNORE = -100.0
+"""The label of a token that is not masked: nothing is predicted there. -100 is PyTorch's usual `ignore_index`."""
 
 
 @dataclass(frozen=True, eq=False)
 class Tokens:
-    """The tokens of many cells, end to end; `<cls>` is the first of each cell.
+    """The tokens of many cells in flat arrays; the first token of each cell is `<cls>`.
 
     Attributes:
-        input_ids: vocabulary ids, int64 (tokens,).
-        values: what the model reads beside each id, float32 (tokens,).
-        labels: true values where hidden, `IGNORE` elsewhere, float32 (tokens,); None before masking.
-        indptr: where each cell begins and ends, int64 (cells + 1,), from 0.
-        cell_ids: which cell each one is, int64 (cells,).
+        input_ids: vocabulary id of each token, int64 (tokens,).
+        values: value of each token, its bin for example, float32 (tokens,).
+        labels: true value of each masked token, `IGNORE` elsewhere, float32 (tokens,); None before masking.
+        indptr: offsets of the cells in these arrays, int64 (cells + 1,), starting at 0.
+        cell_ids: id of each cell, int64 (cells,).
     """
 
     input_ids: npt.NDArray[np.int64]
@@ -38,12 +47,17 @@ class Tokens:
     cell_ids: npt.NDArray[np.int64]
 
     def __len__(self) -> int:
+        """Return the number of cells."""
         return len(self.cell_ids)
 
     def __getitem__(self, cells: slice) -> "Tokens":
-        """Return consecutive cells as views: `tokens[2:5]`."""
+        """Return consecutive cells, such as `tokens[2:5]`, as views.
+
+        Raises:
+            TypeError: `cells` is not a slice, or has a step.
+        """
         if not isinstance(cells, slice) or cells.step not in (None, 1):
-            raise TypeError(f"tokens are sliced by consecutive cells, as in tokens[2:5]; found {cells!r}")
+            raise TypeError(f"tokens can only be sliced by consecutive cells, as in tokens[2:5]; found {cells!r}")
         first, last, _ = cells.indices(len(self))
         last = max(first, last)
         start, stop = self.indptr[first], self.indptr[last]
@@ -53,20 +67,24 @@ class Tokens:
 
 
 def pack(tokens: Tokens) -> dict[str, Any]:
-    """Return the cells in one row, with the marks that keep their attention apart.
+    """Lay out all cells in one row without padding.
 
     Returns:
-        input_ids int64, values float32 and, if masked, labels float32 (1, tokens) and label_positions int64 (masked,),
-        which index the flattened row; cu_seq_lens_q and cu_seq_lens_k int32 (cells + 1,); max_length_q and max_length_k
-        int.
+        The batch as keyword arguments of the model:
+
+        - `input_ids` int64 and `values` float32, (1, tokens);
+        - `cu_seq_lens_q` and `cu_seq_lens_k`, int32 (cells + 1,): offsets of the cells. The names are those of the
+          library; queries and keys have the same offsets, because cells attend to themselves;
+        - `max_length_q` and `max_length_k`, int: tokens of the longest cell;
+        - if tokens are masked, `labels` float32 (1, tokens) and `label_positions` int64 (masked,), which index the row.
     """
-    boundaries = torch.from_numpy(tokens.indptr.astype(np.int32))
+    offsets = torch.from_numpy(tokens.indptr.astype(np.int32))
     longest = int(np.diff(tokens.indptr).max(initial=0))
     batch: dict[str, Any] = {
         "input_ids": torch.from_numpy(tokens.input_ids[None]),
         "values": torch.from_numpy(tokens.values[None]),
-        "cu_seq_lens_q": boundaries,
-        "cu_seq_lens_k": boundaries,
+        "cu_seq_lens_q": offsets,
+        "cu_seq_lens_k": offsets,
         "max_length_q": longest,
         "max_length_k": longest,
     }
@@ -77,10 +95,10 @@ def pack(tokens: Tokens) -> dict[str, Any]:
 
 
 def bucket(batch: dict[str, Any], *, pad_id: int, pad_value: float) -> dict[str, Any]:
-    """Return a packed batch lengthened to one of few shapes, so that a compiled model meets few shapes.
+    """Lengthen a packed batch to one of few shapes, so that a compiled model meets few shapes.
 
-    Padding follows the last cell; the model lets no cell see it. Added positions of labels point at the first token,
-    a `<cls>`, which has no label, so losses and their divisors stay as they were.
+    The padding follows the last cell, and no cell attends to it. Added label positions point at the first token. It is
+    a `<cls>` without a label, so losses and their divisors do not change.
 
     Args:
         batch: as `pack` returns it.
@@ -88,7 +106,8 @@ def bucket(batch: dict[str, Any], *, pad_id: int, pad_value: float) -> dict[str,
         pad_value: value at padding.
 
     Returns:
-        The same keys; tokens and label positions as `bucket_size` rounds them, the longest cell a multiple of 128.
+        A batch with the same keys. `bucket_size` rounds the numbers of tokens and of label positions;
+        `max_length_q` becomes a multiple of 128.
     """
     n_tokens = batch["input_ids"].shape[1]
     tail = bucket_size(n_tokens) - n_tokens
@@ -97,63 +116,70 @@ def bucket(batch: dict[str, Any], *, pad_id: int, pad_value: float) -> dict[str,
     if "label_positions" in batch:
         n_masked = len(batch["label_positions"])
         longer["label_positions"] = F.pad(batch["label_positions"], (0, bucket_size(n_masked) - n_masked))
-    longest = 128 * math.ceil(
-        max(batch["max_length_q"], tail) / 128
-    )  # the attention kernel works on 128 tokens at once
+    # The attention kernel works on tiles of 128 tokens, so rounding up to them costs nothing. The tail counts as a
+    # cell: the padding attends to itself.
+    longest = 128 * math.ceil(max(batch["max_length_q"], tail) / 128)
     return {**batch, **longer, "max_length_q": longest, "max_length_k": longest}
 
 
 def bucket_size(n: int) -> int:
-    """Return `n` rounded up, by 1/16 at most, to a multiple of a power of two in [64, 512].
+    """Round `n` up to a multiple of a power of two in [64, 512] that is at most 1/16 of `n` where possible.
 
-    The padding behind a row stays below 512 tokens, because its attention costs their square.
+    Small steps waste little, and a step proportional to `n` keeps the number of sizes small. The largest step is 512,
+    because the padding after the last cell attends to itself, which costs the square of its length.
     """
     step = min(max(1 << max(n // 16, 1).bit_length() - 1, 64), 512)
     return step * max(math.ceil(n / step), 1)
 
 
 def pad(tokens: Tokens, *, pad_id: int, pad_value: float) -> dict[str, Any]:
-    """Return one row per cell, filled on the right to the longest.
+    """Lay out each cell in a separate row, padded on the right to the longest cell.
+
+    Args:
+        tokens: tokens of the cells.
+        pad_id: vocabulary id of `<pad>`.
+        pad_value: value at padding.
 
     Returns:
-        input_ids int64, values float32 and attention_mask bool (cells, tokens), true at real tokens; if masked, labels
-        float32 (cells, tokens) and label_positions int64 (masked,), which index the flattened rows.
+        The batch as keyword arguments of the model: `input_ids` int64, `values` float32 and `attention_mask` bool,
+        each (cells, tokens), the mask true at real tokens; if tokens are masked, `labels` float32 (cells, tokens) and
+        `label_positions` int64 (masked,), which index the flattened rows.
     """
     n_tokens = np.diff(tokens.indptr)
     real = np.arange(n_tokens.max(initial=0)) < n_tokens[:, None]  # (cells, tokens)
 
-    def spread(flat: npt.NDArray[Any], filler: float) -> npt.NDArray[Any]:
+    def to_rows(flat: npt.NDArray[Any], filler: float) -> npt.NDArray[Any]:
         rows = np.full(real.shape, filler, flat.dtype)
         rows[real] = flat
         return rows
 
     batch = {
-        "input_ids": torch.from_numpy(spread(tokens.input_ids, pad_id)),
-        "values": torch.from_numpy(spread(tokens.values, pad_value)),
+        "input_ids": torch.from_numpy(to_rows(tokens.input_ids, pad_id)),
+        "values": torch.from_numpy(to_rows(tokens.values, pad_value)),
         "attention_mask": torch.from_numpy(real),
     }
     if tokens.labels is not None:
-        labels = spread(tokens.labels, IGNORE)
+        labels = to_rows(tokens.labels, IGNORE)
         batch["labels"] = torch.from_numpy(labels)
         batch["label_positions"] = torch.from_numpy(_find_labels(labels.ravel()))
     return batch
 
 
 def unpack(per_token: torch.Tensor, cu_seq_lens: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """Return what a model said about each token of a packed row, cell by cell.
+    """Split an output of the model for a packed batch into its cells.
 
     Args:
-        per_token: any output of the model for a packed batch. Shape (1, tokens, ...).
-        cu_seq_lens: the batch's boundaries. Shape (cells + 1,).
+        per_token: any output with one entry per token. Shape (1, tokens, ...).
+        cu_seq_lens: `cu_seq_lens_q` of the batch. Shape (cells + 1,).
 
     Returns:
-        One view per cell, shape (tokens of that cell, ...).
+        One view per cell, shape (tokens of that cell, ...). Padding that `bucket` added is left out.
     """
     return torch.split(per_token[0, : int(cu_seq_lens[-1])], cu_seq_lens.diff().tolist())
 
 
 def _find_labels(labels: npt.NDArray[np.float32]) -> npt.NDArray[np.int64]:
-    """Return where there is something to predict, ascending; labels of shape (tokens,)."""
+    """Return the positions of the masked tokens, ascending; labels of shape (tokens,)."""
     if not COMPILED:
         return np.flatnonzero(labels != IGNORE)
     positions = np.empty(len(labels) + 1, np.int64)
@@ -162,8 +188,9 @@ def _find_labels(labels: npt.NDArray[np.float32]) -> npt.NDArray[np.int64]:
 
 @compiled
 def _fill_positions(labels: npt.NDArray[Any], ignore: float, positions: npt.NDArray[Any]) -> int:
-    k = np.uint64(0)  # unsigned: no test for an index from the end
+    # Like `np.flatnonzero`, but without the temporary array of booleans.
+    k = np.uint64(0)  # unsigned, so that numba does not test for negative indices
     for i in range(len(labels)):
-        positions[k] = i  # overwritten by the next one unless k moves on
+        positions[k] = i  # overwritten by the next position unless k advances
         k += np.uint64(labels[i] != ignore)
     return int(k)

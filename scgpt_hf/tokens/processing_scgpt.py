@@ -1,7 +1,9 @@
-"""`ScGPTProcessor`: counts and gene names in, what the model reads out; saved beside the weights.
+"""`ScGPTProcessor`: turns counts and gene names into the batches that a model reads.
 
-It holds the settings and the gene vocabulary and checks what users pass in. The rules live beside it:
-`tokenizing_scgpt`, `binning_scgpt`, `masking_scgpt`, `packing_scgpt`, `vocabulary_scgpt`.
+The processor plays the role of a tokenizer. It owns the gene vocabulary and all settings that change tokens, validates
+what users pass, and is saved with the weights. The steps are in the neighbouring modules: `counts_scgpt` (input),
+`vocabulary_scgpt` (genes), `tokenizing_scgpt` and `binning_scgpt` (tokens), `masking_scgpt` (labels), `packing_scgpt`
+(batches).
 """
 
 import logging
@@ -15,20 +17,21 @@ import numpy.typing as npt
 from transformers import BatchFeature, PreTrainedConfig, PreTrainedTokenizerFast, ProcessorMixin
 
 from .binning_scgpt import Ties
+from .counts_scgpt import SparseCounts, content_ids, count_known_genes, log_normalize, to_csr, validate_counts
 from .kernels_scgpt import TIE_CODES
-from .masking_scgpt import draw_ratios, mask_tokens
+from .masking_scgpt import mask_tokens, sample_mask_ratios
 from .packing_scgpt import Tokens, pack, pad
-from .randomness_scgpt import Int64Array, SparseCounts, content_ids
-from .sampling_scgpt import COMPILED  # noqa: F401  # transformers 5.4 copies from a folder only what is named here
-from .tokenizing_scgpt import TokenRule, as_block, check_columns, count_known, csr_of, log_normalize, tokenize_counts
+from .randomness_scgpt import Int64Array
+from .sampling_scgpt import COMPILED  # noqa: F401  # transformers 5.4 copies only the modules that this file imports
+from .tokenizing_scgpt import TokenSettings, check_gene_ids, tokenize_counts
 from .vocabulary_scgpt import (
     CLS,
     EOC,
     PAD,
     build_tokenizer,
     check_vocab,
-    gene_names_of,
-    genes_by_symbol,
+    choose_gene_names,
+    map_symbols,
     match_genes,
     vocab_of_genes,
 )
@@ -36,33 +39,43 @@ from .vocabulary_scgpt import (
 logger = logging.getLogger(__name__)
 
 InputStyle = Literal["binned", "log1p"]
-# Keywords of `from_pretrained` that say which files are meant.
-_WHERE = frozenset({"cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder"})
+# Keywords of `from_pretrained` that select the files; they are needed a second time, to read the model's config.
+_FILE_KEYWORDS = frozenset({"cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder"})
 
 
 class ScGPTProcessor(ProcessorMixin):
-    """Turns counts into the tokens that a model reads.
+    """Convert counts to the tokens that a model reads.
 
     Args:
-        tokenizer: genes and special tokens; made by `from_genes` or `from_vocab`.
-        n_bins: number of bins with the zero bin.
-        max_tokens: most tokens per cell, with `<cls>`.
-        cls_value: value carried by `<cls>`: 0 in our recipe, −2 for published scGPT checkpoints.
+        tokenizer: tokenizer of genes and special tokens; `from_genes` and `from_vocab` create it.
+        n_bins: number of bins, including the zero bin.
+        max_tokens: largest number of tokens per cell, including `<cls>`.
+        cls_value: value of `<cls>`: 0 in our recipe, −2 for published scGPT checkpoints.
         pad_value: value at padding.
-        mask_value: value where a gene is hidden.
-        ties: how `bin_counts` settles ties; `midpoint` is free of randomness.
-        input_style: `binned`, or `log1p` of counts normalised to `target_sum` over all genes of the data.
+        mask_value: value of a masked gene.
+        ties: how a bin is chosen for a count that several bins share; see `binning_scgpt`. Only `random` uses random
+            numbers.
+        input_style: `binned`, or `log1p` of counts that are normalised to `target_sum` over all genes of the data.
         target_sum: counts per cell after normalising. Bins do not depend on it.
-        include_zeros: whether known genes that are not expressed become tokens too, with value 0.
-        symbols: other names by which data may call the genes, by ascending id; a name that several genes share is none.
+        include_zeros: whether known genes that are not expressed become tokens with value 0.
+        symbols: second name of each gene, by ascending id, under which data may contain it. Ambiguous symbols are
+            ignored.
 
     Raises:
-        ValueError: a setting is out of range, or the vocabulary lacks a special token or has holes.
+        ValueError: a setting is out of range, or the vocabulary is not valid.
 
     Source: Cui et al. 2024, Nature Methods 21:1470: 51 bins, 1,200 genes, mask −1 and padding −2.
+
+    Example:
+        >>> processor = ScGPTProcessor.from_genes(["CD3D", "CD8A", "MS4A1"], n_bins=3)
+        >>> batch = processor([[2, 0, 7]], genes=["CD3D", "CD8A", "MS4A1"])
+        >>> processor.gene_names(batch["input_ids"][0])
+        ['<cls>', 'CD3D', 'MS4A1']
+        >>> batch["values"]
+        tensor([[0., 1., 2.]])
     """
 
-    # The settings cannot be keyword-only: ProcessorMixin.from_pretrained looks for them among the positional arguments.
+    # Settings are not keyword-only, because ProcessorMixin.from_pretrained reads the names of positional arguments.
     def __init__(
         self,
         tokenizer: PreTrainedTokenizerFast,
@@ -84,40 +97,50 @@ class ScGPTProcessor(ProcessorMixin):
         self.target_sum, self.include_zeros = target_sum, include_zeros
         self.symbols = None if symbols is None else list(symbols)
         self._check_settings()
-        self._vocab = tokenizer.get_vocab()  # once: with tens of thousands of genes it takes a while
+        self._vocab = tokenizer.get_vocab()  # kept, because the library builds this dictionary at every call
         check_vocab(self._vocab)
-        self._gene_of = genes_by_symbol(self.genes, self.symbols) if self.symbols else {}
-        self._checked: Int64Array | None = None
+        self._gene_of = map_symbols(self.genes, self.symbols) if self.symbols else {}
+        self._checked: Int64Array | None = None  # the last read-only `gene_ids` that passed `check_gene_ids`
 
     @classmethod
     def from_genes(cls, genes: Sequence[str], **settings: Any) -> "ScGPTProcessor":
-        """Return a processor whose vocabulary is these genes in this order, then `<pad>`, `<cls>`, `<eoc>`."""
+        """Create a processor whose vocabulary is the genes in this order, then `<pad>`, `<cls>` and `<eoc>`.
+
+        Args:
+            genes: names of the genes, preferably Ensembl ids.
+            **settings: settings of the processor, such as `n_bins`.
+        """
         return cls.from_vocab(vocab_of_genes(genes), **settings)
 
     @classmethod
     def from_vocab(cls, vocab: Mapping[str, int], **settings: Any) -> "ScGPTProcessor":
-        """Return a processor with the ids of a published `vocab.json`; special tokens may sit at any id."""
+        """Create a processor with the ids of a published `vocab.json`. Special tokens may have any id.
+
+        Args:
+            vocab: id of each gene and special token.
+            **settings: settings of the processor, such as `n_bins`.
+        """
         return cls(build_tokenizer(vocab), **settings)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> "ScGPTProcessor":
-        """Return the processor saved in a folder or a repository of the Hub.
+        """Load the processor from a folder or from a repository of the Hub.
 
         Args:
-            pretrained_model_name_or_path: the folder, or the repository's id.
-            *args: as the library takes them; better given by name.
-            **kwargs: settings to change, and what the library takes: `revision`, `token`, `cache_dir`, ….
+            pretrained_model_name_or_path: path of the folder, or id of the repository.
+            *args: positional arguments of `ProcessorMixin.from_pretrained`; prefer keywords.
+            **kwargs: settings to override, and keywords of the library such as `revision`, `token` or `cache_dir`.
 
         Raises:
-            OSError: there is no such folder or repository, or it holds no processor.
+            OSError: the folder or repository does not exist, or has no processor.
             ValueError: the model saved there has another vocabulary, or a setting is unknown or out of range.
         """
         processor: ScGPTProcessor = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         try:
             model, _ = PreTrainedConfig.get_config_dict(
-                pretrained_model_name_or_path, **{name: kwargs[name] for name in _WHERE & kwargs.keys()}
+                pretrained_model_name_or_path, **{name: kwargs[name] for name in _FILE_KEYWORDS & kwargs.keys()}
             )
-        except OSError:  # a processor alone
+        except OSError:  # a processor saved without a model
             return processor
         processor._check_model(model, pretrained_model_name_or_path)
         return processor
@@ -126,28 +149,28 @@ class ScGPTProcessor(ProcessorMixin):
     def get_processor_dict(
         cls, pretrained_model_name_or_path: Any, **kwargs: Any
     ) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Return the saved settings, and what of the keywords is left; called by `from_pretrained`.
+        """Read the saved settings and return them with the unused keywords. `from_pretrained` calls this method.
 
         Raises:
-            ValueError: a setting is unknown; left out, as the library would, it could change what the model reads.
+            ValueError: a saved setting is unknown. The library would ignore it, which could change the tokens.
         """
-        saved, left = super().get_processor_dict(pretrained_model_name_or_path, **kwargs)
+        saved, unused = super().get_processor_dict(pretrained_model_name_or_path, **kwargs)
         known = {*signature(cls).parameters, "auto_map", "processor_class"}
         if unknown := sorted(saved.keys() - known):
             raise ValueError(
-                f"the processor in {pretrained_model_name_or_path} has settings that ScGPTProcessor does not know: "
-                f"{unknown}; it may come from a newer version of scgpt_hf"
+                f"the processor in {pretrained_model_name_or_path} has unknown settings: {unknown}; "
+                "a newer version of scgpt_hf may have saved it"
             )
-        return saved, left
+        return saved, unused
 
     @property
     def vocab_size(self) -> int:
-        """Number of ids, special tokens included: `ScGPTConfig.vocab_size`."""
+        """Size of the vocabulary, including special tokens; the same as `ScGPTConfig.vocab_size`."""
         return len(self._vocab)
 
     @property
     def pad_id(self) -> int:
-        """Vocabulary id of `<pad>`: `ScGPTConfig.pad_token_id`."""
+        """Vocabulary id of `<pad>`; the same as `ScGPTConfig.pad_token_id`."""
         return self._vocab[PAD]
 
     @property
@@ -157,25 +180,32 @@ class ScGPTProcessor(ProcessorMixin):
 
     @property
     def genes(self) -> list[str]:
-        """The genes of the vocabulary by ascending id, without special tokens."""
+        """Genes of the vocabulary by ascending id, without special tokens."""
         return sorted(self._vocab.keys() - {PAD, CLS, EOC}, key=self._vocab.__getitem__)
 
-    def genes_named(self, names: Iterable[str]) -> list[str]:
-        """Return the gene of the vocabulary that each name stands for as a symbol; a name that is none as it is."""
+    def resolve_symbols(self, names: Iterable[str]) -> list[str]:
+        """Replace each name that is a symbol of a gene by the gene's name in the vocabulary; keep other names."""
         return [self._gene_of.get(name, name) for name in map(str, names)]
 
     def gene_names(self, input_ids: Sequence[int] | npt.NDArray[np.integer]) -> list[str]:
-        """Return the gene or special token of each id."""
+        """Return the name of the gene or special token of each id."""
         names: list[str] = self.tokenizer.convert_ids_to_tokens([int(index) for index in input_ids])
         return names
 
     def match_genes(self, genes: Sequence[str]) -> Int64Array:
-        """Return the vocabulary id of each gene, −1 where unknown; see `vocabulary_scgpt.match_genes`."""
+        """Return the vocabulary id of each gene, −1 where unknown; int64 (genes,).
+
+        Args:
+            genes: names of the columns of the data. The version of an Ensembl id is ignored.
+
+        Raises:
+            ValueError: names are repeated, or too few are known; see `vocabulary_scgpt.match_genes`.
+        """
         return match_genes(self._vocab, genes)
 
     def count_known(self, counts: SparseCounts, gene_ids: Int64Array) -> Int64Array:
-        """Return how many genes of the vocabulary each cell expresses, (cells,); `tokenize` drops cells with 0."""
-        return count_known(as_block(counts), self._check_columns(counts, gene_ids))
+        """Count the genes of the vocabulary that each cell expresses, int64 (cells,); `tokenize` drops cells with 0."""
+        return count_known_genes(validate_counts(counts), self._check_gene_ids(counts, gene_ids))
 
     def tokenize(
         self,
@@ -191,41 +221,53 @@ class ScGPTProcessor(ProcessorMixin):
         """Tokenize every cell that expresses a known gene; `Tokens.cell_ids` lists these cells.
 
         Args:
-            counts: raw counts, CSR with sorted columns. Shape (cells, genes).
-            gene_ids: from `match_genes`; checked at every call, or once if it is read-only. Shape (genes,).
-            cell_ids: what ties, sampling and masks of a cell are keyed by, int64 (cells,). None keys them by the cell's
-                own genes and counts (`content_ids`), so a cell gives the same tokens in any file, order or batch.
+            counts: raw counts: a CSR matrix with sorted columns, or any object with its `data`, `indices`, `indptr`
+                and `shape`. Shape (cells, genes).
+            gene_ids: ids from `match_genes`, checked at every call, or once if the array is read-only. Shape (genes,).
+            cell_ids: id of each cell, int64 (cells,). Ties, sampling and masks of a cell depend on it. By default the
+                id is a hash of the cell's genes and counts (`content_ids`), so a cell gives the same tokens in any
+                file, order or batch.
             seed: seed of ties and sampling.
             epoch: epoch of ties and sampling.
             ties: overrides the processor's `ties` in this call.
             max_tokens: overrides the processor's `max_tokens` in this call.
 
         Raises:
-            ValueError: a value is negative or not finite, shapes disagree, columns are unsorted or map to one id twice,
-                or `ties` or `max_tokens` is not a possible setting.
+            ValueError: a value is negative or not finite, shapes disagree, columns are unsorted, two columns have one
+                id, or `ties` or `max_tokens` is out of range.
         """
-        block, gene_ids = as_block(counts), self._check_columns(counts, gene_ids)
-        cell_ids = content_ids(block, gene_ids) if cell_ids is None else np.asarray(cell_ids, np.int64)
+        counts, gene_ids = validate_counts(counts), self._check_gene_ids(counts, gene_ids)
+        cell_ids = content_ids(counts, gene_ids) if cell_ids is None else np.asarray(cell_ids, np.int64)
         if cell_ids.shape != counts.shape[:1]:
             raise ValueError(
                 f"found {cell_ids.shape} cell ids for {counts.shape[0]:,} cells; pass one per cell, or None"
             )
         if self.input_style == "log1p":
-            block = log_normalize(block, self.target_sum)
-        rule = self._rule(self.ties if ties is None else ties, self.max_tokens if max_tokens is None else max_tokens)
-        tokens = tokenize_counts(block, gene_ids, rule, cell_ids=cell_ids, seed=seed, epoch=epoch)
-        logger.debug(
-            "%d of %d cells express no known gene and were dropped", counts.shape[0] - len(tokens), counts.shape[0]
+            counts = log_normalize(counts, self.target_sum)
+        settings = self._token_settings(
+            self.ties if ties is None else ties, self.max_tokens if max_tokens is None else max_tokens
         )
+        tokens = tokenize_counts(counts, gene_ids, settings, cell_ids=cell_ids, seed=seed, epoch=epoch)
+        n_dropped = counts.shape[0] - len(tokens)
+        logger.debug("dropped %d of %d cells: they express no gene of the vocabulary", n_dropped, counts.shape[0])
         return tokens
 
     def mask(self, tokens: Tokens, *, seed: int, epoch: int, ratios: Sequence[float] = (0.25, 0.5, 0.75)) -> Tokens:
-        """Return the tokens with a share of each cell's genes hidden and labelled; the share is one of `ratios`.
+        """Mask a share of each cell's genes and set their labels.
+
+        Args:
+            tokens: as `tokenize` returns them.
+            seed: seed of the masks.
+            epoch: epoch of the masks.
+            ratios: shares in [0, 1]; one of them is drawn for each cell.
+
+        Returns:
+            New tokens; the input is not changed.
 
         Source: the ratios are those of scGPT's pretraining, Cui et al. 2024.
         """
-        drawn = draw_ratios(tokens.cell_ids, ratios, seed=seed, epoch=epoch)
-        return mask_tokens(tokens, drawn, seed=seed, epoch=epoch, mask_value=self.mask_value)
+        ratio_of_cell = sample_mask_ratios(tokens.cell_ids, ratios, seed=seed, epoch=epoch)
+        return mask_tokens(tokens, ratio_of_cell, seed=seed, epoch=epoch, mask_value=self.mask_value)
 
     def __call__(
         self,
@@ -240,68 +282,74 @@ class ScGPTProcessor(ProcessorMixin):
         drop_empty: bool = False,
         return_tensors: str | None = None,
     ) -> BatchFeature:
-        """Return the batch a model takes: `model(**processor(adata))`.
+        """Create the batch that a model reads: `model(**processor(adata))`.
 
         Args:
             counts: an AnnData, or raw counts, sparse or dense. Shape (cells, genes).
-            genes: names of the columns. None takes them from the AnnData: `var_names` or the column of `var` known
-                best.
-            cell_ids: see `tokenize`.
-            seed: settles ties, sampling and masks.
-            epoch: the same.
-            mask_ratios: hide genes and give labels, as in pretraining; None hides nothing.
-            packed: cells end to end in one row, without padding, instead of one padded row per cell.
-            drop_empty: leave out cells that express no known gene, instead of raising.
-            return_tensors: "pt" or None, which are the same.
+            genes: names of the columns. By default they are read from the AnnData: from `var_names` or the column of
+                `var` with most known names.
+            cell_ids: id of each cell; see `tokenize`.
+            seed: seed of ties, sampling and masks.
+            epoch: epoch of ties, sampling and masks.
+            mask_ratios: mask genes and return labels, as in pretraining; see `mask`. By default nothing is masked.
+            packed: return all cells in one row without padding, instead of one padded row per cell.
+            drop_empty: drop cells that express no known gene, instead of raising.
+            return_tensors: "pt" or None; both return PyTorch tensors.
 
         Returns:
-            Tensors as `pad` or `pack` describe them.
+            Tensors as `packing_scgpt.pad` or `packing_scgpt.pack` describe them.
 
         Raises:
-            ValueError: as `tokenize` and `match_genes`, or there are no gene names, or cells without a known gene.
+            ValueError: gene names are missing, cells express no known gene, or an error of `tokenize` or `match_genes`.
+
+        Example:
+            >>> batch = processor(adata[:8], mask_ratios=[0.5], packed=True)
+            >>> loss = AutoModelForPreTraining.from_pretrained(path)(**batch).loss
         """
         if return_tensors not in (None, "pt"):
             raise ValueError(
                 f"return_tensors={return_tensors!r}: batches are PyTorch tensors; leave it out, or pass 'pt'"
             )
         if hasattr(counts, "var_names"):
-            genes = gene_names_of(counts, self._vocab, self._gene_of) if genes is None else genes
+            genes = choose_gene_names(counts, self._vocab, self._gene_of) if genes is None else genes
             counts = counts.X
         if genes is None:
-            raise ValueError("counts without gene names: pass genes=[...], one name per column, or an AnnData")
-        block, gene_ids = csr_of(counts), self.match_genes(self.genes_named(genes))
-        tokens = self.tokenize(block, gene_ids, cell_ids=cell_ids, seed=seed, epoch=epoch)
-        if len(tokens) < block.shape[0] and not drop_empty:
-            empty = np.flatnonzero(self.count_known(block, gene_ids) == 0)
+            raise ValueError("gene names are missing: pass genes=[...], one name per column, or an AnnData")
+        matrix, gene_ids = to_csr(counts), self.match_genes(self.resolve_symbols(genes))
+        tokens = self.tokenize(matrix, gene_ids, cell_ids=cell_ids, seed=seed, epoch=epoch)
+        if len(tokens) < matrix.shape[0] and not drop_empty:
+            empty = np.flatnonzero(self.count_known(matrix, gene_ids) == 0)
             raise ValueError(
-                f"{len(empty):,} of {block.shape[0]:,} cells express no gene of the vocabulary, e.g. rows "
-                f"{empty[:5].tolist()}; leave them out, or pass drop_empty=True"
+                f"{len(empty):,} of {matrix.shape[0]:,} cells express no gene of the vocabulary, e.g. rows "
+                f"{empty[:5].tolist()}; remove them, or pass drop_empty=True"
             )
         if mask_ratios is not None:
             tokens = self.mask(tokens, seed=seed, epoch=epoch, ratios=mask_ratios)
         return BatchFeature(pack(tokens) if packed else pad(tokens, pad_id=self.pad_id, pad_value=self.pad_value))
 
-    def _rule(self, ties: Ties, max_tokens: int) -> TokenRule:
+    def _token_settings(self, ties: Ties, max_tokens: int) -> TokenSettings:
         _require_choice("ties", ties, tuple(TIE_CODES))
         _require_integer("max_tokens", max_tokens, 2)
         n_bins = self.n_bins if self.input_style == "binned" else None
-        return TokenRule(self.vocab_size, self.cls_id, self.cls_value, max_tokens, n_bins, ties, self.include_zeros)
+        return TokenSettings(self.vocab_size, self.cls_id, self.cls_value, max_tokens, n_bins, ties, self.include_zeros)
 
-    def _check_columns(self, counts: SparseCounts, gene_ids: Int64Array) -> Int64Array:
+    def _check_gene_ids(self, counts: SparseCounts, gene_ids: Int64Array) -> Int64Array:
         gene_ids = np.asarray(gene_ids, np.int64)
-        fixed = gene_ids.base is None and not gene_ids.flags.writeable  # what cannot change is checked once
-        if not fixed or gene_ids is not self._checked or gene_ids.shape != counts.shape[1:]:
-            check_columns(gene_ids, counts.shape[1], self.vocab_size)
-            self._checked = gene_ids if fixed else None
+        # Training tokenizes a few hundred cells per call, and checking 60,000 ids would take longer than that. An array
+        # that cannot be changed is therefore checked once.
+        read_only = gene_ids.base is None and not gene_ids.flags.writeable
+        if not read_only or gene_ids is not self._checked or gene_ids.shape != counts.shape[1:]:
+            check_gene_ids(gene_ids, counts.shape[1], self.vocab_size)
+            self._checked = gene_ids if read_only else None
         return gene_ids
 
     def _check_model(self, config: Mapping[str, Any], where: Any) -> None:
-        """Raise unless the vocabulary is that of the model whose config this is; what the config lacks is not asked."""
+        """Check that the model has the same vocabulary, as far as its config records it."""
         own = {"vocab_size": self.vocab_size, "pad_token_id": self.pad_id}
         if wrong := {name: config[name] for name in own if config.get(name) not in (None, own[name])}:
             raise ValueError(
-                f"the vocabulary in {where} has {own}, the model there {wrong}; "
-                "copy tokenizer.json and config.json again from one folder"
+                f"the vocabulary in {where} has {own}, but the model there has {wrong}; "
+                "copy tokenizer.json and config.json from the same folder"
             )
 
     def _check_settings(self) -> None:
@@ -326,7 +374,7 @@ def _require_choice(name: str, found: Any, allowed: Sequence[str]) -> None:
 
 def _require_integer(name: str, found: Any, least: int) -> None:
     if isinstance(found, bool) or not isinstance(found, int) or found < least:
-        raise ValueError(f"{name} must be a whole number ≥ {least}, found {found!r}")
+        raise ValueError(f"{name} must be an integer ≥ {least}, found {found!r}")
 
 
 ScGPTProcessor.register_for_auto_class("AutoProcessor")  # type: ignore[no-untyped-call]

@@ -1,6 +1,10 @@
-"""Compiled draws by counter-based numbers: which genes of a cell have the lowest, for sampling and for masking.
+"""Compiled sampling: select the k genes of a cell with the lowest random words.
 
-Also how anything here is compiled. Without numba, `COMPILED` is False and plain numpy beside each rule does the work.
+Both tasks that need a random subset use it: keeping at most `max_tokens` genes of a cell, and masking a share of them.
+The words are those of `randomness_scgpt`, so the subset is uniform and the same in every batch.
+
+This module also defines how kernels are compiled. Without numba `COMPILED` is False, and plain numpy code next to each
+caller gives the same results, more slowly.
 """
 
 from collections.abc import Callable
@@ -8,7 +12,7 @@ from typing import Any, TypeVar, cast
 
 import numpy as np
 
-from .randomness_scgpt import GOLDEN, scramble
+from .randomness_scgpt import GOLDEN_GAMMA, mix_bits
 
 try:
     from numba import njit
@@ -17,56 +21,61 @@ try:
 except ImportError:
     COMPILED = False
 
-Array = Any  # in kernels: a numpy array, on whose dtype numba specialises
+Array = Any  # an array argument of a kernel; numba compiles one version for each dtype
 ONE = np.uint64(1)
 _LARGEST_WORD = np.uint64(2**64 - 1)
 _F = TypeVar("_F", bound=Callable[..., Any])
 
 
 def compiled(function: _F) -> _F:
-    """Return the function compiled at its first call, without the GIL; kept on disk if there is a place to write to.
+    """Compile a function with numba at its first call; it then runs without the GIL.
 
-    What is kept is renewed when the function's own file changes, not when a kernel it calls does: after changing this
-    file, remove `__pycache__`.
+    The machine code is cached on disk if there is a writable folder. numba renews the cache when the file of the
+    function changes, but not when a kernel in another file does: after changing this file, delete `__pycache__`.
+
+    Returns:
+        The compiled function, or the function itself if numba is not installed.
     """
     if not COMPILED:
         return function
     try:
         kernel: Any = njit(nogil=True, cache=True)(function)
-    except RuntimeError:  # numba found no writable cache folder
+    except RuntimeError:  # numba found no writable folder for its cache
         kernel = njit(nogil=True)(function)
     return cast(_F, kernel)
 
 
-_scramble = compiled(scramble)
+_mix_bits = compiled(mix_bits)
 
 
 @compiled
-def gene_word(key: Any, gene: Any) -> Any:
-    """Return `gene_words` of one gene."""
-    return _scramble(key + GOLDEN * (np.uint64(gene) + ONE))
+def random_word(key: Any, gene: Any) -> Any:
+    """Compute what `random_words` returns for one gene."""
+    return _mix_bits(key + GOLDEN_GAMMA * (np.uint64(gene) + ONE))
 
 
 @compiled
-def draw_words(key: Any, genes: Array, words: Array) -> None:
-    """Fill `words` with those of a cell's genes."""
+def fill_random_words(key: Any, genes: Array, words: Array) -> None:
+    """Fill `words` with the random word of each gene of one cell."""
     for i in range(len(genes)):
-        words[i] = gene_word(key, genes[i])
+        words[i] = random_word(key, genes[i])
 
 
 @compiled
-def _threshold(words: Array, k: int) -> Any:
-    """Return a word that k of the words do not exceed, 1 ≤ k ≤ len(words).
+def find_threshold(words: Array, k: int) -> Any:
+    """Find a threshold such that exactly k words are less than or equal to it; 1 ≤ k ≤ len(words).
 
-    Words are uniform and not 0: where the k-th of them lies is guessed by interpolation and checked by counting, four
-    times in the mean, which is faster than any sort. Where words repeat, more than k may not exceed it.
+    The words are uniform, so the position of the k-th lowest can be guessed by interpolation. Each guess is checked by
+    counting the words up to it, which the compiler vectorises. Four guesses suffice on average, which is faster than
+    sorting or partitioning. If words repeat, more than k words may lie at or below the threshold; the words of one cell
+    never repeat.
     """
-    low, high, n_low, n_high = np.uint64(0), _LARGEST_WORD, 0, len(words)  # words ≤ low, words ≤ high
+    low, high, n_low, n_high = np.uint64(0), _LARGEST_WORD, 0, len(words)  # n_low words ≤ low, n_high words ≤ high
     while n_high > k and high - low > ONE:
         share = (k - n_low + 0.5) / (n_high - n_low + 1.0)
         guess = min(low + np.uint64(max(float(high - low) * share, 1.0)), high - ONE)
         n = 0
-        for i in range(len(words)):  # by number: the compiler then counts several at once
+        for i in range(len(words)):  # an index loop over `words`: the compiler then compares several words at once
             n += words[i] <= guess
         if n < k:
             low, n_low = guess, n
@@ -77,44 +86,64 @@ def _threshold(words: Array, k: int) -> Any:
 
 @compiled
 def keep_lowest(genes: Array, values: Array, n: int, limit: int, key: Any, words: Array) -> int:
-    """Keep the `limit` genes of a cell whose words are lowest, in order, and return how many there are."""
+    """Keep the `limit` genes of a cell with the lowest random words, in their order, and return their number.
+
+    Args:
+        genes: vocabulary ids; the first n are used, and overwritten by those that are kept.
+        values: value of each gene, treated alike.
+        n: number of genes of the cell.
+        limit: largest number of genes to keep.
+        key: key of the cell.
+        words: workspace for n words.
+    """
     if n <= limit:
         return n
-    draw_words(key, genes[:n], words)
-    threshold = _threshold(words[:n], limit)
-    k = np.uint64(0)  # unsigned: no test for an index from the end
+    fill_random_words(key, genes[:n], words)
+    threshold = find_threshold(words[:n], limit)
+    k = np.uint64(0)  # unsigned, so that numba does not test for negative indices
     for i in range(n):
+        # Write without a branch: an entry that is not kept is overwritten by the next one, because k stays.
         genes[k], values[k] = genes[i], values[i]
         k += np.uint64(words[i] <= threshold)
     return limit
 
 
 @compiled
-def hide_block(
-    genes: Array, values: Array, starts: Array, stops: Array, keys: Array, n_hidden: Array, mask_value: float,
-    ignore: float, seen: Array, labels: Array,
+def mask_cells(
+    genes: Array, values: Array, starts: Array, stops: Array, keys: Array, n_masked: Array, mask_value: float,
+    ignore: float, masked_values: Array, labels: Array,
 ) -> None:  # fmt: skip
-    """Hide the `n_hidden` tokens of each cell's starts..stops whose words are lowest.
+    """Mask the `n_masked` tokens with the lowest random words of each cell.
 
-    Fills `seen` with `mask_value` there and the values elsewhere, `labels` with the values there, `ignore` elsewhere.
+    Args:
+        genes: vocabulary ids of all tokens. Shape (tokens,).
+        values: their values. Shape (tokens,).
+        starts: offset of the first token of each cell that may be masked. Shape (cells,).
+        stops: offset after the last token of each cell. Shape (cells,).
+        keys: key of each cell. Shape (cells,).
+        n_masked: number of tokens to mask in each cell. Shape (cells,).
+        mask_value: value of a masked token.
+        ignore: label of a token that is not masked.
+        masked_values: output: `mask_value` where masked, `values` elsewhere. Shape (tokens,).
+        labels: output: `values` where masked, `ignore` elsewhere. Shape (tokens,).
     """
     widest = 1
-    for cell in range(len(n_hidden)):
+    for cell in range(len(n_masked)):
         widest = max(widest, stops[cell] - starts[cell])
     words = np.empty(widest, np.uint64)
     done = 0
-    for cell in range(len(n_hidden)):
-        for i in range(done, starts[cell]):
-            seen[i], labels[i] = values[i], ignore
+    for cell in range(len(n_masked)):
+        for i in range(done, starts[cell]):  # `<cls>`
+            masked_values[i], labels[i] = values[i], ignore
         start, done = starts[cell], stops[cell]
-        n, here = done - start, values[start:done]
-        seen_here, labels_here = seen[start:done], labels[start:done]
-        if n_hidden[cell] == 0:
+        n, own = done - start, values[start:done]
+        own_masked, own_labels = masked_values[start:done], labels[start:done]
+        if n_masked[cell] == 0:
             for i in range(n):
-                seen_here[i], labels_here[i] = here[i], ignore
+                own_masked[i], own_labels[i] = own[i], ignore
             continue
-        draw_words(keys[cell], genes[start:done], words)
-        threshold = _threshold(words[:n], n_hidden[cell])
+        fill_random_words(keys[cell], genes[start:done], words)
+        threshold = find_threshold(words[:n], n_masked[cell])
         for i in range(n):
-            seen_here[i] = mask_value if words[i] <= threshold else here[i]
-            labels_here[i] = here[i] if words[i] <= threshold else ignore
+            own_masked[i] = mask_value if words[i] <= threshold else own[i]
+            own_labels[i] = own[i] if words[i] <= threshold else ignore

@@ -1,4 +1,9 @@
-"""The gene vocabulary: a WordLevel tokenizer that any `AutoTokenizer` loads, and how genes of data are found in it."""
+"""The gene vocabulary: which id each gene has, and how the genes of a data set are found in it.
+
+The vocabulary is stored as a WordLevel tokenizer (`tokenizer.json`), so that any `AutoTokenizer` loads it. Genes are
+named by Ensembl id (ENSG00000141510) or by symbol (TP53). Besides genes there are three special tokens: `<pad>` fills
+rows, `<cls>` stands for the cell, and `<eoc>` ("end of cell") occurs in published scGPT vocabularies but is not used.
+"""
 
 import json
 import logging
@@ -17,21 +22,22 @@ from .randomness_scgpt import Int64Array
 logger = logging.getLogger(__name__)
 
 PAD, CLS, EOC = "<pad>", "<cls>", "<eoc>"
+# An Ensembl id with its version, such as ENSG00000141510.17. The version counts corrections of the gene's annotation.
 _VERSIONED = re.compile(r"(ENS[A-Z]*G\d+)\.\d+")
+# Columns of `var` that hold gene names in data from CELLxGENE, 10x Genomics and scanpy, in order of preference.
 _VAR_COLUMNS = ("feature_id", "gene_ids", "feature_name", "gene_symbols", "gene_name", "gene_id")
 
 
 def build_tokenizer(vocab: Mapping[str, int]) -> PreTrainedTokenizerFast:
-    """Return the tokenizer of a vocabulary: `tokenizer("CD3D CD8A")` answers with their ids.
+    """Build the tokenizer of a vocabulary, so that `tokenizer("CD3D CD8A")` returns the ids of these genes.
 
-    There is no unknown token: `convert_tokens_to_ids` answers None for a gene that is not in it, rather than some other
-    id.
+    There is no unknown token: `convert_tokens_to_ids` returns None for a gene that is not in the vocabulary.
 
     Args:
-        vocab: id of each gene and special token; the specials may sit at any id.
+        vocab: id of each gene and special token. Special tokens may have any id.
 
     Raises:
-        ValueError: see `check_vocab`.
+        ValueError: the vocabulary is not valid; see `check_vocab`.
     """
     check_vocab(vocab)
     ids = {token: int(index) for token, index in vocab.items()}
@@ -42,9 +48,12 @@ def build_tokenizer(vocab: Mapping[str, int]) -> PreTrainedTokenizerFast:
         "model": {"type": "WordLevel", "vocab": ids, "unk_token": "<unk>"},
     }
     specials: dict[str, Any] = {"pad_token": PAD, "cls_token": CLS}
-    if EOC in vocab:  # no `eos_token`: a cell is a set and has no end, and the Trainer would tell the config of one
+    if EOC in vocab:
+        # Not as `eos_token`: a cell is a set without an end, and the Trainer would copy an `eos_token` to the config.
         specials["extra_special_tokens"] = [EOC]
-    with TemporaryDirectory() as folder:  # through a file, so that this room needs nothing beside transformers
+    # Through a file: building it in memory would import `tokenizers`, and modules that are uploaded with the weights
+    # import numpy, torch and transformers only.
+    with TemporaryDirectory() as folder:
         path = Path(folder, "tokenizer.json")
         path.write_text(json.dumps(backend), encoding="utf-8")
         tokenizer: Any = PreTrainedTokenizerFast
@@ -52,22 +61,22 @@ def build_tokenizer(vocab: Mapping[str, int]) -> PreTrainedTokenizerFast:
 
 
 def check_vocab(vocab: Mapping[str, int]) -> None:
-    """Raise unless the vocabulary has `<pad>`, `<cls>` and at least one gene, and its ids are 0, 1, 2, … each once.
+    """Check that a vocabulary has `<pad>`, `<cls>` and at least one gene, and that its ids are 0, 1, 2, ….
 
     Raises:
-        ValueError: saying which token or id is wrong.
+        ValueError: a token is missing, has no name, or its id is not an integer, is repeated or leaves a gap.
     """
     missing = [token for token in (PAD, CLS) if token not in vocab]
     if missing:
-        raise ValueError(f"the vocabulary lacks {' and '.join(missing)}; add them with ids of their own")
+        raise ValueError(f"the vocabulary has no {' and no '.join(missing)}; add each with an unused id")
     wrong = [
         token for token, index in vocab.items() if isinstance(index, bool) or not isinstance(index, int | np.integer)
     ]
     if wrong:
-        raise ValueError(f"ids of a vocabulary are whole numbers; found {vocab[wrong[0]]!r} for {wrong[0]!r}")
+        raise ValueError(f"ids of a vocabulary must be integers; found {vocab[wrong[0]]!r} for {wrong[0]!r}")
     unnamed = [index for token, index in vocab.items() if not isinstance(token, str) or not token.strip()]
     if unnamed:
-        raise ValueError(f"a vocabulary names every id; ids {unnamed[:5]} have an empty name or none")
+        raise ValueError(f"every id of a vocabulary needs a name; ids {unnamed[:5]} have none")
     ids = np.sort(np.fromiter(vocab.values(), np.int64, len(vocab)))
     repeated = np.unique(ids[:-1][np.diff(ids) == 0])
     if len(repeated):
@@ -79,38 +88,45 @@ def check_vocab(vocab: Mapping[str, int]) -> None:
             f"ids of the vocabulary must run from 0 to {len(ids) - 1}; found {ids[0]} to {ids[-1]}, missing {holes}"
         )
     if len(vocab) == len({PAD, CLS, EOC} & set(vocab)):
-        raise ValueError("the vocabulary holds special tokens only; it needs at least one gene")
+        raise ValueError("the vocabulary contains special tokens only; it needs at least one gene")
 
 
 def vocab_of_genes(genes: Sequence[str]) -> dict[str, int]:
-    """Return ids [0, genes − 1] in the order given, then `<pad>`, `<cls>`, `<eoc>`.
+    """Assign ids to genes in the given order, starting at 0, then to `<pad>`, `<cls>` and `<eoc>`.
 
     Raises:
-        ValueError: a gene is repeated or is named like a special token.
+        ValueError: a gene is repeated or has the name of a special token.
+
+    Example:
+        >>> vocab_of_genes(["CD3D", "CD8A"])
+        {'CD3D': 0, 'CD8A': 1, '<pad>': 2, '<cls>': 3, '<eoc>': 4}
     """
     names = [str(gene) for gene in genes]
     _require_unique(names, "genes of the vocabulary")
     reserved = sorted({PAD, CLS, EOC} & set(names))
     if reserved:
-        raise ValueError(f"{reserved} are special tokens, not genes; leave them out, they are added by themselves")
+        raise ValueError(f"{reserved} are special tokens, not genes; leave them out, they are added automatically")
     return {token: index for index, token in enumerate([*names, PAD, CLS, EOC])}
 
 
 def match_genes(vocab: Mapping[str, int], genes: Sequence[str]) -> Int64Array:
-    """Return the vocabulary id of each gene, −1 where unknown; an Ensembl version (`ENSG….5`) is ignored.
+    """Return the vocabulary id of each gene, −1 where unknown. The version of an Ensembl id (`ENSG….5`) is ignored.
 
-    The log says how many are known. It is normal that a vocabulary of 1,200 genes knows few of the 60,000 of a data
-    set, and that a panel of 400 genes covers little of a vocabulary of 60,000; so only data that fail both ways are
-    refused: fewer than a tenth of their genes are in the vocabulary *and* they hold fewer than a tenth of the
-    vocabulary's genes, as happens with names of another kind or species. With fewer than half both ways, as of a panel
-    that was chosen for something else, the log warns: the model sees little of each cell.
+    The function logs how many genes are known. A small overlap in one direction is normal: a vocabulary of 1,200 genes
+    covers few of the 60,000 genes of a data set, and a panel of 400 genes covers little of a vocabulary of 60,000. So
+    two shares are computed, known genes of the data and covered genes of the vocabulary, and the larger one counts.
+    Below one tenth the function raises: the names are of another kind or species. Below one half it logs a warning: the
+    model reads little of each cell.
 
     Args:
         vocab: id of each token.
-        genes: names of the columns of the data, as the vocabulary names them. Shape (genes,).
+        genes: names of the columns of the data, of the kind that the vocabulary uses. Shape (genes,).
+
+    Returns:
+        int64 ids, shape (genes,).
 
     Raises:
-        ValueError: names are repeated, two names are versions of one gene, or too few are known.
+        ValueError: names are repeated, two names are versions of one gene, or too few genes are known.
     """
     names = [str(gene) for gene in genes]
     _require_unique(names, "gene names of the data")
@@ -124,39 +140,52 @@ def match_genes(vocab: Mapping[str, int], genes: Sequence[str]) -> Int64Array:
     if share < 0.1:
         unknown = [name for name, index in zip(names, ids, strict=True) if index < 0]
         raise ValueError(
-            f"only {n_known:,} of the {len(names):,} genes of the data are among the vocabulary's {len(targets):,}; "
-            f"the data have {unknown[:5]}, the vocabulary {list(targets)[:5]}; pass names of one kind (Ensembl ids "
-            "or symbols; of an AnnData also in var['feature_id'] and var['feature_name']) and species"
+            f"only {n_known:,} of the {len(names):,} genes of the data are in the vocabulary of {len(targets):,}; "
+            f"the data have for example {unknown[:5]}, the vocabulary {list(targets)[:5]}; use names of the same kind "
+            "and species (Ensembl ids or symbols; an AnnData may have them in var['feature_id'] or "
+            "var['feature_name'])"
         )
     logger.log(
         logging.WARNING if share < 0.5 else logging.INFO,
-        "%d of %d genes of the data are known, %d of the vocabulary's %d are present; %d version suffixes ignored",
+        "%d of %d genes of the data are known, %d of %d genes of the vocabulary present; ignored %d version suffixes",
         n_known, len(names), n_known, len(targets), sum(name in targets for name in bare.values()),
     )  # fmt: skip
     return ids
 
 
-def genes_by_symbol(genes: Sequence[str], symbols: Sequence[str]) -> dict[str, str]:
-    """Return the gene that each symbol stands for, but for symbols of several genes, or that name a gene themselves.
+def map_symbols(genes: Sequence[str], symbols: Sequence[str]) -> dict[str, str]:
+    """Map symbols to genes of the vocabulary.
+
+    A symbol that several genes share is ambiguous, and a symbol that is also the name of a gene means that gene. Both
+    are left out.
 
     Args:
-        genes: of the vocabulary, by ascending id.
-        symbols: of these genes, or none at all.
+        genes: genes of the vocabulary by ascending id.
+        symbols: the symbol of each of them; may be empty.
 
     Raises:
-        ValueError: there are symbols, and not one text for each gene.
+        ValueError: `symbols` is not empty and does not have one string per gene.
     """
     if symbols and (len(symbols) != len(genes) or not all(isinstance(symbol, str) for symbol in symbols)):
-        raise ValueError(f"expected a symbol for each of the {len(genes):,} genes, found {len(symbols):,} symbols")
+        raise ValueError(f"expected one symbol (a string) for each of {len(genes):,} genes, found {len(symbols):,}")
     n_genes = Counter(symbols)
-    named = {symbol: gene for symbol, gene in zip(symbols, genes, strict=False) if n_genes[symbol] == 1}
-    return {symbol: named[symbol] for symbol in named.keys() - set(genes)}
+    gene_of = {symbol: gene for symbol, gene in zip(symbols, genes, strict=False) if n_genes[symbol] == 1}
+    return {symbol: gene_of[symbol] for symbol in gene_of.keys() - set(genes)}
 
 
-def gene_names_of(adata: Any, vocab: Mapping[str, int], symbols: Collection[str] = ()) -> list[str]:
-    """Return the names of an AnnData's genes from `var_names` or the column of `var` that the vocabulary knows best.
+def choose_gene_names(adata: Any, vocab: Mapping[str, int], symbols: Collection[str] = ()) -> list[str]:
+    """Return the gene names of an AnnData from `var_names` or from a column of `var`.
 
-    Of columns that it knows equally well, the one with most symbols.
+    The function takes the one of which most names are in the vocabulary. Among equals it prefers the one with most
+    `symbols`, then `var_names`.
+
+    Args:
+        adata: an AnnData.
+        vocab: id of each token.
+        symbols: other names by which the genes of the vocabulary are known.
+
+    Returns:
+        One name per column of the AnnData.
     """
     columns = [column for column in _VAR_COLUMNS if column in adata.var.columns]
     choices = {"var_names": adata.var_names} | {f"var[{column!r}]": adata.var[column] for column in columns}
@@ -167,8 +196,8 @@ def gene_names_of(adata: Any, vocab: Mapping[str, int], symbols: Collection[str]
         bare = {_VERSIONED.sub(r"\1", name) for name in names}
         return len(bare & vocab.keys() | names & vocab.keys()), len(names.intersection(symbols))
 
-    best = max(found, key=n_known)  # the first of equals, so var_names if nothing is better
-    logger.info("gene names are taken from %s", best)
+    best = max(found, key=n_known)  # the first of equals, so `var_names` if no column is better
+    logger.info("reading gene names from %s", best)
     return found[best]
 
 
@@ -178,5 +207,5 @@ def _require_unique(names: Sequence[str], what: str) -> None:
     if repeated:
         raise ValueError(
             f"{len(repeated):,} {what} are repeated, e.g. {list(dict.fromkeys(repeated))[:5]}; keep one of each, for "
-            "example by adata[:, ~adata.var_names.duplicated()], or use names without repeats (Ensembl ids)"
+            "example with adata[:, ~adata.var_names.duplicated()], or use unique names such as Ensembl ids"
         )

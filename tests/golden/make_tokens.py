@@ -8,8 +8,9 @@ from pathlib import Path
 import numpy as np
 from scipy.sparse import csr_matrix
 
+from scgpt_hf.tokens.counts_scgpt import content_ids
 from scgpt_hf.tokens.processing_scgpt import ScGPTProcessor
-from scgpt_hf.tokens.randomness_scgpt import MASK_RATIO, MASKING, SAMPLING, TIES, cell_keys, content_ids, gene_words
+from scgpt_hf.tokens.randomness_scgpt import MASK_RATIO, MASKING, SAMPLING, TIES, cell_keys, random_words
 
 GENES = [f"gene {i}" for i in range(30)]
 COLUMNS = [*GENES[10:25], "unknown", *GENES[:10][::-1], "also unknown"]  # neither in order nor complete
@@ -48,7 +49,7 @@ def stages() -> dict[str, np.ndarray]:
     results: dict[str, np.ndarray] = {"counts": handmade_counts()}
     for name, purpose in (("ties", TIES), ("sampling", SAMPLING), ("masking", MASKING), ("ratio", MASK_RATIO)):
         keys = cell_keys(cells, seed=SEED, epoch=EPOCH, purpose=purpose)
-        results |= {f"{name}/keys": keys, f"{name}/words": gene_words(keys, np.arange(20))}
+        results |= {f"{name}/keys": keys, f"{name}/words": random_words(keys, np.arange(20))}
     variants = {
         "random": {"ties": "random"},
         "midpoint": {"ties": "midpoint", "n_bins": 11},

@@ -14,8 +14,8 @@ from scipy.stats import rankdata
 
 from scgpt_hf.analysis.embed import embed_anndata
 from scgpt_hf.conversion.checkpoint import convert_scgpt, save_converted
+from scgpt_hf.tokens.counts_scgpt import to_csr
 from scgpt_hf.tokens.packing_scgpt import pack, pad
-from scgpt_hf.tokens.tokenizing_scgpt import csr_of
 
 Given = tuple[dict[str, Any], dict[str, np.ndarray], Path]
 
@@ -36,7 +36,7 @@ def test_processor_and_model_give_the_originals_vectors(given: Given, packed: bo
     assert processor.cls_value == about["cls_value"]
     assert processor.max_tokens == about["max_length"]
     processor.n_bins = about["n_bins"]  # the original's, whatever args.json says
-    counts = csr_of(tensors["X"])
+    counts = to_csr(tensors["X"])
     tokens = processor.tokenize(counts, processor.match_genes(about["gene_names"]), seed=0, epoch=0)
     batch = pack(tokens) if packed else pad(tokens, pad_id=processor.pad_id, pad_value=processor.pad_value)
     with torch.no_grad():

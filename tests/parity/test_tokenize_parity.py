@@ -9,10 +9,11 @@ import pytest
 from safetensors.numpy import load_file
 from scipy.sparse import csr_matrix
 
+from scgpt_hf.tokens.counts_scgpt import validate_counts
 from scgpt_hf.tokens.masking_scgpt import mask_tokens
 from scgpt_hf.tokens.packing_scgpt import IGNORE, Tokens, pad
 from scgpt_hf.tokens.processing_scgpt import ScGPTProcessor
-from scgpt_hf.tokens.tokenizing_scgpt import TokenRule, as_block, tokenize_counts
+from scgpt_hf.tokens.tokenizing_scgpt import TokenSettings, tokenize_counts
 
 
 @pytest.fixture(scope="module")
@@ -38,9 +39,9 @@ def test_genes_and_values_equal_the_fine_tuning_tokeniser(
     folder: Path, vocab: dict[str, int], kind: str, include_zeros: bool
 ) -> None:
     tensors = load_file(folder / "tokenize" / "tokenize.safetensors")
-    rule = TokenRule(len(vocab), vocab["<cls>"], 0.0, 1201, None, "random", include_zeros)
-    block, ids = as_block(csr_matrix(tensors["counts"])), tensors["gene_ids_of_columns"]
-    tokens = tokenize_counts(block, ids, rule, cell_ids=np.arange(block.shape[0]), seed=0, epoch=0)
+    settings = TokenSettings(len(vocab), vocab["<cls>"], 0.0, 1201, None, "random", include_zeros)
+    counts, ids = validate_counts(csr_matrix(tensors["counts"])), tensors["gene_ids_of_columns"]
+    tokens = tokenize_counts(counts, ids, settings, cell_ids=np.arange(counts.shape[0]), seed=0, epoch=0)
     batch = pad(tokens, pad_id=vocab["<pad>"], pad_value=-2.0)
     genes, values = tensors[f"genes_{kind}"], tensors[f"values_{kind}"]
     assert batch["input_ids"].shape == genes.shape
@@ -69,9 +70,9 @@ def masked_where(tokens: Tokens, ratios: np.ndarray, *, seed: int, n_first: int 
 
 def test_masked_share_counts_as_the_original_when_cls_may_be_masked(folder: Path, vocab: dict[str, int]) -> None:
     tensors = load_file(folder / "tokenize" / "tokenize.safetensors")
-    rule = TokenRule(len(vocab), vocab["<cls>"], 0.0, 1201, None, "random", False)
-    block, ids = as_block(csr_matrix(tensors["counts"])), tensors["gene_ids_of_columns"]
-    tokens = tokenize_counts(block, ids, rule, cell_ids=np.arange(block.shape[0]), seed=0, epoch=0)
+    settings = TokenSettings(len(vocab), vocab["<cls>"], 0.0, 1201, None, "random", False)
+    counts, ids = validate_counts(csr_matrix(tensors["counts"])), tensors["gene_ids_of_columns"]
+    tokens = tokenize_counts(counts, ids, settings, cell_ids=np.arange(counts.shape[0]), seed=0, epoch=0)
     ratios = np.full(len(tokens), 0.5)
     original = (tensors["random_mask_value_seed3"] == -1).sum(1)
     masked = masked_where(tokens, ratios, seed=3, n_first=0)

@@ -1,4 +1,4 @@
-"""Quantile bins against numpy's own quantile and digitize, in both engines."""
+"""Quantile bins equal numpy's quantile and digitize, with and without numba."""
 
 from collections.abc import Callable
 from itertools import pairwise
@@ -16,16 +16,16 @@ from scgpt_hf.tokens.randomness_scgpt import TIES, cell_keys
 COUNTS = st.lists(st.one_of(st.integers(1, 6), st.integers(1, 6000)), min_size=1, max_size=60)
 REALS = st.lists(st.floats(2**-10, 1e4, width=32), min_size=1, max_size=60)
 CELLS = st.lists(st.one_of(COUNTS, REALS, st.just([])), max_size=6)
-Engine = Callable[..., Any]
+Binning = Callable[..., Any]
 
 
 @pytest.fixture(params=["compiled", "numpy"])
-def engine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Engine:
+def engine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Binning:
     monkeypatch.setattr(binning_scgpt, "COMPILED", request.param == "compiled")
     return bin_counts
 
 
-def _block(cells: list[list[float]], dtype: type = np.float32) -> dict[str, Any]:
+def _arguments(cells: list[list[float]], dtype: type = np.float32) -> dict[str, Any]:
     indptr = np.cumsum([0, *map(len, cells)])
     values = np.array([value for cell in cells for value in cell], dtype)
     genes = np.concatenate([np.arange(len(cell)) for cell in cells] or [np.empty(0, np.int64)])
@@ -58,8 +58,8 @@ def test_ranges_are_between_both_sides_of_digitize(values: list[float], n_bins: 
 
 @settings(deadline=None, max_examples=60)
 @given(cells=CELLS, n_bins=st.sampled_from([2, 3, 11, 51]), ties=st.sampled_from(get_args(Ties)))
-def test_engines_agree_to_the_bit(cells: list[list[float]], n_bins: int, ties: Ties) -> None:
-    block = _block(cells)
+def test_kernel_and_numpy_agree_to_the_bit(cells: list[list[float]], n_bins: int, ties: Ties) -> None:
+    block = _arguments(cells)
     compiled = bin_counts(**block, n_bins=n_bins, ties=ties)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(binning_scgpt, "COMPILED", False)
@@ -68,8 +68,8 @@ def test_engines_agree_to_the_bit(cells: list[list[float]], n_bins: int, ties: T
     np.testing.assert_array_equal(compiled, plain)
 
 
-def test_each_rule_of_ties_keeps_to_the_range(engine: Engine) -> None:
-    block = _block([[1, 1, 1, 2, 2, 5, 9], [7.5], [3, 3, 3, 3]])
+def test_every_choice_of_ties_stays_in_the_range(engine: Binning) -> None:
+    block = _arguments([[1, 1, 1, 2, 2, 5, 9], [7.5], [3, 3, 3, 3]])
     bins = {ties: engine(**block, n_bins=51, ties=ties) for ties in get_args(Ties)}
     for start, stop in pairwise(block["indptr"]):
         lowest, highest = bin_ranges(block["values"][start:stop], 51)
@@ -80,43 +80,43 @@ def test_each_rule_of_ties_keeps_to_the_range(engine: Engine) -> None:
         assert (bins["random"][start:stop] <= highest).all()
 
 
-def test_random_ties_are_uniform_over_the_coinciding_edges(engine: Engine) -> None:
+def test_random_ties_are_uniform_over_the_coinciding_edges(engine: Binning) -> None:
     n_cells = 3000
-    block = _block([[2, 2, 2, 2]] * n_cells)  # all edges coincide: bins 1 to 10 are possible
+    block = _arguments([[2, 2, 2, 2]] * n_cells)  # all edges coincide: bins 1 to 10 are possible
     observed = np.bincount(engine(**block, n_bins=11, ties="random").astype(int), minlength=11)[1:]
     assert observed.sum() == 4 * n_cells
     assert ((observed - 1200.0) ** 2 / 1200).sum() < 27.9  # chi square, 9 degrees of freedom, 99.9 %
 
 
-def test_bins_of_a_cell_do_not_depend_on_its_neighbours(engine: Engine) -> None:
+def test_the_bins_of_a_cell_do_not_depend_on_other_cells(engine: Binning) -> None:
     cells = [[1, 1, 3, 2, 2], [4, 1, 1, 1], [6000, 1, 1, 2], [0.5, 0.5, 1.5]]
-    together = _block(cells)
+    together = _arguments(cells)
     bins = engine(**together, n_bins=51, ties="random")
     for cell, (start, stop) in enumerate(pairwise(together["indptr"])):
-        alone = {name: together[name][start:stop] for name in ("values", "genes")}
-        alone |= {"indptr": np.array([0, stop - start]), "keys": together["keys"][cell : cell + 1]}
-        np.testing.assert_array_equal(engine(**alone, n_bins=51, ties="random"), bins[start:stop])
+        single = {name: together[name][start:stop] for name in ("values", "genes")}
+        single |= {"indptr": np.array([0, stop - start]), "keys": together["keys"][cell : cell + 1]}
+        np.testing.assert_array_equal(engine(**single, n_bins=51, ties="random"), bins[start:stop])
 
 
 @settings(deadline=None)
 @given(values=st.lists(st.integers(1, 40), min_size=1, max_size=80), total=st.integers(100, 10_000))
-def test_normalising_and_log1p_leave_bins_as_they_are(values: list[int], total: int) -> None:
+def test_normalising_and_log1p_do_not_change_bins(values: list[int], total: int) -> None:
     counts = np.array(values, np.float64)
-    assume(len(values) % 7 != 1)  # else an edge may meet a value but for rounding (49 = 7 · 7 steps between edges)
+    assume(len(values) % 7 != 1)  # otherwise rounding decides whether an edge equals a value (49 = 7 · 7 steps)
     raw, normalized = (bin_ranges(array, 51) for array in (counts, np.log1p(counts * 1e4 / total)))
     np.testing.assert_array_equal(raw, normalized)
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
-def test_counts_and_whole_floats_beyond_the_table_agree(engine: Engine, dtype: type) -> None:
-    small = engine(**_block([[1, 2, 2, 3, 4095]], dtype), n_bins=51, ties="random")
-    large = engine(**_block([[1, 2, 2, 3, 4096]], dtype), n_bins=51, ties="random")  # the sorting path
+def test_counts_and_whole_floats_beyond_the_table_agree(engine: Binning, dtype: type) -> None:
+    small = engine(**_arguments([[1, 2, 2, 3, 4095]], dtype), n_bins=51, ties="random")
+    large = engine(**_arguments([[1, 2, 2, 3, 4096]], dtype), n_bins=51, ties="random")  # the sorting path
     np.testing.assert_array_equal(small, large)
 
 
-def test_empty_input_has_no_bins(engine: Engine) -> None:
-    assert engine(**_block([]), n_bins=51, ties="random").shape == (0,)
-    assert engine(**_block([[], []]), n_bins=51, ties="random").shape == (0,)
+def test_empty_input_has_no_bins(engine: Binning) -> None:
+    assert engine(**_arguments([]), n_bins=51, ties="random").shape == (0,)
+    assert engine(**_arguments([[], []]), n_bins=51, ties="random").shape == (0,)
 
 
 @pytest.mark.parametrize(
@@ -129,6 +129,6 @@ def test_empty_input_has_no_bins(engine: Engine) -> None:
     ],
 )
 def test_bad_input_raises(change: dict[str, Any], message: str) -> None:
-    arguments = _block([[1, 2]]) | {"n_bins": 51, "ties": "random"}
+    arguments = _arguments([[1, 2]]) | {"n_bins": 51, "ties": "random"}
     with pytest.raises(ValueError, match=message):
         bin_counts(**arguments | change)

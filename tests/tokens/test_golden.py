@@ -1,4 +1,4 @@
-"""Twenty handmade cells give the numbers they always gave, in both engines."""
+"""Twenty handmade cells give the stored numbers, with and without numba."""
 
 import runpy
 from pathlib import Path

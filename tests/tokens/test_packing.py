@@ -23,7 +23,7 @@ LENGTHS = st.lists(st.integers(1, 9), max_size=8)
 
 @settings(deadline=None)
 @given(n_tokens=LENGTHS)
-def test_padded_rows_are_the_packed_cells(n_tokens: list[int]) -> None:
+def test_padded_rows_contain_the_packed_cells(n_tokens: list[int]) -> None:
     tokens = _tokens(n_tokens)
     packed, padded = pack(tokens), pad(tokens, pad_id=77, pad_value=-2.0)
     real = padded["attention_mask"]
@@ -34,7 +34,7 @@ def test_padded_rows_are_the_packed_cells(n_tokens: list[int]) -> None:
     assert (padded["values"][~real] == -2).all()
     assert (padded["labels"][~real] == IGNORE).all()
     assert real.sum(1).tolist() == n_tokens
-    assert torch.equal(real.int().cummin(1).values if n_tokens else real.int(), real.int())  # filled on the right
+    assert torch.equal(real.int().cummin(1).values if n_tokens else real.int(), real.int())  # padded on the right
 
 
 @settings(deadline=None)
@@ -47,7 +47,7 @@ def test_label_positions_point_at_the_labels_in_both_layouts(n_tokens: list[int]
         assert torch.equal(batch["labels"].flatten()[at], torch.from_numpy(tokens.labels[tokens.labels != IGNORE]))
 
 
-def test_pack_marks_where_cells_begin_and_end() -> None:
+def test_pack_returns_the_offsets_of_the_cells() -> None:
     batch = pack(_tokens([3, 1, 5], labelled=False))
     assert batch["cu_seq_lens_q"].tolist() == batch["cu_seq_lens_k"].tolist() == [0, 3, 4, 9]
     assert batch["cu_seq_lens_q"].dtype == torch.int32
@@ -56,7 +56,7 @@ def test_pack_marks_where_cells_begin_and_end() -> None:
     assert not {"labels", "label_positions"} & batch.keys()
 
 
-def test_batches_have_the_types_of_the_contract() -> None:
+def test_batches_have_the_documented_types() -> None:
     for batch in (pack(_tokens([2, 3])), pad(_tokens([2, 3]), pad_id=0, pad_value=0)):
         types = {"input_ids": torch.int64, "values": torch.float32, "labels": torch.float32}
         assert {key: batch[key].dtype for key in types} == types
@@ -65,7 +65,7 @@ def test_batches_have_the_types_of_the_contract() -> None:
 
 @settings(deadline=None)
 @given(n_tokens=LENGTHS, ends=st.tuples(st.integers(-9, 9), st.integers(-9, 9)))
-def test_slices_are_cells(n_tokens: list[int], ends: tuple[int, int]) -> None:
+def test_slices_select_cells(n_tokens: list[int], ends: tuple[int, int]) -> None:
     tokens = _tokens(n_tokens)
     part = tokens[ends[0] : ends[1]]
     chosen = list(range(len(n_tokens)))[ends[0] : ends[1]]
@@ -79,12 +79,12 @@ def test_slices_are_cells(n_tokens: list[int], ends: tuple[int, int]) -> None:
 
 
 @pytest.mark.parametrize("wrong", [3, slice(0, 4, 2), slice(3, 0, -1), "a"])
-def test_other_indices_are_refused(wrong: object) -> None:
-    with pytest.raises(TypeError, match="sliced by consecutive cells"):
+def test_other_indices_raise(wrong: object) -> None:
+    with pytest.raises(TypeError, match="consecutive cells"):
         _tokens([1, 2, 3])[wrong]  # type: ignore[index]
 
 
-def test_unpack_gives_each_cell_its_part() -> None:
+def test_unpack_returns_the_tokens_of_each_cell() -> None:
     batch = pack(_tokens([3, 1, 2]))
     hidden = torch.arange(12.0).reshape(1, 6, 2)
     parts = unpack(hidden, batch["cu_seq_lens_q"])
@@ -93,7 +93,7 @@ def test_unpack_gives_each_cell_its_part() -> None:
 
 
 @given(n=st.integers(0, 300_000))
-def test_bucket_sizes_are_few_and_little_larger(n: int) -> None:
+def test_bucket_sizes_are_slightly_larger(n: int) -> None:
     size = bucket_size(n)
     assert n <= size < n + 512
     assert size <= max(n + max(n / 16, 63), 64)
@@ -107,10 +107,10 @@ def test_there_are_few_buckets() -> None:
 
 @settings(deadline=None)
 @given(n_tokens=st.lists(st.integers(1, 200), min_size=1, max_size=8), labelled=st.booleans())
-def test_a_bucketed_row_is_the_packed_row_and_padding(n_tokens: list[int], labelled: bool) -> None:
+def test_bucket_appends_padding_to_the_packed_row(n_tokens: list[int], labelled: bool) -> None:
     tokens = _tokens(n_tokens, labelled)
     if labelled:
-        tokens.labels[0] = IGNORE  # `<cls>` is never hidden
+        tokens.labels[0] = IGNORE  # `<cls>` is never masked
     packed = pack(tokens)
     longer = bucket(packed, pad_id=77, pad_value=-2.0)
     assert longer.keys() == packed.keys()
@@ -129,7 +129,7 @@ def test_a_bucketed_row_is_the_packed_row_and_padding(n_tokens: list[int], label
         assert len(labels) == bucket_size(len(packed["label_positions"]))
 
 
-def test_unpack_leaves_the_padding_out() -> None:
+def test_unpack_drops_the_padding_of_bucket() -> None:
     batch = bucket(pack(_tokens([3, 1, 2])), pad_id=77, pad_value=-2.0)
     assert [part.tolist() for part in unpack(batch["input_ids"], batch["cu_seq_lens_q"])] == [
         part.tolist() for part in unpack(pack(_tokens([3, 1, 2]))["input_ids"], batch["cu_seq_lens_q"])

@@ -1,4 +1,4 @@
-"""The processor as users meet it: what it accepts, what it refuses, and that it survives saving."""
+"""The processor: what it accepts, what it rejects, and that a saved processor loads unchanged."""
 
 import json
 import logging
@@ -47,7 +47,7 @@ def _rows(batch: dict[str, torch.Tensor]) -> list[list[tuple[int, float]]]:
     return [list(zip(ids[i, real[i]].tolist(), values[i, real[i]].tolist(), strict=True)) for i in range(len(ids))]
 
 
-def test_from_genes_numbers_genes_in_order_and_names_them_back() -> None:
+def test_from_genes_numbers_genes_in_order() -> None:
     processor = ScGPTProcessor.from_genes(GENES[::-1])
     assert (processor.vocab_size, processor.pad_id, processor.cls_id) == (63, 60, 61)
     assert processor.genes == GENES[::-1]
@@ -55,7 +55,7 @@ def test_from_genes_numbers_genes_in_order_and_names_them_back() -> None:
     assert processor.match_genes(GENES).tolist() == list(range(59, -1, -1))
 
 
-def test_specials_may_sit_anywhere_in_a_published_vocabulary() -> None:
+def test_special_tokens_may_have_any_id_in_a_published_vocabulary() -> None:
     vocab = {"<cls>": 0, **{gene: i + 1 for i, gene in enumerate(GENES[:30])}, "<pad>": 31}
     vocab |= {gene: i + 32 for i, gene in enumerate(GENES[30:])}
     processor = ScGPTProcessor.from_vocab(vocab, cls_value=-2.0)
@@ -71,17 +71,17 @@ def test_specials_may_sit_anywhere_in_a_published_vocabulary() -> None:
 def test_a_cell_gives_the_same_tokens_in_any_batch_order_or_storage(ties: str, max_tokens: int) -> None:
     processor = ScGPTProcessor.from_genes(GENES, ties=ties, max_tokens=max_tokens)
     counts, rng = _counts(), np.random.default_rng(1)
-    whole = _rows(processor(counts, GENES))
+    expected = _rows(processor(counts, GENES))
     order, columns = rng.permutation(12), rng.permutation(60)
     moved = processor(csc_matrix(counts[order][:, columns].astype(int)), [GENES[i] for i in columns])
-    assert _rows(moved) == [whole[cell] for cell in order]
-    assert [_rows(processor(counts[i : i + 1], GENES))[0] for i in range(12)] == whole
+    assert _rows(moved) == [expected[cell] for cell in order]
+    assert [_rows(processor(counts[i : i + 1], GENES))[0] for i in range(12)] == expected
     masked = processor(counts, GENES, mask_ratios=(0.5,))["labels"]
-    alone = processor(counts[3:4], GENES, mask_ratios=(0.5,))["labels"]
-    assert torch.equal(masked[3, : alone.shape[1]], alone[0])
+    single = processor(counts[3:4], GENES, mask_ratios=(0.5,))["labels"]
+    assert torch.equal(masked[3, : single.shape[1]], single[0])
 
 
-def test_midpoint_ties_are_free_of_randomness() -> None:
+def test_midpoint_ties_do_not_depend_on_the_seed() -> None:
     processor = ScGPTProcessor.from_genes(GENES, ties="midpoint")
     first, other = (processor(_counts(), GENES, seed=seed, epoch=seed) for seed in (0, 9))
     assert torch.equal(first["values"], other["values"])
@@ -103,7 +103,7 @@ def test_a_call_of_tokenize_can_override_ties_and_max_tokens() -> None:
             processor.tokenize(counts, gene_ids, seed=0, epoch=0, **wrong)
 
 
-def test_cell_ids_key_the_draws() -> None:
+def test_random_numbers_depend_on_the_cell_ids() -> None:
     processor, counts = ScGPTProcessor.from_genes(GENES), np.repeat(_counts(n_cells=1), 3, axis=0)
     values = processor(counts, GENES, cell_ids=np.array([5, 6, 5]))["values"]
     assert torch.equal(values[0], values[2])
@@ -144,7 +144,7 @@ def test_packed_and_padded_hold_the_same_tokens_and_labels() -> None:
     assert (packed["values"][packed["labels"] != IGNORE] == -1).all()
 
 
-def test_mask_draws_afresh_each_epoch_and_never_hides_cls() -> None:
+def test_mask_changes_each_epoch_and_never_masks_cls() -> None:
     processor = ScGPTProcessor.from_genes(GENES)
     tokens = processor.tokenize(csr_matrix(_counts()), processor.match_genes(GENES), seed=0, epoch=0)
     first, second, again = (processor.mask(tokens, seed=0, epoch=epoch) for epoch in (0, 1, 0))
@@ -153,7 +153,7 @@ def test_mask_draws_afresh_each_epoch_and_never_hides_cls() -> None:
     assert (first.labels[first.indptr[:-1]] == IGNORE).all()
 
 
-def test_an_anndata_is_read_by_the_column_that_fits() -> None:
+def test_gene_names_of_an_anndata_come_from_the_matching_column() -> None:
     var = pd.DataFrame({"feature_id": GENES}, index=[f"S{i}" for i in range(60)])
     processor = ScGPTProcessor.from_genes(GENES)
     expected = processor(_counts(), GENES)
@@ -174,7 +174,7 @@ def test_cells_without_known_genes_raise_or_are_dropped(caplog: pytest.LogCaptur
     with caplog.at_level(logging.DEBUG):
         tokens = processor.tokenize(csr_matrix(counts), gene_ids, cell_ids=np.arange(12), seed=0, epoch=0)
     assert tokens.cell_ids.tolist() == [0, 1, 3, 4, 5, 6, 8, 9, 10, 11]
-    assert "2 of 12 cells express no known gene" in caplog.text
+    assert "dropped 2 of 12 cells" in caplog.text
     n_known = processor.count_known(csr_matrix(counts), gene_ids)
     assert n_known.tolist() == (counts > 0).sum(1).tolist()
 
@@ -182,7 +182,7 @@ def test_cells_without_known_genes_raise_or_are_dropped(caplog: pytest.LogCaptur
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((_counts(),), "without gene names"),
+        ((_counts(),), "gene names are missing"),
         ((_counts(), GENES[:-1]), r"found \(59,\) gene ids for 60 columns"),
         ((-_counts(), GENES), "finite expression ≥ 0"),
         ((_counts()[0], GENES), "shape"),
@@ -199,23 +199,23 @@ def test_bad_ids_raise() -> None:
     processor, counts = ScGPTProcessor.from_genes(GENES), csr_matrix(_counts())
     with pytest.raises(ValueError, match=r"found \(3,\) cell ids for 12 cells"):
         processor.tokenize(counts, np.arange(60), cell_ids=np.arange(3), seed=0, epoch=0)
-    with pytest.raises(ValueError, match="gene id 63 is beyond the vocabulary of 63"):
+    with pytest.raises(ValueError, match="gene id 63 is outside the vocabulary of 63"):
         processor.tokenize(counts, np.arange(60) + 4, seed=0, epoch=0)
     with pytest.raises(ValueError, match="two columns have gene id 7"):
         processor.tokenize(counts, np.where(np.arange(60) == 3, 7, np.arange(60)), seed=0, epoch=0)
 
 
-def test_ids_that_cannot_change_are_checked_once_and_others_every_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    processor, counts, looked_at = ScGPTProcessor.from_genes(GENES), csr_matrix(_counts()), []
-    check = processing_scgpt.check_columns
-    monkeypatch.setattr(processing_scgpt, "check_columns", lambda *args: (looked_at.append(args), check(*args)))
-    for read_only, n_looks in ((True, 1), (False, 3)):
+def test_read_only_ids_are_checked_once_and_others_every_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    processor, counts, calls = ScGPTProcessor.from_genes(GENES), csr_matrix(_counts()), []
+    check = processing_scgpt.check_gene_ids
+    monkeypatch.setattr(processing_scgpt, "check_gene_ids", lambda *args: (calls.append(args), check(*args)))
+    for read_only, n_calls in ((True, 1), (False, 3)):
         gene_ids = np.arange(60)
         gene_ids.flags.writeable = not read_only
         for _ in range(3):
             processor.tokenize(counts, gene_ids, seed=0, epoch=0)
-        assert len(looked_at) == n_looks
-        looked_at.clear()
+        assert len(calls) == n_calls
+        calls.clear()
     gene_ids[3] = 7
     gene_ids.flags.writeable = False
     with pytest.raises(ValueError, match="two columns have gene id 7"):
@@ -242,10 +242,10 @@ def test_ids_that_cannot_change_are_checked_once_and_others_every_time(monkeypat
     [
         ({"ties": "left"}, "unknown ties 'left'; choose one of random, midpoint"),
         ({"input_style": "raw"}, "unknown input_style 'raw'; choose one of binned, log1p"),
-        ({"n_bins": 1}, "n_bins must be a whole number ≥ 2, found 1"),
-        ({"n_bins": 51.0}, "n_bins must be a whole number"),
-        ({"max_tokens": True}, "max_tokens must be a whole number"),
-        ({"max_tokens": 1}, "max_tokens must be a whole number ≥ 2"),
+        ({"n_bins": 1}, "n_bins must be an integer ≥ 2, found 1"),
+        ({"n_bins": 51.0}, "n_bins must be an integer"),
+        ({"max_tokens": True}, "max_tokens must be an integer"),
+        ({"max_tokens": 1}, "max_tokens must be an integer ≥ 2"),
         ({"cls_value": float("nan")}, "cls_value must be a finite number, found nan"),
         ({"pad_value": "-2"}, "pad_value must be a finite number"),
         ({"mask_value": None}, "mask_value must be a finite number"),
@@ -289,12 +289,12 @@ def test_settings_can_be_changed_while_loading(tmp_path: Path) -> None:
         ScGPTProcessor.from_pretrained(tmp_path, n_bins=0)
 
 
-def test_a_processor_from_the_future_is_refused_by_the_setting(tmp_path: Path) -> None:
+def test_an_unknown_saved_setting_raises(tmp_path: Path) -> None:
     ScGPTProcessor.from_genes(GENES).save_pretrained(tmp_path)
     path = tmp_path / "processor_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"ploidy": 2}))
     for load in (ScGPTProcessor, AutoProcessor):
-        with pytest.raises(ValueError, match=r"does not know: \['ploidy'\]; it may come from a newer version"):
+        with pytest.raises(ValueError, match=r"unknown settings: \['ploidy'\]; a newer version"):
             load.from_pretrained(tmp_path)
 
 
@@ -303,28 +303,28 @@ def test_a_processor_from_the_future_is_refused_by_the_setting(tmp_path: Path) -
     [
         (
             {"vocab_size": 64, "pad_token_id": 60},
-            "has {'vocab_size': 63, 'pad_token_id': 60}, the model there {'vocab_size': 64}",
+            "has {'vocab_size': 63, 'pad_token_id': 60}, but the model there has {'vocab_size': 64}",
         ),
         (
             {"vocab_size": 63, "pad_token_id": 0},
-            "has {'vocab_size': 63, 'pad_token_id': 60}, the model there {'pad_token_id': 0}",
+            "has {'vocab_size': 63, 'pad_token_id': 60}, but the model there has {'pad_token_id': 0}",
         ),
     ],
 )
-def test_a_vocabulary_of_another_model_is_refused_where_they_are_saved_together(
+def test_a_vocabulary_that_differs_from_the_saved_model_raises(
     tmp_path: Path, config: dict[str, int], message: str
 ) -> None:
     ScGPTProcessor.from_genes(GENES).save_pretrained(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "scgpt", **config}))
     for load in (ScGPTProcessor, AutoProcessor):
-        with pytest.raises(ValueError, match=rf"{message}; copy tokenizer.json and config.json again from one folder"):
+        with pytest.raises(ValueError, match=rf"{message}; copy tokenizer.json and config.json from the same folder"):
             load.from_pretrained(tmp_path)
     for fits in ({"vocab_size": 63, "pad_token_id": 60}, {"vocab_size": 63, "pad_token_id": None}, {}):
         (tmp_path / "config.json").write_text(json.dumps(fits))
         assert ScGPTProcessor.from_pretrained(tmp_path).vocab_size == 63
 
 
-def test_tensors_are_pytorchs_also_when_asked_for() -> None:
+def test_return_tensors_accepts_pytorch_only() -> None:
     processor = ScGPTProcessor.from_genes(GENES)
     asked, plain = processor(_counts(), GENES, return_tensors="pt"), processor(_counts(), GENES)
     assert all(torch.equal(asked[key], plain[key]) for key in plain)

@@ -1,4 +1,4 @@
-"""A saved processor without this package: from its own files, with and without numba, in a fresh process."""
+"""A saved processor loads without this package, from its own files, with and without numba, in a new process."""
 
 import json
 import os
@@ -15,8 +15,8 @@ from scgpt_hf.tokens.processing_scgpt import ScGPTProcessor
 
 GENES = [f"ENSG{i:011d}" for i in range(50)]
 
-# Runs where neither scgpt_hf nor (if asked) numba can be imported; writes what the processor says about counts.npy.
-STRANGER = """
+# Runs without scgpt_hf and, if requested, without numba; writes the processor's batch for counts.npy.
+SCRIPT = """
 import sys
 for name in sys.argv[2:]:
     sys.modules[name] = None
@@ -37,13 +37,13 @@ processor.save_pretrained(folder + "/again")
 
 def _run(folder: Path, *absent: str, **environment: str) -> None:
     variables = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"} | environment
-    command = [sys.executable, "-c", STRANGER, str(folder), *absent]
+    command = [sys.executable, "-c", SCRIPT, str(folder), *absent]
     done = subprocess.run(command, cwd=folder, env=variables, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("absent", [("scgpt_hf",), ("scgpt_hf", "numba")])
-def test_a_saved_processor_stands_alone(tmp_path: Path, absent: tuple[str, ...]) -> None:
+def test_a_saved_processor_loads_without_the_package(tmp_path: Path, absent: tuple[str, ...]) -> None:
     processor = ScGPTProcessor.from_genes(GENES, max_tokens=20)
     folder = tmp_path / "saved"
     processor.save_pretrained(folder)
@@ -61,21 +61,21 @@ def test_a_saved_processor_stands_alone(tmp_path: Path, absent: tuple[str, ...])
     assert saved == again
 
 
-def test_kernels_compile_where_nothing_can_be_written(tmp_path: Path) -> None:
-    home = Path(sys.modules[ScGPTProcessor.__module__].__file__ or "").parent
-    package = tmp_path / "room"
-    shutil.copytree(home, package, ignore=shutil.ignore_patterns("__pycache__"))
-    (package / "__pycache__").write_text("a file where numba wants a folder")
+def test_kernels_compile_without_a_writable_folder(tmp_path: Path) -> None:
+    source = Path(sys.modules[ScGPTProcessor.__module__].__file__ or "").parent
+    package = tmp_path / "copied"
+    shutil.copytree(source, package, ignore=shutil.ignore_patterns("__pycache__"))
+    (package / "__pycache__").write_text("a file where numba expects a folder")
     code = """
 import numpy as np
-from room.sampling_scgpt import COMPILED, gene_word
+from copied.sampling_scgpt import COMPILED, random_word
 assert COMPILED
-assert type(gene_word._cache).__name__ == "NullCache"
-assert gene_word(np.uint64(1234567), 0) == 6457827717110365317
+assert type(random_word._cache).__name__ == "NullCache"
+assert random_word(np.uint64(1234567), 0) == 6457827717110365317
 """
-    nowhere = tmp_path / "file"
-    nowhere.write_text("")
-    variables = os.environ | {"HOME": str(nowhere), "XDG_CACHE_HOME": str(nowhere), "NUMBA_CACHE_DIR": ""}
+    no_folder = tmp_path / "file"
+    no_folder.write_text("")
+    variables = os.environ | {"HOME": str(no_folder), "XDG_CACHE_HOME": str(no_folder), "NUMBA_CACHE_DIR": ""}
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, cwd=tmp_path, env=variables, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

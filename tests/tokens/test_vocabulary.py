@@ -1,4 +1,4 @@
-"""The gene vocabulary: ids as given, specials anywhere, and errors that name the genes."""
+"""The gene vocabulary keeps the given ids, matches genes of data, and lists genes in its errors."""
 
 import logging
 from typing import Any
@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from scgpt_hf.tokens.vocabulary_scgpt import (
     build_tokenizer,
     check_vocab,
-    gene_names_of,
-    genes_by_symbol,
+    choose_gene_names,
+    map_symbols,
     match_genes,
     vocab_of_genes,
 )
@@ -25,7 +25,7 @@ VOCAB = vocab_of_genes(ENSEMBL)
 
 @settings(deadline=None, max_examples=25)
 @given(order=st.permutations(["CD3D", "HLA-DRA", "MT-CO1", "RP11-34P13.7", "<pad>", "<cls>"]), eoc=st.booleans())
-def test_the_tokenizer_answers_with_the_ids_given_wherever_the_specials_sit(order: list[str], eoc: bool) -> None:
+def test_the_tokenizer_returns_the_given_ids_wherever_the_special_tokens_are(order: list[str], eoc: bool) -> None:
     vocab = {token: index for index, token in enumerate([*order, "<eoc>"] if eoc else order)}
     tokenizer = build_tokenizer(vocab)
     assert tokenizer.get_vocab() == vocab
@@ -34,7 +34,7 @@ def test_the_tokenizer_answers_with_the_ids_given_wherever_the_specials_sit(orde
     assert tokenizer.convert_tokens_to_ids(["CD3D", "CD3d"]) == [vocab["CD3D"], None]
 
 
-def test_vocab_of_genes_puts_the_specials_last() -> None:
+def test_vocab_of_genes_puts_special_tokens_last() -> None:
     assert vocab_of_genes(["B", "A"]) == {"B": 0, "A": 1, "<pad>": 2, "<cls>": 3, "<eoc>": 4}
     with pytest.raises(ValueError, match=r"2 genes of the vocabulary are repeated, e.g. \['A', 'B'\]"):
         vocab_of_genes(["A", "B", "A", "B", "C"])
@@ -45,21 +45,21 @@ def test_vocab_of_genes_puts_the_specials_last() -> None:
 @pytest.mark.parametrize(
     ("vocab", "message"),
     [
-        ({"A": 0, "<cls>": 1}, "lacks <pad>"),
-        ({"A": 0}, "lacks <pad> and <cls>"),
+        ({"A": 0, "<cls>": 1}, "has no <pad>"),
+        ({"A": 0}, "has no <pad> and no <cls>"),
         ({"<pad>": 0, "<cls>": 1, "A": 1}, r"1 ids of the vocabulary are used twice, e.g. 1 for \['<cls>', 'A'\]"),
         ({"<pad>": 0, "<cls>": 1, "A": 4}, r"run from 0 to 2; found 0 to 4, missing \[2, 3\]"),
         ({"<pad>": 1, "<cls>": 2, "A": 3}, r"found 1 to 3, missing \[0\]"),
         ({"<pad>": 0, "<cls>": 1, "A": -2}, "found -2 to 1"),
-        ({"<pad>": 0, "<cls>": 1, "A": "2"}, "whole numbers; found '2' for 'A'"),
-        ({"<pad>": 0, "<cls>": 1, "A": 2.0}, "whole numbers; found 2.0 for 'A'"),
-        ({"<pad>": 0, "<cls>": True, "A": 2}, "whole numbers; found True for '<cls>'"),
-        ({"<pad>": 0, "<cls>": 1, "": 2}, r"ids \[2\] have an empty name"),
-        ({"<pad>": 0, "<cls>": 1, None: 2}, r"ids \[2\] have an empty name"),
+        ({"<pad>": 0, "<cls>": 1, "A": "2"}, "must be integers; found '2' for 'A'"),
+        ({"<pad>": 0, "<cls>": 1, "A": 2.0}, "must be integers; found 2.0 for 'A'"),
+        ({"<pad>": 0, "<cls>": True, "A": 2}, "must be integers; found True for '<cls>'"),
+        ({"<pad>": 0, "<cls>": 1, "": 2}, r"ids \[2\] have none"),
+        ({"<pad>": 0, "<cls>": 1, None: 2}, r"ids \[2\] have none"),
         ({"<pad>": 0, "<cls>": 1, "<eoc>": 2}, "at least one gene"),
     ],
 )
-def test_a_broken_vocabulary_raises(vocab: dict[Any, Any], message: str) -> None:
+def test_an_invalid_vocabulary_raises(vocab: dict[Any, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         check_vocab(vocab)
     with pytest.raises(ValueError, match=message):
@@ -67,19 +67,21 @@ def test_a_broken_vocabulary_raises(vocab: dict[Any, Any], message: str) -> None
 
 
 @given(known=st.permutations(range(20)), n_unknown=st.integers(0, 5))
-def test_match_genes_finds_each_gene_where_it_is(known: list[int], n_unknown: int) -> None:
+def test_match_genes_returns_the_id_of_each_gene(known: list[int], n_unknown: int) -> None:
     names = [ENSEMBL[i] for i in known] + [f"other {i}" for i in range(n_unknown)]
     assert match_genes(VOCAB, names).tolist() == [*known, *[-1] * n_unknown]
 
 
-def test_versions_are_ignored_only_where_that_finds_the_gene(caplog: pytest.LogCaptureFixture) -> None:
+def test_versions_are_ignored_only_if_that_finds_the_gene(caplog: pytest.LogCaptureFixture) -> None:
     vocab = vocab_of_genes(["ENSG00000000001", "ENSG00000000002.7", "AC0001.2"])
     with caplog.at_level(logging.INFO):
         ids = match_genes(
             vocab, ["ENSG00000000001.12", "ENSG00000000002.7", "AC0001.2", "AC0001.3", "ENSG00000000009.1"]
         )
     assert ids.tolist() == [0, 1, 2, -1, -1]
-    assert "3 of 5 genes of the data are known, 3 of the vocabulary's 3 are present; 1 version" in caplog.text
+    assert (
+        "3 of 5 genes of the data are known, 3 of 3 genes of the vocabulary present; ignored 1 version" in caplog.text
+    )
     assert match_genes(vocab_of_genes(["ENSMUSG01", "A"]), ["ENSMUSG01.3", "A"]).tolist() == [0, 1]
 
 
@@ -94,12 +96,12 @@ def test_repeated_names_raise() -> None:
         match_genes(VOCAB, [*ENSEMBL, f"{ENSEMBL[0]}.2"])
 
 
-def test_few_known_genes_raise_only_if_they_are_few_both_ways() -> None:
+def test_few_known_genes_raise_only_if_few_of_the_vocabulary_are_present_too() -> None:
     many = [f"other {i}" for i in range(1000)]
     assert (match_genes(VOCAB, [*ENSEMBL, *many]) >= 0).sum() == 20  # the whole vocabulary in a large data set
     assert (match_genes(VOCAB, ENSEMBL[:2]) >= 0).all()  # a panel that covers little of the vocabulary
     symbols = ["CD3D", "CD3E", "LYZ", "MS4A1", "NKG7", "PPBP"]
-    with pytest.raises(ValueError, match=r"only 0 of the 6 genes .* vocabulary's 20") as error:
+    with pytest.raises(ValueError, match=r"only 0 of the 6 genes .* vocabulary of 20") as error:
         match_genes(VOCAB, symbols)
     for example in (*symbols[:5], *ENSEMBL[:5], "Ensembl ids or symbols", "species"):
         assert example in str(error.value)
@@ -115,25 +117,25 @@ def test_between_a_tenth_and_half_of_the_genes_are_a_warning(
 ) -> None:
     with caplog.at_level(logging.WARNING):
         match_genes(VOCAB, [*ENSEMBL[:n_known], *(f"other {i}" for i in range(1000))])
-    assert ("are present" in caplog.text) == warned
+    assert ("of the vocabulary present" in caplog.text) == warned
 
 
-def test_a_symbol_stands_for_its_gene_unless_it_is_shared_or_a_gene_itself() -> None:
-    assert genes_by_symbol(["a", "b", "c", "d"], ["A", "B", "B", "a"]) == {"A": "a"}
-    assert genes_by_symbol(["a", "b"], []) == {}
-    with pytest.raises(ValueError, match="a symbol for each of the 2 genes, found 1"):
-        genes_by_symbol(["a", "b"], ["A"])
+def test_a_symbol_maps_to_its_gene_unless_it_is_shared_or_the_name_of_a_gene() -> None:
+    assert map_symbols(["a", "b", "c", "d"], ["A", "B", "B", "a"]) == {"A": "a"}
+    assert map_symbols(["a", "b"], []) == {}
+    with pytest.raises(ValueError, match="each of 2 genes, found 1"):
+        map_symbols(["a", "b"], ["A"])
 
 
 def _adata(var_names: list[str], **columns: list[str]) -> AnnData:
     return AnnData(np.ones((1, len(var_names))), var=pd.DataFrame(columns, index=var_names))
 
 
-def test_names_come_from_the_column_the_vocabulary_knows_best() -> None:
+def test_names_come_from_the_column_with_most_known_genes() -> None:
     symbols = [f"S{i}" for i in range(20)]
-    assert gene_names_of(_adata(ENSEMBL), VOCAB) == ENSEMBL
-    assert gene_names_of(_adata(symbols, feature_id=ENSEMBL), VOCAB) == ENSEMBL
-    assert gene_names_of(_adata(symbols, gene_ids=[f"{name}.1" for name in ENSEMBL]), VOCAB)[3] == f"{ENSEMBL[3]}.1"
-    assert gene_names_of(_adata(ENSEMBL, feature_name=symbols), vocab_of_genes(symbols)) == symbols
-    assert gene_names_of(_adata([f"x{i}" for i in range(20)], feature_name=symbols), VOCAB, symbols) == symbols
-    assert gene_names_of(_adata(ENSEMBL, feature_id=ENSEMBL[::-1]), VOCAB) == ENSEMBL  # no column is better
+    assert choose_gene_names(_adata(ENSEMBL), VOCAB) == ENSEMBL
+    assert choose_gene_names(_adata(symbols, feature_id=ENSEMBL), VOCAB) == ENSEMBL
+    assert choose_gene_names(_adata(symbols, gene_ids=[f"{name}.1" for name in ENSEMBL]), VOCAB)[3] == f"{ENSEMBL[3]}.1"
+    assert choose_gene_names(_adata(ENSEMBL, feature_name=symbols), vocab_of_genes(symbols)) == symbols
+    assert choose_gene_names(_adata([f"x{i}" for i in range(20)], feature_name=symbols), VOCAB, symbols) == symbols
+    assert choose_gene_names(_adata(ENSEMBL, feature_id=ENSEMBL[::-1]), VOCAB) == ENSEMBL  # no column is better
