@@ -29,7 +29,7 @@ from scgpt_hf.cells.cache.jobs import write_cache
 from scgpt_hf.cells.cache.manifest import read_manifest
 from scgpt_hf.cells.cache.reader import CacheSource, uniform_chunk_size
 from scgpt_hf.cells.schedule.epoch import plan_epoch
-from scgpt_hf.cells.selection.filters import highly_variable_genes
+from scgpt_hf.cells.selection.hvg import highly_variable_genes
 from scgpt_hf.cells.source import open_source
 from scgpt_hf.pipeline.genes import match_columns
 from scgpt_hf.tokens.processing_scgpt import ScGPTProcessor

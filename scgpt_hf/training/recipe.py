@@ -18,12 +18,12 @@ from huggingface_hub.errors import StrictDataclassError
 from scgpt_hf.cells.block import Int64Array
 from scgpt_hf.cells.selection.filters import (
     cells_expressing,
+    cells_with_value,
     filter_cells,
     filter_genes,
-    highly_variable_genes,
-    null_free,
     sample_donors,
 )
+from scgpt_hf.cells.selection.hvg import highly_variable_genes
 from scgpt_hf.cells.selection.splits import Split, load_split, save_split, split_cells
 from scgpt_hf.cells.source import CellSource, open_source
 from scgpt_hf.demo import demo_cells, demo_census
@@ -93,7 +93,7 @@ def choose(source: CellSource, data: DataSettings, seed: int) -> Selection:
     """
     columns = sorted({data.donor_key, *([data.batch_key] if data.batch_key else [])})
     obs = source.obs(columns)
-    obs = obs.loc[null_free(obs, data.donor_key)]
+    obs = obs.loc[cells_with_value(obs, data.donor_key)]
     if data.max_cells is not None:
         obs = obs.loc[sample_donors(obs, data.max_cells, seed=seed, donor_key=data.donor_key)]
     obs = obs.loc[filter_cells(source, obs.index.to_numpy(np.int64), data.min_genes)]

@@ -1,63 +1,108 @@
-"""The arithmetic of highly variable genes as Seurat v3 defines them, on sums of counts that `select.py` data_module.
+"""Choose highly variable genes as Seurat v3 does, from counts that are streamed.
 
-Sums of whole numbers make the result a function of the cells alone, in whatever order they are read. The libraries
-that offer it are what the tests compare with: scanpy needs all cells in memory; cellxgene_census adds unseeded noise
-where a fit fails, so that two runs chose different genes.
+    1. Sum counts and squared counts of each gene in each donor: mean and variance.          (first pass over cells)
+    2. Fit log10 variance over log10 mean in each donor: the spread that the mean predicts.
+    3. Sum again with counts clipped: the variance beyond what the mean predicts.            (second pass)
+    4. Rank the genes by it in each donor, and take the genes of the best median rank.
+
+Why not a library: scanpy needs all cells in memory, and cellxgene_census adds unseeded noise where a fit fails, so two
+runs choose different genes. Here the sums are exact, so the result depends on the cells alone and not on the order in
+which they are read. The tests compare the result with both libraries.
 
 Source: Stuart et al. 2019, Cell 177:1888; scverse/scanpy:src/scanpy/preprocessing/_highly_variable_genes.py.
 """
 
 import logging
+from typing import TYPE_CHECKING
 
 import numpy as np
-import numpy.typing as npt
-from scipy.sparse import csr_matrix
+import pandas as pd
+from tqdm import tqdm
 
 from scgpt_hf.cells.block import Int64Array
+from scgpt_hf.cells.selection.counts import FloatArray, sums_per_batch
+from scgpt_hf.cells.selection.splits import find_donors
+
+if TYPE_CHECKING:
+    from scgpt_hf.cells.source import CellSource
 
 logger = logging.getLogger(__name__)
 
-FloatArray = npt.NDArray[np.float64]
-
-# Share of the genes that each local fit looks at. Source: scanpy and Seurat.
+# Donors with fewer cells are pooled into one batch: with few cells, the curve of variance over mean cannot be fitted,
+# or is noise. Measured on 17,736 blood cells: ranking genes in 13 donors of 55 to 83 cells one by one, instead of in
+# one pool, replaced 565 of 1,200 genes.
+MIN_CELLS_PER_BATCH = 100
+# Share of the genes that each local fit uses. Source: scanpy and Seurat.
 _SPAN = 0.3
-# Noise added to log means when many are equal and the fit is singular, tried in turn.
-# Source: cellxgene_census.experimental.pp (max_loess_jitter), there unseeded.
+# Noise added to log means, tried in turn: when many means are equal, the fit is singular.
+# Source: cellxgene_census.experimental.pp (max_loess_jitter), where the noise is unseeded.
 _JITTERS = (0.0, 1e-12, 1e-9, 1e-6)
-# Genes below which no curve is fitted: below 15 the fit is singular, and with 2 or 3 scikit-misc crashes the process.
-_MIN_FITTED = 30
+# Fewest genes for a fit. Below 15 the fit is singular, and with 2 or 3 genes scikit-misc crashes the process.
+_MIN_FITTED_GENES = 30
 _LARGER_BATCHES = (
-    "rank genes within larger groups of cells (--hvg_batch_key; `per` or a higher `min_cells` in Python), "
+    "rank genes within larger groups of cells (--hvg_batch_key; `batch_key` or a higher `min_cells` in Python), "
     "or take every gene (--gene_selection all)"
 )
 
 
-def add_sums(counts: csr_matrix, batch_of_cell: Int64Array, sums: FloatArray, clip: FloatArray | None = None) -> None:
-    """Add each batch's sum of counts and of squared counts of each gene to `sums`.
+def highly_variable_genes(
+    source: "CellSource",
+    cell_ids: Int64Array,
+    n_genes: int,
+    *,
+    batch_key: str | None = "donor_id",
+    candidates: Int64Array | None = None,
+    min_cells: int = MIN_CELLS_PER_BATCH,
+) -> Int64Array:
+    """Return the genes that vary most between cells, beyond the variance that their mean explains.
+
+    Genes are ranked within each donor, so that differences between donors do not make a gene variable. The counts are
+    read twice. Memory is about 80 bytes for each donor and candidate gene: 0.4 GB for 150 donors and 30,000 genes.
 
     Args:
-        counts: raw counts. Shape (cells, genes).
-        batch_of_cell: experimental batch of each cell. Shape (cells,).
-        sums: changed in place. Shape (2, batches, genes).
-        clip: larger counts are taken as this. Shape (batches, genes).
+        source: where to read the cells.
+        cell_ids: training cells only. Shape (cells,).
+        n_genes: number of genes to return.
+        batch_key: obs column; genes are ranked within the cells of each value. None ranks them over all cells at once.
+        candidates: columns of the genes to choose from; by default all. Shape (candidates,).
+        min_cells: donors with fewer cells are pooled into one batch. If the pool is still smaller than this, the next
+            larger donors join it.
+
+    Returns:
+        int64 columns of `source.genes`, ascending. Shape (n_genes,).
+
+    Raises:
+        ValueError: there are fewer candidates or varying genes than `n_genes`, a cell has no donor, or no curve can be
+            fitted.
+
+    Source: Stuart et al. 2019, Cell 177:1888 (seurat_v3).
     """
-    batches, row_of_cell = np.unique(batch_of_cell, return_inverse=True)
-    row = np.repeat(row_of_cell, np.diff(counts.indptr))
-    values = counts.data.astype(np.float64)
-    if clip is not None:
-        values = np.minimum(values, clip[batches][row, counts.indices])
-    shape = (len(batches), counts.shape[1])
-    place = row * shape[1] + counts.indices
-    for power, weights in enumerate((values, values**2)):
-        sums[power, batches] += np.bincount(place, weights, minlength=shape[0] * shape[1]).reshape(shape)
+    columns = np.arange(len(source.genes)) if candidates is None else np.unique(candidates)
+    if not 1 <= n_genes <= len(columns):
+        raise ValueError(
+            f"found {len(columns):,} genes to choose from, but {n_genes:,} highly variable genes were requested; "
+            f"choose --n_hvg in [1, {len(columns):,}], or drop fewer genes (a lower --min_gene_counts)"
+        )
+    cell_ids = np.sort(cell_ids)
+    batch_of_cell = np.zeros(len(cell_ids), np.int64)
+    if batch_key is not None:
+        batch_of_cell = _pool_small_donors(source.obs([batch_key]).loc[cell_ids], batch_key, min_cells)
+    n_cells = np.bincount(batch_of_cell)
+    means, variances = moments(sums_per_batch(source, cell_ids, columns, batch_of_cell), n_cells)
+    std = np.empty_like(means)
+    for batch in tqdm(range(len(n_cells)), desc="fitting variance over mean", unit=" donors", disable=None, delay=2):
+        std[batch] = expected_std(means[batch], variances[batch])
+    clip = means + std * np.sqrt(n_cells)[:, None]  # Source: Stuart et al. 2019; standardised counts ≤ sqrt(cells)
+    clipped_sums = sums_per_batch(source, cell_ids, columns, batch_of_cell, clip)
+    return columns[rank_genes(standardized_variances(clipped_sums, n_cells, means, std), n_genes)]
 
 
 def moments(sums: FloatArray, n_cells: Int64Array) -> tuple[FloatArray, FloatArray]:
-    """Return mean and unbiased variance of each gene in each batch, both (batches, genes).
+    """Return the mean and the unbiased variance of each gene in each batch, both of shape (batches, genes).
 
     Args:
-        sums: of counts and of squared counts. Shape (2, batches, genes).
-        n_cells: cells of each batch. Shape (batches,).
+        sums: sums of counts and of squared counts. Shape (2, batches, genes).
+        n_cells: number of cells in each batch. Shape (batches,).
     """
     total, squares = sums
     means = total / n_cells[:, None]
@@ -65,14 +110,21 @@ def moments(sums: FloatArray, n_cells: Int64Array) -> tuple[FloatArray, FloatArr
 
 
 def expected_std(means: FloatArray, variances: FloatArray) -> FloatArray:
-    """Return the standard deviation that a gene's mean predicts in this batch, shape (genes,); 1 where it is constant.
+    """Return the standard deviation that the mean of each gene predicts in one batch.
+
+    A local regression (loess) of log10 variance over log10 mean, of degree 2, is fitted to the genes that vary.
 
     Args:
-        means: mean count of each gene in one batch. Shape (genes,).
-        variances: variance of each gene in one batch. Shape (genes,).
+        means: mean count of each gene. Shape (genes,).
+        variances: variance of each gene. Shape (genes,).
+
+    Returns:
+        Shape (genes,); 1 for genes that do not vary.
 
     Raises:
-        ValueError: too few genes vary, or no curve can be fitted because most of them have the same few counts.
+        ValueError: too few genes vary, or no curve can be fitted because most genes have the same few counts.
+
+    Source: Stuart et al. 2019, Cell 177:1888; scanpy, flavor "seurat_v3".
     """
     from skmisc.loess import loess
 
@@ -80,12 +132,13 @@ def expected_std(means: FloatArray, variances: FloatArray) -> FloatArray:
     std = np.ones_like(means)
     if not varying.any():
         return std
-    if varying.sum() < _MIN_FITTED:
+    if varying.sum() < _MIN_FITTED_GENES:
         raise ValueError(
-            f"found {varying.sum()} genes that vary within a batch of cells, expected at least {_MIN_FITTED} to fit "
-            f"variance over mean; keep more genes (a lower --min_gene_counts), {_LARGER_BATCHES}"
+            f"found {varying.sum()} genes that vary within a batch of cells, expected at least {_MIN_FITTED_GENES} to "
+            f"fit variance over mean; keep more genes (a lower --min_gene_counts), {_LARGER_BATCHES}"
         )
     x, y = np.log10(means[varying]), np.log10(variances[varying])
+    # A constant seed: the noise serves only to make a singular fit possible, and the genes must not depend on it.
     rng = np.random.default_rng(0)
     for jitter in _JITTERS:
         fit = loess(x + rng.uniform(-jitter, jitter, len(x)), y, span=_SPAN, degree=2)
@@ -97,7 +150,7 @@ def expected_std(means: FloatArray, variances: FloatArray) -> FloatArray:
                     f"cannot fit variance over mean to {len(x):,} varying genes of a batch of cells: {error}; "
                     f"drop rare genes (a higher --min_gene_counts), {_LARGER_BATCHES}"
                 ) from error
-            logger.debug("fit failed with jitter %g: %s", jitter, error)
+            logger.debug("the fit failed with jitter %g: %s", jitter, error)
         else:
             break
     std[varying] = np.sqrt(10**fit.outputs.fitted_values)
@@ -105,13 +158,22 @@ def expected_std(means: FloatArray, variances: FloatArray) -> FloatArray:
 
 
 def standardized_variances(sums: FloatArray, n_cells: Int64Array, means: FloatArray, std: FloatArray) -> FloatArray:
-    """Return the variance of clipped counts in units of what the mean predicts, shape (batches, genes).
+    """Return the variance of each gene's clipped counts, in units of the variance that its mean predicts.
+
+    With clipped counts x, and mean and std of a gene in a batch of N cells:
+
+        sum((x - mean)²) / ((N - 1) std²)  =  (N mean² + sum(x²) - 2 mean sum(x)) / ((N - 1) std²)
 
     Args:
-        sums: of counts and of squared counts, clipped. Shape (2, batches, genes).
-        n_cells: cells of each batch. Shape (batches,).
-        means: not clipped. Shape (batches, genes).
-        std: from `expected_std`. Shape (batches, genes).
+        sums: sums of clipped counts and of their squares. Shape (2, batches, genes).
+        n_cells: number of cells in each batch. Shape (batches,).
+        means: means of the counts before clipping. Shape (batches, genes).
+        std: standard deviations from `expected_std`. Shape (batches, genes).
+
+    Returns:
+        Shape (batches, genes).
+
+    Source: scanpy, flavor "seurat_v3".
     """
     total, squares = sums
     deviations: FloatArray = n_cells[:, None] * means**2 + squares - 2 * total * means
@@ -120,17 +182,22 @@ def standardized_variances(sums: FloatArray, n_cells: Int64Array, means: FloatAr
 
 
 def rank_genes(variances: FloatArray, n_genes: int) -> Int64Array:
-    """Return the `n_genes` genes of the best median rank over the batches, ascending.
+    """Return the `n_genes` genes with the best median rank over the batches.
 
-    In each batch the genes are ranked, and those of rank `n_genes` or worse, or without variance, have no rank there.
-    Equal medians are decided by the number of batches with a rank, then by the order of the genes.
+    In each batch, only the best `n_genes` genes that vary get a rank. The median is over the batches in which a gene
+    has a rank. Genes of equal median are ordered by the number of those batches, then by their column.
 
     Args:
         variances: standardised variances. Shape (batches, genes).
         n_genes: number of genes to return.
 
+    Returns:
+        int64 columns, ascending. Shape (n_genes,).
+
     Raises:
-        ValueError: fewer genes vary.
+        ValueError: fewer than `n_genes` genes vary.
+
+    Source: scanpy, flavor "seurat_v3".
     """
     ranks = np.full(variances.shape, np.nan)
     for rank, variance in zip(ranks, variances, strict=True):
@@ -141,8 +208,29 @@ def rank_genes(variances: FloatArray, n_genes: int) -> Int64Array:
     ranked = np.flatnonzero(n_batches)
     if len(ranked) < n_genes:
         raise ValueError(
-            f"asked for {n_genes:,} highly variable genes, but only {len(ranked):,} vary between cells; "
-            "lower --n_hvg, or drop fewer genes (a lower --min_gene_counts)"
+            f"found {len(ranked):,} genes that vary between cells, but {n_genes:,} highly variable genes were "
+            "requested; lower --n_hvg, or drop fewer genes (a lower --min_gene_counts)"
         )
     order = np.lexsort((-n_batches[ranked], np.nanmedian(ranks[:, ranked], axis=0)))
     return np.sort(ranked[order[:n_genes]])
+
+
+def _pool_small_donors(obs: pd.DataFrame, donor_key: str, min_cells: int) -> Int64Array:
+    """Return the number of each cell's batch: 0 for the pool of small donors if there is one, then one per donor.
+
+    Shape (cells,).
+    """
+    donor_of_cell, donors = find_donors(obs, donor_key)
+    n_cells = np.bincount(donor_of_cell)
+    ascending = np.argsort(n_cells, kind="stable")
+    n_cells_before = np.cumsum(n_cells[ascending]) - n_cells[ascending]  # cells of all smaller donors
+    pooled = np.zeros(len(donors), bool)
+    if n_cells.min() < min_cells:
+        # The second condition: larger donors join until the pool itself has enough cells.
+        pooled[ascending] = (n_cells[ascending] < min_cells) | (n_cells_before < min_cells)
+        logger.info(
+            "pooled %d of %d donors, %d cells, to rank genes: some donors have fewer than %d cells",
+            *(pooled.sum(), len(donors), n_cells[pooled].sum(), min_cells),
+        )
+    batch_of_donor = np.where(pooled, 0, np.cumsum(~pooled) - 1 + pooled.any())
+    return batch_of_donor[donor_of_cell]

@@ -1,6 +1,15 @@
-"""Which cells train and which validate: whole donors, so that no donor is seen in two parts; and the manifest of it.
+"""Split cells into training and validation by donor, and save the split as a manifest, split.json.
 
-Which donors are considered at all is decided before, in `select.py`.
+No donor is in two parts: cells of one donor resemble each other, so a loss on other cells of the same donors says
+nothing about new donors. `filters.py` decides which cells are considered at all.
+
+The manifest is JSON, so it can be read without this package:
+
+    {"seed": 42, "donor_key": "donor_id", "source": {...},
+     "parts": {"train": {"n_cells": 3, "donors": ["d1", "d2"], "cell_ranges": [[0, 2], [5, 6]]}, "validation": {...}}}
+
+Cell ids are stored as ranges [start, stop), because the cells of a donor are mostly contiguous in a Census: one million
+cells of 100 donors take 3 kB.
 """
 
 import json
@@ -17,21 +26,22 @@ import pandas as pd
 
 from scgpt_hf.cells.block import Int64Array
 
-# Random placements of the donors, of which the one closest to the asked fractions is kept.
-_PLACEMENTS = 300
-_MOST_CELLS = 10**10  # a manifest that claims more is malformed, and would take all memory
+# How many times the donors are placed at random; the placement closest to the fractions is kept.
+_N_PLACEMENTS = 300
+# A manifest that claims more cells is malformed, and its ids would take all memory.
+_MAX_CELLS = 10**10
 
 
 @dataclass(frozen=True, eq=False)
 class Split:
-    """What a manifest holds.
+    """The contents of a manifest. Create it with `load_split`.
 
     Attributes:
-        parts: cell ids of each part, ascending, int64.
-        donors: donors of each part; empty when cells were split without regard to donors.
-        donor_key: the obs column whose values stay together, or None.
-        seed: that placed the donors.
-        source: where the cells come from; what `CellSource.describe` returned, and what the caller added.
+        parts: part → its cell ids, int64, ascending.
+        donors: part → its donors; empty where cells were split without regard to donors.
+        donor_key: obs column whose values stay together, or None.
+        seed: seed with which the donors were placed.
+        source: provenance of the cells: the result of `CellSource.describe`, and what the caller added to it.
     """
 
     parts: dict[str, Int64Array]
@@ -44,24 +54,32 @@ class Split:
 def split_cells(
     obs: pd.DataFrame, fractions: Mapping[str, float], *, seed: int, donor_key: str | None = "donor_id"
 ) -> dict[str, Int64Array]:
-    """Return the cell ids of each part; no donor is in two parts.
+    """Split cells into parts, so that no donor is in two parts.
 
-    Donors are placed at random up to 300 times, until each part is within a cell of its fraction of the cells;
-    else the closest placement is kept. A donor found in several datasets is one donor. Every part of a positive
-    fraction gets a donor, so a small part is larger than asked when all donors are large.
+    Donors are placed at random until each part is within one cell of its fraction, at most 300 times; then the closest
+    placement is kept. A donor that occurs in several datasets is one donor. Every part with a positive fraction gets
+    at least one donor, so a small part is larger than its fraction if all donors are large.
 
     Args:
         obs: one row for each cell, index = cell ids, with column `donor_key`. Shape (cells, columns).
-        fractions: share of the cells of each part, e.g. {"train": 0.97, "validation": 0.03}; they add up to 1.
-        seed: settles the placement.
-        donor_key: column whose values stay together. None splits single cells, which leaks: cells of one donor resemble
-            each other, so the loss on the other part then says nothing about new donors.
+        fractions: part → its share of the cells, e.g. {"train": 0.97, "validation": 0.03}. They add up to 1.
+        seed: determines the placement.
+        donor_key: column whose values stay together. None splits single cells. Then donors leak between the parts,
+            and the validation loss says nothing about new donors.
 
     Returns:
-        For each part int64 cell ids, ascending.
+        Part → int64 cell ids, ascending.
 
     Raises:
-        ValueError: fractions that are no fractions, no such column, cells without a donor, or too few donors.
+        ValueError: the fractions are invalid, there is no such column, a cell has no donor, or donors are too few.
+
+    Example:
+        >>> import pandas as pd
+        >>> from scgpt_hf.cells.selection.splits import split_cells
+        >>> obs = pd.DataFrame({"donor_id": ["a", "a", "b", "b", "c", "d"]})
+        >>> parts = split_cells(obs, {"train": 0.7, "validation": 0.3}, seed=0)
+        >>> {part: cell_ids.tolist() for part, cell_ids in parts.items()}
+        {'train': [0, 1, 2, 3], 'validation': [4, 5]}
     """
     _require_fractions(fractions)
     rng = np.random.default_rng(seed)
@@ -73,7 +91,7 @@ def split_cells(
     if len(donors) < n_parts:
         raise ValueError(
             f"found {len(donors)} {donor_key or 'cells'} in {len(obs):,} cells, expected at least {n_parts}: one for "
-            f"each of {list(fractions)}; take in more of them (a wider --obs_filter, a larger --max_cells), "
+            f"each of {list(fractions)}; use more cells (a wider --obs_filter, a larger --max_cells), "
             "or keep the values of another obs column together (--donor_key)"
         )
     n_cells = np.bincount(donor_of_cell, minlength=len(donors))
@@ -83,21 +101,22 @@ def split_cells(
 
 
 def find_donors(obs: pd.DataFrame, donor_key: str) -> tuple[npt.NDArray[np.intp], pd.Index]:
-    """Return the number of each cell's donor, shape (cells,), and the donors by number, sorted, as text.
+    """Return the number of each cell's donor, shape (cells,), and the sorted names of the donors, shape (donors,).
 
     Raises:
-        ValueError: no cells, no column `donor_key`, or a cell without a value in it.
+        ValueError: there are no cells, there is no column `donor_key`, or a cell has no value in it.
     """
     if not len(obs):
         raise ValueError("found no cells to take donors from; widen the filter (--obs_filter)")
     if donor_key not in obs:
-        raise ValueError(f"obs has no column {donor_key!r} to tell donors apart; its columns are {list(obs.columns)}")
+        raise ValueError(f"obs has no column {donor_key!r} with the donors; its columns are {list(obs.columns)}")
     missing = int(obs[donor_key].isna().sum())
     if missing:
         raise ValueError(
             f"{missing:,} of {len(obs):,} cells have no {donor_key}; choose a column that every cell has "
-            "(--donor_key, --hvg_batch_key), or leave these cells out (--obs_filter; `null_free` in Python)"
+            "(--donor_key, --hvg_batch_key), or leave these cells out (--obs_filter; `cells_with_value` in Python)"
         )
+    # As text: the same donors must get the same numbers whether a column is categorical, text or numeric.
     donor_of_cell, donors = pd.factorize(obs[donor_key].astype(str), sort=True)
     return donor_of_cell, pd.Index(donors)
 
@@ -111,55 +130,55 @@ def save_split(
     source: Mapping[str, Any],
     donor_key: str | None = "donor_id",
 ) -> None:
-    """Write the manifest of a split as JSON: donors, number of cells and cell ids of each part, and their provenance.
+    """Write the manifest of a split: donors and cell ids of each part, and where the cells come from.
 
-    Cell ids are written as runs [start, stop). The file is written beside and renamed, so it is whole or not there.
+    The file is written under a temporary name and renamed, so a crash never leaves an incomplete manifest.
 
     Args:
-        path: usually `split.json` of the run folder.
-        parts: cell ids of each part, as `split_cells` returns them.
+        path: where to write; usually split.json in the run folder.
+        parts: part → its cell ids, as returned by `split_cells`.
         obs: one row for each cell, index = cell ids, with column `donor_key`. Shape (cells, columns).
-        seed: that was given to `split_cells`.
-        source: what `CellSource.describe` returns, with anything else worth keeping; JSON-able.
-        donor_key: that was given to `split_cells`.
+        seed: seed passed to `split_cells`.
+        source: result of `CellSource.describe`, and anything else to record. It must be serialisable as JSON.
+        donor_key: column passed to `split_cells`.
     """
     path = Path(path)
     described = {
         name: {
             "n_cells": len(ids),
             "donors": [] if donor_key is None or not len(ids) else find_donors(obs.loc[ids], donor_key)[1].tolist(),
-            "runs": _to_runs(ids),
+            "cell_ranges": _to_ranges(ids),
         }
         for name, ids in parts.items()
     }
     manifest = {"seed": seed, "donor_key": donor_key, "source": dict(source), "parts": described}
-    beside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
-        beside.write_text(json.dumps(manifest) + "\n")
-        beside.replace(path)
+        temporary.write_text(json.dumps(manifest) + "\n")
+        temporary.replace(path)
     finally:
-        beside.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
 
 
 def load_split(path: str | Path) -> Split:
-    """Return what `save_split` wrote, checked.
+    """Load and check a manifest written by `save_split`.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is no manifest (the message names the key), or a donor or a cell is in two parts.
+        ValueError: the file is not a manifest (the message names the key), or a donor or a cell is in two parts.
     """
     path = Path(path)
     try:
         manifest = json.loads(path.read_text())
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not JSON: {error}; make the split anew") from error
+        raise ValueError(f"{path} is not JSON: {error}; create the split again") from error
     described = _require_key(manifest, "parts", dict, path)
     parts, donors = {}, {}
     for name, part in described.items():
         where = f"{path}, part {name!r}"
         n_cells = _require_key(part, "n_cells", int, where)
         donors[name] = [str(donor) for donor in _require_key(part, "donors", list, where)]
-        parts[name] = _from_runs(_require_key(part, "runs", list, where), n_cells, where)
+        parts[name] = _from_ranges(_require_key(part, "cell_ranges", list, where), n_cells, where)
     for one, other in combinations(parts, 2):
         if shared := sorted(set(donors[one]) & set(donors[other])):
             raise ValueError(f"{path}: {len(shared)} donors are both in {one!r} and {other!r}, e.g. {shared[:5]}")
@@ -179,12 +198,21 @@ def _require_fractions(fractions: Mapping[str, float]) -> None:
 def _place_donors(
     n_cells: npt.NDArray[np.intp], fractions: npt.NDArray[np.float64], rng: np.random.Generator
 ) -> npt.NDArray[np.intp]:
-    """Return the part of each donor, shape (donors,): of many random placements the one closest to the fractions."""
-    asked = fractions * n_cells.sum()
+    """Place the donors at random many times, and return the part of each donor in the best placement.
+
+    Args:
+        n_cells: number of cells of each donor. Shape (donors,).
+        fractions: fraction of the cells of each part. Shape (parts,).
+        rng: random numbers.
+
+    Returns:
+        Shape (donors,).
+    """
+    targets = fractions * n_cells.sum()
     best, smallest_error = np.zeros(len(n_cells), np.intp), np.inf
-    for _ in range(_PLACEMENTS):
-        part_of_donor = _place_once(n_cells, asked, rng.permutation(len(n_cells)))
-        error = np.abs(np.bincount(part_of_donor, n_cells, minlength=len(asked)) - asked).max()
+    for _ in range(_N_PLACEMENTS):
+        part_of_donor = _place_once(n_cells, targets, rng.permutation(len(n_cells)))
+        error = np.abs(np.bincount(part_of_donor, n_cells, minlength=len(targets)) - targets).max()
         if error < smallest_error:
             best, smallest_error = part_of_donor, error
         if error < 1:
@@ -193,19 +221,22 @@ def _place_donors(
 
 
 def _place_once(
-    n_cells: npt.NDArray[np.intp], asked: npt.NDArray[np.float64], order: npt.NDArray[np.intp]
+    n_cells: npt.NDArray[np.intp], targets: npt.NDArray[np.float64], order: npt.NDArray[np.intp]
 ) -> npt.NDArray[np.intp]:
-    """Fill the parts from the smallest up; each takes, in the order given, the donors that bring it closer."""
-    *smaller, largest = [part for part in np.argsort(asked, kind="stable") if asked[part] > 0]
+    """Fill the parts, smallest first. Each part takes, in the given order, every donor that brings it closer.
+
+    The largest part gets the donors that are left: for a large part, one donor more or less matters least.
+    """
+    *smaller, largest = [part for part in np.argsort(targets, kind="stable") if targets[part] > 0]
     part_of_donor = np.full(len(n_cells), largest, np.intp)
     left = order.tolist()
     for n_later, part in zip(range(len(smaller), 0, -1), smaller, strict=True):
-        missing = asked[part]
+        missing = targets[part]
         taken: list[int] = []
         for donor in left:
-            if len(taken) == len(left) - n_later or missing < 0.5:
+            if len(taken) == len(left) - n_later or missing < 0.5:  # keep one donor for each later part
                 break
-            if n_cells[donor] < 2 * missing:
+            if n_cells[donor] < 2 * missing:  # equivalent to: afterwards, |target - cells| is smaller
                 missing -= n_cells[donor]
                 taken.append(donor)
         taken = taken or [min(left, key=n_cells.__getitem__)]
@@ -214,26 +245,31 @@ def _place_once(
     return part_of_donor
 
 
-def _to_runs(ids: Int64Array) -> list[list[int]]:
-    """Return ascending ids as [start, stop) of each contiguous run."""
+def _to_ranges(ids: Int64Array) -> list[list[int]]:
+    """Return ascending ids as [start, stop) of each contiguous range."""
     first = np.diff(ids, prepend=ids[:1] - 2) != 1
     last = np.diff(ids, append=ids[-1:] + 2) != 1
-    runs: list[list[int]] = np.column_stack([ids[first], ids[last] + 1]).tolist()
-    return runs
+    ranges: list[list[int]] = np.column_stack([ids[first], ids[last] + 1]).tolist()
+    return ranges
 
 
-def _from_runs(runs: Sequence[Any], n_cells: int, where: str) -> Int64Array:
-    """Return the ids of runs [start, stop), or raise unless the runs ascend without touching and hold `n_cells`."""
-    bounds = [bound for run in runs if isinstance(run, list) and len(run) == 2 for bound in run]
-    whole = len(bounds) == 2 * len(runs) and all(type(bound) is int for bound in bounds)
-    if not whole or any(after <= before for before, after in pairwise([-1, *bounds])):
-        raise ValueError(f"{where}: expected 'runs' of ascending [start, stop), found {str(runs)[:80]}")
-    if (found := sum(stop - start for start, stop in runs)) != n_cells or found > _MOST_CELLS:
-        raise ValueError(f"{where}: 'runs' hold {found:,} cells, but 'n_cells' is {n_cells:,}")
-    return np.concatenate([np.zeros(0, np.int64), *(np.arange(*run, dtype=np.int64) for run in runs)])
+def _from_ranges(ranges: Sequence[Any], n_cells: int, where: str) -> Int64Array:
+    """Return the ids of ranges [start, stop).
+
+    Raises:
+        ValueError: the ranges do not ascend or touch each other, or hold another number of cells than `n_cells`.
+    """
+    bounds = [bound for one in ranges if isinstance(one, list) and len(one) == 2 for bound in one]
+    are_pairs = len(bounds) == 2 * len(ranges) and all(type(bound) is int for bound in bounds)
+    if not are_pairs or any(after <= before for before, after in pairwise([-1, *bounds])):
+        raise ValueError(f"{where}: expected 'cell_ranges' of ascending [start, stop), found {str(ranges)[:80]}")
+    if (found := sum(stop - start for start, stop in ranges)) != n_cells or found > _MAX_CELLS:
+        raise ValueError(f"{where}: 'cell_ranges' hold {found:,} cells, but 'n_cells' is {n_cells:,}")
+    return np.concatenate([np.zeros(0, np.int64), *(np.arange(*one, dtype=np.int64) for one in ranges)])
 
 
 def _require_key(found: Any, key: str, kind: Any, where: str | Path) -> Any:
+    """Return found[key], or raise ValueError unless it is there and of the expected type."""
     if not isinstance(found, dict) or key not in found or not isinstance(found[key], kind):
         value = found.get(key, "nothing") if isinstance(found, dict) else found
         raise ValueError(f"{where}: expected {key!r} as {getattr(kind, '__name__', kind)}, found {str(value)[:80]!r}")

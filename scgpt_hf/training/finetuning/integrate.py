@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 from transformers import set_seed
 
-from scgpt_hf.cells.selection.filters import cells_expressing, null_free
+from scgpt_hf.cells.selection.filters import cells_expressing, cells_with_value
 from scgpt_hf.cells.source import Address, CellSource, open_source
 from scgpt_hf.model.configuration_scgpt import ScGPTConfig
 from scgpt_hf.model.modeling_scgpt import ScGPTForPreTraining
@@ -96,7 +96,7 @@ def _domains(source: CellSource, processor: ScGPTProcessor, key: str) -> "pd.Ser
     """
     obs = source.obs([key])
     known = np.flatnonzero(match_columns(source.genes, processor)[0] >= 0)
-    domain_of = obs.loc[cells_expressing(source, null_free(obs, key), known), key].astype(str)
+    domain_of = obs.loc[cells_expressing(source, cells_with_value(obs, key), known), key].astype(str)
     if domain_of.nunique() < 2:
         raise ValueError(
             f"integration brings two or more experimental batches together; all {len(domain_of):,} cells have "

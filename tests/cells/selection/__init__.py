@@ -1,1 +1,1 @@
-"""Tests of selection."""
+"""Tests of `scgpt_hf.cells.selection`."""

@@ -97,8 +97,8 @@ def test_the_folder_loads_and_predicts_what_was_scored(run: tuple[str, Path, dic
     model = AutoModelForSequenceClassification.from_pretrained(out / "best_model")
     assert type(model) is ScGPTForSequenceClassification
     assert model.config.id2label == dict(enumerate(["B cell", "NK cell", "T cell", "monocyte"]))
-    runs = json.loads((out / "split.json").read_text())["parts"]["validation"]["runs"]
-    held_out = cells[np.concatenate([np.arange(*run) for run in runs])].copy()
+    ranges = json.loads((out / "split.json").read_text())["parts"]["validation"]["cell_ranges"]
+    held_out = cells[np.concatenate([np.arange(*one) for one in ranges])].copy()
     predict_cell_types(held_out, model, AutoProcessor.from_pretrained(out / "best_model"), threshold=0, progress=False)
     right = held_out.obs["predicted_cell_type"].astype(str) == held_out.obs["cell_type"].astype(str)
     assert right.mean() == pytest.approx(summary["validation"]["accuracy"])
