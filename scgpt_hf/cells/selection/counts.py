@@ -61,8 +61,8 @@ def genes_per_cell(source: "CellSource", cell_ids: Int64Array, genes: Int64Array
         counted[genes] = True
     n_genes = [np.empty(0, np.int64)]
     for block in stream_blocks(source, cell_ids, "counting expressed genes"):
-        n_before = np.concatenate([[0], np.cumsum(counted[block.counts.indices])])  # (entries + 1,)
-        n_genes.append(np.diff(n_before[block.counts.indptr]))
+        n_before = np.concatenate([[0], np.cumsum(counted[block.indices])])  # (entries + 1,)
+        n_genes.append(np.diff(n_before[block.indptr]))
     return np.concatenate(n_genes)
 
 
@@ -79,7 +79,7 @@ def counts_per_gene(source: "CellSource", cell_ids: Int64Array) -> Int64Array:
     # Not float32, the type of the counts: it represents whole numbers exactly only up to 16,777,216.
     totals = np.zeros(len(source.genes), np.float64)
     for block in stream_blocks(source, cell_ids, "counting genes"):
-        totals += np.bincount(block.counts.indices, block.counts.data, minlength=len(totals))
+        totals += np.bincount(block.indices, block.data, minlength=len(totals))
     return totals.astype(np.int64)
 
 
