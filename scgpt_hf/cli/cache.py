@@ -26,7 +26,7 @@ from pathlib import Path
 
 from scgpt_hf.cells.cache.jobs import CELLS_PER_SHARD, plan_cache, write_shards
 from scgpt_hf.cells.source import open_source
-from scgpt_hf.publishing.hub_cache import check_dataset, publish_cache
+from scgpt_hf.publishing.publish_cache import check_dataset, publish_cache
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -20,7 +20,7 @@ from pathlib import Path
 from scgpt_hf.analysis.annotate_file import open_backed
 from scgpt_hf.analysis.evaluation.baseline_embeddings import BASELINES
 from scgpt_hf.analysis.evaluation.evaluate import DEFAULTS, METRICS, NOT_APPLICABLE, evaluate_embeddings
-from scgpt_hf.reporting.evaluation_files import require_free_folder, tabulate, write_evaluation
+from scgpt_hf.reporting.evaluation_results import require_free_folder, tabulate, write_evaluation
 from scgpt_hf.reporting.report import write_report
 
 
@@ -50,15 +50,15 @@ def main() -> None:
         cells = open_backed(data)
         known = open_backed(reference) if reference else None
         evaluation = evaluate_embeddings(cells, keys, label, batch, reference=known, **options)
-        told = {"data": Path(data).name} | ({"reference_data": Path(reference).name} if reference else {})
-        write_evaluation(evaluation, out, vector=vector, told=told)
+        extra = {"data": Path(data).name} | ({"reference_data": Path(reference).name} if reference else {})
+        write_evaluation(evaluation, out, vector=vector, extra=extra)
         write_report(out)
     except (OSError, ValueError, ModuleNotFoundError) as error:
         sys.exit(f"evaluate.py: {error}")
     scores = tabulate(evaluation)
     shown = scores.pivot(index="metric", columns="method", values="value").round(3)
     print(shown.reindex(index=scores["metric"].unique(), columns=list(evaluation.methods)).to_string(na_rep="–"))
-    for method, metric, _, cause in scores[~scores["none"].isin(["", NOT_APPLICABLE])].itertuples(index=False):
+    for method, metric, _, cause in scores[~scores["reason"].isin(["", NOT_APPLICABLE])].itertuples(index=False):
         print(f"{metric} of {method} is not computable: {cause}")
     print(f"{len(evaluation.cells.rows):,} cells scored; left out: {dict(evaluation.cells.left_out) or 'none'}")
     print(f"Scores, figures and report.html are in {out}.")

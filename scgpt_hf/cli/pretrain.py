@@ -17,7 +17,7 @@ import accelerate
 from transformers import set_seed
 
 from scgpt_hf.publishing.card import model_card
-from scgpt_hf.publishing.hub import check_repository
+from scgpt_hf.publishing.publish_run import check_repository
 from scgpt_hf.reporting.run_figures import write_run_figures
 from scgpt_hf.training import pretraining
 from scgpt_hf.training.device import set_cpu_threads

@@ -1,10 +1,10 @@
-"""Write report.html into the folder of a run: one page with its data, curves, scores, figures and provenance.
+"""Write report.html into a folder: one page with scores, loss curves, data, settings and figures.
 
-  python scripts/report.py runs/demo        a pretraining run, finished or still training
-  python scripts/report.py runs/annotate    what finetune.py wrote
-  python scripts/report.py scores           what evaluate.py wrote
+  python scripts/report.py runs/demo        a pretraining run, finished or in progress
+  python scripts/report.py runs/annotate    a run of finetune.py
+  python scripts/report.py scores           an evaluation by evaluate.py
 
-The page needs nothing else and no network; it can be sent by mail and read on a phone.
+The page is self-contained: it needs no other file and no network, and is readable on a phone.
 """
 
 import argparse
@@ -14,9 +14,9 @@ from scgpt_hf.reporting.report import write_report
 
 
 def main() -> None:
-    """Read the command line, write the page, say where it is."""
+    """Parse the command line, write the page, and print its path."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", help="folder that pretrain.py, finetune.py or evaluate.py wrote")
+    parser.add_argument("run", help="folder written by pretrain.py, finetune.py or evaluate.py")
     try:
         print(write_report(parser.parse_args().run))
     except (OSError, ValueError) as error:

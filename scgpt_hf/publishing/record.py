@@ -1,6 +1,7 @@
-"""Reads what a run folder records, for those who tell others about it; leaves out what only holds on this machine.
+"""Read the files that a run leaves in its folder, and remove what must not leave this machine.
 
-How each file gets into the folder is in `run_folder.py`; what is made of it in `card.py` and `hub.py`.
+`run_summary.py` turns these files into the facts that model cards and reports show. `training/run_folder.py` writes
+them.
 """
 
 import json
@@ -11,34 +12,62 @@ from typing import Any
 import yaml
 
 UNKNOWN = "not recorded"
-_MOST_NAMED = 30  # values of an obs column that are told
 _SECRETS = frozenset({"hub_token", "push_to_hub_token"})
 
 
-class Record:
-    """A JSON or YAML file of the run folder, read by dotted keys; a file or key that is not there gives None."""
+class RunRecord:
+    """The content of a JSON or YAML file of a run, with values looked up by dotted keys.
 
-    def __init__(self, path: Path) -> None:
-        """Read the file.
+    Tokens and local paths are removed when the record is made (see `strip_private`), so text built from a record
+    can be published. A missing key is not an error: runs in progress and older runs lack some values.
+
+    Example:
+        >>> record = RunRecord({"best": {"eval_loss": 2.5}}, "summary.json")
+        >>> record.number("best.eval_loss", ".2f")
+        '2.50'
+        >>> record.text("device")
+        'not recorded'
+
+    Attributes:
+        name: file name, for error messages.
+        content: the values, without private ones.
+    """
+
+    def __init__(self, content: dict[str, Any], name: str) -> None:
+        """Keep the content without private values.
+
+        Args:
+            content: JSON-like values, as written to the file.
+            name: file name, for error messages.
+        """
+        self.name = name
+        self.content: dict[str, Any] = strip_private(content)
+
+    @classmethod
+    def read(cls, path: Path) -> "RunRecord":
+        """Read a JSON or YAML file; a missing file gives an empty record.
 
         Raises:
-            ValueError: the file is malformed, or holds no mapping.
+            ValueError: the file is malformed, or holds something other than a mapping.
         """
-        self.name = path.name
         try:
             text = path.read_text(encoding="utf-8") if path.is_file() else "{}"
             content = yaml.safe_load(text) if path.suffix == ".yaml" else json.loads(text)
         except (ValueError, yaml.YAMLError) as error:
-            raise ValueError(f"{path.name} is malformed: {error}; write it anew or delete it") from error
+            raise ValueError(f"{path.name} is malformed: {error}; write the file again or delete it") from error
         if not isinstance(content, dict):
-            raise ValueError(f"expected keys and values in {path.name}, found {type(content).__name__}")
-        self.content = portable(content)
+            raise ValueError(f"expected a mapping in {path.name}, found {type(content).__name__}")
+        return cls(content, path.name)
 
     def get(self, key: str, kind: type | tuple[type, ...]) -> Any:
-        """Return the value at a dotted key, or None.
+        """Return the value at a dotted key, or None if there is none.
+
+        Args:
+            key: e.g. "best.eval_loss".
+            kind: type or types that the value must have; booleans are never accepted as numbers.
 
         Raises:
-            ValueError: the value, or one on the way to it, is of another kind; the message names file and key.
+            ValueError: the value, or a value on the path to it, has another type. The message names file and key.
         """
         value: Any = self.content
         parts = key.split(".")
@@ -54,7 +83,15 @@ class Record:
         return value
 
     def number(self, key: str, form: str = ",") -> str:
-        """Return a number as text, by a format specification; see `get`."""
+        """Return a number as text, or `UNKNOWN`.
+
+        Args:
+            key: dotted key.
+            form: format specification.
+
+        Raises:
+            ValueError: the value is not a number, or does not fit the format.
+        """
         value = self.get(key, (int, float))
         try:
             return UNKNOWN if value is None else format(value, form)
@@ -62,34 +99,53 @@ class Record:
             raise ValueError(f"{self.name}: expected a whole number at {key!r}, found {str(value)[:80]}") from error
 
     def text(self, key: str) -> str:
-        """Return a text; see `get`."""
+        """Return a string, or `UNKNOWN`.
+
+        Raises:
+            ValueError: the value is not a string.
+        """
         return str(self.get(key, str) or UNKNOWN)
 
 
-def composition(summary: Record, column: str) -> str:
-    """Return the most frequent values of an obs column with their number of cells, and how many more there are.
+def read_metrics(path: str | Path) -> list[dict[str, Any]]:
+    """Return the lines of a run's `metrics.jsonl`, each with at least `step` and `epoch`.
 
     Raises:
-        ValueError: a number of cells is none.
+        FileNotFoundError: there is no such file.
+        ValueError: a line is not a JSON object with a step and an epoch; the message gives its number.
     """
-    cells = summary.get(f"composition.{column}", dict) or {}
-    if not all(isinstance(number, int) for number in cells.values()):
-        raise ValueError(f"{summary.name}: expected numbers of cells at 'composition.{column}', found {cells}")
-    named = [f"{name} ({cells[name]:,})" for name in sorted(cells, key=lambda one: -cells[one])]
-    more = [f"and {len(named) - _MOST_NAMED:,} more"] if len(named) > _MOST_NAMED else []
-    return ", ".join(named[:_MOST_NAMED] + more) or UNKNOWN
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no metrics at {str(path)!r}; a run writes metrics.jsonl with its first log line")
+    metrics = []
+    for number, text in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), start=1):
+        try:
+            line = json.loads(text)
+        except ValueError as error:
+            raise ValueError(
+                f"line {number} of {path} is not JSON: {text[:60]!r}; delete the line if the run was killed while "
+                "writing it"
+            ) from error
+        if not isinstance(line, dict) or not {"step", "epoch"} <= line.keys():
+            raise ValueError(f"line {number} of {path} has no step and epoch: {text[:60]!r}")
+        metrics.append(line)
+    return metrics
 
 
-def portable(value: Any) -> Any:
-    """Return JSON-like content without what should not leave this machine: tokens, and where files lie on it.
+def strip_private(value: Any) -> Any:
+    """Return JSON-like content without tokens and without the locations of local files.
 
-    Absolute paths, paths out of the folder and addresses (s3://, file://, https://) become their last part; those of
-    the Census (census://) and of the Hub (hf://) stay.
+    Absolute paths, paths that leave the folder and addresses (s3://, file://, https://) are replaced by their last
+    part. Addresses of the Census (census://) and of the Hub (hf://) are public and stay.
+
+    Example:
+        >>> strip_private({"paths": ["/home/me/cells.h5ad"], "hub_token": "hf_x", "genes": 1200})
+        {'paths': ['cells.h5ad'], 'genes': 1200}
     """
     if isinstance(value, dict):
-        return {portable(key): portable(item) for key, item in value.items() if key not in _SECRETS}
+        return {strip_private(key): strip_private(item) for key, item in value.items() if key not in _SECRETS}
     if isinstance(value, list):
-        return [portable(item) for item in value]
+        return [strip_private(item) for item in value]
     if not isinstance(value, str) or value.startswith(("census://", "hf://")):
         return value
     if re.match(r"[A-Za-z]:[\\/]|\\\\", value):

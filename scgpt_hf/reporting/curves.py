@@ -1,11 +1,9 @@
-"""The schedule of a run, drawn from its `metrics.jsonl`: losses by name, and what the validation error means.
+"""Plot the loss curves of a run from its `metrics.jsonl`: training losses, and the validation error with its baselines.
 
-Figures are returned; `plots.py` holds the palette and saves them.
+`publishing/record.py` reads the file; `plots.py` defines the palette and saves figures.
 """
 
-import json
 from collections.abc import Collection, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,43 +17,20 @@ from scgpt_hf.reporting.plots import GREY, PALETTE, SMALL, FloatArray
 
 Curves = dict[str, tuple[FloatArray, FloatArray]]
 
-# Objectives as the trainer logs them, in the order of the palette.
+# The names under which the trainer logs the losses of the objectives, in the order of the palette.
 OBJECTIVES = ("gep", "gepc", "ecs", "cce", "dar", "gep_zero", "gepc_zero", "cls")
-REFERENCES = {"eval_constant_mse": "constant", "eval_gene_mean_mse": "gene mean", "eval_tie_floor_mse": "tie floor"}
-_LABEL_GAP = 0.085  # between labels at line ends, as a share of the height of the axes
-
-
-def read_metrics(path: str | Path) -> list[dict[str, Any]]:
-    """Return the lines of a run's `metrics.jsonl`, each with at least `step` and `epoch`.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: a line is not a JSON object with a step and an epoch; the message gives its number.
-    """
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"no metrics at {str(path)!r}; a run writes metrics.jsonl with its first log line")
-    metrics = []
-    for number, text in enumerate(Path(path).read_text(encoding="utf-8", errors="replace").splitlines(), start=1):
-        try:
-            line = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise ValueError(
-                f"line {number} of {path} is not JSON: {text[:60]!r}; remove it if the run was cut off while writing"
-            ) from error
-        if not isinstance(line, dict) or not {"step", "epoch"} <= line.keys():
-            raise ValueError(f"line {number} of {path} has no step and epoch: {text[:60]!r}")
-        metrics.append(line)
-    return metrics
+# Short names of the baselines; `publishing/run_summary.py` explains them.
+BASELINES = {"eval_constant_mse": "constant", "eval_gene_mean_mse": "gene mean", "eval_tie_floor_mse": "tie floor"}
+_LABEL_GAP = 0.085  # between the labels of two lines, as a share of the height of the axes
 
 
 def plot_loss(metrics: Sequence[Mapping[str, Any]], panels: Collection[str] = ("training", "validation")) -> Figure:
-    """Return the schedule of a run: training losses by name, and validation MSE between its reference lines.
+    """Plot the loss curves of a run: training losses, and validation errors with their baselines.
 
-    A run that was never validated, or logged no training loss, gets one panel instead of two. The best step is the
-    one with the lowest `eval_loss`, as the run keeps it.
+    A panel without data is left out. The best step is the one with the lowest `eval_loss`, whose model the run keeps.
 
     Args:
-        metrics: lines as `read_metrics` gives them.
+        metrics: lines of metrics.jsonl, see `read_metrics`.
         panels: which of "training" and "validation".
 
     Raises:
@@ -63,14 +38,14 @@ def plot_loss(metrics: Sequence[Mapping[str, Any]], panels: Collection[str] = ("
     """
     training = {name: _curve(metrics, name) for name in ("loss", *OBJECTIVES)}
     validation = {name: _curve(metrics, f"eval_{name}_mse") for name in ("gep", "gepc")}
-    known = {"training": (_draw_training, training), "validation": (_draw_validation, validation)}
+    available = {"training": (_draw_training, training), "validation": (_draw_validation, validation)}
     filled = [
         (draw, drawn)
-        for panel, (draw, curves) in known.items()
+        for panel, (draw, curves) in available.items()
         if panel in panels and (drawn := {name: curve for name, curve in curves.items() if len(curve[0])})
     ]
     if not filled:
-        raise ValueError(f"no line of {len(metrics):,} holds a loss; expected keys such as 'loss' or 'eval_gep_mse'")
+        raise ValueError(f"no line of {len(metrics):,} has a loss; expected keys such as 'loss' or 'eval_gep_mse'")
     figure = Figure(figsize=(3.7 * len(filled), 2.7), layout=ConstrainedLayoutEngine(w_pad=0.08))
     for axes, (draw, curves) in zip(figure.subplots(1, len(filled), squeeze=False)[0], filled, strict=True):
         draw(axes, curves, metrics)
@@ -85,14 +60,14 @@ def _curve(metrics: Sequence[Mapping[str, Any]], key: str) -> tuple[FloatArray, 
 
 
 def _draw_training(axes: Axes, curves: Curves, metrics: Sequence[Mapping[str, Any]]) -> None:
-    """Draw what was logged faintly, and its running mean over a fiftieth of the run firmly."""
+    """Draw the logged values as faint lines, and their running mean over a fiftieth of the run as bold lines."""
     colours = {"loss": GREY, **dict(zip(OBJECTIVES, PALETTE, strict=False))}
-    if set(curves) == {"loss", "gep"}:  # the sum of one: the objective says it all
+    if set(curves) == {"loss", "gep"}:  # with a single objective, the total is the same curve
         curves = {"gep": curves["gep"]}
     labels = []
     for name, (epochs, values) in curves.items():
         smooth = pd.Series(values).rolling(max(1, len(values) // 50), min_periods=1).mean().to_numpy()
-        dot = "o" if len(values) <= 20 else None  # a line through one point is not seen
+        dot = "o" if len(values) <= 20 else None  # a line through a single point would be invisible
         axes.plot(epochs, values, color=colours[name], linewidth=0.6, alpha=0.35)
         axes.plot(
             epochs, smooth, color=colours[name], linewidth=1.4, label=name, marker=dot, markersize=2.5, clip_on=False
@@ -101,15 +76,15 @@ def _draw_training(axes: Axes, curves: Curves, metrics: Sequence[Mapping[str, An
     everything = np.concatenate([values for _, values in curves.values()])
     if everything.min() > 0 and everything.max() > 20 * everything.min():
         axes.set_yscale("log")
-    _finish(axes, curves, "Training", "loss", labels)
+    _finish(axes, curves, "Training loss", "loss", labels)
 
 
 def _draw_validation(axes: Axes, curves: Curves, metrics: Sequence[Mapping[str, Any]]) -> None:
-    """Draw the MSE of each head, the reference lines and the best step."""
+    """Draw the error of each prediction head, the baselines as dashed lines, and the best step as a circle."""
     lines = [line for line in metrics if "eval_gep_mse" in line or "eval_gepc_mse" in line]
     best = min(lines, key=lambda line: line.get("eval_loss", line.get("eval_gep_mse", np.inf)))
     labels = []
-    for key, name in REFERENCES.items():
+    for key, name in BASELINES.items():
         if key in best:
             axes.axhline(best[key], color=GREY, linewidth=0.9, linestyle=(0, (4, 2)), label=name)
             labels.append((f"{name} {best[key]:.1f}", float(best[key]), GREY))
@@ -120,7 +95,7 @@ def _draw_validation(axes: Axes, curves: Curves, metrics: Sequence[Mapping[str, 
             place = (best["epoch"], best[f"eval_{name}_mse"])
             axes.plot(*place, "o", markersize=7, fillstyle="none", color=colour, label=f"best {name}", clip_on=False)
     axes.set_ylim(bottom=0)
-    _finish(axes, curves, f"Validation, best at step {best['step']:,} (○)", "mean squared error (bins²)", labels)
+    _finish(axes, curves, f"Validation error, best at step {best['step']:,} (○)", "mean squared error (bins²)", labels)
 
 
 def _title(name: str) -> str:
@@ -128,11 +103,11 @@ def _title(name: str) -> str:
 
 
 def _finish(axes: Axes, curves: Curves, title: str, y_label: str, labels: list[tuple[str, float, str]]) -> None:
-    """Name the axes and put each label (text, height in data units, colour) beside the end of its line."""
+    """Label the axes, and each line at its right end; `labels` are text, height in data units and colour."""
     last = max(float(epochs[-1]) for epochs, _ in curves.values())
     axes.set_xlim(0, last or 1)
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
-    axes.get_ylim()  # settles the limits, which the transform to axes units below does not
+    axes.get_ylim()  # computes the limits; the transform to axes units below would use those of an empty plot
     axes.set_title(title, fontsize=9, loc="left")
     axes.set_xlabel("epoch", fontsize=SMALL)
     axes.set_ylabel(y_label, fontsize=SMALL)
@@ -140,11 +115,13 @@ def _finish(axes: Axes, curves: Curves, title: str, y_label: str, labels: list[t
     axes.spines[["top", "right"]].set_visible(False)
     to_axes = axes.transScale + axes.transLimits
     heights = np.array([to_axes.transform((1, value))[1] for _, value, _ in labels])
-    for (text, _, colour), height, free in zip(labels, heights, spread(heights, _LABEL_GAP), strict=True):
+    for (text, _, colour), height, label_height in zip(
+        labels, heights, spread_labels(heights, _LABEL_GAP), strict=True
+    ):
         axes.annotate(
             text,
             (1, height),
-            (1.05, free),
+            (1.05, label_height),
             "axes fraction",
             "axes fraction",
             color=colour,
@@ -154,13 +131,20 @@ def _finish(axes: Axes, curves: Curves, title: str, y_label: str, labels: list[t
         )
 
 
-def spread(heights: FloatArray, gap: float) -> FloatArray:
-    """Return heights at least `gap` apart in the same order, as near to the given ones as least squares allows.
+def spread_labels(heights: FloatArray, gap: float) -> FloatArray:
+    """Move labels apart until none overlap, and by as little as possible (least squares).
 
-    Source: isotonic regression of `height - rank * gap` by pooling adjacent violators.
+    Args:
+        heights: of the labels. Shape (labels,).
+        gap: smallest distance between two labels.
+
+    Returns:
+        New heights, at least `gap` apart, in the same order. Shape (labels,).
+
+    Source: isotonic regression of `height - rank * gap`, by pooling adjacent violators.
     """
     order = np.argsort(heights, kind="stable")
-    pools: list[list[float]] = []
+    pools: list[list[float]] = []  # neighbouring labels that touch; each pool is placed around its mean
     for rank, height in enumerate(heights[order]):
         pools.append([float(height) - rank * gap])
         while len(pools) > 1 and np.mean(pools[-2]) > np.mean(pools[-1]):

@@ -1,7 +1,7 @@
-"""Figures of cells, and how any figure is saved: figures are returned, never shown, and saved only by `save_figure`.
+"""Plot UMAPs and tables of scores, save figures, and define the palette that all figures share.
 
-Every figure is built on `matplotlib.figure.Figure` alone, so no global state of pyplot is read or changed. The schedule
-of a run is drawn in `curves.py`.
+Functions return a `matplotlib.figure.Figure` and never touch pyplot, so the state of a user's session stays as it is.
+Loss curves are in `curves.py`, figures of predicted cell types in `plots_predictions.py`.
 """
 
 import os
@@ -13,41 +13,52 @@ import matplotlib
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
+from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.patches import Rectangle
 from matplotlib.textpath import TextPath
 
 FloatArray = npt.NDArray[np.floating[Any]]
 
-# The first eight tell apart for every common kind of colour blindness (Okabe & Ito 2008, jfly.uni-koeln.de/color); the
-# rest differ from them and from each other in lightness, since no twenty hues can.
+# The first eight can be told apart with every common kind of colour blindness (Okabe & Ito 2008,
+# jfly.uni-koeln.de/color). There are no twenty such hues, so the others also differ in lightness.
 PALETTE = (
     *("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442", "#000000"),
     *("#882255", "#A6D96A", "#6A51A3", "#8C510A", "#FDBFAE", "#00441B", "#BFB8E6", "#E7298A"),
     *("#08306B", "#B8A24A", "#00CED1", "#A50F15"),
 )
 OTHER = "#BDBDBD"
-UNLABELLED = ("unknown", "unlabelled")  # no type: the Census writes "unknown"
+UNLABELLED = ("unknown", "unlabelled")  # the Census writes "unknown" for cells without a type
 GREY = "#6B6B6B"
 SMALL = 7.5  # points
-_MAP = 2.7  # inches, width and height of a map without its legend; beside one it still fits a phone
+DPI = 200  # of figures saved as PNG
+UMAP_CELLS = 5_000  # to draw at most: with more cells a UMAP looks the same, but takes minutes to compute
+_MAP = 2.7  # inches, width and height of a UMAP without its legend; with one, it still fits the screen of a phone
+_CELL_WIDTH, _CELL_HEIGHT, _GROUP_GAP = 0.52, 0.27, 0.12  # inches, in a table of scores
 
 
 def plot_umap(coordinates: FloatArray, panels: Mapping[str, Sequence[str]], *, title: str | None = None) -> Figure:
-    """Return the cells on their map, panels below each other, categories by falling size.
+    """Plot cells at their UMAP coordinates, one panel below the other, coloured by category.
 
-    Points are drawn in one shuffled order, so that no category hides another, and as pixels even in a vector file.
-    Beyond 20 categories the smallest share the grey of "other"; cells without a label are "unlabelled", grey as
-    "unknown".
+    The legend lists categories by decreasing number of cells. With more than 20 categories, the smallest are drawn in
+    grey as "other". Cells without a label are drawn in grey as "unlabelled". Points are rasterised even in vector
+    files, which would be too large otherwise.
 
     Args:
-        coordinates: shape (cells, 2).
+        coordinates: UMAP coordinates. Shape (cells, 2).
         panels: heading → category of each cell, e.g. {"cell type": obs["cell_type"], "donor": obs["donor_id"]}.
         title: above all panels.
 
     Raises:
-        ValueError: no cell, no panel, coordinates that are not finite, or not one category for each cell.
+        ValueError: there is no cell or no panel, coordinates are not finite, or a panel does not have one category
+            per cell.
+
+    Example:
+        >>> figure = plot_umap(np.zeros((2, 2)), {"cell type": ["B cell", "T cell"]})
+        >>> [axes.get_title(loc="left") for axes in figure.axes]
+        ['cell type']
     """
     coordinates = np.asarray(coordinates)
     _require_map(coordinates, panels)
@@ -65,22 +76,79 @@ def plot_umap(coordinates: FloatArray, panels: Mapping[str, Sequence[str]], *, t
     return figure
 
 
-def save_figure(figure: Figure, path: str | Path) -> None:
-    """Write the figure as PNG, SVG or PDF by the suffix of the path, whole or not at all.
+def plot_scores(
+    scores: Mapping[str, Mapping[str, float]], groups: Mapping[str, Sequence[str]], *, title: str | None = None
+) -> Figure:
+    """Plot scores as a table with shaded cells: a row per method, a column per metric.
+
+    The best score of each column is bold. A dash marks a missing score.
+
+    Args:
+        scores: method → metric → score in [0, 1], higher is better.
+        groups: heading → metrics below it, in order; metrics without any score are left out.
+        title: above the table.
 
     Raises:
-        ValueError: another suffix.
+        ValueError: no method has a score of any metric in `groups`.
+    """
+    shown = {}
+    for heading, group in groups.items():
+        if known := [metric for metric in group if any(metric in one for one in scores.values())]:
+            shown[heading] = known
+    if not shown:
+        metrics = [metric for group in groups.values() for metric in group]
+        raise ValueError(f"none of {len(scores)} methods has a score for any of {metrics}")
+    columns = [metric for group in shown.values() for metric in group]
+    left = max(map(text_width, scores)) + 0.25
+    # Metrics are written upwards, in a font a little larger than that of text_width.
+    head = 1.1 * max(map(text_width, columns)) + 0.55
+    width = left + _CELL_WIDTH * len(columns) + _GROUP_GAP * len(shown)
+    height = head + _CELL_HEIGHT * len(scores) + (0.35 if title else 0.1)
+    figure = Figure(figsize=(width, height))
+    axes = figure.add_axes((0, 0, 1, 1), xlim=(0, width), ylim=(height, 0))  # inches from the top left
+    axes.axis("off")
+    top = height - _CELL_HEIGHT * len(scores) - 0.05
+    x = left
+    for heading, group in shown.items():
+        axes.text(x, top - head + 0.3, heading, fontsize=SMALL, color=GREY, va="bottom")
+        axes.plot([x, x + _CELL_WIDTH * len(group)], [top - head + 0.34] * 2, color=GREY, linewidth=0.6)
+        for metric in group:
+            axes.text(x + _CELL_WIDTH / 2, top - 0.05, metric, fontsize=SMALL, rotation=90, ha="center", va="bottom")
+            values = np.array([one.get(metric, np.nan) for one in scores.values()])
+            for row, value in enumerate(values):
+                best = bool(np.isfinite(value)) and round(float(value), 3) == round(float(np.nanmax(values)), 3)
+                _draw_score(axes, x, top + _CELL_HEIGHT * row, value, bold=best and len(values) > 1)
+            x += _CELL_WIDTH
+        x += _GROUP_GAP
+    for row, method in enumerate(scores):
+        axes.text(0.08, top + _CELL_HEIGHT * (row + 0.5), method, fontsize=SMALL, va="center")
+    if title:
+        axes.text(0.08, 0.2, title, fontsize=9, va="center")
+    return figure
+
+
+def save_figure(figure: Figure, path: str | Path) -> None:
+    """Save a figure as PNG, SVG or PDF, as the suffix of the path says.
+
+    The figure is written to a temporary file first, so an interruption leaves the old file.
+
+    Args:
+        figure: to save.
+        path: ending in .png, .svg or .pdf.
+
+    Raises:
+        ValueError: the path has another suffix.
     """
     path = Path(path)
     if path.suffix not in (".png", ".svg", ".pdf"):
         raise ValueError(f"cannot write a figure as {path.suffix!r}; expected .png, .svg or .pdf, found {path.name!r}")
-    beside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        with matplotlib.rc_context({"svg.fonttype": "none", "pdf.fonttype": 42}):  # letters stay letters
-            figure.savefig(beside, format=path.suffix[1:], dpi=200)
-        beside.replace(path)
+        with matplotlib.rc_context({"svg.fonttype": "none", "pdf.fonttype": 42}):  # text stays text, for editing
+            figure.savefig(temporary, format=path.suffix[1:], dpi=DPI)
+        temporary.replace(path)
     finally:
-        beside.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
 
 
 def _require_map(coordinates: FloatArray, panels: Mapping[str, Sequence[str]]) -> None:
@@ -89,11 +157,11 @@ def _require_map(coordinates: FloatArray, panels: Mapping[str, Sequence[str]]) -
     if n_wrong := int((~np.isfinite(coordinates)).any(axis=1).sum()):
         raise ValueError(f"{n_wrong:,} of {len(coordinates):,} cells have coordinates that are not finite; drop them")
     if not panels:
-        raise ValueError("no panel to draw; expected {heading: categories}, e.g. {'cell type': obs['cell_type']}")
+        raise ValueError("no panel to plot; expected {heading: categories}, e.g. {'cell type': obs['cell_type']}")
     for heading, categories in panels.items():
         if len(categories) != len(coordinates):
             raise ValueError(
-                f"{heading!r} has {len(categories):,} categories for {len(coordinates):,} cells; expected one for each"
+                f"{heading!r} has {len(categories):,} categories for {len(coordinates):,} cells; expected one per cell"
             )
 
 
@@ -112,13 +180,13 @@ def _colours(categories: Sequence[str]) -> tuple[npt.NDArray[np.str_], dict[str,
 
 
 def text_width(name: str) -> float:
-    """Return inches that a name takes in a legend or beside an axis."""
+    """Return the width in inches of a name in a legend or at an axis."""
     return float(TextPath((0, 0), name, size=7).get_extents().width) / 72
 
 
 def _draw_map(axes: Axes, coordinates: FloatArray, colours: npt.NDArray[np.str_], legend: dict[str, str]) -> None:
-    shuffled = np.random.default_rng(0).permutation(len(coordinates))  # the picture, not a result, depends on it
-    size = float(np.clip(9_000 / len(coordinates), 0.6, 9))  # square points
+    shuffled = np.random.default_rng(0).permutation(len(coordinates))  # so that no category hides another
+    size = float(np.clip(9_000 / len(coordinates), 0.6, 9))  # square points: small enough not to merge
     axes.scatter(
         coordinates[shuffled, 0], coordinates[shuffled, 1], s=size, c=colours[shuffled], linewidths=0, rasterized=True
     )
@@ -139,3 +207,16 @@ def _draw_map(axes: Axes, coordinates: FloatArray, colours: npt.NDArray[np.str_]
         labelspacing=0.35,
         borderaxespad=0,
     )
+
+
+def _draw_score(axes: Axes, x: float, y: float, value: float, *, bold: bool) -> None:
+    """Draw one score, shaded from white at 0 to blue at 1."""
+    known = bool(np.isfinite(value))
+    shade = colormaps["Blues"](0.85 * float(np.clip(value, 0, 1))) if known else "#F2F2F2"
+    axes.add_patch(
+        Rectangle((x + 0.01, y + 0.01), _CELL_WIDTH - 0.02, _CELL_HEIGHT - 0.02, facecolor=shade, linewidth=0)
+    )
+    ink = "white" if known and value > 0.7 else "black" if known else GREY
+    text = f"{value:.3f}" if known else "–"
+    place = (x + _CELL_WIDTH / 2, y + _CELL_HEIGHT / 2)
+    axes.text(*place, text, fontsize=7, ha="center", va="center", color=ink, weight="bold" if bold else "normal")

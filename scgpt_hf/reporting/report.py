@@ -1,42 +1,50 @@
-"""Writes report.html: one page that tells what a folder holds, for a pretraining run, a fine-tuning or an evaluation.
+"""Write report.html into the folder of a run: one self-contained page about a pretraining, fine-tuning or evaluation.
 
-Which folder gets which page is decided here; the pages are made in `report_run.py`, `report_finetuning.py` and
-`report_evaluation.py`.
+This module chooses the page; `pretraining_report.py`, `finetuning_report.py` and `evaluation_report.py` make it.
 """
 
 from pathlib import Path
 
-from scgpt_hf.publishing.record import Record
-from scgpt_hf.reporting.evaluation_files import SCORES
-from scgpt_hf.reporting.report_evaluation import report_evaluation
-from scgpt_hf.reporting.report_finetuning import report_finetuning
-from scgpt_hf.reporting.report_run import report_run
+from scgpt_hf.publishing.record import RunRecord
+from scgpt_hf.reporting.evaluation_report import evaluation_report
+from scgpt_hf.reporting.evaluation_results import SCORES
+from scgpt_hf.reporting.finetuning_report import finetuning_report
+from scgpt_hf.reporting.pretraining_report import pretraining_report
 from scgpt_hf.training.run_folder import METRICS, SUMMARY, write_whole
 
 REPORT = "report.html"
 
 
 def write_report(run: str | Path) -> Path:
-    """Write report.html into a folder and return its path: self-contained, to be sent, opened anywhere, printed.
+    """Write report.html into a folder and return its path.
+
+    The page needs no other file and no network, so you can send it by mail.
 
     Args:
-        run: the folder of a pretraining run (finished or not), of a fine-tuning, or of an evaluation.
+        run: the folder of a pretraining run (finished or in progress), of a fine-tuning run, or of an evaluation.
+
+    Returns:
+        Path of the page.
 
     Raises:
         FileNotFoundError: the folder is none of these.
-        ValueError: a file of the folder is malformed; the message names it.
+        ValueError: a file in the folder is malformed; the message names it.
+
+    Example:
+        >>> write_report("runs/demo")  # doctest: +SKIP
+        PosixPath('runs/demo/report.html')
     """
     run = Path(run)
     if (run / SCORES).is_file():
-        text = report_evaluation(run)
-    elif Record(run / SUMMARY).get("task", str):
-        text = report_finetuning(run)
+        text = evaluation_report(run)
+    elif RunRecord.read(run / SUMMARY).get("task", str):
+        text = finetuning_report(run)
     elif (run / METRICS).is_file() or (run / SUMMARY).is_file():
-        text = report_run(run)
+        text = pretraining_report(run)
     else:
         raise FileNotFoundError(
-            f"nothing to report in {run}: it has no {METRICS} of a run, nor {SCORES} of an evaluation; expected one "
-            "that pretrain.py, finetune.py or evaluate.py wrote"
+            f"nothing to report in {run}: found neither {METRICS} of a run nor {SCORES} of an evaluation; pass a "
+            "folder that pretrain.py, finetune.py or evaluate.py wrote"
         )
     write_whole(run / REPORT, text)
     return run / REPORT

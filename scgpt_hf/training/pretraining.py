@@ -28,6 +28,8 @@ from scgpt_hf.cells.source import CellSource
 from scgpt_hf.cells.threads import prefetch
 from scgpt_hf.model.modeling_scgpt import ScGPTForPreTraining
 from scgpt_hf.pipeline.stream import StreamConfig, stream_cells
+from scgpt_hf.publishing.record import RunRecord
+from scgpt_hf.publishing.run_summary import error_rows
 from scgpt_hf.tokens.processing_scgpt import ScGPTProcessor
 from scgpt_hf.training.baselines import Baselines, baselines_from, sum_bins, sum_errors
 from scgpt_hf.training.cache_dir import chunk_order, open_caching
@@ -284,23 +286,19 @@ def summarize(trainer: ScGPTTrainer, data_module: DataModule) -> dict[str, Any]:
 
 def tell(summary: dict[str, Any], folder: Path) -> str:
     """Return the closing words of a run: what was learned, beside what it means, and where everything lies."""
-    best, base = summary["best"], summary["baselines"]
+    best, errors = summary["best"], error_rows(RunRecord(summary, SUMMARY))
     lines = [
         "Trained {model_parameters:,} parameters on {train_cells:,} cells of {train_donors} donors for "
         "{epochs:.3g} epochs ({steps:,} steps) in {train_seconds:.0f} s on {device}.".format(**summary),
     ]
-    if best and base:
+    if best and summary["baselines"]:
         lines += [
             f"Best validation at step {best['step']:,}, "
             "{validation_cells:,} cells of {validation_donors} other donors, mean squared error in bins:".format(
                 **summary
             ),
-            f"  model, from the other genes (GEP)   {best['eval_gep_mse']:8.2f}" if "eval_gep_mse" in best else "",
-            f"  model, from <cls> alone (GEPC)      {best['eval_gepc_mse']:8.2f}" if "eval_gepc_mse" in best else "",
-            f"  each gene's mean                    {base['gene_mean_mse']:8.2f}",
-            f"  one constant                        {base['constant_mse']:8.2f}",
-            f"  a perfect guess but for ties        {base['tie_floor_mse']:8.2f}",
-            f"  share of the variance explained     {best.get('eval_variance_explained', math.nan):8.1%}",
+            *[f"  {row.name:38} {row.value:8.2f}" for row in errors if row.value is not None],
+            f"  share of the variance explained        {best.get('eval_variance_explained', math.nan):8.1%}",
         ]
     lines += [f"Everything is in {folder}: {BEST_MODEL}/ README.md {METRICS} {SUMMARY} loss.png umap.png"]
     return "\n".join(line for line in lines if line)

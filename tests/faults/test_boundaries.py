@@ -11,7 +11,7 @@ import pytest
 
 from scgpt_hf.cells.selection.splits import load_split
 from scgpt_hf.cells.source import open_source
-from scgpt_hf.publishing.hub import collect_files
+from scgpt_hf.publishing.publish_run import collect_files
 from scgpt_hf.training.settings import parse_settings, settings_yaml
 from tests.support.damage import make_inputs, use_model
 
@@ -99,7 +99,7 @@ def test_files_that_are_links_are_not_published(run, tmp_path, name):
 
 @pytest.mark.parametrize("repo_id", ["../../etc/x", "/etc/passwd", "a/../b", "my-lab/na\x00me", "https://x/y"])
 def test_a_hub_id_is_not_a_path(run, repo_id):
-    from scgpt_hf.publishing.hub import publish
+    from scgpt_hf.publishing.publish_run import publish
 
     with pytest.raises(ValueError, match="expected a repository id"):
         publish(run, repo_id)

@@ -1,1 +1,1 @@
-"""Tests of hub."""
+"""Tests that talk to a local Hub through the `huggingface_hub` client."""

@@ -1,6 +1,6 @@
-"""What a stranger does: loads checkpoints from the Hub with little more than transformers installed, and compares.
+"""Load published checkpoints with only transformers and its dependencies, and compare them with the originals.
 
-Run by test_standalone.py as `python standalone.py EXPECTED.safetensors`; prints the names of the checks that held.
+test_standalone.py runs this file as `python standalone.py EXPECTED.safetensors`. It prints the checks that passed.
 """
 
 import json
@@ -13,7 +13,7 @@ ABSENT = {"scgpt_hf", "numba", "scanpy", "anndata", "tiledbsoma", "cellxgene_cen
 
 
 class Absent:
-    """Makes packages look as if they were not installed."""
+    """Make packages look as if they were not installed."""
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> None:
         if name.split(".")[0] in ABSENT:
@@ -31,36 +31,36 @@ REMOTE = {"trust_remote_code": True}
 
 
 def same_weights(model: torch.nn.Module, expected: dict[str, torch.Tensor], prefix: str) -> bool:
-    """Return whether every weight of the model is in `expected`, to the bit."""
+    """Return whether all weights of the model are in `expected`, bit for bit."""
     found = {prefix + name: weight for name, weight in model.state_dict().items()}
     return found.keys() <= expected.keys() and all(torch.equal(found[name], expected[name]) for name in found)
 
 
 def same_encoder(model: torch.nn.Module, expected: dict[str, torch.Tensor]) -> bool:
-    """Return whether the encoder inside a head's model is the published one."""
+    """Return whether the encoder of a model with a head is the published one."""
     return same_weights(model.scgpt, expected, "weights.scgpt.")
 
 
 def main(path: str) -> list[str]:
-    """Load what was published every way, and return the names of the checks that held."""
+    """Load the published models in every supported way, and return the names of the checks that passed."""
     expected = load_file(path)
     counts = expected["counts"].numpy()
-    held: list[str] = []
+    passed: list[str] = []
 
-    def check(name: str, holds: bool) -> None:
-        if not holds:
+    def check(name: str, condition: bool) -> None:
+        if not condition:
             raise AssertionError(name)
-        held.append(name)
+        passed.append(name)
 
     config = transformers.AutoConfig.from_pretrained("org/tiny", **REMOTE)
     check("config", type(config).__module__.startswith("transformers_modules") and config.model_type == "scgpt")
-    # Said outright, because otherwise the library asks at the keyboard first.
+    # Without this argument, the library would ask on the terminal.
     tokenizer = transformers.AutoTokenizer.from_pretrained("org/tiny", trust_remote_code=False)
     check("tokenizer without remote code", tokenizer.convert_tokens_to_ids(GENES) == list(range(40)))
     try:
         transformers.AutoModel.from_pretrained("org/tiny", trust_remote_code=False)
     except ValueError as error:
-        check("model without remote code says what to do", "trust_remote_code" in str(error))
+        check("model without remote code raises", "trust_remote_code" in str(error))
     processor = transformers.AutoProcessor.from_pretrained("org/tiny", **REMOTE)
     batch = processor(counts, GENES)
     check("processor", all(torch.equal(batch[name], expected[f"batch.{name}"]) for name in ("input_ids", "values")))
@@ -97,7 +97,7 @@ def main(path: str) -> list[str]:
     model.save_pretrained("again")
     processor.save_pretrained("again")
     again = transformers.AutoModelForSequenceClassification.from_pretrained("again", num_labels=2, **REMOTE)
-    check("saved again by a stranger", same_encoder(again, expected))
+    check("saved again without the package", same_encoder(again, expected))
     own = type(transformers.AutoProcessor.from_pretrained("again", **REMOTE)).__module__.split(".")[1]
     check("the code comes from the new folder", {own, type(again).__module__.split(".")[1]} == {"again"})
 
@@ -107,8 +107,8 @@ def main(path: str) -> list[str]:
         check(f"bf16 {repo_id}", model.dtype == torch.bfloat16 and same_weights(model, half, "weights."))
         with torch.no_grad():
             check(f"bf16 output {repo_id}", bool(torch.isfinite(model(**batch).gep).all()))
-    check("nothing else was needed", not ABSENT & {name.split(".")[0] for name in sys.modules})
-    return held
+    check("no other package was imported", not ABSENT & {name.split(".")[0] for name in sys.modules})
+    return passed
 
 
 if __name__ == "__main__":

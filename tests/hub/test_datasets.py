@@ -1,4 +1,4 @@
-"""Data sets go to the Hub and stream back from it, by the real `datasets`."""
+"""Test that the local Hub serves the `datasets` library."""
 
 from tests.support.hub_server import Client, Hub
 
@@ -17,7 +17,7 @@ def stream_back(repo_id: str) -> list[dict[str, object]]:
     return list(datasets.load_dataset(repo_id, split="train", streaming=True, token="hf_owner"))
 
 
-def test_a_data_set_is_pushed_and_streams_back(hub: Hub, client: Client) -> None:
+def test_dataset_is_pushed_and_streams_back(hub: Hub, client: Client) -> None:
     client(push, "org/cells")
     assert hub.state.repositories["datasets/org/cells"].private
     assert any(name.endswith(".parquet") for name in hub.files("org/cells", kind="datasets"))

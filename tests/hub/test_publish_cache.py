@@ -1,4 +1,4 @@
-"""A cache goes to the Hub as a dataset, streams back, and is a source again after a download; by the real client."""
+"""Tests of publishing a cache as a dataset, streaming it back, and opening it after a download."""
 
 import json
 import re
@@ -13,7 +13,7 @@ from scgpt_hf.cells.cache.jobs import write_cache
 from scgpt_hf.cells.cache.manifest import CacheError
 from scgpt_hf.cells.source import open_source
 from scgpt_hf.publishing.hub import HubError
-from scgpt_hf.publishing.hub_cache import cache_card, check_dataset, publish_cache
+from scgpt_hf.publishing.publish_cache import cache_card, check_dataset, publish_cache
 from tests.support.hub_server import Client, Hub
 
 TOKEN = "hf_owner"
@@ -54,14 +54,14 @@ def test_a_published_cache_streams_back(hub: Hub, client: Client, published: str
     assert rows[7]["donor_id"] == block.obs["donor_id"].iloc[0]
 
 
-def test_a_downloaded_cache_is_a_source(client: Client, published: str, folder: Path) -> None:
+def test_downloaded_cache_opens_as_a_source(client: Client, published: str, folder: Path) -> None:
     cell_ids = open_source(folder).obs().index.to_numpy()[::-2]
     for address in ("hf://datasets/org/blood", "hf://datasets/org/blood@main"):
         assert (client(read_back, address, cell_ids) == open_source(folder).read(cell_ids).counts.toarray()).all()
 
 
-def follow_the_card(code: str) -> dict[str, object]:
-    """Run the card's code, and return the names it made."""
+def run_code(code: str) -> dict[str, object]:
+    """Run the code of a card, and return the variables it defines."""
     names: dict[str, object] = {}
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("HF_TOKEN", TOKEN)
@@ -75,14 +75,14 @@ def test_the_code_of_the_card_gives_names_and_counts(hub: Hub, client: Client, p
     )
     source = open_source(folder)
     first = source.read(source.obs().index.to_numpy()[:1]).counts
-    found = client(follow_the_card, streamed)
+    found = client(run_code, streamed)
     assert found["names"].tolist() == source.genes.feature_id.iloc[first.indices].tolist()
     assert found["counts"] == first.data.tolist()
-    assert (client(follow_the_card, opened)["block"].counts[:1] != first).nnz == 0
+    assert (client(run_code, opened)["block"].counts[:1] != first).nnz == 0
 
 
 def fail_to_open(address: str, offline: bool = False) -> str:
-    """Return the kind and the words of the error."""
+    """Return the type and the message of the error."""
     from huggingface_hub import constants
 
     with pytest.MonkeyPatch.context() as patch:
@@ -94,28 +94,28 @@ def fail_to_open(address: str, offline: bool = False) -> str:
     return "no error"
 
 
-def test_a_cache_of_the_hub_that_cannot_be_had_says_why(hub: Hub, client: Client, folder: Path) -> None:
+def test_missing_private_and_other_datasets_raise_on_opening(hub: Hub, client: Client, folder: Path) -> None:
     client(push_other, "org/no-cache")
     client(publish_cache, folder, "org/closed", private=True, token=TOKEN)
-    for address, offline, words in (
-        ("hf://datasets/org/none", False, "FileNotFoundError: the Hub has no hf://datasets/org/none that you may see"),
-        ("hf://datasets/org/closed", False, "FileNotFoundError: .*for a private one run `hf auth login`"),
-        ("hf://datasets/org/no-cache@v2", False, "FileNotFoundError: the Hub has no .*@v2 that you may see"),
-        ("hf://datasets/org/no-cache", False, "ValueError: .* is no cache of cells, it has no manifest.json"),
-        ("hf://datasets/org/absent", True, "ConnectionError: cannot bring .*HF_HUB_OFFLINE"),
-        ("hf://org/blood", False, "ValueError: expected the address of a cache like hf://datasets/my-lab/blood"),
-        ("hf://datasets/a b/c", False, "ValueError: hf://datasets/a b/c is no address of the Hub"),
+    for address, offline, message in (
+        ("hf://datasets/org/none", False, "FileNotFoundError: .*org/none"),
+        ("hf://datasets/org/closed", False, "FileNotFoundError: .*org/closed.*hf auth login"),
+        ("hf://datasets/org/no-cache@v2", False, "FileNotFoundError: .*org/no-cache@v2"),
+        ("hf://datasets/org/no-cache", False, "ValueError: .*org/no-cache.*manifest.json"),
+        ("hf://datasets/org/absent", True, "ConnectionError: .*org/absent.*HF_HUB_OFFLINE"),
+        ("hf://org/blood", False, "ValueError: .*hf://org/blood"),
+        ("hf://datasets/a b/c", False, "ValueError: .*hf://datasets/a b/c"),
     ):
-        assert re.match(words, client(fail_to_open, address, offline)), address
+        assert re.match(message, client(fail_to_open, address, offline)), address
 
 
-def test_nothing_of_this_machine_is_published(hub: Hub, published: str, small_census: Path) -> None:
+def test_no_local_path_is_published(hub: Hub, published: str, small_census: Path) -> None:
     for name, content in hub.files("org/blood", kind="datasets").items():
         assert str(small_census.parent).encode() not in content, name
         assert b"file://" not in content, name
 
 
-def test_the_card_says_what_it_is_and_how_to_load_it(hub: Hub, published: str, folder: Path) -> None:
+def test_card_states_size_filter_columns_and_code(hub: Hub, published: str, folder: Path) -> None:
     card = hub.files("org/blood", kind="datasets")["README.md"].decode()
     assert card.startswith("---\n")
     for text in (
@@ -137,7 +137,7 @@ def change_census(manifest: Path) -> None:
     manifest.write_text(json.dumps(content))
 
 
-def test_a_cache_of_the_census_carries_its_licence_and_version(folder: Path, tmp_path: Path) -> None:
+def test_card_of_census_cells_has_licence_and_version(folder: Path, tmp_path: Path) -> None:
     change_census(Path(shutil.copytree(folder, tmp_path / "cache")) / "manifest.json")
     card = cache_card(tmp_path / "cache", "org/blood")
     assert card.data.license == "cc-by-4.0"
@@ -167,10 +167,10 @@ def corrupt(folder: Path) -> str:
         (corrupt, CacheError, "data-00000-of-00001.arrow is corrupt"),
         (lambda folder: (folder / "manifest.json").unlink() or "org/none", CacheError, "is not a cache"),
         (lambda folder: "blood", ValueError, "with its owner"),
-        (lambda folder: "stranger/blood", HubError, "you may not write to stranger/blood"),
+        (lambda folder: "stranger/blood", HubError, "no write access to stranger/blood"),
     ],
 )
-def test_what_cannot_be_published_raises(
+def test_invalid_caches_ids_and_owners_raise(
     hub: Hub, client: Client, folder: Path, tmp_path: Path, arrange: Callable[[Path], str], error, message: str
 ) -> None:
     repo_id = arrange(Path(shutil.copytree(folder, tmp_path / "cache")))
@@ -187,10 +187,10 @@ def push_other(repo_id: str) -> None:
 
 def test_another_dataset_or_a_public_one_is_left_alone(hub: Hub, client: Client, folder: Path) -> None:
     client(push_other, "org/other")
-    with pytest.raises(HubError, match="already holds a dataset that is no cache"):
+    with pytest.raises(HubError, match="org/other already holds a dataset"):
         client(check_dataset, "org/other", token=TOKEN)
     before = hub.files("org/other", kind="datasets")
-    with pytest.raises(HubError, match="already holds a dataset that is no cache"):
+    with pytest.raises(HubError, match="org/other already holds a dataset"):
         client(publish_cache, folder, "org/other", token=TOKEN)
     assert hub.files("org/other", kind="datasets") == before
     client(publish_cache, folder, "org/public", token=TOKEN)
@@ -198,12 +198,12 @@ def test_another_dataset_or_a_public_one_is_left_alone(hub: Hub, client: Client,
         client(publish_cache, folder, "org/public", private=True, token=TOKEN)
 
 
-def test_a_cache_that_broke_off_is_completed_by_the_same_again(hub: Hub, client: Client, folder: Path) -> None:
-    with hub.fault("/commit/", after_bytes=0), pytest.raises(HubError, match="run the same again: files that arrived"):
+def test_publish_cache_after_an_interruption_sends_only_the_rest(hub: Hub, client: Client, folder: Path) -> None:
+    with hub.fault("/commit/", after_bytes=0), pytest.raises(HubError, match="run the same command again"):
         client(publish_cache, folder, "org/broken", token=TOKEN)
     with (
         hub.fault("/commit/", status=500, times=9),
-        pytest.raises(HubError, match=r"fails \(500\); run the same again"),
+        pytest.raises(HubError, match="status 500"),
     ):
         client(publish_cache, folder, "org/broken", token=TOKEN)
     start = len(hub.requests)
@@ -213,7 +213,7 @@ def test_a_cache_that_broke_off_is_completed_by_the_same_again(hub: Hub, client:
     assert [row["cell_id"] for row in rows] == open_source(folder).obs().index.tolist()
 
 
-def test_a_download_of_a_cache_survives_dropped_connections_and_says_when_the_hub_fails(
+def test_download_of_a_cache_survives_dropped_connections_and_reports_failures(
     hub: Hub, client: Client, folder: Path
 ) -> None:
     client(publish_cache, folder, "org/dropped", token=TOKEN)
@@ -224,5 +224,5 @@ def test_a_download_of_a_cache_survives_dropped_connections_and_says_when_the_hu
     assert (found == open_source(folder).read(cell_ids).counts.toarray()).all()
     client(publish_cache, folder, "org/failing", token=TOKEN)
     with hub.fault("/resolve/", status=500, times=99):
-        said = client(fail_to_open, "hf://datasets/org/failing")
-    assert said.startswith("ConnectionError: cannot bring hf://datasets/org/failing"), said
+        error = client(fail_to_open, "hf://datasets/org/failing")
+    assert error.startswith("ConnectionError: "), error

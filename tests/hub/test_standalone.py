@@ -1,4 +1,4 @@
-"""A checkpoint stands alone: published, then loaded by a process without this package; and by one with it."""
+"""Tests that published checkpoints load in a process without this package, and in one with it."""
 
 import json
 import os
@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from scgpt_hf.publishing.hub import publish
+from scgpt_hf.publishing.publish_run import publish
 from tests.support.hub_run import make_run
 from tests.support.hub_server import Client, Hub, client_environment
 
@@ -18,7 +18,7 @@ N_GENES, N_CELLS = 40, 6
 
 
 def make_and_publish(folder: Path) -> str:
-    """Publish a tiny model sharded and in bf16, and a classifier on its encoder; write what loading must give."""
+    """Publish a tiny model, sharded and in bf16, and a classifier; write the expected weights and outputs."""
     import torch
     from safetensors.torch import save_file
 
@@ -60,11 +60,11 @@ def save_and_publish(run: Path, model: Any, processor: Any, **options: Any) -> N
 
 @pytest.fixture(scope="module")
 def expected(client: Client, tmp_path_factory: pytest.TempPathFactory) -> str:
-    """The file of what loading must give, after the models are published."""
+    """Publish the models and return the file of expected weights and outputs."""
     return str(client(make_and_publish, tmp_path_factory.mktemp("published")))
 
 
-def test_what_is_published_is_sharded_and_carries_its_code(hub: Hub, expected: str) -> None:
+def test_published_model_is_sharded_and_includes_its_code(hub: Hub, expected: str) -> None:
     files = hub.files("org/tiny")
     assert sum(name.endswith(".safetensors") for name in files) > 1
     assert {"modeling_scgpt.py", "processing_scgpt.py", "configuration_scgpt.py", "tokenizer.json"} <= set(files)
@@ -77,7 +77,7 @@ def imports_of(files: dict[str, bytes]) -> list[str]:
     return [line for text in code for line in text.splitlines() if line.lstrip().startswith(("import ", "from "))]
 
 
-def test_a_process_with_little_more_than_transformers_loads_everything(hub: Hub, expected: str, tmp_path: Path) -> None:
+def test_process_without_this_package_loads_all_models(hub: Hub, expected: str, tmp_path: Path) -> None:
     environment = os.environ | client_environment(hub, tmp_path / "hf_home")
     script = Path(__file__).with_name("standalone.py")
     finished = subprocess.run(
@@ -89,13 +89,13 @@ def test_a_process_with_little_more_than_transformers_loads_everything(hub: Hub,
         text=True,
     )
     assert finished.returncode == 0, finished.stderr[-3000:]
-    held = json.loads(finished.stdout.splitlines()[-1])
-    assert len(held) == 32
-    assert held[-1] == "nothing else was needed"
+    passed = json.loads(finished.stdout.splitlines()[-1])
+    assert len(passed) == 32
+    assert passed[-1] == "no other package was imported"
 
 
 def load_with_the_package() -> list[str]:
-    """Return the modules of the classes that the Auto classes choose when scgpt_hf is imported and no flag is given."""
+    """Return the modules of the classes that the Auto classes choose when scgpt_hf is imported."""
     import transformers
 
     import scgpt_hf  # noqa: F401  # registers the classes
@@ -110,5 +110,5 @@ def load_with_the_package() -> list[str]:
     return [type(getattr(transformers, name).from_pretrained("org/tiny")).__module__ for name in names]
 
 
-def test_with_the_package_no_flag_is_needed(client: Client, expected: str) -> None:
+def test_with_this_package_trust_remote_code_is_not_needed(client: Client, expected: str) -> None:
     assert {module.split(".")[0] for module in client(load_with_the_package)} == {"scgpt_hf"}

@@ -1,4 +1,4 @@
-"""Reading a run's own record: dotted keys, errors that name file and key, and nothing of this machine in it."""
+"""Tests of reading the files of a run, and of removing private values from them."""
 
 import json
 from pathlib import Path
@@ -8,59 +8,59 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from scgpt_hf.publishing.record import UNKNOWN, Record, portable
+from scgpt_hf.publishing.record import UNKNOWN, RunRecord, read_metrics, strip_private
 
 
 @pytest.fixture
-def record(tmp_path: Path) -> Record:
-    """A record with a value of each kind."""
+def record(tmp_path: Path) -> RunRecord:
+    """Return a record with a value of each kind."""
     content = {"steps": 1200, "best": {"eval_loss": 2.5, "name": "x"}, "precise": True, "none": None}
     (tmp_path / "summary.json").write_text(json.dumps(content))
-    return Record(tmp_path / "summary.json")
+    return RunRecord.read(tmp_path / "summary.json")
 
 
-def test_values_are_found_by_dotted_keys(record: Record) -> None:
+def test_values_are_looked_up_by_dotted_keys(record: RunRecord) -> None:
     assert record.get("best.eval_loss", float) == 2.5
     assert record.number("steps") == "1,200"
     assert record.number("best.eval_loss", ".2f") == "2.50"
     assert record.text("best.name") == "x"
 
 
-def test_what_is_not_there_is_none_or_said(record: Record) -> None:
+def test_missing_keys_give_none_or_unknown(record: RunRecord) -> None:
     assert record.get("worst.eval_loss", float) is None
     assert record.get("none", dict) is None
     assert record.number("epochs") == record.text("best.device") == UNKNOWN
 
 
-def test_a_file_that_is_not_there_records_nothing(tmp_path: Path) -> None:
-    assert Record(tmp_path / "settings.yaml").content == {}
+def test_missing_file_gives_an_empty_record(tmp_path: Path) -> None:
+    assert RunRecord.read(tmp_path / "settings.yaml").content == {}
 
 
 @pytest.mark.parametrize(
     ("key", "kind", "expected"),
     [
-        ("steps", str, "summary.json: expected str at 'steps', found '1200'"),
-        ("precise", int, "expected int at 'precise', found 'True'"),
-        ("steps.of", int, "expected dict at 'steps', found '1200'"),
-        ("best.name", (int, float), "expected int or float at 'best.name', found 'x'"),
+        ("steps", str, "summary.json: expected str at 'steps', found '1200'"),  # this case owns the text
+        ("precise", int, "'precise'"),
+        ("steps.of", int, "expected dict at 'steps'"),
+        ("best.name", (int, float), "int or float at 'best.name'"),
     ],
 )
-def test_a_value_of_another_kind_is_refused_by_file_and_key(record: Record, key: str, kind: Any, expected: str) -> None:
+def test_value_of_another_type_raises_with_file_and_key(record: RunRecord, key: str, kind: Any, expected: str) -> None:
     with pytest.raises(ValueError, match=expected):
         record.get(key, kind)
 
 
 @pytest.mark.parametrize(("name", "text"), [("a.json", '{"a": '), ("a.yaml", "a: [1"), ("b.json", "\ufffe")])
-def test_a_malformed_file_is_named(tmp_path: Path, name: str, text: str) -> None:
+def test_malformed_file_raises_with_its_name(tmp_path: Path, name: str, text: str) -> None:
     (tmp_path / name).write_text(text, encoding="utf-8")
     with pytest.raises(ValueError, match=f"{name} is malformed"):
-        Record(tmp_path / name)
+        RunRecord.read(tmp_path / name)
 
 
-def test_a_file_without_keys_is_named(tmp_path: Path) -> None:
+def test_file_that_is_not_a_mapping_raises_with_its_name(tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text("[1, 2]")
-    with pytest.raises(ValueError, match=r"expected keys and values in a\.json, found list"):
-        Record(tmp_path / "a.json")
+    with pytest.raises(ValueError, match=r"a\.json, found list"):
+        RunRecord.read(tmp_path / "a.json")
 
 
 @pytest.mark.parametrize(
@@ -80,18 +80,41 @@ def test_a_file_without_keys_is_named(tmp_path: Path) -> None:
         ({"hub_token": "hf_x", "/a/b": ["/c/d"], "n": 1}, {"b": ["d"], "n": 1}),
     ],
 )
-def test_portable_keeps_names_and_drops_places(value: Any, expected: Any) -> None:
-    assert portable(value) == expected
+def test_strip_private_keeps_names_and_drops_locations(value: Any, expected: Any) -> None:
+    assert strip_private(value) == expected
 
 
 plain = st.text(alphabet="ab XY01=.'", max_size=8)
 
 
 @given(st.lists(st.text(alphabet="abc01_-", min_size=1), min_size=1), st.sampled_from(["/", "~/", "../", "s3://"]))
-def test_of_a_place_only_the_last_part_stays(parts: list[str], root: str) -> None:
-    assert portable({"paths": [root + "/".join(parts)]}) == {"paths": [parts[-1]]}
+def test_strip_private_keeps_the_last_part_of_a_location(parts: list[str], root: str) -> None:
+    assert strip_private({"paths": [root + "/".join(parts)]}) == {"paths": [parts[-1]]}
 
 
 @given(st.recursive(plain | st.integers() | st.none(), lambda inner: st.lists(inner) | st.dictionaries(plain, inner)))
-def test_what_is_no_place_stays_as_it_is(content: Any) -> None:
-    assert portable(content) == content
+def test_strip_private_leaves_other_values_unchanged(content: Any) -> None:
+    assert strip_private(content) == content
+
+
+LINES = [{"step": 1, "epoch": 0.1, "loss": 3.0}, {"step": 2, "epoch": 0.2, "eval_loss": 2.0}]
+
+
+def test_read_metrics_returns_the_logged_lines(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in LINES))
+    assert read_metrics(tmp_path / "metrics.jsonl") == LINES
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [('{"step": 1, "epoch": 0.1}\n{"step": 2, "ep', 2), ('{"step": 1}\n', 1), ("[1, 2]\n", 1)],
+)
+def test_malformed_metrics_raise_with_the_line(tmp_path: Path, text: str, line: int) -> None:
+    (tmp_path / "metrics.jsonl").write_text(text)
+    with pytest.raises(ValueError, match=f"line {line} of "):
+        read_metrics(tmp_path / "metrics.jsonl")
+
+
+def test_missing_metrics_raise(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="metrics"):
+        read_metrics(tmp_path / "metrics.jsonl")

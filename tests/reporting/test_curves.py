@@ -1,8 +1,6 @@
-"""The schedule of a run: what is read, and what is drawn where."""
+"""Tests of the loss curves."""
 
 import itertools
-import json
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,21 +9,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from matplotlib.axes import Axes
 
-from scgpt_hf.reporting.curves import plot_loss, read_metrics, spread
+from scgpt_hf.reporting.curves import plot_loss, spread_labels
 
 Lines = list[dict[str, Any]]
-REFERENCES = {"eval_constant_mse": 208.0, "eval_gene_mean_mse": 120.0, "eval_tie_floor_mse": 44.0}
+BASELINES = {"eval_constant_mse": 208.0, "eval_gene_mean_mse": 120.0, "eval_tie_floor_mse": 44.0}
 
 
 def a_run() -> Lines:
-    """60 training lines of two epochs, and a validation at the end of each; the first one is the better."""
+    """Return 60 training lines of two epochs, with a validation after each; the first one is better."""
     training = [
         {"step": s, "epoch": s / 30, "loss": 300.0 - s, "gep": 150.0 - s, "gepc": 150.0, "grad_norm": 1.0}
         for s in range(1, 61)
     ]
     validation = [
-        {"step": 30, "epoch": 1.0, "eval_loss": 200.0, "eval_gep_mse": 95.0, "eval_gepc_mse": 105.0, **REFERENCES},
-        {"step": 60, "epoch": 2.0, "eval_loss": 210.0, "eval_gep_mse": 94.0, "eval_gepc_mse": 116.0, **REFERENCES},
+        {"step": 30, "epoch": 1.0, "eval_loss": 200.0, "eval_gep_mse": 95.0, "eval_gepc_mse": 105.0, **BASELINES},
+        {"step": 60, "epoch": 2.0, "eval_loss": 210.0, "eval_gep_mse": 94.0, "eval_gepc_mse": 116.0, **BASELINES},
     ]
     return [*training, *validation, {"step": 60, "epoch": 2.0, "train_runtime": 9.0, "train_loss": 1.0}]
 
@@ -35,7 +33,7 @@ def line(axes: Axes, label: str) -> tuple[list[float], list[float]]:
     return list(np.atleast_1d(found.get_xdata())), list(np.atleast_1d(found.get_ydata()))
 
 
-def test_training_panel_draws_each_objective_and_the_total_and_nothing_else() -> None:
+def test_training_panel_draws_total_and_objectives_only() -> None:
     axes = plot_loss(a_run()).axes[0]
     assert [line.get_label() for line in axes.lines if not line.get_label().startswith("_")] == ["loss", "gep", "gepc"]
     epochs, values = line(axes, "gep")
@@ -45,19 +43,19 @@ def test_training_panel_draws_each_objective_and_the_total_and_nothing_else() ->
     assert [text.get_text() for text in axes.texts] == ["total 240", "GEP 90", "GEPC 150"]
 
 
-def test_validation_panel_draws_both_heads_between_their_references_and_marks_the_best_step() -> None:
+def test_validation_panel_draws_errors_baselines_and_best_step() -> None:
     axes = plot_loss(a_run()).axes[1]
     assert line(axes, "gep") == ([1.0, 2.0], [95.0, 94.0])
     assert line(axes, "gepc") == ([1.0, 2.0], [105.0, 116.0])
     for label, height in {"constant": 208.0, "gene mean": 120.0, "tie floor": 44.0}.items():
         assert set(line(axes, label)[1]) == {height}
     assert line(axes, "best gep") == ([1.0], [95.0])  # by eval_loss, though its GEP is not the lowest
-    assert axes.get_title(loc="left") == "Validation, best at step 30 (○)"
+    assert axes.get_title(loc="left") == "Validation error, best at step 30 (○)"
     assert axes.get_ylabel() == "mean squared error (bins²)"
     assert axes.get_ylim()[0] == 0
 
 
-def test_labels_lie_within_the_figure_and_do_not_overlap() -> None:
+def test_labels_are_inside_the_figure_and_do_not_overlap() -> None:
     figure = plot_loss(a_run())
     figure.draw_without_rendering()
     for axes in figure.axes:
@@ -66,62 +64,38 @@ def test_labels_lie_within_the_figure_and_do_not_overlap() -> None:
         assert all(figure.bbox.x0 <= box.x0 and box.x1 <= figure.bbox.x1 for box in boxes)
 
 
-def test_losses_far_apart_are_drawn_on_a_logarithmic_scale() -> None:
+def test_losses_of_different_magnitude_get_a_logarithmic_scale() -> None:
     assert plot_loss(a_run()).axes[0].get_yscale() == "linear"
     assert plot_loss([one | {"ecs": 0.5} for one in a_run() if "gep" in one]).axes[0].get_yscale() == "log"
 
 
-def test_a_sum_of_one_objective_is_drawn_once() -> None:
+def test_total_of_a_single_objective_is_not_drawn_twice() -> None:
     axes = plot_loss([{"step": 1, "epoch": 0.5, "loss": 9.0, "gep": 9.0}]).axes[0]
     assert [text.get_text() for text in axes.texts] == ["GEP 9"]
 
 
-def test_one_panel_where_there_is_one_thing_to_draw() -> None:
+def test_panel_without_data_is_left_out() -> None:
     assert len(plot_loss([one for one in a_run() if "gep" in one]).axes) == 1
     (axes,) = plot_loss([{"step": 30, "epoch": 1.0, "eval_gep_mse": 95.0}]).axes
     assert [text.get_text() for text in axes.texts] == ["GEP 95.0"]
 
 
-def test_a_loss_that_is_not_finite_leaves_a_gap_and_the_rest_is_drawn() -> None:
+def test_losses_that_are_not_finite_are_left_out() -> None:
     run = [{"step": s, "epoch": float(s), "loss": value} for s, value in enumerate([3.0, float("nan"), 2.0])]
     assert line(plot_loss(run).axes[0], "loss") == ([0.0, 2.0], [3.0, 2.0])
 
 
 @pytest.mark.parametrize("metrics", [[], [{"step": 1, "epoch": 0.1, "learning_rate": 1e-4}]])
-def test_a_run_without_losses_raises(metrics: Lines) -> None:
-    with pytest.raises(ValueError, match="holds a loss"):
+def test_metrics_without_losses_raise(metrics: Lines) -> None:
+    with pytest.raises(ValueError, match="has a loss"):
         plot_loss(metrics)
-
-
-def test_read_metrics_gives_back_what_was_logged(tmp_path: Path) -> None:
-    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in a_run()))
-    assert read_metrics(tmp_path / "metrics.jsonl") == a_run()
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ('{"step": 1, "epoch": 0.1}\n{"step": 2, "ep', r"line 2 of .* is not JSON: .*cut off"),
-        ('{"step": 1}\n', "line 1 of .* has no step and epoch"),
-        ("[1, 2]\n", "line 1 of .* has no step and epoch"),
-    ],
-)
-def test_malformed_metrics_name_the_line(tmp_path: Path, text: str, message: str) -> None:
-    (tmp_path / "metrics.jsonl").write_text(text)
-    with pytest.raises(ValueError, match=message):
-        read_metrics(tmp_path / "metrics.jsonl")
-
-
-def test_absent_metrics_raise(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="a run writes metrics"):
-        read_metrics(tmp_path / "metrics.jsonl")
 
 
 @settings(deadline=None)
 @given(st.lists(st.floats(0, 1), max_size=8))
-def test_spread_keeps_order_and_gap_and_moves_nothing_without_need(heights: list[float]) -> None:
+def test_spread_labels_keeps_order_and_gap_and_moves_no_label_needlessly(heights: list[float]) -> None:
     given_heights, gap = np.array(heights), 0.1
-    apart = spread(given_heights, gap)
+    apart = spread_labels(given_heights, gap)
     order = np.argsort(given_heights, kind="stable")
     assert (np.diff(apart[order]) >= gap - 1e-9).all()
     assert apart.sum() == pytest.approx(given_heights.sum() if len(heights) else 0)
@@ -131,9 +105,9 @@ def test_spread_keeps_order_and_gap_and_moves_nothing_without_need(heights: list
 
 @settings(deadline=None, max_examples=30)
 @given(st.lists(st.floats(0, 1), min_size=2, max_size=4), st.integers(0, 2**32 - 1))
-def test_no_other_arrangement_is_nearer_than_spread(heights: list[float], seed: int) -> None:
+def test_spread_labels_finds_the_closest_arrangement_labels(heights: list[float], seed: int) -> None:
     heights_sorted, gap = np.sort(heights), 0.2
-    apart = spread(heights_sorted, gap)
+    apart = spread_labels(heights_sorted, gap)
     rivals = np.sort(np.random.default_rng(seed).uniform(-0.5, 1.5, (500, len(heights))), axis=1)
     rivals = rivals[(np.diff(rivals, axis=1) >= gap).all(axis=1)]
     assert (((rivals - heights_sorted) ** 2).sum(axis=1) >= ((apart - heights_sorted) ** 2).sum() - 1e-12).all()

@@ -1,4 +1,4 @@
-"""Figures of cells, and saving."""
+"""Tests of UMAPs, tables of scores, and saving figures."""
 
 import os
 from pathlib import Path
@@ -12,7 +12,8 @@ from matplotlib.axes import Axes
 from matplotlib.colors import to_hex, to_rgb
 from matplotlib.figure import Figure
 
-from scgpt_hf.reporting.plots import OTHER, PALETTE, plot_umap, save_figure
+from scgpt_hf.reporting.plots import OTHER, PALETTE, plot_scores, plot_umap, save_figure
+from tests.support.figures import is_inside
 
 
 def legend_of(axes: Axes) -> list[str]:
@@ -33,7 +34,7 @@ def test_legend_counts_every_cell_once_largest_first(categories: list[str]) -> N
     assert len(colours_of(axes)) == len(counts)
 
 
-def test_each_point_keeps_its_place_and_colour_when_drawn_in_shuffled_order() -> None:
+def test_points_keep_position_and_colour_when_drawn_in_shuffled_order() -> None:
     coordinates = np.arange(40.0).reshape(20, 2)
     categories = ["a"] * 12 + ["b"] * 8
     points = plot_umap(coordinates, {"type": categories}).axes[0].collections[0]
@@ -43,7 +44,7 @@ def test_each_point_keeps_its_place_and_colour_when_drawn_in_shuffled_order() ->
     assert points.get_rasterized()
 
 
-def test_more_than_twenty_categories_share_other_and_missing_labels_are_said() -> None:
+def test_smallest_categories_beyond_twenty_are_merged_and_missing_labels_listed() -> None:
     names = [f"type {i:02}" for i in range(23) for _ in range(23 - i)]
     categories = [*names, None, float("nan")]
     axes = plot_umap(np.zeros((len(categories), 2)), {"type": categories}).axes[0]
@@ -54,14 +55,14 @@ def test_more_than_twenty_categories_share_other_and_missing_labels_are_said() -
     assert colours_of(axes) == {*PALETTE[:19], OTHER}
 
 
-def test_twenty_categories_need_no_other() -> None:
+def test_twenty_categories_are_all_listed() -> None:
     names = [f"type {i:02}" for i in range(20)]
     axes = plot_umap(np.zeros((20, 2)), {"type": names}).axes[0]
     assert legend_of(axes) == [f"{name} (1)" for name in names]
     assert len(colours_of(axes)) == 20
 
 
-def test_panels_stand_below_each_other_at_one_size_without_ticks_and_undistorted() -> None:
+def test_panels_are_stacked_with_equal_size_and_aspect_and_no_ticks() -> None:
     coordinates = np.random.default_rng(0).normal(size=(30, 2)) * [5, 1]
     figure = plot_umap(
         coordinates, {"cell type": ["a long name of a cell type"] * 30, "donor": ["d"] * 30}, title="run"
@@ -89,13 +90,13 @@ def test_panels_stand_below_each_other_at_one_size_without_ticks_and_undistorted
         (np.zeros((3, 2)), {"donor": ["x"]}, "'donor' has 1 categories for 3 cells"),
     ],
 )
-def test_what_cannot_be_drawn_raises(coordinates: np.ndarray, panels: dict[str, list[str]], message: str) -> None:
+def test_invalid_input_raises(coordinates: np.ndarray, panels: dict[str, list[str]], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         plot_umap(coordinates, panels)
 
 
 @pytest.mark.parametrize(("suffix", "start"), [(".png", b"\x89PNG"), (".svg", b"<?xml"), (".pdf", b"%PDF")])
-def test_save_figure_writes_what_the_suffix_says_and_nothing_else(tmp_path: Path, suffix: str, start: bytes) -> None:
+def test_save_figure_writes_one_file_in_the_format_of_its_suffix(tmp_path: Path, suffix: str, start: bytes) -> None:
     before = dict(matplotlib.rcParams)
     save_figure(plot_umap(np.zeros((2, 2)), {"type": ["naïve B", "T"]}), tmp_path / f"umap{suffix}")
     assert [path.name for path in tmp_path.iterdir()] == [f"umap{suffix}"]
@@ -105,17 +106,17 @@ def test_save_figure_writes_what_the_suffix_says_and_nothing_else(tmp_path: Path
     assert dict(matplotlib.rcParams) == before
 
 
-def test_save_figure_refuses_other_suffixes(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"expected \.png, \.svg or \.pdf, found 'umap\.jpg'"):
+def test_save_figure_raises_for_other_suffixes(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"'umap\.jpg'"):
         save_figure(Figure(), tmp_path / "umap.jpg")
 
 
-def test_a_failed_save_leaves_the_old_figure_and_no_scraps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failed_save_leaves_only_the_old_figure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "umap.png"
     path.write_bytes(b"old")
 
-    def full_disk(self: Figure, beside: Path, **_: object) -> None:
-        beside.write_bytes(b"half")
+    def full_disk(self: Figure, path: Path, **_: object) -> None:
+        path.write_bytes(b"half")
         raise OSError(28, os.strerror(28))
 
     monkeypatch.setattr(Figure, "savefig", full_disk)
@@ -124,9 +125,22 @@ def test_a_failed_save_leaves_the_old_figure_and_no_scraps(tmp_path: Path, monke
     assert [(file.name, file.read_bytes()) for file in tmp_path.iterdir()] == [("umap.png", b"old")]
 
 
-def test_figures_are_not_known_to_pyplot() -> None:
+def test_figures_are_not_registered_in_pyplot() -> None:
     matplotlib.use("agg")
     from matplotlib import pyplot
 
     plot_umap(np.zeros((1, 2)), {"type": ["a"]})
     assert pyplot.get_fignums() == []
+
+
+def test_scores_show_the_best_in_bold_and_missing_ones_as_a_dash() -> None:
+    scores = {"X_scgpt": {"NMI": 0.5, "ARI": 0.25}, "HVG + PCA": {"NMI": 0.75}}
+    figure = plot_scores(scores, {"kept apart": ["NMI", "ARI"], "mixed": ["iLISI"]}, title="cells")
+    texts = {text.get_text(): text.get_weight() for text in figure.axes[0].texts}
+    assert texts["0.750"] == "bold"
+    assert texts["0.500"] == "normal"
+    assert {"–", "kept apart", "X_scgpt", "cells"} <= texts.keys()
+    assert "mixed" not in texts
+    assert is_inside(figure)
+    with pytest.raises(ValueError, match="NMI"):
+        plot_scores({"a": {}}, {"all": ["NMI"]})

@@ -1,4 +1,4 @@
-"""Pages that need nothing else: every text escaped, every picture inside, no script; one for each kind of folder."""
+"""Tests of the report pages: escaping, self-containedness, and the content of each kind of report."""
 
 import json
 import runpy
@@ -12,9 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from matplotlib.figure import Figure
 
+from scgpt_hf.publishing.run_summary import Code
+from scgpt_hf.reporting.page import Html, bar, embed_figure, embed_image, key_numbers, page, section, table, tag
 from scgpt_hf.reporting.plots import save_figure
 from scgpt_hf.reporting.report import write_report
-from scgpt_hf.reporting.report_page import Html, bar, drawing, facts, page, picture, section, table, tag
 from tests.support import ROOT
 
 SCRIPT = ROOT / "scripts" / "report.py"
@@ -22,7 +23,7 @@ EVIL = "<script>alert('&\"')</script>"
 
 
 class Reader(HTMLParser):
-    """Collects tags, attributes and texts; checks that what is opened is closed."""
+    """Parse a page: collect tags, links and texts, and check that all elements are closed."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -61,45 +62,46 @@ def require_self_contained(text: str) -> Reader:
 
 @settings(deadline=None, max_examples=50)
 @given(st.text(alphabet=st.characters(exclude_categories=["Cs", "Cc"]), min_size=1), st.text(alphabet="<>&\"' ab"))
-def test_what_goes_in_as_text_comes_out_as_text(text: str, attribute: str) -> None:
+def test_text_is_escaped_and_can_be_read_back(text: str, attribute: str) -> None:
     reader = Reader(tag("p", text, title=attribute))
     assert "".join(reader.texts) == text
     assert reader.tags == ["p"]
 
 
-def test_only_html_goes_through_as_it_is() -> None:
+def test_html_is_not_escaped_and_code_becomes_an_element() -> None:
     assert tag("p", Html("<b>x</b>"), ["<", Html("<i></i>")]) == "<p><b>x</b>&lt;<i></i></p>"
+    assert tag("p", Code("a<b")) == "<p><code>a&lt;b</code></p>"
     assert tag("meta", name='"') == '<meta name="&quot;">'
 
 
-def test_blocks_escape_and_sections_without_content_vanish() -> None:
-    text = page(EVIL, EVIL, section(EVIL, facts({EVIL: EVIL}), table([(EVIL, EVIL)], (EVIL, EVIL), numbers=[1])))
+def test_blocks_escape_text_and_empty_sections_are_left_out() -> None:
+    text = page(EVIL, EVIL, section(EVIL, key_numbers({EVIL: EVIL}), table([(EVIL, EVIL)], (EVIL, EVIL), numbers=[1])))
     reader = require_self_contained(text)
     assert reader.texts.count(EVIL) == 10
     assert section("Empty", "", [], Html("")) == ""
 
 
 @pytest.mark.parametrize(("share", "width"), [(0.25, "25.0%"), (-1, "0.0%"), (7, "100.0%")])
-def test_bars_stay_in_their_cell(share: float, width: str) -> None:
+def test_bars_are_between_zero_and_full_width(share: float, width: str) -> None:
     assert f"width:{width}" in bar(share)
 
 
-def test_a_picture_is_inside_the_page_and_must_be_one(tmp_path: Path) -> None:
+def test_images_are_embedded_and_must_be_png(tmp_path: Path) -> None:
     save_figure(Figure(figsize=(4, 2)), tmp_path / "small.png")
     save_figure(Figure(figsize=(7, 2)), tmp_path / "wide.png")
-    assert "min-width" not in picture(tmp_path / "small.png", "x")
-    assert "min-width:640px" in picture(tmp_path / "wide.png", "x")
-    assert picture(tmp_path / "missing.png", "x") == ""
+    assert "min-width" not in embed_image(tmp_path / "small.png", "x")
+    assert "min-width:640px" in embed_image(tmp_path / "wide.png", "x")
+    assert embed_image(tmp_path / "missing.png", "x") == ""
     (tmp_path / "false.png").write_bytes(b"GIF89a")
     with pytest.raises(ValueError, match="is not a PNG"):
-        picture(tmp_path / "false.png", "x")
+        embed_image(tmp_path / "false.png", "x")
 
 
-def test_a_drawing_is_the_same_again() -> None:
+def test_embedded_figures_are_reproducible() -> None:
     def draw() -> Html:
         figure = Figure(figsize=(2, 2))
         figure.add_subplot().plot([0, 1])
-        return drawing(figure, EVIL)
+        return embed_figure(figure, EVIL)
 
     assert draw() == draw()
     assert "".join(Reader(draw()).texts) == EVIL
@@ -115,6 +117,7 @@ def a_run(folder: Path) -> Path:
         "composition": {"assay": {EVIL: 7}},
         "data": {"uri": "file:///home/me/secret/census", "obs_filter": EVIL},
         "versions": {"torch": "2"},
+        "recipe": {"seed": 42},
         "best": {
             "step": 20,
             "epoch": 2.0,
@@ -132,31 +135,30 @@ def a_run(folder: Path) -> Path:
     (folder / "settings.yaml").write_text(
         yaml.safe_dump({"data": {"donor_key": EVIL}, "training": {"output_dir": "/x/y"}})
     )
-    (folder / "split.json").write_text(json.dumps({"seed": 42}))
     save_figure(Figure(figsize=(7, 3)), folder / "umap.png")
     return folder
 
 
-def test_a_run_is_told_whole_escaped_and_without_where_it_lay(tmp_path: Path) -> None:
+def test_pretraining_report_is_complete_and_holds_no_local_path(tmp_path: Path) -> None:
     path = write_report(a_run(tmp_path / EVIL.replace("/", "")))
     reader = require_self_contained(path.read_text())
-    said = " ".join(reader.texts)
-    for told in ("12,345", "128.00", "90.00", EVIL, "75.6", "embed_anndata", "42", "not recorded"):
-        assert told in said
-    for place in ("secret", "/x/y", "/home", str(tmp_path)):
-        assert place not in said
+    text = " ".join(reader.texts)
+    for expected in ("12,345", "128.00", "90.00", EVIL, "75.6", "embed_anndata", "42", "not recorded"):
+        assert expected in text
+    for location in ("secret", "/x/y", "/home", str(tmp_path)):
+        assert location not in text
     assert reader.tags.count("img") == 3
     assert sorted(file.suffix for file in path.parent.glob("report*")) == [".html"]
 
 
-def test_a_run_that_has_just_begun_is_told_too(tmp_path: Path) -> None:
+def test_pretraining_report_of_a_run_in_progress(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text(json.dumps({"step": 1, "epoch": 0.1, "loss": 3.0}))
     text = write_report(tmp_path).read_text()
     assert "The run is not finished" in text
     assert require_self_contained(text).tags.count("img") == 1
 
 
-def test_a_fine_tuning_shows_confusion_f1_and_calibration(tmp_path: Path) -> None:
+def test_finetuning_report_shows_confusion_f1_and_calibration(tmp_path: Path) -> None:
     summary = {
         "task": "annotate",
         "model": "runs/demo/best_model",
@@ -190,7 +192,7 @@ def an_evaluation(folder: Path) -> Path:
     record = {
         "kind": "evaluation",
         "data": EVIL,
-        "settings": {"keys": ["X_scgpt"], "label": "cell_type", "batch": "donor_id", "seed": 0},
+        "settings": {"keys": ["X_scgpt"], "labels_key": "cell_type", "batch_key": "donor_id", "seed": 0},
         "cells": cells,
         "methods": {
             "X_scgpt": method,
@@ -204,23 +206,23 @@ def an_evaluation(folder: Path) -> Path:
     return folder
 
 
-def test_an_evaluation_tells_scores_reasons_and_cells(tmp_path: Path) -> None:
+def test_evaluation_report_shows_scores_reasons_and_cells(tmp_path: Path) -> None:
     reader = require_self_contained(write_report(an_evaluation(tmp_path / "scores")).read_text())
     assert {"0.500", "0.625", "0.250", "–", EVIL, "158 cells", "2 without a label", "5 folds"} <= set(reader.texts)
     assert "does not apply to this method" not in reader.texts
     assert reader.tags.count("img") == 1
 
 
-def test_malformed_folders_raise(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"nothing to report in .*: it has no metrics\.jsonl"):
+def test_empty_and_incomplete_folders_raise(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"nothing to report in .*metrics\.jsonl"):
         write_report(tmp_path)
     (tmp_path / "scores.json").write_text('{"cells": {}}')
-    with pytest.raises(ValueError, match="lacks a part: 'methods'"):
+    with pytest.raises(ValueError, match=r"scores\.json .*'methods'"):
         write_report(tmp_path)
     assert not (tmp_path / "report.html").exists()
 
 
-def test_the_script_says_where_the_page_is(tmp_path: Path, monkeypatch, capsys) -> None:
+def test_script_prints_the_path_of_the_page(tmp_path: Path, monkeypatch, capsys) -> None:
     monkeypatch.setattr(sys, "argv", ["report.py", str(a_run(tmp_path / "run"))])
     runpy.run_path(str(SCRIPT), run_name="__main__")
     assert capsys.readouterr().out.strip() == str(tmp_path / "run" / "report.html")

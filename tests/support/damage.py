@@ -19,8 +19,8 @@ from scgpt_hf.cells.source import open_source
 from scgpt_hf.model.configuration_scgpt import ScGPTConfig
 from scgpt_hf.model.modeling_scgpt import ScGPTForPreTraining
 from scgpt_hf.publishing.card import model_card
-from scgpt_hf.publishing.hub import collect_files
-from scgpt_hf.reporting.curves import read_metrics
+from scgpt_hf.publishing.publish_run import collect_files
+from scgpt_hf.publishing.record import read_metrics
 from scgpt_hf.tokens.processing_scgpt import ScGPTProcessor
 from scgpt_hf.training.fault_tolerance.checkpoints import Manifest, written_whole
 from scgpt_hf.training.fault_tolerance.ranks import Ranks

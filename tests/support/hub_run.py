@@ -1,4 +1,4 @@
-"""A run folder as training leaves it, with stand-ins for weights and code; what must not leave the machine; scripts."""
+"""Make a run folder with stand-ins for weights and code, and run scripts inside a test process."""
 
 import io
 import json
@@ -30,12 +30,12 @@ RECORD = {"metrics.jsonl", "loss.png", "umap.png", "settings.yaml", "split.json"
 
 
 def make_run(folder: Path) -> Path:
-    """Write the run and return its folder."""
+    """Write a complete run, including files that must not be published, and return its folder."""
     for name, content in FILES_OF_A_MODEL.items():
         for parent in (folder / "best_model", folder / "checkpoint-10"):
             parent.mkdir(parents=True, exist_ok=True)
             (parent / name).write_text(content)
-    kept_at_home = (
+    never_published = (
         "best_model/training_args.bin",
         "checkpoint-10/optimizer.pt",
         "checkpoint-10/trainer_state.json",
@@ -43,7 +43,7 @@ def make_run(folder: Path) -> Path:
         "checkpoint-10/window_0.json",
         "notes.txt",
     )
-    for name in kept_at_home:
+    for name in never_published:
         (folder / name).write_text(SECRET)
     data = {"data": [str(folder.parent / "cells.h5ad")], "cls_value": 0.0}
     training = {"output_dir": str(folder), "learning_rate": 1e-4, "hub_token": SECRET}
@@ -51,31 +51,37 @@ def make_run(folder: Path) -> Path:
     source = {"kind": "h5ad", "paths": [str(folder.parent / "cells.h5ad")], "census_version": None}
     parts = {"train": {"donors": ["a", "b"]}, "validation": {"donors": ["c"]}}
     (folder / "split.json").write_text(json.dumps({"source": source, "parts": parts}))
-    (folder / "metrics.jsonl").write_text('{"step": 1, "eval_loss": 2.0, "eval_gep_mse": 90.5}\n')
+    (folder / "metrics.jsonl").write_text('{"step": 1, "epoch": 0.1, "eval_loss": 2.0, "eval_gep_mse": 90.5}\n')
     (folder / "summary.json").write_text(json.dumps({"train_cells": 600, "data": source}))
     for name in ("loss.png", "umap.png"):
         (folder / name).write_bytes(b"\x89PNG")
     return folder
 
 
-class Ended(NamedTuple):
-    """How the script ended, and what it said."""
+class Finished(NamedTuple):
+    """The exit code and the output of a script."""
 
     returncode: int
     stdout: str
     stderr: str
 
 
-def run_script(script: Path, arguments: list[str], token: str) -> Ended:
-    """Run a script as the command line does, but for the seconds that imports take; the token as users have it."""
-    said, complained = io.StringIO(), io.StringIO()
-    with pytest.MonkeyPatch.context() as patch, redirect_stdout(said), redirect_stderr(complained):
+def run_script(script: Path, arguments: list[str], token: str) -> Finished:
+    """Run a script in this process, which saves the seconds of its imports.
+
+    Args:
+        script: to run.
+        arguments: of the command line.
+        token: value of HF_TOKEN.
+    """
+    stdout, stderr = io.StringIO(), io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(stdout), redirect_stderr(stderr):
         patch.setenv("HF_TOKEN", token)
         patch.setattr(sys, "argv", [str(script), *arguments])
-        patch.setattr(logging.getLogger(), "handlers", [])  # one that an earlier run made writes to its stderr
+        patch.setattr(logging.getLogger(), "handlers", [])  # handlers of an earlier run write to its stderr
         try:
             runpy.run_path(str(script), run_name="__main__")
-        except SystemExit as ending:
-            complained.write(str(ending))
-            return Ended(1, said.getvalue(), complained.getvalue())
-    return Ended(0, said.getvalue(), complained.getvalue())
+        except SystemExit as exit_:
+            stderr.write(str(exit_))
+            return Finished(1, stdout.getvalue(), stderr.getvalue())
+    return Finished(0, stdout.getvalue(), stderr.getvalue())

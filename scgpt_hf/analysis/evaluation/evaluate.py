@@ -151,7 +151,7 @@ def evaluate_embeddings(
         _score(scores, scorers, _asked(complete, with_reference=known is not None), strict=bool(complete["metrics"]))
     embeddings = {method: features[method] for method in features if method != LOGISTIC}
     shown = ScoredCells(cells.rows, cells.labels, cells.batches, embeddings, cells.left_out)
-    asked = {"keys": list(keys), "label": label, "batch": batch, **complete}
+    asked = {"keys": list(keys), "labels_key": label, "batch_key": batch, **complete}
     return Evaluation(methods, shown, known, asked)
 
 

@@ -1,6 +1,6 @@
 """A cache that was published on the Hub, brought to this machine: `hf://datasets/OWNER/NAME`.
 
-Publishing is `training/hub_cache.py`'s; reading what was brought is `cache.py`'s, hashes included.
+Publishing is `publishing/publish_cache.py`'s; reading what was brought is `cache.py`'s, hashes included.
 """
 
 import logging

@@ -27,8 +27,8 @@ from scgpt_hf.analysis.evaluation.baseline_embeddings import (
 from scgpt_hf.analysis.evaluation.evaluate import METRICS, TRANSFER, Evaluation, evaluate_embeddings
 from scgpt_hf.analysis.evaluation.metrics import NotComputable
 from scgpt_hf.analysis.evaluation.scored_cells import KEPT_PER_LABEL, choose_scored, sample_cells
-from scgpt_hf.reporting import evaluation_files
-from scgpt_hf.reporting.evaluation_files import tabulate, write_evaluation
+from scgpt_hf.reporting import evaluation_results
+from scgpt_hf.reporting.evaluation_results import tabulate, write_evaluation
 from tests.support import ROOT
 
 SCRIPT = ROOT / "scripts" / "evaluate.py"
@@ -61,7 +61,7 @@ def test_every_metric_of_every_method_has_a_value_or_a_reason(evaluation: Evalua
         assert {*scores.values, *scores.reasons} == {*METRICS, "bio", "batch", "total"}
         assert not set(scores.values) & set(scores.reasons)
     table = tabulate(evaluation)
-    assert (table["value"].notna() ^ (table["none"] != "")).all()
+    assert (table["value"].notna() ^ (table["reason"] != "")).all()
     assert evaluation.methods["X_scgpt"].reasons == {}
 
 
@@ -83,8 +83,8 @@ def test_a_good_embedding_is_seen_to_be_good(evaluation: Evaluation) -> None:
 
 
 def test_the_folder_is_whole_and_says_everything(evaluation: Evaluation, tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(evaluation_files, "umap_of", lambda embedding, seed: embedding[:, :2])
-    write_evaluation(evaluation, tmp_path / "scores", vector=["svg"], told={"data": "cells.h5ad"})
+    monkeypatch.setattr(evaluation_results, "umap_of", lambda embedding, seed: embedding[:, :2])
+    write_evaluation(evaluation, tmp_path / "scores", vector=["svg"], extra={"data": "cells.h5ad"})
     names = {path.name for path in (tmp_path / "scores").iterdir()}
     assert names >= {"scores.csv", "scores.json", "scores.png", "scores.svg", "f1.png", "umap-x-scgpt-label.png"}
     assert [path.name for path in tmp_path.iterdir()] == ["scores"]
@@ -93,7 +93,7 @@ def test_the_folder_is_whole_and_says_everything(evaluation: Evaluation, tmp_pat
     assert record["methods"]["X_scgpt"]["scores"] == evaluation.methods["X_scgpt"].values
     assert all((tmp_path / "scores" / figure["file"]).is_file() for figure in record["figures"])
     table = pd.read_csv(tmp_path / "scores" / "scores.csv")
-    assert set(table.columns) == {"method", "metric", "value", "none"}
+    assert set(table.columns) == {"method", "metric", "value", "reason"}
     with pytest.raises(FileExistsError, match="exists and is not empty; name a new folder"):
         write_evaluation(evaluation, tmp_path / "scores")
 
@@ -102,7 +102,7 @@ def test_a_failed_write_leaves_nothing(evaluation: Evaluation, tmp_path: Path, m
     def no_space(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(evaluation_files, "save_figure", no_space)
+    monkeypatch.setattr(evaluation_results, "save_figure", no_space)
     with pytest.raises(OSError, match="No space left"):
         write_evaluation(evaluation, tmp_path / "scores")
     assert list(tmp_path.iterdir()) == []
@@ -262,7 +262,7 @@ def test_the_script_scores_a_file_prints_and_writes_a_page(
     labelled_cells(small_cells).write_h5ad(tmp_path / "cells.h5ad")
     arguments = ["--embedding", "X_scgpt", "--metrics", "kNN macro-F1", "--out", str(tmp_path / "out")]
     monkeypatch.setattr(sys, "argv", ["evaluate.py", str(tmp_path / "cells.h5ad"), *arguments])
-    monkeypatch.setattr(evaluation_files, "umap_of", lambda embedding, seed: embedding[:, :2])
+    monkeypatch.setattr(evaluation_results, "umap_of", lambda embedding, seed: embedding[:, :2])
     runpy.run_path(str(SCRIPT), run_name="__main__")
     said = capsys.readouterr().out
     assert "kNN macro-F1" in said

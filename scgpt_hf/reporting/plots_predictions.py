@@ -1,15 +1,14 @@
-"""Figures of predicted cell types: confusion matrix, F1 of each type, calibration of the confidence.
+"""Plot predicted cell types: confusion matrix, F1 score of each type, calibration of the confidence.
 
-Figures are returned; `plots.py` holds the palette and saves them. What the numbers are, `classification.py` and
-`training/calibration.py` decide.
+The numbers are computed in `analysis/evaluation/classification.py` and `training/finetuning/calibration.py`;
+`plots.py` defines the palette and saves figures.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
@@ -18,14 +17,15 @@ from scgpt_hf.reporting.plots import GREY, PALETTE, SMALL, text_width
 from scgpt_hf.training.finetuning.calibration import calibration_error, reliability
 
 _MARKERS = "oDs^vPX*"
-_ROW = 0.21  # inches of a type in a figure that lists them
+_ROW = 0.21  # inches per cell type
+_MAX_WRITTEN = 20  # cell types; in a larger matrix, the percentages would not fit their squares
 
 
 def plot_confusion(true: npt.ArrayLike, predicted: npt.ArrayLike, *, title: str | None = None) -> Figure:
-    """Return which types are taken for which: a row per true type, its cells shared among the predicted ones.
+    """Plot a confusion matrix: a row per true type, with the share of its cells that was predicted as each type.
 
-    Types by falling number of cells. Names that are only predicted, as "unassigned", stand last. Shares are written in
-    percent where at least 1 %, unless there are more than 20 types.
+    Types are sorted by decreasing number of cells. Names that are only predicted, such as "unassigned", come last.
+    Shares of at least half a percent are written in percent, unless there are more than 20 types.
 
     Args:
         true: type of each cell. Shape (cells,).
@@ -33,35 +33,35 @@ def plot_confusion(true: npt.ArrayLike, predicted: npt.ArrayLike, *, title: str 
         title: above the matrix.
 
     Raises:
-        ValueError: no cell, or not one prediction for each cell.
+        ValueError: there is no cell, or the two arrays differ in length.
     """
     types, columns, counts = count_confusions(true, predicted)
     sizes = counts.sum(axis=1)
     shares = counts / sizes[:, None]
     rows = [f"{name} ({size:,})" for name, size in zip(types, sizes, strict=True)]
-    side = _ROW if len(types) > 20 else 0.27
+    side = _ROW if len(types) > _MAX_WRITTEN else 0.27
     figure = Figure(
         figsize=(
             side * len(columns) + max(map(text_width, rows)) + 1.2,
-            max(side * len(rows), 1.6) + _height(columns) + 0.7,
+            max(side * len(rows), 1.6) + max(map(text_width, columns)) + 0.7,
         ),
         layout="constrained",
     )
     axes = figure.add_subplot()
     image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1, aspect="equal")
-    if len(types) <= 20:
+    if len(types) <= _MAX_WRITTEN:
         for row, column in zip(*np.nonzero(shares >= 0.005), strict=True):
             share = shares[row, column]
             ink = "white" if share > 0.55 else "black"
             axes.text(column, row, f"{100 * share:.0f}", ha="center", va="center", fontsize=6.5, color=ink)
     axes.set_yticks(range(len(rows)), rows, fontsize=SMALL)
     axes.set_xticks(range(len(columns)), columns, fontsize=SMALL, rotation=90)
-    axes.set_xlabel("predicted", fontsize=SMALL)
-    axes.set_ylabel("true (cells)", fontsize=SMALL)
+    axes.set_xlabel("predicted type", fontsize=SMALL)
+    axes.set_ylabel("true type (number of cells)", fontsize=SMALL)
     axes.spines[:].set_color("#CCCCCC")
     axes.tick_params(length=0)
     bar = figure.colorbar(image, ax=axes, fraction=0.04, pad=0.02, format=PercentFormatter(1), aspect=25)
-    bar.set_label("share of the true type", fontsize=SMALL)
+    bar.set_label("share of the cells of the true type", fontsize=SMALL)
     bar.ax.tick_params(labelsize=SMALL)
     bar.outline.set_visible(False)
     if title:
@@ -70,15 +70,18 @@ def plot_confusion(true: npt.ArrayLike, predicted: npt.ArrayLike, *, title: str 
 
 
 def plot_f1(true: npt.ArrayLike, predicted: Mapping[str, npt.ArrayLike], *, title: str | None = None) -> Figure:
-    """Return the F1 of each type, a row per type by falling number of cells, a mark per method.
+    """Plot the F1 score of each type: a row per type, a marker per method.
+
+    Types are sorted by decreasing number of cells. The legend shows the macro-F1 of each method, which is the mean
+    over types.
 
     Args:
         true: type of each cell. Shape (cells,).
-        predicted: method → predicted type of each cell, at most eight methods; the legend adds each one's macro-F1.
+        predicted: method → predicted type of each cell, shape (cells,); at most eight methods.
         title: above the rows.
 
     Raises:
-        ValueError: no method, more than eight, no cell, or not one prediction for each cell.
+        ValueError: there are no or more than eight methods, there is no cell, or arrays differ in length.
     """
     if not 1 <= len(predicted) <= len(_MARKERS):
         raise ValueError(f"expected 1 to {len(_MARKERS)} methods, found {len(predicted)}: {list(predicted)}")
@@ -92,12 +95,12 @@ def plot_f1(true: npt.ArrayLike, predicted: Mapping[str, npt.ArrayLike], *, titl
     axes = figure.add_subplot()
     axes.hlines(range(len(rows)), 0, 1, color="#E6E6E6", linewidth=0.8, zorder=0)
     for (method, score), colour, marker in zip(scores.items(), PALETTE, _MARKERS, strict=False):
-        name = f"{method} (macro {np.mean(list(score.values())):.3f})"
+        name = f"{method} (mean {np.mean(list(score.values())):.3f})"
         style: dict[str, Any] = {"markersize": 4.5, "alpha": 0.85, "clip_on": False, "linestyle": ""}
         axes.plot([score[one] for one in types], range(len(rows)), marker, color=colour, label=name, **style)
     axes.set_yticks(range(len(rows)), rows, fontsize=SMALL)
     axes.set(xlim=(0, 1), ylim=(len(rows) - 0.5, -0.5))
-    axes.set_xlabel("F1", fontsize=SMALL)
+    axes.set_xlabel("F1 score", fontsize=SMALL)
     axes.tick_params(labelsize=SMALL)
     axes.tick_params(axis="y", length=0)
     axes.spines[["top", "right", "left"]].set_visible(False)
@@ -110,19 +113,19 @@ def plot_f1(true: npt.ArrayLike, predicted: Mapping[str, npt.ArrayLike], *, titl
 def plot_calibration(
     confidence: npt.ArrayLike, correct: npt.ArrayLike, *, n_bins: int = 15, title: str | None = None
 ) -> Figure:
-    """Return the reliability diagram: how often predictions of each confidence are right, and how many there are.
+    """Plot a reliability diagram: the share of correct predictions, and their number, by confidence.
 
-    On the diagonal, of the cells predicted with confidence 0.8 four in five are right. The error in the title is the
-    expected calibration error; see `calibration_error`.
+    With a perfectly calibrated confidence, all points lie on the diagonal: of the cells predicted with confidence 0.8,
+    80 % are predicted correctly. The title shows the expected calibration error; see `calibration_error`.
 
     Args:
         confidence: of each prediction, in [0, 1]. Shape (cells,).
-        correct: whether it is right. Shape (cells,).
-        n_bins: bins of equal width.
+        correct: whether each prediction is correct. Shape (cells,).
+        n_bins: number of bins of equal width.
         title: before the error.
 
     Raises:
-        ValueError: no cell, not one truth for each confidence, or a confidence outside [0, 1].
+        ValueError: there is no cell, the arrays differ in length, or a confidence is outside [0, 1].
     """
     bins = reliability(confidence, correct, n_bins)
     error = calibration_error(confidence, correct, n_bins)
@@ -131,7 +134,7 @@ def plot_calibration(
     upper.plot([0, 1], [0, 1], color=GREY, linewidth=0.9, linestyle=(0, (4, 2)))
     upper.plot(bins["confidence"], bins["accuracy"], "o-", color=PALETTE[0], markersize=4, linewidth=1.2, clip_on=False)
     upper.set(ylim=(0, 1), xlim=(0, 1))
-    upper.set_ylabel("share that is right", fontsize=SMALL)
+    upper.set_ylabel("share of correct predictions", fontsize=SMALL)
     heading = f"expected calibration error {error:.3f}"
     upper.set_title(f"{title}: {heading}" if title else heading, fontsize=9, loc="left")
     lower.bar(
@@ -140,15 +143,6 @@ def plot_calibration(
     lower.set_xlabel("confidence", fontsize=SMALL)
     lower.set_ylabel("cells", fontsize=SMALL)
     for axes in (upper, lower):
-        _plain(axes)
+        axes.tick_params(labelsize=SMALL)
+        axes.spines[["top", "right"]].set_visible(False)
     return figure
-
-
-def _plain(axes: Axes) -> None:
-    axes.tick_params(labelsize=SMALL)
-    axes.spines[["top", "right"]].set_visible(False)
-
-
-def _height(names: Sequence[str]) -> float:
-    """Return inches that names written upwards take."""
-    return max(map(text_width, names))

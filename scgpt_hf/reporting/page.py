@@ -1,7 +1,7 @@
-"""Builds one HTML page that needs nothing else: styles and pictures inside, no script; light, dark, wide and narrow.
+"""Build a self-contained HTML page: styles and figures are embedded, and there are no scripts.
 
-Every text is escaped where it enters (`tag`); only `Html` goes through as it is. What a report says, `report_run.py`
-and its neighbours decide.
+Text is escaped where it enters an element (`tag`); only values of type `Html` are inserted unchanged. The content of
+the pages is decided in `pretraining_report.py`, `finetuning_report.py` and `evaluation_report.py`.
 """
 
 import base64
@@ -14,9 +14,12 @@ from pathlib import Path
 import matplotlib
 from matplotlib.figure import Figure
 
-_PIXELS_PER_INCH = 100  # of a figure on screen; its text is 7 to 9 points
-_SCROLLED = 640  # pixels below which a broad figure is not shrunk
-_DPI = 200  # of figures saved as PNG, see `plots.save_figure`
+from scgpt_hf.publishing.run_summary import Code
+from scgpt_hf.reporting.plots import DPI
+
+_PIXELS_PER_INCH = 100  # of a figure on screen: its text, 7 to 9 points, is then as large as that of the page
+_NARROW_INCHES = 5.5  # figures up to this width stay readable when shrunk to the screen of a phone
+_MIN_PIXELS = 640  # wider figures are not shrunk below this width; they scroll
 _VOID = {"img", "meta", "br"}
 
 STYLE = """
@@ -31,9 +34,10 @@ h1 { font-size: 1.7rem; line-height: 1.2; margin: 0 0 .3rem; }
 h2 { font-size: 1.2rem; margin: 2.4rem 0 .6rem; padding-top: .9rem; border-top: 1px solid var(--line); }
 p { margin: .5rem 0; max-width: 46rem; }
 .lead, figcaption, .label, th, summary { color: var(--soft); }
-.facts { display: grid; grid-template-columns: repeat(auto-fit, minmax(9.2rem, 1fr)); gap: .7rem; margin: 1.2rem 0; }
-.fact { background: var(--card); border-radius: .6rem; padding: .7rem .9rem; }
-.fact b { display: block; font-size: 1.45rem; line-height: 1.25; font-variant-numeric: tabular-nums; }
+.key-numbers { display: grid; grid-template-columns: repeat(auto-fit, minmax(9.2rem, 1fr)); gap: .7rem;
+  margin: 1.2rem 0; }
+.key-number { background: var(--card); border-radius: .6rem; padding: .7rem .9rem; }
+.key-number b { display: block; font-size: 1.45rem; line-height: 1.25; font-variant-numeric: tabular-nums; }
 .label { font-size: .82rem; line-height: 1.35; display: block; }
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; font-size: .9rem; margin: .6rem 0; }
@@ -41,14 +45,13 @@ th, td { text-align: left; vertical-align: top; padding: .32rem .9rem .32rem 0; 
 th { font-weight: 500; }
 td.number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
 th.number { text-align: right; }
-.long td { overflow-wrap: anywhere; }
 td.long { min-width: 9rem; overflow-wrap: anywhere; }
 .bar { display: block; height: .5rem; min-width: 6rem; margin-top: .45rem; background: var(--card); }
 .bar span { display: block; height: 100%; background: var(--accent); }
 .figures { display: flex; flex-wrap: wrap; gap: 1rem; align-items: flex-start; }
 figure { margin: .8rem 0 0; min-width: 0; max-width: 100%; }
-.picture { background: #ffffff; border-radius: .6rem; padding: .6rem; overflow-x: auto; border: 1px solid var(--line); }
-.picture img { display: block; max-width: 100%; height: auto; }
+.image { background: #ffffff; border-radius: .6rem; padding: .6rem; overflow-x: auto; border: 1px solid var(--line); }
+.image img { display: block; max-width: 100%; height: auto; }
 figcaption { font-size: .85rem; margin-top: .35rem; max-width: 46rem; }
 pre { background: var(--card); border-radius: .6rem; padding: .8rem 1rem; overflow-x: auto; font-size: .84rem; }
 details { margin: .5rem 0; } summary { cursor: pointer; }
@@ -58,11 +61,21 @@ footer { margin-top: 3rem; color: var(--soft); font-size: .85rem; }
 
 
 class Html(str):
-    """Text that is HTML already."""
+    """Text that is HTML, with special characters already escaped."""
 
 
 def tag(name: str, /, *children: str | Iterable[str], **attributes: str) -> Html:
-    """Return an element; children and attributes that are not `Html` are escaped. `class_` stands for class."""
+    """Return an element; children are escaped unless they are `Html`.
+
+    Args:
+        name: of the element.
+        children: texts and elements inside it.
+        attributes: escaped; `class_` stands for `class`, which is a keyword of Python.
+
+    Example:
+        >>> tag("p", "a < b", class_="lead")
+        '<p class="lead">a &lt; b</p>'
+    """
     opening = "".join(f' {key.strip("_")}="{html.escape(value)}"' for key, value in attributes.items())
     if name in _VOID:
         return Html(f"<{name}{opening}>")
@@ -71,14 +84,22 @@ def tag(name: str, /, *children: str | Iterable[str], **attributes: str) -> Html
 
 
 def join(children: str | Iterable[str]) -> Html:
-    """Return one or many children as HTML; those that are not `Html` are escaped."""
+    """Return children as HTML; text is escaped unless it is `Html`, and `Code` becomes an element."""
+    if isinstance(children, Code):
+        return tag("code", str(children))
     if isinstance(children, str):
         return children if isinstance(children, Html) else Html(html.escape(children))
     return Html("".join(join(child) for child in children))
 
 
 def page(title: str, lead: str, *sections: Html) -> str:
-    """Return a whole document."""
+    """Return an HTML document.
+
+    Args:
+        title: heading of the page, and title of its window.
+        lead: first sentence.
+        sections: see `section`.
+    """
     head = [
         tag("meta", charset="utf-8"),
         tag("meta", name="viewport", content="width=device-width, initial-scale=1"),
@@ -90,7 +111,7 @@ def page(title: str, lead: str, *sections: Html) -> str:
 
 
 def section(heading: str, *blocks: str | Iterable[str]) -> Html:
-    """Return a section below its heading; nothing if no block holds anything."""
+    """Return a section with a heading, or nothing if all blocks are empty."""
     inside = join([join(block) for block in blocks])
     return tag("section", tag("h2", heading), inside) if inside else Html("")
 
@@ -100,22 +121,22 @@ def paragraph(text: str) -> Html:
     return tag("p", text)
 
 
-def facts(numbers: Mapping[str, str]) -> Html:
-    """Return the numbers a reader should see first: what it is → the number."""
+def key_numbers(numbers: Mapping[str, str]) -> Html:
+    """Return the most important numbers as a row of cards: label → number."""
     cards = [
-        tag("div", tag("b", number), tag("span", what, class_="label"), class_="fact")
-        for what, number in numbers.items()
+        tag("div", tag("b", number), tag("span", label, class_="label"), class_="key-number")
+        for label, number in numbers.items()
     ]
-    return tag("div", cards, class_="facts")
+    return tag("div", cards, class_="key-numbers")
 
 
 def table(rows: Sequence[Sequence[str]], head: Sequence[str] = (), numbers: Sequence[int] = ()) -> Html:
-    """Return a table, scrolled sideways where it does not fit.
+    """Return a table; one that is wider than the page scrolls.
 
     Args:
         rows: texts of each row.
         head: names of the columns.
-        numbers: which columns are set flush right, as numbers are.
+        numbers: positions of the columns to align right, because they hold numbers.
     """
 
     def cells(name: str, texts: Sequence[str]) -> list[Html]:
@@ -130,35 +151,39 @@ def table(rows: Sequence[Sequence[str]], head: Sequence[str] = (), numbers: Sequ
 
 
 def bar(share: float) -> Html:
-    """Return a bar that fills a share of its cell of a table, from 0 to 1."""
+    """Return a horizontal bar that fills a share, between 0 and 1, of a table cell."""
     return tag("span", tag("span", "", style=f"width:{100 * min(max(share, 0.0), 1.0):.1f}%"), class_="bar")
 
 
-def fold(summary: str, *blocks: Html) -> Html:
-    """Return blocks that a reader opens if he wants to."""
+def collapsed(summary: str, *blocks: Html) -> Html:
+    """Return blocks that are hidden until the reader clicks on the summary."""
     return tag("details", tag("summary", summary), *blocks)
 
 
-def code(text: str) -> Html:
+def code_block(text: str) -> Html:
     """Return lines of code."""
     return tag("pre", tag("code", text))
 
 
-def figures(*drawn: Html) -> Html:
-    """Return figures side by side where there is room."""
-    return tag("div", drawn, class_="figures") if any(drawn) else Html("")
+def figures(*blocks: Html) -> Html:
+    """Return figures, side by side where there is room."""
+    return tag("div", blocks, class_="figures") if any(blocks) else Html("")
 
 
-def drawing(figure: Figure, caption: str) -> Html:
-    """Return a figure as vectors, its letters as outlines, so that it looks alike everywhere."""
-    written = io.BytesIO()
+def embed_figure(figure: Figure, caption: str) -> Html:
+    """Return a figure as SVG.
+
+    Letters are saved as outlines, so the figure looks the same whatever fonts are installed. There is no date and no
+    random id in it, so the same figure gives the same bytes.
+    """
+    buffer = io.BytesIO()
     with matplotlib.rc_context({"svg.fonttype": "path", "svg.hashsalt": "scgpt_hf"}):
-        figure.savefig(written, format="svg", metadata={"Date": None})
-    return _figure(written.getvalue(), "svg+xml", float(figure.get_figwidth()), caption)
+        figure.savefig(buffer, format="svg", metadata={"Date": None})
+    return _figure(buffer.getvalue(), "svg+xml", float(figure.get_figwidth()), caption)
 
 
-def picture(path: Path, caption: str) -> Html:
-    """Return a PNG file as a figure; nothing if there is no such file.
+def embed_image(path: Path, caption: str) -> Html:
+    """Return a PNG file as a figure, or nothing if the file does not exist.
 
     Raises:
         ValueError: the file is not a PNG.
@@ -167,15 +192,15 @@ def picture(path: Path, caption: str) -> Html:
         return Html("")
     content = path.read_bytes()
     if not content.startswith(b"\x89PNG\r\n\x1a\n"):
-        raise ValueError(f"{path} is not a PNG file; delete it, or draw it again")
-    (width,) = struct.unpack(">I", content[16:20])
-    return _figure(content, "png", width / _DPI, caption)
+        raise ValueError(f"{path} is not a PNG file; delete it, or write it again")
+    (width,) = struct.unpack(">I", content[16:20])  # the header of a PNG starts with its width
+    return _figure(content, "png", width / DPI, caption)
 
 
 def _figure(content: bytes, kind: str, inches: float, caption: str) -> Html:
-    """Return a picture at reading size: up to 5.5 inches it shrinks to a phone, a broader one is scrolled there."""
+    """Return an image with its caption; wide figures keep a minimum width, and scroll on narrow screens."""
     source = f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
     pixels = inches * _PIXELS_PER_INCH
-    style = {"style": f"min-width:{min(pixels, _SCROLLED):.0f}px"} if inches > 5.5 else {}
+    style = {"style": f"min-width:{min(pixels, _MIN_PIXELS):.0f}px"} if inches > _NARROW_INCHES else {}
     image = tag("img", src=source, alt=caption, width=f"{pixels:.0f}", **style)
-    return tag("figure", tag("div", image, class_="picture"), tag("figcaption", caption))
+    return tag("figure", tag("div", image, class_="image"), tag("figcaption", caption))

@@ -1,6 +1,6 @@
-"""The folder of an evaluation: scores.csv, scores.json and figures, whole or not at all.
+"""Write the results of an evaluation to a folder: scores.csv, scores.json and figures.
 
-What is scored and how, `evaluation.py` decides; `report.py` makes a page of the folder.
+`analysis/evaluation/evaluate.py` computes the scores; `evaluation_report.py` makes a page of the folder.
 """
 
 import json
@@ -22,84 +22,90 @@ from scgpt_hf.analysis.evaluation.evaluate import PREDICTION, TRANSFER, Evaluati
 from scgpt_hf.analysis.evaluation.metrics import AVERAGES, BATCH, BIO
 from scgpt_hf.analysis.evaluation.probing import Predictions
 from scgpt_hf.analysis.evaluation.scored_cells import ScoredCells
-from scgpt_hf.reporting.plots import plot_umap, save_figure
-from scgpt_hf.reporting.plots_scores import plot_scores
-from scgpt_hf.reporting.plots_types import plot_calibration, plot_confusion, plot_f1
+from scgpt_hf.reporting.plots import UMAP_CELLS, plot_scores, plot_umap, save_figure
+from scgpt_hf.reporting.plots_predictions import plot_calibration, plot_confusion, plot_f1
 from scgpt_hf.training.finetuning.calibration import calibration_error
 
+# Headings of the metrics, in figures and reports.
 GROUPS = {
-    "cell types kept apart": BIO,
-    "batches mixed": BATCH,
+    "separation of cell types": BIO,
+    "mixing of batches": BATCH,
     "averages": tuple(AVERAGES),
-    "types predicted": PREDICTION + TRANSFER,
+    "prediction of cell types": PREDICTION + TRANSFER,
 }
 SCORES, TABLE = "scores.json", "scores.csv"
-MAPPED_CELLS = 5_000  # a map of more says no more, and UMAP takes minutes
+_MAX_METHODS = 8  # in one figure of F1 scores
 _PROBE = PREDICTION[-1]
 
 
 def require_free_folder(folder: Path) -> None:
-    """Raise unless the folder can be made: it must not exist, or be empty.
+    """Check that a folder does not exist yet, or is empty.
 
     Raises:
-        FileExistsError: it holds something.
+        FileExistsError: it is a file, or is not empty.
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise FileExistsError(f"{folder} exists and is not empty; name a new folder with --out, or remove it")
+        raise FileExistsError(f"{folder} exists and is not empty; choose a new folder with --out, or delete it")
 
 
 def write_evaluation(
-    evaluation: Evaluation, folder: Path, *, vector: Sequence[str] = (), told: dict[str, Any] | None = None
+    evaluation: Evaluation, folder: Path, *, vector: Sequence[str] = (), extra: dict[str, Any] | None = None
 ) -> None:
-    """Write the folder of an evaluation; it appears whole, figures as PNG.
+    """Write scores.csv, scores.json and figures to a folder.
+
+    They are written to a temporary folder first, so `folder` is never incomplete.
 
     Args:
-        evaluation: what was scored.
+        evaluation: the scores.
         folder: new, or empty.
-        vector: more formats for every figure: "svg", "pdf".
-        told: what else a reader should know, added to scores.json, as the names of the files.
+        vector: formats of the figures temporarys PNG: "svg", "pdf".
+        extra: more values for scores.json, such as the names of the scored files.
 
     Raises:
-        FileExistsError: the folder holds something.
+        FileExistsError: the folder is not empty.
     """
     require_free_folder(folder)
-    beside = folder.with_name(f".{folder.name}.part")
-    shutil.rmtree(beside, ignore_errors=True)
-    beside.mkdir(parents=True)
+    temporary = folder.with_name(f".{folder.name}.part")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
     try:
         figures = []
         for name, caption, figure in draw_figures(evaluation):
             for suffix in ("png", *vector):
-                save_figure(figure, beside / f"{name}.{suffix}")
+                save_figure(figure, temporary / f"{name}.{suffix}")
             figures.append({"file": f"{name}.png", "caption": caption})
-        tabulate(evaluation).to_csv(beside / TABLE, index=False)
-        record = {**(told or {}), **describe_evaluation(evaluation), "figures": figures}
-        (beside / SCORES).write_text(json.dumps(record, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+        tabulate(evaluation).to_csv(temporary / TABLE, index=False)
+        record = {**(extra or {}), **describe_evaluation(evaluation), "figures": figures}
+        (temporary / SCORES).write_text(json.dumps(record, indent=1, allow_nan=False) + "\n", encoding="utf-8")
         if folder.exists():
             folder.rmdir()
-        beside.rename(folder)
+        temporary.rename(folder)
     finally:
-        shutil.rmtree(beside, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def tabulate(evaluation: Evaluation) -> pd.DataFrame:
-    """Return a row per method and metric: its `value`, or the reason why there is `none`."""
+    """Return the scores as a table with a row per method and metric.
+
+    Returns:
+        Columns `method`, `metric`, `value` (NaN if there is none) and `reason` (why there is no value, or "").
+    """
     rows = [
-        {"method": method, "metric": metric, "value": scores.values.get(metric), "none": scores.reasons.get(metric, "")}
+        (method, metric, scores.values.get(metric), scores.reasons.get(metric, ""))
         for method, scores in evaluation.methods.items()
         for metric in ordered_metrics(scores)
     ]
-    return pd.DataFrame(rows, columns=["method", "metric", "value", "none"])
+    return pd.DataFrame(rows, columns=["method", "metric", "value", "reason"])
 
 
 def ordered_metrics(scores: MethodScores) -> list[str]:
-    """Return the metrics that were asked for, computable or not, in the order of the groups."""
-    asked = scores.values.keys() | scores.reasons.keys()
-    return [metric for metrics in GROUPS.values() for metric in metrics if metric in asked]
+    """Return the requested metrics, computable or not, in the order of `GROUPS`."""
+    requested = scores.values.keys() | scores.reasons.keys()
+    return [metric for metrics in GROUPS.values() for metric in metrics if metric in requested]
 
 
 def describe_evaluation(evaluation: Evaluation) -> dict[str, Any]:
-    """Return what scores.json says of an evaluation."""
+    """Return the content of scores.json, without `figures`."""
     cells = {"cells": _describe_cells(evaluation.cells)}
     if evaluation.reference is not None:
         cells["reference"] = _describe_cells(evaluation.reference)
@@ -123,39 +129,49 @@ def describe_evaluation(evaluation: Evaluation) -> dict[str, Any]:
 
 
 def draw_figures(evaluation: Evaluation) -> Iterator[tuple[str, str, Figure]]:
-    """Yield the name, the caption and the figure: scores, F1 by type, confusions, calibration, maps."""
-    methods, cells = evaluation.methods, evaluation.cells
+    """Yield the name, the caption and the figure of each plot: scores, F1 scores, confusion, calibration, UMAPs."""
+    methods = evaluation.methods
     if any(scores.values for scores in methods.values()):
         yield (
             "scores",
-            "Every score, higher is better; the best of a column is bold",
+            "All scores. Higher is better; the best score of each column is bold.",
             plot_scores({method: scores.values for method, scores in methods.items()}, GROUPS),
         )
     probes = {method: scores.predictions[_PROBE] for method, scores in methods.items() if _PROBE in scores.predictions}
     if probes:
         first = next(iter(probes.values()))
-        predicted = {method: one.predicted for method, one in list(probes.items())[:8]}
-        yield "f1", f"F1 of each type by the linear probe, {first.protocol}", plot_f1(first.true, predicted)
+        predicted = {method: one.predicted for method, one in list(probes.items())[:_MAX_METHODS]}
+        yield (
+            "f1",
+            f"F1 score of each type, predicted by the linear probe ({first.protocol}).",
+            plot_f1(first.true, predicted),
+        )
     for method, scores in methods.items():
         if method in evaluation.settings["keys"]:
             yield from _draw_predictions(method, scores.predictions)
-    drawn = np.sort(np.random.default_rng(evaluation.settings["seed"]).permutation(len(cells.rows))[:MAPPED_CELLS])
+    yield from _draw_umaps(evaluation)
+
+
+def _draw_umaps(evaluation: Evaluation) -> Iterator[tuple[str, str, Figure]]:
+    cells = evaluation.cells
+    drawn = np.sort(np.random.default_rng(evaluation.settings["seed"]).permutation(len(cells.rows))[:UMAP_CELLS])
     for method, embedding in cells.embeddings.items():
-        if len(drawn) < 4:
+        if len(drawn) < 4:  # too few neighbours for UMAP
             continue
-        place = umap_of(embedding[drawn], evaluation.settings["seed"])
-        for what, of in (("label", cells.labels), ("batch", cells.batches)):
-            column = evaluation.settings[what]
-            caption = f"UMAP of {method}, {len(drawn):,} cells, by {column}"
-            yield f"umap-{_slug(method)}-{what}", caption, plot_umap(place, {f"{method}: {column}": of[drawn].tolist()})
+        coordinates = umap_of(embedding[drawn], evaluation.settings["seed"])
+        for name, key, values in (("label", "labels_key", cells.labels), ("batch", "batch_key", cells.batches)):
+            column = evaluation.settings[key]
+            caption = f"UMAP of {method}: {len(drawn):,} cells, coloured by {column}."
+            figure = plot_umap(coordinates, {f"{method}: {column}": values[drawn].tolist()})
+            yield f"umap-{_slug(method)}-{name}", caption, figure
 
 
 def _draw_predictions(method: str, predictions: dict[str, Predictions]) -> Iterator[tuple[str, str, Figure]]:
     for metric in (_PROBE, TRANSFER[-1]):
         if metric in predictions:
-            one, what = predictions[metric], metric.removesuffix(" macro-F1")
-            name, caption = f"{_slug(method)}-{_slug(what)}", f"{what} on {method}, {one.protocol}"
-            yield f"confusion-{name}", f"Confusion: {caption}", plot_confusion(one.true, one.predicted)
+            one, classifier = predictions[metric], metric.removesuffix(" macro-F1")
+            name, caption = f"{_slug(method)}-{_slug(classifier)}", f"{classifier} on {method} ({one.protocol})."
+            yield f"confusion-{name}", f"Confusion matrix: {caption}", plot_confusion(one.true, one.predicted)
             correct = one.true == one.predicted
             yield f"calibration-{name}", f"Calibration: {caption}", plot_calibration(one.confidence, correct)
 
@@ -182,6 +198,7 @@ def _describe_predictions(predictions: Predictions) -> dict[str, Any]:
 
 
 def _slug(name: str) -> str:
+    """Return a name with letters, digits and hyphens only, for a file."""
     return re.sub(r"[^A-Za-z0-9]+", "-", name).strip("-").lower()
 
 

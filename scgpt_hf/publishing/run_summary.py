@@ -1,0 +1,286 @@
+"""State the facts of a run once: its errors and baselines, data, optimisation, hardware.
+
+Model cards format these facts as Markdown, report pages as HTML, and the last log line of a run as text. Values that
+no file of the run records read "not recorded"; nothing is guessed.
+"""
+
+import math
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from scgpt_hf.publishing.record import UNKNOWN, RunRecord, read_metrics
+
+Rows = dict[str, str]
+_NUMBER = (int, float)
+_MAX_VALUES = 30  # of an obs column; a Census query can hold hundreds of data sets
+
+# Predictors of the masked expression values, from the easiest to beat to the best possible one. The key is that of
+# the validation metrics without the prefix `eval_`.
+_PREDICTORS = {
+    "constant_mse": ("one constant", "the mean bin of the training cells, whatever the gene: explains no variance"),
+    "gene_mean_mse": (
+        "each gene's mean over training cells",
+        "depends on the gene but not on the cell: a model must be below it to be of use",
+    ),
+    "gep_mse": (
+        "model, from the visible genes (GEP)",
+        "gene expression prediction: masked genes, from the visible genes of the same cell",
+    ),
+    "gepc_mse": (
+        "model, from the cell embedding (GEPC)",
+        "the same masked genes, from the embedding of the cell alone",
+    ),
+    "tie_floor_mse": (
+        "lowest possible error (tie floor)",
+        "genes with equal counts are put into bins at random, which no model can predict",
+    ),
+}
+_COMPOSITION = {"Tissues": "tissue_general", "Assays": "assay", "Diseases": "disease", "Data sets": "dataset_id"}
+_DEMO = "demo: 700 blood cells of one donor that come with scanpy; its eight sequencing wells stand in for donors"
+_TRAINED = {
+    "head": "the classification head only",
+    "lora": "the classification head, and low-rank updates of the encoder (LoRA)",
+}
+
+
+class Code(str):
+    """A value to be set as code, e.g. an obs column or a filter."""
+
+
+class ErrorRow(NamedTuple):
+    """The mean squared error of one predictor of masked expression values, in bins squared.
+
+    Attributes:
+        name: of the predictor.
+        value: its error, None if not recorded.
+        meaning: what the predictor uses, in one sentence.
+    """
+
+    name: str
+    value: float | None
+    meaning: str
+
+
+def read_summary(run: Path) -> RunRecord:
+    """Return the summary of a pretraining run; before training ends, what split and metrics already tell.
+
+    Args:
+        run: the run folder, with any of summary.json, split.json and metrics.jsonl.
+
+    Raises:
+        ValueError: a file is malformed; the message names the file and the key or line.
+    """
+    summary, split = RunRecord.read(run / "summary.json"), RunRecord.read(run / "split.json")
+    known: dict[str, Any] = {
+        "data": split.get("source", dict),
+        "genes": len(split.get("source.genes", list) or []) or None,
+        "composition": split.get("source.composition", dict),
+    }
+    for part in ("train", "validation"):
+        known[f"{part}_donors"] = len(split.get(f"parts.{part}.donors", list) or []) or None
+        known[f"{part}_cells"] = split.get(f"parts.{part}.n_cells", int)
+    if not summary.get("best", dict):
+        known["best"] = _best_validation(run / "metrics.jsonl")
+    summary.content |= {key: value for key, value in known.items() if not summary.content.get(key)}
+    return summary
+
+
+def _best_validation(path: Path) -> dict[str, Any]:
+    """Return the validation line with the lowest loss, or nothing."""
+    best: dict[str, Any] = {}
+    for line in read_metrics(path) if path.is_file() else []:
+        loss = RunRecord(line, f"{path.name}, step {line['step']}").get("eval_loss", _NUMBER)
+        if loss is not None and loss < best.get("eval_loss", math.inf):
+            best = line
+    return best
+
+
+def error_rows(summary: RunRecord) -> list[ErrorRow]:
+    """Return the errors of the model and of its baselines in the best validation.
+
+    Quantile bins are nearly uniform, so an error says little by itself; the baselines, computed on the same masked
+    positions, give it a scale. See `training/baselines.py`.
+
+    Args:
+        summary: of a run, with `best` (validation metrics) and `baselines`.
+
+    Raises:
+        ValueError: an error is not a number.
+    """
+    return [
+        ErrorRow(name, value if value is not None else summary.get(f"baselines.{key}", _NUMBER), meaning)
+        for key, (name, meaning) in _PREDICTORS.items()
+        for value in [summary.get(f"best.eval_{key}", _NUMBER)]
+    ]
+
+
+def source_name(summary: RunRecord, requested: list[Any] | None = None) -> str:
+    """Return where the cells come from.
+
+    Args:
+        summary: with the description of the source at `data`.
+        requested: the setting `data` of a pretraining run, which names the demo and caches of the Hub.
+    """
+    if summary.get("data.census_version", str):
+        return "CELLxGENE Census"
+    if requested == ["demo"]:
+        return _DEMO
+    return ", ".join(map(str, requested or summary.get("data.paths", list) or [])) or summary.text("data.uri")
+
+
+def pretraining_data(summary: RunRecord, settings: RunRecord) -> Rows:
+    """Return the facts on the cells and genes of a pretraining run: name → text."""
+    cells: Rows = {
+        part.capitalize(): f"{summary.number(f'{part}_cells')} cells of {summary.number(f'{part}_donors')} donors"
+        for part in ("train", "validation")
+    }
+    cells["Split by (each value is in one part only)"] = Code(settings.text("data.donor_key"))
+    genes = f"{summary.number('genes')}, selected on the training cells ({settings.text('data.gene_selection')})"
+    return _data(summary, cells, genes, settings.get("data.data", list))
+
+
+def finetuning_data(summary: RunRecord) -> Rows:
+    """Return the facts on the cells and genes of a fine-tuning run: name → text."""
+    cells: Rows = {}
+    for name, part in (("Training cells", "train"), ("Held-out cells", "validation")):
+        n_donors = summary.get(f"{part}_donors", int)
+        donors = f", of {n_donors:,} donor{'s' * (n_donors != 1)}" if n_donors else ""
+        cells[name] = summary.number(f"{part}_cells") + donors
+    if summary.get("task", str) == "integrate":
+        domains = summary.get("domains", dict) or {}
+        n_cells = {domain: sum(parts.values()) for domain, parts in domains.items()}
+        cells["Batches, with their cells"] = ", ".join(f"{one} ({n:,})" for one, n in n_cells.items()) or UNKNOWN
+    else:
+        held_out = summary.text("held_out")
+        by_cell = "nothing: cells of one donor can be in both parts"
+        cells["Split by (each value is in one part only)"] = by_cell if held_out == "cells" else Code(held_out)
+        left_out = summary.get("left_out", dict) or {}
+        cells["Left out"] = ", ".join(f"{reason}: {n:,}" for reason, n in left_out.items() if n) or "none"
+    return _data(summary, cells, f"{summary.number('genes')}, those of the pretrained model")
+
+
+def _data(summary: RunRecord, cells: Rows, genes: str, requested: list[Any] | None = None) -> Rows:
+    """Return the facts on the data: source, `cells`, composition, genes, licence."""
+    census, obs_filter = (summary.get(f"data.{key}", str) for key in ("census_version", "obs_filter"))
+    return {
+        "Source": source_name(summary, requested),
+        "Organism": summary.text("data.organism").replace("_", " ").capitalize(),
+        "Census version": census or "none: the cells are not from a release of the Census",
+        "Filter": Code(obs_filter) if obs_filter else "none",
+        **cells,
+        **{name: _composition(summary, column) for name, column in _COMPOSITION.items()},
+        "Genes": genes,
+        "Gene hash of the source": summary.text("data.gene_hash"),
+        "Licence of the data": "CC BY 4.0, as for all of the Census" if census else "see the sources",
+    }
+
+
+def _composition(summary: RunRecord, column: str) -> str:
+    """Return the most frequent values of an obs column, each with its number of cells."""
+    cells = summary.get(f"composition.{column}", dict) or {}
+    if not all(isinstance(number, int) for number in cells.values()):
+        raise ValueError(f"{summary.name}: expected numbers of cells at 'composition.{column}', found {cells}")
+    values = [f"{name} ({cells[name]:,})" for name in sorted(cells, key=lambda name: -cells[name])]
+    more = [f"and {len(values) - _MAX_VALUES:,} more"] if len(values) > _MAX_VALUES else []
+    return ", ".join(values[:_MAX_VALUES] + more) or UNKNOWN
+
+
+def pretraining_recipe(summary: RunRecord, settings: RunRecord, config: RunRecord) -> Rows:
+    """Return the facts on model, optimisation and hardware of a pretraining run: name → text."""
+    layers, width, heads = (
+        settings.number(f"model.{name}", "d") for name in ("num_hidden_layers", "hidden_size", "num_attention_heads")
+    )
+    values = f"{settings.text('data.input_style')}, {settings.number('data.n_bins')} bins per cell"
+    return {
+        "Model": f"{layers} layers, hidden size {width}, {heads} attention heads, "
+        f"{summary.number('model_parameters')} parameters",
+        "Objectives and their weights": name_values(config.get("loss_weights", dict)),
+        "Input values": f"{values}; at most {settings.number('data.max_tokens')} tokens per cell",
+        "Masked share of a cell's genes": ", ".join(map(str, settings.get("data.mask_ratios", list) or [UNKNOWN])),
+        "Steps": f"{summary.number('steps')}, each of {summary.number('global_batch_size')} cells; "
+        f"{summary.number('epochs', '.3g')} epochs",
+        "Dropout": settings.number("model.dropout", "g"),
+        **_optimisation(summary, settings.number("training.learning_rate", "g")),
+        **_hardware(summary, "train_seconds", "validation and checkpoints"),
+        "Speed": f"{summary.number('cells_per_second', ',.0f')} cells/s, without validation and checkpoints",
+        "Software": name_values(summary.get("versions", dict)),
+    }
+
+
+def finetuning_recipe(summary: RunRecord, settings: RunRecord) -> Rows:
+    """Return the facts on model, optimisation and hardware of a fine-tuning run: name → text."""
+    if summary.get("task", str) == "integrate":
+        weights = {name: settings.get(f"{name}_weight", _NUMBER) for name in ("gep", "gepc", "ecs", "dar")}
+        trained = {"Objectives and their weights": name_values({name: w for name, w in weights.items() if w})}
+    else:
+        parts = _TRAINED.get(summary.text("train"), "all weights")
+        trained = {"Trained": f"{parts}; {summary.number('trained_parameters')} parameters"}
+    return {
+        "Pretrained model": Code(summary.text("model")),
+        **trained,
+        "Steps": f"{summary.number('steps')}, each of {settings.number('batch_size')} cells; "
+        f"{summary.number('epochs', '.3g')} epochs",
+        **_optimisation(summary, settings.number("learning_rate", "g")),
+        **_hardware(summary, "seconds", "validation"),
+        "Software": name_values(summary.get("versions", dict)),
+    }
+
+
+def _optimisation(summary: RunRecord, learning_rate: str) -> Rows:
+    """Return the facts on the optimiser; `learning_rate` is the highest, as text."""
+    warmup = summary.get("recipe.warmup", _NUMBER)
+    is_share = warmup is not None and warmup < 1  # as the library reads its argument: a share of the steps, or steps
+    steps = summary.number("recipe.warmup", ".0%" if is_share else ",.0f") + (" of the steps" if is_share else " steps")
+    decay, max_norm = (summary.number(f"recipe.{name}", "g") for name in ("weight_decay", "clipped_at"))
+    return {
+        "Learning rate": f"at most {learning_rate}; warm-up over {steps}; schedule: {summary.text('recipe.schedule')}",
+        "Optimiser": f"{summary.text('recipe.optimiser')}, weight decay {decay}, gradient norm clipped at {max_norm}",
+        "Seed": summary.number("recipe.seed", "d"),
+    }
+
+
+def _hardware(summary: RunRecord, time_key: str, included: str) -> Rows:
+    """Return the facts on devices and time; `included` names what the time at `time_key` covers besides training."""
+    seconds, processes = (summary.get(key, _NUMBER) for key in (time_key, "processes"))
+    device_hours = UNKNOWN if seconds is None or processes is None else f"{seconds * processes / 3600:.3g}"
+    duration = f"{seconds / 3600:,.1f} h" if seconds is not None and seconds >= 3600 else None
+    return {
+        "Precision": summary.text("precision"),
+        "Hardware": f"{summary.number('processes')} x {summary.text('device')}",
+        "Time": f"{duration or summary.number(time_key, ',.0f') + ' s'}, including {included}",
+        "Device-hours (to estimate energy)": device_hours,
+    }
+
+
+def label_rows(summary: RunRecord) -> list[tuple[str, int, int, str, str]]:
+    """Return for each label of a classifier: its name, training cells, held-out cells, recall and precision.
+
+    Recall is the share of the label's held-out cells that were predicted as such; precision is the share of the
+    cells predicted as this label that have it. Both are "–" where there are no such cells.
+
+    Raises:
+        ValueError: the confusion matrix does not match the labels.
+    """
+    labels = summary.get("labels", dict) or {}
+    counts = np.array(summary.get("confusion.counts", list) or np.zeros((len(labels), len(labels))), dtype=np.int64)
+    if counts.shape != (len(labels), len(labels)):
+        raise ValueError(
+            f"{summary.name}: expected a {len(labels)} x {len(labels)} matrix at 'confusion.counts', one row per "
+            f"label, found shape {counts.shape}"
+        )
+    correct, n_true, n_predicted = counts.diagonal(), counts.sum(axis=1), counts.sum(axis=0)
+    return [
+        (label, parts["train"], int(n_true[i]), _share(correct[i], n_true[i]), _share(correct[i], n_predicted[i]))
+        for i, (label, parts) in enumerate(labels.items())
+    ]
+
+
+def _share(part: Any, total: Any) -> str:
+    return f"{part / total:.0%}" if total else "–"
+
+
+def name_values(values: dict[str, Any] | None) -> str:
+    """Return names and values as one line of text."""
+    return ", ".join(f"{name} {value}" for name, value in (values or {}).items()) or UNKNOWN

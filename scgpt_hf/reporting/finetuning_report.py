@@ -1,0 +1,146 @@
+"""Make the report page of a fine-tuning run: scores on held-out cells, confusion matrix, F1 scores, calibration.
+
+Numbers come from the run folder, as `publishing/run_summary.py` states them. `page.py` builds the page.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from scgpt_hf.analysis.evaluation.classification import f1_by_type
+from scgpt_hf.publishing.record import UNKNOWN, RunRecord, read_metrics
+from scgpt_hf.publishing.run_summary import error_rows, finetuning_data, finetuning_recipe, label_rows
+from scgpt_hf.reporting.curves import plot_loss
+from scgpt_hf.reporting.page import (
+    Html,
+    code_block,
+    collapsed,
+    embed_figure,
+    embed_image,
+    figures,
+    key_numbers,
+    page,
+    paragraph,
+    section,
+    table,
+)
+from scgpt_hf.reporting.plots_predictions import plot_calibration, plot_confusion, plot_f1
+from scgpt_hf.training.run_folder import BEST_MODEL, METRICS, SETTINGS, SUMMARY
+
+# Long tables of the summary that the page shows as figures or tables of their own.
+_SHOWN = {"confusion", "labels", "reliability", "data", "composition", "domains"}
+
+
+def finetuning_report(run: Path) -> str:
+    """Return the report page of a fine-tuning run, for annotation or integration.
+
+    Args:
+        run: the run folder, with summary.json and any of settings.yaml, metrics.jsonl and umap.png.
+
+    Raises:
+        ValueError: a file is malformed; the message names it.
+    """
+    summary, settings = RunRecord.read(run / SUMMARY), RunRecord.read(run / SETTINGS)
+    task, model = summary.text("task"), summary.text("model")
+    lead = f"Fine-tuned for the task {task!r} on {summary.number('train_cells')} cells, from the model {model}."
+    umap = embed_image(run / "umap.png", "UMAP of the cells, embedded by the model.")
+    details = {key: value for key, value in summary.content.items() if key not in _SHOWN}
+    return page(
+        run.resolve().name,
+        lead,
+        _key_numbers(summary),
+        _predictions(summary),
+        section("Learning", figures(*_curves(run), umap), _errors(summary)),
+        section("Labels", _labels(summary)),
+        section("Data", table([*finetuning_data(summary).items()]), paragraph("Numbers in brackets count cells.")),
+        section("Training", table([*finetuning_recipe(summary, settings).items()])),
+        _how_to_use(run, task),
+        section(
+            "Settings and details",
+            collapsed("All settings", table(_flatten(settings.content))),
+            collapsed("All values of summary.json", table(_flatten(details))),
+            collapsed("Description of the data", table(_flatten(summary.get("data", dict) or {}))),
+        ),
+    )
+
+
+def _key_numbers(summary: RunRecord) -> Html:
+    numbers = {
+        "macro-F1 on held-out cells": summary.number("validation.macro_f1", ".3f"),
+        "accuracy on held-out cells": summary.number("validation.accuracy", ".3f"),
+        "macro-F1 of always naming the most frequent label": summary.number("majority_baseline.macro_f1", ".3f"),
+        "expected calibration error": summary.number("calibration_error.after", ".3f"),
+    }
+    return key_numbers({label: number for label, number in numbers.items() if number != UNKNOWN})
+
+
+def _predictions(summary: RunRecord) -> Html:
+    """Return confusion matrix, F1 scores and calibration, drawn from the counts in the summary."""
+    labels, counts = summary.get("confusion.labels", list), summary.get("confusion.counts", list)
+    if not labels or not np.any(counts):
+        return Html("")
+    # The figures are made for one prediction per cell, so expand the counts to as many cells.
+    true, predicted = np.nonzero(counts)
+    repeats = np.asarray(counts)[true, predicted]
+    names = np.asarray(labels, dtype=str)
+    true, predicted = np.repeat(names[true], repeats), np.repeat(names[predicted], repeats)
+    mean = np.mean(list(f1_by_type(true, predicted).values()))
+    drawn = [
+        embed_figure(plot_confusion(true, predicted), "Confusion matrix of the held-out cells."),
+        embed_figure(
+            plot_f1(true, {"model": predicted}), f"F1 score of each type among the held-out cells; mean {mean:.3f}."
+        ),
+    ]
+    if bins := summary.get("reliability", dict):
+        cells = np.asarray(bins["cells"], dtype=int)
+        correct = np.concatenate(
+            [np.arange(n) < round(n * share) for n, share in zip(cells, bins["accuracy"], strict=True)]
+        )
+        confidence = np.repeat(np.asarray(bins["confidence"], dtype=float), cells)
+        caption = "Calibration: share of correct predictions by confidence. The dashed line is perfect calibration."
+        drawn.append(embed_figure(plot_calibration(confidence, correct), caption))
+    text = (
+        f"The held-out cells (held out by {summary.text('held_out')}) were also used to choose the epoch and to "
+        "calibrate the confidence, so these scores are slightly optimistic."
+    )
+    return section("Prediction of cell types", paragraph(text), figures(*drawn))
+
+
+def _curves(run: Path) -> list[Html]:
+    metrics = read_metrics(run / METRICS) if (run / METRICS).is_file() else []
+    panels = {"training": "loss", "validation": "eval_gep_mse"}
+    captions = {"training": "Loss on training cells.", "validation": "Error on masked genes of held-out cells."}
+    drawn = [panel for panel, key in panels.items() if any(key in line for line in metrics)]
+    return [embed_figure(plot_loss(metrics, [panel]), captions[panel]) for panel in drawn]
+
+
+def _errors(summary: RunRecord) -> Html:
+    """Return the errors on masked genes; only integration has them."""
+    rows = [(row.name, row.meaning, f"{row.value:.2f}") for row in error_rows(summary) if row.value is not None]
+    head = ("prediction of masked genes", "what it uses", "mean squared error (bins²)")
+    return table(rows, head, numbers=[2]) if rows else Html("")
+
+
+def _labels(summary: RunRecord) -> Html:
+    rows = [(label, f"{train:,}", f"{held_out:,}", *shares) for label, train, held_out, *shares in label_rows(summary)]
+    head = ("label", "training cells", "held-out cells", "recall", "precision")
+    return table(rows, head, numbers=range(1, len(head))) if rows else Html("")
+
+
+def _how_to_use(run: Path, task: str) -> Html:
+    checkpoint = f"{run.resolve().name}/{BEST_MODEL}"
+    script = "annotate.py" if task == "annotate" else "embed.py"
+    return section("How to use", code_block(f"python scripts/{script} data.h5ad --model {checkpoint} --out out.h5ad"))
+
+
+def _flatten(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+    """Return rows of nested values, with keys joined by dots."""
+    rows: list[tuple[str, str]] = []
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            rows += _flatten(value, f"{prefix}{key}.")
+        else:
+            rows.append((f"{prefix}{key}", ", ".join(map(str, value)) if isinstance(value, list) else str(value)))
+    return rows

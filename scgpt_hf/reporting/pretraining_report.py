@@ -1,0 +1,141 @@
+"""Make the report page of a pretraining run: losses, errors and baselines, cells, training, and how to load the model.
+
+Numbers come from the run folder, as `publishing/run_summary.py` states them. `page.py` builds the page.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from scgpt_hf.publishing.record import RunRecord, read_metrics
+from scgpt_hf.publishing.run_summary import error_rows, pretraining_data, pretraining_recipe, read_summary
+from scgpt_hf.reporting.curves import plot_loss
+from scgpt_hf.reporting.page import (
+    Html,
+    bar,
+    code_block,
+    collapsed,
+    embed_figure,
+    embed_image,
+    figures,
+    key_numbers,
+    page,
+    paragraph,
+    section,
+    table,
+)
+from scgpt_hf.training.run_folder import BEST_MODEL, METRICS, SETTINGS, SUMMARY
+
+_ERRORS_EXPLAINED = (
+    "The model predicts the expression of masked genes in cells of held-out donors. Expression values are bins (ranks "
+    "within a cell), so errors are in bins squared, and say little without the simple predictions in the table. A "
+    "model is useful if its error is below that of each gene's mean. No model can go below the tie floor."
+)
+
+
+def pretraining_report(run: Path) -> str:
+    """Return the report page of a pretraining run, finished or in progress.
+
+    Args:
+        run: the run folder, with any of settings.yaml, split.json, summary.json, metrics.jsonl and umap.png.
+
+    Raises:
+        ValueError: a file is malformed; the message names the file and the key.
+    """
+    settings, summary = RunRecord.read(run / SETTINGS), read_summary(run)
+    config = RunRecord.read(run / BEST_MODEL / "config.json")
+    lead = (
+        f"A transformer with {summary.number('model_parameters')} parameters, pretrained on "
+        f"{summary.number('train_cells')} cells to predict the expression of masked genes."
+    )
+    if not (run / SUMMARY).is_file():
+        lead += " The run is not finished; the page shows its current state."
+    return page(
+        run.resolve().name,
+        lead,
+        _key_numbers(summary),
+        _learning(run, summary),
+        section(
+            "UMAP of the cells",
+            figures(
+                embed_image(run / "umap.png", "Cells of the run, embedded by the model; coloured by type and donor.")
+            ),
+        ),
+        section(
+            "Data", table([*pretraining_data(summary, settings).items()]), paragraph("Numbers in brackets count cells.")
+        ),
+        section("Training", table([*pretraining_recipe(summary, settings, config).items()])),
+        _how_to_load(run),
+        section("Settings", _settings(settings)),
+    )
+
+
+def _key_numbers(summary: RunRecord) -> Html:
+    return key_numbers(
+        {
+            "of the variance of masked genes explained (held-out donors)": summary.number(
+                "best.eval_variance_explained", ".1%"
+            ),
+            "mean squared error of the best model (GEP), bins²": summary.number("best.eval_gep_mse", ".1f"),
+            "mean squared error of each gene's mean, bins²": summary.number("best.eval_gene_mean_mse", ".1f"),
+            "cells per second": summary.number("cells_per_second", ",.1f"),
+        }
+    )
+
+
+def _learning(run: Path, summary: RunRecord) -> Html:
+    """Return the loss curves, and the errors of the model and of simple predictions."""
+    metrics = read_metrics(run / METRICS) if (run / METRICS).is_file() else []
+    drawn = []
+    for panel, key, caption in (
+        ("training", "loss", "Loss on training cells: faint line as logged, bold line running mean."),
+        (
+            "validation",
+            "eval_gep_mse",
+            "Error on held-out donors; dashed lines are simple predictions and the tie floor.",
+        ),
+    ):
+        if any(key in line for line in metrics):
+            drawn.append(embed_figure(plot_loss(metrics, [panel]), caption))
+    errors = [(row.name, row.meaning, row.value) for row in error_rows(summary) if row.value is not None]
+    highest = max((value for _, _, value in errors), default=1.0)
+    rows = [(name, meaning, f"{value:.2f}", bar(value / highest)) for name, meaning, value in errors]
+    best = f"Best model: step {summary.number('best.step')}, epoch {summary.number('best.epoch', '.3g')}."
+    return section(
+        "Learning",
+        figures(*drawn),
+        [
+            paragraph(_ERRORS_EXPLAINED),
+            table(rows, ("prediction", "what it uses", "mean squared error", ""), numbers=[2]),
+            paragraph(best),
+        ]
+        if rows
+        else "",
+    )
+
+
+def _how_to_load(run: Path) -> Html:
+    checkpoint = f"{run.resolve().name}/{BEST_MODEL}"
+    return section(
+        "How to load",
+        code_block(f"python scripts/embed.py data.h5ad --model {checkpoint} --out embedded.h5ad"),
+        code_block(
+            "import scanpy as sc\n"
+            "from scgpt_hf import embed_anndata\n\n"
+            'adata = sc.read_h5ad("data.h5ad")  # raw counts\n'
+            f'embed_anndata(adata, "{checkpoint}")\n'
+            'sc.pp.neighbors(adata, use_rep="X_scgpt")\n'
+            "sc.tl.umap(adata)"
+        ),
+    )
+
+
+def _settings(settings: RunRecord) -> list[Html]:
+    return [
+        collapsed(f"All settings: {name}", table([(key, _format(value)) for key, value in group.items()]))
+        for name, group in settings.content.items()
+        if isinstance(group, dict)
+    ]
+
+
+def _format(value: Any) -> str:
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
