@@ -93,7 +93,7 @@ def test_files_that_are_links_are_not_published(run, tmp_path, name):
     secret.write_text((run / "best_model" / "config.json").read_text())
     (run / "best_model" / name).unlink(missing_ok=True)
     (run / "best_model" / name).symlink_to(secret)
-    with pytest.raises(ValueError, match=f"{name}.* is a link"):
+    with pytest.raises(ValueError, match=f"{name}.* is a symbolic link"):
         collect_files(run, "my-lab/name")
 
 
