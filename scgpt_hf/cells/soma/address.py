@@ -1,6 +1,6 @@
-"""From the address of a SOMA, or of a release of the public Census, to the experiment of one organism.
+"""Find the experiment of one organism from the address of a SOMA or of a release of the public Census.
 
-Decides how a release and an organism are found and what is said when they are not. Cells are read by `census.py`.
+`census.py` reads its cells.
 """
 
 from typing import Any
@@ -12,13 +12,29 @@ from scgpt_hf.cells.soma.remote import RetryPolicy, is_remote, open_context, req
 
 
 def open_census(
-    address: str, *, obs_filter: str | None = None, layer: str | None = None, primary_only: bool = True
+    address: str,
+    *,
+    obs_filter: str | None = None,
+    layer: str | None = None,
+    primary_only: bool = True,
+    native: bool = True,
 ) -> CensusSource:
-    """Return the source of `census://VERSION/ORGANISM`, of a SOMA in the Census layout, or of one of its organisms.
+    """Open the public Census, a SOMA in the Census layout, or one organism of either.
+
+    Args:
+        address: `census://VERSION/ORGANISM`, or the path or URI of a SOMA in the Census layout or of one of its
+            organisms.
+        obs_filter: SOMA value filter, e.g. `tissue_general == 'blood'`.
+        layer: layer of X with the raw counts; "raw" by default.
+        primary_only: whether to keep only cells with `is_primary_data == True`.
+        native: whether to use the native reader where it supports the array; see `CensusSource`.
 
     Raises:
         ConnectionError: the Census, or another remote store, cannot be reached.
-        ValueError: the version or the organism is unknown, the address is not a SOMA, or it holds a password.
+        ValueError: the version or the organism is unknown, the address is not a SOMA, or it contains a password.
+
+    Example:
+        >>> source = open_census("census://2025-11-08/homo_sapiens", obs_filter="tissue == 'blood'")  # doctest: +SKIP
     """
     require_no_credentials(address)
     version = None
@@ -28,31 +44,33 @@ def open_census(
         uri = _find_organism(address, organism or None)
     else:
         uri = _find_organism(address, None)
-    return CensusSource(uri, obs_filter=obs_filter, layer=layer, primary_only=primary_only, census_version=version)
+    return CensusSource(
+        uri, obs_filter=obs_filter, layer=layer, primary_only=primary_only, census_version=version, native=native
+    )
 
 
 def _find_release(version: str) -> tuple[str, str]:
-    """Return the date and the URI of a release of the Census, following aliases such as `stable`."""
+    """Return the date and the URI of a release of the Census; aliases such as `stable` are resolved."""
     import cellxgene_census
     from requests.exceptions import RequestException
 
     advice = (
         "check the network, or train on a local copy: aws s3 sync --no-sign-request "
-        f"s3://cellxgene-census-public-us-west-2/cell-census/{version}/soma/ DIR, then give DIR instead"
+        f"s3://cellxgene-census-public-us-west-2/cell-census/{version}/soma/ DIR, then pass DIR as the address"
     )
     try:
         releases = cellxgene_census.get_census_version_directory()
         if version not in releases:
-            raise ValueError(f"unknown Census version {version!r}; available are {list(releases)}")
+            raise ValueError(f"unknown Census version {version!r}; available versions: {list(releases)}")
         date = str(releases[version]["release_build"])
         with cellxgene_census.open_soma(census_version=date) as census:
             return date, str(census.uri)
     except (RequestException, soma.SOMAError) as error:
-        raise ConnectionError(f"cannot reach the Census release {version!r} ({error}); {advice}") from error
+        raise ConnectionError(f"cannot reach Census release {version!r} ({error}); {advice}") from error
 
 
 def _find_organism(uri: str, organism: str | None) -> str:
-    """Return the URI of an organism's experiment below a SOMA's root; by default, of its only organism."""
+    """Return the URI of an organism's experiment in a SOMA; without `organism`, of its only one."""
     try:
         found = RetryPolicy().read(uri, lambda: _list_organisms(uri))
     except OSError as error:
@@ -64,13 +82,13 @@ def _find_organism(uri: str, organism: str | None) -> str:
     if organism is None and len(found) == 1:
         return next(iter(found.values()))
     if organism not in found:
-        wanted = "more than one organism" if organism is None else f"no organism {organism!r}"
-        raise ValueError(f"{uri!r} holds {wanted}: {found}; give the address of one of them")
+        problem = "more than one organism" if organism is None else f"no organism {organism!r}"
+        raise ValueError(f"{uri!r} has {problem}; pass the address of one of {found}")
     return found[organism]
 
 
 def _list_organisms(uri: str) -> dict[str, str] | str:
-    """Return the URI of each organism below a SOMA's root; or the one URI, where the root is an organism's already."""
+    """Return the URI of each organism of a SOMA by its name, or the URI itself if it is that of an organism."""
     root: Any = soma.open(uri, context=open_context(is_remote(uri), n_threads=1))
     with root:
         if isinstance(root, soma.Experiment):

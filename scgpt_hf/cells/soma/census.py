@@ -1,9 +1,16 @@
-"""Cells of a SOMA in the Census layout, local or remote, read fast in any order.
+"""`CensusSource`: cells of a SOMA in the Census layout, local or remote, read in any order.
 
-The Census stores X in tiles of 2,048 cells, so the natural unit of reading is an aligned chunk of 2,048 rows. A few
-Python threads read one chunk each: of a local Census from its files (`tiles.py`), else through TileDB, with a context
-of their own. `chunks.py` keeps it small until its cells are asked for. Which chunks are worth reading together is
-decided by `plan.py`.
+A Census stores X in tiles of 2,048 cells, so the cheapest unit to read is a chunk: an aligned range of 2,048 cells.
+Reading a shuffle window takes these steps:
+
+1. `read` receives cell ids in any order, sorts them and splits them by chunk.
+2. A few threads read one chunk each (`_read_chunk`): of a local Census by the native reader (package `native`), else
+   through TileDB, where each thread has a context and handles of its own. `remote.py` retries reads of a remote Census.
+3. `chunks.py` packs the entries of a chunk into words of 4 bytes.
+4. `read` checks that the counts are raw and adds the requested obs columns.
+5. It returns a `ChunkedBlock`. Its counts stay packed until the pipeline takes a few hundred cells at a time.
+
+`address.py` finds the SOMA of an address; `schedule/epoch.py` decides which chunks are read together.
 """
 
 import threading
@@ -21,15 +28,21 @@ from scgpt_hf.cells.block import CellBlock, Int64Array, gene_hash, name_layers, 
 from scgpt_hf.cells.obs import full_filter, require_columns, select_obs
 from scgpt_hf.cells.schedule.epoch import CHUNK_SIZE
 from scgpt_hf.cells.soma.chunks import Chunk, ChunkedBlock, read_chunk
-from scgpt_hf.cells.soma.native.fragments import PlainArray, open_plain
+from scgpt_hf.cells.soma.native import NativeArray, open_native
 from scgpt_hf.cells.soma.remote import RetryPolicy, is_remote, open_context
 from scgpt_hf.cells.threads import DaemonThreadPool, n_cores
 
 
 class CensusSource:
-    """The cells of one organism of a SOMA in the Census layout; see `CellSource` for what its members promise.
+    """The cells of one organism of a SOMA in the Census layout; see `CellSource` for the interface.
 
-    Nothing is kept open before it is needed. `close` ends the threads and closes the arrays; the next read opens them.
+    Threads start and arrays open at the first read. `close` ends the threads and closes the arrays; the next read opens
+    them again. Every method may raise an OSError if the SOMA cannot be read, of a remote one after several attempts.
+
+    Example:
+        >>> with CensusSource("census_folder/census_data/homo_sapiens") as source:  # doctest: +SKIP
+        ...     cell_ids = source.obs().index.to_numpy()
+        ...     block = source.read(cell_ids[:100], ["cell_type"])
     """
 
     chunk_size = CHUNK_SIZE
@@ -43,20 +56,23 @@ class CensusSource:
         primary_only: bool = True,
         census_version: str | None = None,
         n_threads: int = 4,
+        native: bool = True,
     ) -> None:
-        """Check the settings against the data.
+        """Check that the SOMA has the arrays of a Census and the requested layer.
 
         Args:
-            uri: the SOMA experiment of one organism; `address.py` finds it.
-            obs_filter: SOMA value filter.
-            layer: layer of X with the raw counts; by default "raw".
-            primary_only: keep only cells with `is_primary_data == True`.
-            census_version: release, for the record.
-            n_threads: chunks read at once; of a local Census at most one more than there are cores.
+            uri: the SOMA experiment of one organism; `open_census` finds it from an address.
+            obs_filter: SOMA value filter, e.g. `tissue_general == 'blood'`.
+            layer: layer of X with the raw counts; "raw" by default.
+            primary_only: whether to keep only cells with `is_primary_data == True`.
+            census_version: release of the Census, for `describe`.
+            n_threads: number of chunks read at the same time; of a local Census at most one more than there are cores.
+            native: whether to use the native reader where it supports the array; see `open_native`. False, or
+                `SCGPT_HF_NATIVE_READER=0` in the environment, has TileDB read everything.
 
         Raises:
-            OSError: it cannot be read, or a remote one not even after many attempts; every member may raise it.
-            ValueError: obs, var, the measurement "RNA" or the layer is not there; or the filter is not one expression.
+            OSError: the SOMA cannot be read.
+            ValueError: obs, var, the measurement "RNA" or the layer is missing; or the filter is not one expression.
         """
         self._settings: dict[str, Any] = {
             "uri": uri,
@@ -65,18 +81,19 @@ class CensusSource:
             "primary_only": primary_only,
             "census_version": census_version,
             "n_threads": n_threads,
+            "native": native,
         }
         self._uri, self._layer, self._n_threads = uri, layer or "raw", n_threads
         self._remote, self._retry_policy = is_remote(uri), RetryPolicy()
         self._lock, self._local = threading.Lock(), threading.local()
         self._handles: list[soma.SparseNDArray | soma.DataFrame] = []
         self._pool: DaemonThreadPool | None = None
-        self._offered: NDArray[np.bool_] | None = None
-        self._uris, self.columns, self._n_rows = self._retry_policy.read(uri, self._look)
+        self._selected: NDArray[np.bool_] | None = None
+        self._uris, self.columns, self._n_rows = self._retry_policy.read(uri, self._inspect)
         self._filter = full_filter(obs_filter, self.columns, primary_only=primary_only)
 
-    def _look(self) -> tuple[dict[str, str], list[str], int]:
-        """Return the URIs of X, obs and var, the columns of obs, and the rows of X."""
+    def _inspect(self) -> tuple[dict[str, str], list[str], int]:
+        """Return the URIs of X, obs and var, the obs columns, and the number of rows of X."""
         with self._experiment() as experiment:
             uris = _find_arrays(experiment, self._layer)
             layer: Any = experiment.ms["RNA"].X[self._layer]
@@ -103,13 +120,13 @@ class CensusSource:
             pool.shutdown()
         with self._lock:
             handles, self._handles, self._local = self._handles, [], threading.local()
-            self.__dict__.pop("_plain", None)
+            self.__dict__.pop("_native_array", None)  # the files may change while the source is closed
         for handle in handles:
             handle.close()
 
     @cached_property
     def genes(self) -> pd.DataFrame:
-        """The genes of `ms/RNA/var` by joinid: columns `feature_id` and `feature_name`."""
+        """The genes of `ms/RNA/var` in the order of their joinids: columns `feature_id` and `feature_name`."""
 
         def read() -> pd.DataFrame:
             with soma.DataFrame.open(self._uris["var"], context=self._context(self._n_threads)) as frame:
@@ -118,34 +135,38 @@ class CensusSource:
 
         genes = self._retry_policy.read(self._uris["var"], read).sort_values("soma_joinid", ignore_index=True)
         if not len(genes) or (genes["soma_joinid"] != genes.index).any():
-            raise ValueError(f"{self._uris['var']} lacks some of its genes, or all; is the copy complete?")
+            raise ValueError(
+                f"{self._uris['var']} has {len(genes):,} genes whose joinids are not 0, 1, 2, …; is the copy complete?"
+            )
         return genes.drop(columns="soma_joinid").astype(str)
 
     def obs(self, columns: Sequence[str] = ()) -> pd.DataFrame:
-        """Return the cells that match the filter; see `CellSource.obs`."""
+        """Return the cells that match the filters; see `CellSource.obs`."""
 
         def read() -> pd.DataFrame:
             with soma.DataFrame.open(self._uris["obs"], context=self._context(self._n_threads)) as frame:
                 return select_obs(frame, self._filter, columns)
 
         obs = self._retry_policy.read(self._uris["obs"], read)
-        if self._offered is None:  # once, for to go through a hundred million cells takes long
-            self._offered = self._mark(obs.index.to_numpy())
+        if self._selected is None:  # computed once, because scanning 100 million ids is slow
+            self._selected = self._mark_cells(obs.index.to_numpy())
         return obs
 
     def read(self, cell_ids: Int64Array, columns: Sequence[str] = ()) -> CellBlock:
         """Return these cells in this order; see `CellSource.read`."""
-        cell_ids = require_cell_ids(cell_ids, self._all_offered())
+        cell_ids = require_cell_ids(cell_ids, self._selected_cells())
         require_columns(columns, self.columns)
         order = np.argsort(cell_ids)
         ascending = cell_ids[order]
-        edges = np.flatnonzero(np.diff(ascending // CHUNK_SIZE)) + 1
-        read_one = partial(self._read_chunk, self._plain)  # found once, not by every thread
-        chunks = list(self._threads().map(read_one, np.split(ascending, edges))) if len(order) else []
-        places = np.split(order, edges) if chunks else []
-        block = ChunkedBlock(chunks, places, self._read_obs(cell_ids, columns), cell_ids, n_genes=len(self.genes))
-        if not all(chunk.raw for chunk in chunks):
-            self._refuse(block.data, ascending)
+        edges = np.flatnonzero(np.diff(ascending // CHUNK_SIZE)) + 1  # where the next chunk begins
+        # The native array is opened here: the threads would each open it, or wait for each other.
+        read_chunk = partial(self._read_chunk, self._native_array)
+        chunks = list(self._threads().map(read_chunk, np.split(ascending, edges))) if len(order) else []
+        positions = np.split(order, edges) if chunks else []
+        obs = self._read_obs(cell_ids, columns)
+        block = ChunkedBlock(chunks, positions, obs, cell_ids, n_genes=len(self.genes))
+        if not all(chunk.has_raw_counts for chunk in chunks):
+            self._raise_not_raw(block, ascending)
         return block
 
     def describe(self) -> dict[str, Any]:
@@ -157,68 +178,72 @@ class CensusSource:
             "organism": self._uri.rstrip("/").rsplit("/", 1)[-1],
             "layer": self._layer,
             "obs_filter": self._filter,
-            "n_cells": int(self._all_offered().sum()),
+            "n_cells": int(self._selected_cells().sum()),
             "n_genes": len(self.genes),
             "gene_hash": gene_hash(self.genes["feature_id"]),
         }
 
     @cached_property
-    def _plain(self) -> PlainArray | None:
-        """X, where its files are read without TileDB."""
+    def _native_array(self) -> NativeArray | None:
+        """X for the native reader; None if TileDB reads it."""
+        if self._remote:
+            return None
 
-        def look() -> PlainArray | None:
+        def open_x() -> NativeArray | None:
             with soma.SparseNDArray.open(self._uris["X"], context=self._context(1)) as array:
-                return open_plain(array)
+                return open_native(array, enabled=self._settings["native"])
 
-        return None if self._remote else self._retry_policy.read(self._uris["X"], look)
+        return self._retry_policy.read(self._uris["X"], open_x)
 
-    def _all_offered(self) -> NDArray[np.bool_]:
-        """Return, true at the id of each cell that matches the filter, one byte per cell of the Census."""
-        if self._offered is None:
-            self.obs()  # marks them
-        return cast(NDArray[np.bool_], self._offered)
+    def _selected_cells(self) -> NDArray[np.bool_]:
+        """Return a mask by cell id of the cells that match the filters; one byte for each id up to the largest."""
+        if self._selected is None:
+            self.obs()  # sets it
+        return cast(NDArray[np.bool_], self._selected)
 
-    def _mark(self, ids: Int64Array) -> NDArray[np.bool_]:
+    def _mark_cells(self, ids: Int64Array) -> NDArray[np.bool_]:
+        """Return the mask of these ascending ids; see `_selected_cells`."""
         if ids[-1] >= self._n_rows:
             raise ValueError(
-                f"{self._uri} has a cell {ids[-1]:,} in obs, and only {self._n_rows:,} rows in layer {self._layer!r} "
-                "of X; is the copy complete?"
+                f"{self._uri}: obs has cell {ids[-1]:,}, but layer {self._layer!r} of X has only {self._n_rows:,} "
+                "rows; is the copy complete?"
             )
-        offered = np.zeros(int(ids[-1]) + 1, dtype=np.bool_)
-        offered[ids] = True
-        return offered
+        selected = np.zeros(int(ids[-1]) + 1, dtype=np.bool_)
+        selected[ids] = True
+        return selected
 
     def _read_obs(self, cell_ids: Int64Array, columns: Sequence[str]) -> pd.DataFrame:
+        """Return these obs columns of these cells, in the order given."""
         if not columns or not len(cell_ids):
             return pd.DataFrame({name: [] for name in columns}, index=pd.Index(cell_ids, name="cell_id"))
 
         first, last = int(cell_ids.min()), int(cell_ids.max())
-        gapless = last - first + 1 == len(cell_ids)  # then TileDB has no list to go through
+        gapless = last - first + 1 == len(cell_ids)  # a range is faster for TileDB than a list of ids
 
         def read() -> pd.DataFrame:
-            where = slice(first, last) if gapless else pa.array(np.sort(cell_ids))
-            rows = self._handle("obs").read((where,), column_names=["soma_joinid", *columns])
+            coordinates = slice(first, last) if gapless else pa.array(np.sort(cell_ids))
+            rows = self._handle("obs").read((coordinates,), column_names=["soma_joinid", *columns])
             return cast(pd.DataFrame, rows.concat().to_pandas())
 
         obs = self._retry_policy.read(self._uris["obs"], read)
         return obs.set_index("soma_joinid").rename_axis("cell_id").loc[cell_ids]
 
-    def _refuse(self, counts: NDArray[np.float32], cell_ids: Int64Array) -> None:
-        """Raise the ValueError that says what is wrong with these counts, and which other layers look raw."""
+    def _raise_not_raw(self, block: CellBlock, cell_ids: Int64Array) -> None:
+        """Raise the ValueError of counts that are not raw, with the other layers and which of them look raw."""
         try:
-            require_counts(counts, f"layer {self._layer!r} of {self._uri}")
+            require_counts(block.data, f"layer {self._layer!r} of {self._uri}")
         except ValueError as error:
             others = self._retry_policy.read(self._uri, lambda: self._other_layers(cell_ids))
             raise name_layers(error, others) from error
 
     def _other_layers(self, cell_ids: Int64Array) -> dict[str, bool]:
-        """Return the other layers of X, and whether the cells of the first chunk of these ids look raw there."""
+        """Return the name of each other layer of X, and whether the first chunk of these ids looks raw there."""
         cell_ids = cell_ids[cell_ids // CHUNK_SIZE == cell_ids[0] // CHUNK_SIZE]
         with self._experiment() as experiment:
             measurement: Any = experiment.ms["RNA"]
             others = {name: layer for name, layer in measurement.X.items() if name != self._layer}
             return {
-                name: isinstance(layer, soma.SparseNDArray) and read_chunk(layer, cell_ids).raw
+                name: isinstance(layer, soma.SparseNDArray) and read_chunk(layer, cell_ids).has_raw_counts
                 for name, layer in others.items()
             }
 
@@ -231,13 +256,14 @@ class CensusSource:
     def _threads(self) -> DaemonThreadPool:
         with self._lock:
             if self._pool is None:
-                # to decode takes a core: with more threads less is read (measured); one may wait for the disk meanwhile
+                # Decoding keeps a core busy, and more threads than cores read less (measured). One more than there are
+                # cores makes up for threads that wait for the disk; a remote store is waited for most of the time.
                 n_threads = self._n_threads if self._remote else min(self._n_threads, n_cores() + 1)
                 self._pool = DaemonThreadPool(n_threads, "census-chunk")
             return self._pool
 
     def _handle(self, name: str) -> Any:
-        """Return this thread's own handle on X or obs, with its own context."""
+        """Return this thread's handle of X or obs; a context for each is faster than one for all (measured)."""
         if not hasattr(self._local, name):
             kind: Any = soma.SparseNDArray if name == "X" else soma.DataFrame
             handle = kind.open(self._uris[name], context=self._context(1))
@@ -246,26 +272,30 @@ class CensusSource:
                 self._handles.append(handle)
         return getattr(self._local, name)
 
-    def _read_chunk(self, plain: PlainArray | None, cell_ids: Int64Array) -> Chunk:
-        return self._retry_policy.read(self._uris["X"], lambda: read_chunk(plain or self._handle("X"), cell_ids))
+    def _read_chunk(self, native: NativeArray | None, cell_ids: Int64Array) -> Chunk:
+        return self._retry_policy.read(self._uris["X"], lambda: read_chunk(native or self._handle("X"), cell_ids))
 
 
 def _find_arrays(experiment: soma.Experiment, layer: str) -> dict[str, str]:
-    """Return the URIs of obs, and of var and a layer of the measurement RNA; raise a ValueError that lists what is."""
+    """Return the URIs of obs, and of var and X of the measurement "RNA".
+
+    Raises:
+        ValueError: one of them is missing; the message lists what is there.
+    """
     parts: Any = experiment
     for part in ("obs", "ms"):
         if part not in parts:
-            raise ValueError(f"{experiment.uri} has no {part!r}, it has {sorted(parts)}; is the copy complete?")
+            raise ValueError(f"{experiment.uri} has no {part!r}; it has {sorted(parts)}; is the copy complete?")
     measurements: Any = experiment.ms
     if "RNA" not in measurements:
         raise ValueError(f"{experiment.uri} has no measurement 'RNA'; it has {sorted(measurements)}")
     measurement = measurements["RNA"]
     for part in ("var", "X"):
         if part not in measurement:
-            raise ValueError(f"{measurement.uri} has no {part!r}, it has {sorted(measurement)}; is the copy complete?")
+            raise ValueError(f"{measurement.uri} has no {part!r}; it has {sorted(measurement)}; is the copy complete?")
     if layer not in measurement.X:
         raise ValueError(f"{experiment.uri} has no layer {layer!r} of X; it has {sorted(measurement.X)}")
     counts = measurement.X[layer]
     if not isinstance(counts, soma.SparseNDArray):
-        raise ValueError(f"{counts.uri} is a {type(counts).__name__}, expected counts as a SparseNDArray")
+        raise ValueError(f"{counts.uri} is a {type(counts).__name__}; expected counts in a SparseNDArray")
     return {"obs": str(experiment.obs.uri), "var": str(measurement.var.uri), "X": str(counts.uri)}

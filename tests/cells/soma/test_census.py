@@ -1,5 +1,6 @@
-"""A local SOMA keeps the contract of a source; the remote Census is told from a network that is not there."""
+"""`CensusSource` on local SOMAs, and the errors of addresses, layers, counts and networks that are not usable."""
 
+import re
 import shutil
 import threading
 
@@ -12,10 +13,10 @@ import tiledbsoma as soma
 from scipy.sparse import csr_matrix, vstack
 from scipy.sparse import random as random_sparse
 
-from scgpt_hf.cells.soma import census
-from scgpt_hf.cells.soma import chunks as chunks
+from scgpt_hf.cells.soma import census, chunks
 from scgpt_hf.cells.soma.census import CensusSource
 from scgpt_hf.cells.source import open_source
+from tests.support.soma_arrays import write_experiment
 from tests.support.source_contract import SourceContract
 
 
@@ -33,32 +34,35 @@ class TestCensus(SourceContract):
             source.close()
 
 
-def test_counts_of_a_wider_type_that_are_0_in_32_bits_are_left_out():
-    values = np.array([3.0, 1e-60, 2.0])  # the second is no 0 in float64
+def test_float64_counts_that_underflow_to_0_in_float32_are_dropped():
+    values = np.array([3.0, 1e-60, 2.0])
     ids, genes = np.zeros(3, np.int64), np.arange(3)
-    words, rows, lengths = chunks._shrink([ids, genes, values], np.zeros(1, np.int32), 0, True)
+    words, rows, lengths = chunks._pack_part((ids, genes, values), np.zeros(1, np.int32), 0, True)
     assert (words & 0xFFFF).tolist() == [0, 2]
     assert (words >> 16).tolist() == [3, 2]
     assert (rows.tolist(), lengths.tolist()) == ([0], [2])
 
 
-def test_genes_come_as_two_columns(small_census):
+def test_genes_have_two_columns(small_census):
     assert list(open_source(small_census).genes) == ["feature_id", "feature_name"]
 
 
-def test_one_organism_may_be_addressed_alone(small_census):
+def test_a_source_opens_from_the_address_of_one_organism(small_census):
     for address in (small_census / "census_data" / "homo_sapiens", [str(small_census)], f"file://{small_census}"):
         assert len(open_source(address).obs()) == 270
 
 
+def counts_with_zeros(n_cells):
+    """Counts from 0 to 6 of 30 genes; the zeros are stored."""
+    return random_sparse(n_cells, 30, 0.2, format="csr", random_state=0, data_rvs=lambda n: np.arange(n) % 7)
+
+
 @pytest.mark.parametrize("n_threads", [1, 3])
-@pytest.mark.parametrize("dense", [0.0, 2.0])
-def test_bands_and_coordinates_read_the_same(tmp_path, monkeypatch, n_threads, dense):
-    monkeypatch.setattr(chunks, "DENSE", dense)
-    counts = random_sparse(
-        5000, 30, 0.2, format="csr", random_state=0, data_rvs=lambda n: np.arange(n) % 7
-    )  # with zeros
-    write_soma(tmp_path / "soma", counts)
+@pytest.mark.parametrize("min_density", [0.0, 2.0])
+def test_reading_ranges_and_reading_lists_of_cells_give_the_same_counts(tmp_path, monkeypatch, n_threads, min_density):
+    monkeypatch.setattr(chunks, "MIN_RANGE_DENSITY", min_density)
+    counts = counts_with_zeros(5000)
+    write_experiment(tmp_path / "soma", counts)
     with CensusSource(str(tmp_path / "soma"), n_threads=n_threads) as source:
         for seed in range(3):
             cell_ids = np.random.default_rng(seed).permutation(5000)[: 10 ** (seed + 1)]
@@ -71,35 +75,33 @@ def test_bands_and_coordinates_read_the_same(tmp_path, monkeypatch, n_threads, d
 @pytest.mark.parametrize(
     ("largest", "n_genes"), [(256, 2**16), (65_535, 2**16), (65_536, 2**16), (2.0**100, 2**16 + 1)]
 )
-def test_gathered_groups_are_the_rows_of_the_whole_matrix_and_lose_nothing(tmp_path, largest, n_genes):
-    rng = np.random.default_rng(0)  # an integer would have SciPy permute all 300 million places, in 20 s and 2.4 GB
+def test_taken_rows_equal_those_of_the_matrix_whatever_the_width_of_counts_and_genes(tmp_path, largest, n_genes):
+    rng = np.random.default_rng(0)  # with an integer, SciPy permutes all 300 million places: 20 s and 2.4 GB
     counts = random_sparse(
         4500, n_genes, 2e-4, format="csr", random_state=rng, data_rvs=lambda n: 1.0 + np.arange(n) % 7
     )
     counts.data[counts.indptr[3100]] = largest
     counts.indices[counts.indptr[4401] - 1] = n_genes - 1
     counts = csr_matrix(counts, dtype=np.float32)
-    write_soma(tmp_path / "soma", counts)
+    write_experiment(tmp_path / "soma", counts)
     cell_ids = np.random.default_rng(0).permutation(4500)
     few = np.union1d(cell_ids[:1500], [3100])
     with CensusSource(str(tmp_path / "soma")) as source:
         block = source.read(cell_ids)
         assert (source.read(few).counts != counts[few]).nnz == 0
     groups = [block.take(positions) for positions in np.split(np.arange(4500), [0, 512, 513, 2000])]
-    whole = block.counts
-    assert whole is block.counts
     joined = vstack([rows.counts for rows in groups], format="csr")
-    for got in (whole, block.take(np.arange(4500)), joined):
+    for got in (block.counts, block, block.take(np.arange(4500)), joined):
         for name in ("data", "indices", "indptr"):
             assert np.array_equal(getattr(got, name), getattr(counts[cell_ids], name)), name
     fits = largest < 2**16 and n_genes <= 2**16
-    kinds = (np.uint16, np.uint16) if fits else (np.float32, np.int32)
-    assert {(rows.data.dtype, rows.indices.dtype) for rows in groups} == {tuple(map(np.dtype, kinds))}
+    dtypes = (np.uint16, np.uint16) if fits else (np.float32, np.int32)
+    assert {(rows.data.dtype, rows.indices.dtype) for rows in groups} == {tuple(map(np.dtype, dtypes))}
     some = block.take(np.array([7, 4499, 0]))
     assert (some.counts != counts[cell_ids[[7, 4499, 0]]]).nnz == 0
 
 
-def test_close_ends_the_threads_and_the_source_opens_again(small_census):
+def test_close_ends_the_threads_and_the_next_read_opens_the_source_again(small_census):
     others = set(threading.enumerate())
     source = open_source(small_census)
     cell_ids = source.obs().index.to_numpy()
@@ -114,7 +116,7 @@ def test_close_ends_the_threads_and_the_source_opens_again(small_census):
 
 
 @pytest.mark.parametrize(("n_cores", "expected"), [(1, 2), (2, 3), (64, 4)])
-def test_a_local_census_is_not_read_by_many_more_threads_than_cores(small_census, monkeypatch, n_cores, expected):
+def test_a_local_census_is_read_by_at_most_one_thread_more_than_cores(small_census, monkeypatch, n_cores, expected):
     monkeypatch.setattr(census, "n_cores", lambda: n_cores)
     others = set(threading.enumerate())
     with open_source(small_census) as source:
@@ -123,70 +125,70 @@ def test_a_local_census_is_not_read_by_many_more_threads_than_cores(small_census
         assert len([name for name in started if name.startswith("census-chunk")]) == expected
 
 
-def test_the_filter_is_asked_once_for_the_cells_there_are(small_census, monkeypatch):
-    asked = []
+def test_the_filter_is_evaluated_once(small_census, monkeypatch):
+    evaluated = []
     select = census.select_obs
-    monkeypatch.setattr(census, "select_obs", lambda *args: asked.append(args[1]) or select(*args))
+    monkeypatch.setattr(census, "select_obs", lambda *args: evaluated.append(args[1]) or select(*args))
     with open_source(small_census, obs_filter="donor_id == 'donor_4'") as source:
         cell_ids = source.obs(["cell_type"]).index.to_numpy()
         source.read(cell_ids[:3])
         assert source.describe()["n_cells"] == len(cell_ids)
-    assert len(asked) == 1
+    assert len(evaluated) == 1
 
 
-def test_what_is_not_a_census_raises(tmp_path):
-    with pytest.raises(ValueError, match=r"cannot open .* as a SOMA"):
+def test_a_folder_that_is_no_census_raises_with_its_path(tmp_path):
+    with pytest.raises(ValueError, match=re.escape(str(tmp_path))):
         open_source(tmp_path)
     soma.Collection.create(str(tmp_path / "empty")).close()
-    with pytest.raises(ValueError, match="no 'census_data' among"):
+    with pytest.raises(ValueError, match=r"empty.*'census_data'"):
         open_source(tmp_path / "empty")
 
 
-def test_two_organisms_are_asked_to_be_told_apart(tmp_path):
+def test_a_census_of_two_organisms_raises_with_the_address_of_each(tmp_path):
     with soma.Collection.create(str(tmp_path / "two")) as root:
         data = root.add_new_collection("census_data")
         for organism in ("homo_sapiens", "mus_musculus"):
             data.add_new_collection(organism, kind=soma.Experiment)
-    with pytest.raises(ValueError, match=r"more than one organism.*mus_musculus"):
+    with pytest.raises(ValueError, match=r"homo_sapiens.*mus_musculus"):
         open_source(tmp_path / "two")
 
 
-def test_another_layer_may_have_fewer_rows(tmp_path):
-    write_soma(tmp_path / "soma", random_sparse(3000, 5, 0.5, format="csr", random_state=0))
+def test_a_layer_with_fewer_rows_may_be_suggested(tmp_path):
+    write_experiment(tmp_path / "soma", random_sparse(3000, 5, 0.5, format="csr", random_state=0))
     with soma.Collection.open(str(tmp_path / "soma" / "ms" / "RNA" / "X"), "w") as layers:
         small = layers.add_new_sparse_ndarray("small", type=pa.float32(), shape=(1500, 5))
         ones = random_sparse(1500, 5, 0.5, format="coo", random_state=1, data_rvs=np.ones, dtype=np.float32)
         small.write(pa.SparseCOOTensor.from_scipy(ones))
-    with pytest.raises(ValueError, match=r"expected raw counts.*--layer='small'"):
+    with pytest.raises(ValueError, match="--layer='small'"):
         CensusSource(str(tmp_path / "soma")).read(np.arange(3000))
 
 
-def test_counts_for_fewer_cells_than_obs_has_raise(tmp_path):
+def test_counts_of_fewer_cells_than_in_obs_raise(tmp_path):
     counts = random_sparse(20, 5, 0.5, format="csr", random_state=0, data_rvs=np.ones)
-    write_soma(tmp_path / "soma", counts)
+    write_experiment(tmp_path / "soma", counts)
     layer = tmp_path / "soma" / "ms" / "RNA" / "X" / "raw"
     shutil.rmtree(layer)
     soma.SparseNDArray.create(str(layer), type=pa.float32(), shape=(15, 5)).close()
-    with pytest.raises(ValueError, match=r"a cell 19 in obs, and only 15 rows in layer 'raw' of X; is the copy compl"):
+    with pytest.raises(ValueError, match=r"cell 19.*'raw'.*15 rows"):
         CensusSource(str(tmp_path / "soma")).read(np.arange(3))
     shutil.rmtree(layer)
     soma.DenseNDArray.create(str(layer), type=pa.float32(), shape=(20, 5)).close()
-    with pytest.raises(ValueError, match=r"X/raw is a DenseNDArray, expected counts as a SparseNDArray"):
+    with pytest.raises(ValueError, match=r"X/raw.*DenseNDArray"):
         CensusSource(str(tmp_path / "soma"))
 
 
-def test_counts_that_are_not_raw_raise(tmp_path):
-    write_soma(tmp_path / "soma", random_sparse(20, 5, 0.5, format="csr", random_state=0))
-    with pytest.raises(ValueError, match=r"expected raw counts.*layer 'raw'.*--layer NAME.*no other layer"):
+def test_counts_that_are_not_raw_raise_with_the_name_of_the_layer(tmp_path):
+    write_experiment(tmp_path / "soma", random_sparse(20, 5, 0.5, format="csr", random_state=0))
+    with pytest.raises(ValueError, match=r"layer 'raw'.*no other layer"):
         CensusSource(str(tmp_path / "soma")).read(np.arange(20))
 
 
 @pytest.mark.parametrize("wrong", [np.nan, np.inf, 0.5, -1])
-def test_counts_that_turn_wrong_in_a_later_band_raise_whenever_they_are_read(tmp_path, wrong):
-    counts = random_sparse(5000, 30, 0.2, format="csr", random_state=0, data_rvs=lambda n: np.arange(n) % 7)
+def test_a_wrong_count_in_any_chunk_raises_whenever_it_is_read(tmp_path, wrong):
+    counts = counts_with_zeros(5000)
     spoiled = counts.copy()
     spoiled.data[spoiled.indptr[4500]] = wrong
-    write_soma(tmp_path / "soma", spoiled, umi=counts, log=counts.log1p())
+    write_experiment(tmp_path / "soma", spoiled, umi=counts, log=counts.log1p())
     with CensusSource(str(tmp_path / "soma")) as source:
         for _ in range(2):
             source.read(np.arange(4500))
@@ -197,36 +199,34 @@ def test_counts_that_turn_wrong_in_a_later_band_raise_whenever_they_are_read(tmp
         source.read(np.arange(5000))
 
 
-def test_an_experiment_without_rna_raises(tmp_path):
-    write_soma(tmp_path / "soma", random_sparse(20, 5, 0.5, format="csr", random_state=0))
+def test_an_experiment_without_the_measurement_rna_raises(tmp_path):
+    write_experiment(tmp_path / "soma", random_sparse(20, 5, 0.5, format="csr", random_state=0))
     with soma.open(str(tmp_path / "soma" / "ms"), "d") as measurements:
         del measurements["RNA"]
-    with pytest.raises(ValueError, match="no measurement 'RNA'"):
+    with pytest.raises(ValueError, match="'RNA'"):
         CensusSource(str(tmp_path / "soma"))
 
 
 @pytest.mark.parametrize("missing", ["obs", "ms", "ms/RNA/var", "ms/RNA/X", "ms/RNA/X/raw"])
 @pytest.mark.parametrize("unlisted", [True, False])
-def test_a_census_that_lacks_an_array_raises_with_its_name(tmp_path, missing, unlisted):
-    write_soma(tmp_path / "soma", random_sparse(20, 5, 0.5, format="csr", random_state=0))
+def test_a_census_with_a_missing_array_raises_with_its_name(tmp_path, missing, unlisted):
+    write_experiment(tmp_path / "soma", random_sparse(20, 5, 0.5, format="csr", random_state=0))
     parent, name = (tmp_path / "soma" / missing).parent, missing.rsplit("/", 1)[-1]
     if unlisted:  # as by an interrupted build
         with soma.open(str(parent), "d") as collection:
             del collection[name]
     else:  # as by an interrupted copy
         shutil.rmtree(parent / name)
-    with pytest.raises((ValueError, OSError), match=f"soma.* has no .*'{name}'|reading .*soma.* failed:"):
+    with pytest.raises((ValueError, OSError), match=rf"soma.*'{name}'|reading .*soma"):
         CensusSource(str(tmp_path / "soma")).genes  # noqa: B018
 
 
-def test_no_network_is_said_with_a_way_out(monkeypatch):
+def test_without_a_network_the_error_suggests_a_local_copy(monkeypatch):
     def unreachable():
         raise requests.exceptions.ConnectionError("no route to census.cellxgene.cziscience.com")
 
     monkeypatch.setattr(cellxgene_census, "get_census_version_directory", unreachable)
-    with pytest.raises(
-        ConnectionError, match=r"cannot reach the Census release '2025-11-08' \(no route.*local copy: aws"
-    ):
+    with pytest.raises(ConnectionError, match=r"'2025-11-08' \(no route.*aws s3 sync"):
         open_source("census://2025-11-08/homo_sapiens")
 
 
@@ -245,45 +245,15 @@ def test_a_release_is_found_by_date_or_alias_and_recorded_by_date():
 
 
 @pytest.mark.usefixtures("one_release")
-def test_an_unknown_release_or_organism_raises_with_those_there_are():
-    with pytest.raises(ValueError, match=r"unknown Census version '1999-01-01'; available are .*2025-11-08"):
+def test_an_unknown_release_or_organism_raises_with_the_known_ones():
+    with pytest.raises(ValueError, match=r"'1999-01-01'.*2025-11-08"):
         open_source("census://1999-01-01/homo_sapiens")
-    with pytest.raises(ValueError, match=r"no organism 'danio_rerio'.*homo_sapiens"):
+    with pytest.raises(ValueError, match=r"'danio_rerio'.*homo_sapiens"):
         open_source("census://stable/danio_rerio")
 
 
-def write_soma(folder, counts, **layers):
-    """An experiment with nothing but joinids and layers of X, cells 0 to 2,999 written after the others."""
-    import pyarrow as pa
-
-    with soma.Experiment.create(str(folder)) as experiment:
-        for parent, name, size in ((experiment, "obs", 0), (None, "var", 1)):
-            if parent is None:
-                parent = experiment.add_new_collection("ms").add_new_collection("RNA", kind=soma.Measurement)
-            joinids = np.arange(counts.shape[size])
-            columns = {"soma_joinid": joinids, "feature_id": joinids.astype(str), "feature_name": joinids.astype(str)}
-            table = pa.table(columns)
-            parent.add_new_dataframe(name, schema=table.schema, domain=[[0, len(joinids) - 1]]).write(table)
-        x = parent.add_new_collection("X")
-        for name, matrix in {"raw": counts, **layers}.items():
-            layer = x.add_new_sparse_ndarray(name, type=pa.float32(), shape=matrix.shape)
-            for rows in (slice(3000, None), slice(0, 3000)):
-                part = matrix[rows].tocoo()
-                if part.nnz:
-                    cells = part.row + (rows.start if rows.start < matrix.shape[0] else 0)
-                    layer.write(
-                        pa.table(
-                            {
-                                "soma_dim_0": cells.astype(np.int64),
-                                "soma_dim_1": part.col.astype(np.int64),
-                                "soma_data": part.data.astype(np.float32),
-                            }
-                        )
-                    )
-
-
-def test_a_copy_that_has_lost_its_genes_is_refused(small_census, tmp_path):
+def test_a_copy_without_genes_raises_with_the_address_of_var(small_census, tmp_path):
     copy = shutil.copytree(small_census, tmp_path / "soma")
     shutil.rmtree(copy / "census_data" / "homo_sapiens" / "ms" / "RNA" / "var" / "__commits")
-    with pytest.raises(ValueError, match=r"RNA/var lacks some of its genes, or all; is the copy complete"):
+    with pytest.raises(ValueError, match="RNA/var has 0 genes"):
         open_source(copy).genes  # noqa: B018

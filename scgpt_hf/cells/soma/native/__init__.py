@@ -1,1 +1,13 @@
-"""native."""
+"""Native reader: the entries of a local sparse array, read from TileDB's files without TileDB.
+
+TileDB can read any array. This package reads only arrays that are stored as a Census is, but those 1.3 times as fast.
+`open_native` decides whether an array qualifies; `NativeArray.read_entries` reads it. Nothing else is public:
+
+- `reader.py`: the two names above, the log line and the switch.
+- `fragments.py`: which bytes of which files hold the entries of a range of cells.
+- `tiles.py`: from these bytes to cell ids, genes and counts.
+"""
+
+from scgpt_hf.cells.soma.native.reader import NativeArray, open_native
+
+__all__ = ["NativeArray", "open_native"]

@@ -1,14 +1,22 @@
-"""Which bytes of which files hold the entries of a cell, in a sparse array that TileDB wrote to a local disk.
+"""Find the bytes that hold the entries of some cells in the files of a sparse array of TileDB.
 
-TileDB reads any array. `open_plain` takes only one that is stored as a Census is, where nothing was deleted or changed
-since; `tiles.py` then makes entries of the bytes.
+An array is a folder. Each write adds a fragment, a folder of its own:
+
+    __schema/                                    one file for each version of the schema
+    __commits/T1_T2_ID_VERSION.wrt               an empty file for each complete fragment
+    __fragments/T1_T2_ID_VERSION/
+        d0.tdb  d1.tdb  a0.tdb                   cell ids, genes and counts, tile after tile
+        __fragment_metadata.tdb                  where each tile begins, and which cells and genes it spans
+
+Reading takes three steps. `list_fields` checks that the schema is that of a Census. `list_fragments` finds the complete
+fragments and reads the metadata of each. `Fragment.find_tiles` then tells which tiles hold the entries of a range of
+cells. Whatever differs from what a Census has raises `UnsupportedArrayError`, and the array is left to TileDB.
 
 Source: the format specification of TileDB, https://github.com/TileDB-Inc/TileDB/tree/main/format_spec:
 `array_file_hierarchy.md`, `fragment.md`, `generic_tile.md`, `array_format_history.md`.
 """
 
 import json
-import logging
 import struct
 import zlib
 from pathlib import Path
@@ -21,179 +29,202 @@ import tiledbsoma as soma
 from scgpt_hf.cells.block import Int64Array
 from scgpt_hf.cells.soma.layout import TILE
 
-logger = logging.getLogger(__name__)
+# Versions of the format whose footers are laid out as `_open_fragment` expects: those of TileDB 2.17 to 2.30.
+# tests/fixtures has an array of each.
+FORMAT_VERSIONS = (20, 21, 22)
 
-VERSIONS = (20, 21, 22)  # of the format, from TileDB 2.17 on; of these a footer is laid out as here
+_MAX_GENES = 2**31  # `tiles.py` decodes only the lower half of the 8 bytes of a gene
 
-_MOST_GENES = 2**31  # all that is kept of a gene is its lower half
-_METADATA = "__fragment_metadata.tdb"
-_FIXED = struct.Struct("<2B4q2Q2B")  # of a footer, what follows the name of the schema; then there are numbers
-_N_FIELDS = 4  # of a footer: the attribute, a place that is not used any more, two dimensions
-_GENERIC = struct.Struct("<IQQBQBI")  # the head of a generic tile
-_GZIP = bytes([0, 0, 1, 0, 1, 0, 0, 0, 1])  # its filters: on chunks of 64 KiB one filter, gzip
+# The footer of a fragment: version and length of the schema's name, the name, then these fixed fields (dense, no
+# non-empty domain, first and last cell and gene, number of tiles, entries of the last tile, has timestamps, has
+# deletions), then numbers of 8 bytes.
+_FOOTER_START = struct.Struct("<IQ")
+_FOOTER_FIXED = struct.Struct("<2B4q2Q2B")
+_N_FIELDS = 4  # of a footer: a0, an unused place for coordinates of old formats, d0, d1
+
+# The header of a generic tile: version, stored size, size, data type, size of a value, encryption, bytes of filters.
+_TILE_HEADER = struct.Struct("<IQQBQBI")
+_GZIP_FILTER = bytes([0, 0, 1, 0, 1, 0, 0, 0, 1])  # chunks of 64 KiB (4 bytes), one filter (4 bytes), gzip (1 byte)
+
+
+class UnsupportedArrayError(ValueError):
+    """The array is stored in a way that only TileDB can read; the message says which."""
 
 
 class Field(NamedTuple):
-    """How one of the three numbers of an entry is stored.
+    """How one of the three numbers of an entry (cell id, gene, count) is stored.
 
     Attributes:
-        file: its name in each fragment.
-        place: its place among the fields of a footer.
-        kind: of the numbers.
-        shuffled: whether the bytes of the numbers of a chunk lie apart, all lowest ones first.
+        file: name of its file in each fragment.
+        place: its index among the fields of a footer.
+        dtype: of the stored numbers.
+        shuffled: whether the bytes of the numbers are stored apart: all lowest bytes of a chunk first, then all second
+            ones, and so on. Similar bytes compress better.
     """
 
     file: str
     place: int
-    kind: np.dtype[Any]
+    dtype: np.dtype[Any]
     shuffled: bool
 
 
 class Fragment(NamedTuple):
-    """What was written at once: tiles of entries, ordered by the chunks of their cells.
+    """The tiles of one write.
+
+    Tiles of a fragment are ordered by the chunk of their cells, but tiles of one chunk overlap. The running maximum and
+    minimum below ascend, so a binary search finds the tiles of a range.
 
     Attributes:
         folder: of its files.
-        highest: the highest cell id in each tile or any before it. Shape (tiles,).
-        lowest: the lowest cell id in each tile or any after it. Shape (tiles,).
-        begins: of each field where each tile begins in its file, and the size of the file. Shape (tiles + 1,) each.
+        highest: the highest cell id in this tile and all before it. Shape (tiles,).
+        lowest: the lowest cell id in this tile and all after it. Shape (tiles,).
+        offsets: for each field, the offset of each tile in its file, and the size of the file. Shape (tiles + 1,) each.
     """
 
     folder: Path
     highest: Int64Array
     lowest: Int64Array
-    begins: list[Int64Array]
+    offsets: list[Int64Array]
 
-    def tiles(self, first: int, last: int) -> range:
-        """Return tiles with all entries of the cells from first to last, and entries of others."""
-        if self.lowest[0] > last or self.highest[-1] < first:  # at once, for there may be thousands of fragments
+    def find_tiles(self, first: int, last: int) -> range:
+        """Return the tiles with all entries of cells `first` to `last`; entries of other cells may be among them."""
+        # an array may have thousands of fragments, most of them without any of the cells: rule those out first
+        if self.lowest[0] > last or self.highest[-1] < first:
             return range(0)
         return range(int(np.searchsorted(self.highest, first)), int(np.searchsorted(self.lowest, last, "right")))
 
 
-class PlainArray(NamedTuple):
-    """A sparse array of cells and genes whose files can be read as they are.
+def list_fields(array: soma.SparseNDArray) -> list[Field]:
+    """Return how cell ids, genes and counts are stored.
 
-    Attributes:
-        shape: cells and genes.
-        fields: of cell ids, genes and counts.
-        fragments: in the order they were written.
+    Raises:
+        UnsupportedArrayError: the schema is not that of a Census.
     """
-
-    shape: tuple[int, ...]
-    fields: list[Field]
-    fragments: list[Fragment]
-
-
-class _NotPlainError(ValueError):
-    """What keeps an array from being read from its files."""
-
-
-def open_plain(array: soma.SparseNDArray) -> PlainArray | None:
-    """Return where the entries of an array lie, or None if it is left to TileDB, and log why, for debugging."""
-    folder = Path(array.uri.removeprefix("file://"))
-    try:
-        fields = _fields(array)
-        _require_plain_folder(folder)
-        names = _committed(folder / "__commits", array.tiledb_timestamp_ms)
-        fragments = [_open_fragment(folder / "__fragments" / name, fields) for name in names]
-    # of damage, which has many faces, TileDB shall tell
-    except (OSError, ValueError, ArithmeticError, LookupError, struct.error, zlib.error) as error:
-        logger.debug("%s is read by TileDB: %s", array.uri, error)
-        return None
-    return PlainArray(array.shape, fields, fragments)
-
-
-def _fields(array: soma.SparseNDArray) -> list[Field]:
     config = array.schema_config_options()
     dims, attrs = json.loads(config.dims), json.loads(config.attrs)
     layout = [config.allows_duplicates, config.cell_order, config.tile_order, *(dim["tile"] for dim in dims.values())]
-    if layout != [True, "row-major", "row-major", str(TILE), str(TILE)]:
-        raise _NotPlainError(f"duplicates, orders and tiles are {layout}")
-    if array.type != pa.float32() or array.shape[1] > _MOST_GENES:
-        raise _NotPlainError(f"it has {array.type} of {array.shape[1]:,} genes")
+    expected = [True, "row-major", "row-major", str(TILE), str(TILE)]
+    if layout != expected:
+        raise UnsupportedArrayError(f"duplicates, cell order, tile order and tile sizes are {layout}, not {expected}")
+    if array.type != pa.float32() or array.shape[1] > _MAX_GENES:
+        raise UnsupportedArrayError(f"it holds {array.type} of {array.shape[1]:,} genes, not float of up to 2**31")
 
-    def field(file: str, place: int, kind: type, filters: list[dict[str, Any]]) -> Field:
+    def make_field(file: str, place: int, dtype: type, filters: list[dict[str, Any]]) -> Field:
         names = [step["name"] for step in filters]
+        # cell ids use all 8 bytes and are never shuffled in a Census, so `tiles.py` does not decode that
         if names != ["ZSTD"] and (names != ["BYTESHUFFLE", "ZSTD"] or file == "d0.tdb"):
-            raise _NotPlainError(f"the filters of {file} are {names}")
-        return Field(file, place, np.dtype(kind), names[0] == "BYTESHUFFLE")
+            raise UnsupportedArrayError(f"the filters of {file} are {names}")
+        return Field(file, place, np.dtype(dtype), names[0] == "BYTESHUFFLE")
 
     return [
-        field("d0.tdb", 2, np.int64, dims["soma_dim_0"]["filters"]),
-        field("d1.tdb", 3, np.uint64, dims["soma_dim_1"]["filters"]),
-        field("a0.tdb", 0, np.float32, attrs["soma_data"]["filters"]),
+        make_field("d0.tdb", 2, np.int64, dims["soma_dim_0"]["filters"]),
+        make_field("d1.tdb", 3, np.uint64, dims["soma_dim_1"]["filters"]),
+        make_field("a0.tdb", 0, np.float32, attrs["soma_data"]["filters"]),
     ]
 
 
-def _require_plain_folder(folder: Path) -> None:
-    """Raise if there may be a schema or fragments that are not where they are looked for."""
+def list_fragments(folder: Path, fields: list[Field], *, until_ms: int) -> list[Fragment]:
+    """Return the fragments of an array, the oldest first.
+
+    Args:
+        folder: of the array.
+        fields: as `list_fields` returns them.
+        until_ms: time at which the array was opened, in milliseconds since 1970.
+
+    Raises:
+        UnsupportedArrayError: a fragment is not stored as a Census stores them, or there may be others elsewhere.
+        OSError, ValueError, ArithmeticError, LookupError, struct.error, zlib.error: files are missing or damaged.
+    """
+    _require_current_layout(folder)
+    names = _list_committed(folder / "__commits", until_ms)
+    return [_open_fragment(folder / "__fragments" / name, fields) for name in names]
+
+
+def _require_current_layout(folder: Path) -> None:
+    """Raise if a schema or a fragment may be in a place where this module does not look."""
     if not folder.is_absolute():
-        raise _NotPlainError("its address is relative, to a folder that TileDB chooses")
+        raise UnsupportedArrayError("its path is relative, and TileDB decides to which folder")
     if (folder / "__array_schema.tdb").exists() or any(folder.glob("*.ok")):
-        raise _NotPlainError("it was begun in a format before 12")
+        raise UnsupportedArrayError("it was created in a format before version 12")
     if sum(path.name != "__enumerations" for path in (folder / "__schema").iterdir()) > 1:
-        raise _NotPlainError("its schema was changed")
+        raise UnsupportedArrayError("its schema was evolved")
 
 
-def _committed(folder: Path, until: int) -> list[str]:
-    """Return the names of the fragments that were written whole by then, in milliseconds, the oldest first."""
+def _list_committed(folder: Path, until_ms: int) -> list[str]:
+    """Return the names of the complete fragments, the oldest first."""
 
-    def listed(suffix: str) -> set[str]:
+    def read_lists(suffix: str) -> set[str]:
         return {Path(line).name for path in folder.glob(f"*{suffix}") for line in path.read_text().splitlines()}
 
     commits = {path.name for path in folder.glob("__*") if path.suffix not in (".con", ".ign")}
-    commits |= listed(".con") - listed(".ign")  # lists of commits, and of those in such lists that are gone
-    if others := {Path(commit).suffix for commit in commits} - {".wrt"}:
-        raise _NotPlainError(f"there are {others} among its commits")
+    # Consolidating commits replaces many files by a list of their names (.con); when a listed fragment goes later, its
+    # name is added to a list of names to ignore (.ign).
+    commits |= read_lists(".con") - read_lists(".ign")
+    if others := {Path(commit).suffix for commit in commits} - {".wrt"}:  # .del: deletions, .vac: not yet vacuumed
+        raise UnsupportedArrayError(f"there are {sorted(others)} files among its commits")
+    # a name is __T1_T2_ID_VERSION: of a consolidated fragment, T1 and T2 are the times of its first and last write
     times = {Path(commit).stem: [int(time) for time in commit.split("_")[2:4]] for commit in commits}
-    if any(last > until for _, last in times.values()):
-        raise _NotPlainError("some of it was written later than it is looked at")
+    if any(last > until_ms for _, last in times.values()):
+        raise UnsupportedArrayError("it was written to after the time at which it is opened")
     return sorted(times, key=lambda name: (times[name][0], name))
 
 
 def _open_fragment(folder: Path, fields: list[Field]) -> Fragment:
-    data = (folder / _METADATA).read_bytes()
+    """Read the metadata of a fragment: its footer, the offsets of its tiles and their bounding boxes."""
+    data = (folder / "__fragment_metadata.tdb").read_bytes()
+    # the last 8 bytes of the file are the size of the footer before them
     footer = data[len(data) - 8 - int.from_bytes(data[-8:], "little") : -8]
-    version, n_letters = struct.unpack_from("<IQ", footer)
-    *_, with_times, with_deleted = _FIXED.unpack_from(footer, 12 + n_letters)
-    if version not in VERSIONS or with_deleted:
-        raise _NotPlainError(f"{folder.name} is of version {version}, or has entries that were deleted")
-    numbers = np.frombuffer(footer, "<i8", offset=12 + n_letters + _FIXED.size)
-    n_fields = _N_FIELDS + with_times  # of merged fragments there is also when each entry was written: in the past
-    sizes, (tree, *offsets) = numbers[:n_fields], numbers[3 * n_fields : 4 * n_fields + 1].tolist()
+    version, n_letters = _FOOTER_START.unpack_from(footer)
+    at = _FOOTER_START.size + n_letters
+    *_, has_timestamps, has_deletions = _FOOTER_FIXED.unpack_from(footer, at)
+    if version not in FORMAT_VERSIONS:
+        raise UnsupportedArrayError(f"{folder.name} is of format version {version}, not one of {FORMAT_VERSIONS}")
+    if has_deletions:
+        raise UnsupportedArrayError(f"{folder.name} has deleted entries")
+    numbers = np.frombuffer(footer, "<i8", offset=at + _FOOTER_FIXED.size)
+    # A consolidated fragment has the time of each entry as a further field. All are in the past, so it is not read.
+    n_fields = _N_FIELDS + has_timestamps
+    # The numbers are, for each field: size of its file, and of two files that only variable-size and nullable fields
+    # have; then the offset in `data` of the R-tree, and for each field that of its table of tile offsets.
+    sizes, (tree_at, *tables_at) = numbers[:n_fields], numbers[3 * n_fields : 4 * n_fields + 1].tolist()
     for field in fields:
         if (size := (folder / field.file).stat().st_size) != sizes[field.place]:
-            raise _NotPlainError(f"{folder.name}/{field.file} is of {size:,} bytes, not {sizes[field.place]:,}")
-    begins = [
-        np.append(np.frombuffer(_generic_tile(data, offsets[place]), "<i8", offset=8), sizes[place])
+            raise UnsupportedArrayError(
+                f"{folder.name}/{field.file} has {size:,} bytes, its metadata expect {sizes[field.place]:,}"
+            )
+    offsets = [
+        # a table begins with its length, 8 bytes; the file's size marks the end of the last tile
+        np.append(np.frombuffer(_read_generic_tile(data, tables_at[place]), "<i8", offset=8), sizes[place])
         for place in (field.place for field in fields)
     ]
-    lowest, highest, *_ = _leaves(_generic_tile(data, tree)).T
-    return Fragment(folder, np.maximum.accumulate(highest), np.minimum.accumulate(lowest[::-1])[::-1].copy(), begins)
+    lowest, highest, *_ = _read_boxes(_read_generic_tile(data, tree_at)).T
+    return Fragment(folder, np.maximum.accumulate(highest), np.minimum.accumulate(lowest[::-1])[::-1].copy(), offsets)
 
 
-def _generic_tile(data: bytes, at: int) -> bytes:
-    """Return what the generic tile that begins there holds."""
-    *_, encrypted, n_filters = _GENERIC.unpack_from(data, at)
-    at += _GENERIC.size
-    if encrypted or data[at : at + len(_GZIP)] != _GZIP:
-        raise _NotPlainError("its metadata are stored in another way")
-    at += n_filters
+def _read_generic_tile(data: bytes, at: int) -> bytes:
+    """Return the content of the generic tile at an offset: a header, its filters, and gzipped chunks of 64 KiB."""
+    *_, encrypted, n_filter_bytes = _TILE_HEADER.unpack_from(data, at)
+    at += _TILE_HEADER.size
+    if encrypted or data[at : at + len(_GZIP_FILTER)] != _GZIP_FILTER:
+        raise UnsupportedArrayError("its metadata are encrypted, or not compressed by gzip")
+    at += n_filter_bytes
     (n_chunks,), at = struct.unpack_from("<Q", data, at), at + 8
     chunks = []
     for _ in range(n_chunks):
-        _, n_bytes, n_about = struct.unpack_from("<3I", data, at)
+        _, n_bytes, n_about = struct.unpack_from("<3I", data, at)  # size, stored size, size of the filter's own data
         at += 12 + n_about
         chunks.append(zlib.decompress(data[at : at + n_bytes]))
         at += n_bytes
     return b"".join(chunks)
 
 
-def _leaves(tree: bytes) -> Int64Array:
-    """Return the last level of an R-tree: lowest and highest cell id and gene of each tile. Shape (tiles, 4)."""
-    (_, n_levels), at, n_boxes = struct.unpack_from("<2I", tree), 8, 0
+def _read_boxes(tree: bytes) -> Int64Array:
+    """Return the leaves of an R-tree: lowest and highest cell id, lowest and highest gene of each tile.
+
+    The tree is stored level by level from the root; each level begins with its number of boxes. Shape (tiles, 4).
+    """
+    (_, n_levels), at, n_boxes = struct.unpack_from("<2I", tree), 8, 0  # children of a node, levels
     for _ in range(n_levels):
-        at += n_boxes * 32
+        at += n_boxes * 32  # skip the level before
         (n_boxes,), at = struct.unpack_from("<Q", tree, at), at + 8
     return np.frombuffer(tree, "<i8", n_boxes * 4, at).reshape(-1, 4)
