@@ -183,7 +183,7 @@ def compare(
         )
         finetune_classifier(pool[used].copy(), tuning)
         named = test.copy()
-        predict_cell_types(named, f"{folder}/run/best_model", threshold=0.0, key="predicted", progress=False)
+        predict_cell_types(named, f"{folder}/run/best_model", threshold=0.0, key_added="predicted", progress=False)
         yield TUNED, scores_of(true, named.obs["predicted"].astype(str).to_numpy())
 
 
@@ -217,7 +217,7 @@ def embed_both(cells: AnnData, checkpoint: Path) -> None:
     processor, model = AutoProcessor.from_pretrained(checkpoint), AutoModel.from_pretrained(checkpoint)
     torch.manual_seed(0)
     for key, encoder in ((PRETRAINED, model), (RANDOM, AutoModel.from_config(model.config))):
-        embed_anndata(cells, encoder, processor, key=key, progress=False)
+        embed_anndata(cells, encoder, processor, key_added=key, progress=False)
 
 
 def labelled(path: Path, label: str) -> AnnData:

@@ -58,7 +58,7 @@ def main() -> None:
         summary = finetune_integration(cells, settings)
         seconds = time.perf_counter() - started
         for key, model in ((BEFORE, options.model), (AFTER, f"{folder}/joined/best_model")):
-            embed_anndata(cells, model, key=key, progress=False)
+            embed_anndata(cells, model, key_added=key, progress=False)
     chosen = {"metrics": BIO + BATCH, "baselines": [PCA], "seed": options.seed}
     scored = evaluate_embeddings(cells, [BEFORE, AFTER], options.label, "batch", **chosen)
     scores = {method: one.values for method, one in scored.methods.items()}

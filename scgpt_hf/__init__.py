@@ -22,7 +22,7 @@ _HOME_OF = {
     "demo_census": "demo",
     "convert_scgpt": "conversion.checkpoint",
     "StreamConfig": "pipeline.stream",
-    "prefetch": "pipeline.stream",
+    "prefetch": "cells.threads",
     "stream_cells": "pipeline.stream",
     "ScGPTTrainer": "training.trainer",
     "publish": "publishing.publish_run",

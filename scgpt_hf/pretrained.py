@@ -1,45 +1,103 @@
-"""A saved model and its processor, loaded together from a folder or from the Hub, and checked to belong together."""
+"""Load a saved model together with its processor, from a folder or from the Hub, and validate that they fit together.
+
+`load_model` serves everything that uses a trained model. `load_pretrained` below it serves fine-tuning, which changes
+fields of the config and needs to know which parts have new weights.
+"""
 
 import json
 import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoProcessor, PreTrainedModel
+from transformers import AutoModel, AutoProcessor, PreTrainedModel
 
 from scgpt_hf.model.configuration_scgpt import ScGPTConfig
 from scgpt_hf.tokens.processing_scgpt import ScGPTProcessor
 
 
 class Pretrained(NamedTuple):
-    """A model, its processor, and the parts of the model that no file held and that begin anew."""
+    """A model that was loaded from a checkpoint.
+
+    Attributes:
+        model: the model, on the CPU.
+        processor: its processor.
+        new_parts: names of the parts that the checkpoint lacks; their weights are random.
+    """
 
     model: PreTrainedModel
     processor: ScGPTProcessor
-    new: list[str]
+    new_parts: list[str]
 
 
-def load_pretrained(name: str | Path, model_class: Any, **changes: Any) -> Pretrained:
-    """Return the model and the processor saved in a folder or a repository of the Hub.
+def load_model(
+    model: PreTrainedModel | str | Path,
+    processor: ScGPTProcessor | None = None,
+    model_class: Any = AutoModel,
+    *,
+    heads: Sequence[str] = (),
+    device: str | None = None,
+) -> tuple[PreTrainedModel, ScGPTProcessor]:
+    """Load a model and its processor, or validate a pair that is loaded already.
 
     Args:
-        name: the folder, or the repository's id.
-        model_class: one of ours or an Auto class; heads and batch norms that the checkpoint lacks, or
-            has in another size, start anew.
-        changes: fields of `ScGPTConfig` that shall differ from the saved ones.
+        model: a folder, the id of a repository on the Hub, or a loaded model.
+        processor: the processor of a loaded model; of a folder or repository, replaces the saved one.
+        model_class: Auto class or class of ours to load: the encoder alone, or the encoder with heads.
+        heads: names of modules of which the model must have at least one, and none with random weights.
+        device: where to move a model that is loaded here; by default a GPU if there is one. A model that was passed
+            stays where it is.
 
     Raises:
         OSError: there is no such folder or repository, or it holds no model.
-        ValueError: the folder is a run's, which has its model one folder deeper; it holds another kind of model, not
-            the whole encoder, or more of it than its config says; the changes do not go with it; or model and processor
-            do not belong together.
+        ValueError: see `load_pretrained`; a loaded model came without its processor; the two do not fit together; or a
+            head is missing or was never trained.
+
+    Example:
+        >>> model, processor = load_model("runs/demo/best_model")
+    """
+    if isinstance(model, str | Path):
+        name = model
+        model, saved, new_parts = load_pretrained(name, model_class)
+        if untrained := sorted(set(heads) & set(new_parts)):
+            raise ValueError(
+                f"{name} has no trained {' and no '.join(untrained)}; use a checkpoint that was trained with it. "
+                "Pretraining trains expression_head and cell_to_gene_head, scripts/finetune.py class_head"
+            )
+        model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))  # type: ignore[arg-type]
+        processor = processor or saved
+    if processor is None:
+        raise ValueError("a loaded model needs its processor; pass both, or the folder or repository they come from")
+    validate_pair(model, processor)
+    if heads and all(getattr(model, head, None) is None for head in heads):
+        raise ValueError(
+            f"{type(model).__name__} has no {' and no '.join(heads)}; load a checkpoint that has it with "
+            f"{model_class.__name__}"
+        )
+    return model, processor
+
+
+def load_pretrained(name: str | Path, model_class: Any, **changes: Any) -> Pretrained:
+    """Load the model and the processor of a checkpoint.
+
+    Args:
+        name: a folder, or the id of a repository on the Hub.
+        model_class: Auto class or class of ours to load. Heads and batch norms that the checkpoint lacks, or has in
+            another size, get random weights.
+        changes: fields of `ScGPTConfig` that replace the saved ones.
+
+    Raises:
+        OSError: there is no such folder or repository, or it holds no model.
+        ValueError: the folder is that of a run, whose model is one folder deeper; it holds another kind of model, only
+            a part of the encoder, or weights that its config has no place for; the changes do not fit the model; or
+            model and processor do not fit together.
     """
     processor = load_processor(name)
-    require_inside(name)
+    validate_shard_names(name)
     with _translate_load_errors(name):
         saved, _ = ScGPTConfig.get_config_dict(name)
     if saved.get("model_type") != ScGPTConfig.model_type:
@@ -50,34 +108,26 @@ def load_pretrained(name: str | Path, model_class: Any, **changes: Any) -> Pretr
         except StrictDataclassError as error:
             wrong = error.__cause__ or error
             raise ValueError(
-                f"{name} cannot be changed so: {wrong}"
+                f"the config of {name} cannot be changed in this way: {wrong}"
                 if changes
                 else f"{name} cannot be used: {wrong}; it may be from a newer version of scgpt_hf, or damaged"
             ) from error
     loading = {"config": config, "output_loading_info": True, "ignore_mismatched_sizes": True}
-    with _translate_load_errors(name), _report_unprinted():
+    with _translate_load_errors(name), _without_load_report():
         model, report = model_class.from_pretrained(name, use_safetensors=True, **loading)
-    require_pair(model, processor)
-    missing = {*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])}
-    encoder = "" if model.base_model is model else f"{model.base_model_prefix}."
-    lost = [key for key in missing if key.startswith(encoder) and not key.startswith(f"{encoder}input_norm")]
-    if lost:
-        raise ValueError(f"{name} lacks {len(lost)} weights of the encoder, e.g. {lost[:3]}; it is no checkpoint of it")
-    parts = {f"{model.base_model_prefix}.{part}" for part, _ in model.base_model.named_children()}
-    if beyond := [key for key in report["unexpected_keys"] if ".".join(key.split(".")[:2]) in parts]:
-        raise ValueError(
-            f"{name} has {len(beyond)} weights for which the encoder of its config has no place, e.g. "
-            f"{sorted(beyond)[:3]}; copy config.json and weights again from one folder"
-        )
-    return Pretrained(model, processor, sorted({key.removeprefix(encoder).split(".")[0] for key in missing}))
+    validate_pair(model, processor)
+    return Pretrained(model, processor, _find_new_parts(name, model, report))
 
 
 def load_processor(name: str | Path) -> ScGPTProcessor:
-    """Return the processor saved in a folder or a repository of the Hub.
+    """Load the processor of a checkpoint.
+
+    Args:
+        name: a folder, or the id of a repository on the Hub.
 
     Raises:
         OSError: there is no such folder or repository, or it holds no processor.
-        ValueError: the folder is a run's.
+        ValueError: the folder is that of a run, or holds the processor of another library.
     """
     if Path(name, "best_model").is_dir():
         raise ValueError(f"{name} is the folder of a run; its model is {Path(name, 'best_model')}")
@@ -92,56 +142,26 @@ def load_processor(name: str | Path) -> ScGPTProcessor:
     return processor
 
 
-def require_inside(name: str | Path) -> None:
-    """Raise if the list of a local model's weights leads out of its folder.
+def validate_shard_names(name: str | Path) -> None:
+    """Raise an error if the index of a local checkpoint lists weight files outside its folder.
 
     Raises:
-        ValueError: naming the entry.
+        ValueError: the index lists such a file; the message names it.
     """
     index = Path(name, "model.safetensors.index.json")
     if not index.is_file():
         return
     with _translate_load_errors(name):
         shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        if wrong := sorted(shard for shard in shards if Path(shard).name != shard):
-            raise ValueError(f"{index} leads out of its folder: {wrong[:3]}; expected names of files beside it")
+        if outside := sorted(shard for shard in shards if Path(shard).name != shard):
+            raise ValueError(f"{index} lists files outside its folder: {outside[:3]}; expected plain file names")
 
 
-@contextmanager
-def _translate_load_errors(name: str | Path) -> Iterator[None]:
-    """Turn what the libraries raise on damaged files into an error that names the folder; ours pass."""
-    try:
-        yield
-    except (OSError, ValueError) as error:
-        if str(name) in str(error):
-            raise
-        raise (OSError if isinstance(error, OSError) else ValueError)(f"{name}: {error}") from error
-    except Exception as error:  # tokenizers raises bare Exception, others anything; the cause is kept
-        raise ValueError(
-            f"{name} holds a damaged model or processor ({type(error).__name__}: {str(error)[:200]}); copy it again"
-        ) from error
-
-
-@contextmanager
-def _report_unprinted() -> Iterator[None]:
-    """Keep the library from printing which heads are left out or begin anew; what matters of it is checked here."""
-    printing = logging.getLogger("transformers.modeling_utils")
-    printing.addFilter(_is_no_report)  # not its level: a higher one makes the library check its parallel plans
-    try:
-        yield
-    finally:
-        printing.removeFilter(_is_no_report)
-
-
-def _is_no_report(record: logging.LogRecord) -> bool:
-    return "LOAD REPORT" not in record.getMessage()
-
-
-def require_pair(model: PreTrainedModel, processor: ScGPTProcessor) -> None:
-    """Raise unless the model is one of ours and has as many genes and special tokens as the processor.
+def validate_pair(model: PreTrainedModel, processor: ScGPTProcessor) -> None:
+    """Raise an error unless the model is an scGPT model with as many genes and special tokens as the processor.
 
     Raises:
-        ValueError: it is another kind of model, or they come from different folders.
+        ValueError: it is another kind of model, or the two come from different folders.
     """
     if model.config.model_type != ScGPTConfig.model_type:
         raise ValueError(f"{model.name_or_path or 'this'} is a {model.config.model_type!r} model, not one of scgpt")
@@ -153,12 +173,12 @@ def require_pair(model: PreTrainedModel, processor: ScGPTProcessor) -> None:
 
 
 def domain_classes(config: ScGPTConfig) -> dict[str, tuple[str, dict[str, int]]]:
-    """Return the obs column and the ids of the domains that the encoder needs; empty where it needs none.
+    """Return the obs column and the class ids of the domains that the encoder needs, as `StreamConfig.categories`.
 
-    In the form of `StreamConfig.categories`.
+    The result is empty if the encoder needs no domains.
 
     Raises:
-        ValueError: the encoder needs domains, and the config does not name them.
+        ValueError: the encoder needs domains, and the config does not list them.
     """
     if config.input_norm != "domain":
         return {}
@@ -168,3 +188,58 @@ def domain_classes(config: ScGPTConfig) -> dict[str, tuple[str, dict[str, int]]]
             "set model.config.batch_key (an obs column) and model.config.domains (its values, by their ids)"
         )
     return {"domain_ids": (config.batch_key, {domain: index for index, domain in enumerate(config.domains)})}
+
+
+def _find_new_parts(name: str | Path, model: PreTrainedModel, report: dict[str, Any]) -> list[str]:
+    """Return the parts of a model that the checkpoint lacks, from the library's report of missing weights.
+
+    Raises:
+        ValueError: weights of the encoder are missing, or the checkpoint has more of them than the config.
+    """
+    missing = {*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])}
+    # A model with heads holds the encoder under a prefix; the encoder alone has none.
+    encoder = "" if model.base_model is model else f"{model.base_model_prefix}."
+    # The input norm may be new: integration adds a batch norm for each domain.
+    lost = [key for key in missing if key.startswith(encoder) and not key.startswith(f"{encoder}input_norm")]
+    if lost:
+        raise ValueError(
+            f"{name} lacks {len(lost)} weights of the encoder, e.g. {lost[:3]}; it is not a complete checkpoint"
+        )
+    parts = {f"{model.base_model_prefix}.{part}" for part, _ in model.base_model.named_children()}
+    if surplus := [key for key in report["unexpected_keys"] if ".".join(key.split(".")[:2]) in parts]:
+        raise ValueError(
+            f"{name} has {len(surplus)} weights for which the encoder of its config has no place, e.g. "
+            f"{sorted(surplus)[:3]}; copy config.json and weights again from one folder"
+        )
+    return sorted({key.removeprefix(encoder).split(".")[0] for key in missing})
+
+
+@contextmanager
+def _translate_load_errors(name: str | Path) -> Iterator[None]:
+    """Replace the errors that libraries raise on damaged files by one that names the folder; keep errors that do."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        if str(name) in str(error):
+            raise
+        raise (OSError if isinstance(error, OSError) else ValueError)(f"{name}: {error}") from error
+    except Exception as error:  # tokenizers raises bare Exception, others any type; the cause is kept
+        raise ValueError(
+            f"{name} holds a damaged model or processor ({type(error).__name__}: {str(error)[:200]}); copy it again"
+        ) from error
+
+
+@contextmanager
+def _without_load_report() -> Iterator[None]:
+    """Suppress the table in which the library lists heads that were left out or are new; we check these ourselves."""
+    library = logging.getLogger("transformers.modeling_utils")
+    # A filter and not a higher level, with which the library would validate its tensor-parallel plans.
+    library.addFilter(_is_no_load_report)
+    try:
+        yield
+    finally:
+        library.removeFilter(_is_no_load_report)
+
+
+def _is_no_load_report(record: logging.LogRecord) -> bool:
+    return "LOAD REPORT" not in record.getMessage()

@@ -1,1 +1,1 @@
-"""What weights are for: embedding, annotating, scoring and drawing cells."""
+"""Use trained models: embed and annotate cells, predict expression, analyse genes, evaluate embeddings."""

@@ -1,7 +1,7 @@
-"""Which type each cell is: from a fine-tuned classifier, or from the nearest cells of an annotated reference.
+"""Annotate cells with their types, by a fine-tuned classifier or by the nearest cells of an annotated reference.
 
 Both write a label, a confidence, and "unassigned" where the confidence is too low; neither can name a type that it was
-not taught. `annotate_file.py` serves files.
+not trained on or that the reference lacks. `annotate_file.py` serves files.
 """
 
 from collections.abc import Sequence
@@ -17,11 +17,11 @@ from sklearn.neighbors import KNeighborsClassifier
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from scgpt_hf.analysis.embed import KEY
-from scgpt_hf.analysis.inference import RunSettings, run_batches
+from scgpt_hf.analysis.inference import RunSettings, run_model
 from scgpt_hf.cells.source import open_source
 from scgpt_hf.pipeline.genes import match_columns
 from scgpt_hf.pipeline.stream import Batch
-from scgpt_hf.pretrained import load_pretrained
+from scgpt_hf.pretrained import load_model
 from scgpt_hf.tokens.processing_scgpt import ScGPTProcessor
 
 if TYPE_CHECKING:
@@ -29,27 +29,14 @@ if TYPE_CHECKING:
 
 UNASSIGNED = "unassigned"
 PREDICTED = "predicted_cell_type"
+# Arguments of `load_model` for a classifier.
+CLASSIFIER: dict[str, Any] = {"model_class": AutoModelForSequenceClassification, "heads": ("class_head",)}
 
 FloatArray = npt.NDArray[np.floating[Any]]
 
-# Cells of the reference whose distances to their neighbours say what is usual; more would only take longer.
-_MEASURED_CELLS = 5_000
-
-
-def load_classifier(name: str | Path, device: str | None = None) -> tuple[PreTrainedModel, ScGPTProcessor]:
-    """Return the fine-tuned classifier and the processor saved in a folder or a repository of the Hub.
-
-    Args:
-        name: the folder, or the repository's id.
-        device: where the model goes; by default a GPU if there is one.
-
-    Raises:
-        OSError, ValueError: see `load_pretrained`; or the model has no class head that was trained.
-    """
-    model, processor, new = load_pretrained(name, AutoModelForSequenceClassification)
-    if "class_head" in new:
-        raise ValueError(f"{name} has no trained class head; scripts/finetune.py trains one on labelled cells")
-    return model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")), processor  # type: ignore[arg-type]
+# Cells of the reference that are sampled to measure the usual distance between neighbours; its 99th percentile does not
+# change with more, only the time.
+_DISTANCE_CELLS = 5_000
 
 
 def predict_cell_types(
@@ -58,61 +45,77 @@ def predict_cell_types(
     processor: ScGPTProcessor | None = None,
     *,
     threshold: float = 0.5,
-    key: str = PREDICTED,
+    key_added: str = PREDICTED,
     layer: str | None = None,
     overwrite: bool = False,
     **settings: Unpack[RunSettings],
 ) -> dict[str, Any]:
-    """Write the type of each cell to `adata.obs[key]`, and how sure the model is to `adata.obs[key + "_confidence"]`.
+    """Predict the type of each cell with a fine-tuned classifier and write it to `adata.obs[key_added]`.
 
-    The confidence is the highest probability that a fine-tuned classifier gives any type; below the threshold the type
-    is "unassigned". With `empty="nan"`, cells that express no gene the model knows are "unassigned" with NaN.
+    The confidence, in `adata.obs[key_added + "_confidence"]`, is the highest probability of any type; below the
+    threshold the type is "unassigned". With `empty="nan"`, cells that express no gene the model knows are "unassigned",
+    with NaN.
 
     Args:
         adata: raw counts; genes by Ensembl id or symbol.
-        model: folder or repository of a classifier, or a classifier that is loaded.
-        processor: of a loaded model.
-        threshold: confidence from which a cell gets its type, in [0, 1].
-        key: name of the columns, and of the report in `adata.uns`.
-        layer: where the raw counts are, `X` by default.
+        model: folder or Hub repository of a classifier, or a loaded classifier.
+        processor: the processor of a loaded model.
+        threshold: lowest confidence with which a cell gets its type, in [0, 1].
+        key_added: name of the columns, and of the report in `adata.uns`.
+        layer: layer with the raw counts, `X` by default.
         overwrite: replace columns of that name.
         settings: see `RunSettings`.
 
     Returns:
-        The report: the model, the threshold, the cells of each type, the genes found.
+        The report that is also written to `adata.uns[key_added]`: the model, the threshold, the number of cells of each
+        type, the genes that were matched.
 
     Raises:
-        ValueError: a column is taken, the model has no trained classes, or as `embed_anndata`.
+        ValueError: a column exists, the model has no trained classes, or as `embed_anndata`.
+
+    Example:
+        >>> report = predict_cell_types(adata, "runs/types/best_model", threshold=0.7)
+        >>> adata.obs["predicted_cell_type"].value_counts().head(2)
+        predicted_cell_type
+        T cell        412
+        unassigned    139
+        Name: count, dtype: int64
     """
-    _require_share(threshold)
-    _require_free_columns(key, adata.obs, overwrite)
+    _validate_threshold(threshold)
+    _validate_free_columns(key_added, adata.obs, overwrite)
     source = open_source(adata, layer=layer, primary_only=False)
-    if isinstance(model, str | Path):
-        model, processor = load_classifier(model)
-    if processor is None or getattr(model, "class_head", None) is None:
-        missing = "its processor" if processor is None else "a class head"
-        raise ValueError(f"the model comes without {missing}; pass a classifier and its processor, or their folder")
+    model, processor = load_model(model, processor, **CLASSIFIER)
     classifier: Any = model
     names = [str(name) for _, name in sorted(classifier.config.id2label.items())]
 
-    def probabilities(batch: Batch) -> torch.Tensor:
+    def compute_probabilities(batch: Batch) -> torch.Tensor:
         return torch.softmax(classifier(**batch).logits.float(), dim=-1)
 
     cell_ids = source.obs().index.to_numpy(np.int64)
-    found = np.full((len(cell_ids), len(names)), np.nan, np.float32)
-    batches = run_batches(probabilities, source, cell_ids, model, processor, doing="annotating", **settings)
+    genes = match_columns(source.genes, processor)
+    probabilities = np.full((len(cell_ids), len(names)), np.nan, np.float32)
+    batches = run_model(
+        compute_probabilities,
+        source,
+        cell_ids,
+        model,
+        processor,
+        gene_ids=genes.gene_ids,
+        description="annotating",
+        **settings,
+    )
     for positions, rows in batches:
-        found[positions] = rows
-    report = {"model": model.name_or_path, "genes": match_columns(source.genes, processor)[1]}
-    return _write_types(adata, key, names, found, threshold, report)
+        probabilities[positions] = rows
+    report = {"model": model.name_or_path, "genes": genes.coverage}
+    return _write_types(adata, key_added, names, probabilities, threshold, report)
 
 
 def transfer_labels(
     query: "AnnData",
     reference: "AnnData",
     *,
-    key: str = "cell_type",
-    obsm: str = KEY,
+    labels_key: str = "cell_type",
+    use_rep: str = KEY,
     n_neighbors: int = 15,
     threshold: float = 0.5,
     max_distance: float | None = None,
@@ -120,74 +123,83 @@ def transfer_labels(
     key_added: str = PREDICTED,
     overwrite: bool = False,
 ) -> dict[str, Any]:
-    """Write the type of each cell of the query, voted by its nearest cells of the reference, as `predict_cell_types`.
+    """Transfer labels from an annotated reference to a query, by a vote of the nearest cells in an embedding.
 
     Each of the nearest labelled cells of the reference votes with the inverse of its distance; the confidence is the
-    winner's share of the votes. A type that the reference lacks gets the name of its nearest neighbours, often
-    unanimously. What tells such cells is `obs[key_added + "_distance"]`, the mean distance to the neighbours: cells
-    beyond `max_distance` are "unassigned". The report gives `usual_distance`, which 1 % of the reference's own cells
-    exceed, and how many cells of the query do.
+    winner's share of the votes. Columns are named as in `predict_cell_types`.
+
+    A cell of a type that the reference lacks gets the name of its nearest neighbours, often unanimously, so confidence
+    does not reveal it. Distance does: `obs[key_added + "_distance"]` is the mean distance to the neighbours, and cells
+    beyond `max_distance` are "unassigned". The report gives the `usual_distance`, which 1 % of the reference cells
+    exceed, and the number of query cells beyond it.
 
     Args:
-        query: cells with an embedding in `obsm`.
-        reference: other cells, embedded by the same model, with labels.
-        key: obs column of the reference with the labels.
-        obsm: name of the embedding in both.
-        n_neighbors: cells of the reference that vote.
-        threshold: share of the votes from which a cell gets its type, in [0, 1].
+        query: cells with an embedding.
+        reference: labelled cells, embedded by the same model.
+        labels_key: obs column of the reference with the labels.
+        use_rep: name of the embedding in `obsm` of both.
+        n_neighbors: number of reference cells that vote.
+        threshold: lowest share of the votes with which a cell gets its type, in [0, 1].
         max_distance: mean distance to the neighbours beyond which a cell is "unassigned".
-        ignore: values of `key` that are no label; missing values never are.
+        ignore: values of `labels_key` that are not labels; missing values are always ignored.
         key_added: name of the columns, and of the report in `query.uns`.
         overwrite: replace columns of that name.
 
     Returns:
-        The report: the cells of each type, the usual distance and how many cells are beyond it.
+        The report that is also written to `query.uns[key_added]`: the number of cells of each type, the usual distance,
+        and the number of cells beyond it.
 
     Raises:
-        ValueError: there is no such embedding, or not the same model's; the reference has a single label, or too few
-            cells that have any; or a column is taken.
+        ValueError: an embedding is missing, or the two were made by different models; the reference has a single label,
+            or too few labelled cells; a column exists.
 
     Source: distance-weighted nearest neighbours, Dudani 1976, IEEE Trans. Syst. Man Cybern. SMC-6:325.
+
+    Example:
+        >>> for adata in (reference, query):
+        ...     embed_anndata(adata, "runs/demo/best_model")
+        >>> report = transfer_labels(query, reference, labels_key="cell_type")
+        >>> query.obs[["predicted_cell_type", "predicted_cell_type_confidence", "predicted_cell_type_distance"]]
     """
-    _require_share(threshold)
-    _require_free_columns(key_added, query.obs, overwrite)
-    vectors, of_reference = _comparable(query, reference, obsm)
-    labelled, labels = _labels_of(reference, key, ignore, of_reference, n_neighbors)
-    of_reference = of_reference[labelled]
-    voters = KNeighborsClassifier(n_neighbors, weights="distance").fit(of_reference, labels)
-    told = np.isfinite(vectors).all(axis=1)
-    found = np.full((len(vectors), len(voters.classes_)), np.nan)
-    distance = np.full(len(vectors), np.nan)
-    found[told] = voters.predict_proba(vectors[told])
-    distance[told] = voters.kneighbors(vectors[told])[0].mean(axis=1)
-    usual = _usual_distance(voters, of_reference, n_neighbors)
+    _validate_threshold(threshold)
+    _validate_free_columns(key_added, query.obs, overwrite)
+    query_vectors, reference_vectors = _comparable_vectors(query, reference, use_rep)
+    labelled, labels = _reference_labels(reference, labels_key, ignore, reference_vectors, n_neighbors)
+    reference_vectors = reference_vectors[labelled]
+    classifier = KNeighborsClassifier(n_neighbors, weights="distance").fit(reference_vectors, labels)
+    embedded = np.isfinite(query_vectors).all(axis=1)
+    votes = np.full((len(query_vectors), len(classifier.classes_)), np.nan)
+    distance = np.full(len(query_vectors), np.nan)
+    votes[embedded] = classifier.predict_proba(query_vectors[embedded])
+    distance[embedded] = classifier.kneighbors(query_vectors[embedded])[0].mean(axis=1)
+    usual = _usual_distance(classifier, reference_vectors, n_neighbors)
     report = {
-        "reference_cells": len(of_reference),
+        "reference_cells": len(reference_vectors),
         "usual_distance": usual,
         "cells_beyond": int((distance > usual).sum()),
     }
     if max_distance is not None:
         report["max_distance"] = max_distance
-        found[distance > max_distance] = np.nan
+        votes[distance > max_distance] = np.nan
     query.obs[f"{key_added}_distance"] = distance.astype(np.float32)
-    return _write_types(query, key_added, [str(name) for name in voters.classes_], found, threshold, report)
+    return _write_types(query, key_added, [str(name) for name in classifier.classes_], votes, threshold, report)
 
 
 def _write_types(
-    adata: "AnnData", key: str, names: list[str], found: FloatArray, threshold: float, report: dict[str, Any]
+    adata: "AnnData", key: str, names: list[str], probabilities: FloatArray, threshold: float, report: dict[str, Any]
 ) -> dict[str, Any]:
-    """Write types, confidences and the report, which is returned; rows of NaN are "unassigned".
+    """Write types, confidences and the report to an AnnData, and return the report; rows of NaN are "unassigned".
 
     Args:
-        adata: gets them.
-        key: their name.
-        names: of the types. Shape (types,).
-        found: how likely each type is. Shape (cells, types).
+        adata: the AnnData to write to.
+        key: name of the columns and of the report.
+        names: names of the types. Shape (types,).
+        probabilities: probability or share of the votes of each type. Shape (cells, types).
         threshold: see `predict_cell_types`.
-        report: what else to tell.
+        report: what else to report.
     """
-    confidence = found.max(axis=1).astype(np.float32)
-    best = np.where(confidence >= threshold, np.nan_to_num(found).argmax(axis=1), len(names))
+    confidence = probabilities.max(axis=1).astype(np.float32)
+    best = np.where(confidence >= threshold, np.nan_to_num(probabilities).argmax(axis=1), len(names))
     types = pd.Categorical(np.array([*names, UNASSIGNED], dtype=object)[best])
     adata.obs[key] = types
     adata.obs[f"{key}_confidence"] = confidence
@@ -196,7 +208,7 @@ def _write_types(
         "threshold": threshold,
         "cells": len(types),
         "unassigned": int(n_cells.get(UNASSIGNED, 0)),
-        # Lists, since names such as "CD4+/CD45RO+" cannot be keys in a file.
+        # Two lists and not a dictionary, because names such as "CD4+/CD45RO+" cannot be keys in an .h5ad file.
         "types": {"name": [str(name) for name in n_cells.index], "cells": [int(n) for n in n_cells]},
         "scgpt_hf": version("scgpt_hf"),
     }
@@ -204,59 +216,71 @@ def _write_types(
     return report
 
 
-def _comparable(query: "AnnData", reference: "AnnData", obsm: str) -> tuple[FloatArray, FloatArray]:
-    """Return both embeddings, or raise unless they can be compared."""
+def _comparable_vectors(query: "AnnData", reference: "AnnData", use_rep: str) -> tuple[FloatArray, FloatArray]:
+    """Return the embeddings of query and reference, each (cells, hidden).
+
+    Raises:
+        ValueError: one is missing or empty, or they were made by different models.
+    """
     for name, adata in (("query", query), ("reference", reference)):
-        if obsm not in adata.obsm:
-            raise ValueError(f"the {name} has no obsm[{obsm!r}], only {sorted(adata.obsm)}; embed_anndata writes it")
+        if use_rep not in adata.obsm:
+            raise ValueError(f"the {name} has no obsm[{use_rep!r}], only {sorted(adata.obsm)}; embed_anndata writes it")
         if not adata.n_obs:
             raise ValueError(f"the {name} has no cells")
-    models = [str(adata.uns.get(obsm, {}).get("model", "")) for adata in (query, reference)]
+    models = [str(adata.uns.get(use_rep, {}).get("model", "")) for adata in (query, reference)]
     if all(models) and models[0] != models[1]:
         raise ValueError(
             f"the query was embedded by {models[0]}, the reference by {models[1]}; embed both by one model"
         )
-    one, other = np.asarray(query.obsm[obsm]), np.asarray(reference.obsm[obsm])
-    if one.shape[1] != other.shape[1]:
-        raise ValueError(f"the query has vectors of {one.shape[1]}, the reference of {other.shape[1]} numbers")
-    return one, other
+    query_vectors, reference_vectors = np.asarray(query.obsm[use_rep]), np.asarray(reference.obsm[use_rep])
+    if query_vectors.shape[1] != reference_vectors.shape[1]:
+        raise ValueError(
+            f"the vectors of the query have {query_vectors.shape[1]} numbers, those of the reference "
+            f"{reference_vectors.shape[1]}; embed both by one model"
+        )
+    return query_vectors, reference_vectors
 
 
-def _labels_of(
-    reference: "AnnData", key: str, ignore: Sequence[str], vectors: FloatArray, n_neighbors: int
+def _reference_labels(
+    reference: "AnnData", labels_key: str, ignore: Sequence[str], vectors: FloatArray, n_neighbors: int
 ) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.str_]]:
-    """Return which cells of the reference have a label and an embedding, (cells,), and their labels, (such cells,)."""
-    if key not in reference.obs:
-        raise ValueError(f"the reference has no obs[{key!r}]; its columns are {list(reference.obs)}")
-    text = reference.obs[key].astype(object)
+    """Return which cells of the reference have a label and an embedding, (cells,), and the labels of these cells.
+
+    Raises:
+        ValueError: there is no such column, too few cells are labelled, or all have the same label.
+    """
+    if labels_key not in reference.obs:
+        raise ValueError(f"the reference has no obs[{labels_key!r}]; its columns are {list(reference.obs)}")
+    text = reference.obs[labels_key].astype(object)
     labelled = (text.notna() & ~text.astype(str).isin(["", *ignore])).to_numpy(bool) & np.isfinite(vectors).all(axis=1)
     if labelled.sum() <= n_neighbors:
         raise ValueError(
-            f"{labelled.sum():,} of {len(text):,} cells of the reference have a label in obs[{key!r}], expected more "
-            f"than the {n_neighbors} neighbours that vote; choose another column, or fewer neighbours"
+            f"{labelled.sum():,} of {len(text):,} cells of the reference have a label in obs[{labels_key!r}], expected "
+            f"more than the {n_neighbors} neighbours that vote; choose another column, or fewer neighbours"
         )
     labels = text[labelled].astype(str).to_numpy(str)
     if (labels == labels[0]).all():
         raise ValueError(
-            f"all {len(labels):,} labelled cells of the reference have {str(labels[0])!r} in obs[{key!r}], which "
-            "every cell would be called; give a reference with two labels or more"
+            f"all {len(labels):,} labelled cells of the reference have {str(labels[0])!r} in obs[{labels_key!r}], so "
+            "every cell would get that label; use a reference with two labels or more"
         )
     return labelled, labels
 
 
-def _usual_distance(voters: KNeighborsClassifier, vectors: FloatArray, n_neighbors: int) -> float:
-    """Return the mean distance to their neighbours that 1 % of the reference's cells exceed, themselves left out."""
-    drawn = np.random.default_rng(0).permutation(len(vectors))[:_MEASURED_CELLS]
-    distance = voters.kneighbors(vectors[drawn], n_neighbors + 1)[0][:, 1:]
+def _usual_distance(classifier: KNeighborsClassifier, vectors: FloatArray, n_neighbors: int) -> float:
+    """Return the mean distance to their neighbours that 1 % of the reference cells exceed."""
+    sampled = np.random.default_rng(0).permutation(len(vectors))[:_DISTANCE_CELLS]
+    # One neighbour more, because each of these cells is its own nearest neighbour.
+    distance = classifier.kneighbors(vectors[sampled], n_neighbors + 1)[0][:, 1:]
     return float(np.quantile(distance.mean(axis=1), 0.99))
 
 
-def _require_share(threshold: float) -> None:
+def _validate_threshold(threshold: float) -> None:
     if not 0 <= threshold <= 1:
         raise ValueError(f"expected a threshold in [0, 1], found {threshold}")
 
 
-def _require_free_columns(key: str, obs: pd.DataFrame, overwrite: bool) -> None:
-    taken = [name for name in (key, f"{key}_confidence", f"{key}_distance") if name in obs]
-    if taken and not overwrite:
-        raise ValueError(f"obs has {taken} already; choose another name, or overwrite them")
+def _validate_free_columns(key: str, obs: pd.DataFrame, overwrite: bool) -> None:
+    existing = [name for name in (key, f"{key}_confidence", f"{key}_distance") if name in obs]
+    if existing and not overwrite:
+        raise ValueError(f"obs has {existing} already; choose another name, or overwrite them")

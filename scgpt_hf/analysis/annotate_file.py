@@ -1,6 +1,6 @@
-"""The cells of an .h5ad file annotated without reading its counts into memory: a copy of it, with new columns in obs.
+"""Annotate the cells of an .h5ad file without reading its counts into memory: write a copy with new columns in obs.
 
-Which type a cell is, is decided in `annotate.py`.
+`annotate.py` decides which type a cell has.
 """
 
 import shutil
@@ -24,19 +24,27 @@ from scgpt_hf.tokens.processing_scgpt import ScGPTProcessor
 def annotate_file(
     path: str | Path, out: str | Path, annotate: Callable[[AnnData], dict[str, Any]], *, overwrite: bool = False
 ) -> dict[str, Any]:
-    """Write a copy of an .h5ad file with what `annotate` adds to obs, obsm and uns; return what it returns.
+    """Write a copy of an .h5ad file with everything that a function adds to obs, obsm and uns.
 
-    The copy appears whole or not at all; `out` may be `path` itself.
+    The copy is renamed to `out` once it is complete, so a failure leaves nothing behind.
 
     Args:
         path: the file.
-        out: the copy.
-        annotate: is given the cells, their counts still on disk.
+        out: the copy; may be `path` itself.
+        annotate: is called with the cells, whose counts stay on disk, e.g. `predict_cell_types` with its arguments.
         overwrite: replace `out`.
+
+    Returns:
+        What `annotate` returns.
 
     Raises:
         FileExistsError: `out` exists and `overwrite` is false.
         ValueError: the file cannot be read as h5ad; or what `annotate` raises.
+
+    Example:
+        >>> annotate = functools.partial(predict_cell_types, model="runs/types/best_model")
+        >>> annotate_file("query.h5ad", "annotated.h5ad", annotate)["unassigned"]
+        12
     """
     out = Path(out)
     if out.exists() and not overwrite:
@@ -53,15 +61,16 @@ def annotate_file(
         }
     finally:
         adata.file.close()
-    beside = out.with_name(f".{out.name}.part")
+    # In the same folder, because a file can be renamed in one step only within a file system.
+    temporary = out.with_name(f".{out.name}.part")
     try:
-        shutil.copyfile(path, beside)
-        with h5py.File(beside, "r+") as file:
+        shutil.copyfile(path, temporary)
+        with h5py.File(temporary, "r+") as file:
             for name, value in {"obs": adata.obs, **changed}.items():
                 write_elem(file, name, value)
-        beside.replace(out)
+        temporary.replace(out)
     finally:
-        beside.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
     return report
 
 
@@ -69,26 +78,26 @@ def embed_and_transfer(
     query: AnnData,
     reference: AnnData,
     encoder: tuple[PreTrainedModel, ScGPTProcessor] | None,
-    embedding: dict[str, Any],
+    embed_settings: dict[str, Any],
     **settings: Any,
 ) -> dict[str, Any]:
-    """Embed both by the encoder, or not if there is none, and transfer labels.
+    """Embed query and reference, if an encoder is given, and transfer labels.
 
     Args:
         query: see `transfer_labels`.
         reference: see `transfer_labels`.
-        encoder: model and processor.
-        embedding: further arguments of `embed_anndata`.
+        encoder: model and processor; None uses the embeddings that the data have.
+        embed_settings: further arguments of `embed_anndata`.
         settings: further arguments of `transfer_labels`.
     """
     if encoder is not None:
         for adata in (reference, query):
-            embed_anndata(adata, *encoder, **embedding)
+            embed_anndata(adata, *encoder, **embed_settings)
     return transfer_labels(query, reference, **settings)
 
 
 def open_backed(path: str | Path) -> AnnData:
-    """Return the cells of an .h5ad file, the counts left on disk.
+    """Open an .h5ad file with its counts left on disk.
 
     Raises:
         FileNotFoundError: there is no such file.

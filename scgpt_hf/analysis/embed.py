@@ -1,6 +1,6 @@
-"""One vector per cell from a pretrained model, for any source of cells or an AnnData; `embed_file.py` serves files.
+"""Embed cells: one vector per cell from a pretrained model, for any source of cells or an AnnData.
 
-How cells reach the model is decided in `inference.py`: without masks and without chance.
+`inference.py` decides how cells reach the model; `embed_file.py` embeds files without reading them into memory.
 """
 
 from collections.abc import Iterator
@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING, Any, Unpack
 import numpy as np
 import numpy.typing as npt
 import torch
-from transformers import AutoModel, PreTrainedModel
+from transformers import PreTrainedModel
 
-from scgpt_hf.analysis.inference import Float32Array, RunSettings, run_batches
+from scgpt_hf.analysis.inference import Float32Array, RunSettings, run_model
 from scgpt_hf.cells.block import Int64Array
 from scgpt_hf.cells.source import CellSource, open_source
-from scgpt_hf.pipeline.genes import match_columns
+from scgpt_hf.pipeline.genes import GeneMatch, match_columns
 from scgpt_hf.pipeline.stream import Batch
-from scgpt_hf.pretrained import load_pretrained
+from scgpt_hf.pretrained import load_model
 from scgpt_hf.tokens.processing_scgpt import ScGPTProcessor
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ KEY = "X_scgpt"
 
 
 class EmbedSettings(RunSettings, total=False):
-    """How cells are embedded; what is left out takes the default.
+    """How cells are embedded.
 
     Attributes:
         normalize: scale each vector to length 1, true by default. Source: bowang-lab/scGPT:scgpt/tasks/cell_emb.py.
@@ -37,56 +37,49 @@ class EmbedSettings(RunSettings, total=False):
     normalize: bool
 
 
-def load_encoder(
-    name: str | Path, device: str | None = None, model_class: Any = AutoModel
-) -> tuple[PreTrainedModel, ScGPTProcessor]:
-    """Return the model and the processor saved in a folder or a repository of the Hub.
-
-    Args:
-        name: the folder, or the repository's id.
-        device: where the model goes; by default a GPU if there is one.
-        model_class: an Auto class: the encoder alone, or with a head.
-
-    Raises:
-        OSError, ValueError: see `load_pretrained`.
-    """
-    model, processor, _ = load_pretrained(name, model_class)
-    return model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")), processor  # type: ignore[arg-type]
-
-
 def embed_anndata(
     adata: "AnnData",
     model: PreTrainedModel | str | Path,
     processor: ScGPTProcessor | None = None,
     *,
-    key: str = KEY,
+    key_added: str = KEY,
     layer: str | None = None,
     overwrite: bool = False,
     **settings: Unpack[EmbedSettings],
 ) -> dict[str, Any]:
-    """Write one vector per cell to `adata.obsm[key]`, and how it was made to `adata.uns[key]`; return the latter.
+    """Embed the cells of an AnnData and write the vectors to `adata.obsm[key_added]`.
 
     Args:
         adata: raw counts; genes by Ensembl id or symbol.
-        model: folder or Hub repository, or a model that is loaded, on the device where it shall run.
-        processor: of a loaded model.
-        key: name of the embedding.
-        layer: where the raw counts are, `X` by default.
+        model: folder or Hub repository, or a loaded model, which runs on the device where it is.
+        processor: the processor of a loaded model.
+        key_added: name of the embedding in `obsm`, and of the report in `uns`.
+        layer: layer with the raw counts, `X` by default.
         overwrite: replace an embedding of that name.
         settings: see `EmbedSettings`.
 
+    Returns:
+        The report that is also written to `adata.uns[key_added]`: the model, the number of cells and of empty cells,
+        the genes that were matched, and the settings of the tokens.
+
     Raises:
-        ValueError: the key is taken, the counts are not raw, there is no cell, too few genes are known to the model, a
-            cell expresses none of them, or model and processor do not belong together.
+        ValueError: the key exists, the counts are not raw, there is no cell, too few genes are known to the model, a
+            cell expresses none of them, or model and processor do not fit together.
+
+    Example:
+        >>> report = embed_anndata(adata, "runs/demo/best_model")
+        >>> adata.obsm["X_scgpt"].shape
+        (700, 512)
     """
-    require_free_key(key, adata.obsm, overwrite)
+    validate_free_key(key_added, adata.obsm, overwrite)
     source = open_source(adata, layer=layer, primary_only=False)
-    model, processor = load_pair(model, processor)
+    model, processor = load_model(model, processor)
+    genes = match_columns(source.genes, processor)
     cell_ids = source.obs().index.to_numpy(np.int64)
-    embedding = embed_cells(source, cell_ids, model, processor, **settings)
+    embedding = _embed(source, cell_ids, model, processor, gene_ids=genes.gene_ids, **settings)
     n_empty = int(np.isnan(embedding[:, 0]).sum())
-    report = describe_embedding(source, model, processor, settings) | {"empty_cells": n_empty}
-    adata.obsm[key], adata.uns[key] = embedding, report
+    report = describe_embedding(source, genes, model, processor, settings) | {"empty_cells": n_empty}
+    adata.obsm[key_added], adata.uns[key_added] = embedding, report
     return report
 
 
@@ -97,23 +90,28 @@ def embed_cells(
     processor: ScGPTProcessor,
     **settings: Unpack[EmbedSettings],
 ) -> Float32Array:
-    """Return one vector per cell in the order of the ids, float32 (cells, hidden).
+    """Embed some cells of a source and return their vectors in the order of the ids.
 
     Args:
-        source: where the cells are read.
+        source: source of the cells, as `open_source` returns it.
         cell_ids: which cells, in any order, no repeats. Shape (cells,).
-        model: any scGPT model; only its encoder runs, in inference mode, on the device where it is.
-        processor: the model's.
+        model: any scGPT model; only its encoder runs, in evaluation mode, on the device where it is.
+        processor: the processor of the model.
         settings: see `EmbedSettings`.
+
+    Returns:
+        Vectors, float32 (cells, hidden); NaN for empty cells with `empty="nan"`.
 
     Raises:
         ValueError: as `embed_anndata`.
+
+    Example:
+        >>> source = open_source("census://2025-11-08/homo_sapiens", obs_filter="tissue_general == 'blood'")
+        >>> cell_ids = source.obs().index.to_numpy()[:1000]
+        >>> embed_cells(source, cell_ids, model, processor).shape
+        (1000, 512)
     """
-    order = np.argsort(cell_ids)
-    embedding = np.full((len(cell_ids), model.config.hidden_size), np.nan, np.float32)
-    for positions, vectors in embed_batches(source, cell_ids[order], model, processor, **settings):
-        embedding[order[positions]] = vectors
-    return embedding
+    return _embed(source, cell_ids, model, processor, **settings)
 
 
 def embed_batches(
@@ -125,9 +123,15 @@ def embed_batches(
     normalize: bool = True,
     **settings: Any,
 ) -> Iterator[tuple[Int64Array, Float32Array]]:
-    """Yield positions in `cell_ids`, which ascend, and the vectors of these cells; empty cells are passed over.
+    """Yield the vectors of cells, batch by batch, with the positions of these cells in `cell_ids`.
 
-    See `embed_cells` and `EmbedSettings` for the arguments and what raises.
+    Args:
+        source: see `embed_cells`.
+        cell_ids: ascending ids. Shape (cells,).
+        model: see `embed_cells`.
+        processor: see `embed_cells`.
+        normalize: see `EmbedSettings`.
+        settings: further arguments of `run_model`.
     """
     encoder = model.base_model
 
@@ -135,23 +139,26 @@ def embed_batches(
         vectors = encoder(**batch).cell_embedding.float()
         return torch.nn.functional.normalize(vectors, dim=-1) if normalize else vectors
 
-    return run_batches(embed, source, cell_ids, model, processor, **settings)
+    return run_model(embed, source, cell_ids, model, processor, **settings)
 
 
 def umap_of(embedding: npt.NDArray[np.floating[Any]], seed: int) -> Float32Array:
-    """Return a map of the cells, float32 (cells, 2): scanpy's neighbours and UMAP with their defaults.
+    """Compute a UMAP of an embedding with scanpy's default neighbours and UMAP.
 
     Args:
         embedding: shape (cells, hidden).
         seed: the same seed gives the same map on the same machine.
 
+    Returns:
+        Coordinates, float32 (cells, 2).
+
     Raises:
         ValueError: fewer than 4 cells, or values that are not finite.
     """
     if len(embedding) < 4:
-        raise ValueError(f"a map needs at least 4 cells, found {len(embedding)}")
+        raise ValueError(f"a UMAP needs at least 4 cells, found {len(embedding)}")
     if n_wrong := int((~np.isfinite(embedding)).any(axis=1).sum()):
-        raise ValueError(f"{n_wrong:,} of {len(embedding):,} cells have no finite embedding; leave them out of the map")
+        raise ValueError(f"{n_wrong:,} of {len(embedding):,} cells have no finite embedding; leave these cells out")
     import scanpy
     from anndata import AnnData
 
@@ -161,34 +168,45 @@ def umap_of(embedding: npt.NDArray[np.floating[Any]], seed: int) -> Float32Array
     return np.asarray(adata.obsm["X_umap"], dtype=np.float32)
 
 
-def load_pair(
-    model: PreTrainedModel | str | Path, processor: ScGPTProcessor | None
-) -> tuple[PreTrainedModel, ScGPTProcessor]:
-    """Return a model and its processor, loaded where they are not yet."""
-    if isinstance(model, str | Path):
-        model, saved = load_encoder(model)
-        return model, processor or saved
-    if processor is None:
-        raise ValueError("a loaded model needs its processor; pass both, or the folder or repository they come from")
-    return model, processor
+def validate_free_key(key: str, obsm: Any, overwrite: bool) -> None:
+    """Raise an error if an embedding of that name exists and must not be replaced.
 
-
-def require_free_key(key: str, obsm: Any, overwrite: bool) -> None:
-    """Raise if there is an embedding of that name that shall stay."""
+    Raises:
+        ValueError: it exists.
+    """
     if key in obsm and not overwrite:
         raise ValueError(f"obsm has a {key!r} already, of {sorted(obsm)}; choose another key, or overwrite it")
 
 
 def describe_embedding(
-    source: CellSource, model: PreTrainedModel, processor: ScGPTProcessor, settings: EmbedSettings
+    source: CellSource,
+    genes: GeneMatch,
+    model: PreTrainedModel,
+    processor: ScGPTProcessor,
+    settings: EmbedSettings,
 ) -> dict[str, Any]:
-    """Return what a reader of the embedding must know to make it again."""
+    """Return what is needed to reproduce an embedding, as `embed_anndata` writes it to `uns`."""
     return {
         "model": model.name_or_path,
         "scgpt_hf": version("scgpt_hf"),
         "cells": len(source.obs()),
         "normalized": settings.get("normalize", True),
         "layer": source.describe()["layer"],
-        "genes": match_columns(source.genes, processor)[1],
+        "genes": genes.coverage,
         **{name: getattr(processor, name) for name in ("cls_value", "n_bins", "max_tokens", "input_style")},
     }
+
+
+def _embed(
+    source: CellSource,
+    cell_ids: Int64Array,
+    model: PreTrainedModel,
+    processor: ScGPTProcessor,
+    **settings: Any,
+) -> Float32Array:
+    """Do what `embed_cells` does, with genes that were matched before if `gene_ids` is given."""
+    order = np.argsort(cell_ids)
+    embedding = np.full((len(cell_ids), model.config.hidden_size), np.nan, np.float32)
+    for positions, vectors in embed_batches(source, cell_ids[order], model, processor, **settings):
+        embedding[order[positions]] = vectors
+    return embedding

@@ -1,11 +1,12 @@
-"""Genes filled in: what the model expects of a gene that it is not shown, from the other genes of the cell.
+"""Predict the expression of genes that are masked, from the other genes of the cell.
 
-Each gene is hidden once, in groups as in pretraining, and predicted from its own state (GEP) and from `<cls>` (GEPC).
-`masked_views.py` decides what is hidden and what is seen; `inverse_binning.py` turns predicted bins into counts.
+Each gene is masked once, in groups as in pretraining, and predicted from its own hidden state (GEP) and from `<cls>`
+(GEPC). `masked_views.py` decides which genes are masked and visible; `inverse_binning.py` turns predicted bins into
+counts.
 """
 
 from collections.abc import Iterator, Sequence
-from copy import copy
+from contextlib import closing
 from importlib.metadata import version
 from itertools import islice, pairwise
 from pathlib import Path
@@ -19,13 +20,16 @@ from scipy.sparse import csr_matrix, vstack
 from tqdm import tqdm
 from transformers import AutoModelForPreTraining, PreTrainedModel
 
-from scgpt_hf.analysis.inverse_binning import counts_of_bins, counts_of_log1p
-from scgpt_hf.analysis.masked_views import hide_in_turn, join_tokens
+from scgpt_hf.analysis.inference import evaluation_mode, move_batch
+from scgpt_hf.analysis.inverse_binning import bins_to_counts, log1p_to_counts
+from scgpt_hf.analysis.masked_views import join_tokens, make_masked_views
 from scgpt_hf.cells.block import Int64Array
-from scgpt_hf.cells.schedule.epoch import CHUNK_SIZE
-from scgpt_hf.cells.source import open_source
+from scgpt_hf.cells.schedule.epoch import CHUNK_SIZE, plan_validation
+from scgpt_hf.cells.source import CellSource, open_source
+from scgpt_hf.cells.threads import prefetch
 from scgpt_hf.pipeline.genes import match_columns
-from scgpt_hf.pretrained import load_pretrained, require_pair
+from scgpt_hf.pipeline.stream import CellStream, StreamConfig, TokenizedCells
+from scgpt_hf.pretrained import load_model
 from scgpt_hf.tokens.packing_scgpt import Tokens, pack
 from scgpt_hf.tokens.processing_scgpt import ScGPTProcessor
 
@@ -33,9 +37,10 @@ if TYPE_CHECKING:
     from anndata import AnnData
 
 KEY = "scgpt_expression"
-HEADS = {"gep": "expression_head", "gepc": "cell_to_gene_head"}  # output of the model: the module that makes it
+HEADS = {"gep": "expression_head", "gepc": "cell_to_gene_head"}  # output of the model → module that computes it
 
 Layers = dict[str, csr_matrix]  # by name, each (cells, genes)
+Outputs = dict[str, npt.NDArray[Any]]  # by name, each (predictions,)
 
 
 def predict_expression(
@@ -45,97 +50,99 @@ def predict_expression(
     *,
     genes: Sequence[str] | None = None,
     layer: str | None = None,
-    hidden_share: float = 0.25,
+    masked_share: float = 0.25,
     batch_size: int = 64,
     progress: bool = True,
 ) -> "AnnData":
-    """Return what the model expects of genes that it is not shown, cells as in `adata`, in bins and in counts.
+    """Predict genes that are masked from the other genes of the same cell, in bins and in counts.
 
-    A model trained on expressed genes only, as scGPT's are, says how high a gene ranks among a cell's expressed genes
-    *if it is expressed*; it does not say whether it is. Bins are those of all expressed genes of a cell, the hidden
-    ones among them, as in pretraining.
+    A model trained on expressed genes only, as scGPT's models are, predicts how high a gene ranks among the expressed
+    genes of a cell *if it is expressed*; it does not predict whether it is. Bins are computed over all expressed genes
+    of a cell, the masked ones included, as in pretraining.
 
     Args:
         adata: raw counts; genes by Ensembl id or symbol.
-        model: folder or Hub repository, or a loaded model for pretraining, on the device where it shall run.
-        processor: of a loaded model.
-        genes: which genes to predict in every cell, by the model's name for them or by the data's symbol; the data need
-            not have them. By default each cell's own expressed genes, to compare with what was measured.
-        layer: where the raw counts are, `X` by default.
-        hidden_share: how many genes are hidden at once, as a share of those that the model can see of the cell. 0.25 is
-            the smallest share in pretraining.
-        batch_size: how many looks at cells the model takes at once; changes speed and memory, not the result.
-        progress: show a bar.
+        model: folder or Hub repository, or a loaded model for pretraining, which runs on the device where it is.
+        processor: the processor of a loaded model.
+        genes: genes to predict in every cell, by the model's name or by the symbol in the data; the data need not have
+            them. By default the genes that each cell expresses, to compare with the measurement.
+        layer: layer with the raw counts, `X` by default.
+        masked_share: number of genes masked together, as a share of the genes that the model can see of the cell. 0.25
+            is the smallest share in pretraining.
+        batch_size: masked views of cells per batch; changes speed and memory, not the result.
+        progress: show a progress bar.
 
     Returns:
-        An AnnData of cells × genes; sparse, with entries where a cell expresses a gene, unless `genes` are given. For
-        each of the heads `gep` and `gepc` that the model has, the layer of that name holds predicted bins, `…_counts`
-        the counts that these stand for in the cell, and with explicit zeros `…_expressed` the probability that the gene
-        is expressed. `bins` holds what was measured, NaN where the data lack the gene; `X` the counts of the first
-        head; `uns["scgpt_expression"]` how it was made.
+        An AnnData of cells × genes, cells as in `adata`. It is sparse, with entries where a cell expresses a gene,
+        unless `genes` are given. For each of the heads `gep` and `gepc` that the model has, the layer of that name
+        holds predicted bins, `…_counts` the corresponding counts in the cell and, for models that predict zeros
+        explicitly, `…_expressed` the probability that the gene is expressed. `bins` holds the measured bins, NaN where
+        the data lack the gene. `X` holds the counts of the first head, and `uns["scgpt_expression"]` the model and the
+        settings.
 
     Raises:
         ValueError: there is no cell, the counts are not raw, too few genes are known to the model, a cell expresses
-            none of them, a gene asked for is unknown or repeated, the model predicts no expression, or the share is not
-            in (0, 1].
+            none of them, a requested gene is unknown or repeated, the model has no trained expression head, or the
+            share is not in (0, 1].
+
+    Example:
+        >>> predicted = predict_expression(adata, "runs/demo/best_model", genes=["CD3D", "LYZ"])
+        >>> predicted.layers["gep_counts"].shape
+        (700, 2)
     """
-    if not 0 < hidden_share <= 1:
-        raise ValueError(f"expected hidden_share in (0, 1], found {hidden_share}; pretraining hides 0.25, 0.5 or 0.75")
+    if not 0 < masked_share <= 1:
+        raise ValueError(f"expected masked_share in (0, 1], found {masked_share}; pretraining masks 0.25, 0.5 or 0.75")
     source = open_source(adata, layer=layer, primary_only=False)
-    model, processor = _load_predictor(model, processor)
+    heads = tuple(HEADS.values())
+    model, processor = load_model(model, processor, AutoModelForPreTraining, heads=heads)
     gene_ids, coverage = match_columns(source.genes, processor)
-    var = _genes_asked(genes, source.genes, gene_ids, processor)
+    var = _requested_genes(genes, source.genes, gene_ids, processor)
     columns = var.pop("input_id").to_numpy(np.int64)
-    asked = None if genes is None else columns
-    cell_ids, blocks = source.obs().index.to_numpy(np.int64), []
+    cell_ids = source.obs().index.to_numpy(np.int64)
+    blocks = []
     with tqdm(total=len(cell_ids), unit="cell", desc="predicting", disable=not progress) as bar:
-        for ids in np.split(cell_ids, range(CHUNK_SIZE, len(cell_ids), CHUNK_SIZE)):
-            counts = source.read(ids).counts
-            tokens = _all_tokens(counts, gene_ids, processor)
-            looks = hide_in_turn(tokens, asked, processor, share=hidden_share)
-            layers = _spread(_ask(model, looks, batch_size), tokens, columns)
+        for cells in _read_tokens(source, cell_ids, gene_ids, processor):
+            requested = None if genes is None else columns
+            views = make_masked_views(cells.tokens, requested, processor, masked_share=masked_share)
+            layers = _to_layers(_run_views(model, views, batch_size), cells.tokens, columns)
+            counts = cells.block.take(cells.rows).counts
             for head in [name for name in HEADS if name in layers]:
                 layers[f"{head}_counts"] = _to_counts(layers[head], counts, gene_ids, processor)
             blocks.append(layers)
-            bar.update(len(ids))
-    whole = {name: vstack([layers[name] for layers in blocks], format="csr") for name in blocks[0]}
+            bar.update(len(cells.rows))
+    joined = {name: vstack([layers[name] for layers in blocks], format="csr") for name in blocks[0]}
     provenance = {
         "model": model.name_or_path,
         "scgpt_hf": version("scgpt_hf"),
         "layer": source.describe()["layer"],
         "genes": coverage,
-        "hidden_share": hidden_share,
+        "masked_share": masked_share,
         "max_tokens": processor.max_tokens,
     }
-    return _as_anndata(whole, adata.obs, var, provenance, dense=genes is not None)
+    return _to_anndata(joined, adata.obs, var, provenance, dense=genes is not None)
 
 
-def _load_predictor(
-    model: PreTrainedModel | str | Path, processor: ScGPTProcessor | None
-) -> tuple[PreTrainedModel, ScGPTProcessor]:
-    """Return a model with trained heads that predict expression, and its processor."""
-    if isinstance(model, str | Path):
-        name = model
-        model, saved, new = load_pretrained(name, AutoModelForPreTraining)
-        if lost := sorted(set(HEADS.values()) & set(new)):
-            raise ValueError(f"{name} has no trained {' and no '.join(lost)}; predict with a pretrained model")
-        model.to("cuda" if torch.cuda.is_available() else "cpu")  # type: ignore[arg-type]
-        processor = processor or saved
-    if processor is None:
-        raise ValueError("a loaded model needs its processor; pass both, or the folder or repository they come from")
-    require_pair(model, processor)
-    if all(getattr(model, head, None) is None for head in HEADS.values()):
-        raise ValueError(
-            f"{type(model).__name__} has no head that predicts expression; load the pretrained checkpoint with "
-            "AutoModelForPreTraining"
-        )
-    return model, processor
+def _read_tokens(
+    source: CellSource, cell_ids: Int64Array, gene_ids: Int64Array, processor: ScGPTProcessor
+) -> Iterator[TokenizedCells]:
+    """Yield cells with every known gene that they express, ties in the middle of their bins, a chunk at a time."""
+    config = StreamConfig(
+        seed=0, ties="midpoint", max_tokens=processor.vocab_size, key_by="content", empty_cells="raise"
+    )
+    plan = plan_validation(cell_ids, CHUNK_SIZE, cells_per_window=CHUNK_SIZE)
+    stream = CellStream(source, [plan], processor, config, gene_ids=gene_ids)
+    with closing(prefetch(stream.tokenized(), depth=1)) as chunks:
+        yield from chunks
 
 
-def _genes_asked(
+def _requested_genes(
     genes: Sequence[str] | None, known: pd.DataFrame, gene_ids: Int64Array, processor: ScGPTProcessor
 ) -> pd.DataFrame:
-    """Return the genes to predict, indexed as they are asked for: `feature_name`, `in_data`, and `input_id`."""
+    """Return the genes to predict, indexed by the names in the request: `feature_name`, `in_data`, `input_id`.
+
+    Raises:
+        ValueError: there is none, or a gene is unknown or repeated.
+    """
     columns = np.flatnonzero(gene_ids >= 0)
     symbols = dict(zip(gene_ids[columns].tolist(), known["feature_name"].iloc[columns].astype(str), strict=True))
     if genes is None:
@@ -147,68 +154,67 @@ def _genes_asked(
         }
         if unknown := [name for name in names if name not in by_name]:
             raise ValueError(
-                f"the model does not know {len(unknown)} of the {len(names)} genes asked for, e.g. {unknown[:5]}; its "
-                f"genes are such as {processor.genes[:3]}, and a symbol is understood where the data have the gene"
+                f"the model does not know {len(unknown)} of the {len(names)} requested genes, e.g. {unknown[:5]}; its "
+                f"genes are such as {processor.genes[:3]}, and symbols work for genes that the data have"
             )
         ids = np.array([by_name[name] for name in names], np.int64)
         if not names or len(set(ids.tolist())) < len(ids):
-            raise ValueError(f"expected genes to predict, each once; found {names[:10]}")
+            raise ValueError(f"expected one or more genes to predict, each once; found {names[:10]}")
     feature_names = [symbols.get(index, "") for index in ids.tolist()]
     return pd.DataFrame(
         {"feature_name": feature_names, "in_data": np.isin(ids, gene_ids), "input_id": ids}, index=names
     )
 
 
-def _all_tokens(counts: csr_matrix, gene_ids: Int64Array, processor: ScGPTProcessor) -> Tokens:
-    """Return every known gene that each cell expresses, ties in the middle of their bins."""
-    if n_empty := int((processor.count_known(counts, gene_ids) == 0).sum()):
-        raise ValueError(f"{n_empty:,} cells express no gene that the model knows; leave them out")
-    processor = copy(processor)
-    processor.ties, processor.max_tokens = "midpoint", processor.vocab_size
-    return processor.tokenize(counts, gene_ids, seed=0, epoch=0)
-
-
 @torch.inference_mode()
-def _ask(model: PreTrainedModel, looks: Iterator[Tokens], batch_size: int) -> dict[str, npt.NDArray[Any]]:
-    """Return everything hidden by `cell` and `gene`, and what each head says of it by name. Each of shape (hidden,)."""
+def _run_views(model: PreTrainedModel, views: Iterator[Tokens], batch_size: int) -> Outputs:
+    """Run the model over masked views and return one entry per masked gene.
+
+    Returns:
+        `cell` and `gene` of each masked gene, and the output of each head by its name. Each of shape (predictions,).
+    """
     found: dict[str, list[npt.NDArray[Any]]] = {}
-    training = model.training
-    model.eval()  # type: ignore[no-untyped-call]
-    try:
-        while group := list(islice(looks, batch_size)):
+    with evaluation_mode(model):
+        while group := list(islice(views, batch_size)):
             tokens = join_tokens(group)
             batch = pack(tokens)
-            del batch["labels"]  # there is nothing to learn
-            hidden = batch["label_positions"].numpy()
-            output = model(**{k: v.to(model.device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()})
-            said = {
-                "cell": np.repeat(tokens.cell_ids, np.diff(tokens.indptr))[hidden],
-                "gene": tokens.input_ids[hidden],
+            del batch["labels"]  # they only mark the masked genes; there is no loss to compute
+            masked = batch["label_positions"].numpy()
+            output = model(**move_batch(batch, model.device))
+            outputs = {
+                "cell": np.repeat(tokens.cell_ids, np.diff(tokens.indptr))[masked],
+                "gene": tokens.input_ids[masked],
             }
-            for head in [name for name in HEADS if name in output]:  # what a model lacks is left out of its output
-                said[head] = output[head].float().cpu().numpy()
+            for head in [name for name in HEADS if name in output]:  # a head that a model lacks is not in its output
+                outputs[head] = output[head].float().cpu().numpy()
                 if (zero := output.get(f"{head}_zero")) is not None:
-                    said[f"{head}_expressed"] = torch.sigmoid(zero.float()).cpu().numpy()
-            for name, values in said.items():
+                    outputs[f"{head}_expressed"] = torch.sigmoid(zero.float()).cpu().numpy()
+            for name, values in outputs.items():
                 found.setdefault(name, []).append(values)
-    finally:
-        model.train(training)
     return {name: np.concatenate(values) for name, values in found.items()}
 
 
-def _spread(said: dict[str, npt.NDArray[Any]], tokens: Tokens, columns: Int64Array) -> Layers:
-    """Return what was said, and the measured `bins`, as matrices with one column per gene of the result."""
-    place = np.full(max(tokens.input_ids.max(), columns.max()) + 1, -1)
-    place[columns] = np.arange(len(columns))
-    measured = place[tokens.input_ids] >= 0
+def _to_layers(outputs: Outputs, tokens: Tokens, columns: Int64Array) -> Layers:
+    """Arrange the outputs of `_run_views`, and the measured `bins`, as matrices of cells × requested genes.
+
+    Args:
+        outputs: as `_run_views` returns them.
+        tokens: all genes of the cells, unmasked.
+        columns: vocabulary ids of the requested genes. Shape (genes,).
+    """
+    column_of_gene = np.full(max(tokens.input_ids.max(), columns.max()) + 1, -1)
+    column_of_gene[columns] = np.arange(len(columns))
+    measured = column_of_gene[tokens.input_ids] >= 0
     cell_of_token = np.repeat(np.arange(len(tokens)), np.diff(tokens.indptr))
     entries = {
-        name: (values, said["cell"], said["gene"]) for name, values in said.items() if name not in ("cell", "gene")
+        name: (values, outputs["cell"], outputs["gene"])
+        for name, values in outputs.items()
+        if name not in ("cell", "gene")
     }
     entries["bins"] = tokens.values[measured], cell_of_token[measured], tokens.input_ids[measured]
     shape = (len(tokens), len(columns))
     return {
-        name: csr_matrix((values, (cells, place[genes])), shape=shape)
+        name: csr_matrix((values, (cells, column_of_gene[genes])), shape=shape)
         for name, (values, cells, genes) in entries.items()
     }
 
@@ -216,23 +222,23 @@ def _spread(said: dict[str, npt.NDArray[Any]], tokens: Tokens, columns: Int64Arr
 def _to_counts(
     predicted: csr_matrix, counts: csr_matrix, gene_ids: Int64Array, processor: ScGPTProcessor
 ) -> csr_matrix:
-    """Return the counts for which predicted values stand, cell by cell."""
+    """Return the counts that predicted values correspond to, cell by cell. Shape (cells, requested genes)."""
     known = csr_matrix(counts[:, gene_ids >= 0])
     totals = np.asarray(counts.sum(axis=1)).ravel()
     result = predicted.copy()
-    for cell, (start, stop) in enumerate(pairwise(predicted.indptr)):  # each cell has edges of its own
-        values, own = predicted.data[start:stop], known.data[slice(*known.indptr[cell : cell + 2])]
+    for cell, (start, stop) in enumerate(pairwise(predicted.indptr)):  # the edges of the bins differ between cells
+        values, expressed = predicted.data[start:stop], known.data[slice(*known.indptr[cell : cell + 2])]
         if processor.input_style == "binned":
-            result.data[start:stop] = counts_of_bins(values, own, processor.n_bins)
+            result.data[start:stop] = bins_to_counts(values, expressed, processor.n_bins)
         else:
-            result.data[start:stop] = counts_of_log1p(values, totals[cell], processor.target_sum)
+            result.data[start:stop] = log1p_to_counts(values, totals[cell], processor.target_sum)
     return result
 
 
-def _as_anndata(
+def _to_anndata(
     layers: Layers, obs: pd.DataFrame, var: pd.DataFrame, provenance: dict[str, Any], *, dense: bool
 ) -> "AnnData":
-    """Return the result; dense where every gene was predicted in every cell, with NaN for what was not measured."""
+    """Return the result as an AnnData, dense if every gene was predicted in every cell."""
     from anndata import AnnData
 
     matrices: dict[str, Any] = dict(layers)

@@ -1,7 +1,7 @@
-"""What a model has learned about genes: which are alike, which form programs, and which attend to which in a cell.
+"""Analyse what a model has learned about genes: similar genes, gene programs, and attention between genes in a cell.
 
-Embeddings belong to the model alone; attention belongs to the model and a cell. Neither is a regulatory network by
-itself: two genes are near when the model treats them alike.
+Gene embeddings depend on the model alone, attention on the model and the cell. Neither is a regulatory network: two
+genes are close when the model treats them alike.
 """
 
 from collections.abc import Iterator, Sequence
@@ -9,31 +9,39 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import numpy.typing as npt
 import pandas as pd
 import torch
 from transformers import PreTrainedModel
 
-from scgpt_hf.analysis.inference import run_batches
+from scgpt_hf.analysis.inference import Float32Array, run_model
 from scgpt_hf.cells.source import open_source
 from scgpt_hf.pipeline.stream import Batch
-from scgpt_hf.pretrained import require_pair
+from scgpt_hf.pretrained import validate_pair
 from scgpt_hf.tokens.processing_scgpt import ScGPTProcessor
 
 if TYPE_CHECKING:
     from anndata import AnnData
 
-Float32Array = npt.NDArray[np.float32]
-
 
 @torch.inference_mode()
 def gene_embeddings(model: PreTrainedModel, processor: ScGPTProcessor) -> pd.DataFrame:
-    """Return the embedding of each gene of the vocabulary, as the encoder adds it to the value. Shape (genes, hidden).
+    """Return the embedding of each gene of the vocabulary, as the encoder adds it to the embedding of the value.
+
+    Args:
+        model: any scGPT model.
+        processor: the processor of the model.
+
+    Returns:
+        One row per gene, indexed by gene, by ascending vocabulary id. Shape (genes, hidden).
 
     Raises:
-        ValueError: model and processor do not belong together.
+        ValueError: model and processor do not fit together.
+
+    Example:
+        >>> model, processor = load_model("runs/demo/best_model")
+        >>> nearest_genes(gene_embeddings(model, processor), "CD3D", n=3)
     """
-    require_pair(model, processor)
+    validate_pair(model, processor)
     vocabulary = processor.tokenizer.get_vocab()
     ids = torch.tensor([vocabulary[gene] for gene in processor.genes], device=model.device)
     encoder: Any = model.base_model
@@ -42,12 +50,15 @@ def gene_embeddings(model: PreTrainedModel, processor: ScGPTProcessor) -> pd.Dat
 
 
 def nearest_genes(embeddings: pd.DataFrame, gene: str, n: int = 10) -> pd.Series:
-    """Return the genes most like one, and their cosine similarity to it, the nearest first.
+    """Return the genes that are most similar to one gene, by cosine similarity of their embeddings.
 
     Args:
         embeddings: one row per gene, as `gene_embeddings` returns them. Shape (genes, hidden).
-        gene: its name among the rows.
-        n: how many to return.
+        gene: name of the gene, one of the rows.
+        n: number of genes to return.
+
+    Returns:
+        Similarities, indexed by gene, highest first. Shape (n,).
 
     Raises:
         ValueError: there is no such gene.
@@ -62,13 +73,16 @@ def nearest_genes(embeddings: pd.DataFrame, gene: str, n: int = 10) -> pd.Series
 def gene_programs(
     embeddings: pd.DataFrame, *, n_neighbors: int = 15, resolution: float = 1.0, seed: int = 0
 ) -> pd.Series:
-    """Return the program of each gene: a cluster among the genes' nearest neighbours, by Leiden; 0 is the largest.
+    """Cluster genes into programs, by Leiden on the graph of nearest neighbours of their embeddings.
 
     Args:
-        embeddings: one row per gene, of all genes or of those that matter. Shape (genes, hidden).
-        n_neighbors: neighbours of each gene, by cosine similarity.
-        resolution: higher gives more and smaller programs.
-        seed: of Leiden.
+        embeddings: one row per gene, of all genes or of a subset. Shape (genes, hidden).
+        n_neighbors: number of neighbours of each gene, by cosine similarity.
+        resolution: higher values give more and smaller programs.
+        seed: seed of Leiden.
+
+    Returns:
+        Number of the program of each gene, indexed by gene; 0 is the largest program. Shape (genes,).
 
     Raises:
         ImportError: `igraph` is not installed.
@@ -106,20 +120,23 @@ def attention_maps(
     encoder_layer: int = -1,
     progress: bool = True,
 ) -> Float32Array:
-    """Return how much each gene attends to each other in each cell, averaged over heads. Shape (cells, genes, genes).
+    """Compute how much genes attend to each other in each cell, averaged over attention heads.
 
-    Row i, column j: the share of its attention that gene i gives to gene j. NaN where the cell does not express both,
-    or has too many genes for the model to see them. One cell at a time, for the memory it takes grows with the square
-    of a cell's genes.
+    Cells are processed one at a time, because the memory for attention grows with the square of a cell's genes.
 
     Args:
         adata: raw counts; genes by Ensembl id or symbol.
-        model: any scGPT model, on the device where it shall run.
-        processor: the model's.
+        model: any scGPT model; it runs on the device where it is.
+        processor: the processor of the model.
         genes: names in the model's vocabulary.
-        layer: where the raw counts are, `X` by default.
-        encoder_layer: which layer of the encoder, by default the last.
-        progress: show a bar.
+        layer: layer with the raw counts, `X` by default.
+        encoder_layer: index of the layer of the encoder, by default the last.
+        progress: show a progress bar.
+
+    Returns:
+        Attention, float32 (cells, genes, genes). Row i, column j is the share of its attention that gene i pays to gene
+        j. It is NaN where the cell does not express both genes, or where it has too many genes and one of the two was
+        not sampled.
 
     Raises:
         ValueError: a gene is not in the vocabulary; or as `embed_anndata`.
@@ -128,31 +145,34 @@ def attention_maps(
     known = processor.tokenizer.get_vocab()
     if unknown := [gene for gene in genes if gene not in known]:
         raise ValueError(f"{len(unknown)} of {len(genes)} genes are not in the model's vocabulary, e.g. {unknown[:5]}")
-    wanted = torch.tensor([known[gene] for gene in genes], device=model.device)
+    requested = torch.tensor([known[gene] for gene in genes], device=model.device)
 
     def compute(batch: Batch) -> torch.Tensor:
         weights: torch.Tensor = model.base_model(**batch, output_attentions=True).attentions[encoder_layer]
-        among = weights[0].float().mean(dim=0)  # (tokens, tokens) of the one cell
-        matches = wanted[:, None] == batch["input_ids"]  # (genes, tokens)
-        at, shown = matches.int().argmax(dim=1), matches.any(dim=1)
-        return among[at][:, at].masked_fill(~(shown[:, None] & shown), torch.nan)[None]
+        attention = weights[0].float().mean(dim=0)  # (tokens, tokens) of the one cell
+        matches = requested[:, None] == batch["input_ids"]  # (genes, tokens)
+        token, present = matches.int().argmax(dim=1), matches.any(dim=1)  # position of each gene; 0 if absent
+        return attention[token][:, token].masked_fill(~(present[:, None] & present), torch.nan)[None]
 
     source = open_source(adata, layer=layer, primary_only=False)
     cell_ids = source.obs().index.to_numpy(np.int64)
-    with _eager(model):
-        one_by_one = run_batches(
-            compute, source, cell_ids, model, processor, batch_size=1, progress=progress, doing="attending"
+    with _eager_attention(model):
+        cells = run_model(
+            compute, source, cell_ids, model, processor, batch_size=1, progress=progress, description="attention"
         )
-        return np.concatenate([among for _, among in one_by_one])
+        return np.concatenate([attention for _, attention in cells])
 
 
 def mean_attention(maps: Float32Array, genes: Sequence[str], groups: Sequence[str]) -> dict[str, pd.DataFrame]:
-    """Return the mean map of each group of cells, over the cells that show both genes; NaN where none does.
+    """Average attention maps over groups of cells.
 
     Args:
-        maps: from `attention_maps`. Shape (cells, genes, genes).
-        genes: names of its rows and columns.
-        groups: e.g. the cell type of each cell. Shape (cells,).
+        maps: as `attention_maps` returns them. Shape (cells, genes, genes).
+        genes: names of the rows and columns of a map.
+        groups: group of each cell, e.g. its type. Shape (cells,).
+
+    Returns:
+        Group → mean over the cells in which both genes are present; NaN where there is no such cell.
 
     Raises:
         ValueError: shapes disagree.
@@ -163,15 +183,15 @@ def mean_attention(maps: Float32Array, genes: Sequence[str], groups: Sequence[st
     means = {}
     for group in sorted(set(labels.tolist())):
         own = maps[labels == group]
-        n_shown = np.isfinite(own).sum(axis=0)
-        mean = np.where(n_shown > 0, np.nansum(own, axis=0) / np.maximum(n_shown, 1), np.nan)
+        n_present = np.isfinite(own).sum(axis=0)
+        mean = np.where(n_present > 0, np.nansum(own, axis=0) / np.maximum(n_present, 1), np.nan)
         means[group] = pd.DataFrame(mean, index=list(genes), columns=list(genes))
     return means
 
 
 @contextmanager
-def _eager(model: PreTrainedModel) -> Iterator[None]:
-    """Let the model compute attention eagerly, which alone returns probabilities, and as before afterwards."""
+def _eager_attention(model: PreTrainedModel) -> Iterator[None]:
+    """Switch to the eager implementation, the only one that returns attention weights, and restore it afterwards."""
     before = model.config._attn_implementation
     model.set_attn_implementation("eager")
     try:

@@ -1,7 +1,7 @@
-"""Predicted values back to counts, by what each cell itself shows: the inverse of `tokens/binning_scgpt.py`.
+"""Map predicted values back to counts, with the counts of the same cell: the inverse of `tokens/binning_scgpt.py`.
 
-A bin is a rank within a cell, so no count belongs to it by itself. But a cell that shows genes at 1, 2 and 7 counts
-says which bins these counts fill in it; what lies between them is interpolated.
+A bin is a rank within a cell, so a bin alone does not determine a count. But a cell that has genes at 1, 2 and 7 counts
+shows which bins these counts fill; values between them are interpolated.
 """
 
 from typing import Any
@@ -14,35 +14,39 @@ from scgpt_hf.tokens.binning_scgpt import bin_ranges
 Float64Array = npt.NDArray[np.float64]
 
 
-def counts_of_bins(bins: npt.NDArray[np.floating[Any]], counts: npt.NDArray[Any], n_bins: int) -> Float64Array:
-    """Return the counts that stand for predicted bins in one cell.
+def bins_to_counts(bins: npt.NDArray[np.floating[Any]], counts: npt.NDArray[Any], n_bins: int) -> Float64Array:
+    """Map predicted bins of one cell to counts.
 
-    Each count that the cell shows fills a range of bins, whose middle stands for it: that is what a model trained on
-    random ties predicts. Between middles, counts are interpolated; counts that share a bin stand for it by their mean,
-    over the genes that have them. Below the first middle and above the last, where the cell shows nothing, the smallest
-    and the largest count are returned.
+    Each distinct count of the cell fills a range of bins. The middle of that range stands for the count, because that
+    is what a model trained on random ties predicts. Counts are interpolated between middles. Counts that share a bin
+    are averaged over their genes. Below the first middle and above the last, where the cell has no data, the result is
+    the smallest and the largest count.
 
     Args:
-        bins: predicted, any real number. Shape (genes asked,).
-        counts: of the cell's expressed genes, > 0, at least one. Shape (genes,).
+        bins: predicted bins, any real numbers. Shape (predictions,).
+        counts: counts of the cell's expressed genes, > 0, at least one. Shape (genes,).
         n_bins: number of bins with the zero bin.
 
     Returns:
-        Counts, in [counts.min(), counts.max()], not decreasing in `bins`. Shape (genes asked,).
+        Counts in [counts.min(), counts.max()], non-decreasing in `bins`. Shape (predictions,).
+
+    Example:
+        >>> bins_to_counts(np.array([1, 20, 40, 50]), counts=np.array([1, 1, 2, 7]), n_bins=51).round(2)
+        array([1.  , 1.46, 4.06, 7.  ])
     """
     lowest, highest = bin_ranges(counts, n_bins)
     middles, place = np.unique((lowest + highest) / 2, return_inverse=True)
-    stands_for = np.bincount(place, weights=counts) / np.bincount(place)
-    result: Float64Array = np.interp(bins, middles, stands_for)
+    mean_counts = np.bincount(place, weights=counts) / np.bincount(place)
+    result: Float64Array = np.interp(bins, middles, mean_counts)
     return result
 
 
-def counts_of_log1p(values: npt.NDArray[np.floating[Any]], total: float, target_sum: float) -> Float64Array:
-    """Return the counts behind predicted log(1 + count · target_sum / total) of one cell; values below 0 are 0 counts.
+def log1p_to_counts(values: npt.NDArray[np.floating[Any]], total: float, target_sum: float) -> Float64Array:
+    """Map predicted log(1 + count · target_sum / total) of one cell to counts; values below 0 become 0 counts.
 
     Args:
-        values: predicted, any real number. Shape (genes asked,).
-        total: counts of the cell, over all genes of the data.
+        values: predicted values, any real numbers. Shape (predictions,).
+        total: sum of the cell's counts over all genes of the data.
         target_sum: counts per cell to which the model's input is normalised.
     """
     counts: Float64Array = np.expm1(np.maximum(values, 0.0)) * (total / target_sum)

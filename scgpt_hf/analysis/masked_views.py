@@ -1,6 +1,6 @@
-"""What the model is shown of a cell and what it is asked: every gene hidden once, a group at a time.
+"""Make masked views of cells: copies of a cell's tokens in which each requested gene is masked exactly once.
 
-Pure functions from a cell's tokens to looks at the cell; `expression.py` asks the model.
+Pure functions on tokens; `expression.py` runs the model on the views.
 """
 
 from collections.abc import Iterator, Sequence
@@ -14,42 +14,45 @@ from scgpt_hf.tokens.processing_scgpt import ScGPTProcessor
 from scgpt_hf.tokens.randomness_scgpt import MASKING, cell_keys, random_words
 
 
-def hide_in_turn(
-    tokens: Tokens, asked: Int64Array | None, processor: ScGPTProcessor, *, share: float
+def make_masked_views(
+    tokens: Tokens, requested: Int64Array | None, processor: ScGPTProcessor, *, masked_share: float
 ) -> Iterator[Tokens]:
-    """Yield looks at each cell, one by one, in which every gene asked for is hidden exactly once.
+    """Yield views of each cell in which each requested gene is masked exactly once, a group of genes per view.
 
-    The cell's content decides which genes are hidden together. Of a cell with more genes than the model takes, each
-    look shows as many as fit beside the hidden ones, chosen alike.
+    The content of the cell decides which genes are masked together. If a cell has more genes than the model takes, each
+    view shows as many visible genes as fit next to the masked ones, chosen in the same way.
 
     Args:
         tokens: all genes of each cell, unmasked, `<cls>` first.
-        asked: genes to hide, vocabulary ids, whether the cell expresses them or not; None hides the cell's own.
-        processor: says how many tokens a model takes, and the value of a hidden gene.
-        share: most genes hidden at once, as a share of the cell's genes that fit; one gene always is.
+        requested: vocabulary ids of the genes to mask in every cell, whether the cell expresses them or not; None masks
+            the genes that each cell expresses.
+        processor: holds the number of tokens that the model takes and the value of a masked gene.
+        masked_share: most genes masked in one view, as a share of the cell's genes that fit; at least one gene is.
 
-    Returns:
-        Each look as the tokens of one cell: `<cls>`, the genes seen, the genes hidden. Labels of the hidden ones are 0:
-        they say where to predict, not what. `cell_ids` is the number of the cell in `tokens`.
+    Yields:
+        Each view as the tokens of one cell: `<cls>`, the visible genes, the masked genes. The labels of masked genes
+        are 0, because they mark where to predict and there is nothing to learn. `cell_ids` holds the number of the cell
+        in `tokens`.
     """
     keys = cell_keys(tokens.cell_ids, seed=0, epoch=0, purpose=MASKING)
-    room = processor.max_tokens - 1
-    for cell, (start, stop) in enumerate(pairwise(tokens.indptr)):  # the model takes far longer than this loop
+    n_genes = processor.max_tokens - 1  # `<cls>` takes one token
+    # A loop over cells, because views differ in number and length; the model takes far longer.
+    for cell, (start, stop) in enumerate(pairwise(tokens.indptr)):
         genes = np.argsort(random_words(keys[cell : cell + 1], tokens.input_ids[start + 1 : stop])) + start + 1
-        own = tokens.input_ids[genes]
-        n_hidden = max(1, int(share * min(len(genes), room)))
-        wanted = own if asked is None else asked
-        for first in range(0, len(wanted), n_hidden):
-            hidden = wanted[first : first + n_hidden]
-            seen = np.concatenate([[start], genes[~np.isin(own, hidden)][: room - len(hidden)]])
-            input_ids = np.concatenate([tokens.input_ids[seen], hidden])
-            values = np.concatenate([tokens.values[seen], np.full(len(hidden), processor.mask_value, np.float32)])
-            labels = np.repeat(np.array([IGNORE, 0], np.float32), [len(seen), len(hidden)])
+        expressed = tokens.input_ids[genes]
+        n_masked = max(1, int(masked_share * min(len(genes), n_genes)))
+        to_mask = expressed if requested is None else requested
+        for first in range(0, len(to_mask), n_masked):
+            masked = to_mask[first : first + n_masked]
+            visible = np.concatenate([[start], genes[~np.isin(expressed, masked)][: n_genes - len(masked)]])
+            input_ids = np.concatenate([tokens.input_ids[visible], masked])
+            values = np.concatenate([tokens.values[visible], np.full(len(masked), processor.mask_value, np.float32)])
+            labels = np.repeat(np.array([IGNORE, 0], np.float32), [len(visible), len(masked)])
             yield Tokens(input_ids, values, labels, np.array([0, len(input_ids)]), np.array([cell]))
 
 
 def join_tokens(cells: Sequence[Tokens]) -> Tokens:
-    """Return labelled tokens of several cells as one."""
+    """Concatenate labelled tokens of several cells."""
     lengths = [length for tokens in cells for length in np.diff(tokens.indptr)]
     return Tokens(
         np.concatenate([tokens.input_ids for tokens in cells]),

@@ -8,36 +8,37 @@ The file may be larger than memory. It needs raw counts and genes by Ensembl id 
   adata = scanpy.read_h5ad("embedded.h5ad")
   scanpy.pp.neighbors(adata, use_rep="X_scgpt"); scanpy.tl.umap(adata); scanpy.tl.leiden(adata)
 
-adata.uns["X_scgpt"] says which model and how many genes it knew.
+adata.uns["X_scgpt"] records the model and how many genes of the data it knows.
 """
 
 import argparse
 import sys
 
-from scgpt_hf.analysis.embed import KEY, load_encoder
+from scgpt_hf.analysis.embed import KEY
 from scgpt_hf.analysis.embed_file import embed_file
+from scgpt_hf.pretrained import load_model
 
 
 def main() -> None:
-    """Read the command line, embed, say what was done."""
+    """Parse the command line, embed the file, and print a summary."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", help=".h5ad file with raw counts")
     parser.add_argument("--model", required=True, help="folder of a saved model, or its repository on the Hub")
     parser.add_argument("--out", required=True, help="file to write: the data with the embedding added")
-    parser.add_argument("--key", default=KEY, help="name in obsm and uns (default: %(default)s)")
+    parser.add_argument("--key_added", default=KEY, help="name in obsm and uns (default: %(default)s)")
     parser.add_argument("--layer", help="layer with the raw counts (default: X)")
-    parser.add_argument("--batch_size", type=int, default=64, help="cells at once; for speed (default: %(default)s)")
+    parser.add_argument("--batch_size", type=int, default=64, help="cells per batch (default: %(default)s)")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, … (default: a GPU if there is one)")
     parser.add_argument(
         "--empty",
         choices=("raise", "nan"),
         default="raise",
-        help="cells that express no gene the model knows: stop, or write NaN (default: %(default)s)",
+        help="cells that express no gene the model knows: stop with an error, or write NaN (default: %(default)s)",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace OUT, and an embedding of that name")
     options = vars(parser.parse_args())
     try:
-        model, processor = load_encoder(options.pop("model"), options.pop("device"))
+        model, processor = load_model(options.pop("model"), device=options.pop("device"))
         report = embed_file(options.pop("data"), options.pop("out"), model, processor, **options)
     except (OSError, ValueError) as error:
         sys.exit(f"embed.py: {error}")

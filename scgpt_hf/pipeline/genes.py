@@ -1,6 +1,7 @@
-"""Which gene of the model each column of the data is: by its id, else by its name."""
+"""Match the genes of a source to the vocabulary of a model: by id, else by name."""
 
 import logging
+from typing import NamedTuple
 
 import pandas as pd
 
@@ -10,21 +11,34 @@ from scgpt_hf.tokens.processing_scgpt import ScGPTProcessor
 logger = logging.getLogger(__name__)
 
 MOUSE_ID = r"^ENSMUSG\d"
-MOUSE_SYMBOL = r"^[A-Z][a-z]"  # Cd3d; human symbols are written in capitals, but for the likes of C1orf112
+MOUSE_SYMBOL = r"^[A-Z][a-z]"  # Cd3d; human symbols are in capitals, with few exceptions such as C1orf112
 
 
-def match_columns(genes: pd.DataFrame, processor: ScGPTProcessor) -> tuple[Int64Array, dict[str, int]]:
-    """Return the vocabulary id of each gene of a source, or -1, and how the genes were found.
+class GeneMatch(NamedTuple):
+    """How the genes of a source relate to a vocabulary.
 
-    A gene is looked up by its id, then by its name, which may be the model's id of a gene or its symbol. Of genes that
-    share a name, the first one stands for it, unless another is found by its id.
+    Attributes:
+        gene_ids: vocabulary id of each gene of the source, −1 where unknown; int64 (genes,), read-only.
+        coverage: number of genes matched `by_id` and `by_symbol`, of `duplicates` that were left out, of `unknown`
+            genes, and of genes in the `vocabulary`.
+    """
 
-    Returns:
-        int64 (genes,), read-only, and the numbers of genes matched `by_id` and `by_symbol`, of `duplicates` left out,
-        of `unknown` genes, and of genes in the `vocabulary`.
+    gene_ids: Int64Array
+    coverage: dict[str, int]
+
+
+def match_columns(genes: pd.DataFrame, processor: ScGPTProcessor) -> GeneMatch:
+    """Match each gene of a source to the vocabulary of a processor.
+
+    A gene is looked up by its id, then by its name, which may be a gene id of the model or a symbol. Where several
+    genes share a name, the first one is used, unless another gene is matched by id.
+
+    Args:
+        genes: table with `feature_id` and `feature_name`, one row per column of the counts, as `CellSource.genes`.
+        processor: holds the vocabulary.
 
     Raises:
-        ValueError: too few genes are known; see `ScGPTProcessor.match_genes`. The message says if they are a mouse's.
+        ValueError: too few genes are known; see `ScGPTProcessor.match_genes`. The message points out mouse genes.
     """
     vocabulary = processor.genes
     ids, symbols = genes["feature_id"].astype(str), genes["feature_name"].astype(str)
@@ -38,7 +52,7 @@ def match_columns(genes: pd.DataFrame, processor: ScGPTProcessor) -> tuple[Int64
     try:
         gene_ids = processor.match_genes(list(names))
     except ValueError as error:
-        if _of_a_mouse(ids, symbols):
+        if _are_mouse_genes(ids, symbols):
             raise ValueError(
                 f"the data have mouse genes, e.g. {symbols[:3].tolist()} ({ids.iloc[0]}), which the model does not "
                 f"know: its genes are such as {vocabulary[:3]}; use a model of mouse cells, or rename the genes to "
@@ -55,10 +69,11 @@ def match_columns(genes: pd.DataFrame, processor: ScGPTProcessor) -> tuple[Int64
         "vocabulary": len(vocabulary),
     }
     logger.info("genes: %s", coverage)
-    gene_ids.flags.writeable = False  # the processor then checks them once, and not for every batch
-    return gene_ids, coverage
+    # The processor validates a read-only array once, and a writable one again for each batch.
+    gene_ids.flags.writeable = False
+    return GeneMatch(gene_ids, coverage)
 
 
-def _of_a_mouse(ids: pd.Series, symbols: pd.Series) -> bool:
-    """Return whether most ids are Ensembl's of the mouse, or most symbols are written as a mouse's (Cd3d, not CD3D)."""
+def _are_mouse_genes(ids: pd.Series, symbols: pd.Series) -> bool:
+    """Return whether most ids are Ensembl ids of the mouse, or most symbols are written as mouse symbols (Cd3d)."""
     return bool(ids.str.match(MOUSE_ID).mean() > 0.5 or symbols.str.match(MOUSE_SYMBOL).mean() > 0.5)

@@ -1,55 +1,78 @@
-"""The corridor from cells to the model: the cells that a plan names in, packed batches out.
+"""The pipeline from cells to batches: read the cells that plans name, tokenise them, and make batches of tensors.
 
-`stream_cells` decides nothing about cells (`cells/plan.py` does) nor tokens (`tokens/` does): it reads, tokenises,
-masks and packs, one block ahead. `StreamLoader` hands the batches of each epoch to the trainer and knows how many were
-consumed, which is all that an exact resume needs.
+Training, validation, embedding, annotation and expression prediction all read through `CellStream`; what differs
+between them is a `StreamConfig`. The module decides neither which cells are read (`cells/schedule`) nor what their
+tokens are (`tokens`). A stream works in six steps:
+
+1. **List the windows** (`_list_tasks`). A plan cuts its cells into shuffle windows of many steps each. One `WindowTask`
+   stands for one window, or for the rest of it when training resumes in the middle.
+2. **Read the next window ahead** (`_take_window`). One thread reads a window from the source in a single call, in the
+   order of its steps, while the window before it is tokenised. So memory holds two windows, however large the source.
+3. **Cut the window into micro-batches** (`_cut`). A step of a rank is one batch, or several with gradient accumulation.
+   Neighbouring batches of about 512 cells form one unit of work for a thread.
+4. **Tokenise and mask in threads** (`_tokenize`). Random numbers depend on the seed, the epoch, the cell and the gene
+   only, so the result does not depend on the number of threads, ranks or batches. Cells that express no gene of the
+   vocabulary have no tokens and are dropped, skipped or refused.
+5. **Pack or pad** (`make_batch`). The tokens of a batch become tensors: one packed row, or one padded row per cell.
+6. **Hand over.** Batches come out in the order of the plan. `stream_cells` wraps them as a `datasets.IterableDataset`;
+   `prefetch` prepares a few of them in the background; `StreamLoader` feeds them to a trainer, one epoch at a time.
 """
 
 import logging
-import time
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import pairwise
-from typing import Any
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import datasets
 import numpy as np
-import pandas as pd
 import torch
-from scipy.sparse import csr_matrix
 
 from scgpt_hf.cells.block import CellBlock, Int64Array
 from scgpt_hf.cells.schedule.epoch import Plan, list_windows
 from scgpt_hf.cells.source import CellSource
-from scgpt_hf.cells.threads import JOIN_TIMEOUT_S, DaemonThreadPool, in_order, n_cores, prefetch
+from scgpt_hf.cells.threads import JOIN_TIMEOUT_S, DaemonThreadPool, in_order, n_cores
 from scgpt_hf.pipeline.genes import match_columns
+from scgpt_hf.tokens.binning_scgpt import Ties
 from scgpt_hf.tokens.packing_scgpt import Tokens, bucket, pack, pad
 from scgpt_hf.tokens.processing_scgpt import ScGPTProcessor
 
 logger = logging.getLogger(__name__)
 
 Batch = dict[str, torch.Tensor | int]
+Result = TypeVar("Result")
 
-# Cells tokenised together by one thread: enough for its overhead to vanish, few enough that their tokens stay in cache.
-_TOKENIZED_TOGETHER = 512
-_MOST_TOKENIZING = 4  # threads; one gives tens of thousands of cells per second
+# Cells that one thread tokenises together: enough to make its overhead vanish, few enough for its tokens to stay in the
+# CPU's cache.
+_CELLS_PER_TASK = 512
+# One thread tokenises tens of thousands of cells per second, so more than a few would only take cores from the model.
+_MAX_TOKENIZING_THREADS = 4
 
 
 @dataclass(frozen=True)
 class StreamConfig:
-    """What a stream adds to the cells of its plan.
+    """How a stream turns the cells of its plans into batches.
 
     Attributes:
-        seed: of the run; ties, gene samples and masks follow from it, the epoch, the cell and the gene.
-        mask_ratios: shares of the genes to hide, one drawn per cell; None for no labels.
-        rank: of this process, in [0, world_size).
+        seed: seed of ties, gene sampling and masks, which depend on it, the epoch, the cell and the gene.
+        mask_ratios: shares of the genes to mask; one is drawn per cell. None masks nothing and gives no labels.
+        rank: number of this process, in [0, world_size).
         world_size: number of processes.
-        micro_batches: equal parts in which a rank takes its cells of one step (gradient accumulation).
-        padded: pad the cells of a batch to one length, for the models whose pooling or norm counts padding.
+        micro_batches: number of equal parts into which a rank divides its cells of one step (gradient accumulation).
+        padded: pad the cells of a batch to one length, for models whose pooling or norm counts padding.
         bucketed: lengthen packed batches to one of few shapes, for compiled models.
         categories: batch key → (obs column, class id of each of its values), e.g. {"domain_ids": ("assay", {"v2": 0})}.
+        ties: how to bin genes with equal counts; None takes the rule of the processor.
+        max_tokens: most tokens per cell; None takes the number of the processor.
+        key_by: what the random numbers of a cell depend on. "cell_id" draws again in each epoch and suits training.
+            "content" hashes the genes and counts of the cell, so that its tokens do not change when a file is cut or
+            reordered and its row numbers change; inference uses it.
+        empty_cells: what to do with cells that express no gene of the vocabulary. "drop" leaves them out, and raises if
+            a batch has no cell left, because every rank needs a batch in every step. "skip" leaves out such batches
+            too. "raise" raises an error that lists the cells.
+        with_cell_ids: add `cell_ids` to each batch, int64 (cells,): which cells it holds.
     """
 
     seed: int
@@ -60,240 +83,318 @@ class StreamConfig:
     padded: bool = False
     bucketed: bool = False
     categories: Mapping[str, tuple[str, Mapping[str, int]]] = field(default_factory=dict)
+    ties: Ties | None = None
+    max_tokens: int | None = None
+    key_by: Literal["cell_id", "content"] = "cell_id"
+    empty_cells: Literal["drop", "skip", "raise"] = "drop"
+    with_cell_ids: bool = False
+
+
+class WindowTask(NamedTuple):
+    """One shuffle window to read.
+
+    Attributes:
+        plan: index of the plan in the stream's list of plans.
+        window: index of the window in the plan.
+        n_done: steps at the start of the window that were trained before; they are not read.
+    """
+
+    plan: int
+    window: int
+    n_done: int
+
+
+@dataclass(frozen=True, eq=False)
+class TokenizedCells:
+    """The cells of one micro-batch, tokenised and not yet turned into tensors.
+
+    Attributes:
+        tokens: tokens of the cells that express a gene of the vocabulary, masked if the config says so.
+        block: the window that the cells were read with.
+        rows: position of each of these cells in `block`, int64 (cells,).
+        categories: batch key → class id of each of these cells, int64 (cells,).
+    """
+
+    tokens: Tokens
+    block: CellBlock
+    rows: Int64Array
+    categories: dict[str, Int64Array]
+
+    @property
+    def cell_ids(self) -> Int64Array:
+        """Ids of these cells, int64 (cells,)."""
+        return self.block.cell_ids[self.rows]
 
 
 def stream_cells(
     source: CellSource,
     plans: Sequence[Plan],
     processor: ScGPTProcessor,
-    settings: StreamConfig,
+    config: StreamConfig,
     *,
     start_step: int = 0,
 ) -> datasets.IterableDataset:
-    """Return the packed batches of all epochs, one shard for each (epoch, block).
+    """Stream the batches of the plans as a `datasets.IterableDataset`, with one shard per shuffle window.
 
     Args:
-        source: where the cells are read.
-        plans: one after the other; cells are sampled and masked by the number of the plan's epoch.
+        source: source of the cells.
+        plans: plans to follow one after the other; the epoch of a plan enters its random numbers.
         processor: turns counts into tokens.
-        settings: seed, masks and rank.
-        start_step: global steps, counted from the first plan's first, that were trained on before.
+        config: how batches are made.
+        start_step: number of global steps, counted from the start of the first plan, that were trained before.
 
     Returns:
-        A dataset of dictionaries as `pack` makes them; with `micro_batches` M each step gives M of them. It can be
-        iterated again and again, and `state_dict` resumes it. Cells without an expressed gene of the vocabulary are
-        left out.
+        A dataset of dictionaries of tensors, as `pack` and `pad` describe them, one for each micro-batch of each step.
+        It can be iterated repeatedly, and its `state_dict` resumes it.
 
     Raises:
-        ValueError: counts that are not raw, too few known genes, a value of a category without a class, a batch without
-            any cell.
+        ValueError: no step is left after `start_step`; too few genes of the source are in the vocabulary. While
+            iterating: counts are not raw, a value of a category has no class, a batch has no cell left.
+
+    Example:
+        >>> from scgpt_hf.cells.schedule.epoch import plan_validation
+        >>> plan = plan_validation(source.obs().index.to_numpy(), batch_size=64)
+        >>> batches = stream_cells(source, [plan], processor, StreamConfig(seed=0, mask_ratios=(0.25, 0.5, 0.75)))
+        >>> next(iter(batches))["input_ids"].shape
+        torch.Size([1, 28417])
     """
-    windows = list_windows(plans)
-    shards = [(epoch, block, max(0, start_step - first)) for epoch, block, first, last in windows if last > start_step]
-    if not shards:
-        raise ValueError(f"nothing is left to read after step {start_step:,}; the plan has {windows[-1][3]:,} steps")
-    blocks = _Blocks(source, plans, processor, settings, shards)
-    return datasets.IterableDataset.from_generator(blocks.batches, gen_kwargs={"shards": list(range(len(shards)))})
+    stream = CellStream(source, plans, processor, config, start_step=start_step)
+    # `datasets` treats each item of a list in `gen_kwargs` as one shard, and its `state_dict` counts finished shards.
+    tasks = {"task_numbers": list(range(len(stream.tasks)))}
+    return datasets.IterableDataset.from_generator(stream.batches_of, gen_kwargs=tasks)
 
 
-def lengths_of(batch: Batch) -> torch.Tensor:
-    """Return the tokens of each cell of a packed or padded batch, `<cls>` included. Shape (cells,)."""
-    bounds, mask = batch.get("cu_seq_lens_q"), batch.get("attention_mask")
-    assert isinstance(bounds, torch.Tensor) or isinstance(mask, torch.Tensor)
-    return bounds.diff() if isinstance(bounds, torch.Tensor) else mask.sum(1)  # type: ignore[union-attr]
+class CellStream:
+    """Reads the windows of plans one ahead and makes batches of them; see the steps in the module's docstring.
 
-
-class StreamLoader:
-    """The trainer's loader: one epoch's batches an iteration, from wherever the last one stopped.
-
-    The stream under it runs on through the epochs, so the next epoch's first block is read while the model validates.
-
-    Attributes:
-        consumed: batches handed out since the start of the run; the trainer derives it from its step number.
-        waited_s: seconds in which a batch was asked for and not ready.
+    Iterate over one method at a time: all share the window that is read ahead.
     """
-
-    def __init__(
-        self,
-        open_stream: Callable[[int], Iterable[Batch]],
-        epoch_ends: Sequence[int],
-        while_waiting: Callable[[], object] | None = None,
-    ) -> None:
-        """Prepare to read; nothing is opened before the first batch is asked for.
-
-        Args:
-            open_stream: gives the batches from number n on; all, or those of some epochs.
-            epoch_ends: the number of batches handed out when each epoch ends, ascending.
-            while_waiting: see `prefetch`.
-        """
-        self.open_stream = open_stream
-        self.epoch_ends = epoch_ends
-        self.while_waiting = while_waiting
-        self.consumed = 0
-        self.waited_s = 0.0
-        self._batches: Generator[Batch, None, None] | None = None
-
-    def __len__(self) -> int:
-        """Return the batches of the longest epoch."""
-        return max(end - begin for begin, end in pairwise([0, *self.epoch_ends]))
-
-    def __iter__(self) -> Iterator[Batch]:
-        """Yield what is left of the current epoch: all of it, unless it was resumed."""
-        end = next((end for end in self.epoch_ends if end > self.consumed), self.consumed)
-        while self.consumed < end:
-            if self._batches is None:
-                self._batches = self._open()
-            asked = time.perf_counter()
-            batch = next(self._batches, None)
-            if batch is None:  # the stream went so far; another one goes on
-                self._batches = self._open()
-                batch = next(self._batches)
-            self.waited_s += time.perf_counter() - asked
-            self.consumed += 1
-            yield batch
-
-    def state_dict(self) -> dict[str, int]:
-        """Return the position in the run: batches consumed, not batches read."""
-        return {"consumed": self.consumed}
-
-    def load_state_dict(self, state: Mapping[str, int]) -> None:
-        """Go on after the batches that `state` counts."""
-        self.close()
-        self.consumed = state["consumed"]
-
-    def _open(self) -> Generator[Batch, None, None]:
-        return prefetch(self.open_stream(self.consumed), while_waiting=self.while_waiting)
-
-    def close(self) -> None:
-        """Stop the reading thread."""
-        if self._batches is not None:
-            self._batches.close()
-            self._batches = None
-
-
-class _Blocks:
-    """Reads the blocks of a plan one ahead and cuts them into batches; the generator under `stream_cells`."""
 
     def __init__(
         self,
         source: CellSource,
         plans: Sequence[Plan],
         processor: ScGPTProcessor,
-        settings: StreamConfig,
-        shards: list[tuple[int, int, int]],
+        config: StreamConfig,
+        *,
+        start_step: int = 0,
+        gene_ids: Int64Array | None = None,
     ) -> None:
-        self.source, self.plans, self.processor, self.settings, self.shards = source, plans, processor, settings, shards
-        self.gene_ids, _ = match_columns(source.genes, processor)
-        self.readers = DaemonThreadPool(
-            2, "scgpt-read-block"
-        )  # the next block begins where the last one's chunks run out
-        self.n_tokenizing = min(_MOST_TOKENIZING, n_cores())
-        self.tokenizers = DaemonThreadPool(self.n_tokenizing, "scgpt-tokenize")
-        self.ahead: tuple[int, Future[tuple[list[Int64Array], CellBlock]] | None] = (0, None)
+        """List the windows and match the genes; nothing is read yet.
+
+        Args:
+            source: see `stream_cells`.
+            plans: see `stream_cells`.
+            processor: see `stream_cells`.
+            config: see `stream_cells`.
+            start_step: see `stream_cells`.
+            gene_ids: vocabulary id of each gene of the source, as `match_columns` returns them; matched if not given.
+
+        Raises:
+            ValueError: see `stream_cells`.
+        """
+        self.source, self.plans, self.processor, self.config = source, plans, processor, config
+        self.tasks = _list_tasks(plans, start_step)
+        self.gene_ids = match_columns(source.genes, processor).gene_ids if gene_ids is None else gene_ids
+        # Two, because the read of the next window is submitted before that of the current one has returned.
+        self._readers = DaemonThreadPool(2, "scgpt-read-window")
+        self._n_tokenizing = min(_MAX_TOKENIZING_THREADS, n_cores())
+        self._tokenizers = DaemonThreadPool(self._n_tokenizing, "scgpt-tokenize")
+        # The task that is read ahead and its result; None where there is no next task.
+        self._ahead: tuple[int, Future[tuple[list[Int64Array], CellBlock | None]] | None] = (0, None)
 
     def __getstate__(self) -> dict[str, Any]:
-        # `datasets` names a generator by pickling it; the description says as much as gigabytes of ids would.
-        return {"source": self.source.describe(), "settings": self.settings, "shards": self.shards[:1]}
+        # `IterableDataset.from_generator` pickles the generator to derive the dataset's cache name from its bytes. A
+        # stream holds thread pools, which cannot be pickled, and plans with the ids of up to 160 million cells, whose
+        # pickle would take gigabytes. This short description serves as the name; nothing unpickles it, because our
+        # loaders use threads and not worker processes.
+        return {"source": self.source.describe(), "config": self.config, "tasks": self.tasks[:1]}
 
-    def batches(self, shards: list[int]) -> Iterator[Batch]:
-        """Yield the batches of the numbered shards; `datasets` calls this once for each."""
+    def batches(self) -> Generator[Batch, None, None]:
+        """Yield the batches of all windows in order."""
+        return self.batches_of(range(len(self.tasks)))
+
+    def batches_of(self, task_numbers: Sequence[int]) -> Generator[Batch, None, None]:
+        """Yield the batches of some windows; `datasets` calls this once for each window."""
+        return self._run(task_numbers, partial(make_batch, processor=self.processor, config=self.config))
+
+    def tokenized(self) -> Generator[TokenizedCells, None, None]:
+        """Yield the tokens of all micro-batches in order, for callers that make several batches from the same cells."""
+        return self._run(range(len(self.tasks)), lambda cells: cells)
+
+    def _run(
+        self, task_numbers: Sequence[int], finish: Callable[[TokenizedCells], Result]
+    ) -> Generator[Result, None, None]:
+        """Yield what `finish` makes of each micro-batch; the tokenising threads call it."""
         try:
-            for shard in shards:
-                yield from self._cut(*self._take(shard), epoch=self.plans[self.shards[shard][0]].epoch)
-        except BaseException:  # or the stream was given up
-            self._end_reading()
+            for number in task_numbers:
+                steps, block = self._take_window(number)
+                if block is not None:
+                    yield from self._cut(steps, block, self.plans[self.tasks[number].plan].epoch, finish)
+        except BaseException:  # an error, or the consumer closed the generator
+            self._stop_reading()
             raise
 
-    def _end_reading(self) -> None:
-        """Wait a moment for the block that is read ahead: whoever gives up a stream may close its source."""
-        _, ahead = self.ahead
-        self.ahead = (0, None)
+    def _stop_reading(self) -> None:
+        """Cancel the read ahead, or wait a moment for it: the consumer may close the source next."""
+        _, ahead = self._ahead
+        self._ahead = (0, None)
         if ahead is not None and not ahead.cancel():
             wait([ahead], JOIN_TIMEOUT_S)
 
-    def _take(self, shard: int) -> tuple[list[Int64Array], CellBlock]:
-        """Return a shard that was read ahead, or read it now; then have the next one read.
+    def _take_window(self, number: int) -> tuple[list[Int64Array], CellBlock | None]:
+        """Return the window of a task, which may have been read ahead, and start to read the next one.
 
-        The next one is begun while this one still waits for its last chunks; but nothing may delay one that is read
-        only now, as the first is.
+        The next read starts while this one waits for its last chunks. Only the first window is read without
+        competition, because the consumer waits for it.
         """
-        expected, ahead = self.ahead
-        if ahead is None or expected != shard:
-            ahead = self.readers.submit(self._read, shard)
-            self.ahead = (shard, ahead)
-            ahead.result()
-        following = shard + 1
-        self.ahead = (following, self.readers.submit(self._read, following) if following < len(self.shards) else None)
-        return ahead.result()
+        expected, reading = self._ahead
+        if reading is None or expected != number:
+            reading = self._readers.submit(self._read, number)
+            self._ahead = (number, reading)
+            reading.result()
+        following = number + 1
+        self._ahead = (following, self._readers.submit(self._read, following) if following < len(self.tasks) else None)
+        return reading.result()
 
-    def _read(self, shard: int) -> tuple[list[Int64Array], CellBlock]:
-        """Return the steps of a shard as cell ids, and the block that holds them in that order."""
-        epoch, index, first_step = self.shards[shard]
-        s = self.settings
-        steps = self.plans[epoch].steps(index, rank=s.rank, world_size=s.world_size)[first_step:]
+    def _read(self, number: int) -> tuple[list[Int64Array], CellBlock | None]:
+        """Return the steps of a window as cell ids, and the cells in that order; None if this rank has no step."""
+        task, config = self.tasks[number], self.config
+        steps = self.plans[task.plan].steps(task.window, rank=config.rank, world_size=config.world_size)[task.n_done :]
         if not steps:
-            return [], CellBlock.from_scipy(csr_matrix((0, len(self.gene_ids))), pd.DataFrame(), np.empty(0, np.int64))
-        columns = sorted({column for column, _ in s.categories.values()})
+            return [], None
+        columns = sorted({column for column, _ in config.categories.values()})
         return steps, self.source.read(np.concatenate(steps), columns)
 
-    def _cut(self, steps: list[Int64Array], block: CellBlock, epoch: int) -> Iterator[Batch]:
-        """Yield the micro-batches of a block in order; some threads tokenise a few hundred cells each."""
-        ends = np.cumsum([len(part) for step in steps for part in np.array_split(step, self.settings.micro_batches)])
-        classes = {key: self._classes(block, key) for key in self.settings.categories}
-        groups = (partial(self._tokenize, block, classes, edges, epoch) for edges in _group(ends, _TOKENIZED_TOGETHER))
-        for batches in in_order(self.tokenizers, groups, n_ahead=self.n_tokenizing):
-            yield from batches
+    def _cut(
+        self, steps: list[Int64Array], block: CellBlock, epoch: int, finish: Callable[[TokenizedCells], Result]
+    ) -> Iterator[Result]:
+        """Yield the micro-batches of a window in order."""
+        parts = [part for step in steps for part in np.array_split(step, self.config.micro_batches)]
+        ends = np.cumsum([len(part) for part in parts])
+        categories = {key: self._class_ids(block, key) for key in self.config.categories}
+        tasks = (
+            partial(self._tokenize, block, categories, bounds, epoch, finish)
+            for bounds in _group_batches(ends, _CELLS_PER_TASK)
+        )
+        for results in in_order(self._tokenizers, tasks, n_ahead=self._n_tokenizing):
+            yield from results
 
-    def _tokenize(self, block: CellBlock, classes: dict[str, Int64Array], edges: Int64Array, epoch: int) -> list[Batch]:
-        """Return one batch for each pair of neighbouring edges, positions in the block."""
-        s = self.settings
-        cells = slice(edges[0], edges[-1])
-        asked = block.cell_ids[cells]
-        counts = block.take(np.arange(edges[0], edges[-1]))
-        tokens = self.processor.tokenize(counts, self.gene_ids, cell_ids=asked, seed=s.seed, epoch=epoch)
-        if s.mask_ratios is not None:
-            tokens = self.processor.mask(tokens, seed=s.seed, epoch=epoch, ratios=s.mask_ratios)
-        kept = np.ones(len(asked), np.bool_)
-        if n_empty := len(asked) - len(tokens):
-            logger.info("left out %d of %d cells: they express no gene of the vocabulary", n_empty, len(asked))
-            kept = np.isin(asked, tokens.cell_ids)
-        kept_before = np.concatenate([[0], np.cumsum(kept)])[edges - edges[0]]
-        batches = []
-        for start, stop in pairwise(kept_before.tolist()):
-            if start == stop:
+    def _tokenize(
+        self,
+        block: CellBlock,
+        categories: dict[str, Int64Array],
+        bounds: Int64Array,
+        epoch: int,
+        finish: Callable[[TokenizedCells], Result],
+    ) -> list[Result]:
+        """Return one result for each pair of neighbouring bounds, which are rows of the block."""
+        config = self.config
+        rows = np.arange(bounds[0], bounds[-1])
+        counts, cell_ids = block.take(rows), block.cell_ids[rows]
+        tokens = self.processor.tokenize(
+            counts,
+            self.gene_ids,
+            cell_ids=cell_ids if config.key_by == "cell_id" else None,
+            seed=config.seed,
+            epoch=epoch,
+            ties=config.ties,
+            max_tokens=config.max_tokens,
+        )
+        if config.mask_ratios is not None:
+            tokens = self.processor.mask(tokens, seed=config.seed, epoch=epoch, ratios=config.mask_ratios)
+        if len(tokens) < len(rows):  # counted only now, because most sources have no such cell
+            kept = self.processor.count_known(counts, self.gene_ids) > 0
+            self._report_empty(cell_ids, kept)
+            rows = rows[kept]
+        results = []
+        for start, stop in pairwise(np.searchsorted(rows, bounds).tolist()):
+            if start < stop:
+                own = rows[start:stop]
+                classes = {key: ids[own] for key, ids in categories.items()}
+                results.append(finish(TokenizedCells(tokens[start:stop], block, own, classes)))
+            elif config.empty_cells != "skip":
                 raise ValueError(
                     f"no cell of a batch of epoch {epoch} expresses a gene of the vocabulary; first cell ids: "
-                    f"{asked[:5].tolist()}; drop poor cells (min_genes), choose more genes or a larger batch"
+                    f"{cell_ids[:5].tolist()}; drop poor cells (min_genes), choose more genes or a larger batch"
                 )
-            ids = {key: torch.from_numpy(classes[key][cells][kept][start:stop]) for key in classes}
-            batches.append({**self._join(tokens[start:stop]), **ids})
-        return batches
+        return results
 
-    def _join(self, tokens: Tokens) -> Batch:
-        pad_id, pad_value = self.processor.pad_id, self.processor.pad_value
-        if self.settings.padded:
-            return pad(tokens, pad_id=pad_id, pad_value=pad_value)
-        batch = pack(tokens)
-        return bucket(batch, pad_id=pad_id, pad_value=pad_value) if self.settings.bucketed else batch
-
-    def _classes(self, block: CellBlock, key: str) -> Int64Array:
-        """Return the class of each cell of the block by its obs value, shape (cells,)."""
-        column, class_of_value = self.settings.categories[key]
-        classes = block.obs[column].astype(str).map(class_of_value)
-        if classes.isna().any():
-            unknown = sorted(set(block.obs[column].astype(str)) - set(class_of_value))
+    def _report_empty(self, cell_ids: Int64Array, kept: Any) -> None:
+        """Log or refuse the cells that have no tokens; `kept` is false for these, bool (cells,)."""
+        empty = cell_ids[~kept]
+        if self.config.empty_cells == "raise":
             raise ValueError(
-                f"obs column {column!r} holds {unknown[:5]}, which have no class in {key}; "
-                f"known: {list(class_of_value)[:5]} …"
+                f"{len(empty):,} of the cells {cell_ids.min():,} to {cell_ids.max():,} express no gene that the model "
+                f"knows, first ids: {empty[:5].tolist()}; leave them out, or, where the function has that argument, "
+                "pass empty='nan' to get rows of NaN"
             )
-        return np.asarray(classes, dtype=np.int64)
+        logger.info("left out %d of %d cells: they express no gene of the vocabulary", len(empty), len(cell_ids))
+
+    def _class_ids(self, block: CellBlock, key: str) -> Int64Array:
+        """Return the class id of each cell of the block, from its value in the obs column of a category. (cells,)."""
+        column, id_of_value = self.config.categories[key]
+        values = block.obs[column].astype(str)
+        ids = values.map(id_of_value)
+        if ids.isna().any():
+            unknown = sorted(set(values) - set(id_of_value))
+            what = "experimental batches" if key == "domain_ids" else f"values ({key})"
+            raise ValueError(
+                f"obs[{column!r}] has {what} that the model was not trained on: {unknown[:5]}; it was trained on "
+                f"{list(id_of_value)[:10]}; leave these cells out, or train the model on them too"
+            )
+        return np.asarray(ids, dtype=np.int64)
 
 
-def _group(ends: Int64Array, n_together: int) -> Iterator[Int64Array]:
-    """Yield the edges of neighbouring batches, up to `n_together` cells of them or a single one, from 0 to the end."""
+def make_batch(cells: TokenizedCells, *, processor: ScGPTProcessor, config: StreamConfig) -> Batch:
+    """Make tensors of a micro-batch: tokens as `pack` or `pad` lays them out, class ids and, if wanted, cell ids."""
+    if config.padded:
+        batch: Batch = pad(cells.tokens, pad_id=processor.pad_id, pad_value=processor.pad_value)
+    else:
+        batch = pack(cells.tokens)
+        if config.bucketed:
+            batch = bucket(batch, pad_id=processor.pad_id, pad_value=processor.pad_value)
+    batch |= {key: torch.from_numpy(ids) for key, ids in cells.categories.items()}
+    if config.with_cell_ids:
+        batch["cell_ids"] = torch.from_numpy(cells.cell_ids)
+    return batch
+
+
+def lengths_of(batch: Batch) -> torch.Tensor:
+    """Return the number of tokens of each cell of a packed or padded batch, with `<cls>`. Shape (cells,)."""
+    bounds, mask = batch.get("cu_seq_lens_q"), batch.get("attention_mask")
+    assert isinstance(bounds, torch.Tensor) or isinstance(mask, torch.Tensor)
+    return bounds.diff() if isinstance(bounds, torch.Tensor) else mask.sum(1)  # type: ignore[union-attr]
+
+
+def _list_tasks(plans: Sequence[Plan], start_step: int) -> list[WindowTask]:
+    """Return the windows of the plans from a global step on.
+
+    Raises:
+        ValueError: the plans have no step left.
+    """
+    windows = list_windows(plans)
+    tasks = [
+        WindowTask(plan, index, max(0, start_step - first)) for plan, index, first, end in windows if end > start_step
+    ]
+    if not tasks:
+        raise ValueError(f"nothing is left to read after step {start_step:,}; the plans have {windows[-1][3]:,} steps")
+    return tasks
+
+
+def _group_batches(ends: Int64Array, n_cells: int) -> Iterator[Int64Array]:
+    """Yield groups of neighbouring batches as bounds, rows of a block, that together cover the block.
+
+    Args:
+        ends: row at which each batch ends, ascending. Shape (batches,).
+        n_cells: most cells of a group, unless a single batch has more.
+
+    Yields:
+        The row at which the first batch of the group starts, and the rows at which its batches end.
+    """
     first = 0
     while first < ends[-1:].sum():
-        together = ends[(ends > first) & (ends <= first + n_together)]
+        together = ends[(ends > first) & (ends <= first + n_cells)]
         if not len(together):
             together = ends[ends > first][:1]
         yield np.concatenate([[first], together])

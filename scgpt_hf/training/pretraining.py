@@ -7,7 +7,6 @@ import os
 import shutil
 from collections.abc import Callable
 from contextlib import closing
-from copy import copy
 from dataclasses import asdict, replace
 from functools import partial
 from importlib.metadata import version
@@ -30,6 +29,7 @@ from scgpt_hf.model.modeling_scgpt import ScGPTForPreTraining
 from scgpt_hf.pipeline.stream import StreamConfig, stream_cells
 from scgpt_hf.publishing.record import RunRecord
 from scgpt_hf.publishing.run_summary import error_rows
+from scgpt_hf.tokens.binning_scgpt import Ties
 from scgpt_hf.tokens.processing_scgpt import ScGPTProcessor
 from scgpt_hf.training.baselines import Baselines, baselines_from, sum_bins, sum_errors
 from scgpt_hf.training.cache_dir import chunk_order, open_caching
@@ -112,9 +112,9 @@ class DataModule:
         if checkpoint:
             logger.info("%s", format_resume(past, self.schedule, args))
         plan = plan_validation(selection.parts["validation"], args.per_device_eval_batch_size)
-        validated = replace(self.stream_config, micro_batches=1, bucketed=False)
-        self._validation = partial(stream_cells, self.caching or source, [plan], settings=validated)
-        self._validated = self._validation(processor)
+        self._validation_config = replace(self.stream_config, micro_batches=1, bucketed=False)
+        self._validation = partial(stream_cells, self.caching or source, [plan], processor)
+        self._validated = self._validation(self._validation_config)
         self.n_validation_steps = plan.n_steps
 
     def train(self, consumed: int) -> Any:
@@ -126,9 +126,13 @@ class DataModule:
             source, plans = (self.caching, first) if first else (self.caching.finish(), plans)
         return stream_cells(source, plans, self.processor, self.stream_config, start_step=step)
 
-    def validation(self, processor: ScGPTProcessor | None = None) -> Any:
-        """Return the validation batches of this rank; masks and ties are the same every time."""
-        return self._validated if processor is None else self._validation(processor)
+    def validation(self, ties: Ties | None = None) -> Any:
+        """Return the validation batches of this rank; masks and ties are the same every time.
+
+        Args:
+            ties: rule for ties that replaces the processor's.
+        """
+        return self._validated if ties is None else self._validation(replace(self._validation_config, ties=ties))
 
     def unmasked(self) -> Any:
         """Return training batches without masks, in the order of a first epoch."""
@@ -171,9 +175,9 @@ def measure_baselines(data_module: DataModule, accelerator: Accelerator) -> Base
         wanted = islice(batches, math.ceil(BASELINE_CELLS / data_module.epoch.batch_size))
         bin_sums = sum_bins(wanted, processor.vocab_size)
     bin_sums[:, processor.tokenizer.all_special_ids] = 0
-    low, high = copy(processor), copy(processor)
+    low, high = processor.ties, processor.ties
     if processor.ties == "random":  # any other rule leaves no noise, and the floor is 0
-        low.ties, high.ties = "lower", "upper"
+        low, high = "lower", "upper"
     bin_sums = over_ranks(torch.from_numpy(bin_sums), accelerator).numpy()
     errors = sum_errors(data_module.validation(), data_module.validation(low), data_module.validation(high), bin_sums)
     return baselines_from(over_ranks(torch.from_numpy(errors), accelerator).numpy())

@@ -24,7 +24,8 @@ from transformers.utils.hub import PushInProgress
 
 from scgpt_hf.cells.schedule.run import RunSchedule
 from scgpt_hf.cells.threads import prefetch
-from scgpt_hf.pipeline.stream import Batch, StreamLoader, lengths_of
+from scgpt_hf.pipeline.loader import StreamLoader
+from scgpt_hf.pipeline.stream import Batch, lengths_of
 from scgpt_hf.publishing.publish_run import check_repository, publish
 from scgpt_hf.training.baselines import Baselines
 from scgpt_hf.training.fault_tolerance.checkpoints import checkpoint_at

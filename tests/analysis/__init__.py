@@ -1,1 +1,1 @@
-"""Tests of analysis."""
+"""Tests of what uses trained models."""

@@ -1,4 +1,4 @@
-"""Types of cells: from a classifier, from a reference, in files; and "unassigned" where nothing is known."""
+"""Test the annotation of cells: by a classifier, by a reference, in files, and "unassigned" where neither can tell."""
 
 import runpy
 import sys
@@ -30,7 +30,7 @@ SCRIPT = ROOT / "scripts" / "annotate.py"
 N_CELLS, GENES, TYPES = 30, [f"ENSG{number:011}" for number in range(12)], ["A/B", "C+", "D"]
 
 
-def some_cells() -> AnnData:
+def make_cells() -> AnnData:
     counts = np.random.default_rng(0).poisson(1.0, (N_CELLS, len(GENES))).astype(np.float32)
     counts[:, 0] = 1
     obs = pd.DataFrame(index=[f"cell{number}" for number in range(N_CELLS)])
@@ -73,9 +73,9 @@ def test_types_are_the_most_likely_and_unassigned_below_the_threshold(
     model = ScGPTForSequenceClassification.from_pretrained(classifier).eval()
     midpoint = ScGPTProcessor.from_genes(GENES, ties="midpoint")
     with torch.inference_mode():
-        expected = torch.softmax(model(**midpoint(some_cells())).logits, dim=-1).numpy()
+        expected = torch.softmax(model(**midpoint(make_cells())).logits, dim=-1).numpy()
     threshold = float(np.median(expected.max(axis=1)))
-    adata = some_cells()
+    adata = make_cells()
     report = predict_cell_types(adata, model, processor, threshold=threshold, batch_size=7, progress=False)
     types, confidence = adata.obs["predicted_cell_type"], adata.obs["predicted_cell_type_confidence"].to_numpy()
     np.testing.assert_allclose(confidence, expected.max(axis=1), atol=1e-6)
@@ -87,10 +87,10 @@ def test_types_are_the_most_likely_and_unassigned_below_the_threshold(
     assert report["genes"]["by_id"] == len(GENES)
 
 
-def test_cells_without_a_known_gene_are_unassigned_when_told(classifier: Path) -> None:
-    adata = some_cells()
+def test_cells_without_a_known_gene_raise_an_error_or_are_unassigned(classifier: Path) -> None:
+    adata = make_cells()
     adata.X[3] = 0
-    with pytest.raises(ValueError, match="1 of the cells"):
+    with pytest.raises(ValueError, match=r"first ids: \[3\]"):
         predict_cell_types(adata, classifier, progress=False)
     assert not list(adata.obs)
     predict_cell_types(adata, classifier, threshold=0, empty="nan", progress=False)
@@ -98,24 +98,31 @@ def test_cells_without_a_known_gene_are_unassigned_when_told(classifier: Path) -
     assert np.isnan(adata.obs["predicted_cell_type_confidence"].iloc[3])
 
 
-def test_what_cannot_be_predicted_raises(classifier: Path, encoder: Path, processor: ScGPTProcessor) -> None:
-    adata = some_cells()
-    with pytest.raises(ValueError, match=r"no trained class head; scripts/finetune\.py"):
+def test_models_and_arguments_that_cannot_be_used_for_prediction_raise_an_error(
+    classifier: Path, encoder: Path, processor: ScGPTProcessor
+) -> None:
+    adata = make_cells()
+    with pytest.raises(ValueError, match="no trained class_head"):
         predict_cell_types(adata, encoder, progress=False)
-    with pytest.raises(ValueError, match="without a class head"):
+    with pytest.raises(ValueError, match="ScGPTModel has no class_head"):
         predict_cell_types(adata, ScGPTModel.from_pretrained(encoder), processor, progress=False)
-    with pytest.raises(ValueError, match="without its processor"):
+    with pytest.raises(ValueError, match="needs its processor"):
         predict_cell_types(adata, ScGPTForSequenceClassification.from_pretrained(classifier), progress=False)
-    with pytest.raises(ValueError, match=r"threshold in \[0, 1\], found 2"):
+    with pytest.raises(ValueError, match="found 2"):
         predict_cell_types(adata, classifier, threshold=2, progress=False)
+
+
+def test_columns_are_replaced_only_with_overwrite(classifier: Path) -> None:
+    adata = make_cells()
     adata.obs["predicted_cell_type_confidence"] = 1.0
-    with pytest.raises(ValueError, match="'predicted_cell_type_confidence'] already"):
+    with pytest.raises(ValueError, match="'predicted_cell_type_confidence'"):
         predict_cell_types(adata, classifier, progress=False)
     predict_cell_types(adata, classifier, overwrite=True, progress=False)
-    predict_cell_types(adata, classifier, key="other", progress=False)
+    predict_cell_types(adata, classifier, key_added="other", progress=False)
 
 
-def embedded(vectors: Any, types: Any = None) -> AnnData:
+def make_embedded(vectors: Any, types: Any = None) -> AnnData:
+    """Make cells with these vectors in obsm, and labels if given."""
     vectors = np.asarray(vectors, np.float32)
     adata = AnnData(np.zeros((len(vectors), 1), np.float32), obsm={"X_scgpt": vectors})
     if types is not None:
@@ -129,8 +136,8 @@ def test_votes_are_weighted_by_inverse_distance(seed: int, n_neighbors: int, n_t
     rng = np.random.default_rng(seed)
     reference, query = rng.normal(size=(20, 3)).astype(np.float32), rng.normal(size=(5, 3)).astype(np.float32)
     types = np.array(list("abcd"))[np.arange(20) % n_types]
-    adata = embedded(query)
-    transfer_labels(adata, embedded(reference, types), n_neighbors=n_neighbors, threshold=0)
+    adata = make_embedded(query)
+    transfer_labels(adata, make_embedded(reference, types), n_neighbors=n_neighbors, threshold=0)
     for cell, vector in enumerate(query):
         distance = np.linalg.norm(reference - vector, axis=1)
         nearest = np.argsort(distance)[:n_neighbors]
@@ -142,12 +149,12 @@ def test_votes_are_weighted_by_inverse_distance(seed: int, n_neighbors: int, n_t
         assert adata.obs["predicted_cell_type_distance"].iloc[cell] == pytest.approx(distance[nearest].mean(), rel=1e-4)
 
 
-def test_types_that_the_reference_lacks_are_far_and_can_be_unassigned() -> None:
+def test_cells_of_a_type_that_the_reference_lacks_are_far_and_can_be_unassigned() -> None:
     rng = np.random.default_rng(0)
     vectors = rng.normal(size=(60, 2)) + np.repeat([[0, 0], [9, 0]], 30, axis=0)
-    reference = embedded(vectors, ["T cell"] * 30 + ["B cell"] * 30)
-    query = rng.normal(size=(20, 2)) + np.repeat([[0, 0], [0, 30]], 10, axis=0)  # the second half is of no type
-    adata = embedded(query)
+    reference = make_embedded(vectors, ["T cell"] * 30 + ["B cell"] * 30)
+    query = rng.normal(size=(20, 2)) + np.repeat([[0, 0], [0, 30]], 10, axis=0)  # the second half has another type
+    adata = make_embedded(query)
     report = transfer_labels(adata, reference, n_neighbors=5)
     assert set(adata.obs["predicted_cell_type"]) <= {"T cell", "B cell", "unassigned"}
     assert report["cells_beyond"] >= 10
@@ -157,23 +164,25 @@ def test_types_that_the_reference_lacks_are_far_and_can_be_unassigned() -> None:
 
 
 def test_unlabelled_and_unembedded_cells_of_the_reference_do_not_vote() -> None:
-    reference = embedded([[0.0], [0.1], [0.2], [5.0], [5.1], [0.0]], ["unknown", None, "", "far", "farther", "lost"])
+    reference = make_embedded(
+        [[0.0], [0.1], [0.2], [5.0], [5.1], [0.0]], ["unknown", None, "", "far", "farther", "lost"]
+    )
     reference.obsm["X_scgpt"][5] = np.nan
-    adata = embedded([[0.0], [np.nan]])
+    adata = make_embedded([[0.0], [np.nan]])
     transfer_labels(adata, reference, n_neighbors=1)
     assert adata.obs["predicted_cell_type"].tolist() == ["far", "unassigned"]
 
 
-def test_what_cannot_be_transferred_raises() -> None:
-    reference, query = embedded(np.eye(4), list("aabb")), embedded(np.eye(4))
+def test_a_reference_or_query_that_cannot_be_used_raises_an_error() -> None:
+    reference, query = make_embedded(np.eye(4), list("aabb")), make_embedded(np.eye(4))
     cases: list[tuple[Any, dict[str, Any], str]] = [
-        (reference, {"obsm": "X_pca"}, r"query has no obsm\['X_pca'\]"),
-        (reference, {"key": "absent"}, r"reference has no obs\['absent'\]"),
-        (reference, {"n_neighbors": 4}, "expected more than the 4 neighbours"),
-        (embedded(np.eye(4), ["unknown"] * 4), {"n_neighbors": 1}, "0 of 4 cells"),
-        (embedded(np.eye(4), ["B cell", "B cell", "unknown", "B cell"]), {"n_neighbors": 1}, "all 3 .* have 'B cell'"),
-        (embedded(np.ones((4, 2)), list("aabb")), {"n_neighbors": 1}, "vectors of 4, the reference of 2"),
-        (embedded(np.ones((0, 4)), []), {"n_neighbors": 1}, "reference has no cells"),
+        (reference, {"use_rep": "X_pca"}, "query .*'X_pca'"),
+        (reference, {"labels_key": "absent"}, "reference .*'absent'"),
+        (reference, {"n_neighbors": 4}, "more than the 4 neighbours"),
+        (make_embedded(np.eye(4), ["unknown"] * 4), {"n_neighbors": 1}, "0 of 4 cells"),
+        (make_embedded(np.eye(4), ["B cell", "B cell", "unknown", "B cell"]), {"n_neighbors": 1}, "all 3 .*'B cell'"),
+        (make_embedded(np.ones((4, 2)), list("aabb")), {"n_neighbors": 1}, "4 numbers, .* reference 2"),
+        (make_embedded(np.ones((0, 4)), []), {"n_neighbors": 1}, "reference has no cells"),
         (reference, {"threshold": -1}, "threshold"),
     ]
     for other, options, message in cases:
@@ -188,8 +197,8 @@ def test_what_cannot_be_transferred_raises() -> None:
         transfer_labels(query, reference, n_neighbors=1)
 
 
-def test_a_file_gets_what_memory_gets_and_keeps_all_else(classifier: Path, tmp_path: Path) -> None:
-    adata = some_cells()
+def test_a_file_is_annotated_as_in_memory_and_keeps_its_other_contents(classifier: Path, tmp_path: Path) -> None:
+    adata = make_cells()
     adata.obs["kept"] = np.arange(N_CELLS)
     adata.uns["kept"] = "yes"
     adata.write_h5ad(tmp_path / "cells.h5ad")
@@ -201,14 +210,20 @@ def test_a_file_gets_what_memory_gets_and_keeps_all_else(classifier: Path, tmp_p
     assert list(found.uns["predicted_cell_type"]["types"]["name"]) == adata.uns["predicted_cell_type"]["types"]["name"]
     assert found.uns["kept"] == "yes"
     np.testing.assert_array_equal(found.X, adata.X)
-    with pytest.raises(FileExistsError, match="exists; choose another name"):
+
+
+def test_a_file_that_cannot_be_annotated_leaves_nothing_behind(classifier: Path, tmp_path: Path) -> None:
+    make_cells().write_h5ad(tmp_path / "cells.h5ad")
+    annotate = partial(predict_cell_types, model=classifier, progress=False)
+    annotate_file(tmp_path / "cells.h5ad", tmp_path / "out.h5ad", annotate)
+    with pytest.raises(FileExistsError, match="out"):
         annotate_file(tmp_path / "cells.h5ad", tmp_path / "out.h5ad", annotate)
-    with pytest.raises(ValueError, match="already"):
+    with pytest.raises(ValueError, match="predicted_cell_type"):
         annotate_file(tmp_path / "out.h5ad", tmp_path / "again.h5ad", annotate)
-    with pytest.raises(FileNotFoundError, match="no file"):
+    with pytest.raises(FileNotFoundError, match="absent"):
         annotate_file(tmp_path / "absent.h5ad", tmp_path / "again.h5ad", annotate)
     (tmp_path / "text.h5ad").write_text("no h5ad")
-    with pytest.raises(ValueError, match="cannot read"):
+    with pytest.raises(ValueError, match="text"):
         annotate_file(tmp_path / "text.h5ad", tmp_path / "again.h5ad", annotate)
     assert {path.name for path in tmp_path.iterdir()} == {"cells.h5ad", "out.h5ad", "text.h5ad"}
 
@@ -218,25 +233,25 @@ def run_script(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:
     runpy.run_path(str(SCRIPT), run_name="__main__")
 
 
-def test_script_predicts_and_transfers(
+def test_the_script_predicts_with_a_classifier_and_transfers_from_a_reference(
     classifier: Path, encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    reference = some_cells()
+    reference = make_cells()
     reference.obs["cell_type"] = ["A", "B", "unknown"] * 10
     reference.write_h5ad(tmp_path / "reference.h5ad")
-    some_cells().write_h5ad(tmp_path / "query.h5ad")
+    make_cells().write_h5ad(tmp_path / "query.h5ad")
     query = tmp_path / "query.h5ad"
     common = "--device", "cpu", "--threshold", 0
     run_script(monkeypatch, query, "--model", classifier, "--out", tmp_path / "predicted.h5ad", *common)
     assert "Annotated 30 cells" in capsys.readouterr().out
-    transfer = "--reference", tmp_path / "reference.h5ad", "--model", encoder, "--n_neighbors", 1
-    run_script(monkeypatch, query, *transfer, "--out", tmp_path / "transferred.h5ad", *common)
+    transfer = "--reference", tmp_path / "reference.h5ad", "--labels_key", "cell_type", "--model", encoder
+    run_script(monkeypatch, query, *transfer, "--n_neighbors", 1, "--out", tmp_path / "transferred.h5ad", *common)
     assert "farther from the reference" in capsys.readouterr().out
     found = anndata.read_h5ad(tmp_path / "transferred.h5ad")
     assert found.obsm["X_scgpt"].shape == (30, 16)
-    told = reference.obs["cell_type"] != "unknown"  # the query's cells are the reference's
-    assert found.obs["predicted_cell_type"][told].tolist() == reference.obs["cell_type"][told].tolist()
-    with pytest.raises(SystemExit, match=r"annotate\.py: .*no trained class head"):
+    labelled = reference.obs["cell_type"] != "unknown"  # query and reference have the same cells
+    assert found.obs["predicted_cell_type"][labelled].tolist() == reference.obs["cell_type"][labelled].tolist()
+    with pytest.raises(SystemExit, match=r"annotate\.py: .*class_head"):
         run_script(monkeypatch, query, "--model", encoder, "--out", tmp_path / "x.h5ad")
     with pytest.raises(SystemExit):
         run_script(monkeypatch, query, "--out", tmp_path / "x.h5ad")

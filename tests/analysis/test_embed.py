@@ -1,4 +1,4 @@
-"""One vector per cell, the same wherever and with whomever the cell is met."""
+"""Test that the vector of a cell depends on its content alone: not on order, batch, file or storage."""
 
 import runpy
 import shutil
@@ -19,26 +19,25 @@ from hypothesis import strategies as st
 from scipy.sparse import csr_matrix
 from transformers import BertConfig, BertModel
 
-from scgpt_hf.analysis import embed, inference
-from scgpt_hf.analysis.embed import embed_anndata, embed_cells, umap_of
+from scgpt_hf.analysis import inference
+from scgpt_hf.analysis.embed import EmbedSettings, embed_anndata, embed_cells, umap_of
 from scgpt_hf.analysis.embed_file import embed_file
-from scgpt_hf.cells import h5ad
 from scgpt_hf.cells.h5ad.reader import H5adSource
 from scgpt_hf.cells.source import open_source
 from scgpt_hf.model.configuration_scgpt import ScGPTConfig
 from scgpt_hf.model.modeling_scgpt import ScGPTForPreTraining, ScGPTModel
-from scgpt_hf.pipeline.genes import match_columns
+from scgpt_hf.pretrained import load_model
 from scgpt_hf.tokens.processing_scgpt import ScGPTProcessor
 from tests.support import ROOT
 
 SCRIPT = ROOT / "scripts" / "embed.py"
 N_CELLS, N_GENES, N_KNOWN = 50, 40, 30
 IDS = [f"ENSG{number:011}" for number in range(N_GENES)]
-QUIET: embed.EmbedSettings = {"progress": False}
+QUIET: EmbedSettings = {"progress": False}
 
 
-def some_cells() -> AnnData:
-    """50 cells whose counts are full of ties; nearly all express more of the 30 known genes than 11 tokens hold."""
+def make_cells() -> AnnData:
+    """Make 50 cells with many ties; nearly all express more of the 30 known genes than 11 tokens hold."""
     counts = np.random.default_rng(0).poisson(1.5, (N_CELLS, N_GENES)).astype(np.float32)
     counts[:, 0] = 1
     var = pd.DataFrame({"feature_name": [f"GENE{number}" for number in range(N_GENES)]}, index=IDS)
@@ -71,9 +70,9 @@ def saved(model: ScGPTModel, processor: ScGPTProcessor, tmp_path_factory: pytest
 
 @pytest.fixture(scope="module")
 def expected(model: ScGPTModel, processor: ScGPTProcessor) -> np.ndarray:
-    """The slow way: one padded cell at a time, through the processor that any user calls."""
+    """Embed one padded cell at a time, through the processor that any user calls."""
     midpoint = ScGPTProcessor.from_genes(processor.genes, max_tokens=processor.max_tokens, ties="midpoint")
-    adata = some_cells()
+    adata = make_cells()
     with torch.inference_mode():
         vectors = [model(**midpoint(adata[cell].copy())).cell_embedding for cell in range(N_CELLS)]
     return torch.nn.functional.normalize(torch.cat(vectors), dim=-1).numpy()
@@ -81,10 +80,10 @@ def expected(model: ScGPTModel, processor: ScGPTProcessor) -> np.ndarray:
 
 @settings(deadline=None, max_examples=15)
 @given(cell_ids=st.lists(st.integers(0, N_CELLS - 1), unique=True), batch_size=st.integers(1, 60))
-def test_a_vector_belongs_to_its_cell_in_any_order_batch_and_company(
+def test_a_vector_does_not_depend_on_the_order_the_batch_or_the_other_cells(
     cell_ids: list[int], batch_size: int, model: ScGPTModel, processor: ScGPTProcessor, expected: np.ndarray
 ) -> None:
-    source = open_source(some_cells(), primary_only=False)
+    source = open_source(make_cells(), primary_only=False)
     ids = np.array(cell_ids, np.int64)
     embedding = embed_cells(source, ids, model, processor, batch_size=batch_size, **QUIET)
     assert embedding.dtype == np.float32
@@ -101,44 +100,43 @@ def test_a_vector_belongs_to_its_cell_in_any_order_batch_and_company(
     ],
     ids=["columns moved", "integers", "dense", "ids in a column"],
 )
-def test_the_way_counts_are_stored_changes_nothing(
+def test_a_vector_does_not_depend_on_how_counts_are_stored(
     change: Any, model: ScGPTModel, processor: ScGPTProcessor, expected: np.ndarray
 ) -> None:
-    adata = change(some_cells())
+    adata = change(make_cells())
     embed_anndata(adata, model, processor, **QUIET)
     np.testing.assert_allclose(adata.obsm["X_scgpt"], expected, atol=2e-6)
 
 
-def test_a_part_of_the_cells_is_embedded_as_in_the_whole(
+def test_a_part_of_the_cells_is_embedded_as_with_all_cells(
     model: ScGPTModel, processor: ScGPTProcessor, expected: np.ndarray
 ) -> None:
-    part = some_cells()[33:].copy()  # rows are numbered anew, and genes are sampled in nearly every cell
+    part = make_cells()[33:].copy()  # cells get other row numbers, and genes are sampled in nearly every cell
     embed_anndata(part, model, processor, **QUIET)
     np.testing.assert_allclose(part.obsm["X_scgpt"], expected[33:], atol=2e-6)
 
 
-def test_blocks_are_small_and_do_not_show(
+def test_windows_are_small_and_do_not_change_the_result(
     model: ScGPTModel, processor: ScGPTProcessor, expected: np.ndarray, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    source = H5adSource(some_cells(), primary_only=False)
+    source = H5adSource(make_cells(), primary_only=False)
     read, sizes = source.read, []
 
-    def watched(cell_ids: Any, columns: Any) -> Any:
+    def record_size(cell_ids: Any, columns: Any) -> Any:
         sizes.append(len(cell_ids))
         return read(cell_ids, columns)
 
     monkeypatch.setattr(inference, "CHUNK_SIZE", 16)
-    monkeypatch.setattr(source, "read", watched)
+    monkeypatch.setattr(source, "read", record_size)
     embedding = embed_cells(source, np.arange(N_CELLS), model, processor, batch_size=8, **QUIET)
     assert sizes == [16, 16, 16, 2]
     np.testing.assert_allclose(embedding, expected, atol=2e-6)
 
 
-def test_a_file_four_times_as_long_takes_no_more_memory(
+def test_memory_does_not_grow_with_the_length_of_a_file(
     model: ScGPTModel, processor: ScGPTProcessor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(inference, "CHUNK_SIZE", 128)
-    monkeypatch.setattr(h5ad, "LOOK", 128)
     counts = np.random.default_rng(0).poisson(3, (512, 500)).astype(np.float32)
     counts[:, 0] = 1
     var = pd.DataFrame(index=[f"ENSG{number:011}" for number in range(500)])
@@ -152,15 +150,15 @@ def test_a_file_four_times_as_long_takes_no_more_memory(
         finally:
             tracemalloc.stop()
 
-    peak(1)  # whatever is kept for good, such as imports
-    once, four_times = peak(1), peak(4)
-    assert four_times < once + counts.nbytes  # the files differ by three times that, and by their indices
+    peak(2)  # allocates what the process keeps, such as imported modules
+    short, long = peak(2), peak(8)
+    assert long < short + 2 * counts.nbytes  # the files differ by six times that, and by their indices
 
 
-def test_a_model_in_training_is_used_without_dropout_and_goes_on_training(
+def test_a_model_in_training_mode_is_used_without_dropout_and_stays_in_training_mode(
     model: ScGPTModel, processor: ScGPTProcessor, expected: np.ndarray
 ) -> None:
-    adata = some_cells()
+    adata = make_cells()
     model.train()
     try:
         embed_anndata(adata, model, processor, **QUIET)
@@ -170,18 +168,18 @@ def test_a_model_in_training_is_used_without_dropout_and_goes_on_training(
     np.testing.assert_allclose(adata.obsm["X_scgpt"], expected, atol=2e-6)
 
 
-def test_lengths_are_one_unless_told_otherwise(
+def test_vectors_have_length_one_unless_configured_otherwise(
     model: ScGPTModel, processor: ScGPTProcessor, expected: np.ndarray
 ) -> None:
-    adata = some_cells()
-    embed_anndata(adata, model, processor, key="X_long", normalize=False, **QUIET)
+    adata = make_cells()
+    embed_anndata(adata, model, processor, key_added="X_long", normalize=False, **QUIET)
     lengths = np.linalg.norm(adata.obsm["X_long"], axis=1, keepdims=True)
     assert (np.abs(lengths - 1) > 0.01).any()
     np.testing.assert_allclose(adata.obsm["X_long"] / lengths, expected, atol=2e-6)
 
 
-def test_a_saved_checkpoint_embeds_and_the_provenance_is_written(saved: Path, expected: np.ndarray) -> None:
-    adata = some_cells()
+def test_a_saved_checkpoint_embeds_and_the_report_is_written(saved: Path, expected: np.ndarray) -> None:
+    adata = make_cells()
     report = embed_anndata(adata, saved, **QUIET)
     np.testing.assert_allclose(adata.obsm["X_scgpt"], expected, atol=2e-6)
     assert adata.uns["X_scgpt"] == report
@@ -191,10 +189,10 @@ def test_a_saved_checkpoint_embeds_and_the_provenance_is_written(saved: Path, ex
 
 
 @pytest.mark.parametrize("in_place", [False, True])
-def test_a_file_is_embedded_as_in_memory_and_keeps_all_else(
+def test_a_file_is_embedded_as_in_memory_and_keeps_its_other_contents(
     in_place: bool, saved: Path, expected: np.ndarray, tmp_path: Path
 ) -> None:
-    adata = some_cells()
+    adata = make_cells()
     adata.uns["kept"] = "yes"
     adata.write_h5ad(tmp_path / "cells.h5ad")
     out = tmp_path / ("cells.h5ad" if in_place else "out.h5ad")
@@ -206,37 +204,15 @@ def test_a_file_is_embedded_as_in_memory_and_keeps_all_else(
     assert (found.X != adata.X).nnz == 0
     assert {path.name for path in tmp_path.iterdir()} == {"cells.h5ad", out.name}
     backed = anndata.read_h5ad(out, backed="r")
-    embed_anndata(backed, saved, key="X_again", **QUIET)
+    embed_anndata(backed, saved, key_added="X_again", **QUIET)
     np.testing.assert_allclose(backed.obsm["X_again"], expected, atol=2e-6)
     backed.file.close()
 
 
-def test_genes_are_found_by_id_then_by_symbol_and_each_gene_once() -> None:
-    genes = pd.DataFrame(
-        [("ENSG00000000001.4", "A"), ("x1", "TP53"), ("x2", "TP53"), ("x3", "CD3D"), ("CD3D", "other"), ("x4", "none")],
-        columns=["feature_id", "feature_name"],
-    )
-    processor = ScGPTProcessor.from_genes(["ENSG00000000001", "CD3D", "TP53", "LYZ"])
-    gene_ids, coverage = match_columns(genes, processor)
-    assert gene_ids.tolist() == [0, 2, -1, -1, 1, -1]
-    assert coverage == {"by_id": 2, "by_symbol": 1, "duplicates": 2, "unknown": 1, "vocabulary": 4}
-
-
-def test_a_symbol_the_model_knows_finds_its_gene_once() -> None:
-    genes = pd.DataFrame(
-        [("CD3D", "CD3D"), ("x1", "LYZ"), ("ENSG2", "LYZ"), ("x2", "TP53"), ("x3", "TP53"), ("TP53", "none")],
-        columns=["feature_id", "feature_name"],
-    )
-    processor = ScGPTProcessor.from_genes(["ENSG1", "ENSG2", "ENSG3"], symbols=["CD3D", "LYZ", "TP53"])
-    gene_ids, coverage = match_columns(genes, processor)
-    assert gene_ids.tolist() == [0, -1, 1, 2, -1, -1]
-    assert coverage == {"by_id": 1, "by_symbol": 2, "duplicates": 2, "unknown": 1, "vocabulary": 3}
-
-
-def test_empty_cells_raise_with_their_number_and_ids_or_become_nan(
+def test_empty_cells_raise_an_error_that_lists_them_or_become_nan(
     model: ScGPTModel, processor: ScGPTProcessor, expected: np.ndarray, tmp_path: Path
 ) -> None:
-    adata = some_cells()
+    adata = make_cells()
     counts = adata.X.toarray()
     counts[[3, 9], :N_KNOWN] = 0
     adata.X = csr_matrix(counts)
@@ -253,10 +229,10 @@ def test_empty_cells_raise_with_their_number_and_ids_or_become_nan(
         np.testing.assert_allclose(embedding[others], expected[others], atol=2e-6)
 
 
-def test_an_embedding_that_exists_is_refused_unless_told(model: ScGPTModel, processor: ScGPTProcessor) -> None:
-    adata = some_cells()
+def test_an_embedding_is_replaced_only_with_overwrite(model: ScGPTModel, processor: ScGPTProcessor) -> None:
+    adata = make_cells()
     adata.obsm["X_scgpt"] = np.zeros((N_CELLS, 1))
-    with pytest.raises(ValueError, match="obsm has a 'X_scgpt' already"):
+    with pytest.raises(ValueError, match="'X_scgpt' already"):
         embed_anndata(adata, model, processor, **QUIET)
     embed_anndata(adata, model, processor, overwrite=True, **QUIET)
     assert adata.obsm["X_scgpt"].shape == (N_CELLS, 16)
@@ -265,54 +241,47 @@ def test_an_embedding_that_exists_is_refused_unless_told(model: ScGPTModel, proc
 def test_a_file_that_cannot_be_embedded_leaves_nothing_behind(
     model: ScGPTModel, processor: ScGPTProcessor, tmp_path: Path
 ) -> None:
-    adata = some_cells()
+    adata = make_cells()
     counts = adata.X.toarray()
     counts[40] = 0
     adata.X = csr_matrix(counts)
     adata.obsm["X_pca"] = counts[:, :2]
     adata.write_h5ad(tmp_path / "cells.h5ad")
-    (tmp_path / "out.h5ad").write_text("precious")
+    (tmp_path / "out.h5ad").write_text("previous")
     path, out = tmp_path / "cells.h5ad", tmp_path / "out.h5ad"
-    with pytest.raises(FileExistsError, match="exists; choose another name"):
+    with pytest.raises(FileExistsError, match="out"):
         embed_file(path, out, model, processor, **QUIET)
-    with pytest.raises(ValueError, match="obsm has a 'X_pca' already"):
-        embed_file(path, tmp_path / "new.h5ad", model, processor, key="X_pca", **QUIET)
-    with pytest.raises(ValueError, match="1 of the cells"):
+    with pytest.raises(ValueError, match="X_pca"):
+        embed_file(path, tmp_path / "new.h5ad", model, processor, key_added="X_pca", **QUIET)
+    with pytest.raises(ValueError, match=r"first ids: \[40\]"):
         embed_file(path, out, model, processor, overwrite=True, **QUIET)
     del adata.obsm["X_pca"]
     adata.write_h5ad(damaged := tmp_path / "damaged.h5ad")
     with h5py.File(damaged, "r+") as file:
         del file["obsm"]
         file["obsm"] = 7
-    with pytest.raises(ValueError, match=r"cannot read '.*damaged.h5ad' as an .h5ad file"):
+    with pytest.raises(ValueError, match="damaged"):
         embed_file(damaged, out, model, processor, overwrite=True, **QUIET)
     damaged.unlink()
     assert {path.name for path in tmp_path.iterdir()} == {"cells.h5ad", "out.h5ad"}
-    assert out.read_text() == "precious"
+    assert out.read_text() == "previous"
 
 
-def normalised() -> AnnData:
-    adata = some_cells()
+def make_normalised() -> AnnData:
+    adata = make_cells()
     adata.layers["counts"] = adata.X.copy()
     adata.X = adata.X.log1p()
     return adata
 
 
-def of_a_mouse() -> AnnData:
-    adata = some_cells()
+def make_mouse_cells() -> AnnData:
+    adata = make_cells()
     adata.var_names = [name.replace("ENSG", "ENSMUSG") for name in adata.var_names]
     return adata
 
 
-def by_mouse_symbols() -> AnnData:
-    adata = some_cells()
-    adata.var_names = ["Cd3d", "H2afz", "mt-Nd1", *(f"Gm{number}" for number in range(3, N_GENES))]
-    adata.var["feature_name"] = adata.var_names
-    return adata
-
-
-def of_nothing_known() -> AnnData:
-    adata = some_cells()
+def make_cells_of_unknown_genes() -> AnnData:
+    adata = make_cells()
     adata.var_names = [f"peak{number}" for number in range(N_GENES)]
     adata.var["feature_name"] = adata.var_names
     return adata
@@ -321,54 +290,55 @@ def of_nothing_known() -> AnnData:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (normalised, r"raw counts.*layer='counts'"),
-        (of_a_mouse, "mouse genes, e.g. .*ENSMUSG00000000000"),
-        (by_mouse_symbols, "mouse genes, e.g. .*'Cd3d'"),
-        (of_nothing_known, "only 0 of the 40 genes"),
-        (lambda: some_cells()[:0].copy(), "no cells"),
+        (make_normalised, r"layer='counts'"),
+        (make_mouse_cells, "ENSMUSG00000000000"),
+        (make_cells_of_unknown_genes, "0 of the 40 genes"),
+        (lambda: make_cells()[:0].copy(), "no cells"),
     ],
 )
-def test_unusable_data_raise(make: Any, message: str, model: ScGPTModel, processor: ScGPTProcessor) -> None:
+def test_unusable_data_raise_an_error(make: Any, message: str, model: ScGPTModel, processor: ScGPTProcessor) -> None:
     with pytest.raises(ValueError, match=message):
         embed_anndata(make(), model, processor, **QUIET)
 
 
-def test_heads_are_left_out_without_a_word_and_layers_are_not(
+def test_a_checkpoint_loads_without_its_heads_but_not_without_some_layers(
     saved: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    embed.load_encoder(saved)
+    load_model(saved)
     assert not caplog.records
     shutil.copytree(saved, tmp_path / "model")
     config = tmp_path / "model" / "config.json"
     config.write_text(config.read_text().replace('"num_hidden_layers": 2', '"num_hidden_layers": 1'))
-    with pytest.raises(ValueError, match=r"has 12 weights for which .* no place, e.g. \['scgpt.layers.1"):
-        embed.load_encoder(tmp_path / "model")
+    with pytest.raises(ValueError, match=r"12 weights .*scgpt.layers.1"):
+        load_model(tmp_path / "model")
 
 
-def test_a_layer_is_used_where_asked(model: ScGPTModel, processor: ScGPTProcessor, expected: np.ndarray) -> None:
-    adata = normalised()
+def test_counts_are_read_from_the_requested_layer(
+    model: ScGPTModel, processor: ScGPTProcessor, expected: np.ndarray
+) -> None:
+    adata = make_normalised()
     assert embed_anndata(adata, model, processor, layer="counts", **QUIET)["layer"] == "counts"
     np.testing.assert_allclose(adata.obsm["X_scgpt"], expected, atol=2e-6)
 
 
-def test_a_model_needs_its_own_processor(model: ScGPTModel, saved: Path) -> None:
+def test_a_model_that_cannot_be_used_raises_an_error(model: ScGPTModel, saved: Path) -> None:
     with pytest.raises(ValueError, match="needs its processor"):
-        embed_anndata(some_cells(), model, **QUIET)
-    with pytest.raises(ValueError, match="33 genes and special tokens, the processor 34"):
-        embed_anndata(some_cells(), model, ScGPTProcessor.from_genes(IDS[:31]), **QUIET)
+        embed_anndata(make_cells(), model, **QUIET)
+    with pytest.raises(ValueError, match=r"33 genes .* 34"):
+        embed_anndata(make_cells(), model, ScGPTProcessor.from_genes(IDS[:31]), **QUIET)
     bert = BertModel(
         BertConfig(vocab_size=33, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)
     )
-    with pytest.raises(ValueError, match="a 'bert' model, not one of scgpt"):
-        embed_anndata(some_cells(), bert, ScGPTProcessor.from_genes(IDS[:30]), **QUIET)
-    with pytest.raises(ValueError, match=r"is the folder of a run; its model is .*best_model"):
-        embed_anndata(some_cells(), saved.parent, **QUIET)
-    with pytest.raises(FileNotFoundError, match=r"there is no folder runs/mine/best, and a repository .* OWNER/NAME"):
-        embed_anndata(some_cells(), "runs/mine/best", **QUIET)
+    with pytest.raises(ValueError, match="'bert'"):
+        embed_anndata(make_cells(), bert, ScGPTProcessor.from_genes(IDS[:30]), **QUIET)
+    with pytest.raises(ValueError, match="best_model"):
+        embed_anndata(make_cells(), saved.parent, **QUIET)
+    with pytest.raises(FileNotFoundError, match="runs/mine/best"):
+        embed_anndata(make_cells(), "runs/mine/best", **QUIET)
 
 
-@pytest.mark.slow  # numba compiles for half a minute; test_scripts draws a map in the default run
-def test_the_map_is_the_same_for_the_same_seed() -> None:
+@pytest.mark.slow  # numba compiles for half a minute; test_scripts computes a UMAP in the default run
+def test_the_same_seed_gives_the_same_umap() -> None:
     embedding = np.random.default_rng(0).normal(size=(40, 8)).astype(np.float32)
     first, again, other = (umap_of(embedding, seed) for seed in (1, 1, 2))
     assert first.shape == (40, 2)
@@ -377,10 +347,10 @@ def test_the_map_is_the_same_for_the_same_seed() -> None:
     assert not np.array_equal(first, other)
 
 
-def test_a_map_of_too_few_cells_or_of_empty_cells_raises() -> None:
+def test_a_umap_of_too_few_cells_or_of_empty_cells_raises() -> None:
     with pytest.raises(ValueError, match="at least 4 cells, found 3"):
         umap_of(np.zeros((3, 8)), 0)
-    with pytest.raises(ValueError, match="1 of 5 cells have no finite embedding"):
+    with pytest.raises(ValueError, match="1 of 5 cells"):
         umap_of(np.vstack([np.zeros((4, 2)), [[np.nan, 0]]]), 0)
 
 
@@ -389,20 +359,20 @@ def run_script(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:
     runpy.run_path(str(SCRIPT), run_name="__main__")
 
 
-def test_script_embeds_a_file_and_tells_the_coverage(
+def test_the_script_embeds_a_file_and_prints_how_many_genes_were_matched(
     saved: Path,
     expected: np.ndarray,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    normalised().write_h5ad(tmp_path / "cells.h5ad")
+    make_normalised().write_h5ad(tmp_path / "cells.h5ad")
     arguments = tmp_path / "cells.h5ad", "--model", saved, "--out", tmp_path / "out.h5ad"
     run_script(monkeypatch, *arguments, "--layer", "counts", "--batch_size", 16, "--device", "cpu")
-    told = capsys.readouterr()
-    assert "Embedded 50 of 50 cells" in told.out
-    assert "30 matched by id" in told.out
-    assert "50/50" in told.err
+    printed = capsys.readouterr()
+    assert "Embedded 50 of 50 cells" in printed.out
+    assert "30 matched by id" in printed.out
+    assert "50/50" in printed.err
     np.testing.assert_allclose(anndata.read_h5ad(tmp_path / "out.h5ad").obsm["X_scgpt"], expected, atol=2e-6)
     with pytest.raises(SystemExit, match=r"embed\.py: .*out\.h5ad exists"):
         run_script(monkeypatch, *arguments, "--layer", "counts")
@@ -410,9 +380,11 @@ def test_script_embeds_a_file_and_tells_the_coverage(
         run_script(monkeypatch, *arguments, "--overwrite")
 
 
-def test_script_help_teaches(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_help_of_the_script_shows_how_to_go_on_in_scanpy(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit):
         run_script(monkeypatch, "--help")
-    told = capsys.readouterr().out
-    assert "--model runs/demo/best_model --out embedded.h5ad" in told
-    assert 'scanpy.pp.neighbors(adata, use_rep="X_scgpt")' in told
+    printed = capsys.readouterr().out
+    assert "--model runs/demo/best_model --out embedded.h5ad" in printed
+    assert 'scanpy.pp.neighbors(adata, use_rep="X_scgpt")' in printed

@@ -1,4 +1,4 @@
-"""What pretraining records of genes and experimental batches is what embedding other cells needs to know."""
+"""Test that a checkpoint of pretraining records the symbols and experimental batches that other cells need."""
 
 import json
 import shutil
@@ -17,7 +17,7 @@ from scgpt_hf.training.settings import DataSettings, ModelSettings
 
 @pytest.fixture(scope="module")
 def saved(small_census: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model with a batch norm for each data set, as scripts/pretrain.py builds it."""
+    """Save a model with a batch norm for each data set, as scripts/pretrain.py builds it."""
     folder = tmp_path_factory.mktemp("run") / "model"
     source = open_source(small_census)
     genes = source.genes["feature_id"].tolist()
@@ -30,11 +30,11 @@ def saved(small_census: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_genes_are_found_by_the_symbols_of_the_training_data(saved: Path, small_cells: list[AnnData]) -> None:
+def test_genes_are_matched_by_the_symbols_of_the_training_data(saved: Path, small_cells: list[AnnData]) -> None:
     by_id = small_cells[0][:20].copy()
     by_symbol = by_id.copy()
     by_symbol.var = by_symbol.var.set_index("feature_name")
-    settings = {"progress": False, "batch_size": 20}  # norms of this model count padding: the same cells in a batch
+    settings = {"progress": False, "batch_size": 20}  # batch norms count padding, so compare equal batches
     assert embed_anndata(by_id, saved, **settings)["genes"]["by_id"] == 190
     coverage = embed_anndata(by_symbol, saved, **settings)["genes"]
     assert coverage == {"by_id": 0, "by_symbol": 190, "duplicates": 0, "unknown": 0, "vocabulary": 200}
@@ -43,22 +43,22 @@ def test_genes_are_found_by_the_symbols_of_the_training_data(saved: Path, small_
     assert (processor(by_symbol)["input_ids"] == processor(by_id)["input_ids"]).all()
 
 
-def test_the_domains_of_training_are_known_where_cells_are_embedded(saved: Path, small_cells: list[AnnData]) -> None:
+def test_cells_are_embedded_with_the_domains_of_training(saved: Path, small_cells: list[AnnData]) -> None:
     cells = small_cells[0][:20].copy()
     embed_anndata(cells, saved, progress=False)
     assert np.isfinite(cells.obsm["X_scgpt"]).all()
     cells.obs["dataset_id"] = "third"
-    with pytest.raises(ValueError, match=r"obs\['dataset_id'\] has \['third'\].*it knows \['first', 'second'\]"):
+    with pytest.raises(ValueError, match=r"dataset_id.*'third'.*'first', 'second'"):
         embed_anndata(cells, saved, overwrite=True, progress=False)
     del cells.obs["dataset_id"]
     with pytest.raises(ValueError, match="dataset_id"):
         embed_anndata(cells, saved, overwrite=True, progress=False)
 
 
-def test_a_model_from_the_future_is_refused_by_its_folder(
+def test_a_model_of_a_newer_version_raises_an_error_that_names_its_folder(
     saved: Path, small_cells: list[AnnData], tmp_path: Path
 ) -> None:
     path = Path(shutil.copytree(saved, tmp_path / "model")) / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "norm_scheme": "rms"}))
-    with pytest.raises(ValueError, match=r"model cannot be used: .*expected one of .* a newer version of scgpt_hf"):
+    with pytest.raises(ValueError, match=r"model cannot be used: .*norm_scheme"):
         embed_anndata(small_cells[0][:20].copy(), path.parent, progress=False)

@@ -12,12 +12,12 @@ import numpy as np
 import yaml
 from anndata import AnnData
 
-from scgpt_hf.analysis.embed import load_encoder
 from scgpt_hf.cells.cache.jobs import write_cache
 from scgpt_hf.cells.selection.splits import load_split, save_split
 from scgpt_hf.cells.source import open_source
 from scgpt_hf.model.configuration_scgpt import ScGPTConfig
 from scgpt_hf.model.modeling_scgpt import ScGPTForPreTraining
+from scgpt_hf.pretrained import load_model
 from scgpt_hf.publishing.card import model_card
 from scgpt_hf.publishing.publish_run import collect_files
 from scgpt_hf.publishing.record import read_metrics
@@ -178,7 +178,7 @@ def read_source(path: Path) -> None:
 
 def use_model(folder: Path) -> None:
     """Load a model and its processor, and embed a cell."""
-    model, processor = load_encoder(folder, "cpu")
+    model, processor = load_model(folder, device="cpu")
     counts = np.ones((2, len(processor.genes)), np.float32)
     model(**processor(counts, processor.genes))
 

@@ -8,8 +8,7 @@ import logging
 import os
 import shutil
 import time
-from copy import copy
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -209,12 +208,9 @@ def _make_trainer(
     keywords = {"seed": settings.seed, "batch_size": batch_size * args.world_size, "chunk_size": source.chunk_size}
     plans = [plan_epoch(train, epoch=epoch, **keywords) for epoch in range(settings.epochs)]
     plan = plan_validation(held_out, args.per_device_eval_batch_size)
-    whole, steady = (
-        StreamConfig(settings.seed, padded=stream_config.padded, categories=stream_config.categories),
-        copy(processor),
-    )
-    steady.ties = "midpoint"  # as cells are embedded and predicted
-    validated = stream_cells(source, [plan], steady, whole)
+    # Ties as in inference, and every rank validates all cells.
+    validation_config = replace(stream_config, rank=0, world_size=1, ties="midpoint")
+    validated = stream_cells(source, [plan], processor, validation_config)
     weights = balanced_weights(cells.classes("train"), len(cells.labels))
     return ClassifierTrainer(
         model=model,

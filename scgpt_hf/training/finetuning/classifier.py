@@ -15,7 +15,8 @@ from transformers import Trainer
 
 from scgpt_hf.cells.block import Int64Array
 from scgpt_hf.cells.threads import prefetch
-from scgpt_hf.pipeline.stream import Batch, StreamLoader
+from scgpt_hf.pipeline.loader import StreamLoader
+from scgpt_hf.pipeline.stream import Batch
 
 Logits = npt.NDArray[np.float32]
 

@@ -83,7 +83,7 @@ def test_a_domain_that_the_model_does_not_know_raises(run: tuple[Path, dict[str,
     out, _ = run
     other = cells[:20].copy()
     other.obs["dataset_id"] = "third"
-    with pytest.raises(ValueError, match=r"\['third'\], experimental batches that the model was not trained on"):
+    with pytest.raises(ValueError, match=r"experimental batches .*not trained on: \['third'\]"):
         embed_anndata(other, out / "best_model", progress=False)
     del other.obs["dataset_id"]
     with pytest.raises(ValueError, match="dataset_id"):
