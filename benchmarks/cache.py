@@ -31,6 +31,7 @@ from scgpt_hf.cells.cache.reader import CacheSource, uniform_chunk_size
 from scgpt_hf.cells.schedule.epoch import plan_epoch
 from scgpt_hf.cells.selection.hvg import highly_variable_genes
 from scgpt_hf.cells.source import open_source
+from scgpt_hf.cli.process import tune_process
 from scgpt_hf.pipeline.genes import match_columns
 from scgpt_hf.tokens.processing_scgpt import ScGPTProcessor
 
@@ -113,6 +114,7 @@ def plan(n_cells: int, chunk_size: int) -> dict[str, float]:
 
 def main() -> None:
     """Write, read and plan; print medians and write results/cache.json."""
+    tune_process()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("census", type=Path, help="a SOMA in the Census layout")
     parser.add_argument("--out", type=Path, required=True, help="folder for the cache; replaced")

@@ -36,6 +36,7 @@ import torch
 from measuring import write_result
 from transformers import TrainerCallback, set_seed
 
+from scgpt_hf.cli.process import tune_process
 from scgpt_hf.demo import demo_census
 from scgpt_hf.tokens.processing_scgpt import ScGPTProcessor
 from scgpt_hf.training.fault_tolerance.checkpoints import checkpoints_in
@@ -92,6 +93,7 @@ def digest(values: Iterable[Any]) -> str:
 
 def train(flags: list[str], folder: Path, trace: Path) -> None:
     """Train as `scripts/pretrain.py` does, from the newest checkpoint if there is one."""
+    tune_process()
     resume = ["--resume_from_checkpoint", "latest"] if checkpoints_in(folder) else []
     settings = parse_settings([*TINY, *flags, "--output_dir", str(folder), *resume], "")
     args = settings.training

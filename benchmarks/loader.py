@@ -27,10 +27,10 @@ from tiledbsoma_ml import ExperimentDataset
 
 from scgpt_hf.cells.schedule.epoch import CHUNK_SIZE, EpochPlan, plan_epoch
 from scgpt_hf.cells.soma.census import CensusSource
-from scgpt_hf.cells.soma.memory import TILEDB_CONFIG
-from scgpt_hf.cells.soma.remote import open_context
+from scgpt_hf.cells.soma.context import TILEDB_CONFIG, open_context
 from scgpt_hf.cells.source import open_source
 from scgpt_hf.cells.threads import in_order, prefetch
+from scgpt_hf.cli.process import tune_process
 from scgpt_hf.pipeline.stream import StreamConfig, stream_cells
 from scgpt_hf.tokens.counts_scgpt import SparseCounts, slice_cells
 from scgpt_hf.tokens.processing_scgpt import ScGPTProcessor
@@ -185,12 +185,14 @@ def memory_gb(path: Path, n_threads: int) -> float:
 
 
 def _stream_and_measure(path: Path, n_threads: int) -> float:
+    tune_process()
     ours_tokens(path, n_threads)
     return peak_memory_gb()
 
 
 def main() -> None:
     """Measure the arms asked for and write `results/loader_CENSUS.json`."""
+    tune_process()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("census", type=Path, help="folder that synthetic_census.py wrote")
     parser.add_argument("--threads", type=int, default=4, help="that read, of the ceiling and of ours")

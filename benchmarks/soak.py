@@ -19,6 +19,7 @@ import psutil
 from measuring import RESULTS, write_result
 from transformers import TrainerCallback, set_seed
 
+from scgpt_hf.cli.process import tune_process
 from scgpt_hf.training.pretraining import DataModule, make_trainer
 from scgpt_hf.training.recipe import begin_run, build_model, build_processor, open_cells, save_selection
 from scgpt_hf.training.settings import parse_settings
@@ -68,6 +69,7 @@ def draw(notes: np.ndarray, path: Path) -> None:
 
 def main() -> None:
     """Train, watch, and write what was seen."""
+    tune_process()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("census", help="local SOMA in the Census layout")
     parser.add_argument("--steps", type=int, default=5000, help="training steps (default: %(default)s)")

@@ -25,6 +25,7 @@ from measuring import alternate, print_medians, write_result
 from scgpt_hf.cells import threads
 from scgpt_hf.cells.schedule.epoch import plan_epoch
 from scgpt_hf.cells.source import open_source
+from scgpt_hf.cli.process import tune_process
 from scgpt_hf.pipeline.stream import StreamConfig, stream_cells
 from scgpt_hf.tokens.processing_scgpt import ScGPTProcessor
 
@@ -57,9 +58,9 @@ def small_operations(seconds: float) -> float:
 
 
 @contextmanager
-def streaming(path: Path, speeds: list[float], niceness: int, pace: float):
+def streaming(path: Path, speeds: list[float], lowered: bool, pace: float):
     """Stream tokens in the background, at most `pace` cells per second; append its speed to a list."""
-    threads.NICENESS = niceness
+    threads.set_background_priority(lowered)
     stop, ready, counted = threading.Event(), threading.Event(), [0]
     source = open_source(path)
     cells, size = source.obs().index.to_numpy(), source.chunk_size
@@ -92,6 +93,7 @@ def streaming(path: Path, speeds: list[float], niceness: int, pace: float):
 
 def main() -> None:
     """Measure and write `results/threads.json`."""
+    tune_process()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("census", type=Path, help="folder that synthetic_census.py wrote")
     parser.add_argument("--cache", type=Path, help="folder that cache_census.py wrote of it: measure that, too")
@@ -99,19 +101,19 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    usual, result = threads.NICENESS, {}
+    result = {}
 
     beside = {
-        f"SOMA, {PACE_OF_SOMA:,} cells/s": (arguments.census, usual, PACE_OF_SOMA),
-        "SOMA, without a rest": (arguments.census, usual, math.inf),
-        "SOMA, without a rest, equal priority": (arguments.census, 0, math.inf),
+        f"SOMA, {PACE_OF_SOMA:,} cells/s": (arguments.census, True, PACE_OF_SOMA),
+        "SOMA, without a rest": (arguments.census, True, math.inf),
+        "SOMA, without a rest, equal priority": (arguments.census, False, math.inf),
     }
     if arguments.cache:
-        beside[f"cache, {PACE_OF_CACHE:,} cells/s"] = (arguments.cache, usual, PACE_OF_CACHE)
+        beside[f"cache, {PACE_OF_CACHE:,} cells/s"] = (arguments.cache, True, PACE_OF_CACHE)
 
-    def work_beside(work: Callable[[float], float], speeds: list[float], stream: tuple[Path, int, float]) -> float:
-        path, niceness, pace = stream
-        with streaming(path, speeds, niceness, pace):
+    def work_beside(work: Callable[[float], float], speeds: list[float], stream: tuple[Path, bool, float]) -> float:
+        path, lowered, pace = stream
+        with streaming(path, speeds, lowered, pace):
             return work(arguments.seconds)
 
     for name, work in {"python loop": python_loop, "small torch operations": small_operations}.items():

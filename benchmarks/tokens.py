@@ -21,6 +21,7 @@ from measuring import alternate, print_medians, ratios, write_result
 from scgpt_hf.cells.block import CellBlock
 from scgpt_hf.cells.source import open_source
 from scgpt_hf.cells.threads import n_cores
+from scgpt_hf.cli.process import tune_process
 from scgpt_hf.pipeline.genes import match_columns
 from scgpt_hf.tokens.binning_scgpt import bin_cell
 from scgpt_hf.tokens.counts_scgpt import slice_cells
@@ -109,6 +110,7 @@ def rate(make: Callable[[int], list[dict]], n_cells: int, n_threads: int = 1) ->
 
 def main() -> None:
     """Assert equal results, measure the arms and write `results/tokens.json`."""
+    tune_process()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("census", type=Path, help="folder that synthetic_census.py wrote")
     parser.add_argument("--cells", type=int, default=16_384, help="drawn at random; NumPy gets a quarter of them")

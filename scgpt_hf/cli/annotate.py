@@ -18,11 +18,13 @@ from typing import Any
 
 from scgpt_hf.analysis.annotate import CLASSIFIER, PREDICTED, predict_cell_types
 from scgpt_hf.analysis.annotate_file import annotate_file, embed_and_transfer, open_backed
+from scgpt_hf.cli.process import tune_process
 from scgpt_hf.pretrained import load_model
 
 
 def main() -> None:
     """Parse the command line, annotate the file, and print a summary."""
+    tune_process()
     parser = _make_parser()
     options = parser.parse_args()
     if options.model is None and options.reference is None:

@@ -16,10 +16,12 @@ import logging
 import sys
 
 from scgpt_hf.cells.soma.build import build_census
+from scgpt_hf.cli.process import tune_process
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Read the command line, build, and say where the result lies."""
+    tune_process()
     parser = argparse.ArgumentParser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -26,11 +26,13 @@ from pathlib import Path
 
 from scgpt_hf.cells.cache.jobs import CELLS_PER_SHARD, plan_cache, write_shards
 from scgpt_hf.cells.source import open_source
+from scgpt_hf.cli.process import tune_process
 from scgpt_hf.publishing.publish_cache import check_dataset, publish_cache
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Read the command line, write this job's shards, and say what is there."""
+    tune_process()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("source", nargs="+", metavar="CENSUS", help="census://VERSION/ORGANISM, a local SOMA, or .h5ad files")
@@ -62,7 +64,7 @@ def main(arguments: list[str] | None = None) -> None:
         if asked.ray:
             from scgpt_hf.cells.cache.cluster import write_on_ray
 
-            whole = write_on_ray(jobs, rewrite=asked.rewrite)
+            whole = write_on_ray(jobs, rewrite=asked.rewrite, set_up=tune_process)
         else:
             whole = write_shards(jobs, (index, n_jobs), rewrite=asked.rewrite)
         print(f"{asked.out} is whole: train on it with --data {asked.out}" if whole else "other jobs are still to end")

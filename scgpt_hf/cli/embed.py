@@ -16,11 +16,13 @@ import sys
 
 from scgpt_hf.analysis.embed import KEY
 from scgpt_hf.analysis.embed_file import embed_file
+from scgpt_hf.cli.process import tune_process
 from scgpt_hf.pretrained import load_model
 
 
 def main() -> None:
     """Parse the command line, embed the file, and print a summary."""
+    tune_process()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", help=".h5ad file with raw counts")
     parser.add_argument("--model", required=True, help="folder of a saved model, or its repository on the Hub")

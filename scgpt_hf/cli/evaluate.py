@@ -20,12 +20,14 @@ from pathlib import Path
 from scgpt_hf.analysis.annotate_file import open_backed
 from scgpt_hf.analysis.evaluation.baseline_embeddings import BASELINES
 from scgpt_hf.analysis.evaluation.evaluate import DEFAULTS, METRICS, NOT_APPLICABLE, evaluate_embeddings
+from scgpt_hf.cli.process import tune_process
 from scgpt_hf.reporting.evaluation_results import require_free_folder, tabulate, write_evaluation
 from scgpt_hf.reporting.report import write_report
 
 
 def main() -> None:
     """Read the command line, score, write the folder, print the table."""
+    tune_process()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", help=".h5ad file with labels, embeddings in obsm and, for baselines, raw counts")
     parser.add_argument("--embedding", action="append", required=True, help="key of obsm; may be given several times")

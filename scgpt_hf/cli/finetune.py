@@ -16,6 +16,7 @@ from typing import Any
 
 from transformers import HfArgumentParser
 
+from scgpt_hf.cli.process import tune_process
 from scgpt_hf.reporting.report import write_report
 from scgpt_hf.training.finetuning.annotate import finetune_classifier
 from scgpt_hf.training.finetuning.integrate import finetune_integration
@@ -30,6 +31,7 @@ class Teach(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):
 
 def main() -> None:
     """Read the command line, fine-tune, say what was learned."""
+    tune_process()
     task = ArgumentParser(add_help=False, allow_abbrev=False)
     task.add_argument("--task", choices=TASKS, default="annotate", help="what to fine-tune for")
     chosen, rest = task.parse_known_args()

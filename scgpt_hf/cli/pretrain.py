@@ -16,6 +16,7 @@ from typing import Any
 import accelerate
 from transformers import set_seed
 
+from scgpt_hf.cli.process import tune_process
 from scgpt_hf.publishing.card import model_card
 from scgpt_hf.publishing.publish_run import check_repository
 from scgpt_hf.reporting.run_figures import write_run_figures
@@ -30,6 +31,7 @@ from scgpt_hf.training.settings import parse_settings
 
 def main() -> None:  # noqa: C901
     """Read the settings, train, and leave a run folder that speaks for itself."""
+    tune_process()
     try:
         settings = parse_settings(sys.argv[1:], __doc__)
         args, folder = settings.training, Path(settings.training.output_dir)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from scgpt_hf.cells.obs import full_filter, select_obs, select_rows
 from scgpt_hf.cells.obs_filter import ObsFilter
-from scgpt_hf.cells.soma.memory import TILEDB_CONFIG
+from scgpt_hf.cells.soma.context import TILEDB_CONFIG
 
 WORDS = ["normal", "COVID-19", "", "it's", "a # b", "é"]
 # Literals that fit each column; the types of obs in a Census, in a cache, and in AnnData files.

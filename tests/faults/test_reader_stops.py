@@ -59,7 +59,7 @@ def test_ctrl_c_while_reading_ahead_ends_the_process_at_once(small_census):
     reader.wait_for("reading")
     code, said, errors = reader.interrupt()
     assert code == -signal.SIGINT, errors
-    assert "scgpt-read-ahead" not in said.splitlines()[-1]
+    assert "scgpt-prefetch" not in said.splitlines()[-1]
     assert errors.rstrip().endswith("KeyboardInterrupt")
 
 
@@ -163,7 +163,7 @@ def test_reading_threads_return_results_in_order_and_raise_what_the_task_raised(
     with pytest.raises(ZeroDivisionError):
         pool.submit(lambda: 1 / 0).result()
     pool.shutdown()
-    with pytest.raises(RuntimeError, match="were shut down"):
+    with pytest.raises(RuntimeError, match="shut down"):
         pool.submit(int)
     assert not [name for name in ours() if name.startswith("scgpt-test")]
 

@@ -88,7 +88,7 @@ class CacheJobs:
         obs = self.source.read(self.cell_ids[:1], columns).obs
         return cache_schema(len(self.source.genes), {name: obs_type(obs[name]) for name in columns})
 
-    def claim(self) -> None:
+    def prepare_folder(self) -> None:
         """Make the folder, or find that it is of this cache.
 
         Raises:
@@ -290,7 +290,7 @@ def write_shards(jobs: CacheJobs, job: tuple[int, int] = (0, 1), *, rewrite: boo
     index, n_jobs = job
     if not 0 <= index < n_jobs:
         raise ValueError(f"expected a job i/n with 0 <= i < n, found {index}/{n_jobs}")
-    jobs.claim()
+    jobs.prepare_folder()
     mine = range(index, jobs.n_shards, n_jobs)
     n_cells = sum(jobs.bounds[shard + 1] - jobs.bounds[shard] for shard in mine)
     with tqdm(total=n_cells, unit=" cells", unit_scale=True, desc="caching") as progress:

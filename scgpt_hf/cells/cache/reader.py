@@ -21,7 +21,6 @@ from scgpt_hf.cells.block import CellBlock, Int64Array, require_cell_ids
 from scgpt_hf.cells.cache.manifest import MANIFEST, REMEDY, CacheError, check_shard, read_genes, read_manifest
 from scgpt_hf.cells.cache.shards import Shard, find_cells
 from scgpt_hf.cells.obs import PRIMARY, drop_unused_categories, full_filter, require_columns, select_rows
-from scgpt_hf.cells.soma.memory import keep_freed_memory
 
 logger = logging.getLogger(__name__)
 
@@ -84,7 +83,6 @@ class CacheSource:
         small = sum(record.n_bytes for record in self._records) <= VERIFIED_BYTES
         self._unverified = (small if verify is None else verify) and bool(self._records)
         self._pool = ThreadPoolExecutor(n_threads, thread_name_prefix="cache-find")
-        keep_freed_memory()
 
     def __getstate__(self) -> dict[str, Any]:
         return self._settings

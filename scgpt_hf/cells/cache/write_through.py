@@ -154,7 +154,7 @@ class CachingSource:
         rows = np.flatnonzero((self._find(block.cell_ids) < 0) & np.isin(block.cell_ids, self._jobs.cell_ids))
         if not len(rows) or (self._folder / MANIFEST).exists():
             return
-        self._jobs.claim()
+        self._jobs.prepare_folder()
         folder = self._folder / JOBS / PARTS
         folder.mkdir(exist_ok=True)
         path, schema = folder / f"new-{uuid4().hex}", self._jobs.schema

@@ -8,7 +8,8 @@ from typing import Any
 import tiledbsoma as soma
 
 from scgpt_hf.cells.soma.census import CensusSource
-from scgpt_hf.cells.soma.remote import RetryPolicy, is_remote, open_context, require_no_credentials
+from scgpt_hf.cells.soma.context import open_context
+from scgpt_hf.cells.soma.remote import RetryPolicy, is_remote, require_no_credentials
 
 
 def open_census(

@@ -29,8 +29,8 @@ from tqdm.auto import tqdm
 from scgpt_hf.cells.genes import join_genes
 from scgpt_hf.cells.h5ad.reader import H5adPart, H5adSource
 from scgpt_hf.cells.obs import require_columns
+from scgpt_hf.cells.soma.context import TILEDB_CONFIG
 from scgpt_hf.cells.soma.layout import OBS_LABELS, OBS_NUMBERS, TILE, table_storage, x_storage
-from scgpt_hf.cells.soma.memory import TILEDB_CONFIG, keep_freed_memory
 
 logger = logging.getLogger(__name__)
 
@@ -155,7 +155,6 @@ def write_soma(uri: str, organism: str, source: H5adSource, labels: pd.DataFrame
     """
     genes, places = join_genes([part.genes for part in source.parts])
     shape = (len(labels), len(genes))
-    keep_freed_memory()
     root: Any = soma.Collection.create(uri, context=soma.SOMATileDBContext(tiledb_config=_WRITING))
     with root:
         info = root.add_new_collection("census_info")

@@ -28,8 +28,9 @@ from scgpt_hf.cells.block import CellBlock, Int64Array, gene_hash, name_layers, 
 from scgpt_hf.cells.obs import full_filter, require_columns, select_obs
 from scgpt_hf.cells.schedule.epoch import CHUNK_SIZE
 from scgpt_hf.cells.soma.chunks import Chunk, ChunkedBlock, read_chunk
+from scgpt_hf.cells.soma.context import open_context
 from scgpt_hf.cells.soma.native import NativeArray, open_native
-from scgpt_hf.cells.soma.remote import RetryPolicy, is_remote, open_context
+from scgpt_hf.cells.soma.remote import RetryPolicy, is_remote
 from scgpt_hf.cells.threads import DaemonThreadPool, n_cores
 
 

@@ -21,8 +21,6 @@ from urllib.parse import urlsplit
 import pyarrow as pa
 import tiledbsoma as soma
 
-from scgpt_hf.cells.soma.memory import TILEDB_CONFIG, keep_freed_memory
-
 logger = logging.getLogger(__name__)
 
 ATTEMPTS = 8  # reads of a remote object before its error is passed on: 7 waits, 127 s in the mean
@@ -49,21 +47,6 @@ def require_no_credentials(uri: str) -> None:
             "the address of the data holds a user name or password before '@'; leave it out and give credentials by "
             "the environment, e.g. AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
         )
-
-
-def open_context(remote: bool, *, n_threads: int) -> soma.SOMATileDBContext:
-    """Return a fresh context with few threads and small buffers; a remote store is asked for 16 ranges at once."""
-    keep_freed_memory()
-    config: dict[str, str | float] = {
-        "sm.compute_concurrency_level": n_threads,
-        "sm.io_concurrency_level": 16 if remote else n_threads,
-        **TILEDB_CONFIG,
-    }
-    if not remote:
-        return soma.SOMATileDBContext(tiledb_config=config)
-    from cellxgene_census import get_default_soma_context
-
-    return get_default_soma_context(tiledb_config=config)
 
 
 class RetryPolicy:

@@ -147,7 +147,7 @@ def test_a_trainer_without_a_stop_signal_leaves_the_handlers_alone(small_census,
         trainer.train()
     assert seen == [before] * len(seen)
     assert newest_valid(tmp_path / "run").name == "checkpoint-4"
-    assert not [thread.name for thread in threading.enumerate() if thread.name == "scgpt-read-ahead"]
+    assert not [thread.name for thread in threading.enumerate() if thread.name == "scgpt-prefetch"]
 
 
 def test_other_threads_leave_signals_alone():
