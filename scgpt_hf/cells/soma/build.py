@@ -1,7 +1,10 @@
-"""A local SOMA in the layout of the CELLxGENE Census, built from .h5ad files.
+"""Build a local SOMA in the layout of the CELLxGENE Census from .h5ad files.
 
-Decides what is written; `layout.py` says how it is stored. The files are opened, joined and checked by `h5ad.py`, and
-what is built here is read by `census.py`, or by anything else that reads a Census.
+The package `h5ad` opens the files, joins their genes and checks their counts; `layout.py` has the storage options.
+`census.py` reads the result, and so does every other program that reads a Census.
+
+X has to be written in the order in which TileDB stores it: tile after tile. `_order_by_tile` sorts each block of cells
+that way, because TileDB would take five times as long.
 """
 
 import errno
@@ -34,8 +37,9 @@ from scgpt_hf.cells.soma.layout import OBS_LABELS, OBS_NUMBERS, TILE, table_stor
 
 logger = logging.getLogger(__name__)
 
-BLOCK = 4 * TILE  # cells written at once: whole chunks, so that no chunk is spread over two fragments
-# Order is `_order_by_tile`'s business: to have it checked again takes a fifth of the time. The rest: see `memory.py`.
+# Cells of one write. A multiple of a chunk, so that the cells of a chunk are in one fragment.
+CELLS_PER_WRITE = 4 * TILE
+# `_order_by_tile` guarantees the order; a check by TileDB would take a fifth of the time of writing.
 _WRITING: dict[str, str | float] = {"sm.check_global_order": "false", **TILEDB_CONFIG}
 
 
@@ -47,23 +51,31 @@ def build_census(
     layer: str | None = None,
     keep_obs: Sequence[str] = (),
 ) -> Path:
-    """Return the folder of a new SOMA in the Census layout, with the cells of all files and the union of their genes.
+    """Build a SOMA in the Census layout with the cells of all files and the union of their genes.
 
-    One file becomes one dataset, named by its `dataset_id` if obs has exactly one, else by the file. Columns of the
-    Census that the files lack are "unknown" (cells are taken as primary data); other columns are left out; both are
-    logged. The folder appears when all is written: a build that fails leaves nothing behind.
+    Each file becomes one dataset. Its name is the `dataset_id` in obs if there is exactly one, else the name of the
+    file. Columns of the Census that the files lack are filled with "unknown", and `is_primary_data` with True; columns
+    that the Census does not have are dropped, unless you keep them. Both are logged. The folder is created at the end:
+    a failed build leaves nothing behind.
 
     Args:
-        paths: .h5ad files with raw counts and a `donor_id`.
-        folder: where to write; must not exist.
+        paths: .h5ad files with raw counts and an obs column `donor_id`.
+        folder: the folder to create.
         organism: name of the experiment.
-        layer: layer of the files with the raw counts; by default `X`.
-        keep_obs: columns of obs to keep besides those of the Census.
+        layer: layer of the files with the raw counts; `X` by default.
+        keep_obs: obs columns to keep in addition to those of the Census.
+
+    Returns:
+        The folder.
 
     Raises:
-        FileExistsError: there is something at `folder`.
+        FileExistsError: the folder exists.
         OSError: writing failed, most often because the disk is full.
-        ValueError: a file holds no raw counts, repeats a gene, lacks a donor, or two files are of one name.
+        ValueError: a file has no raw counts, repeats a gene or lacks donors; or two files have the same name.
+
+    Example:
+        >>> build_census(["first.h5ad", "second.h5ad"], "my_census")  # doctest: +SKIP
+        PosixPath('my_census')
     """
     folder = Path(folder)
     if folder.exists():
@@ -74,7 +86,9 @@ def build_census(
     _compare_space(source.parts, folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     if left := sorted(folder.parent.glob(f".{glob.escape(folder.name)}-*")):
-        logger.warning("an earlier build was killed, or is still at work, and left %s; remove what no build uses", left)
+        logger.warning(
+            "an earlier build left %s: it was killed or is still running; remove them if no build runs", left
+        )
     with TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as scratch:
         root = Path(scratch) / "soma"
         try:
@@ -87,49 +101,53 @@ def build_census(
 
 
 def _compare_space(parts: Sequence[H5adPart], folder: Path) -> None:
-    """Warn when less space is free than the files take: no refusal, for what is built may be a tenth of them."""
+    """Warn if the disk has less free space than the files take; the Census may still fit, as it is compressed."""
     size = sum(Path(part.name).stat().st_size for part in parts)
     free = shutil.disk_usage(next(parent for parent in folder.absolute().parents if parent.exists())).free
     if free < size:
         logger.warning(
-            "the files take %.1f GB, and %.1f GB are free where %s is built: it may not fit. Compressed files become "
-            "about 0.6 of their size, others less",
+            "the files take %.1f GB, but only %.1f GB are free for %s, which may not fit: it takes about 0.6 times the "
+            "size of compressed files, less of others",
             *(size / 1e9, free / 1e9, folder),
         )
 
 
 def _write_error(error: soma.SOMAError, folder: Path) -> OSError:
+    """Return the OSError for an error of TileDB while writing."""
     code = errno.ENOSPC if os.strerror(errno.ENOSPC) in str(error) else errno.EIO
     free = shutil.disk_usage(folder.parent).free / 1e9
     return OSError(
         code,
-        f"writing {folder} failed; is the disk full? {free:.2f} GB were free. Make room or choose another folder; "
-        f"nothing is left behind. TileDB says: {error}",
+        f"writing {folder} failed, with {free:.2f} GB free on the disk; make room or choose another folder. Nothing is "
+        f"left behind. TileDB reports: {error}",
     )
 
 
 def _name_datasets(parts: Sequence[H5adPart]) -> list[str]:
+    """Return the dataset id of each file after checking that all cells have a donor and all ids differ."""
     names = []
     for part in parts:
         require_columns(["donor_id"], [str(name) for name in part.obs])
         if n_missing := int(part.obs["donor_id"].isna().sum()):
             raise ValueError(
-                f"{part.name}: {n_missing:,} of {len(part.obs):,} cells have no donor_id; cells are split by donor"
+                f"{part.name}: {n_missing:,} of {len(part.obs):,} cells have no donor_id, by which cells are split"
             )
         given = list(part.obs["dataset_id"].unique()) if "dataset_id" in part.obs else []
         names.append(str(given[0]) if len(given) == 1 else Path(part.name).stem)
     if repeated := sorted({name for name in names if names.count(name) > 1}):
-        raise ValueError(f"expected one dataset per file, found two or more files called {repeated}; rename them")
+        raise ValueError(
+            f"expected a different name for each dataset, found several files named {repeated}; rename them"
+        )
     return names
 
 
 def _label_cells(source: H5adSource, dataset_ids: Sequence[str], keep_obs: Sequence[str]) -> pd.DataFrame:
-    """Return the columns of obs that the files bring along; what the Census has and they lack is "unknown"."""
+    """Return the obs columns taken from the files, with "unknown" where they lack a column of the Census."""
     found = source.obs(source.columns)
     require_columns(keep_obs, source.columns)
     absent = [name for name in (*OBS_LABELS, "is_primary_data") if name not in found and name != "dataset_id"]
-    left_out = sorted(set(source.columns) - {*OBS_LABELS, *OBS_NUMBERS, "is_primary_data", *keep_obs})
-    logger.info("unknown, for no file has them: %s; left out: %s", absent, left_out)
+    dropped = sorted(set(source.columns) - {*OBS_LABELS, *OBS_NUMBERS, "is_primary_data", *keep_obs})
+    logger.info("filled with 'unknown', because no file has them: %s; dropped columns: %s", absent, dropped)
     sizes = [len(part.obs) for part in source.parts]
     labels = pd.DataFrame({"dataset_id": np.repeat(np.array(dataset_ids, dtype=object), sizes)})
     for name in OBS_LABELS[1:]:
@@ -144,14 +162,14 @@ def _label_cells(source: H5adSource, dataset_ids: Sequence[str], keep_obs: Seque
 
 
 def write_soma(uri: str, organism: str, source: H5adSource, labels: pd.DataFrame, dataset_ids: Sequence[str]) -> None:
-    """Write a SOMA in the Census layout at `uri`, its cells read from the source a few thousand at a time.
+    """Write a SOMA in the Census layout; the source is read a few thousand cells at a time.
 
     Args:
-        uri: where; must not exist.
+        uri: the address to write to; must not exist.
         organism: name of the experiment.
         source: anything with `genes`, `read` and `parts` (`name`, `obs`, `genes`) as `H5adSource` has them.
-        labels: obs without the numbers that are counted here. Shape (cells, columns).
-        dataset_ids: one for each part.
+        labels: obs without the columns that are computed here from the counts. Shape (cells, columns).
+        dataset_ids: one id for each part.
     """
     genes, places = join_genes([part.genes for part in source.parts])
     shape = (len(labels), len(genes))
@@ -177,11 +195,11 @@ def write_soma(uri: str, organism: str, source: H5adSource, labels: pd.DataFrame
 
 
 def _write_counts(raw: soma.SparseNDArray, source: H5adSource) -> tuple[pd.DataFrame, NDArray[np.int64]]:
-    """Write all counts, block by block; return the numbers of each cell for obs, and in how many cells each gene is."""
+    """Write all counts; return the computed obs columns, and the number of cells that express each gene, for var."""
     n_cells, n_genes = raw.shape
 
     def prepare(start: int) -> tuple[pa.Table, pd.DataFrame, NDArray[np.int64]]:
-        counts = source.read(np.arange(start, min(start + BLOCK, n_cells))).counts
+        counts = source.read(np.arange(start, min(start + CELLS_PER_WRITE, n_cells))).counts
         return _entries_by_tile(counts, start), _count_numbers(counts), np.bincount(counts.indices, minlength=n_genes)
 
     tables, gene_nnz = [], np.zeros(n_genes, dtype=np.int64)
@@ -189,11 +207,11 @@ def _write_counts(raw: soma.SparseNDArray, source: H5adSource) -> tuple[pd.DataF
         ThreadPoolExecutor(1) as pool,
         tqdm(total=n_cells, unit=" cells", unit_scale=True, desc="building") as progress,
     ):
-        ahead = pool.submit(prepare, 0)  # a block is prepared while the one before it is written
-        for start in range(0, n_cells, BLOCK):
+        ahead = pool.submit(prepare, 0)  # the next cells are read and sorted while TileDB writes these
+        for start in range(0, n_cells, CELLS_PER_WRITE):
             entries, numbers, nnz = ahead.result()
-            if start + BLOCK < n_cells:
-                ahead = pool.submit(prepare, start + BLOCK)
+            if start + CELLS_PER_WRITE < n_cells:
+                ahead = pool.submit(prepare, start + CELLS_PER_WRITE)
             raw.write(entries, platform_config=soma.TileDBWriteOptions(sort_coords=False))
             tables.append(numbers)
             gene_nnz += nnz
@@ -202,7 +220,7 @@ def _write_counts(raw: soma.SparseNDArray, source: H5adSource) -> tuple[pd.DataF
 
 
 def _entries_by_tile(counts: csr_matrix, first_cell: int) -> pa.Table:
-    """Return the entries tile after tile, as they are stored: letting TileDB sort takes five times as long."""
+    """Return the entries in the order in which TileDB stores them."""
     n_tiles = (-(-counts.shape[0] // TILE), -(-counts.shape[1] // TILE))
     entries = _order_by_tile(counts.indptr, counts.indices, counts.data, first_cell, n_tiles)
     return pa.table(dict(zip(("soma_dim_0", "soma_dim_1", "soma_data"), entries, strict=True)))
@@ -210,7 +228,11 @@ def _entries_by_tile(counts: csr_matrix, first_cell: int) -> pa.Table:
 
 @njit(nogil=True, cache=True)
 def _order_by_tile(indptr, indices, data, first_cell, n_tiles):  # type: ignore[no-untyped-def]
-    """Return cells, genes and counts tile after tile, row after row within a tile; `first_cell` begins a chunk."""
+    """Return cells, genes and counts tile by tile, and cell by cell within a tile.
+
+    A counting sort: the first pass counts the entries of each tile, the second copies each entry to its place.
+    `first_cell` is the id of the first cell, at the edge of a tile.
+    """
     places = np.zeros(n_tiles[0] * n_tiles[1] + 1, np.int64)
     for cell in range(len(indptr) - 1):
         for entry in range(indptr[cell], indptr[cell + 1]):
@@ -228,7 +250,10 @@ def _order_by_tile(indptr, indices, data, first_cell, n_tiles):  # type: ignore[
 
 
 def _count_numbers(counts: csr_matrix) -> pd.DataFrame:
-    """Return per cell the sum, and over its expressed genes the number, mean and variance (n - 1), of the counts."""
+    """Return the obs columns that a Census computes from the counts of a cell.
+
+    `raw_sum` is over all genes; the number, mean and variance (n - 1) are over the expressed ones. Shape (cells, 4).
+    """
     nnz = np.diff(counts.indptr).astype(np.int64)
     total, mean, variance = _moments(counts.indptr, counts.data)
     return pd.DataFrame({"raw_sum": total, "nnz": nnz, "raw_mean_nnz": mean, "raw_variance_nnz": variance})
@@ -236,7 +261,7 @@ def _count_numbers(counts: csr_matrix) -> pd.DataFrame:
 
 @njit(nogil=True, cache=True)
 def _moments(indptr, data):  # type: ignore[no-untyped-def]
-    """Return sum, mean and variance of the entries of each row; float64 (rows,) each, 0 for a row without any."""
+    """Return sum, mean and variance of the entries of each row, 0 for an empty row. float64, shape (rows,) each."""
     total, mean, variance = np.zeros(len(indptr) - 1), np.zeros(len(indptr) - 1), np.zeros(len(indptr) - 1)
     for row in range(len(indptr) - 1):
         entries = data[indptr[row] : indptr[row + 1]]
@@ -250,7 +275,14 @@ def _moments(indptr, data):  # type: ignore[no-untyped-def]
 
 
 def _write_table(parent: Any, name: str, table: pd.DataFrame, dictionaries: Sequence[str] = ()) -> None:
-    """Write a dataframe into a collection with the row number as joinid, columns named as dictionaries stored so."""
+    """Write a table into a collection; its joinids are the row numbers.
+
+    Args:
+        parent: the collection.
+        name: name of the table in the collection.
+        table: the columns.
+        dictionaries: text columns to store as dictionaries, like categoricals.
+    """
     table = table.assign(soma_joinid=np.arange(len(table), dtype=np.int64))
     for column in table.select_dtypes(["object", "category"]):
         table[column] = table[column].astype(str)
@@ -259,8 +291,8 @@ def _write_table(parent: Any, name: str, table: pd.DataFrame, dictionaries: Sequ
     parent.add_new_dataframe(
         name, schema=schema, domain=[[0, len(table) - 1]], platform_config=table_storage(schema)
     ).close()
-    # written through the handle of its creation, or in the same millisecond, a table loses its dictionaries and filters
-    # match nothing: let a moment pass and open it anew
+    # A table loses its dictionaries, so that filters match nothing, if it is written through the handle that created it
+    # or within the same millisecond (TileDB 2.30). So wait, and open it again.
     sleep(0.002)
     with soma.DataFrame.open(f"{parent.uri}/{name}", "w", context=parent.context) as frame:
         frame.write(pa.Table.from_pandas(table, schema=schema, preserve_index=False))

@@ -1,4 +1,4 @@
-"""How a Census is laid out on disk: its columns, tiles and filters.
+"""The storage layout of a Census: columns of obs, tiles and compression filters.
 
 Source: chanzuckerberg/cellxgene-census,
 tools/cellxgene_census_builder/src/cellxgene_census_builder/build_soma/globals.py.
@@ -17,7 +17,7 @@ OBS_LABELS = (
     *(column for name in ONTOLOGIES for column in (name, f"{name}_ontology_term_id")),
 )
 OBS_NUMBERS = ("raw_sum", "nnz", "raw_mean_nnz", "raw_variance_nnz", "n_measured_vars")
-TILE = 2048  # cells and genes; so the cells of an aligned chunk, the cheapest to read (`plan.CHUNK_SIZE`)
+TILE = 2048  # cells and genes of a tile; a chunk, the unit of reading, has the cells of one row of tiles
 
 _ZSTD = {"_type": "ZstdFilter", "level": 9}
 _NUMBER = ["ByteShuffleFilter", _ZSTD]
@@ -25,7 +25,7 @@ _JOINID = ["DoubleDeltaFilter", {"_type": "ZstdFilter", "level": 19}]
 
 
 def x_storage() -> dict[str, Any]:
-    """Return how X is stored, as a platform configuration of tiledbsoma."""
+    """Return the storage options of X as a platform configuration of tiledbsoma."""
     return {
         "tiledb": {
             "create": {
@@ -44,7 +44,13 @@ def x_storage() -> dict[str, Any]:
 
 
 def table_storage(schema: pa.Schema) -> dict[str, Any]:
-    """Return how obs, var or another table is stored: numbers shuffled by byte, the rest as it is, all compressed."""
+    """Return the storage options of obs, var or another table.
+
+    All columns are compressed. The bytes of numbers are shuffled before, because similar bytes compress better.
+
+    Args:
+        schema: columns of the table, with `soma_joinid`.
+    """
     numeric = [pa.types.is_integer(field.type) or pa.types.is_floating(field.type) for field in schema]
     attrs = {
         field.name: {"filters": _NUMBER if number else [_ZSTD]}

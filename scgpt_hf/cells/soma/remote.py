@@ -1,10 +1,13 @@
-"""How a store is asked, and how often again, before its error is passed on.
+"""Retry reads of remote stores, and translate the errors of TileDB into those of Python.
 
-Two layers try again. TileDB's S3 client repeats a single request, 5 times within 2 s, after 3 s of silence too, and for
-about a minute where the store answers SlowDown; `TILEDB_VFS_S3_*` in the environment changes that. Above it,
-`RetryPolicy` repeats whole reads, so that a run outlives an outage of two minutes.
+Two layers retry:
 
-Source: config of TileDB 2.30 (`vfs.s3.connect_max_tries`, `request_timeout_ms`); measured with `tests/s3_server.py`.
+1. The S3 client of TileDB repeats a single request up to 5 times within 2 s, also after 3 s without an answer, and for
+   about a minute if the store answers SlowDown. The environment variables `TILEDB_VFS_S3_*` change that.
+2. `RetryPolicy` repeats complete reads, so that a run continues after an outage of up to two minutes.
+
+Source: config of TileDB 2.30 (`vfs.s3.connect_max_tries`, `request_timeout_ms`); measured with
+`tests/support/s3_server.py`.
 """
 
 import errno
@@ -23,37 +26,40 @@ import tiledbsoma as soma
 
 logger = logging.getLogger(__name__)
 
-ATTEMPTS = 8  # reads of a remote object before its error is passed on: 7 waits, 127 s in the mean
-# What the store has answered for good; asking again would give the same. Anything else may pass.
-_FINAL = re.compile(r"HTTP Response Code: (401|403|404)\b|does not exist|not a valid TileDB|No such file")
+MAX_ATTEMPTS = 8  # of reading a remote object: 7 waits, together 127 s on average
+# Failures that another attempt would repeat. All others may be temporary.
+_PERMANENT = re.compile(r"HTTP Response Code: (401|403|404)\b|does not exist|not a valid TileDB|No such file")
+# Headers and line breaks in the messages of the S3 client, which are removed
 _NOISE = re.compile(r"\s*\[(Headers|Remote IP): [^\]]*\]|\s*\n\s*")
 
 Result = TypeVar("Result")
 
 
 def is_remote(uri: str) -> bool:
-    """Return whether a URI names something that is not on this machine's disks."""
+    """Return whether a URI is that of a remote store, not of a local file."""
     return "://" in uri and not uri.startswith("file://")
 
 
 def require_no_credentials(uri: str) -> None:
-    """Raise if an address holds a password, which would go into logs, settings and cards; it is not repeated here.
+    """Raise if an address contains a user name or a password; both would end up in logs, settings and model cards.
 
     Raises:
-        ValueError: there is a user name before the host.
+        ValueError: there is an "@" before the host; the message does not repeat the address.
     """
     if is_remote(uri) and "@" in urlsplit(uri).netloc:
         raise ValueError(
-            "the address of the data holds a user name or password before '@'; leave it out and give credentials by "
-            "the environment, e.g. AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+            "the address of the data contains a user name or password before '@'; remove it and pass credentials in "
+            "environment variables, e.g. AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
         )
 
 
 class RetryPolicy:
-    """Reads objects of a store, again where it is remote and fails for now.
+    """Read objects of a store; repeat reads of a remote store that may have failed temporarily.
+
+    Several threads may share a policy.
 
     Attributes:
-        n_retries: reads that were repeated so far, by all threads.
+        n_retries: number of repeated reads so far, by all threads.
     """
 
     def __init__(self) -> None:
@@ -61,62 +67,62 @@ class RetryPolicy:
         self._lock = threading.Lock()
 
     def read(self, uri: str, read: Callable[[], Result]) -> Result:
-        """Return what `read` returns; on a remote store after at most `ATTEMPTS`, ever longer apart.
+        """Return the result of `read`; on a remote store after up to `MAX_ATTEMPTS`, with growing waits in between.
 
         Args:
-            uri: what is read, for log and error.
-            read: reads it whole; may be called several times.
+            uri: the object that is read, for log lines and errors.
+            read: reads the complete object; may be called several times.
 
         Raises:
-            FileNotFoundError: the object is not there, any more or at all.
-            PermissionError: the store, or the disk, refuses it.
-            ConnectionError: a remote store failed to the last attempt.
-            OSError: a local one failed.
+            FileNotFoundError: the object does not exist, or no longer.
+            PermissionError: the store or the file system denies access.
+            ConnectionError: a remote store failed in every attempt.
+            OSError: a local file cannot be read.
         """
         started = time.monotonic()
-        for attempt in range(1, ATTEMPTS + 1):
+        for attempt in range(1, MAX_ATTEMPTS + 1):
             try:
                 return read()
-            # tiledbsoma lets some of TileDB's pass as RuntimeError; pyarrow refuses what it cannot make a table of, and
-            # names that are damaged are no text
+            # RuntimeError: tiledbsoma lets some errors of TileDB pass as such. ArrowException: tables with damaged
+            # contents. UnicodeDecodeError: damaged names.
             except (soma.SOMAError, RuntimeError, OSError, pa.ArrowException, UnicodeDecodeError) as error:
                 reason = _NOISE.sub(" ", str(error)).strip()
-                if not is_remote(uri) or _FINAL.search(reason) or attempt == ATTEMPTS:
-                    raise _passed_on(uri, error, reason, attempt, time.monotonic() - started) from error
+                if not is_remote(uri) or _PERMANENT.search(reason) or attempt == MAX_ATTEMPTS:
+                    raise _translate_error(uri, error, reason, attempt, time.monotonic() - started) from error
                 self._wait(uri, reason, attempt)
         raise AssertionError("the last attempt returns or raises")
 
     def _wait(self, uri: str, reason: str, attempt: int) -> None:
-        """Sleep 1, 2, 4, … s, at random up to half more or less, so that processes do not ask in step."""
+        """Sleep 1, 2, 4, … s, randomly up to half more or less, so that processes do not retry at the same moment."""
         seconds = 2 ** (attempt - 1) * random.uniform(0.5, 1.5)
         with self._lock:
             self.n_retries += 1
         logger.warning(
-            "reading %s failed (%s); attempt %d of %d in %.1f s; %d retries in this run so far",
-            *(uri, reason, attempt + 1, ATTEMPTS, seconds, self.n_retries),
+            "reading %s failed (%s); attempt %d of %d in %.1f s; %d retries so far",
+            *(uri, reason, attempt + 1, MAX_ATTEMPTS, seconds, self.n_retries),
         )
         time.sleep(seconds)
 
 
-def _passed_on(uri: str, error: Exception, reason: str, attempts: int, seconds: float) -> OSError:
-    """Return the error that names the object and what to do."""
+def _translate_error(uri: str, error: Exception, reason: str, n_attempts: int, seconds: float) -> OSError:
+    """Return the OSError to raise: its type tells the kind of failure, its message the object and what to do."""
     if re.search(r"HTTP Response Code: 40[13]\b", reason):
         return PermissionError(
-            errno.EACCES, f"the store refuses {uri}: {reason}; check its policy, or your credentials for it"
+            errno.EACCES, f"access to {uri} was denied: {reason}; check the policy of the store and your credentials"
         )
-    gone = _FINAL.search(reason) if is_remote(uri) else not Path(uri.removeprefix("file://")).exists()
-    if gone:
+    missing = _PERMANENT.search(reason) if is_remote(uri) else not Path(uri.removeprefix("file://")).exists()
+    if missing:
         return FileNotFoundError(
-            errno.ENOENT,
-            f"{uri} cannot be found: {reason}; if it was there before, put it back and resume",
+            errno.ENOENT, f"{uri} does not exist: {reason}; if it existed before, restore it and resume the run"
         )
     if is_remote(uri):
         return ConnectionError(
-            f"reading {uri} failed {attempts} times in {seconds:.0f} s, in the end with: {reason}; check the network "
-            "and the store, then resume from the last checkpoint, or train on a local copy (aws s3 sync)"
+            f"reading {uri} failed {n_attempts} times in {seconds:.0f} s, the last time with: {reason}; check the "
+            "network and the store, then resume from the last checkpoint, or train on a local copy (aws s3 sync)"
         )
-    if isinstance(error, OSError) and error.errno:  # the system has said what it is
+    if isinstance(error, OSError) and error.errno:  # an error of the operating system, such as a missing permission
         return type(error)(error.errno, f"reading {uri} failed: {reason}")
     return OSError(
-        errno.EIO, f"reading {uri} failed: {reason}; is it damaged, or written to? Check the disk, or copy it anew"
+        errno.EIO,
+        f"reading {uri} failed: {reason}; it may be damaged or have been written to: check the disk or copy it again",
     )

@@ -1,4 +1,4 @@
-"""What is built from files is a Census: readable by its own package, equal to the files, and never half there."""
+"""`build_census`: the result is readable by cellxgene_census, equals the files, and is never left incomplete."""
 
 import errno
 import logging
@@ -34,7 +34,7 @@ def table(frame, **filters):
 
 
 @pytest.mark.filterwarnings("ignore:Transforming to str index")  # by cellxgene_census itself
-def test_the_census_package_reads_what_was_built(small_census, small_cells):
+def test_cellxgene_census_reads_the_result(small_census, small_cells):
     with cellxgene_census.open_soma(uri=str(small_census)) as root:
         adata = cellxgene_census.get_anndata(
             root, "homo_sapiens", obs_value_filter="dataset_id == 'second' and cell_type in ['T cell', 'B cell']"
@@ -50,7 +50,7 @@ def test_the_census_package_reads_what_was_built(small_census, small_cells):
     assert datasets["dataset_total_cell_count"].tolist() == [160, 140]
 
 
-def test_obs_and_var_numbers_are_those_of_the_counts(small_census, small_cells):
+def test_computed_columns_of_obs_and_var_equal_those_of_the_counts(small_census, small_cells):
     with soma.Experiment.open(str(small_census / "census_data" / "homo_sapiens")) as experiment:
         obs, var = table(experiment.obs), table(experiment.ms["RNA"].var)
     counts = expected_counts(small_cells, var["feature_id"].tolist())
@@ -66,13 +66,13 @@ def test_obs_and_var_numbers_are_those_of_the_counts(small_census, small_cells):
 
 
 @pytest.mark.parametrize("column", OBS_LABELS)
-def test_every_dictionary_survives_so_that_filters_match(small_census, column):
+def test_filters_match_every_dictionary_column(small_census, column):
     with soma.DataFrame.open(str(small_census / "census_data" / "homo_sapiens" / "obs")) as obs:
         first = str(table(obs, column_names=[column])[column].iloc[0])
         assert len(table(obs, value_filter=f'{column} == "{first}"')) > 0
 
 
-def test_storage_is_as_the_census_builder_lays_it_out(small_census):
+def test_storage_options_are_those_of_the_census(small_census):
     with soma.SparseNDArray.open(
         str(small_census / "census_data" / "homo_sapiens" / "ms" / "RNA" / "X" / "raw")
     ) as raw:
@@ -81,9 +81,9 @@ def test_storage_is_as_the_census_builder_lays_it_out(small_census):
     assert (storage.cell_order, storage.tile_order, storage.allows_duplicates) == ("row-major", "row-major", True)
 
 
-@pytest.mark.parametrize("block", [1, 2048])
-def test_counts_do_not_depend_on_the_size_of_a_write(tmp_path, files, small_cells, monkeypatch, block):
-    monkeypatch.setattr(build, "BLOCK", 7 if block == 1 else block)
+@pytest.mark.parametrize("cells_per_write", [7, 2048])
+def test_counts_do_not_depend_on_the_size_of_a_write(tmp_path, files, small_cells, monkeypatch, cells_per_write):
+    monkeypatch.setattr(build, "CELLS_PER_WRITE", cells_per_write)
     build_census(files, tmp_path / "soma")
     with soma.Experiment.open(str(tmp_path / "soma" / "census_data" / "homo_sapiens")) as experiment:
         genes = table(experiment.ms["RNA"].var)["feature_id"].tolist()
@@ -91,7 +91,7 @@ def test_counts_do_not_depend_on_the_size_of_a_write(tmp_path, files, small_cell
     assert (coo.toarray() == expected_counts(small_cells, genes)).all()
 
 
-def test_unknown_and_left_out_columns_are_logged_and_kept_when_asked(tmp_path, small_cells, caplog):
+def test_filled_and_dropped_columns_are_logged_and_columns_can_be_kept(tmp_path, small_cells, caplog):
     cells = small_cells[0].copy()
     del cells.obs["is_primary_data"]
     cells.obs["rank_group"], cells.obs["age"] = "L1", np.arange(160)
@@ -99,7 +99,7 @@ def test_unknown_and_left_out_columns_are_logged_and_kept_when_asked(tmp_path, s
     cells.write_h5ad(tmp_path / "a.h5ad")
     with caplog.at_level(logging.INFO):
         build_census([tmp_path / "a.h5ad"], tmp_path / "soma", keep_obs=["age"], organism="mus_musculus")
-    assert "left out: ['rank_group']" in caplog.text
+    assert "dropped columns: ['rank_group']" in caplog.text
     assert "'sex'" in caplog.text
     obs = table(soma.DataFrame.open(str(tmp_path / "soma" / "census_data" / "mus_musculus" / "obs")))
     assert obs["is_primary_data"].all()
@@ -110,14 +110,14 @@ def test_unknown_and_left_out_columns_are_logged_and_kept_when_asked(tmp_path, s
         build_census([tmp_path / "a.h5ad"], tmp_path / "other", keep_obs=["nope"])
 
 
-def test_a_dataset_is_called_as_its_column_says_or_as_its_file(tmp_path, small_cells):
+def test_a_dataset_is_named_by_its_column_or_else_by_its_file(tmp_path, small_cells):
     cells = small_cells[0].copy()
     del cells.obs["dataset_id"]
     cells.write_h5ad(tmp_path / "mine.h5ad")
     build_census([tmp_path / "mine.h5ad"], tmp_path / "soma")
     obs = table(soma.DataFrame.open(str(tmp_path / "soma" / "census_data" / "homo_sapiens" / "obs")))
     assert set(obs["dataset_id"]) == {"mine"}
-    with pytest.raises(ValueError, match=r"two or more files called \['mine'\]"):
+    with pytest.raises(ValueError, match=r"\['mine'\]"):
         build_census([tmp_path / "mine.h5ad"] * 2, tmp_path / "other")
 
 
@@ -147,7 +147,7 @@ def spoil_genes(cells):
         (spoil_genes, "expected each gene id once"),
     ],
 )
-def test_bad_files_raise_and_leave_nothing(tmp_path, small_cells, spoil, message):
+def test_unusable_files_raise_and_leave_nothing_behind(tmp_path, small_cells, spoil, message):
     cells = small_cells[0].copy()
     spoil(cells)
     cells.write_h5ad(tmp_path / "bad.h5ad")
@@ -156,9 +156,9 @@ def test_bad_files_raise_and_leave_nothing(tmp_path, small_cells, spoil, message
     assert [path.name for path in tmp_path.iterdir()] == ["bad.h5ad"]
 
 
-def test_counts_that_turn_bad_midway_raise_and_leave_nothing(tmp_path, small_cells, monkeypatch):
+def test_a_wrong_count_in_the_middle_raises_and_leaves_nothing_behind(tmp_path, small_cells, monkeypatch):
     monkeypatch.setattr("scgpt_hf.cells.h5ad.reader.LOOK", 10)
-    monkeypatch.setattr(build, "BLOCK", 32)
+    monkeypatch.setattr(build, "CELLS_PER_WRITE", 32)
     cells = small_cells[0].copy()
     cells.X.data[cells.X.indptr[150]] = 0.5
     cells.write_h5ad(tmp_path / "bad.h5ad")
@@ -168,7 +168,7 @@ def test_counts_that_turn_bad_midway_raise_and_leave_nothing(tmp_path, small_cel
 
 
 @pytest.mark.parametrize("limit", [4_000, 20_000])
-def test_a_write_that_fails_is_said_in_one_line_and_leaves_nothing(tmp_path, files, limit):
+def test_a_failed_write_is_reported_in_one_line_and_leaves_nothing_behind(tmp_path, files, limit):
     script = ROOT / "scripts" / "build_census.py"
     limited = f"import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))\n"
     limited += "sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
@@ -176,37 +176,39 @@ def test_a_write_that_fails_is_said_in_one_line_and_leaves_nothing(tmp_path, fil
     failed = subprocess.run(arguments, capture_output=True, text=True, check=False)
     assert failed.returncode == 1
     assert "Traceback" not in failed.stderr
-    assert f"error: [Errno {errno.EIO}] writing {tmp_path / 'soma'} failed; is the disk full?" in failed.stderr
+    assert f"error: [Errno {errno.EIO}] writing {tmp_path / 'soma'} failed" in failed.stderr
     assert sorted(tmp_path.iterdir()) == sorted(files)
 
 
-def test_a_full_disk_is_an_error_of_its_own(tmp_path, files, monkeypatch):
+def test_a_full_disk_raises_enospc(tmp_path, files, monkeypatch):
     def full(*_):
         raise soma.SOMAError("[TileDB::Task] Error: Cannot write to file; POSIX write error:No space left on device")
 
     monkeypatch.setattr(build, "_write_table", full)
-    with pytest.raises(OSError, match=r"soma failed; is the disk full\? .* choose another folder") as raised:
+    with pytest.raises(OSError, match="soma failed") as raised:
         build_census(files, tmp_path / "soma")
     assert raised.value.errno == errno.ENOSPC
     assert sorted(tmp_path.iterdir()) == sorted(files)
 
 
 @pytest.mark.parametrize(("free", "warned"), [(100, True), (10**9, False)])
-def test_files_larger_than_the_free_space_are_told_beforehand(tmp_path, files, monkeypatch, caplog, free, warned):
-    asked = []
-    monkeypatch.setattr(build.shutil, "disk_usage", lambda path: asked.append(path) or SimpleNamespace(free=free))
+def test_files_larger_than_the_free_space_are_reported_before_the_build(
+    tmp_path, files, monkeypatch, caplog, free, warned
+):
+    paths = []
+    monkeypatch.setattr(build.shutil, "disk_usage", lambda path: paths.append(path) or SimpleNamespace(free=free))
     with caplog.at_level(logging.WARNING):
         build_census(files, tmp_path / "deep" / "down" / "soma")
-    assert asked == [tmp_path]
-    assert ("it may not fit" in caplog.text) == warned
+    assert paths == [tmp_path]
+    assert ("may not fit" in caplog.text) == warned
 
 
-def test_an_existing_folder_is_refused(tmp_path, files):
+def test_an_existing_folder_raises(tmp_path, files):
     with pytest.raises(FileExistsError, match="exists; choose another folder"):
         build_census(files, tmp_path)
 
 
-def test_the_script_builds_and_explains_itself(tmp_path, files):
+def test_the_command_builds_a_census_and_reports_errors_in_one_line(tmp_path, files):
     script = ROOT / "scripts" / "build_census.py"
     built = subprocess.run(
         [sys.executable, script, *files, "--out", tmp_path / "soma"], capture_output=True, text=True, check=False
@@ -218,13 +220,13 @@ def test_the_script_builds_and_explains_itself(tmp_path, files):
         runpy.run_path(str(script))["main"]([str(path) for path in (*files, "--out", tmp_path / "soma")])
 
 
-def test_the_number_of_donors_counts_a_shared_id_once_per_dataset(small_census):
+def test_a_donor_id_in_two_datasets_counts_as_two_donors(small_census):
     with soma.DataFrame.open(str(small_census / "census_info" / "summary")) as frame:
         summary = pd.Series(dict(table(frame)[["label", "value"]].itertuples(index=False)))
     assert summary["number_donors_homo_sapiens"] == "8"
 
 
-def test_what_a_killed_build_left_is_named(tmp_path, files, caplog):
+def test_folders_of_killed_builds_are_reported(tmp_path, files, caplog):
     (tmp_path / ".census-abc123").mkdir()
     build_census(files, tmp_path / "census")
     assert "left " in caplog.text
