@@ -1,15 +1,17 @@
-"""Convert an original scGPT checkpoint: args.json, vocab.json and best_model.pt become a folder transformers loads.
+"""Convert an original scGPT checkpoint to a folder that transformers can load.
 
+Examples:
   python scripts/convert.py scGPT_human --out models/scgpt_human
   python scripts/convert.py my_finetuned --out models/mine --cell_pooling average --cls_value 0
 
-Then, with raw counts in cells.h5ad:
-
+Then embed the cells of an .h5ad file with raw counts:
   python scripts/embed.py cells.h5ad --model models/scgpt_human --out embedded.h5ad
 
-Every key of best_model.pt is taken, or reported with the reason why not, or an error. What keys and shapes tell is
-inferred (values, heads, batch labels, domain-specific batch norm, explicit zeros, classes). What no file records is
-asked for by the options below; what is not given takes the value of the published checkpoints and is reported.
+An original checkpoint is a folder with args.json, vocab.json and best_model.pt. Every key of best_model.pt is
+converted, or left out for a reason that is printed, or stops the conversion. Most settings are read from args.json, or
+inferred from the keys and shapes of the weights: how values are embedded, the heads, batch labels, domain-specific
+batch norm, explicit zeros, classes. A few settings are recorded nowhere. Pass them with the options below; those that
+you leave out take their values in the published checkpoints, and are printed as assumed.
 """
 
 import argparse
@@ -20,30 +22,41 @@ from scgpt_hf.conversion.checkpoint import convert_scgpt, save_converted
 
 
 def main() -> None:
-    """Read the command line, convert, say what became of the checkpoint."""
+    """Convert the checkpoint given on the command line, and print the report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", metavar="FOLDER", help="holds args.json, vocab.json and best_model.pt")
-    parser.add_argument("--out", required=True, metavar="DIR", help="folder to write; must not exist yet")
-    parser.add_argument("--weights_file", default="best_model.pt", help="name of the state dict (default: %(default)s)")
-    asked = parser.add_argument_group("what the files do not record")
-    add: Any = asked.add_argument
-    add("--norm_scheme", choices=("post", "scgpt_pre"), help="scgpt_pre if made with pre_norm=True (default: post)")
+    parser.add_argument("folder", metavar="FOLDER", help="folder with args.json, vocab.json and best_model.pt")
+    parser.add_argument("--out", required=True, metavar="DIR", help="folder to create; it must not exist yet")
+    parser.add_argument(
+        "--weights_file", default="best_model.pt", help="file name of the state dict (default: %(default)s)"
+    )
+    # Without argparse defaults: `convert_scgpt` knows them, and reports as assumed what is not passed.
+    add: Any = parser.add_argument_group("settings that the files do not record").add_argument
+    add(
+        "--norm_scheme",
+        choices=("post", "scgpt_pre"),
+        help="scgpt_pre if the model was trained with pre_norm=True (default: post)",
+    )
     add(
         "--cell_pooling",
         choices=("cls", "average", "weighted"),
-        help="the original's cell_emb_style: cls, avg-pool, w-pool (default: cls)",
+        help="for the original's cell_emb_style cls, avg-pool or w-pool (default: cls)",
     )
     add(
         "--gepc_detach",
         action=argparse.BooleanOptionalAction,
-        help="if made with mvc_decoder_style='inner product, detach'; changes training only (default: no)",
+        help="if the model was trained with mvc_decoder_style='inner product, detach'; only changes further training "
+        "(default: no)",
     )
-    add("--ecs_threshold", type=float, help="of the ECS objective; changes training only (default: 0.3)")
+    add(
+        "--ecs_threshold",
+        type=float,
+        help="similarity threshold of the ECS objective; only changes further training (default: 0.3)",
+    )
     add(
         "--cls_value",
         type=float,
-        help="value that <cls> carries: 0 after the original's fine-tuning tokeniser (default: pad_value of args.json, "
-        "-2 in published checkpoints)",
+        help="value of the token <cls>; 0 for a model trained with the original's fine-tuning tokeniser "
+        "(default: pad_value of args.json, which is -2 in the published checkpoints)",
     )
     options = vars(parser.parse_args())
     folder, out = options.pop("folder"), options.pop("out")
@@ -52,10 +65,9 @@ def main() -> None:
         save_converted(model, processor, report, out)
     except (OSError, ValueError) as error:
         sys.exit(f"convert.py: {error}")
-    print(
-        f"{report}\nwrote {out}: AutoModel, AutoModelForPreTraining and AutoProcessor load it; <cls> carries ", end=""
-    )
-    print(f"{processor.cls_value:g}")
+    print(report)
+    print(f"value of <cls>: {processor.cls_value:g}")
+    print(f"wrote {out}; load it with AutoModel, AutoModelForPreTraining and AutoProcessor")
 
 
 if __name__ == "__main__":

@@ -1,1 +1,1 @@
-"""conversion."""
+"""Convert original scGPT checkpoints to the format of this package."""

@@ -1,7 +1,12 @@
-"""Original scGPT checkpoints become checkpoints of ours: `args.json`, `vocab.json` and `best_model.pt` go in.
+"""Convert an original scGPT checkpoint (args.json, vocab.json, best_model.pt) to a model and a processor.
 
-Nothing is dropped in silence. This file decides which model and processor come of the three files; they are read in
-`convert_files.py`, their keys in `convert_keys.py`, and `convert_report.py` tells what became of each.
+    args.json, vocab.json, best_model.pt
+      → files.py       read and check each file
+      → keys.py        map each weight to a parameter of our model; infer settings from keys and shapes
+      → checkpoint.py  check that the files agree; build the model and the processor
+      → report.py      list what was converted, left out, inferred and assumed; write the model card
+
+No weight is dropped silently: each key is converted, or left out for a reason in the report, or raises an error.
 """
 
 import json
@@ -15,8 +20,8 @@ from typing import Any, Literal, TypedDict, Unpack, get_args, get_type_hints
 import torch
 
 from scgpt_hf.conversion.files import ARGS, VOCAB, WEIGHTS, OriginalFiles, read_original
-from scgpt_hf.conversion.keys import infer_settings, place_weights, sort_keys
-from scgpt_hf.conversion.report import ConversionReport, card_of
+from scgpt_hf.conversion.keys import infer_settings, map_keys, rename_weights
+from scgpt_hf.conversion.report import ConversionReport, build_card
 from scgpt_hf.model.configuration_scgpt import ScGPTConfig
 from scgpt_hf.model.modeling_scgpt import ScGPTForPreTraining
 from scgpt_hf.tokens.processing_scgpt import ScGPTProcessor
@@ -24,16 +29,18 @@ from scgpt_hf.tokens.processing_scgpt import ScGPTProcessor
 logger = logging.getLogger(__name__)
 
 
-class Switches(TypedDict, total=False):
-    """What original files do not record; what is left out takes the published value and is reported as assumed.
+class UnrecordedSettings(TypedDict, total=False):
+    """Settings that the files of an original checkpoint do not record.
+
+    A setting that you do not pass takes its value in the published checkpoints, and the report lists it as assumed.
 
     Attributes:
         norm_scheme: "post", or "scgpt_pre" for the original's `pre_norm=True`.
         cell_pooling: "cls", or "average" and "weighted" for the original's `cell_emb_style` "avg-pool" and "w-pool".
         gepc_detach: true for the original's `mvc_decoder_style` "inner product, detach".
-        ecs_threshold: the original's, 0.3 unless told otherwise.
-        cls_value: value that `<cls>` carries: by default `pad_value` of args.json, −2 in published checkpoints, as in
-            their pretraining and `embed_data`; 0 for models made with the original's fine-tuning tokeniser.
+        ecs_threshold: similarity threshold of the ECS objective; 0.3 by default, as in the original.
+        cls_value: value of the token `<cls>`. By default `pad_value` of args.json (-2 in published checkpoints), as in
+            the original's pretraining and `embed_data`. Pass 0 for models trained with its fine-tuning tokeniser.
     """
 
     norm_scheme: Literal["post", "scgpt_pre"]
@@ -48,39 +55,52 @@ _PUBLISHED: dict[str, Any] = {"norm_scheme": "post", "cell_pooling": "cls", "gep
 
 
 def convert_scgpt(
-    folder: str | Path, *, weights_file: str = WEIGHTS, **switches: Unpack[Switches]
+    folder: str | Path, *, weights_file: str = WEIGHTS, **unrecorded: Unpack[UnrecordedSettings]
 ) -> tuple[ScGPTForPreTraining, ScGPTProcessor, ConversionReport]:
-    """Return the model, the processor and the report of an original scGPT checkpoint.
+    """Convert an original scGPT checkpoint.
 
-    The model has every head of the original, and an objective of weight 1 for each but the class head, whose labels are
-    seldom there: give it a weight in `model.config.loss_weights` to train it.
+    The model has every head of the original. Each head gets an objective of weight 1, except the class head, because
+    most data have no labels for it. To train the class head, set its weight in `model.config.loss_weights`.
 
     Args:
-        folder: holds args.json, vocab.json and the weights.
-        weights_file: name of the state dict, in any of the layouts `in_proj_*`, `Wqkv`, `_impl.Wqkv`.
-        switches: see `Switches`.
+        folder: folder with args.json, vocab.json and the weights.
+        weights_file: file name of the state dict. Its attention weights may be named `in_proj_*`, `Wqkv` or
+            `_impl.Wqkv`.
+        unrecorded: settings that the files do not record; see `UnrecordedSettings`.
+
+    Returns:
+        The model in evaluation mode, the processor, and the report on what was converted.
 
     Raises:
         FileNotFoundError: a file is missing.
-        ValueError: a file is not what it should be, files contradict each other, a key is unexpected, misshapen or
-            missing, or a switch is unknown.
+        ValueError: a file is invalid, the files contradict each other, a key is unexpected or missing or has an
+            unexpected shape, or a setting is unknown or has an invalid value.
+
+    Example:
+        >>> model, processor, report = convert_scgpt("scGPT_human")  # doctest: +SKIP
+        >>> print(report)  # doctest: +SKIP
+        >>> save_converted(model, processor, report, "models/scgpt_human")  # doctest: +SKIP
     """
-    _require_known({**switches})
+    _require_valid({**unrecorded})
     files = read_original(Path(folder), weights_file)
-    cls_value = switches.get("cls_value", files.args["pad_value"])
-    taken, left_out = sort_keys(files.weights, files.where)
-    kept = {key: files.weights[key] for key in taken}
-    inferred = infer_settings(kept, files.where)
+    cls_value = unrecorded.get("cls_value", files.args["pad_value"])
+    converted, left_out = map_keys(files.weights, files.weights_path)
+    weights = {key: files.weights[key] for key in converted}
+    inferred = infer_settings(weights, files.weights_path)
     _require_agreement(files, inferred)
-    _require_rows(files, inferred.get("n_value_ids"), cls_value)
-    with torch.device("meta"):  # no memory, no random numbers: what is not filled below could not be used
-        model = ScGPTForPreTraining(_config(files, inferred, {**switches}))
-    model.load_state_dict(place_weights(kept, taken, model, files.where), assign=True)
-    weights = {name: weight for name, weight in inferred["loss_weights"].items() if name != "cls"}
-    inferred["loss_weights"] = model.config.loss_weights = weights or inferred["loss_weights"]
-    processor = _processor(files, cls_value)
-    assumed = _assumed(files, inferred, {**switches}, processor)
-    report = ConversionReport(Path(folder).resolve().name, taken, left_out, inferred, assumed, _notes(files, inferred))
+    _require_value_rows(files, inferred.get("n_value_ids"), cls_value)
+    # On the meta device, parameters have no memory and no random values: a weight that the lines below failed to set
+    # could not be used unnoticed.
+    with torch.device("meta"):
+        model = ScGPTForPreTraining(_build_config(files, inferred, {**unrecorded}))
+    model.load_state_dict(rename_weights(weights, converted, model, files.weights_path), assign=True)
+    # The class head was built above because `infer_settings` gives its objective a weight; now the weight goes.
+    loss_weights = {name: weight for name, weight in inferred["loss_weights"].items() if name != "cls"}
+    inferred["loss_weights"] = model.config.loss_weights = loss_weights or inferred["loss_weights"]
+    processor = _build_processor(files, cls_value)
+    assumed = _assumed_settings(files, inferred, {**unrecorded}, processor)
+    source, notes = Path(folder).resolve().name, _notes(files, inferred)
+    report = ConversionReport(source, converted, left_out, inferred, assumed, notes)
     model.eval()  # type: ignore[no-untyped-call]
     return model, processor, report
 
@@ -88,74 +108,89 @@ def convert_scgpt(
 def save_converted(
     model: ScGPTForPreTraining, processor: ScGPTProcessor, report: ConversionReport, out: str | Path
 ) -> Path:
-    """Write what `convert_scgpt` returned to a new folder, and return the folder.
+    """Save a converted checkpoint to a new folder.
 
-    It holds what the Auto classes load, the whole report as `conversion.json`, and a model card. It appears when it is
-    complete.
+    The folder has the files that the Auto classes load, the report as conversion.json, and a model card. All files are
+    written to a temporary folder first, which is then renamed, so `out` is never incomplete.
+
+    Args:
+        model: model from `convert_scgpt`.
+        processor: processor from `convert_scgpt`.
+        report: report from `convert_scgpt`.
+        out: folder to create.
+
+    Returns:
+        `out`.
 
     Raises:
-        FileExistsError: there is something at `out`.
+        FileExistsError: `out` exists.
     """
     out = Path(out)
     if out.exists():
-        raise FileExistsError(f"{out} exists already; name a new folder, or remove it")
+        raise FileExistsError(f"{out} exists already; choose a new folder, or delete it")
     out.parent.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as beside:
-        folder = Path(beside, out.name)
+    with TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as temporary:
+        folder = Path(temporary, out.name)
         model.save_pretrained(folder)
         processor.save_pretrained(folder)
         (folder / "conversion.json").write_text(json.dumps(asdict(report), indent=1) + "\n", encoding="utf-8")
-        (folder / "README.md").write_text(card_of(model.config, processor, report), encoding="utf-8")
+        (folder / "README.md").write_text(build_card(model.config, processor, report), encoding="utf-8")
         os.rename(folder, out)
     logger.info("wrote %s, converted from %s", out, report.source)
     return out
 
 
-def _require_known(switches: dict[str, Any]) -> None:
-    """Raise unless each switch is one of `Switches`, with one of its values."""
-    kinds = get_type_hints(Switches)
-    for name, value in switches.items():
-        if name not in kinds:
-            raise ValueError(f"convert_scgpt knows no switch {name!r}; it knows {', '.join(kinds)}")
-        choices = get_args(kinds[name])
-        whole = kinds[name] is float and type(value) is int
-        if value not in choices if choices else not (whole or isinstance(value, kinds[name])):
-            wanted = " or ".join(map(repr, choices)) or f"a {kinds[name].__name__}"
-            raise ValueError(f"{name} is {value!r}; expected {wanted}")
+def _require_valid(settings: dict[str, Any]) -> None:
+    """Raise ValueError unless each setting is one of `UnrecordedSettings` and has a value of its type."""
+    types = get_type_hints(UnrecordedSettings)
+    for name, value in settings.items():
+        if name not in types:
+            raise ValueError(f"convert_scgpt has no setting {name!r}; expected one of {', '.join(types)}")
+        choices = get_args(types[name])
+        is_int_for_float = types[name] is float and type(value) is int
+        if value not in choices if choices else not (is_int_for_float or isinstance(value, types[name])):
+            expected = " or ".join(map(repr, choices)) or f"a {types[name].__name__}"
+            raise ValueError(f"{name} is {value!r}; expected {expected}")
 
 
 def _require_agreement(files: OriginalFiles, inferred: dict[str, Any]) -> None:
-    """Raise where two of the files say different things."""
+    """Raise ValueError if two of the files contradict each other."""
     names = {"embsize": "hidden_size", "d_hid": "intermediate_size", "nlayers": "num_hidden_layers"}
     names |= {"input_emb_style": "value_encoder", "n_layers_cls": "class_head_layers"}
-    args = Path(files.where).with_name(ARGS)
-    for theirs, ours in names.items():
-        if theirs in files.args and ours in inferred and files.args[theirs] != inferred[ours]:
+    args = Path(files.weights_path).with_name(ARGS)
+    for original, ours in names.items():
+        if original in files.args and ours in inferred and files.args[original] != inferred[ours]:
             raise ValueError(
-                f"{args}: {theirs!r} is {files.args[theirs]!r}, but the keys and shapes of {files.where} say "
-                f"{inferred[ours]!r}; the two files are not of one model"
+                f"{args}: {original!r} is {files.args[original]!r}, but according to the keys and shapes in "
+                f"{files.weights_path} it is {inferred[ours]!r}; the two files belong to different models"
             )
     if len(files.vocab) != inferred["vocab_size"]:
         raise ValueError(
-            f"{args.with_name(VOCAB)} has {len(files.vocab):,} tokens, but 'encoder.embedding.weight' of {files.where} "
-            f"has {inferred['vocab_size']:,} rows; the two files are not of one model"
+            f"{args.with_name(VOCAB)} has {len(files.vocab):,} tokens, but 'encoder.embedding.weight' in "
+            f"{files.weights_path} has {inferred['vocab_size']:,} rows; the two files belong to different models"
         )
 
 
-def _require_rows(files: OriginalFiles, n_rows: int | None, cls_value: float) -> None:
-    """Raise unless the table of values, if there is one, has a row for whatever the processor will ask of it."""
+def _require_value_rows(files: OriginalFiles, n_rows: int | None, cls_value: float) -> None:
+    """Raise ValueError if the embedding table of values lacks a row for a value that the processor produces.
+
+    Args:
+        files: the original files.
+        n_rows: rows of the table; None if the model embeds values without a table.
+        cls_value: value of `<cls>`.
+    """
     if n_rows is None:
         return
     n_bins, pad, mask = (files.args[name] for name in ("n_bins", "pad_value", "mask_value"))
     if pad != n_bins or not (n_bins <= mask < n_rows and 0 <= cls_value < n_rows):
         raise ValueError(
-            f"{Path(files.where).with_name(ARGS)}: 'n_bins' is {n_bins}, 'pad_value' {pad}, 'mask_value' {mask}, "
-            f"cls_value {cls_value}, and 'value_encoder.embedding.weight' of {files.where} has {n_rows} rows; expected "
-            "padding at n_bins, the mask from there on, and all within the table"
+            f"{Path(files.weights_path).with_name(ARGS)}: 'n_bins' is {n_bins}, 'pad_value' {pad}, 'mask_value' {mask} "
+            f"and cls_value {cls_value}, but 'value_encoder.embedding.weight' in {files.weights_path} has {n_rows} "
+            "rows; expected pad_value = n_bins ≤ mask_value, and a row for each value"
         )
 
 
-def _config(files: OriginalFiles, inferred: dict[str, Any], switches: dict[str, Any]) -> ScGPTConfig:
+def _build_config(files: OriginalFiles, inferred: dict[str, Any], unrecorded: dict[str, Any]) -> ScGPTConfig:
     args = files.args
     settings: dict[str, Any] = {
         "pad_token_id": files.vocab[args["pad_token"]],
@@ -164,11 +199,11 @@ def _config(files: OriginalFiles, inferred: dict[str, Any], switches: dict[str, 
         "dropout": args["dropout"],
         "attention_dropout": args["dropout"],  # as in the original; see `ScGPTConfig`
     }
-    chosen = {name: value for name, value in (_PUBLISHED | switches).items() if name != "cls_value"}
+    chosen = {name: value for name, value in (_PUBLISHED | unrecorded).items() if name != "cls_value"}
     return ScGPTConfig(**settings, **inferred, **chosen)
 
 
-def _processor(files: OriginalFiles, cls_value: float) -> ScGPTProcessor:
+def _build_processor(files: OriginalFiles, cls_value: float) -> ScGPTProcessor:
     args = files.args
     return ScGPTProcessor.from_vocab(
         files.vocab,
@@ -181,29 +216,30 @@ def _processor(files: OriginalFiles, cls_value: float) -> ScGPTProcessor:
     )
 
 
-def _assumed(
-    files: OriginalFiles, inferred: dict[str, Any], switches: dict[str, Any], processor: ScGPTProcessor
+def _assumed_settings(
+    files: OriginalFiles, inferred: dict[str, Any], unrecorded: dict[str, Any], processor: ScGPTProcessor
 ) -> dict[str, Any]:
-    """Return the settings nobody gave, if they matter for this model, with the values they took."""
-    assumed = {name: value for name, value in _PUBLISHED.items() if name not in switches}
+    """Return the settings that were neither recorded nor passed and that matter for this model, with their values."""
+    assumed = {name: value for name, value in _PUBLISHED.items() if name not in unrecorded}
     if any("in_proj_" in key for key in files.weights):
-        assumed.pop("norm_scheme", None)  # certain: the original norms before a branch in its flash layers only
+        assumed.pop("norm_scheme", None)  # known: the original supports pre_norm only with flash attention (Wqkv)
     if inferred.get("gepc_query") != "inner_product":
         assumed.pop("gepc_detach", None)
-    assumed |= {} if "cls_value" in switches else {"cls_value": processor.cls_value}
+    assumed |= {} if "cls_value" in unrecorded else {"cls_value": processor.cls_value}
     assumed |= {"target_sum": processor.target_sum} if processor.input_style == "log1p" else {}
-    return assumed | {f"{name} of {ARGS}": files.args[name] for name in files.unrecorded}
+    return assumed | {f"{name} of {ARGS}": files.args[name] for name in files.missing_args}
 
 
 def _notes(files: OriginalFiles, inferred: dict[str, Any]) -> tuple[str, ...]:
+    """Return what a user of this model should know besides its settings."""
     notes = []
     if "num_labels" in inferred:
-        notes.append("the class head is in the folder: AutoModelForSequenceClassification loads it")
+        notes.append("the checkpoint has a class head: load it with AutoModelForSequenceClassification")
     if files.args["input_style"] == "binned" and files.args["n_bins"] != 51:
         notes.append(
-            f"the model was trained on {files.args['n_bins']} bins, and the processor makes as many; the original's "
-            "embed_data makes 51 whatever the model: for its vectors load the processor with n_bins=51"
+            f"the model was trained on {files.args['n_bins']} bins, which the processor uses; the original's "
+            "embed_data uses 51 bins for every model: to reproduce its embeddings, load the processor with n_bins=51"
         )
     if files.args["dropout"]:
-        notes.append("attention_dropout is the original's; 0 is faster in training on a GPU")
+        notes.append("attention_dropout is set as in the original; on a GPU, training is faster with 0")
     return tuple(notes)

@@ -1,6 +1,8 @@
-"""Which parameter of ours each key of an original state dict is, and what keys and shapes tell of the network.
+"""Map the keys of an original state dict to the parameters of our model, and infer settings from keys and shapes.
 
-The one key map of the project. Every key is taken, left out for a reason that is reported, or an error.
+Every key is converted, or left out for a reason that is reported, or raises an error. A target is a name in the state
+dict of our model, or one row of a tensor in it, such as `scgpt.input_norm.running_mean[2]`: the original has a batch
+norm for each domain (`dsbn.bns.2.running_mean`), and our model has one tensor with a row for each domain.
 """
 
 import re
@@ -12,7 +14,7 @@ from torch import Tensor, nn
 
 Weights = dict[str, Tensor]
 
-# Their prefix and ours; the first that fits counts.
+# (prefix of original keys, prefix of our names); the first that matches is used.
 _PREFIXES = (
     ("encoder.embedding.", "scgpt.gene_encoder.embedding."),
     ("encoder.enc_norm.", "scgpt.gene_encoder.norm."),
@@ -35,7 +37,8 @@ _PREFIXES = (
     ("batch_encoder.embedding.", "domain_encoder.embedding."),
     ("batch_encoder.enc_norm.", "domain_encoder.norm."),
 )
-# The same matrix under three names: of torch.nn.MultiheadAttention, of flash-attn, and of its wrapper in scGPT 0.2.5.
+# The matrix of queries, keys and values has three names: in_proj_ in torch.nn.MultiheadAttention, Wqkv in flash-attn,
+# and _impl.Wqkv in the wrapper of flash-attn in scGPT 0.2.5.
 _ATTENTION = (
     (re.compile(r"\.self_attn\.(?:in_proj_|(?:_impl\.)?Wqkv\.)"), ".self_attn.qkv_proj."),
     (re.compile(r"\.self_attn\._impl\."), ".self_attn."),
@@ -44,74 +47,75 @@ _DOMAIN_NORM = re.compile(r"dsbn\.bns\.(\d+)\.(running_mean|running_var|num_batc
 _ZERO_HEADS = ("decoder.zero_logit.", "mvc_decoder.W_zero_logit.")
 _LAYER = re.compile(r"transformer_encoder\.layers\.(\d+)\.")
 
-_REFUSED = (
+# Without these weights, every output of the model would change, so leaving them out would be wrong.
+_UNSUPPORTED = (
     (
         re.compile(r"pert_encoder\.|decoder\.(coeff|bias)_decoder\."),
-        "a perturbation model (TransformerGenerator): it adds a flag to every token and scales the input it is given, "
-        "so that without these keys every output would be another. scgpt_hf has no place for them",
+        "a perturbation model (TransformerGenerator), which adds a flag to every token and scales its input; scgpt_hf "
+        "does not support that",
     ),
     (
         re.compile(r"dsbn\.bns\.\d+\.(weight|bias)"),
-        "domain-specific batch norm with affine parameters, which scgpt_hf has not",
+        "domain-specific batch norm with affine parameters, which scgpt_hf does not support",
     ),
 )
-_FLAGS = (
-    "marks the genes to be generated in the original's generative training, which scgpt_hf has not; reading cells, as "
-    "embed_data does, never uses it"
+# Why weights are left out that do not change the embedding of a cell.
+_GENERATION_FLAGS = (
+    "marks the genes to generate in the original's generative training, which scgpt_hf does not support; embedding "
+    "cells, as embed_data does, never uses it"
 )
 _MODALITIES = (
-    "expression heads of a multi-omic model are told the modality of each gene, for which scgpt_hf has no input; the "
-    "encoder and the cell embedding do not depend on it"
+    "the expression heads of a multi-omic model take the modality of each gene as input, which scgpt_hf does not "
+    "support; the encoder and the cell embedding do not depend on it"
 )
-_CANNOT_RUN = "this query style cannot run with batch labels or explicit zeros, in the original either"
+_NOT_RUNNABLE = "this query style does not work with batch labels or explicit zeros; it fails in the original as well"
 
 
-def sort_keys(weights: Weights, where: str) -> tuple[dict[str, str], dict[str, str]]:
-    """Return the place in our model of each key that is taken, and the reason for each that is left out.
-
-    A place is a name of our state dict, or a row of it: `scgpt.input_norm.running_mean[2]`.
+def map_keys(weights: Weights, path: str) -> tuple[dict[str, str], dict[str, str]]:
+    """Return the target of each key that can be converted, and the reason for each key that is left out.
 
     Args:
-        weights: tensors by original key.
-        where: the file, for messages.
+        weights: original key → tensor.
+        path: path of the weights, for error messages.
 
     Raises:
-        ValueError: a key of something that we cannot represent, of no scGPT model, or twice in two layouts.
+        ValueError: a key belongs to an unsupported model or to no scGPT model, or two keys have the same target.
     """
-    for pattern, what in _REFUSED:
+    for pattern, owner in _UNSUPPORTED:
         if found := [key for key in weights if pattern.match(key)]:
-            raise ValueError(f"{where}: {_some(found, weights)} belong to {what}; it cannot be converted")
-    left_out = _left_out(weights)
-    places = {key: _place_of(key) for key in weights if key not in left_out}
-    if unknown := [key for key, place in places.items() if place is None]:
+            raise ValueError(f"{path}: {_list_keys(found, weights)} belong to {owner}; it cannot be converted")
+    left_out = _left_out_keys(weights)
+    targets = {key: _target_of(key) for key in weights if key not in left_out}
+    if unknown := [key for key, target in targets.items() if target is None]:
         raise ValueError(
-            f"{where}: {_some(unknown, weights)} belong to no part of an scGPT model; is this the state dict of "
+            f"{path}: {_list_keys(unknown, weights)} belong to no part of an scGPT model; is this the state dict of "
             "another model?"
         )
-    taken: dict[str, str] = {}
-    first: dict[str, str] = {}
-    for key, place in places.items():
-        taken[key] = str(place)
-        if first.setdefault(taken[key], key) != key:
-            raise ValueError(f"{where}: {first[taken[key]]!r} and {key!r} are the same weights; keep one of them")
-    return taken, left_out
+    converted: dict[str, str] = {}
+    key_of_target: dict[str, str] = {}
+    for key, target in targets.items():
+        converted[key] = str(target)
+        first = key_of_target.setdefault(converted[key], key)
+        if first != key:
+            raise ValueError(f"{path}: {first!r} and {key!r} are two names of the same weights; keep one of them")
+    return converted, left_out
 
 
-def infer_settings(weights: Weights, where: str) -> dict[str, Any]:
-    """Return the fields of `ScGPTConfig` that keys and shapes tell with certainty.
+def infer_settings(weights: Weights, path: str) -> dict[str, Any]:
+    """Return the fields of `ScGPTConfig` that follow with certainty from keys and shapes.
 
     Args:
-        weights: the tensors that are taken, by original key.
-        where: the file, for messages.
+        weights: original key → tensor, only those that are converted.
+        path: path of the weights, for error messages.
 
     Raises:
-        ValueError: a key without which there is no scGPT model is missing or not a matrix.
+        ValueError: a key that every scGPT model has is missing or is not a matrix.
     """
-    n_genes, width = _matrix(weights, "encoder.embedding.weight", where)
+    n_genes, width = _matrix_shape(weights, "encoder.embedding.weight", path)
     settings: dict[str, Any] = {
         "vocab_size": n_genes,
         "hidden_size": width,
-        "intermediate_size": _matrix(weights, "transformer_encoder.layers.0.linear1.weight", where)[0],
+        "intermediate_size": _matrix_shape(weights, "transformer_encoder.layers.0.linear1.weight", path)[0],
         "num_hidden_layers": len({layer[1] for key in weights if (layer := _LAYER.match(key))}),
         "value_encoder": "scaling",
         "explicit_zero_prob": _has(weights, *_ZERO_HEADS),
@@ -120,101 +124,107 @@ def infer_settings(weights: Weights, where: str) -> dict[str, Any]:
         "input_norm": "domain" if _has(weights, "dsbn.") else "batch" if _has(weights, "bn.") else "none",
     }
     if _has(weights, "value_encoder.embedding."):
-        n_value_ids = _matrix(weights, "value_encoder.embedding.weight", where)[0]
+        n_value_ids = _matrix_shape(weights, "value_encoder.embedding.weight", path)[0]
         settings |= {"value_encoder": "category", "n_value_ids": n_value_ids}
     elif _has(weights, "value_encoder."):
         settings["value_encoder"] = "continuous"
     if _has(weights, "mvc_decoder.fc1."):
-        read = _matrix(weights, "mvc_decoder.fc1.weight", where)[1]
-        settings["gepc_query"] = "sum" if read == width else "concat"
+        n_inputs = _matrix_shape(weights, "mvc_decoder.fc1.weight", path)[1]
+        settings["gepc_query"] = "sum" if n_inputs == width else "concat"
     elif _has(weights, "mvc_decoder."):
         settings["gepc_query"] = "inner_product"
     if _has(weights, "cls_decoder."):
         hidden = re.compile(r"cls_decoder\._decoder\.\d+\.weight")
         settings["class_head_layers"] = 1 + sum(bool(hidden.match(key)) and weights[key].ndim == 2 for key in weights)
-        settings["num_labels"] = _matrix(weights, "cls_decoder.out_layer.weight", where)[0]
-    settings["n_domains"] = _n_domains(weights, where)
-    settings["loss_weights"] = _objectives(weights)
+        settings["num_labels"] = _matrix_shape(weights, "cls_decoder.out_layer.weight", path)[0]
+    settings["n_domains"] = _infer_n_domains(weights, path)
+    settings["loss_weights"] = _infer_loss_weights(weights)
     return settings
 
 
-def place_weights(weights: Weights, taken: Mapping[str, str], model: nn.Module, where: str) -> Weights:
-    """Return the state dict of our model: every parameter filled, every taken key used, no shape changed.
+def rename_weights(weights: Weights, converted: Mapping[str, str], model: nn.Module, path: str) -> Weights:
+    """Return a complete state dict of our model: every parameter set, every converted key used, all shapes as expected.
 
     Args:
-        weights: tensors by original key.
-        taken: place of each key, from `sort_keys`.
-        model: whose parameters are to be filled; may be on the meta device.
-        where: the file, for messages.
+        weights: original key → tensor.
+        converted: original key → target, from `map_keys`.
+        model: model whose parameters are set; may be on the meta device.
+        path: path of the weights, for error messages.
 
     Raises:
-        ValueError: a key without a place in the model, a parameter without a key, another shape, or numbers of another
-            kind.
+        ValueError: the model has no parameter for a key, a parameter has no key, or a shape or dtype differs.
     """
-    expected = _places(model.state_dict())
-    if homeless := [key for key, place in taken.items() if place not in expected]:
+    expected = _expected_targets(model.state_dict())
+    if unused := [key for key, target in converted.items() if target not in expected]:
         raise ValueError(
-            f"{where}: {_some(homeless, weights)} have no place in the model that args.json and the other keys describe"
+            f"{path}: {_list_keys(unused, weights)} do not exist in the model that args.json and the other keys "
+            "describe"
         )
-    if missing := expected.keys() - set(taken.values()):
-        names = {_original_key(place): expected[place] for place in sorted(missing)}
-        raise ValueError(f"{where} lacks {_some(names, names)}; it would stay random, so nothing is converted")
-    for key, place in taken.items():
-        found, wanted = weights[key], expected[place]
+    if missing := expected.keys() - set(converted.values()):
+        names = {_original_key(target): expected[target] for target in sorted(missing)}
+        raise ValueError(
+            f"{path} lacks {_list_keys(names, names)}; the checkpoint cannot be converted, because these weights would "
+            "be random"
+        )
+    for key, target in converted.items():
+        found, wanted = weights[key], expected[target]
         if found.shape != wanted.shape:
-            raise ValueError(f"{where}: {key!r} has shape {tuple(found.shape)}; expected {tuple(wanted.shape)}")
+            raise ValueError(f"{path}: {key!r} has shape {tuple(found.shape)}; expected {tuple(wanted.shape)}")
         if found.dtype != wanted.dtype and not (found.is_floating_point() and wanted.is_floating_point()):
-            raise ValueError(f"{where}: {key!r} holds {found.dtype}; expected {wanted.dtype}")
-    filled = {place: weights[key].to(expected[place].dtype).contiguous() for key, place in taken.items()}
+            raise ValueError(f"{path}: {key!r} has dtype {found.dtype}; expected {wanted.dtype}")
+    tensors = {target: weights[key].to(expected[target].dtype).contiguous() for key, target in converted.items()}
     rows: dict[str, list[Tensor]] = {}
-    for place in expected:  # in the order of rows
-        rows.setdefault(place.partition("[")[0], []).append(filled[place])
-    return {name: torch.stack(parts) if f"{name}[0]" in filled else parts[0] for name, parts in rows.items()}
+    for target in expected:  # not `tensors`: the rows of a tensor must be in the order of the domains
+        rows.setdefault(target.partition("[")[0], []).append(tensors[target])
+    return {name: torch.stack(parts) if f"{name}[0]" in tensors else parts[0] for name, parts in rows.items()}
 
 
-def _place_of(key: str) -> str | None:
+def _target_of(key: str) -> str | None:
+    """Return the target of an original key, or None if no scGPT model has the key."""
     if norm := _DOMAIN_NORM.fullmatch(key):
         return f"scgpt.input_norm.{norm[2]}[{int(norm[1])}]"
-    for theirs, ours in _PREFIXES:
-        if key.startswith(theirs):
-            place = ours + key.removeprefix(theirs)
+    for original, ours in _PREFIXES:
+        if key.startswith(original):
+            target = ours + key.removeprefix(original)
             for pattern, replacement in _ATTENTION:
-                place = pattern.sub(replacement, place)
-            return place
+                target = pattern.sub(replacement, target)
+            return target
     return None
 
 
-def _original_key(place: str) -> str:
-    """Return the key of a place in the layout of torch.nn.MultiheadAttention."""
-    if row := re.fullmatch(r"scgpt\.input_norm\.(\w+)\[(\d+)\]", place):
+def _original_key(target: str) -> str:
+    """Return the original key of a target, with the attention weights named as in torch.nn.MultiheadAttention."""
+    if row := re.fullmatch(r"scgpt\.input_norm\.(\w+)\[(\d+)\]", target):
         return f"dsbn.bns.{row[2]}.{row[1]}"
-    place = place.replace("self_attn.qkv_proj.", "self_attn.in_proj_")
-    return next((theirs + place.removeprefix(ours) for theirs, ours in _PREFIXES if place.startswith(ours)), place)
+    target = target.replace("self_attn.qkv_proj.", "self_attn.in_proj_")
+    keys = (original + target.removeprefix(ours) for original, ours in _PREFIXES if target.startswith(ours))
+    return next(keys, target)
 
 
-def _places(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return what is to be filled: whole tensors, and row by row the statistics that are kept per domain."""
-    places: dict[str, Tensor] = {}
+def _expected_targets(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the targets in a state dict: its tensors, and each row of the batch norm statistics kept per domain."""
+    targets: dict[str, Tensor] = {}
     per_domain = state.get("scgpt.input_norm.running_mean", torch.empty(0)).ndim == 2
     for name, tensor in state.items():
         if per_domain and name.startswith("scgpt.input_norm."):
-            places |= {f"{name}[{domain}]": row for domain, row in enumerate(tensor)}
+            targets |= {f"{name}[{domain}]": row for domain, row in enumerate(tensor)}
         else:
-            places[name] = tensor
-    return places
+            targets[name] = tensor
+    return targets
 
 
-def _left_out(weights: Weights) -> dict[str, str]:
-    reasons = {"flag_encoder.": _FLAGS}
+def _left_out_keys(weights: Weights) -> dict[str, str]:
+    """Return the keys that are not converted, with the reasons."""
+    reasons = {"flag_encoder.": _GENERATION_FLAGS}
     if _has(weights, "mod_encoder."):
         reasons |= dict.fromkeys(("mod_encoder.", "batch_encoder.", "decoder.", "mvc_decoder."), _MODALITIES)
     elif _has(weights, "mvc_decoder.fc1.") and _has(weights, "batch_encoder.", "decoder.zero_logit."):
-        reasons["mvc_decoder."] = _CANNOT_RUN
+        reasons["mvc_decoder."] = _NOT_RUNNABLE
     return {key: reason for key in weights for prefix, reason in reasons.items() if key.startswith(prefix)}
 
 
-def _objectives(weights: Weights) -> dict[str, float]:
-    """Return weight 1 for the objective of each head, so that none is missing and none is random."""
+def _infer_loss_weights(weights: Weights) -> dict[str, float]:
+    """Return weight 1 for the objective of each head: then our model has these heads and no others."""
     heads = {"gep": "decoder.fc.", "gepc": "mvc_decoder.", "dar": "grad_reverse_discriminator.", "cls": "cls_decoder."}
     present = [name for name, prefix in heads.items() if _has(weights, prefix)]
     if _has(weights, *_ZERO_HEADS):
@@ -222,18 +232,20 @@ def _objectives(weights: Weights) -> dict[str, float]:
     return dict.fromkeys(present, 1.0) or {"ecs": 1.0}  # elastic cell similarity needs no head
 
 
-def _n_domains(weights: Weights, where: str) -> int:
+def _infer_n_domains(weights: Weights, path: str) -> int:
+    """Return the number of domains: rows of an embedding or a head, or else the number of batch norms."""
     for key in ("batch_encoder.embedding.weight", "grad_reverse_discriminator.out_layer.weight"):
         if key in weights:
-            return _matrix(weights, key, where)[0]
+            return _matrix_shape(weights, key, path)[0]
     return len({norm[1] for key in weights if (norm := _DOMAIN_NORM.fullmatch(key))})
 
 
-def _matrix(weights: Weights, key: str, where: str) -> tuple[int, int]:
+def _matrix_shape(weights: Weights, key: str, path: str) -> tuple[int, int]:
+    """Return rows and columns of a matrix. Raise ValueError if it is missing, or is not a matrix."""
     if key not in weights:
-        raise ValueError(f"{where} lacks {key!r}; is this the state dict of another model?")
+        raise ValueError(f"{path} lacks {key!r}; is this the state dict of another model?")
     if weights[key].ndim != 2 or not weights[key].numel():
-        raise ValueError(f"{where}: {key!r} has shape {tuple(weights[key].shape)}; expected a matrix")
+        raise ValueError(f"{path}: {key!r} has shape {tuple(weights[key].shape)}; expected a matrix")
     rows, columns = weights[key].shape
     return rows, columns
 
@@ -242,7 +254,7 @@ def _has(weights: Weights, *prefixes: str) -> bool:
     return any(key.startswith(prefixes) for key in weights)
 
 
-def _some(keys: Iterable[str], tensors: Mapping[str, Tensor]) -> str:
+def _list_keys(keys: Iterable[str], tensors: Mapping[str, Tensor]) -> str:
     """Return the number of keys, and the first three with their shapes."""
     keys = list(keys)
     shown = ", ".join(f"{key!r} {tuple(tensors[key].shape)}" for key in keys[:3])

@@ -1,4 +1,4 @@
-"""What a conversion tells: the report that accounts for every key and setting, and the model card."""
+"""The report on a conversion, which lists every key and setting, and the model card."""
 
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -10,19 +10,19 @@ from scgpt_hf.tokens.processing_scgpt import ScGPTProcessor
 
 @dataclass(frozen=True)
 class ConversionReport:
-    """What became of an original checkpoint.
+    """What was converted, and how. `print(report)` gives a summary.
 
     Attributes:
-        source: name of its folder.
-        taken: place in our model of each original key that was taken.
-        left_out: reason for each original key that was not.
-        inferred: settings that keys and shapes tell with certainty.
-        assumed: settings that no file records and nobody gave, with the value they took.
-        notes: what else a user should know.
+        source: name of the original checkpoint's folder.
+        converted: original key → name in the state dict of our model.
+        left_out: original key → reason why it was not converted.
+        inferred: settings inferred with certainty from keys and shapes.
+        assumed: settings that no file records and that you did not pass, with the values used.
+        notes: what else a user of the model should know.
     """
 
     source: str
-    taken: dict[str, str]
+    converted: dict[str, str]
     left_out: dict[str, str]
     inferred: dict[str, Any]
     assumed: dict[str, Any]
@@ -32,15 +32,18 @@ class ConversionReport:
         reasons: dict[str, list[str]] = {}
         for key, reason in self.left_out.items():
             reasons.setdefault(reason, []).append(key)
-        n_keys = len(self.taken) + len(self.left_out)
-        lines = [f"taken: {len(self.taken)} of the {n_keys} keys of {self.source}"]
+        n_keys = len(self.converted) + len(self.left_out)
+        lines = [f"converted: {len(self.converted)} of the {n_keys} keys of {self.source}"]
         lines += [f"left out: {', '.join(keys)}: {reason}" for reason, keys in reasons.items()]
-        lines += [f"inferred from the keys: {_pairs(self.inferred)}", f"assumed: {_pairs(self.assumed) or 'nothing'}"]
+        lines += [
+            f"inferred from keys and shapes: {_pairs(self.inferred)}",
+            f"assumed: {_pairs(self.assumed) or 'nothing'}",
+        ]
         return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
 
 
-def card_of(config: ScGPTConfig, processor: ScGPTProcessor, report: ConversionReport) -> str:
-    """Return the model card of a converted checkpoint."""
+def build_card(config: ScGPTConfig, processor: ScGPTProcessor, report: ConversionReport) -> str:
+    """Return the model card of a converted checkpoint, as Markdown."""
     summary = "\n".join(f"- {line}" for line in str(report).splitlines())
     return f"""---
 library_name: transformers
@@ -56,7 +59,7 @@ Weights of an original [scGPT](https://github.com/bowang-lab/scGPT) checkpoint, 
 scgpt_hf {version("scgpt_hf")}: {config.num_hidden_layers} layers x {config.hidden_size}, {config.n_bins} bins,
 {processor.vocab_size:,} genes and special tokens.
 
-**The token `<cls>` carries the value {processor.cls_value:g}.** The processor sets it; other tokenisers must do so too.
+**The value of the token `<cls>` is {processor.cls_value:g}.** The processor sets it; other tokenisers must do the same.
 
 ```python
 import scanpy as sc, scgpt_hf
@@ -66,8 +69,8 @@ model = AutoModel.from_pretrained("PATH_OR_REPOSITORY")
 embedding = model(**processor(sc.read_h5ad("cells.h5ad"))).cell_embedding  # raw counts in, (cells, hidden) out
 ```
 
-Without the package, add `trust_remote_code=True`. Objectives beside {", ".join(config.loss_weights)} are weighed by
-`AutoModelForPreTraining.from_pretrained(..., loss_weights={{...}})`.
+Without the package, pass `trust_remote_code=True`. The model's objectives are {", ".join(config.loss_weights)}. To
+train others, pass `loss_weights={{...}}` to `AutoModelForPreTraining.from_pretrained`.
 
 ## Conversion
 
@@ -79,8 +82,8 @@ Without the package, add `trust_remote_code=True`. Objectives beside {", ".join(
 
 Architecture and training: Cui, H. et al. scGPT: toward building a foundation model for single-cell multi-omics using
 generative AI. *Nature Methods* 21, 1470-1480 (2024). https://doi.org/10.1038/s41592-024-02201-0. The original code is
-under the MIT licence; the weights stay under the licence of whoever published them. Not for diagnosis, nor for any
-decision about a person.
+under the MIT licence; the weights keep the licence under which they were published. Do not use the model for diagnosis
+or for any decision about a person.
 """
 
 

@@ -1,11 +1,10 @@
-"""Original checkpoints of any size become models that compute what the original does; whatever is wrong is named."""
+"""Converted checkpoints of any size compute what the original does; invalid files raise errors that name the cause."""
 
 import json
 import os
 import pickle
 import runpy
 import sys
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -33,11 +32,11 @@ from tests.support import ROOT
 from tests.support.original_scgpt import Original, Tensors, forward, in_layout, weights_of, write_checkpoint
 
 SCRIPT = ROOT / "scripts" / "convert.py"
-PLAIN = Original(n_classes=4, flags=True)
+SMALL = Original(n_classes=4, flags=True)
 
 
 def some_inputs(original: Original, seed: int = 0) -> Tensors:
-    """Three padded cells of different lengths, `<cls>` first."""
+    """Three padded cells of different lengths, each with `<cls>` as its first token."""
     rng = np.random.default_rng(seed)
     vocab, args = original.vocab, original.args
     ids = np.full((3, 9), vocab["<pad>"])
@@ -52,7 +51,8 @@ def some_inputs(original: Original, seed: int = 0) -> Tensors:
     return {name: torch.from_numpy(array) for name, array in tensors.items()}
 
 
-def batch_of(inputs: Tensors) -> dict[str, torch.Tensor]:
+def to_batch(inputs: Tensors) -> dict[str, torch.Tensor]:
+    """The inputs under the names that our models take."""
     return {
         "input_ids": inputs["ids"],
         "values": inputs["values"],
@@ -62,6 +62,7 @@ def batch_of(inputs: Tensors) -> dict[str, torch.Tensor]:
 
 
 def assert_same(found: Any, expected: Tensors, real: torch.Tensor) -> None:
+    """Compare outputs by name; of outputs per token, only those of real tokens."""
     for name, wanted in expected.items():
         ours = found[name]
         if wanted.shape[:2] == real.shape:
@@ -71,6 +72,7 @@ def assert_same(found: Any, expected: Tensors, real: torch.Tensor) -> None:
 
 @st.composite
 def originals(draw: st.DrawFn) -> Original:
+    """Original networks of any size, with any combination of switches that the original can run."""
     n_heads = draw(st.integers(1, 3))
     query = draw(st.sampled_from(["inner_product", "concat", "sum", None]))
     inner = query in ("inner_product", None)
@@ -99,24 +101,25 @@ def originals(draw: st.DrawFn) -> Original:
 
 
 def convert(folder: Path, original: Original) -> Any:
+    """Convert with the settings that the files do not record."""
     scheme = {"norm_scheme": "scgpt_pre"} if original.pre_norm else {}
     return convert_scgpt(folder, cell_pooling=original.pooling, **scheme)
 
 
 @settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(original=originals(), seed=st.integers(0, 100))
-def test_any_original_network_is_computed_alike(original: Original, seed: int, tmp_path: Path) -> None:
+def test_a_converted_network_computes_the_same_as_the_original(original: Original, seed: int, tmp_path: Path) -> None:
     weights = weights_of(original, seed)
     model, processor, report = convert(write_checkpoint(tmp_path, original, weights), original)
     inputs = some_inputs(original, seed)
     with torch.no_grad():
-        found = model(**batch_of(inputs))
+        found = model(**to_batch(inputs))
     assert_same(found, forward(weights, original, inputs), inputs["real"])
     written = in_layout(weights, original.layout)
-    assert report.taken.keys() | report.left_out.keys() == written.keys()
+    assert report.converted.keys() | report.left_out.keys() == written.keys()
     assert set(report.left_out) == {key for key in written if key.startswith("flag_encoder")}
-    places = {place.partition("[")[0] for place in report.taken.values()}
-    assert places == model.state_dict().keys()
+    targets = {target.partition("[")[0] for target in report.converted.values()}
+    assert targets == model.state_dict().keys()
     assert processor.tokenizer.get_vocab() == original.vocab
     assert (processor.n_bins, processor.max_tokens) == (original.n_bins, original.max_seq_len)
     assert processor.cls_value == processor.pad_value == original.args["pad_value"]
@@ -124,38 +127,38 @@ def test_any_original_network_is_computed_alike(original: Original, seed: int, t
 
 
 @pytest.mark.parametrize("layout", ["Wqkv", "_impl.Wqkv"])
-def test_every_layout_of_keys_is_the_same_network(tmp_path: Path, layout: Any) -> None:
-    expected = convert_scgpt(write_checkpoint(tmp_path / "torch", PLAIN))[0].state_dict()
-    found = convert_scgpt(write_checkpoint(tmp_path / "flash", replace(PLAIN, layout=layout)))[0].state_dict()
+def test_every_naming_of_attention_weights_gives_the_same_network(tmp_path: Path, layout: Any) -> None:
+    expected = convert_scgpt(write_checkpoint(tmp_path / "torch", SMALL))[0].state_dict()
+    found = convert_scgpt(write_checkpoint(tmp_path / "flash", replace(SMALL, layout=layout)))[0].state_dict()
     assert expected.keys() == found.keys()
     assert all(torch.equal(tensor, found[name]) for name, tensor in expected.items())
 
 
-def test_half_precision_weights_are_kept_as_float32(tmp_path: Path) -> None:
+def test_half_precision_weights_are_converted_to_float32(tmp_path: Path) -> None:
     weights = {
-        name: tensor.half() if tensor.is_floating_point() else tensor for name, tensor in weights_of(PLAIN).items()
+        name: tensor.half() if tensor.is_floating_point() else tensor for name, tensor in weights_of(SMALL).items()
     }
-    model, _, report = convert_scgpt(write_checkpoint(tmp_path, PLAIN, weights))
+    model, _, report = convert_scgpt(write_checkpoint(tmp_path, SMALL, weights))
     state = model.state_dict()
-    for key, place in report.taken.items():
-        assert torch.equal(state[place], weights[key].float())
+    for key, target in report.converted.items():
+        assert torch.equal(state[target], weights[key].float())
 
 
-# The folder
+# The saved folder
 
 
 @pytest.fixture
 def converted(tmp_path: Path) -> Path:
-    original = replace(PLAIN, n_domains=2, explicit_zero=True, norm="domain")
-    return save_converted(*convert_scgpt(write_checkpoint(tmp_path / "theirs", original)), tmp_path / "ours")
+    original = replace(SMALL, n_domains=2, explicit_zero=True, norm="domain")
+    return save_converted(*convert_scgpt(write_checkpoint(tmp_path / "original", original)), tmp_path / "converted")
 
 
-def test_every_auto_class_loads_the_folder_and_computes_the_same(converted: Path) -> None:
-    original = replace(PLAIN, n_domains=2, explicit_zero=True, norm="domain")
+def test_every_auto_class_loads_the_folder_and_computes_the_same_as_the_original(converted: Path) -> None:
+    original = replace(SMALL, n_domains=2, explicit_zero=True, norm="domain")
     inputs = some_inputs(original)
     expected = forward(weights_of(original), original, inputs)
     classes = expected.pop("class_logits")
-    batch = batch_of(inputs)
+    batch = to_batch(inputs)
     with torch.no_grad():
         cells = AutoModel.from_pretrained(converted)(**batch)
         assert_same(cells, {name: expected[name] for name in ("cell_embedding", "last_hidden_state")}, inputs["real"])
@@ -174,52 +177,52 @@ def test_every_auto_class_loads_the_folder_and_computes_the_same(converted: Path
     assert AutoProcessor.from_pretrained(converted, n_bins=51).n_bins == 51
 
 
-def test_card_and_report_tell_what_a_user_must_know(converted: Path) -> None:
+def test_the_card_and_the_report_list_what_was_converted(converted: Path) -> None:
     card, report = (converted / "README.md").read_text(), json.loads((converted / "conversion.json").read_text())
-    assert "`<cls>` carries the value -2" in card
+    assert "value of the token `<cls>` is -2" in card
     assert "flag_encoder.weight" in card
     assert "MIT" in card
     assert "bowang-lab/scGPT" in card
     assert (
-        report["taken"]["transformer_encoder.layers.0.self_attn.in_proj_weight"]
+        report["converted"]["transformer_encoder.layers.0.self_attn.in_proj_weight"]
         == "scgpt.layers.0.self_attn.qkv_proj.weight"
     )
-    assert report["taken"]["dsbn.bns.1.running_mean"] == "scgpt.input_norm.running_mean[1]"
+    assert report["converted"]["dsbn.bns.1.running_mean"] == "scgpt.input_norm.running_mean[1]"
     assert list(report["left_out"]) == ["flag_encoder.weight"]
 
 
-def test_cls_value_is_set_by_the_converter_and_told_by_the_card(tmp_path: Path) -> None:
-    folder = write_checkpoint(tmp_path / "theirs", PLAIN)
-    out = save_converted(*convert_scgpt(folder, cls_value=0), tmp_path / "ours")
+def test_cls_value_is_set_in_the_processor_and_stated_in_the_card(tmp_path: Path) -> None:
+    folder = write_checkpoint(tmp_path / "original", SMALL)
+    out = save_converted(*convert_scgpt(folder, cls_value=0), tmp_path / "converted")
     assert AutoProcessor.from_pretrained(out).cls_value == 0
-    assert "`<cls>` carries the value 0" in (out / "README.md").read_text()
+    assert "value of the token `<cls>` is 0" in (out / "README.md").read_text()
 
 
-def test_an_existing_folder_is_refused_and_nothing_is_left_beside(tmp_path: Path) -> None:
-    parts = convert_scgpt(write_checkpoint(tmp_path / "theirs", PLAIN))
-    (tmp_path / "ours").mkdir()
+def test_an_existing_folder_is_not_overwritten_and_no_temporary_folder_is_left(tmp_path: Path) -> None:
+    parts = convert_scgpt(write_checkpoint(tmp_path / "original", SMALL))
+    (tmp_path / "converted").mkdir()
     with pytest.raises(FileExistsError, match="exists already"):
-        save_converted(*parts, tmp_path / "ours")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["ours", "theirs"]
+        save_converted(*parts, tmp_path / "converted")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["converted", "original"]
 
 
-def test_a_failed_write_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, processor, report = convert_scgpt(write_checkpoint(tmp_path / "theirs", PLAIN))
+def test_a_failed_write_leaves_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, processor, report = convert_scgpt(write_checkpoint(tmp_path / "original", SMALL))
 
-    def full(folder: Path) -> None:
+    def fail(folder: Path) -> None:
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(processor, "save_pretrained", full)
+    monkeypatch.setattr(processor, "save_pretrained", fail)
     with pytest.raises(OSError, match="no space"):
-        save_converted(model, processor, report, tmp_path / "ours")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["theirs"]
+        save_converted(model, processor, report, tmp_path / "converted")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["original"]
 
 
-# What is inferred, assumed, left out
+# Settings that are inferred or assumed, and weights that are left out
 
 
-def test_what_no_file_records_is_assumed_and_told(tmp_path: Path) -> None:
-    folder = write_checkpoint(tmp_path, replace(PLAIN, layout="Wqkv"))
+def test_settings_that_no_file_records_are_assumed_and_reported(tmp_path: Path) -> None:
+    folder = write_checkpoint(tmp_path, replace(SMALL, layout="Wqkv"))
     assumed = convert_scgpt(folder)[2].assumed
     published = {"norm_scheme": "post", "cell_pooling": "cls", "gepc_detach": False, "ecs_threshold": 0.3}
     assert assumed == published | {"cls_value": -2}
@@ -235,13 +238,13 @@ def test_what_no_file_records_is_assumed_and_told(tmp_path: Path) -> None:
     assert {name: getattr(model.config, name) for name in published} | {"cls_value": processor.cls_value} == given
 
 
-def test_the_norm_scheme_of_torch_layers_is_certain(tmp_path: Path) -> None:
-    assert "norm_scheme" not in convert_scgpt(write_checkpoint(tmp_path, PLAIN))[2].assumed
+def test_the_norm_scheme_of_torch_attention_is_not_assumed(tmp_path: Path) -> None:
+    assert "norm_scheme" not in convert_scgpt(write_checkpoint(tmp_path, SMALL))[2].assumed
 
 
-def test_unrecorded_args_are_assumed_as_published(tmp_path: Path) -> None:
-    folder = write_checkpoint(tmp_path, PLAIN)
-    args = {name: PLAIN.args[name] for name in ("embsize", "nheads", "d_hid", "nlayers", "n_bins")}
+def test_missing_args_take_their_published_values(tmp_path: Path) -> None:
+    folder = write_checkpoint(tmp_path, SMALL)
+    args = {name: SMALL.args[name] for name in ("embsize", "nheads", "d_hid", "nlayers", "n_bins")}
     (folder / "args.json").write_text(json.dumps(args | {"dropout": None}))
     model, processor, report = convert_scgpt(folder)
     assert (model.config.dropout, processor.max_tokens, processor.mask_value, processor.pad_value) == (
@@ -253,29 +256,31 @@ def test_unrecorded_args_are_assumed_as_published(tmp_path: Path) -> None:
     assert report.assumed["max_seq_len of args.json"] == 1200
 
 
-def test_a_gepc_head_that_the_original_cannot_run_is_left_out(tmp_path: Path) -> None:
-    original = replace(PLAIN, query="concat", explicit_zero=True)
+def test_a_gepc_head_that_fails_in_the_original_is_left_out(tmp_path: Path) -> None:
+    original = replace(SMALL, query="concat", explicit_zero=True)
     model, _, report = convert_scgpt(write_checkpoint(tmp_path, original))
     assert model.cell_to_gene_head is None
     assert model.config.loss_weights == {"gep": 1.0, "gep_zero": 1.0}
-    assert all("cannot run" in report.left_out[key] for key in weights_of(original) if key.startswith("mvc_decoder"))
+    assert all(
+        "fails in the original" in report.left_out[key] for key in weights_of(original) if key.startswith("mvc_decoder")
+    )
 
 
-def test_an_encoder_without_heads_is_a_model_without_random_weights(tmp_path: Path) -> None:
-    original = replace(PLAIN, query=None, n_classes=0)
+def test_an_encoder_without_heads_becomes_a_model_without_random_weights(tmp_path: Path) -> None:
+    original = replace(SMALL, query=None, n_classes=0)
     weights = {key: tensor for key, tensor in weights_of(original).items() if not key.startswith("decoder")}
-    model, processor, report = convert_scgpt(write_checkpoint(tmp_path / "theirs", original, weights))
-    out = save_converted(model, processor, report, tmp_path / "ours")
+    model, processor, report = convert_scgpt(write_checkpoint(tmp_path / "original", original, weights))
+    out = save_converted(model, processor, report, tmp_path / "converted")
     found = AutoModelForPreTraining.from_pretrained(out).state_dict()
-    assert found.keys() == set(report.taken.values())
-    assert all(torch.equal(found[place], weights[key]) for key, place in report.taken.items())
+    assert found.keys() == set(report.converted.values())
+    assert all(torch.equal(found[target], weights[key]) for key, target in report.converted.items())
 
 
 # Determinism
 
 
-def test_a_cell_has_one_vector_in_any_company_order_and_batch(tmp_path: Path) -> None:
-    original = replace(PLAIN, max_seq_len=12)
+def test_the_embedding_of_a_cell_does_not_depend_on_order_or_batch(tmp_path: Path) -> None:
+    original = replace(SMALL, max_seq_len=12)
     model, processor, _ = convert_scgpt(write_checkpoint(tmp_path, original))
     counts = csr_matrix(np.random.default_rng(0).poisson(1.5, (40, original.n_genes)).astype(np.float32))
     adata = AnnData(counts)
@@ -303,45 +308,48 @@ def run_script(monkeypatch: pytest.MonkeyPatch, *options: str) -> None:
     runpy.run_path(str(SCRIPT), run_name="__main__")
 
 
-def test_script_converts_and_tells(
+def test_the_script_converts_and_prints_the_report(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    folder, out = write_checkpoint(tmp_path / "theirs", PLAIN), tmp_path / "ours"
+    folder, out = write_checkpoint(tmp_path / "original", SMALL), tmp_path / "converted"
     run_script(monkeypatch, str(folder), "--out", str(out), "--cell_pooling", "average", "--cls_value", "0")
-    told = capsys.readouterr().out
-    assert "left out: flag_encoder.weight" in told
-    assert "<cls> carries 0" in told
+    printed = capsys.readouterr().out
+    assert "left out: flag_encoder.weight" in printed
+    assert "value of <cls>: 0" in printed
     assert AutoModel.from_pretrained(out).config.cell_pooling == "average"
     with pytest.raises(SystemExit, match="exists already"):
         run_script(monkeypatch, str(folder), "--out", str(out))
 
 
-def test_script_help_teaches(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_help_explains_the_unrecorded_settings(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit, match="0"):
         run_script(monkeypatch, "--help")
-    told = capsys.readouterr().out
-    assert all(word in told for word in ("pre_norm", "avg-pool", "best_model.pt", "scripts/embed.py"))
+    printed = capsys.readouterr().out
+    assert all(word in printed for word in ("pre_norm", "avg-pool", "best_model.pt", "scripts/embed.py"))
 
 
-# Bad input: each error names the file and the key
+# Invalid input: each error names the file and the key
 
 
-def refuse(folder: Path, *parts: str, **switches: Any) -> None:
+def assert_rejected(folder: Path, *parts: str, **settings: Any) -> None:
+    """Check that conversion raises an error whose message contains all parts."""
     with pytest.raises((ValueError, FileNotFoundError)) as caught:
-        convert_scgpt(folder, **switches)
+        convert_scgpt(folder, **settings)
     for part in parts:
         assert part in str(caught.value)
 
 
 @pytest.mark.parametrize("name", ["args.json", "vocab.json", "best_model.pt"])
-def test_a_missing_file_is_named(tmp_path: Path, name: str) -> None:
-    folder = write_checkpoint(tmp_path, PLAIN)
+def test_a_missing_file_raises(tmp_path: Path, name: str) -> None:
+    folder = write_checkpoint(tmp_path, SMALL)
     (folder / name).unlink()
-    refuse(folder, f"lacks {name}", str(folder))
+    assert_rejected(folder, f"lacks {name}", str(folder))
 
 
-def test_a_missing_folder_is_named(tmp_path: Path) -> None:
-    refuse(tmp_path / "nowhere", "nowhere", "no such folder")
+def test_a_missing_folder_raises(tmp_path: Path) -> None:
+    assert_rejected(tmp_path / "nowhere", "nowhere", "no such folder")
 
 
 @pytest.mark.parametrize("name", ["args.json", "vocab.json"])
@@ -357,10 +365,10 @@ def test_a_missing_folder_is_named(tmp_path: Path) -> None:
         (b"[" * 100_000, "recursion"),
     ],
 )
-def test_json_that_is_none_is_named(tmp_path: Path, name: str, content: bytes, message: str) -> None:
-    folder = write_checkpoint(tmp_path, PLAIN)
+def test_invalid_json_raises(tmp_path: Path, name: str, content: bytes, message: str) -> None:
+    folder = write_checkpoint(tmp_path, SMALL)
     (folder / name).write_bytes(content)
-    refuse(folder, name, message)
+    assert_rejected(folder, name, message)
 
 
 @pytest.mark.parametrize(
@@ -370,15 +378,15 @@ def test_json_that_is_none_is_named(tmp_path: Path, name: str, content: bytes, m
         *((key, "12", "is '12'; expected a whole number") for key in ("embsize", "nlayers", "max_seq_len")),
         *(("nheads", value, f"is {value}; expected") for value in (0, -1, 2.5, True)),
         ("nheads", 5, "does not divide 'embsize' 12"),
-        ("embsize", 24, "say 12"),
-        ("d_hid", 11, "say 10"),
-        ("nlayers", 3, "say 2"),
-        ("n_layers_cls", 4, "say 3"),
-        ("input_emb_style", "category", "say 'continuous'"),
-        ("input_emb_style", "word2vec", "'continuous' and 'category'"),
-        ("input_style", "normed_raw", "'binned' and 'log1p'"),
+        ("embsize", 24, "it is 12"),
+        ("d_hid", 11, "it is 10"),
+        ("nlayers", 3, "it is 2"),
+        ("n_layers_cls", 4, "it is 3"),
+        ("input_emb_style", "category", "it is 'continuous'"),
+        ("input_emb_style", "word2vec", "'continuous' or 'category'"),
+        ("input_style", "normed_raw", "'binned' or 'log1p'"),
         ("pad_token", "<PAD>", "'<pad>'"),
-        ("dropout", 1, "share in [0, 1)"),
+        ("dropout", 1, "number in [0, 1)"),
         ("dropout", "much", "expected a number"),
         ("mask_value", "auto", "expected a number"),
         *(("pad_value", value, "expected a number") for value in (float("nan"), float("inf"), 10**400)),
@@ -386,22 +394,17 @@ def test_json_that_is_none_is_named(tmp_path: Path, name: str, content: bytes, m
         *((key, 1, "is 1; expected a whole number ≥ 2") for key in ("n_bins", "max_seq_len")),
     ],
 )
-def test_a_setting_that_is_wrong_is_named(tmp_path: Path, key: str, value: Any, message: str) -> None:
-    folder = write_checkpoint(tmp_path, PLAIN)
-    (folder / "args.json").write_text(json.dumps(PLAIN.args | {key: value}))
-    refuse(folder, "args.json", key, message)
-
-
-def edited(vocab: dict[str, int], edit: Callable[[dict[str, int]], None]) -> dict[str, int]:
-    edit(vocab)
-    return vocab
+def test_an_invalid_setting_raises(tmp_path: Path, key: str, value: Any, message: str) -> None:
+    folder = write_checkpoint(tmp_path, SMALL)
+    (folder / "args.json").write_text(json.dumps(SMALL.args | {key: value}))
+    assert_rejected(folder, "args.json", key, message)
 
 
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
-        (lambda vocab: vocab.pop("<pad>"), "lacks <pad>"),
-        (lambda vocab: vocab.pop("<cls>"), "lacks <cls>"),
+        (lambda vocab: vocab.pop("<pad>"), "no <pad>"),
+        (lambda vocab: vocab.pop("<cls>"), "no <cls>"),
         (lambda vocab: vocab.update(GENE1=vocab["GENE2"]), "used twice"),
         (lambda vocab: vocab.pop("GENE1"), "missing"),
         (lambda vocab: vocab.update(GENE1=-1), "found -1"),
@@ -409,19 +412,21 @@ def edited(vocab: dict[str, int], edit: Callable[[dict[str, int]], None]) -> dic
         (lambda vocab: vocab.update(GENE1="1"), "found '1' for 'GENE1'"),
         (lambda vocab: vocab.update(GENE1=1.0), "found 1.0 for 'GENE1'"),
         (lambda vocab: vocab.update(GENE99=43), "44 tokens"),
-        (lambda vocab: vocab.clear(), "lacks <pad> and <cls>"),
+        (lambda vocab: vocab.clear(), "no <pad> and no <cls>"),
     ],
 )
-def test_a_vocabulary_that_is_wrong_is_named(tmp_path: Path, edit: Any, message: str) -> None:
-    folder = write_checkpoint(tmp_path, PLAIN)
-    (folder / "vocab.json").write_text(json.dumps(edited(PLAIN.vocab, edit)))
-    refuse(folder, "vocab.json", message)
+def test_an_invalid_vocabulary_raises(tmp_path: Path, edit: Any, message: str) -> None:
+    folder = write_checkpoint(tmp_path, SMALL)
+    vocab = SMALL.vocab
+    edit(vocab)
+    (folder / "vocab.json").write_text(json.dumps(vocab))
+    assert_rejected(folder, "vocab.json", message)
 
 
-def test_a_vocabulary_of_another_size_than_the_table_is_refused(tmp_path: Path) -> None:
-    folder = write_checkpoint(tmp_path, PLAIN)
+def test_a_vocabulary_of_another_size_than_the_embedding_raises(tmp_path: Path) -> None:
+    folder = write_checkpoint(tmp_path, SMALL)
     (folder / "vocab.json").write_text(json.dumps({"<cls>": 2, "A": 0, "<pad>": 1}))
-    refuse(folder, "vocab.json", "3 tokens", "'encoder.embedding.weight'", "43 rows")
+    assert_rejected(folder, "vocab.json", "3 tokens", "'encoder.embedding.weight'", "43 rows")
 
 
 ZEROS = torch.zeros
@@ -432,7 +437,10 @@ ZEROS = torch.zeros
     [
         (lambda w: w.update({"head.weight": ZEROS(2, 3)}), ["'head.weight' (2, 3)", "another model"]),
         (lambda w: w.update({"cls_decoder.extra": ZEROS(1)}), ["'cls_decoder.extra' (1,)", "no part"]),
-        (lambda w: w.update({"decoder.fc.6.weight": ZEROS(1)}), ["'decoder.fc.6.weight' (1,)", "no place"]),
+        (
+            lambda w: w.update({"decoder.fc.6.weight": ZEROS(1)}),
+            ["'decoder.fc.6.weight' (1,)", "do not exist in the model"],
+        ),
         (lambda w: w.update({"bn.weight": ZEROS(12)}), ["lacks", "'bn.bias' (12,)", "'bn.running_mean' (12,)"]),
         (lambda w: w.pop("encoder.embedding.weight"), ["lacks 'encoder.embedding.weight'"]),
         (lambda w: w.pop("decoder.fc.4.bias"), ["lacks 'decoder.fc.4.bias' (1,)"]),
@@ -447,7 +455,7 @@ ZEROS = torch.zeros
         (lambda w: w.update({"decoder.zero_logit.0.weight": ZEROS(12, 12)}), ["lacks", "'decoder.zero_logit.0.bias'"]),
         (
             lambda w: w.update({"transformer_encoder.layers.0.self_attn.Wqkv.bias": ZEROS(36)}),
-            ["in_proj_bias' and", "Wqkv.bias' are the same weights"],
+            ["in_proj_bias' and", "Wqkv.bias' are two names of the same weights"],
         ),
         (
             lambda w: w.update({f"module.{key}": w.pop(key) for key in list(w)}),
@@ -455,16 +463,16 @@ ZEROS = torch.zeros
         ),
     ],
 )
-def test_weights_that_do_not_fit_are_named(tmp_path: Path, edit: Any, parts: list[str]) -> None:
-    weights = weights_of(PLAIN)
+def test_weights_that_do_not_fit_the_model_raise(tmp_path: Path, edit: Any, parts: list[str]) -> None:
+    weights = weights_of(SMALL)
     edit(weights)
-    refuse(write_checkpoint(tmp_path, PLAIN, weights), "best_model.pt", *parts)
+    assert_rejected(write_checkpoint(tmp_path, SMALL, weights), "best_model.pt", *parts)
 
 
-def test_the_state_dict_of_another_model_is_refused(tmp_path: Path) -> None:
+def test_the_state_dict_of_another_model_raises(tmp_path: Path) -> None:
     weights = torch.nn.TransformerEncoderLayer(12, 3).state_dict()
-    refuse(
-        write_checkpoint(tmp_path, PLAIN, weights),
+    assert_rejected(
+        write_checkpoint(tmp_path, SMALL, weights),
         "best_model.pt",
         "'self_attn.in_proj_weight' (36, 12)",
         "another model",
@@ -472,21 +480,23 @@ def test_the_state_dict_of_another_model_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("key", "value"), [("pad_value", -2), ("mask_value", 9), ("n_bins", 9)])
-def test_a_table_of_values_must_hold_what_the_settings_ask_of_it(tmp_path: Path, key: str, value: int) -> None:
-    original = replace(PLAIN, values="category")
+def test_a_value_embedding_without_rows_for_the_special_values_raises(tmp_path: Path, key: str, value: int) -> None:
+    original = replace(SMALL, values="category")
     folder = write_checkpoint(tmp_path, original)
     (folder / "args.json").write_text(json.dumps(original.args | {key: value}))
-    refuse(folder, "args.json", f"'{key}' {'is ' * (key == 'n_bins')}{value}", "9 rows")
+    assert_rejected(folder, "args.json", f"'{key}' {'is ' * (key == 'n_bins')}{value}", "9 rows")
 
 
-def test_a_table_of_values_has_no_row_for_a_negative_cls_value(tmp_path: Path) -> None:
-    refuse(write_checkpoint(tmp_path, replace(PLAIN, values="category")), "cls_value -2", "9 rows", cls_value=-2)
+def test_a_value_embedding_has_no_row_for_a_negative_cls_value(tmp_path: Path) -> None:
+    assert_rejected(
+        write_checkpoint(tmp_path, replace(SMALL, values="category")), "cls_value -2", "9 rows", cls_value=-2
+    )
 
 
 @pytest.mark.parametrize(
-    ("switches", "message"),
+    ("unrecorded", "message"),
     [
-        ({"pre_norm": True}, "no switch 'pre_norm'"),
+        ({"pre_norm": True}, "no setting 'pre_norm'"),
         ({"norm_scheme": "pre"}, "norm_scheme is 'pre'; expected 'post' or 'scgpt_pre'"),
         ({"cell_pooling": "avg-pool"}, "cell_pooling is 'avg-pool'; expected 'cls' or"),
         ({"gepc_detach": 1}, "gepc_detach is 1; expected a bool"),
@@ -495,12 +505,12 @@ def test_a_table_of_values_has_no_row_for_a_negative_cls_value(tmp_path: Path) -
         ({"cls_value": float("nan")}, "cls_value must be a finite number"),
     ],
 )
-def test_unknown_switches_and_choices_raise(tmp_path: Path, switches: dict[str, Any], message: str) -> None:
-    refuse(write_checkpoint(tmp_path, PLAIN), message, **switches)
+def test_unknown_settings_and_invalid_values_raise(tmp_path: Path, unrecorded: dict[str, Any], message: str) -> None:
+    assert_rejected(write_checkpoint(tmp_path, SMALL), message, **unrecorded)
 
 
 class Harmful:
-    """On being unpickled, makes a file."""
+    """An object that creates a folder when it is unpickled."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -510,40 +520,42 @@ class Harmful:
 
 
 @pytest.mark.parametrize("legacy", [False, True])
-def test_code_in_the_pickle_is_refused_and_does_not_run(tmp_path: Path, legacy: bool) -> None:
-    folder, made = write_checkpoint(tmp_path / "theirs", PLAIN), tmp_path / "made by the pickle"
-    content = weights_of(PLAIN) | {"harmful": Harmful(made)}
+def test_code_in_a_pickle_raises_and_does_not_run(tmp_path: Path, legacy: bool) -> None:
+    folder, made = write_checkpoint(tmp_path / "original", SMALL), tmp_path / "created by the pickle"
+    content = weights_of(SMALL) | {"harmful": Harmful(made)}
     torch.save(content, folder / "best_model.pt", _use_new_zipfile_serialization=not legacy)
-    refuse(folder, "best_model.pt", "asks for posix.mkdir" if os.name == "posix" else "asks for", "weights_only=True")
+    assert_rejected(
+        folder, "best_model.pt", "a call of posix.mkdir" if os.name == "posix" else "a call of", "weights_only=True"
+    )
     (folder / "best_model.pt").write_bytes(pickle.dumps(content["harmful"]))
-    refuse(folder, "best_model.pt", "weights_only=True")
+    assert_rejected(folder, "best_model.pt", "weights_only=True")
     assert not made.exists()
-    pickle.loads(pickle.dumps(Harmful(made)))  # so it would have
+    pickle.loads(pickle.dumps(Harmful(made)))  # without the protection, it does run
     assert made.exists()
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ({"model": {"a": ZEROS(1)}, "epoch": 3}, "key 'model' holds dict"),
-        ({"epoch": 3}, "key 'epoch' holds int"),
-        ({3: ZEROS(1)}, "key 3 holds Tensor"),
-        ({"a": ZEROS(2, 2).to_sparse()}, "key 'a' holds Tensor"),
-        ([ZEROS(1)], "holds list"),
-        ({}, "holds an empty dict"),
-        (ZEROS(3), "holds Tensor"),
+        ({"model": {"a": ZEROS(1)}, "epoch": 3}, "key 'model' contains dict"),
+        ({"epoch": 3}, "key 'epoch' contains int"),
+        ({3: ZEROS(1)}, "key 3 contains Tensor"),
+        ({"a": ZEROS(2, 2).to_sparse()}, "key 'a' contains Tensor"),
+        ([ZEROS(1)], "contains list"),
+        ({}, "contains an empty dict"),
+        (ZEROS(3), "contains Tensor"),
     ],
 )
-def test_anything_but_a_state_dict_is_refused(tmp_path: Path, content: Any, message: str) -> None:
-    folder = write_checkpoint(tmp_path, PLAIN)
+def test_a_file_that_is_not_a_state_dict_raises(tmp_path: Path, content: Any, message: str) -> None:
+    folder = write_checkpoint(tmp_path, SMALL)
     torch.save(content, folder / "best_model.pt")
-    refuse(folder, "best_model.pt", message, "expected a state dict")
+    assert_rejected(folder, "best_model.pt", message, "expected a state dict")
 
 
 @settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(content=st.binary(max_size=80), cut=st.integers(0, 20_000), zipped=st.booleans())
-def test_damaged_weights_are_named(tmp_path: Path, content: bytes, cut: int, zipped: bool) -> None:
-    folder = write_checkpoint(tmp_path, PLAIN)
-    whole = (folder / "best_model.pt").read_bytes()
-    (folder / "best_model.pt").write_bytes(whole[: min(cut, len(whole) - 1)] if zipped else content)
-    refuse(folder, "best_model.pt")
+def test_damaged_weights_raise(tmp_path: Path, content: bytes, cut: int, zipped: bool) -> None:
+    folder = write_checkpoint(tmp_path, SMALL)
+    content_of_file = (folder / "best_model.pt").read_bytes()
+    (folder / "best_model.pt").write_bytes(content_of_file[: min(cut, len(content_of_file) - 1)] if zipped else content)
+    assert_rejected(folder, "best_model.pt")

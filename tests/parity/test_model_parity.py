@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from scgpt_hf.conversion.checkpoint import Switches, convert_scgpt
+from scgpt_hf.conversion.checkpoint import UnrecordedSettings, convert_scgpt
 from scgpt_hf.model.modeling_scgpt import ScGPTForPreTraining, ScGPTForPreTrainingOutput
 from scgpt_hf.model.objectives_scgpt import (
     IGNORE,
@@ -36,16 +36,16 @@ PACKABLE = tuple(case for case in CASES if case not in COUNTS_PADDING)
 
 class Case(NamedTuple):
     model: ScGPTForPreTraining
-    taken: dict[str, str]
+    converted: dict[str, str]
     batch: Tensors
     inputs: Tensors
     expected: Tensors
     real: torch.Tensor
 
 
-def switches_of(made: dict[str, Any]) -> Switches:
+def switches_of(made: dict[str, Any]) -> UnrecordedSettings:
     """What the files of a case do not record, from the constructor's arguments."""
-    return Switches(
+    return UnrecordedSettings(
         norm_scheme="scgpt_pre" if made.get("pre_norm") else "post",
         cell_pooling={"cls": "cls", "avg-pool": "average", "w-pool": "weighted"}[made.get("cell_emb_style", "cls")],
         gepc_detach=made.get("mvc_decoder_style", "").endswith("detach"),
@@ -72,7 +72,7 @@ def load_case(folder: Path, attention: str = "eager", weights_file: str = "best_
         "domain_ids": inputs["batch_labels"],
         "class_labels": inputs["celltype_labels"],
     }
-    return Case(model, report.taken, batch, inputs, expected, ~inputs["padding_mask"])
+    return Case(model, report.converted, batch, inputs, expected, ~inputs["padding_mask"])
 
 
 def pack(batch: Tensors) -> dict[str, Any]:
@@ -126,7 +126,7 @@ def check_gradients(case: Case, prefix: str) -> None:
     ours = {name: parameter.grad for name, parameter in case.model.named_parameters()}
     theirs = {name.removeprefix(prefix): grad for name, grad in case.expected.items() if name.startswith(prefix)}
     for name, gradient in theirs.items():
-        close(ours.pop(case.taken[name]), gradient, atol=2e-4)
+        close(ours.pop(case.converted[name]), gradient, atol=2e-4)
 
 
 @pytest.fixture(scope="session")
