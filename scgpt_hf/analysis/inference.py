@@ -54,7 +54,7 @@ def inference_config(config: ScGPTConfig, empty: Literal["raise", "nan"] = "rais
     """
     return StreamConfig(
         seed=0,
-        padded=bool(config.counts_padding),
+        padded=bool(config.padding_dependent_settings),
         categories=domain_classes(config),
         ties="midpoint",
         key_by="content",

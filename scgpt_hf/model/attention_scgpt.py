@@ -1,7 +1,11 @@
-"""Attention within cells, with no token of one cell seeing another cell.
+"""Attention within cells: no token attends to a token of another cell.
 
-Adds `scgpt_varlen` to the library's attention functions, and is the model's default: for padded input it is SDPA, for
-packed input it never builds a mask. `sdpa` and `eager` get the mask that `mask_for` builds for either layout.
+Packed input has all cells in one row. The attention functions of the library would let the cells attend to each other,
+because they ignore `cu_seq_lens_q`. This module therefore registers another function, `scgpt_varlen`, which is the
+default of all models. For padded input it is `scaled_dot_product_attention` (SDPA). For packed input it computes
+attention per cell, without a mask, in the fastest way that the device, the dtype and the dropout allow. The library's
+`sdpa` and `eager` work too: `build_mask` builds a block-diagonal mask for them, which needs memory for the square of
+the number of all tokens.
 """
 
 # Tensor.split has no types.
@@ -21,77 +25,88 @@ logger = logging.get_logger(__name__)
 
 
 class Packing(NamedTuple):
-    """Where packed cells lie in the row of all tokens: boundaries, int32, and at least the length of the longest.
+    """The positions of packed cells in the row of all tokens.
 
-    Tokens behind the last cell belong to none: they make one more, often empty, so boundaries are (cells + 2,).
+    Attributes:
+        offsets: int32 offsets of the cells, (cells + 2,). Padding after the last cell, which `bucket` adds, counts as
+            one more cell, empty if there is no padding. It attends to itself and never to a cell.
+        max_length: length of the longest cell or of the padding, or any larger number.
     """
 
-    boundaries: Tensor
+    offsets: Tensor
     max_length: int
 
 
-def packing_of(
+def make_packing(
     input_ids: Tensor,
-    padding: Tensor | None,
-    boundaries: Tensor | None,
-    same_boundaries: Tensor | None,
-    longest: int | None,
-    same_longest: int | None,
+    attention_mask: Tensor | None,
+    cu_seq_lens_q: Tensor | None,
+    cu_seq_lens_k: Tensor | None,
+    max_length_q: int | None,
+    max_length_k: int | None,
 ) -> Packing | None:
-    """Return where packed cells lie, or None for padded input; what is neither is refused.
+    """Return the positions of packed cells, or None for padded input.
+
+    The arguments are those of `ScGPTModel.forward`.
 
     Raises:
-        ValueError: half of what packed input needs is missing, or it comes with padding or in more than one row.
+        ValueError: an argument of packed input is missing, or packed input has a mask or more than one row.
     """
-    if all(given is None for given in (boundaries, same_boundaries, longest, same_longest)):
+    if all(passed is None for passed in (cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k)):
         return None
-    if boundaries is None or longest is None:
+    if cu_seq_lens_q is None or max_length_q is None:
         raise ValueError(
             "packed input needs cu_seq_lens_q and max_length_q; pass both, or none of these for padded input"
         )
-    if padding is not None or len(input_ids) != 1:
+    if attention_mask is not None or len(input_ids) != 1:
         raise ValueError(
             f"packed input is (1, tokens) without attention_mask; found input_ids {tuple(input_ids.shape)} with "
-            f"{'an' if padding is not None else 'no'} attention_mask; leave cu_seq_lens_q out if the cells are padded"
+            f"{'an' if attention_mask is not None else 'no'} attention_mask; omit cu_seq_lens_q if the cells are padded"
         )
-    if same_boundaries is not None and same_boundaries.shape != boundaries.shape:
+    if cu_seq_lens_k is not None and cu_seq_lens_k.shape != cu_seq_lens_q.shape:
         raise ValueError(
-            f"cu_seq_lens_k {tuple(same_boundaries.shape)} differs from cu_seq_lens_q {tuple(boundaries.shape)}; "
+            f"cu_seq_lens_k {tuple(cu_seq_lens_k.shape)} differs from cu_seq_lens_q {tuple(cu_seq_lens_q.shape)}; "
             "cells attend to themselves, so pass the same tensor twice"
         )
-    tail = boundaries.new_full((1,), input_ids.shape[1])
-    return Packing(torch.cat([boundaries, tail]), longest)
+    end = cu_seq_lens_q.new_full((1,), input_ids.shape[1])
+    return Packing(torch.cat([cu_seq_lens_q, end]), max_length_q)
 
 
-def cell_boundaries(input_ids: Tensor, packed: Tensor | None) -> Tensor:
-    """Return where each cell begins and ends in the flattened input, (cells + 1,): as packed, or by the shape."""
-    if packed is not None:
-        return packed
+def cell_offsets(input_ids: Tensor, cu_seq_lens: Tensor | None) -> Tensor:
+    """Return the offsets of the cells in the flattened input, (cells + 1,), for packed or padded input."""
+    if cu_seq_lens is not None:
+        return cu_seq_lens
     cells, tokens = input_ids.shape
     return torch.arange(cells + 1, device=input_ids.device) * tokens
 
 
-def cell_of(positions: Tensor, boundaries: Tensor) -> Tensor:
-    """Return the cell each position of the flattened input belongs to, int64; behind the last, the number of cells."""
-    return torch.bucketize(positions, boundaries[1:], right=True)
+def find_cells(positions: Tensor, offsets: Tensor) -> Tensor:
+    """Return the number of the cell at each position of the flattened input, int64.
+
+    Positions after the last cell get the number of cells.
+    """
+    return torch.bucketize(positions, offsets[1:], right=True)
 
 
-def mask_for(
-    implementation: str | None, padding: Tensor | None, packing: Packing | None, hidden: Tensor
+def build_mask(
+    implementation: str | None, attention_mask: Tensor | None, packing: Packing | None, hidden: Tensor
 ) -> Tensor | None:
-    """Return which keys each query may see, bool, broadcastable to (cells, heads, queries, keys); None if all.
+    """Return which keys each query may attend to, or None if it may attend to all.
 
     Args:
-        implementation: name of the attention function; `scgpt_varlen` needs no mask for packed input.
-        padding: true (or 1) at real tokens, (cells, tokens); None if there is no padding.
-        packing: where the cells lie, for packed input.
+        implementation: name of the attention function. `scgpt_varlen` needs no mask for packed input.
+        attention_mask: true (or 1) at real tokens, (cells, tokens); None if there is no padding.
+        packing: positions of the cells, for packed input.
         hidden: embedded input, (cells, tokens, hidden), or (1, tokens, hidden) when packed.
+
+    Returns:
+        A bool mask that can be broadcast to (cells, heads, queries, keys).
     """
     if packing is None:
-        return None if padding is None else padding.to(torch.bool)[:, None, None, :]
+        return None if attention_mask is None else attention_mask.to(torch.bool)[:, None, None, :]
     if implementation == VARLEN:
         return None
-    cell = cell_of(torch.arange(hidden.shape[1], device=hidden.device), packing.boundaries)
+    cell = find_cells(torch.arange(hidden.shape[1], device=hidden.device), packing.offsets)
     return (cell[:, None] == cell)[None, None]  # (1, 1, tokens, tokens)
 
 
@@ -106,7 +121,11 @@ def eager_attention(
     dropout: float = 0.0,
     **_: Any,
 ) -> tuple[Tensor, Tensor]:
-    """Return attended values, (cells, tokens, heads, width), and probabilities, (cells, heads, tokens, tokens)."""
+    """Compute attention with explicit probabilities, which `output_attentions` needs.
+
+    Returns:
+        Attended values, (cells, tokens, heads, width), and probabilities, (cells, heads, tokens, tokens).
+    """
     scores = query @ key.mT * scaling
     if attention_mask is not None:
         scores = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
@@ -128,24 +147,32 @@ def varlen_attention(
     output_attentions: bool = False,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """Return the attended values, (cells, tokens, heads, width), each cell attending to itself alone.
+    """Compute attention within each cell, for packed or padded input.
+
+    The signature is that of the library's attention functions.
 
     Args:
         module: the attention layer.
-        query: (cells, heads, tokens, width), or (1, heads, tokens, width) when packed; `key` and `value` alike.
-        key: see `query`.
-        value: see `query`.
-        attention_mask: as `mask_for` returns it; None when packed.
+        query: (cells, heads, tokens, width), or (1, heads, tokens, width) when packed.
+        key: same shape as `query`.
+        value: same shape as `query`.
+        attention_mask: as `build_mask` returns it; None when packed.
         scaling: factor of the scores.
-        dropout: share of attention probabilities dropped.
-        packing: where the cells lie, for packed input.
-        output_attentions: whether probabilities were asked for, which only eager attention has.
+        dropout: share of attention probabilities to drop.
+        packing: positions of the cells, for packed input.
+        output_attentions: whether probabilities are requested. Only eager attention returns them, so this logs a
+            warning.
+
+    Returns:
+        Attended values, (cells, tokens, heads, width), and None.
     """
     if output_attentions:
         logger.warning_once(f"{VARLEN} attention returns no attentions; load with attn_implementation='eager' for them")
     if packing is None:
         attended = F.scaled_dot_product_attention(query, key, value, attention_mask, dropout, scale=scaling)
-    elif query.device.type == "cpu" and not torch.compiler.is_compiling():  # lengths are data, which no graph may see
+    # The lengths of the cells are data, and a compiled graph cannot loop over data, so `torch.compile` takes the last
+    # branch on a CPU.
+    elif query.device.type == "cpu" and not torch.compiler.is_compiling():
         attended = _attend_per_cell(query, key, value, packing, scaling, dropout)
     elif query.device.type == "cuda" and query.dtype in (torch.float16, torch.bfloat16) and not dropout:
         attended = _attend_with_varlen_kernel(query, key, value, packing, scaling)
@@ -157,39 +184,43 @@ def varlen_attention(
 def _attend_per_cell(
     query: Tensor, key: Tensor, value: Tensor, packing: Packing, scaling: float, dropout: float
 ) -> Tensor:
-    # A loop over cells, because on a CPU nothing exact is faster: forward and backward of 32 cells of about 130 tokens,
-    # 4 layers of 128, takes 0.34 s so, 0.41 s in buckets of 4 cells, 0.70 s padded (one thread).
-    lengths = [length for length in packing.boundaries.diff().tolist() if length]
+    # A loop over cells, because nothing exact is faster on a CPU. Forward and backward of 32 cells of about 130 tokens,
+    # 4 layers of width 128, one thread: 0.34 s with this loop, 0.41 s in groups of 4 cells, 0.70 s padded.
+    lengths = [length for length in packing.offsets.diff().tolist() if length]
     cells = zip(*(states.split(lengths, dim=2) for states in (query, key, value)), strict=True)
     attended = [F.scaled_dot_product_attention(q, k, v, None, dropout, scale=scaling) for q, k, v in cells]
     return torch.cat(attended, dim=2)
 
 
 def _attend_with_varlen_kernel(query: Tensor, key: Tensor, value: Tensor, packing: Packing, scaling: float) -> Tensor:
-    # Imported here: present from torch 2.10 on, and only a CUDA device has the kernel.
+    # Imported here, because it exists from torch 2.10 on and only CUDA devices have the kernel.
     from torch.nn.attention.varlen import varlen_attn
 
     query, key, value = (states[0].transpose(0, 1) for states in (query, key, value))  # (tokens, heads, width)
-    ends, longest = packing.boundaries, packing.max_length
-    attended = varlen_attn(query, key, value, ends, ends, longest, longest, scale=scaling)
+    offsets, longest = packing.offsets, packing.max_length
+    # Positional arguments, because their names differ between releases of torch.
+    attended = varlen_attn(query, key, value, offsets, offsets, longest, longest, scale=scaling)
     return cast(Tensor, attended).transpose(0, 1)[None]
 
 
 def _attend_padded(
     query: Tensor, key: Tensor, value: Tensor, packing: Packing, scaling: float, dropout: float
 ) -> Tensor:
-    """Attend in a padded copy: for devices, dtypes and dropout that the variable-length kernel does not serve."""
-    starts, n_cells = packing.boundaries[:-1], len(packing.boundaries) - 1
+    """Attend in a padded copy, for devices, dtypes and dropout that the variable-length kernel does not support.
+
+    All shapes follow from `max_length` and the number of cells, never from data, so `torch.compile` can trace it.
+    """
+    starts, n_cells = packing.offsets[:-1], len(packing.offsets) - 1
     tokens = torch.arange(query.shape[2], device=query.device)
-    cell = cell_of(tokens, packing.boundaries)
-    slots = cell * packing.max_length + tokens - starts[cell]  # where each token goes in the padded copy
+    cell = find_cells(tokens, packing.offsets)
+    slots = cell * packing.max_length + tokens - starts[cell]  # position of each token in the flattened padded copy
 
     def pad(states: Tensor) -> Tensor:  # (cells, heads, longest, width)
         flat = states[0].transpose(0, 1)
         padded = flat.new_zeros(n_cells * packing.max_length, *flat.shape[1:]).index_copy(0, slots, flat)
         return padded.view(n_cells, packing.max_length, *flat.shape[1:]).transpose(1, 2)
 
-    real = torch.arange(packing.max_length, device=query.device) < packing.boundaries.diff()[:, None]
+    real = torch.arange(packing.max_length, device=query.device) < packing.offsets.diff()[:, None]
     attended = F.scaled_dot_product_attention(
         pad(query), pad(key), pad(value), real[:, None, None, :], dropout, scale=scaling
     )

@@ -1,7 +1,7 @@
-"""The settings that change the function the weights compute, and the weights of the objectives.
+"""`ScGPTConfig`: the settings of the architecture and the weights of the objectives.
 
-How counts become `values` is the processor's business; how weights are trained is `TrainingArguments`'.
-The class maps below travel in every `config.json`, so any Auto class loads from any head's checkpoint.
+A setting belongs here if it changes the function that the weights compute. Settings of tokens belong to
+`ScGPTProcessor`, settings of training to `TrainingArguments`.
 """
 
 # The library's configuration class is untyped.
@@ -23,6 +23,8 @@ except ImportError as error:
         "run `pip install --upgrade transformers`"
     ) from error
 
+# Saved in every `config.json`. The library would list only the class that was saved, so that `AutoModel` could not load
+# the checkpoint of a head.
 AUTO_MAP = {
     "AutoConfig": "configuration_scgpt.ScGPTConfig",
     "AutoModel": "modeling_scgpt.ScGPTModel",
@@ -31,19 +33,22 @@ AUTO_MAP = {
     "AutoModelForSequenceClassification": "modeling_scgpt.ScGPTForSequenceClassification",
 }
 
+# Sizes by name, for the command line. "base" is the size of the published scGPT models.
 PRESETS: dict[str, dict[str, Any]] = {
     "tiny": {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64},
     "small": {"hidden_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 128},
     "base": {"hidden_size": 512, "num_hidden_layers": 12, "num_attention_heads": 8, "intermediate_size": 512},
 }
 
-# What asks for more is a damaged file, and would take all memory.
+# A damaged config.json may contain any number, and building such a model could exhaust the memory.
 _LARGEST = dict.fromkeys(("vocab_size", "hidden_size", "num_attention_heads", "intermediate_size"), 10_000_000)
 _LARGEST["num_hidden_layers"] = 1_000
 
+# Explained in `objectives_scgpt`.
 OBJECTIVES = ("gep", "gepc", "gep_zero", "gepc_zero", "ecs", "cce", "dar", "cls")
 
-# What the library itself hands to a config, beyond its fields; everything else unknown is a typo or from the future.
+# Keywords that the library passes to a config besides its fields. Other unknown keywords are misspelt, or come from a
+# newer version.
 _LIBRARY_KEYWORDS = frozenset(
     {
         *("model_type", "auto_map", "torch_dtype", "num_labels", "name_or_path", "output_attentions"),
@@ -60,43 +65,47 @@ class ScGPTConfig(PreTrainedConfig):
     """Configuration of the scGPT encoder and its heads.
 
     Args:
-        vocab_size: genes and special tokens, read from the processor when a model is built.
+        vocab_size: number of genes and special tokens; the same as `ScGPTProcessor.vocab_size`.
         pad_token_id: vocabulary id of `<pad>`.
-        hidden_size: width of the hidden state.
-        num_hidden_layers: encoder layers.
-        num_attention_heads: heads per layer; divides `hidden_size`.
-        intermediate_size: width of the stream_config-forward layer.
-        dropout: share dropped of embedded values and of each residual branch, in training.
-        attention_dropout: share dropped of attention probabilities, in training. The original uses `dropout` here
-            too; the packed CUDA kernel has none, so any other value than 0 takes a slower path.
+        hidden_size: width of the hidden states.
+        num_hidden_layers: number of encoder layers.
+        num_attention_heads: number of heads per layer; divides `hidden_size`.
+        intermediate_size: width of the feed-forward layer.
+        dropout: dropout rate of embedded values and of each residual branch.
+        attention_dropout: dropout rate of attention probabilities. The original uses `dropout` here too. The default is
+            0, because the CUDA kernel for packed input has no dropout, and any other value takes a slower path.
         layer_norm_eps: epsilon of every LayerNorm.
         norm_scheme: "post" normalises after each residual sum; "pre" before each branch, with a norm at the end;
-            "scgpt_pre" is the original's pre-norm, whose residual starts from the normalised input, without that norm.
-        value_encoder: "continuous" feeds values through a small network, "category" looks bins up in a table, "scaling"
-            multiplies the gene embedding by the value.
-        n_bins: bins of the processor, the zero bin included; the category table marks padding with `n_bins`.
-        n_value_ids: rows of the category table; by default `n_bins` + 2, for padding and the hidden value.
-        max_value: larger values are clamped to it by the continuous value encoder.
-        cell_pooling: "cls" takes the hidden state at `<cls>`; "average" and "weighted" (by `values`, then
-            L2-normalised) count padding, as the original does, so they need padded input.
-        gepc_query: how the GEPC head meets a gene with a cell: "inner_product", "concat" or "sum".
-        gepc_detach: whether the GEPC loss leaves the gene embedding untouched.
-        explicit_zero_prob: whether expression heads also predict that a gene is expressed at all.
-        n_domains: experimental batches known to the model.
-        batch_key: obs column that names the experimental batch of a cell.
-        domains: values of that column, in the order of their ids; empty where nobody recorded them.
-        domain_embedding: whether the expression heads are told the domain.
-        domain_head: whether an adversarial discriminator guesses the domain (DAR).
-        input_norm: batch norm over embedded input: "none", "batch", or "domain" with statistics per domain; both count
-            padding, as the original's do, so they need padded input.
-        class_head_layers: linear layers of the class head.
-        ecs_threshold: similarity that elastic cell similarity pulls towards or pushes from.
-        cce_temperature: temperature of the contrastive objective.
-        loss_weights: weight of each objective, by default 1 for GEP, GEPC and what the options above add. A head exists
-            where its objective weighs more than 0.
+            "scgpt_pre" is the pre-norm of the original, whose residual starts from the normalised input, without a norm
+            at the end.
+        value_encoder: how values are embedded: "continuous" by a small network, "category" by a table of bins,
+            "scaling" by multiplying the gene embedding.
+        n_bins: number of bins of the processor, including the zero bin. Row `n_bins` of the "category" table is
+            padding.
+        n_value_ids: rows of the "category" table; by default `n_bins` + 2, for padding and masked genes.
+        max_value: the "continuous" value encoder clamps larger values to it.
+        cell_pooling: how the cell embedding is computed: "cls" takes the hidden state at `<cls>`, "average" the mean
+            over tokens, "weighted" the sum weighted by `values`, then L2-normalised. The last two include padding, as
+            in the original, so they need padded input.
+        gepc_query: how the GEPC head combines a gene with a cell: "inner_product", "concat" or "sum".
+        gepc_detach: whether to stop the gradient of the GEPC loss at the gene embedding.
+        explicit_zero_prob: whether the expression heads also predict the probability that a gene is expressed.
+        n_domains: number of domains (experimental batches).
+        batch_key: obs column that holds the experimental batch of a cell.
+        domains: values of that column, in the order of their ids; may be empty.
+        domain_embedding: whether the expression heads read an embedding of the cell's domain. The encoder then need not
+            represent it.
+        domain_head: whether an adversarial discriminator predicts the domain (objective "dar").
+        input_norm: batch norm over the embedded input: "none", "batch", or "domain" with statistics per domain. Both
+            norms include padding, as in the original, so they need padded input.
+        class_head_layers: number of linear layers of the class head.
+        ecs_threshold: similarity that the objective "ecs" moves pairs of cells away from.
+        cce_temperature: temperature of the objective "cce".
+        loss_weights: weight of each objective; by default 1 for "gep", "gepc" and those that the settings above add. A
+            head exists if its objective has a weight above 0.
 
     Raises:
-        ValueError: an unknown keyword, a choice or a combination that no model can satisfy.
+        ValueError: a keyword is unknown, or a value or combination of settings is invalid.
 
     Source: defaults as in Cui et al. 2024, Nature Methods 21:1470, and bowang-lab/scGPT:scgpt/model/model.py:22.
     """
@@ -133,6 +142,7 @@ class ScGPTConfig(PreTrainedConfig):
     cce_temperature: float | int = 0.5
     loss_weights: dict[str, float | int] = field(default_factory=dict)
 
+    # The library turns this class into a strict dataclass: it checks types, then calls the `validate_*` methods.
     def __post_init__(self, **kwargs: Any) -> None:
         self._reject_unknown(kwargs)
         if not self.loss_weights:
@@ -144,41 +154,45 @@ class ScGPTConfig(PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """Return the configuration of saved settings; called by `from_pretrained`.
+        """Create the configuration from saved settings. `from_pretrained` calls this method.
 
         Args:
             config_dict: the settings, as in config.json.
-            **kwargs: settings to change, and what the library takes.
+            **kwargs: settings to override, and keywords of the library.
 
         Raises:
-            ValueError: a setting is unknown, or its value one that no model of this version can have.
+            ValueError: a setting is unknown or its value invalid.
         """
         try:
             return super().from_dict(config_dict, **kwargs)
         except StrictDataclassError as error:
             raise ValueError(
-                f"the saved configuration cannot be used: {error.__cause__ or error}; a newer version of scgpt_hf may "
-                "have written it, or it is damaged"
+                f"the saved configuration is invalid: {error.__cause__ or error}; a newer version of scgpt_hf may have "
+                "saved it, or the file is damaged"
             ) from error
 
-    def weighs(self, objective: str) -> bool:
-        """Return whether `objective` is part of the loss, and therefore its head part of the model."""
+    def has_objective(self, objective: str) -> bool:
+        """Return whether the loss includes `objective`; the model then has its head."""
         return self.loss_weights.get(objective, 0) > 0
 
     @property
-    def counts_padding(self) -> str:
-        """Return the setting that makes results depend on padding, as in the original, or an empty string."""
-        defined = {"cell_pooling": "cls", "input_norm": "none"}
+    def padding_dependent_settings(self) -> str:
+        """Settings that make results depend on padding, such as `"cell_pooling='average'"`; empty if there are none.
+
+        The original averages over padding and normalises it. Converted checkpoints need the same numbers, so such
+        models need padded input.
+        """
+        independent = {"cell_pooling": "cls", "input_norm": "none"}
         return ", ".join(
-            f"{name}={getattr(self, name)!r}" for name, plain in defined.items() if getattr(self, name) != plain
+            f"{name}={getattr(self, name)!r}" for name, value in independent.items() if getattr(self, name) != value
         )
 
     def validate_architecture(self) -> None:
-        """Check sizes and shares; called by the library after construction.
+        """Check the sizes and rates. The library calls this method after construction.
 
         Raises:
-            ValueError: a size below 1 or absurd, a share, similarity or temperature that cannot be, or heads that do
-                not divide the hidden size.
+            ValueError: a size, rate, threshold or temperature is out of range, or `num_attention_heads` does not divide
+                `hidden_size`.
         """
         for name, largest in _LARGEST.items():
             if not 1 <= getattr(self, name) <= largest:
@@ -190,87 +204,93 @@ class ScGPTConfig(PreTrainedConfig):
             )
         for name in ("dropout", "attention_dropout"):
             if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; expected a share in [0, 1)")
+                raise ValueError(f"{name} is {getattr(self, name)}; expected a rate in [0, 1)")
         if not -1 <= self.ecs_threshold <= 1:
             raise ValueError(f"ecs_threshold is {self.ecs_threshold}; expected a cosine similarity, from -1 to 1")
         if not 0 < self.cce_temperature < math.inf:
             raise ValueError(f"cce_temperature is {self.cce_temperature}; expected a finite number above 0")
 
     def validate_objectives(self) -> None:
-        """Check that each objective has the head it needs, and each head an objective.
+        """Check that each objective has a head and each head an objective. The library calls this method.
 
         Raises:
-            ValueError: an unknown objective, a weight that is negative or not finite, or a head and its objective that
-                do not go together.
+            ValueError: an objective is unknown, a weight is negative or not finite, a head has no objective, or an
+                objective no head.
         """
         weights = self.loss_weights
         if unknown := sorted(set(weights) - set(OBJECTIVES)):
-            raise ValueError(f"loss_weights names {unknown}; expected names from {list(OBJECTIVES)}")
+            raise ValueError(f"loss_weights has unknown objectives {unknown}; choose from {list(OBJECTIVES)}")
         if wrong := {name: weight for name, weight in weights.items() if not 0 <= weight < math.inf}:
-            raise ValueError(f"loss_weights are negative or not finite: {wrong}; leave an objective out or give it 0")
-        # A head without an objective would get no gradient, which distributed training refuses.
-        zeros = {name for name in ("gep_zero", "gepc_zero") if self.weighs(name)}
+            raise ValueError(f"loss_weights are negative or not finite: {wrong}; set 0 to disable an objective")
+        # A head without an objective would get no gradient, and distributed training raises for unused parameters.
+        zeros = {name for name in ("gep_zero", "gepc_zero") if self.has_objective(name)}
         expected = (
-            {f"{name}_zero" for name in ("gep", "gepc") if self.weighs(name)} if self.explicit_zero_prob else set()
+            {f"{name}_zero" for name in ("gep", "gepc") if self.has_objective(name)}
+            if self.explicit_zero_prob
+            else set()
         )
         if zeros != expected:
             raise ValueError(
-                f"explicit_zero_prob={self.explicit_zero_prob} goes with weights for {sorted(expected) or 'neither'}, "
-                f"found {sorted(zeros) or 'neither'} of gep_zero and gepc_zero; change the one or the other"
+                f"explicit_zero_prob={self.explicit_zero_prob} needs weights of {sorted(expected) or 'neither'} of "
+                f"gep_zero and gepc_zero, found {sorted(zeros) or 'neither'}; change loss_weights or explicit_zero_prob"
             )
-        if self.domain_head != self.weighs("dar"):
+        if self.domain_head != self.has_objective("dar"):
             raise ValueError(
-                f"domain_head={self.domain_head} does not go with a weight of {weights.get('dar', 0)} for 'dar'; "
+                f"domain_head is {self.domain_head} but the weight of 'dar' is {weights.get('dar', 0)}; "
                 "set both or neither"
             )
 
     def validate_domains(self) -> None:
-        """Check that what needs domains has them, and that the GEPC style can carry what is asked of it.
+        """Check the domains, and that `gepc_query` supports the other settings. The library calls this method.
 
         Raises:
-            ValueError: no domains where they are needed, another number than are named, or a GEPC style without the
-                option asked for.
+            ValueError: a setting needs domains and there are none, `domains` and `n_domains` disagree, or `gepc_query`
+                does not support a setting.
         """
         needs = [name for name in ("domain_embedding", "domain_head") if getattr(self, name)]
         needs += ["input_norm='domain'"] if self.input_norm == "domain" else []
         if needs and self.n_domains < 1:
             raise ValueError(f"{' and '.join(needs)} need n_domains >= 1, found {self.n_domains}")
         if self.domains and len(self.domains) != self.n_domains:
-            raise ValueError(f"domains names {len(self.domains)} experimental batches, n_domains is {self.n_domains}")
+            raise ValueError(f"domains lists {len(self.domains)} experimental batches, n_domains is {self.n_domains}")
         options = [name for name in ("explicit_zero_prob", "domain_embedding") if getattr(self, name)]
-        if options and self.gepc_query != "inner_product" and self.weighs("gepc"):
+        if options and self.gepc_query != "inner_product" and self.has_objective("gepc"):
             raise ValueError(
-                f"gepc_query={self.gepc_query!r} has no {' or '.join(options)}; choose gepc_query='inner_product'"
+                f"gepc_query={self.gepc_query!r} does not support {' or '.join(options)}; set "
+                "gepc_query='inner_product'"
             )
 
     def _reject_unknown(self, keywords: dict[str, Any]) -> None:
-        """Raise where a keyword is neither ours nor the library's; a misspelt setting must not pass unnoticed."""
+        """Raise if a keyword is neither ours nor the library's; the library would ignore a misspelt setting."""
         if (model_type := keywords.get("model_type", self.model_type)) != self.model_type:
-            raise ValueError(f"this is the configuration of a {model_type!r} model, not of scgpt; load it by AutoModel")
+            raise ValueError(
+                f"this is the configuration of a {model_type!r} model, not of scgpt; load it with AutoModel"
+            )
         known = {field.name for field in fields(self)}
         for name in keywords:
             if name not in _LIBRARY_KEYWORDS and not name.startswith("_"):
                 close = difflib.get_close_matches(name, known, n=1)
-                hint = f"did you mean {close[0]!r}?" if close else "it may come from a newer version of scgpt_hf"
+                hint = f"did you mean {close[0]!r}?" if close else "a newer version of scgpt_hf may have saved it"
                 raise ValueError(f"ScGPTConfig has no setting {name!r}; {hint}")
 
 
 def training_flops_per_token(config: ScGPTConfig, mean_tokens: float, masked: float = 0.5) -> float:
-    """Return the floating-point operations of one forward and backward pass, per token.
+    """Estimate the floating-point operations of one forward and backward pass, per token.
 
-    Counts matrix products, 2 operations per multiply-add, the backward pass as two forward passes. Embedding, norms and
-    what runs once per cell are left out.
+    The estimate counts matrix products, with 2 operations per multiply-add, and the backward pass as two forward
+    passes. It ignores embeddings, norms and everything that runs once per cell.
 
     Args:
-        config: sizes of the model.
-        mean_tokens: tokens per cell, averaged over tokens: sum of squares / sum of the lengths.
-        masked: share of tokens the heads predict.
+        config: configuration of the model.
+        mean_tokens: mean number of tokens per cell, averaged over tokens: Σ length² / Σ length. Attention costs the
+            square of the length, so long cells count more.
+        masked: share of tokens that the heads predict.
 
     Source: 6 N + 12 L H Q T of Chowdhery et al. 2022, arXiv:2204.02311, appendix B.
     """
     width = config.hidden_size
     layer = 4 * width**2 + 2 * width * config.intermediate_size + 2 * width * mean_tokens
     values = width**2 if config.value_encoder == "continuous" else 0
-    gep = 2 * width**2 * (1 + config.weighs("gep_zero"))
-    gepc = (2 + config.weighs("gepc_zero")) * width**2 * config.weighs("gepc")
+    gep = 2 * width**2 * (1 + config.has_objective("gep_zero"))
+    gepc = (2 + config.has_objective("gepc_zero")) * width**2 * config.has_objective("gepc")
     return 6 * (config.num_hidden_layers * layer + values + masked * (gep + gepc))

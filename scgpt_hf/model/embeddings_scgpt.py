@@ -1,4 +1,7 @@
-"""What goes into the encoder: genes, values and domains as vectors, and the batch norms over their sum."""
+"""The input of the encoder: embeddings of genes, values and domains, and the optional norms over their sum.
+
+A *domain* is an experimental batch, such as a donor or an assay.
+"""
 
 # PyTorch's modules return Any when called; their outputs here are tensors.
 # mypy: disable-error-code="no-any-return"
@@ -12,18 +15,19 @@ from .configuration_scgpt import ScGPTConfig
 _BATCH_NORM_EPS, _BATCH_NORM_MOMENTUM = 6.1e-5, 0.1  # bowang-lab/scGPT:scgpt/model/model.py:96
 
 
-def value_encoder_of(config: ScGPTConfig) -> nn.Module | None:
-    """Return the module that turns values into vectors; None where values scale the gene embedding."""
+def make_value_encoder(config: ScGPTConfig) -> nn.Module | None:
+    """Create the module that embeds values, or return None if values multiply the gene embedding instead."""
     if config.value_encoder == "continuous":
         return ContinuousValueEncoder(config)
     if config.value_encoder == "category":
-        # The bin after the last marks padding, the one after that the hidden value; bowang-lab/scGPT:scgpt/trainer.py.
+        # Bins are 0 .. n_bins − 1. Row n_bins is for padding, the next one for masked genes, as in
+        # bowang-lab/scGPT:scgpt/trainer.py.
         return TableEncoder(config, config.n_value_ids or config.n_bins + 2, padding_idx=config.n_bins)
     return None
 
 
-def input_norm_of(config: ScGPTConfig) -> nn.Module | None:
-    """Return the batch norm over the embedded input that the config asks for, if any."""
+def make_input_norm(config: ScGPTConfig) -> nn.Module | None:
+    """Create the batch norm over the embedded input, or return None if the config has none."""
     if config.input_norm == "batch":
         return nn.BatchNorm1d(config.hidden_size, eps=_BATCH_NORM_EPS, momentum=_BATCH_NORM_MOMENTUM)
     if config.input_norm == "domain":
@@ -32,7 +36,7 @@ def input_norm_of(config: ScGPTConfig) -> nn.Module | None:
 
 
 class TableEncoder(nn.Module):
-    """Looks a whole number up in a table and normalises the row: genes, binned values, domains."""
+    """An embedding table followed by a LayerNorm, for genes, binned values and domains."""
 
     def __init__(self, config: ScGPTConfig, n_rows: int, padding_idx: int | None = None) -> None:
         super().__init__()
@@ -40,12 +44,15 @@ class TableEncoder(nn.Module):
         self.norm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
 
     def forward(self, ids: Tensor) -> Tensor:
-        """Return one embedding per id."""
+        """Embed ids of any shape; the result has the hidden axis appended."""
         return self.norm(self.embedding(ids.long()))
 
 
 class ContinuousValueEncoder(nn.Module):
-    """Turns each value into a vector; mask and padding values go through it like any other number."""
+    """A two-layer network that embeds each value as a number; mask and padding values are numbers like all others.
+
+    Source: bowang-lab/scGPT:scgpt/model/model.py (ContinuousValueEncoder).
+    """
 
     def __init__(self, config: ScGPTConfig) -> None:
         super().__init__()
@@ -56,16 +63,17 @@ class ContinuousValueEncoder(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, values: Tensor) -> Tensor:
-        """Return one embedding per value."""
+        """Embed values of any shape; the result has the hidden axis appended."""
         column = values.clamp(max=self.max_value)[..., None].to(self.linear1.weight.dtype)
         return self.dropout(self.norm(self.linear2(F.relu(self.linear1(column)))))
 
 
 class DomainNorm(nn.Module):
-    """Batch norm without affine parameters that keeps one set of statistics per domain (DSBN).
+    """Domain-specific batch normalisation: a batch norm without affine parameters and with statistics per domain.
 
-    Each cell is normalised by its own domain; the original normalises all by the first cell's, which is the same where
-    a batch holds one domain. Padding counts, as there.
+    Each cell is normalised with the statistics of its domain. The original normalises all cells with those of the first
+    cell's domain, which is the same if a batch holds a single domain. Mixed batches need the difference, and shuffled
+    data give mixed batches. Padding enters the statistics, as in the original.
 
     Source: bowang-lab/scGPT:scgpt/model/dsbn.py; Chang et al. 2019, arXiv:1906.03950.
     """
@@ -81,22 +89,30 @@ class DomainNorm(nn.Module):
         self.register_buffer("num_batches_tracked", torch.zeros(n_domains, dtype=torch.int64))
 
     def forward(self, hidden: Tensor, domain_ids: Tensor) -> Tensor:
-        """Return hidden states, (cells, tokens, hidden), normalised by each cell's entry in `domain_ids`, (cells,)."""
+        """Normalise hidden states.
+
+        Args:
+            hidden: shape (cells, tokens, hidden).
+            domain_ids: domain of each cell, shape (cells,).
+        """
         mean, var = self.running_mean, self.running_var
         if self.training:
-            mean, var = self._batch_statistics(hidden.float(), domain_ids)
+            mean, var = self._update_statistics(hidden.float(), domain_ids)
         mean, var = mean[domain_ids][:, None], var[domain_ids][:, None]  # (cells, 1, hidden)
         return ((hidden - mean) * torch.rsqrt(var + _BATCH_NORM_EPS)).to(hidden.dtype)
 
-    def _batch_statistics(self, hidden: Tensor, domain_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Return mean and biased variance of each domain, (domains, hidden), having updated the running ones."""
+    def _update_statistics(self, hidden: Tensor, domain_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Update the running statistics and return the batch's mean and biased variance, each (domains, hidden)."""
+        # A matrix product with the membership of cells in domains computes all domains at once. A loop over the domains
+        # that occur would make the CPU wait for the GPU to learn which ones do.
         member = F.one_hot(domain_ids, len(self.running_mean)).to(hidden.dtype)  # (cells, domains)
         n_values = member.sum(0)[:, None] * hidden.shape[1]
         mean = member.mT @ hidden.sum(1) / n_values.clamp(min=1)
         var = member.mT @ (hidden - mean[domain_ids][:, None]).square().sum(1) / n_values.clamp(min=1)
         with torch.no_grad():
-            share = _BATCH_NORM_MOMENTUM * (n_values > 0)
+            share = _BATCH_NORM_MOMENTUM * (n_values > 0)  # domains that do not occur keep their statistics
             self.running_mean.lerp_(mean, share.expand_as(mean))
+            # The running variance is unbiased, the one of the batch is not, as in nn.BatchNorm1d.
             self.running_var.lerp_(var * n_values / (n_values - 1).clamp(min=1), share.expand_as(var))
             self.num_batches_tracked += n_values[:, 0] > 0
         return mean, var

@@ -1,6 +1,6 @@
-"""What is read from hidden states: expression, cell class and domain.
+"""The heads: predict expression, the class of a cell or its domain from what the encoder returns.
 
-Heads see flat tensors, one row per token or cell they predict, and never ask which layout those came from.
+Heads read flat tensors with one row per token or cell. They do not depend on whether the input was padded or packed.
 """
 
 # PyTorch's modules return Any when called; their outputs here are tensors.
@@ -14,29 +14,31 @@ from transformers.utils.generic import ModelOutput
 
 from .configuration_scgpt import ScGPTConfig
 
-_QUERY_WIDTH = 64  # of the concat query, and of the hidden layer after both; bowang-lab/scGPT:scgpt/model/model.py:860
+_QUERY_WIDTH = 64  # of the "concat" query, and of the hidden layer; bowang-lab/scGPT:scgpt/model/model.py:860
 _DISCRIMINATOR_LAYERS = 3  # bowang-lab/scGPT:scgpt/model/model.py:957
 
 
 @dataclass
 class ScGPTForPreTrainingOutput(ModelOutput):
-    """What pretraining returns.
+    """The output of `ScGPTForPreTraining`.
 
-    Predictions of expression are (masked,) where `label_positions` was given, else shaped like `input_ids`.
+    Predictions of expression have shape (masked,) if `label_positions` was passed, and the shape of `input_ids`
+    otherwise.
 
     Args:
         loss: weighted sum of `losses`.
-        losses: each objective by name, unweighted; given `num_items_in_batch`, this part's share of the batch's mean.
+        losses: each objective by name, without its weight. If `num_items_in_batch` was passed, this part's share of the
+            batch's mean.
         gep: expression predicted from each token's hidden state.
-        gepc: expression predicted from the cell's embedding.
+        gepc: expression predicted from the cell embedding.
         gep_zero: log-odds that the gene is expressed, from the hidden state.
-        gepc_zero: log-odds that the gene is expressed, from the cell's embedding.
+        gepc_zero: log-odds that the gene is expressed, from the cell embedding.
         dar: logits of each cell's domain, (cells, domains).
         class_logits: logits of each cell's class, (cells, classes).
-        cell_embedding: of every cell, (cells, hidden).
-        last_hidden_state: of every token, (cells, tokens, hidden).
-        hidden_states: input of the first layer and output of each, if asked for.
-        attentions: attention probabilities of each layer, if asked for and eager.
+        cell_embedding: embedding of every cell, (cells, hidden).
+        last_hidden_state: hidden state of every token, (cells, tokens, hidden).
+        hidden_states: input of the first layer and output of each layer, if requested.
+        attentions: attention probabilities of each layer, if requested and attention is eager.
     """
 
     loss: Tensor | None = None
@@ -54,7 +56,7 @@ class ScGPTForPreTrainingOutput(ModelOutput):
 
 
 class ExpressionHead(nn.Module):
-    """Predicts a token's value from its hidden state (GEP), and whether the gene is expressed at all.
+    """Predict a token's value from its hidden state (GEP) and, optionally, whether the gene is expressed.
 
     Source: bowang-lab/scGPT:scgpt/model/model.py:769 (ExprDecoder).
     """
@@ -65,15 +67,23 @@ class ExpressionHead(nn.Module):
         self.zero = _three_layers(config) if config.explicit_zero_prob else None
 
     def forward(self, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Return the value and, with explicit zeros, the log-odds of being expressed: both (tokens,)."""
+        """Return values, (tokens,), and the log-odds of being expressed, (tokens,), or None.
+
+        Args:
+            hidden: hidden states, with the domain embedding appended if the config has one, (tokens, width).
+        """
         zero = None if self.zero is None else self.zero(hidden).squeeze(-1)
         return self.value(hidden).squeeze(-1), zero
 
 
 class CellToGeneHead(nn.Module):
-    """Predicts a gene's value in a cell from the cell's embedding (GEPC).
+    """Predict a gene's value in a cell from the cell embedding and the gene embedding (GEPC).
 
-    Source: bowang-lab/scGPT:scgpt/model/model.py:820 (MVCDecoder).
+    The gene embedding becomes a query, q = sigmoid(W · gene). `gepc_query` decides how it meets the cell embedding c:
+    "inner_product" computes (V · q) · c; "concat" and "sum" pass [c, q] or c + q through a small network.
+
+    Source: bowang-lab/scGPT:scgpt/model/model.py:820 (MVCDecoder). "concat" and "sum" raise an error there; ours are
+        what its layers are sized for.
     """
 
     def __init__(self, config: ScGPTConfig) -> None:
@@ -91,22 +101,23 @@ class CellToGeneHead(nn.Module):
             self.value = nn.Linear(_QUERY_WIDTH, 1)
 
     def forward(self, cell_embedding: Tensor, gene_embedding: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Return the value and, with explicit zeros, the log-odds of being expressed: both (tokens,).
+        """Return values, (tokens,), and the log-odds of being expressed, (tokens,), or None.
 
         Args:
-            cell_embedding: of each token's cell, its domain appended where the config says so.
-            gene_embedding: of each token's gene, (tokens, hidden).
+            cell_embedding: embedding of each token's cell, with the domain embedding appended if the config has one,
+                (tokens, width).
+            gene_embedding: embedding of each token's gene, (tokens, hidden).
         """
         query = torch.sigmoid(self.query(gene_embedding.detach() if self.detach else gene_embedding))
         if self.project is not None:
             zero = None if self.project_zero is None else (self.project_zero(query) * cell_embedding).sum(-1)
             return (self.project(query) * cell_embedding).sum(-1), zero
-        met = torch.cat([cell_embedding, query], dim=-1) if self.style == "concat" else cell_embedding + query
-        return self.value(self.activation(self.hidden(met))).squeeze(-1), None
+        combined = torch.cat([cell_embedding, query], dim=-1) if self.style == "concat" else cell_embedding + query
+        return self.value(self.activation(self.hidden(combined))).squeeze(-1), None
 
 
 class ClassHead(nn.Module):
-    """Predicts one logit per class from a cell's embedding; as discriminator, with its input's gradient reversed.
+    """Predict logits of classes from the cell embedding; as a domain discriminator it reverses its input's gradient.
 
     Source: bowang-lab/scGPT:scgpt/model/model.py:910 (ClsDecoder) and :949 (AdversarialDiscriminator).
     """
@@ -122,9 +133,10 @@ class ClassHead(nn.Module):
         self.out = nn.Linear(width, n_classes or 0)
 
     def forward(self, cell_embedding: Tensor) -> Tensor:
-        """Return logits, (cells, classes), of embeddings (cells, hidden)."""
+        """Return logits, (cells, classes), for embeddings of shape (cells, hidden)."""
         if self.adversarial:
-            cell_embedding = 2 * cell_embedding.detach() - cell_embedding  # the same value, its gradient reversed
+            # 2x − x has the value x. Its gradient is −1, because the detached 2x has none.
+            cell_embedding = 2 * cell_embedding.detach() - cell_embedding
         return self.out(self.layers(cell_embedding))
 
 

@@ -1,9 +1,12 @@
-"""The scGPT encoder, and one thin class per task on top of it.
+"""The scGPT encoder and one class per task on top of it.
 
-`hidden = encoder(gene_embedding[input_ids] + value_encoder(values))`, without positions: the genes of a cell are a set.
-Input is padded, (cells, tokens) with `attention_mask`, or packed, (1, tokens of all cells) with `cu_seq_lens_q`; both
-give the same numbers. What enters the encoder is made in `embeddings_scgpt.py`; what leaves it is read in
-`heads_scgpt.py` and judged in `objectives_scgpt.py`; attention within cells is in `attention_scgpt.py`.
+    hidden = encoder(gene_embedding[input_ids] + value_encoder(values))
+
+There are no positions, because the genes of a cell are a set: their order does not matter. Input is padded, (cells,
+tokens) with `attention_mask`, or packed, (1, tokens of all cells) with `cu_seq_lens_q`; both give the same numbers.
+
+Read `embeddings_scgpt` for the input of the encoder, `attention_scgpt` for attention within cells, `heads_scgpt` for
+the predictions and `objectives_scgpt` for the losses.
 """
 
 # transformers' methods and decorators are untyped, and PyTorch's modules return Any when called.
@@ -25,9 +28,9 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils.generic import ModelOutput, can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .attention_scgpt import VARLEN, cell_boundaries, cell_of, eager_attention, mask_for, packing_of
+from .attention_scgpt import VARLEN, build_mask, cell_offsets, eager_attention, find_cells, make_packing
 from .configuration_scgpt import ScGPTConfig
-from .embeddings_scgpt import DomainNorm, TableEncoder, input_norm_of, value_encoder_of
+from .embeddings_scgpt import DomainNorm, TableEncoder, make_input_norm, make_value_encoder
 from .heads_scgpt import CellToGeneHead, ClassHead, ExpressionHead, ScGPTForPreTrainingOutput
 from .objectives_scgpt import (
     bernoulli_nll,
@@ -40,8 +43,14 @@ from .objectives_scgpt import (
 )
 
 
-class Recording(TypedDict, total=False):
-    """What any of the models may be asked to return beside its output, or instead of it."""
+class OutputOptions(TypedDict, total=False):
+    """Options of every model's `forward` for additional outputs, as in the library.
+
+    Attributes:
+        output_hidden_states: return the hidden states of all layers.
+        output_attentions: return attention probabilities; needs eager attention.
+        return_dict: return a `ModelOutput` (default) instead of a tuple.
+    """
 
     output_hidden_states: bool | None
     output_attentions: bool | None
@@ -50,17 +59,18 @@ class Recording(TypedDict, total=False):
 
 @dataclass
 class ScGPTModelOutput(ModelOutput):
-    """What the encoder returns.
+    """The output of `ScGPTModel`.
 
     Args:
         last_hidden_state: hidden state of every token, shaped like `input_ids` with the hidden axis appended.
         cell_embedding: pooled hidden state of every cell, (cells, hidden).
         gene_embedding: normalised embedding of every token's gene, before values; same shape as `last_hidden_state`.
-        hidden_states: input of the first layer and output of each, if asked for.
-        attentions: attention probabilities of each layer, (cells, heads, tokens, tokens), if asked for and eager.
+        hidden_states: input of the first layer and output of each layer, if requested.
+        attentions: attention probabilities of each layer, (cells, heads, tokens, tokens), if requested and attention is
+            eager.
     """
 
-    last_hidden_state: Tensor = None  # type: ignore[assignment]  # None is what ModelOutput asks of every field
+    last_hidden_state: Tensor = None  # type: ignore[assignment]  # ModelOutput requires a default of None
     cell_embedding: Tensor = None  # type: ignore[assignment]
     gene_embedding: Tensor = None  # type: ignore[assignment]
     hidden_states: tuple[Tensor, ...] | None = None
@@ -68,7 +78,7 @@ class ScGPTModelOutput(ModelOutput):
 
 
 class ScGPTAttention(nn.Module):
-    """Multi-head self-attention within cells, through the attention function the config names."""
+    """Multi-head self-attention within cells, using the attention function that the config selects."""
 
     def __init__(self, config: ScGPTConfig, layer_idx: int) -> None:
         super().__init__()
@@ -82,7 +92,7 @@ class ScGPTAttention(nn.Module):
     def forward(
         self, hidden: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
-        """Return attended hidden states and, from eager attention, the probabilities."""
+        """Return attended hidden states and, with eager attention, the probabilities."""
         heads = self.qkv_proj(hidden).unflatten(-1, (3, -1, self.head_dim))
         query, key, value = (states.transpose(1, 2) for states in heads.unbind(-3))  # (cells, heads, tokens, width)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
@@ -94,7 +104,12 @@ class ScGPTAttention(nn.Module):
 
 
 class ScGPTLayer(GradientCheckpointingLayer):
-    """Attention and a ReLU stream_config-forward network, each with a residual and a norm placed by `norm_scheme`."""
+    """One encoder layer: attention and a ReLU feed-forward network, each with a residual connection and a norm.
+
+    `norm_scheme` places the norms. "post" is the original transformer, h = norm(h + f(h)). "pre" is h = h + f(norm(h)).
+    "scgpt_pre" reproduces scGPT's pre-norm layer, in which the residual starts from the normalised input:
+    h = norm(h); h = h + f(h).
+    """
 
     def __init__(self, config: ScGPTConfig, layer_idx: int) -> None:
         super().__init__()
@@ -107,7 +122,7 @@ class ScGPTLayer(GradientCheckpointingLayer):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, hidden: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor:
-        """Return hidden states of the same shape."""
+        """Return hidden states of the same shape, (cells, tokens, hidden)."""
         if self.norm_scheme == "post":
             hidden = self.norm1(hidden + self._attend(hidden, attention_mask, **kwargs))
             return self.norm2(hidden + self._feed_forward(hidden))
@@ -126,7 +141,7 @@ class ScGPTLayer(GradientCheckpointingLayer):
 
 
 class ScGPTPreTrainedModel(PreTrainedModel):
-    """What all scGPT models share with the library: initial weights, and which of its features they support."""
+    """Base class of all scGPT models: initial weights, and the library features that they support."""
 
     config_class = ScGPTConfig
     config: ScGPTConfig
@@ -139,9 +154,11 @@ class ScGPTPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """Draw initial weights as the original does: PyTorch's defaults, and a narrow uniform for tables.
+        """Draw initial weights as the original does: PyTorch's defaults, and uniform(−0.1, 0.1) for tables.
 
-        The library's normal(0.02) with zero biases would not do: normalised, the value encoder would see only signs.
+        The library's default, normal(0, 0.02) with zero biases, does not work here. With zero biases the first layer of
+        the value encoder is proportional to the value, and the LayerNorm after the second one removes the factor: all
+        positive values would get the same embedding.
 
         Source: bowang-lab/scGPT:scgpt/model/model.py:151.
         """
@@ -161,19 +178,21 @@ class ScGPTPreTrainedModel(PreTrainedModel):
             init.zeros_(module.num_batches_tracked)
 
     def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
-        """Return the attention function to use: ours, which knows packed input, where none is asked for."""
+        """Select the attention function: `scgpt_varlen`, which supports packed input, unless another is requested."""
         if requested_attention is None:
             requested_attention = "eager" if self.config.output_attentions else VARLEN
         return super().get_correct_attn_implementation(requested_attention, is_init_check)
 
 
 class ScGPTModel(ScGPTPreTrainedModel):
-    """The encoder: hidden states of genes and an embedding of each cell.
-
-    `AutoModel.from_pretrained(name)(**processor(adata)).cell_embedding` is one vector per cell, (cells, hidden).
+    """The encoder, which returns hidden states of genes and an embedding of each cell.
 
     Args:
-        config: sizes and choices.
+        config: configuration of the model.
+
+    Example:
+        >>> model, processor = AutoModel.from_pretrained(path), AutoProcessor.from_pretrained(path)
+        >>> embedding = model(**processor(adata)).cell_embedding  # (cells, hidden)
     """
 
     _auto_class = "AutoModel"
@@ -181,20 +200,20 @@ class ScGPTModel(ScGPTPreTrainedModel):
     def __init__(self, config: ScGPTConfig) -> None:
         super().__init__(config)
         self.gene_encoder = TableEncoder(config, config.vocab_size, config.pad_token_id)
-        self.value_encoder = value_encoder_of(config)
-        self.input_norm = input_norm_of(config)
+        self.value_encoder = make_value_encoder(config)
+        self.input_norm = make_input_norm(config)
         self.layers = nn.ModuleList(ScGPTLayer(config, layer_idx) for layer_idx in range(config.num_hidden_layers))
-        has_final_norm = config.norm_scheme == "pre"
+        has_final_norm = config.norm_scheme == "pre"  # the original's pre-norm has none
         self.final_norm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps) if has_final_norm else None
         self.gradient_checkpointing = False
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
-        """Return the table of genes."""
+        """Return the embedding table of genes."""
         return self.gene_encoder.embedding
 
     def set_input_embeddings(self, value: nn.Module) -> None:
-        """Replace the table of genes."""
+        """Replace the embedding table of genes."""
         self.gene_encoder.embedding = value  # type: ignore[assignment]
 
     @merge_with_config_defaults
@@ -210,50 +229,50 @@ class ScGPTModel(ScGPTPreTrainedModel):
         max_length_k: int | None = None,
         domain_ids: Tensor | None = None,
         input_cell_embedding: Tensor | None = None,
-        **kwargs: Unpack[Recording],
+        **kwargs: Unpack[OutputOptions],
     ) -> ScGPTModelOutput:
-        """Return hidden states and cell embeddings.
+        """Compute hidden states and cell embeddings.
 
         Args:
-            input_ids: vocabulary ids, `<cls>` first in each cell; (cells, tokens), or (1, tokens) packed. int64.
-            values: what the model reads of each gene, same shape; may be left out when `input_cell_embedding` is given.
-            attention_mask: true at real tokens, (cells, tokens); only padded.
-            cu_seq_lens_q: where each packed cell begins and ends, int32 (cells + 1,).
-            cu_seq_lens_k: the same again, as the library passes it.
-            max_length_q: tokens of the longest packed cell, or more; also not below those behind the last cell.
-            max_length_k: the same again.
-            domain_ids: experimental batch of each cell, int64 (cells,).
-            input_cell_embedding: replaces the embedded `<cls>` of each cell, to generate from it; (cells, hidden).
-            **kwargs: `output_hidden_states`, `output_attentions`, `return_dict`; see `Recording`.
+            input_ids: vocabulary ids, int64, with `<cls>` first in each cell; (cells, tokens), or (1, tokens) when
+                packed.
+            values: value of each token, same shape. Optional if `input_cell_embedding` is passed.
+            attention_mask: true at real tokens, (cells, tokens); for padded input only.
+            cu_seq_lens_q: offsets of packed cells, int32 (cells + 1,).
+            cu_seq_lens_k: the same tensor; the library passes it for keys.
+            max_length_q: at least the number of tokens of the longest packed cell and of the padding after the last.
+            max_length_k: the same number.
+            domain_ids: domain (experimental batch) of each cell, int64 (cells,).
+            input_cell_embedding: replaces the embedded `<cls>` token of each cell, to generate expression from a cell
+                embedding; (cells, hidden).
+            **kwargs: see `OutputOptions`.
 
         Raises:
-            ValueError: layouts are mixed, or something the config needs is missing.
+            ValueError: arguments of both layouts are mixed, or an input that the config needs is missing.
         """
         layout = (cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k)
-        packing = packing_of(input_ids, attention_mask, *layout)
-        if packing is not None and self.config.counts_padding:
-            raise ValueError(
-                f"{self.config.counts_padding} is not defined for packed input, which has none; pad the cells"
-            )
+        packing = make_packing(input_ids, attention_mask, *layout)
+        if packing is not None and (settings := self.config.padding_dependent_settings):
+            raise ValueError(f"{settings} depends on padding, and packed input has none; pass padded cells")
         gene_embedding = self.gene_encoder(input_ids)
         hidden = self._add_values(gene_embedding, values, optional=input_cell_embedding is not None)
         hidden = self._normalise_input(hidden, domain_ids)
-        boundaries = cell_boundaries(input_ids, cu_seq_lens_q)
+        offsets = cell_offsets(input_ids, cu_seq_lens_q)
         if input_cell_embedding is not None:
-            flat = hidden.flatten(0, 1).index_copy(0, boundaries[:-1].long(), input_cell_embedding.to(hidden.dtype))
+            flat = hidden.flatten(0, 1).index_copy(0, offsets[:-1].long(), input_cell_embedding.to(hidden.dtype))
             hidden = flat.view_as(hidden)
-        mask = mask_for(self.config._attn_implementation, attention_mask, packing, hidden)
+        mask = build_mask(self.config._attn_implementation, attention_mask, packing, hidden)
         for layer in self.layers:
-            hidden = layer(hidden, mask, packing=packing, **kwargs)
+            hidden = layer(hidden, mask, packing=packing, **kwargs)  # positional: hooks of the library require it
         if self.final_norm is not None:
             hidden = self.final_norm(hidden)
-        return ScGPTModelOutput(hidden, self._pool_cells(hidden, values, boundaries), gene_embedding)
+        return ScGPTModelOutput(hidden, self._pool_cells(hidden, values, offsets), gene_embedding)
 
     def _add_values(self, gene_embedding: Tensor, values: Tensor | None, *, optional: bool) -> Tensor:
-        """Return the embedded input: genes and values added, or multiplied when the encoder is "scaling"."""
+        """Add the embedded values to the gene embedding, or multiply by the values if the encoder is "scaling"."""
         if values is None:
             if not optional:
-                raise ValueError("values are missing; the processor makes them of counts: model(**processor(adata))")
+                raise ValueError("values are missing; create them with the processor: model(**processor(adata))")
             return gene_embedding
         if values.shape != gene_embedding.shape[:-1]:
             raise ValueError(
@@ -265,29 +284,33 @@ class ScGPTModel(ScGPTPreTrainedModel):
 
     def _normalise_input(self, hidden: Tensor, domain_ids: Tensor | None) -> Tensor:
         if isinstance(self.input_norm, DomainNorm):
-            return self.input_norm(hidden, _needed(domain_ids, "domain_ids"))
+            return self.input_norm(hidden, _require(domain_ids, "domain_ids"))
         return hidden if self.input_norm is None else self.input_norm(hidden.flatten(0, 1)).view_as(hidden)
 
-    def _pool_cells(self, hidden: Tensor, values: Tensor | None, boundaries: Tensor) -> Tensor:
-        """Return the embedding of each cell, (cells, hidden); averages count padding, as the original's do."""
+    def _pool_cells(self, hidden: Tensor, values: Tensor | None, offsets: Tensor) -> Tensor:
+        """Return the embedding of each cell, (cells, hidden); averages include padding, as in the original."""
         if self.config.cell_pooling == "average":
             return hidden.mean(dim=1)
         if self.config.cell_pooling == "weighted" and values is not None:
             return F.normalize((hidden * values[..., None].to(hidden.dtype)).sum(dim=1), dim=-1)
-        return hidden.flatten(0, 1).index_select(0, boundaries[:-1])
+        return hidden.flatten(0, 1).index_select(0, offsets[:-1])  # `<cls>` is the first token of each cell
 
 
 class ScGPTForPreTraining(ScGPTPreTrainedModel):
-    """The encoder with every head the objectives in `loss_weights` need; also what AutoModelForMaskedLM loads.
+    """The encoder with the heads of the objectives in `loss_weights`. `AutoModelForMaskedLM` loads it too.
 
-    `model(**processor(adata, mask_ratios=[0.5])).loss` is what pretraining makes small. The library's own Trainer needs
-    `TrainingArguments(label_names=["labels"])` to report it in validation, since other arguments speak of labels too.
+    With the `Trainer` of the library, set `TrainingArguments(label_names=["labels"])`. Otherwise it takes
+    `label_positions` and `class_labels` for labels as well, does not find them, and reports no validation loss.
 
     Args:
-        config: sizes and choices; its `loss_weights` say which heads there are.
+        config: configuration of the model. A head exists if its objective has a weight above 0.
 
     Raises:
-        ValueError: no objective weighs more than 0.
+        ValueError: no objective has a weight above 0.
+
+    Example:
+        >>> model = ScGPTForPreTraining(ScGPTConfig(vocab_size=processor.vocab_size, pad_token_id=processor.pad_id))
+        >>> model(**processor(adata, mask_ratios=[0.5])).loss.backward()
     """
 
     _auto_class = "AutoModelForPreTraining"
@@ -295,16 +318,16 @@ class ScGPTForPreTraining(ScGPTPreTrainedModel):
 
     def __init__(self, config: ScGPTConfig) -> None:
         super().__init__(config)
-        if not any(config.weighs(name) for name in config.loss_weights):
+        if not any(config.has_objective(name) for name in config.loss_weights):
             raise ValueError(
-                f"loss_weights {config.loss_weights} leave nothing to train on; give an objective a weight above 0"
+                f"no objective of loss_weights {config.loss_weights} has a weight above 0; give one a positive weight"
             )
         self.scgpt = ScGPTModel(config)
-        self.expression_head = ExpressionHead(config) if config.weighs("gep") else None
-        self.cell_to_gene_head = CellToGeneHead(config) if config.weighs("gepc") else None
+        self.expression_head = ExpressionHead(config) if config.has_objective("gep") else None
+        self.cell_to_gene_head = CellToGeneHead(config) if config.has_objective("gepc") else None
         self.domain_encoder = TableEncoder(config, config.n_domains) if config.domain_embedding else None
         self.domain_head = ClassHead(config, config.n_domains, adversarial=True) if config.domain_head else None
-        self.class_head = ClassHead(config, config.num_labels) if config.weighs("cls") else None
+        self.class_head = ClassHead(config, config.num_labels) if config.has_objective("cls") else None
         self.post_init()
 
     @can_return_tuple
@@ -322,46 +345,61 @@ class ScGPTForPreTraining(ScGPTPreTrainedModel):
         domain_ids: Tensor | None = None,
         class_labels: Tensor | None = None,
         num_items_in_batch: Tensor | int | None = None,
-        **kwargs: Unpack[Recording],
+        **kwargs: Unpack[OutputOptions],
     ) -> ScGPTForPreTrainingOutput:
-        """Return predictions and, given labels, the loss and its parts.
+        """Compute predictions and, if labels are passed, the loss and its parts.
 
-        Input is as for `ScGPTModel.forward`. `labels`, float32, shaped like `values`, hold the true value where one is
-        hidden and `IGNORE` elsewhere; `label_positions`, int64 (masked,), says where that is in the flattened input,
-        and lets the heads run there only. `class_labels`, int64 (cells,), are for the objective "cls".
-        `num_items_in_batch` counts the labels of the whole batch, over accumulation steps and processes, of which this
-        is a part.
+        Args:
+            input_ids: see `ScGPTModel.forward`, also for `values`, `attention_mask`, `cu_seq_lens_q`, `cu_seq_lens_k`,
+                `max_length_q`, `max_length_k` and `domain_ids`.
+            values: see `input_ids`.
+            attention_mask: see `input_ids`.
+            cu_seq_lens_q: see `input_ids`.
+            cu_seq_lens_k: see `input_ids`.
+            max_length_q: see `input_ids`.
+            max_length_k: see `input_ids`.
+            labels: true value of each masked token, `IGNORE` elsewhere; float32, shaped like `values`.
+            label_positions: positions of the masked tokens in the flattened input, int64 (masked,). The heads then
+                compute predictions at these positions only.
+            domain_ids: see `input_ids`.
+            class_labels: class of each cell, int64 (cells,), for the objective "cls".
+            num_items_in_batch: number of labels of the complete batch, over all accumulation steps and processes, if
+                this is a part of it.
+            **kwargs: see `OutputOptions`.
 
         Raises:
-            ValueError: something that the config's heads or objectives need is missing.
+            ValueError: an input that a head or an objective of the config needs is missing.
         """
         cells = (input_ids, values, attention_mask, cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k)
         encode = partial(self.scgpt, *cells, domain_ids=domain_ids, return_dict=True)
         encoded = encode(**kwargs)
-        seen = self._predict(encoded, cu_seq_lens_q, label_positions, domain_ids)
+        predicted = self._predict(encoded, cu_seq_lens_q, label_positions, domain_ids)
         loss, losses = None, None
-        config, given = self.config, num_items_in_batch
+        config, n_labels = self.config, num_items_in_batch
         if labels is not None:
             labels = labels if label_positions is None else labels.flatten().index_select(0, label_positions)
-            share = share_of_batch(labels, given)
+            share = share_of_batch(labels, n_labels)
+            # Functions, so that only the objectives with a weight are computed; "cce" costs a second forward pass.
             objectives = {
-                "gep": lambda: masked_mse(seen["gep"], labels, given),
-                "gepc": lambda: masked_mse(seen["gepc"], labels, given),
-                "gep_zero": lambda: bernoulli_nll(seen["gep_zero"], labels, given),
-                "gepc_zero": lambda: bernoulli_nll(seen["gepc_zero"], labels, given),
+                "gep": lambda: masked_mse(predicted["gep"], labels, n_labels),
+                "gepc": lambda: masked_mse(predicted["gepc"], labels, n_labels),
+                "gep_zero": lambda: bernoulli_nll(predicted["gep_zero"], labels, n_labels),
+                "gepc_zero": lambda: bernoulli_nll(predicted["gepc_zero"], labels, n_labels),
                 "ecs": lambda: share * elastic_cell_similarity(encoded.cell_embedding, config.ecs_threshold),
                 "cce": lambda: (
                     share * contrastive_cells(encoded.cell_embedding, encode().cell_embedding, config.cce_temperature)
                 ),
-                "dar": lambda: share * domain_cross_entropy(seen["dar"], _needed(domain_ids, "domain_ids")),
-                "cls": lambda: share * class_cross_entropy(seen["class_logits"], _needed(class_labels, "class_labels")),
+                "dar": lambda: share * domain_cross_entropy(predicted["dar"], _require(domain_ids, "domain_ids")),
+                "cls": lambda: (
+                    share * class_cross_entropy(predicted["class_logits"], _require(class_labels, "class_labels"))
+                ),
             }
-            losses = {name: objective() for name, objective in objectives.items() if config.weighs(name)}
+            losses = {name: objective() for name, objective in objectives.items() if config.has_objective(name)}
             loss = torch.stack([config.loss_weights[name] * value for name, value in losses.items()]).sum()
         return ScGPTForPreTrainingOutput(
             loss=loss,
             losses=losses,
-            **seen,
+            **predicted,
             cell_embedding=encoded.cell_embedding,
             last_hidden_state=encoded.last_hidden_state,
             hidden_states=encoded.hidden_states,
@@ -369,41 +407,53 @@ class ScGPTForPreTraining(ScGPTPreTrainedModel):
         )
 
     def _predict(
-        self, encoded: ScGPTModelOutput, packed: Tensor | None, positions: Tensor | None, domain_ids: Tensor | None
+        self,
+        encoded: ScGPTModelOutput,
+        cu_seq_lens: Tensor | None,
+        label_positions: Tensor | None,
+        domain_ids: Tensor | None,
     ) -> dict[str, Any]:
-        """Return what the heads read at the given positions, or at all, by name of the output's field."""
+        """Return the predictions of all heads by field of the output, at the given positions or at all positions."""
         cells, (n_rows, n_tokens, _) = encoded.cell_embedding, encoded.last_hidden_state.shape
-        at = torch.arange(n_rows * n_tokens, device=cells.device) if positions is None else positions
-        # Behind the last packed cell nothing is predicted.
-        cell = at // n_tokens if packed is None else cell_of(at, packed).clamp(max=cells.shape[0] - 1)
-        seen: dict[str, Any] = dict.fromkeys(("gep", "gepc", "gep_zero", "gepc_zero", "dar", "class_logits"))
-        told = []  # what the expression heads are told beside a state: the domain of its cell
-        if self.domain_encoder is not None:
-            told = [self.domain_encoder(_needed(domain_ids, "domain_ids")).index_select(0, cell)]
-        if self.expression_head is not None:
-            hidden = encoded.last_hidden_state.flatten(0, 1).index_select(0, at)
-            seen["gep"], seen["gep_zero"] = self.expression_head(torch.cat([hidden, *told], dim=-1))
-        if self.cell_to_gene_head is not None:
-            genes = encoded.gene_embedding.flatten(0, 1).index_select(0, at)
-            own = cells.index_select(0, cell)
-            seen["gepc"], seen["gepc_zero"] = self.cell_to_gene_head(torch.cat([own, *told], dim=-1), genes)
+        positions = label_positions
         if positions is None:
-            seen = {name: None if it is None else it.view(n_rows, n_tokens) for name, it in seen.items()}
+            positions = torch.arange(n_rows * n_tokens, device=cells.device)
+        if cu_seq_lens is None:
+            cell = positions // n_tokens
+        else:  # padding after the last cell belongs to no cell; its predictions are not used, so any cell will do
+            cell = find_cells(positions, cu_seq_lens).clamp(max=cells.shape[0] - 1)
+        predicted: dict[str, Any] = dict.fromkeys(("gep", "gepc", "gep_zero", "gepc_zero", "dar", "class_logits"))
+        domain_embedding = []  # of each position; the expression heads read it after the hidden state
+        if self.domain_encoder is not None:
+            domain_embedding = [self.domain_encoder(_require(domain_ids, "domain_ids")).index_select(0, cell)]
+        if self.expression_head is not None:
+            hidden = encoded.last_hidden_state.flatten(0, 1).index_select(0, positions)
+            inputs = torch.cat([hidden, *domain_embedding], dim=-1)
+            predicted["gep"], predicted["gep_zero"] = self.expression_head(inputs)
+        if self.cell_to_gene_head is not None:
+            genes = encoded.gene_embedding.flatten(0, 1).index_select(0, positions)
+            inputs = torch.cat([cells.index_select(0, cell), *domain_embedding], dim=-1)
+            predicted["gepc"], predicted["gepc_zero"] = self.cell_to_gene_head(inputs, genes)
+        if label_positions is None:
+            predicted = {
+                name: None if output is None else output.view(n_rows, n_tokens) for name, output in predicted.items()
+            }
         if self.domain_head is not None:
-            seen["dar"] = self.domain_head(cells)
+            predicted["dar"] = self.domain_head(cells)
         if self.class_head is not None:
-            seen["class_logits"] = self.class_head(cells)
-        return seen
+            predicted["class_logits"] = self.class_head(cells)
+        return predicted
 
 
 class ScGPTForSequenceClassification(ScGPTPreTrainedModel):
-    """The encoder with a head that tells each cell's class, or regresses `num_labels` numbers per cell.
-
-    `model(**processor(adata)).logits.argmax(-1)` is a class for each cell, named by `model.config.id2label`; given
-    `labels`, the output has a `loss`.
+    """The encoder with a head that classifies each cell, or regresses `num_labels` numbers per cell.
 
     Args:
-        config: sizes and choices; its `num_labels` say how many classes there are.
+        config: configuration of the model; `num_labels` is the number of classes.
+
+    Example:
+        >>> classes = model(**processor(adata)).logits.argmax(-1)
+        >>> names = [model.config.id2label[index] for index in classes.tolist()]
     """
 
     _auto_class = "AutoModelForSequenceClassification"
@@ -428,12 +478,24 @@ class ScGPTForSequenceClassification(ScGPTPreTrainedModel):
         labels: Tensor | None = None,
         domain_ids: Tensor | None = None,
         num_items_in_batch: Tensor | int | None = None,
-        **kwargs: Unpack[Recording],
+        **kwargs: Unpack[OutputOptions],
     ) -> SequenceClassifierOutput:
-        """Return logits, (cells, labels), and given labels the loss, chosen by `problem_type` as in the library.
+        """Compute logits, (cells, labels), and the loss if labels are passed; `problem_type` selects the loss.
 
-        Input is as for `ScGPTModel.forward`. `labels` are the class of each cell, int64 (cells,), or float (cells,
-        labels) for several classes or numbers per cell. `num_items_in_batch` counts the cells of the whole batch.
+        Args:
+            input_ids: see `ScGPTModel.forward`, also for `values`, `attention_mask`, `cu_seq_lens_q`, `cu_seq_lens_k`,
+                `max_length_q`, `max_length_k` and `domain_ids`.
+            values: see `input_ids`.
+            attention_mask: see `input_ids`.
+            cu_seq_lens_q: see `input_ids`.
+            cu_seq_lens_k: see `input_ids`.
+            max_length_q: see `input_ids`.
+            max_length_k: see `input_ids`.
+            labels: class of each cell, int64 (cells,), or float (cells, labels) for several classes or numbers per
+                cell.
+            domain_ids: see `input_ids`.
+            num_items_in_batch: number of cells of the complete batch, if this is a part of it.
+            **kwargs: see `OutputOptions`.
         """
         cells = (input_ids, values, attention_mask, cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k)
         encoded = self.scgpt(*cells, domain_ids=domain_ids, return_dict=True, **kwargs)
@@ -445,7 +507,7 @@ class ScGPTForSequenceClassification(ScGPTPreTrainedModel):
         return SequenceClassifierOutput(loss, logits, encoded.hidden_states, encoded.attentions)
 
 
-def _needed(given: Tensor | None, name: str) -> Tensor:
-    if given is None:
-        raise ValueError(f"{name} are missing, which this config's heads or objectives need; pass them, int64 (cells,)")
-    return given
+def _require(tensor: Tensor | None, name: str) -> Tensor:
+    if tensor is None:
+        raise ValueError(f"{name} are missing; a head or objective of this config needs them, int64 (cells,)")
+    return tensor

@@ -1,7 +1,23 @@
-"""The objectives a model is trained on, and the error it is read by: tensors in, one float32 scalar out.
+"""The objectives of training: each takes tensors and returns one float32 loss.
 
-Every reduction is float32 under any autocast and has a defined value, 0, when there is nothing to reduce. Which
-objectives are added, and with which weights, is decided by `ScGPTConfig.loss_weights`.
+`ScGPTConfig.loss_weights` selects objectives by these names:
+
+- **gep**, gene expression prediction (`masked_mse`): predict the values of masked genes from their hidden states. The
+  main objective of pretraining.
+- **gepc**, the same from the cell embedding (`masked_mse`): the cell embedding must summarise the cell. Use it whenever
+  cell embeddings are the product.
+- **gep_zero**, **gepc_zero** (`bernoulli_nll`): predict whether a gene is expressed at all. Use them with
+  `explicit_zero_prob` when genes that are not expressed are tokens too (`include_zeros`).
+- **ecs**, elastic cell similarity (`elastic_cell_similarity`): separates similar from dissimilar cells. An option for
+  fine-tuning on data with clear cell types.
+- **cce**, contrastive cell embedding (`contrastive_cells`): two passes of one cell must be closer to each other than to
+  other cells. It doubles the forward passes.
+- **dar**, domain adaptation by reverse back-propagation (`domain_cross_entropy`): removes the experimental batch from
+  the cell embedding. For integration of several batches.
+- **cls**, cell type classification (`class_cross_entropy`): for labelled cells.
+
+Every reduction is float32, under any autocast, and returns 0 if there is nothing to reduce. The original divides by
+zero there and returns NaN, which ends the training.
 """
 
 import torch
@@ -9,16 +25,20 @@ import torch.nn.functional as F
 from torch import Tensor
 
 IGNORE = -100.0
-"""The label where there is nothing to predict."""
+"""The label of a position where nothing is predicted; the same as in `packing_scgpt`, which this package cannot import.
+"""
 
 
 def masked_mse(predicted: Tensor, labels: Tensor, num_items: Tensor | int | None = None) -> Tensor:
-    """Return the mean squared error over the positions that have a label.
+    """Compute the mean squared error over the positions with a label.
+
+    The formula is Σ (predicted − label)² / n over labelled positions. It is the objective of GEP and GEPC.
 
     Args:
         predicted: predicted values, any shape.
-        labels: true values, same shape, `IGNORE` where there is nothing to predict.
-        num_items: what to divide the sum by, when this is a part of a larger batch; by default the labels present.
+        labels: true values, same shape, `IGNORE` where nothing is predicted.
+        num_items: n of the complete batch, when this is one of several parts of it (gradient accumulation, several
+            processes). By default the number of labels in this part.
 
     Source: bowang-lab/scGPT:scgpt/loss.py:5; GEP and GEPC of Cui et al. 2024, Nature Methods 21:1470.
     """
@@ -27,9 +47,9 @@ def masked_mse(predicted: Tensor, labels: Tensor, num_items: Tensor | int | None
 
 
 def masked_relative_error(predicted: Tensor, labels: Tensor) -> Tensor:
-    """Return the mean of |error| / (label + 1e-6) over the positions that have a label: a metric, not an objective.
+    """Compute the mean of |error| / (label + 1e-6) over the positions with a label. A metric, not an objective.
 
-    A label of 0 counts a million times its error; mask expressed genes only.
+    At a label of 0 the error counts a million times, so mask expressed genes only.
 
     Source: bowang-lab/scGPT:scgpt/loss.py:26.
     """
@@ -38,12 +58,15 @@ def masked_relative_error(predicted: Tensor, labels: Tensor) -> Tensor:
 
 
 def bernoulli_nll(logits: Tensor, labels: Tensor, num_items: Tensor | int | None = None) -> Tensor:
-    """Return the mean negative log-likelihood of "this gene is expressed", a label above 0.
+    """Compute the mean negative log-likelihood of "the gene is expressed", that is, of a label above 0.
+
+    The formula is the binary cross entropy −log p where the label is above 0 and −log(1 − p) elsewhere, with
+    p = sigmoid(logit).
 
     Args:
         logits: log-odds that the gene is expressed, any shape.
-        labels: true values, same shape, `IGNORE` where there is nothing to predict.
-        num_items: what to divide the sum by, as in `masked_mse`.
+        labels: true values, same shape, `IGNORE` where nothing is predicted.
+        num_items: number of labels of the complete batch; see `masked_mse`.
 
     Source: bowang-lab/scGPT:scgpt/loss.py:16.
     """
@@ -53,12 +76,15 @@ def bernoulli_nll(logits: Tensor, labels: Tensor, num_items: Tensor | int | None
 
 
 def elastic_cell_similarity(cell_embedding: Tensor, threshold: float) -> Tensor:
-    """Return how far the similarities between cells are from being clearly above or below the threshold.
+    """Compute the elastic cell similarity loss (ECS).
 
-    Negative similarities count as 0, and so does a cell's with itself, which still enters the mean.
+    The formula is the mean of 1 − (s − threshold)² over all pairs of cells, where s is their cosine similarity. The
+    loss falls when a pair moves away from the threshold: similar cells become more similar, others less. As in the
+    original, negative similarities count as 0, and so does the similarity of a cell to itself, which still enters the
+    mean.
 
     Args:
-        cell_embedding: (cells, hidden).
+        cell_embedding: shape (cells, hidden).
         threshold: cosine similarity, in [0, 1].
 
     Source: bowang-lab/scGPT:scgpt/model/model.py:381; ECS of Cui et al. 2024.
@@ -70,12 +96,16 @@ def elastic_cell_similarity(cell_embedding: Tensor, threshold: float) -> Tensor:
 
 
 def contrastive_cells(first: Tensor, second: Tensor, temperature: float) -> Tensor:
-    """Return the cross entropy of finding each cell's second view among the second views of all cells.
+    """Compute the contrastive cell embedding loss (CCE).
+
+    Two passes of the same cells with different dropout give two views of each cell. The loss is the cross entropy of
+    finding the second view of each cell among those of all cells: −log softmax(s / temperature) at the cell itself,
+    where s are the cosine similarities of its first view to all second views.
 
     Args:
-        first: cell embeddings of one pass, (cells, hidden).
-        second: of another pass with other dropout, same shape.
-        temperature: what cosine similarities are divided by.
+        first: cell embeddings of one pass, shape (cells, hidden).
+        second: cell embeddings of another pass, same shape.
+        temperature: divisor of the similarities; a lower one emphasises the most similar cells.
 
     Source: bowang-lab/scGPT:scgpt/model/model.py:366; CCE of Cui et al. 2024, after Gao et al. 2021, arXiv:2104.08821.
     """
@@ -84,14 +114,26 @@ def contrastive_cells(first: Tensor, second: Tensor, temperature: float) -> Tens
 
 
 def class_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """Return the mean cross entropy of (cells, classes) logits over the cells whose int64 label is not `IGNORE`."""
+    """Compute the mean cross entropy over the cells with a label.
+
+    Args:
+        logits: shape (cells, classes).
+        labels: int64 class of each cell, `IGNORE` where unknown, shape (cells,).
+    """
     known = labels != int(IGNORE)
     nll = F.cross_entropy(logits.float(), labels, ignore_index=int(IGNORE), reduction="none")
     return _mean_where(known, nll)
 
 
 def domain_cross_entropy(logits: Tensor, domain_ids: Tensor) -> Tensor:
-    """Return the cross entropy of guessing each cell's domain; the encoder gets its gradient reversed (DAR).
+    """Compute the cross entropy of predicting each cell's domain, its experimental batch (DAR).
+
+    The head that predicts the domain minimises this loss. `ClassHead` reverses the gradient on the way to the encoder,
+    so the encoder maximises it and removes what identifies the domain from the cell embedding.
+
+    Args:
+        logits: shape (cells, domains).
+        domain_ids: int64 domain of each cell, shape (cells,).
 
     Source: bowang-lab/scGPT:scgpt/model/grad_reverse.py; Ganin and Lempitsky 2015, arXiv:1409.7495.
     """
@@ -99,9 +141,14 @@ def domain_cross_entropy(logits: Tensor, domain_ids: Tensor) -> Tensor:
 
 
 def share_of_batch(labels: Tensor, num_items: Tensor | int | None) -> Tensor:
-    """Return the share of a batch's labels that is in this part of it; 1 when there is no larger batch.
+    """Compute which share of the labels of the complete batch is in this part of it; 1 if it is the complete batch.
 
-    Objectives over cells are weighted by it, so that parts of a batch add up to one mean.
+    `masked_mse` divides by the labels of the complete batch, so the losses of all parts add up to its mean. Objectives
+    over cells have no such divisor. Multiplied by this share, they add up in the same way.
+
+    Args:
+        labels: labels of this part, `IGNORE` where nothing is predicted.
+        num_items: number of labels of the complete batch, or None.
     """
     if num_items is None:
         return torch.ones((), device=labels.device)
@@ -110,10 +157,11 @@ def share_of_batch(labels: Tensor, num_items: Tensor | int | None) -> Tensor:
 
 def _mean_where(counted: Tensor, terms: Tensor, num_items: Tensor | int | None = None) -> Tensor:
     n_terms = counted.sum() if num_items is None else torch.as_tensor(num_items, device=terms.device)
+    # `masked_fill` and not `terms[counted]`, whose shape depends on data: the CPU would have to wait for the GPU.
     return terms.masked_fill(~counted, 0.0).sum() / n_terms.clamp(min=1)
 
 
 def _cosine_similarity(first: Tensor, second: Tensor) -> Tensor:
-    """Return the similarity of every cell of one with every cell of the other, (cells, cells)."""
-    with torch.autocast(first.device.type, enabled=False):  # which would take the product in half precision
+    """Compute the similarity of every cell of `first` to every cell of `second`, shape (cells, cells)."""
+    with torch.autocast(first.device.type, enabled=False):  # autocast would compute the product in half precision
         return F.normalize(first.float(), dim=-1) @ F.normalize(second.float(), dim=-1).mT

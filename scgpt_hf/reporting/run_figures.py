@@ -70,7 +70,7 @@ def write_umap(
         donor_key: obs column that colours the second panel.
         seed: for the choice of the cells, and for UMAP.
     """
-    if cause := model.config.counts_padding:
+    if cause := model.config.padding_dependent_settings:
         logger.warning(
             "umap.png is not written: with %s, the embedding of a cell depends on the padding of its batch", cause
         )

@@ -1,4 +1,4 @@
-"""Small cells of different lengths, padded and packed, for every test of the model."""
+"""Fixtures of the model tests: four small cells of different lengths, padded and packed, and small models."""
 
 from collections.abc import Callable
 from typing import Any
@@ -34,19 +34,19 @@ def model(config: Callable[..., ScGPTConfig]) -> Callable[..., ScGPTForPreTraini
 
 @pytest.fixture
 def padded() -> dict[str, torch.Tensor]:
-    """Four cells; about half of the genes are hidden, `<cls>` never is."""
+    """Four padded cells with about half of the genes masked, but never `<cls>`."""
     random = torch.Generator().manual_seed(1)
     shape = (len(LENGTHS), max(LENGTHS) + 2)
     real = torch.arange(shape[1]) < torch.tensor(LENGTHS)[:, None]
     input_ids = torch.randint(GENES, shape, generator=random)
     input_ids[:, 0] = CLS
     true = torch.randint(1, 51, shape, generator=random).float()
-    hidden = (torch.rand(shape, generator=random) < 0.5) & real & (input_ids != CLS)
+    masked = (torch.rand(shape, generator=random) < 0.5) & real & (input_ids != CLS)
     return {
         "input_ids": input_ids.masked_fill(~real, PAD),
-        "values": true.masked_fill(hidden, -1.0).masked_fill(~real, -2.0),
+        "values": true.masked_fill(masked, -1.0).masked_fill(~real, -2.0),
         "attention_mask": real,
-        "labels": true.masked_fill(~hidden, IGNORE),
+        "labels": true.masked_fill(~masked, IGNORE),
         "domain_ids": torch.tensor([0, 1, 0, 2]),
         "class_labels": torch.tensor([2, 0, 1, 1]),
     }
@@ -54,12 +54,12 @@ def padded() -> dict[str, torch.Tensor]:
 
 @pytest.fixture
 def packed(padded: dict[str, torch.Tensor]) -> dict[str, Any]:
-    """The same cells end to end."""
+    """The cells of `padded`, packed."""
     real = padded["attention_mask"]
-    boundaries = torch.tensor([0, *LENGTHS]).cumsum(0).to(torch.int32)
+    offsets = torch.tensor([0, *LENGTHS]).cumsum(0).to(torch.int32)
     return {
         **{name: padded[name][real][None] for name in ("input_ids", "values", "labels")},
         **{name: padded[name] for name in ("domain_ids", "class_labels")},
-        **{"cu_seq_lens_q": boundaries, "cu_seq_lens_k": boundaries},
+        **{"cu_seq_lens_q": offsets, "cu_seq_lens_k": offsets},
         **{"max_length_q": max(LENGTHS), "max_length_k": max(LENGTHS)},
     }

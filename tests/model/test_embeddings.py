@@ -1,4 +1,4 @@
-"""Values become vectors; a batch norm per domain is PyTorch's, domain by domain."""
+"""The value encoders, and the batch norm per domain, which equals PyTorch's batch norm of each domain."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from scgpt_hf.model.embeddings_scgpt import ContinuousValueEncoder, DomainNorm, value_encoder_of
+from scgpt_hf.model.embeddings_scgpt import ContinuousValueEncoder, DomainNorm, make_value_encoder
 
 
 @settings(deadline=None)
@@ -29,7 +29,7 @@ def test_domain_norm_is_a_batch_norm_of_each_domain(domains: list[int], seed: in
         assert norm.num_batches_tracked[absent] == 0
 
 
-def test_domain_norm_in_use_reads_each_cells_statistics() -> None:
+def test_domain_norm_uses_the_statistics_of_each_cells_domain() -> None:
     norm = DomainNorm(2, 4).eval()
     norm.running_mean[1] += 2.0
     found = norm(torch.full((2, 3, 4), 2.0), torch.tensor([0, 1]))
@@ -42,22 +42,22 @@ def test_values_above_the_maximum_are_clamped(config) -> None:
     assert torch.equal(low, high)
 
 
-def test_an_untrained_value_encoder_tells_values_apart(model) -> None:
-    """With zero biases a normalised network of one input would only see its sign."""
+def test_an_untrained_value_encoder_distinguishes_values(model) -> None:
+    """With zero biases the LayerNorm would remove the magnitude of the value."""
     encoder = model().scgpt.value_encoder
     embedded = nn.functional.normalize(encoder(torch.tensor([-1.0, 1.0, 5.0, 50.0])), dim=-1)
     similarity = (embedded @ embedded.T).fill_diagonal_(0)
     assert similarity.max() < 0.9999
 
 
-def test_the_category_table_has_rows_for_padding_and_the_hidden_value(config) -> None:
-    table = value_encoder_of(config(value_encoder="category", n_bins=11))
+def test_the_category_table_has_rows_for_padding_and_masked_values(config) -> None:
+    table = make_value_encoder(config(value_encoder="category", n_bins=11))
     assert table.embedding.num_embeddings == 13
     assert table.embedding.padding_idx == 11
 
 
 @pytest.mark.parametrize("value_encoder", ["continuous", "category", "scaling"])
-def test_every_value_encoder_is_read(model, padded, value_encoder: str) -> None:
+def test_predictions_depend_on_the_values(model, padded, value_encoder: str) -> None:
     network = model(value_encoder=value_encoder).eval()
     values = padded["values"].clamp(min=0)
     before = network(**{**padded, "values": values}).gep

@@ -1,4 +1,4 @@
-"""`torch.export` and ONNX of the padded models: any number of cells and tokens, saved, loaded, the same numbers."""
+"""`torch.export` and ONNX exports of padded models accept any number of cells and tokens."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -15,8 +15,8 @@ SHAPES = ((3, 7), (1, 2), (9, 40))
 ANY_SIZE = {name: {0: Dim.DYNAMIC, 1: Dim.DYNAMIC} for name in ("input_ids", "values", "attention_mask")}
 
 
-def cells_of(n_cells: int, n_tokens: int) -> dict[str, torch.Tensor]:
-    """Cells of which the last is shorter."""
+def random_batch(n_cells: int, n_tokens: int) -> dict[str, torch.Tensor]:
+    """Return random padded cells; the last one is shorter."""
     mask = torch.ones(n_cells, n_tokens, dtype=torch.bool)
     mask[-1, n_tokens // 2 + 1 :] = False
     values = torch.randint(51, (n_cells, n_tokens)).float()
@@ -25,21 +25,21 @@ def cells_of(n_cells: int, n_tokens: int) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("attention", ["scgpt_varlen", "eager"])
 @pytest.mark.parametrize("model_class", MODELS)
-def test_an_exported_model_takes_any_number_of_cells_and_tokens(
+def test_an_exported_model_accepts_any_number_of_cells_and_tokens(
     config: Callable[..., ScGPTConfig], tmp_path: Path, model_class: Any, attention: str
 ) -> None:
     torch.manual_seed(0)
     model = model_class._from_config(config(), attn_implementation=attention).eval()
     with torch.no_grad():
-        exported = torch.export.export(model, (), cells_of(3, 7), dynamic_shapes=ANY_SIZE)
+        exported = torch.export.export(model, (), random_batch(3, 7), dynamic_shapes=ANY_SIZE)
         torch.export.save(exported, tmp_path / "model.pt2")
         loaded = torch.export.load(tmp_path / "model.pt2").module()
         for shape in SHAPES:
-            cells = cells_of(*shape)
+            cells = random_batch(*shape)
             torch.testing.assert_close(loaded(**cells).to_tuple(), model(**cells).to_tuple())
 
 
-@pytest.mark.filterwarnings("ignore")  # of the exporter, about itself
+@pytest.mark.filterwarnings("ignore")  # raised by the exporter
 @pytest.mark.parametrize("model_class", MODELS)
 def test_a_model_in_onnx_gives_the_same_numbers(
     config: Callable[..., ScGPTConfig], tmp_path: Path, model_class: Any
@@ -49,11 +49,11 @@ def test_a_model_in_onnx_gives_the_same_numbers(
     torch.manual_seed(0)
     model = model_class._from_config(config()).eval()
     with torch.no_grad():
-        program = torch.onnx.export(model, (), kwargs=cells_of(3, 7), dynamic_shapes=ANY_SIZE, dynamo=True)
+        program = torch.onnx.export(model, (), kwargs=random_batch(3, 7), dynamic_shapes=ANY_SIZE, dynamo=True)
         program.save(tmp_path / "model.onnx")
         session = runtime.InferenceSession(tmp_path / "model.onnx")
         for shape in SHAPES:
-            cells = cells_of(*shape)
+            cells = random_batch(*shape)
             found = session.run(None, {name: tensor.numpy() for name, tensor in cells.items()})
             for values, expected in zip(found, model(**cells).to_tuple(), strict=True):
                 torch.testing.assert_close(torch.from_numpy(values), expected, atol=1e-4, rtol=1e-4)

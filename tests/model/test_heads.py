@@ -1,4 +1,4 @@
-"""Heads have one prediction per row, need nothing else, and the discriminator turns its gradient round."""
+"""Heads return one prediction per row, and the domain discriminator reverses the gradient."""
 
 import pytest
 import torch
@@ -19,7 +19,7 @@ def test_expression_heads_predict_one_number_per_token(config, rows: int, zero: 
 
 @pytest.mark.parametrize("detach", [False, True])
 @pytest.mark.parametrize("query", ["inner_product", "concat", "sum"])
-def test_cell_to_gene_head_leaves_the_gene_embedding_alone_if_told(config, query: str, detach: bool) -> None:
+def test_gepc_detach_stops_the_gradient_at_the_gene_embedding(config, query: str, detach: bool) -> None:
     genes, cells = torch.randn(2, 5, 16).requires_grad_().unbind()
     genes.retain_grad()
     value, _ = CellToGeneHead(config(gepc_query=query, gepc_detach=detach))(cells, genes)
@@ -27,18 +27,18 @@ def test_cell_to_gene_head_leaves_the_gene_embedding_alone_if_told(config, query
     assert (genes.grad is None) == detach
 
 
-def test_the_discriminator_sends_back_the_opposite_gradient(config) -> None:
-    honest = ClassHead(config(class_head_layers=3), 4)
+def test_the_discriminator_reverses_the_gradient(config) -> None:
+    plain = ClassHead(config(class_head_layers=3), 4)
     adversarial = ClassHead(config(), 4, adversarial=True)
-    adversarial.layers[1], adversarial.layers[4] = honest.layers[1], honest.layers[4]  # the same activation
-    adversarial.load_state_dict(honest.state_dict())
+    adversarial.layers[1], adversarial.layers[4] = plain.layers[1], plain.layers[4]  # the same activation
+    adversarial.load_state_dict(plain.state_dict())
     gradients = []
-    for head in (honest, adversarial):
+    for head in (plain, adversarial):
         cells = torch.ones(2, 16, requires_grad=True)
         head(cells).square().sum().backward()
         gradients.append(cells.grad)
     torch.testing.assert_close(gradients[0], -gradients[1])
-    torch.testing.assert_close(honest.out.weight.grad, adversarial.out.weight.grad)
+    torch.testing.assert_close(plain.out.weight.grad, adversarial.out.weight.grad)
 
 
 def test_class_head_layers_counts_linear_layers(config) -> None:

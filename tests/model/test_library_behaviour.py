@@ -1,4 +1,4 @@
-"""What users of transformers expect of any model, held against the library's BERT; and what they hear when wrong."""
+"""The models behave as users of transformers expect, compared with the library's BERT, also in their errors."""
 
 import json
 from collections.abc import Callable
@@ -43,14 +43,14 @@ def batch(padded: Batch) -> Batch:
 
 @pytest.fixture
 def bert(tmp_path: Path) -> Path:
-    """The library's own model, of the same size."""
+    """A BERT of the library with the same size."""
     BertModel(BertConfig(vocab_size=20, **SIZES)).save_pretrained(tmp_path / "bert")
     return tmp_path / "bert"
 
 
 @pytest.mark.parametrize("auto", AUTO, ids=lambda auto: auto.__name__)
 @pytest.mark.parametrize("keyword", ["dtype", "torch_dtype"])
-def test_a_checkpoint_loads_in_the_precision_asked(checkpoint: Path, batch: Batch, auto: Any, keyword: str) -> None:
+def test_a_checkpoint_loads_in_the_requested_precision(checkpoint: Path, batch: Batch, auto: Any, keyword: str) -> None:
     half = auto.from_pretrained(checkpoint, **{keyword: torch.bfloat16})
     assert {parameter.dtype for parameter in half.parameters()} == {torch.bfloat16}
     assert half(**batch)[0].dtype == torch.bfloat16
@@ -59,7 +59,7 @@ def test_a_checkpoint_loads_in_the_precision_asked(checkpoint: Path, batch: Batc
 
 
 @pytest.mark.parametrize("device_map", ["auto", "cpu", {"": "cpu"}], ids=str)
-def test_a_device_map_changes_no_number(checkpoint: Path, batch: Batch, device_map: Any) -> None:
+def test_a_device_map_does_not_change_results(checkpoint: Path, batch: Batch, device_map: Any) -> None:
     plain = AutoModel.from_pretrained(checkpoint).eval()
     mapped = AutoModel.from_pretrained(checkpoint, device_map=device_map).eval()
     torch.testing.assert_close(mapped(**batch).cell_embedding.cpu(), plain(**batch).cell_embedding)
@@ -80,20 +80,20 @@ def test_every_attention_gives_the_same_numbers(checkpoint: Path, batch: Batch, 
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize("asked", ["output_attentions", "output_hidden_states"])
+@pytest.mark.parametrize("option", ["output_attentions", "output_hidden_states"])
 @pytest.mark.parametrize("where", ["call", "config"])
-def test_what_is_recorded_is_what_the_librarys_model_records(
-    checkpoint: Path, bert: Path, batch: Batch, attention: str, asked: str, where: str
+def test_recorded_outputs_equal_those_of_the_library(
+    checkpoint: Path, bert: Path, batch: Batch, attention: str, option: str, where: str
 ) -> None:
-    if (attention, asked, where) == ("sdpa", "output_attentions", "config"):
-        pytest.skip("refused by the library itself, for either model")
-    field, found = asked.removeprefix("output_"), []
+    if (attention, option, where) == ("sdpa", "output_attentions", "config"):
+        pytest.skip("the library rejects it for both models")
+    field, found = option.removeprefix("output_"), []
     for cls, folder in ((BertModel, bert), (ScGPTModel, checkpoint)):
         model = cls.from_pretrained(
-            folder, attn_implementation=attention, **({asked: True} if where == "config" else {})
+            folder, attn_implementation=attention, **({option: True} if where == "config" else {})
         )
         inputs = batch if cls is ScGPTModel else {name: batch[name] for name in ("input_ids", "attention_mask")}
-        output = model.eval()(**inputs, **({asked: True} if where == "call" else {}))
+        output = model.eval()(**inputs, **({option: True} if where == "call" else {}))
         found.append([states.shape for states in output[field]])
     assert found[0] == found[1]
 
@@ -110,14 +110,14 @@ def test_return_dict_false_gives_a_tuple(checkpoint: Path, batch: Batch, auto: A
 
 
 def test_new_and_unused_weights_are_reported_as_by_the_library(checkpoint: Path, tmp_path: Path) -> None:
-    with CaptureLogger(logging.get_logger("transformers.modeling_utils")) as said:
+    with CaptureLogger(logging.get_logger("transformers.modeling_utils")) as log:
         classifier, report = AutoModelForSequenceClassification.from_pretrained(
             checkpoint, num_labels=3, output_loading_info=True
         )
     assert {name.split(".")[0] for name in report["missing_keys"]} == {"class_head"}
     assert {name.split(".")[0] for name in report["unexpected_keys"]} == {"expression_head", "cell_to_gene_head"}
-    assert "LOAD REPORT" in said.out
-    assert "newly initialized" in said.out
+    assert "LOAD REPORT" in log.out
+    assert "newly initialized" in log.out
     classifier.save_pretrained(tmp_path / "classifier")
     report = AutoModelForPreTraining.from_pretrained(tmp_path / "classifier", output_loading_info=True)[1]
     assert {name.split(".")[0] for name in report["missing_keys"]} == {"expression_head", "cell_to_gene_head"}
@@ -127,31 +127,31 @@ def test_new_and_unused_weights_are_reported_as_by_the_library(checkpoint: Path,
 
 
 @pytest.mark.parametrize("load", [ScGPTModel.from_pretrained, ScGPTConfig.from_pretrained])
-def test_a_checkpoint_of_another_model_is_refused_by_its_name(bert: Path, load: Any) -> None:
-    with pytest.raises(ValueError, match="configuration of a 'bert' model, not of scgpt; load it by AutoModel"):
+def test_a_checkpoint_of_another_model_raises_with_its_type(bert: Path, load: Any) -> None:
+    with pytest.raises(ValueError, match="configuration of a 'bert' model, not of scgpt; load it with AutoModel"):
         load(bert)
 
 
-def test_a_configuration_from_the_future_is_refused_by_the_setting(checkpoint: Path) -> None:
+def test_an_unknown_saved_setting_raises(checkpoint: Path) -> None:
     path = checkpoint / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "gene_positions": "rotary"}))
     for load in (AutoConfig, AutoModel):
         with pytest.raises(
-            ValueError, match="no setting 'gene_positions'; it may come from a newer version of scgpt_hf"
+            ValueError, match="no setting 'gene_positions'; a newer version of scgpt_hf may have saved it"
         ):
             load.from_pretrained(checkpoint)
 
 
 @pytest.mark.parametrize("setting", [{"norm_scheme": "rms"}, {"dropout": 3}, {"loss_weights": {"gep": 1, "rank": 1}}])
-def test_a_choice_from_the_future_is_refused_by_what_is_known(checkpoint: Path, setting: dict[str, Any]) -> None:
+def test_an_unknown_saved_choice_raises_with_the_known_ones(checkpoint: Path, setting: dict[str, Any]) -> None:
     path = checkpoint / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **setting}))
     for load in (AutoConfig, AutoModel):
-        with pytest.raises(ValueError, match=f"{next(iter(setting))}.* expected .*; a newer version of scgpt_hf"):
+        with pytest.raises(ValueError, match=f"{next(iter(setting))}.*a newer version of scgpt_hf"):
             load.from_pretrained(checkpoint)
 
 
-def test_weights_of_another_vocabulary_are_refused(checkpoint: Path) -> None:
+def test_weights_of_another_vocabulary_raise(checkpoint: Path) -> None:
     path = checkpoint / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "vocab_size": 25}))
     with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):

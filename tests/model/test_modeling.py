@@ -1,4 +1,4 @@
-"""The model is what its input and its configuration say: no padding, no neighbours, no silent omissions."""
+"""Outputs and losses of the models; they depend on neither padding nor other cells, and load in every Auto class."""
 
 import inspect
 from collections.abc import Callable
@@ -17,16 +17,10 @@ from transformers import (
 import scgpt_hf
 from scgpt_hf.model.modeling_scgpt import ScGPTForPreTraining, ScGPTForSequenceClassification, ScGPTModel
 from scgpt_hf.model.objectives_scgpt import IGNORE, contrastive_cells
+from tests.support.models import EVERY_OBJECTIVE
 
 Batch = dict[str, Any]
 
-EVERYTHING = {
-    "n_domains": 3,
-    "domain_embedding": True,
-    "domain_head": True,
-    "explicit_zero_prob": True,
-    "loss_weights": dict.fromkeys(("gep", "gepc", "gep_zero", "gepc_zero", "ecs", "cce", "dar", "cls"), 1.0),
-}
 VARIANTS = [
     {},
     {"norm_scheme": "pre"},
@@ -37,7 +31,7 @@ VARIANTS = [
     {"input_norm": "domain", "n_domains": 3},
     {"loss_weights": {"gepc": 1.0}},
     {"loss_weights": {"gep": 1.0, "ecs": 10.0}},
-    EVERYTHING,
+    EVERY_OBJECTIVE,
 ]
 AUTO_CLASSES = {
     AutoModel: ScGPTModel,
@@ -66,7 +60,7 @@ def test_the_loss_is_the_weighted_sum_and_trains_every_weight(model: Any, padded
     assert set(output.losses) == {name for name in weights if weights[name]}
     torch.testing.assert_close(output.loss, sum(weights[name] * value for name, value in output.losses.items()))
     output.loss.backward()
-    # One without a gradient stops distributed training.
+    # Distributed training raises for a parameter without a gradient.
     assert [name for name, parameter in network.named_parameters() if parameter.grad is None] == []
 
 
@@ -79,32 +73,32 @@ def test_an_objective_of_weight_0_is_not_computed_and_has_no_head(model: Any, pa
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa", "scgpt_varlen"])
-@pytest.mark.parametrize("variant", [{}, {"norm_scheme": "pre"}, EVERYTHING], ids=str)
-def test_neither_padding_nor_neighbours_change_a_cell(
+@pytest.mark.parametrize("variant", [{}, {"norm_scheme": "pre"}, EVERY_OBJECTIVE], ids=str)
+def test_a_cell_does_not_depend_on_padding_or_other_cells(
     model: Any, padded: Batch, attention: str, variant: Batch
 ) -> None:
     network, batch = model(attention, **variant).eval(), encoder_input(padded)
-    whole = network(**batch)
+    together = network(**batch)
     for cell, real in enumerate(padded["attention_mask"]):
-        alone = network(
+        single = network(
             **{name: value[[cell]][:, real] if value.dim() > 1 else value[[cell]] for name, value in batch.items()}
         )
-        torch.testing.assert_close(alone.gep[0], whole.gep[cell][real], atol=1e-5, rtol=1e-4)
-        torch.testing.assert_close(alone.gepc[0], whole.gepc[cell][real], atol=1e-5, rtol=1e-4)
-        torch.testing.assert_close(alone.cell_embedding[0], whole.cell_embedding[cell], atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(single.gep[0], together.gep[cell][real], atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(single.gepc[0], together.gepc[cell][real], atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(single.cell_embedding[0], together.cell_embedding[cell], atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa", "scgpt_varlen"])
-def test_what_the_mask_hides_is_not_read(model: Any, padded: Batch, attention: str) -> None:
+def test_padding_is_not_read(model: Any, padded: Batch, attention: str) -> None:
     network, batch = model(attention).eval(), encoder_input(padded)
     before = network(**batch).cell_embedding
     other = {**batch, "values": batch["values"].masked_fill(~batch["attention_mask"], 33.0)}
     assert torch.equal(network(**other).cell_embedding, before)
-    shown = {**batch, "attention_mask": None}
-    assert not torch.allclose(network(**shown).cell_embedding, before)
+    unmasked = {**batch, "attention_mask": None}
+    assert not torch.allclose(network(**unmasked).cell_embedding, before)
 
 
-def test_genes_are_a_set(model: Any, padded: Batch) -> None:
+def test_the_order_of_genes_does_not_matter(model: Any, padded: Batch) -> None:
     network, batch = model().eval(), encoder_input(padded)
     shuffled = dict(batch)
     order = torch.tensor([0, 4, 2, 1, 3, *range(5, batch["values"].shape[1])])
@@ -113,15 +107,15 @@ def test_genes_are_a_set(model: Any, padded: Batch) -> None:
     torch.testing.assert_close(network(**shuffled).cell_embedding[0], network(**batch).cell_embedding[0])
 
 
-@pytest.mark.parametrize("variant", [{}, EVERYTHING], ids=str)
-def test_label_positions_choose_among_all_predictions(model: Any, padded: Batch, variant: Batch) -> None:
+@pytest.mark.parametrize("variant", [{}, EVERY_OBJECTIVE], ids=str)
+def test_label_positions_select_from_all_predictions(model: Any, padded: Batch, variant: Batch) -> None:
     network = model(**variant).eval()
     positions = (padded["labels"] != IGNORE).flatten().nonzero()[:, 0]
-    everywhere, there = network(**padded), network(**padded, label_positions=positions)
+    everywhere, selected = network(**padded), network(**padded, label_positions=positions)
     for name in ("gep", "gepc", "gep_zero", "gepc_zero"):
         if name in everywhere:
-            torch.testing.assert_close(there[name], everywhere[name].flatten()[positions])
-    torch.testing.assert_close(there.loss, everywhere.loss)
+            torch.testing.assert_close(selected[name], everywhere[name].flatten()[positions])
+    torch.testing.assert_close(selected.loss, everywhere.loss)
 
 
 def test_parts_of_a_batch_add_up_to_its_loss(model: Any, padded: Batch) -> None:
@@ -132,7 +126,7 @@ def test_parts_of_a_batch_add_up_to_its_loss(model: Any, padded: Batch) -> None:
     torch.testing.assert_close(total, network(**padded).loss)
 
 
-def test_a_batch_with_nothing_hidden_costs_nothing(model: Any, padded: Batch) -> None:
+def test_a_batch_without_masked_genes_has_loss_0(model: Any, padded: Batch) -> None:
     network = model().train()
     nothing = torch.full_like(padded["labels"], IGNORE)
     for positions in (None, torch.zeros(0, dtype=torch.int64)):
@@ -142,7 +136,7 @@ def test_a_batch_with_nothing_hidden_costs_nothing(model: Any, padded: Batch) ->
     assert all(parameter.grad is not None and not parameter.grad.any() for parameter in network.parameters())
 
 
-def test_contrast_is_with_a_second_pass(model: Any, padded: Batch) -> None:
+def test_the_contrastive_loss_uses_a_second_pass(model: Any, padded: Batch) -> None:
     network = model(loss_weights={"cce": 1.0}, dropout=0.5)
     for in_training in (True, False):
         output = network.train(in_training)(**padded)
@@ -151,7 +145,7 @@ def test_contrast_is_with_a_second_pass(model: Any, padded: Batch) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.gradient_checkpointing_enable:FutureWarning")
-def test_gradient_checkpointing_changes_nothing(model: Any, padded: Batch, packed: Batch) -> None:
+def test_gradient_checkpointing_does_not_change_gradients(model: Any, padded: Batch, packed: Batch) -> None:
     for batch in (padded, packed):
         found = []
         for checkpointing in (False, True):
@@ -175,7 +169,7 @@ def test_hidden_states_and_attentions_are_recorded(model: Any, request: Any, lay
     torch.testing.assert_close(output.attentions[0].sum(-1), torch.ones(rows, 2, tokens))
 
 
-def test_a_tuple_holds_the_same(model: Any, padded: Batch) -> None:
+def test_return_dict_false_returns_the_same_as_a_tuple(model: Any, padded: Batch) -> None:
     network = model().eval()
     as_tuple, output = network(**padded, return_dict=False), network(**padded)
     assert isinstance(as_tuple, tuple)
@@ -183,7 +177,7 @@ def test_a_tuple_holds_the_same(model: Any, padded: Batch) -> None:
     assert len(as_tuple) == len(output.to_tuple())
 
 
-def test_bfloat16_stays_bfloat16_and_its_losses_float32(model: Any, padded: Batch) -> None:
+def test_a_bfloat16_model_has_float32_losses(model: Any, padded: Batch) -> None:
     output = model().bfloat16()(**padded)
     assert output.last_hidden_state.dtype == torch.bfloat16
     assert output.loss.dtype == torch.float32
@@ -191,11 +185,11 @@ def test_bfloat16_stays_bfloat16_and_its_losses_float32(model: Any, padded: Batc
 
 @pytest.mark.parametrize("saved", [ScGPTForPreTraining, ScGPTForSequenceClassification])
 @pytest.mark.parametrize("auto", AUTO_CLASSES, ids=lambda auto: auto.__name__)
-def test_any_class_loads_from_any_heads_checkpoint(
+def test_every_auto_class_loads_every_checkpoint(
     config: Callable[..., Any], padded: Batch, tmp_path: Path, saved: Any, auto: Any
 ) -> None:
     assert scgpt_hf.ScGPTModel is ScGPTModel  # the package is imported, so the Auto classes know ours
-    network = saved(config(**EVERYTHING)).eval()
+    network = saved(config(**EVERY_OBJECTIVE)).eval()
     network.save_pretrained(tmp_path)
     loaded = auto.from_pretrained(tmp_path).eval()
     assert type(loaded) is AUTO_CLASSES[auto]
@@ -208,7 +202,7 @@ def test_any_class_loads_from_any_heads_checkpoint(
             assert torch.equal(before, after)
 
 
-def test_weights_absent_from_a_checkpoint_are_drawn_as_if_new(config: Callable[..., Any], tmp_path: Path) -> None:
+def test_missing_weights_are_initialised(config: Callable[..., Any], tmp_path: Path) -> None:
     settings = config(gepc_query="sum", n_domains=3)
     ScGPTModel(settings).save_pretrained(tmp_path)
     loaded = ScGPTForPreTraining.from_pretrained(tmp_path, input_norm="domain")
@@ -219,7 +213,9 @@ def test_weights_absent_from_a_checkpoint_are_drawn_as_if_new(config: Callable[.
     assert loaded.scgpt.input_norm.running_var.eq(1).all()
 
 
-def test_classification_learns_a_class_or_a_number(config: Callable[..., Any], padded: Batch, packed: Batch) -> None:
+def test_classification_computes_the_loss_of_the_problem(
+    config: Callable[..., Any], padded: Batch, packed: Batch
+) -> None:
     network = ScGPTForSequenceClassification(config(num_labels=3))
     for batch in (padded, packed):
         output = network(**{**encoder_input(batch), "labels": padded["class_labels"]})
@@ -233,7 +229,7 @@ def test_classification_learns_a_class_or_a_number(config: Callable[..., Any], p
     assert several(**encoder_input(padded)).loss is None
 
 
-def test_generation_reads_the_cell_embedding_alone(model: Any, padded: Batch) -> None:
+def test_generation_depends_on_the_cell_embedding_only(model: Any, padded: Batch) -> None:
     network, batch = model().eval(), encoder_input(padded)
     cells = torch.randn(4, 16)
     found = network(**{**batch, "values": None}, input_cell_embedding=cells).gep
@@ -245,7 +241,7 @@ def test_generation_reads_the_cell_embedding_alone(model: Any, padded: Batch) ->
     assert average(**{**batch, "values": None}, input_cell_embedding=cells).cell_embedding.shape == (4, 16)
 
 
-def test_the_batch_is_named_like_the_arguments_of_forward(padded: Batch, packed: Batch) -> None:
+def test_batches_have_the_argument_names_of_forward(padded: Batch, packed: Batch) -> None:
     accepted = set(inspect.signature(ScGPTForPreTraining.forward).parameters)
     assert set(padded) | set(packed) <= accepted
 
@@ -261,9 +257,7 @@ def test_the_batch_is_named_like_the_arguments_of_forward(padded: Batch, packed:
         ({"input_norm": "domain", "n_domains": 3}, {"domain_ids": None}, "domain_ids are missing"),
     ],
 )
-def test_what_the_config_needs_is_asked_for(
-    model: Any, padded: Batch, variant: Batch, batch: Batch, message: str
-) -> None:
+def test_missing_inputs_raise(model: Any, padded: Batch, variant: Batch, batch: Batch, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         model(**variant)(**{**padded, **batch})
 
@@ -271,17 +265,17 @@ def test_what_the_config_needs_is_asked_for(
 @pytest.mark.parametrize(
     "setting", [{"cell_pooling": "average"}, {"cell_pooling": "weighted"}, {"input_norm": "batch"}]
 )
-def test_packed_input_is_refused_where_padding_counts(model: Any, packed: Batch, setting: Batch) -> None:
-    with pytest.raises(ValueError, match=f"{next(iter(setting))}=.* is not defined for packed input"):
+def test_packed_input_raises_if_the_config_depends_on_padding(model: Any, packed: Batch, setting: Batch) -> None:
+    with pytest.raises(ValueError, match=f"{next(iter(setting))}=.* depends on padding"):
         model(**setting)(**packed)
 
 
-def test_a_model_without_objectives_is_refused(model: Any) -> None:
-    with pytest.raises(ValueError, match="nothing to train on"):
+def test_a_model_without_objectives_raises(model: Any) -> None:
+    with pytest.raises(ValueError, match="weight above 0"):
         model(loss_weights={"gep": 0})
 
 
-def test_an_unsupported_attention_is_refused(model: Any) -> None:
+def test_an_unsupported_attention_raises(model: Any) -> None:
     for name in ("flash_attention_2", "flex_attention"):
         with pytest.raises(ValueError, match="does not support"):
             model(name)

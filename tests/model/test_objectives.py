@@ -1,4 +1,4 @@
-"""Each objective equals its slow, obvious version; parts add up to the whole; nothing to predict costs nothing."""
+"""Each objective equals a simple version; losses of parts add up; the loss is 0 if there is nothing to predict."""
 
 import math
 
@@ -59,7 +59,7 @@ def test_bernoulli_nll_is_the_log_probability_of_being_expressed(truth: list[flo
 
 @settings(deadline=None)
 @given(embedding=cells, threshold=st.floats(0, 1))
-def test_elastic_cell_similarity_visits_every_pair(embedding: list[list[float]], threshold: float) -> None:
+def test_elastic_cell_similarity_is_the_mean_over_all_pairs(embedding: list[list[float]], threshold: float) -> None:
     total = 0.0
     for i, first in enumerate(embedding):
         for j, second in enumerate(embedding):
@@ -79,7 +79,7 @@ def test_contrastive_cells_is_smaller_for_the_right_partner(embedding: list[list
     assert right <= contrastive_cells(first, first.roll(1, 0), 0.5).item() + 1e-5
 
 
-def test_contrastive_cells_by_hand() -> None:
+def test_contrastive_cells_equals_a_worked_example() -> None:
     first, second = torch.eye(2), torch.tensor([[1.0, 0.0], [1.0, 0.0]])
     certain, undecided = (-math.log(math.exp(s) / (math.exp(s) * 2)) for s in (2.0, 0.0))
     assert contrastive_cells(first, second, 0.5).item() == pytest.approx((certain + undecided) / 2, rel=1e-5)
@@ -90,34 +90,34 @@ def test_parts_of_a_batch_add_up_to_its_mean(truth: list[float], cut: int) -> No
     predicted, target = with_predictions(truth)
     n_labels = (target != IGNORE).sum()
     for objective in (masked_mse, bernoulli_nll):
-        whole = objective(predicted, target)
+        complete = objective(predicted, target)
         parts = [objective(predicted[part], target[part], n_labels) for part in (slice(cut), slice(cut, None))]
-        torch.testing.assert_close(sum(parts), whole)
+        torch.testing.assert_close(sum(parts), complete)
     shares = [share_of_batch(target[part], n_labels) for part in (slice(cut), slice(cut, None))]
     assert sum(shares).item() == pytest.approx(1.0 if n_labels else 0.0)
 
 
-def test_a_whole_batch_is_its_own_share() -> None:
+def test_the_share_of_a_complete_batch_is_1() -> None:
     assert share_of_batch(torch.full((3,), IGNORE), None) == 1
     assert masked_mse(torch.ones(2), torch.zeros(2), 4) == 0.5
 
 
-def test_nothing_to_predict_costs_nothing() -> None:
-    hidden, nothing = torch.randn(4, requires_grad=True), torch.full((4,), IGNORE)
+def test_the_loss_is_0_if_there_is_nothing_to_predict() -> None:
+    predicted, nothing = torch.randn(4, requires_grad=True), torch.full((4,), IGNORE)
     logits, unknown = torch.randn(4, 3, requires_grad=True), torch.full((4,), int(IGNORE))
     losses = [
-        *(masked_mse(hidden, nothing), bernoulli_nll(hidden, nothing), masked_relative_error(hidden, nothing)),
+        *(masked_mse(predicted, nothing), bernoulli_nll(predicted, nothing), masked_relative_error(predicted, nothing)),
         *(class_cross_entropy(logits, unknown), domain_cross_entropy(logits, unknown)),
-        *(masked_mse(hidden[:0], nothing[:0]), class_cross_entropy(logits[:0], unknown[:0])),
+        *(masked_mse(predicted[:0], nothing[:0]), class_cross_entropy(logits[:0], unknown[:0])),
         *(elastic_cell_similarity(logits[:0], 0.3), contrastive_cells(logits[:0], logits[:0], 0.5)),
     ]
     assert [loss.item() for loss in losses] == [0.0] * len(losses)
     sum(losses).backward()
-    assert not hidden.grad.any()
+    assert not predicted.grad.any()
     assert not logits.grad.any()
 
 
-def test_class_cross_entropy_is_the_librarys_over_known_classes() -> None:
+def test_class_cross_entropy_is_the_mean_over_known_classes() -> None:
     logits, known = torch.randn(5, 3), torch.tensor([0, int(IGNORE), 2, 1, int(IGNORE)])
     torch.testing.assert_close(class_cross_entropy(logits, known), torch.nn.functional.cross_entropy(logits, known))
 

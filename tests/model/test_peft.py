@@ -1,4 +1,4 @@
-"""LoRA by `peft` on the encoder's linear layers: trains, saves, loads, and merges into the same numbers."""
+"""LoRA with `peft` on the encoder's linear layers trains, saves, loads and merges."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +12,7 @@ from scgpt_hf import ScGPTConfig, ScGPTForPreTraining, ScGPTForSequenceClassific
 peft = pytest.importorskip("peft")
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
 
-# The value encoder has a linear1 and a linear2 too; the encoder's layers are told by their number.
+# The value encoder has a linear1 and a linear2 too; the numbers select the encoder's layers.
 LINEAR_LAYERS = r".*\.layers\.\d+\.(self_attn\.(qkv_proj|out_proj)|linear1|linear2)"
 LAYERS = {f"layers.{layer}.{name}" for layer in (0, 1) for name in ("linear1", "linear2")}
 LAYERS |= {f"layers.{layer}.self_attn.{name}" for layer in (0, 1) for name in ("qkv_proj", "out_proj")}

@@ -1,4 +1,4 @@
-"""The library's own Trainer, with the processor in its collator: trains, validates, saves and goes on."""
+"""The library's `Trainer`, with the processor in the collator, trains, validates, saves and resumes."""
 
 from pathlib import Path
 from typing import Any
@@ -26,19 +26,19 @@ def checkpoint(tmp_path: Path) -> Path:
     return tmp_path / "checkpoint"
 
 
-def trainer_of(
-    auto: Any, checkpoint: Path, *, packed: bool, steps: int, options: dict[str, Any], recompute: bool = False
+def make_trainer(
+    auto: Any, checkpoint: Path, *, packed: bool, steps: int, options: dict[str, Any], checkpointing: bool = False
 ) -> Trainer:
-    """Return a trainer of `auto` on the cells of COUNTS: whole numbers are what a data set of cells holds here."""
+    """Return a trainer of `auto` on the cells of COUNTS; the data set holds the positions of the cells."""
     processor = AutoProcessor.from_pretrained(checkpoint)
     classify = auto is AutoModelForSequenceClassification
     model = auto.from_pretrained(checkpoint, **({"num_labels": 2} if classify else {}))
-    if recompute:
+    if checkpointing:
         model.gradient_checkpointing_enable()
 
     def collate(cells: list[int]) -> dict[str, Any]:
-        hidden = {} if classify else {"mask_ratios": [0.5]}
-        batch = dict(processor(COUNTS[cells], GENES, packed=packed, **hidden))
+        masks = {} if classify else {"mask_ratios": [0.5]}
+        batch = dict(processor(COUNTS[cells], GENES, packed=packed, **masks))
         return batch | ({"labels": torch.tensor(cells) % 2} if classify else {})
 
     arguments = Arguments(
@@ -65,33 +65,38 @@ def trainer_of(
     [(AutoModelForSequenceClassification, {}), (AutoModelForPreTraining, {"label_names": ["labels"]})],
     ids=["classifier", "pretraining"],
 )
-def test_it_trains_validates_saves_and_goes_on(
+def test_it_trains_validates_saves_and_resumes(
     checkpoint: Path, auto: Any, options: dict[str, Any], packed: bool
 ) -> None:
     settings = {"packed": packed, "options": options}
-    trainer = trainer_of(auto, checkpoint, steps=4, **settings)
+    trainer = make_trainer(auto, checkpoint, steps=4, **settings)
     trainer.train()
     validated = [line["eval_loss"] for line in trainer.state.log_history if "eval_loss" in line]
     assert len(validated) == 2
     assert np.isfinite(validated).all()
-    whole = trainer.model.state_dict()
-    again = trainer_of(auto, checkpoint, steps=4, **settings)
+    weights = trainer.model.state_dict()
+    again = make_trainer(auto, checkpoint, steps=4, **settings)
     again.train(resume_from_checkpoint=str(checkpoint.parent / "run" / "checkpoint-2"))
     for name, weight in again.model.state_dict().items():
-        assert torch.equal(weight, whole[name]), name
+        assert torch.equal(weight, weights[name]), name
     saved = checkpoint.parent / "run" / "checkpoint-4"
     loaded = auto.from_pretrained(saved).state_dict()
-    assert all(torch.equal(weight, whole[name]) for name, weight in loaded.items())
+    assert all(torch.equal(weight, weights[name]) for name, weight in loaded.items())
     assert AutoProcessor.from_pretrained(saved).genes == GENES
 
 
 @pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.* is deprecated:FutureWarning")
-def test_layers_computed_twice_change_nothing(checkpoint: Path) -> None:
+def test_gradient_checkpointing_does_not_change_the_loss(checkpoint: Path) -> None:
     losses = []
-    for recompute in (False, True):
+    for checkpointing in (False, True):
         torch.manual_seed(0)
-        trainer = trainer_of(
-            AutoModelForSequenceClassification, checkpoint, packed=False, steps=3, options={}, recompute=recompute
+        trainer = make_trainer(
+            AutoModelForSequenceClassification,
+            checkpoint,
+            packed=False,
+            steps=3,
+            options={},
+            checkpointing=checkpointing,
         )
         trainer.train()
         losses.append(trainer.evaluate()["eval_loss"])

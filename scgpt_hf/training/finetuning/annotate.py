@@ -198,7 +198,7 @@ def _make_trainer(
         seed=settings.seed,
         rank=args.process_index,
         world_size=args.world_size,
-        padded=bool(model.config.counts_padding),
+        padded=bool(model.config.padding_dependent_settings),
         categories={
             "labels": (settings.labels_key, {label: index for index, label in enumerate(cells.labels)}),
             **domain_classes(model.config),

@@ -1,0 +1,59 @@
+"""Small models and random masked cells; needs only torch, transformers and numpy, as on a GPU machine.
+
+Example:
+    >>> batch = pack(random_cells(n_cells=24, mean_tokens=90, n_genes=N_GENES, seed=0))
+    >>> loss = small_model()(**batch).loss
+"""
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from scgpt_hf.model.configuration_scgpt import OBJECTIVES, ScGPTConfig
+from scgpt_hf.model.modeling_scgpt import ScGPTForPreTraining
+from scgpt_hf.tokens.packing_scgpt import IGNORE, Tokens
+
+N_GENES = 1000  # of `small_model`; `<pad>` and `<cls>` have the next two ids
+PAD_ID, CLS_ID = N_GENES, N_GENES + 1
+
+# A configuration with every head and every objective; batches need `domain_ids` and `class_labels`.
+EVERY_OBJECTIVE: dict[str, Any] = {
+    "n_domains": 3,
+    "domain_embedding": True,
+    "domain_head": True,
+    "explicit_zero_prob": True,
+    "loss_weights": dict.fromkeys(OBJECTIVES, 1.0),
+}
+
+
+def random_cells(n_cells: int, mean_tokens: int, n_genes: int, seed: int = 0) -> Tokens:
+    """Return random cells with half of the genes masked; `<cls>`, with id `n_genes` + 1, is never masked."""
+    rng = np.random.default_rng(seed)
+    indptr = np.cumsum([0, *np.maximum(rng.poisson(mean_tokens, n_cells), 2)])
+    input_ids = rng.integers(0, n_genes, indptr[-1])
+    input_ids[indptr[:-1]] = n_genes + 1
+    bins = rng.integers(1, 51, indptr[-1]).astype(np.float32)
+    masked = (rng.random(indptr[-1]) < 0.5) & (input_ids != n_genes + 1)
+    values, labels = np.where(masked, np.float32(-1), bins), np.where(masked, bins, np.float32(IGNORE))
+    return Tokens(input_ids, values, labels, indptr, np.arange(n_cells))
+
+
+def small_model(
+    device: torch.device | str = "cpu", attention: str = "scgpt_varlen", **settings: Any
+) -> ScGPTForPreTraining:
+    """Return an untrained model of width 128; the same weights at every call."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 128}
+    config = ScGPTConfig(vocab_size=N_GENES + 2, pad_token_id=PAD_ID, **{**sizes, "dropout": 0.0, **settings})
+    model: Any = ScGPTForPreTraining._from_config(config, attn_implementation=attention)
+    network: ScGPTForPreTraining = model.to(device)
+    return network
+
+
+def loss_and_gradients(model: Any, batch: dict[str, Any]) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """Return the loss of a batch and a copy of the gradient of each parameter."""
+    model.zero_grad()
+    loss = model(**batch).loss
+    loss.backward()
+    return loss.detach(), [parameter.grad.clone() for parameter in model.parameters()]
