@@ -163,10 +163,11 @@ def finetuning_data(summary: RunRecord) -> Rows:
 
 def _data(summary: RunRecord, cells: Rows, genes: str, requested: list[Any] | None = None) -> Rows:
     """Return the facts on the data: source, `cells`, composition, genes, licence."""
-    census, obs_filter = (summary.get(f"data.{key}", str) for key in ("census_version", "obs_filter"))
+    keys = ("census_version", "obs_filter", "organism")
+    census, obs_filter, organism = (summary.get(f"data.{key}", str) for key in keys)
     return {
         "Source": source_name(summary, requested),
-        "Organism": summary.text("data.organism").replace("_", " ").capitalize(),
+        "Organism": organism.replace("_", " ").capitalize() if organism else UNKNOWN,
         "Census version": census or "none: the cells are not from a release of the Census",
         "Filter": Code(obs_filter) if obs_filter else "none",
         **cells,
@@ -231,11 +232,15 @@ def finetuning_recipe(summary: RunRecord, settings: RunRecord) -> Rows:
 def _optimisation(summary: RunRecord, learning_rate: str) -> Rows:
     """Return the facts on the optimiser; `learning_rate` is the highest, as text."""
     warmup = summary.get("recipe.warmup", _NUMBER)
-    is_share = warmup is not None and warmup < 1  # as the library reads its argument: a share of the steps, or steps
-    steps = summary.number("recipe.warmup", ".0%" if is_share else ",.0f") + (" of the steps" if is_share else " steps")
+    if warmup == 0:
+        rise = "no warm-up"
+    elif warmup is not None and warmup < 1:  # as transformers reads it: below 1, a share of the steps
+        rise = f"warm-up over {warmup:.0%} of the steps"
+    else:
+        rise = f"warm-up over {summary.number('recipe.warmup', ',.0f')} steps"
     decay, max_norm = (summary.number(f"recipe.{name}", "g") for name in ("weight_decay", "clipped_at"))
     return {
-        "Learning rate": f"at most {learning_rate}; warm-up over {steps}; schedule: {summary.text('recipe.schedule')}",
+        "Learning rate": f"at most {learning_rate}; {rise}; schedule: {summary.text('recipe.schedule')}",
         "Optimiser": f"{summary.text('recipe.optimiser')}, weight decay {decay}, gradient norm clipped at {max_norm}",
         "Seed": summary.number("recipe.seed", "d"),
     }

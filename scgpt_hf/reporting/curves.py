@@ -94,8 +94,9 @@ def _draw_validation(axes: Axes, curves: Curves, metrics: Sequence[Mapping[str, 
         if f"eval_{name}_mse" in best:
             place = (best["epoch"], best[f"eval_{name}_mse"])
             axes.plot(*place, "o", markersize=7, fillstyle="none", color=colour, label=f"best {name}", clip_on=False)
-    axes.set_ylim(bottom=0)
-    _finish(axes, curves, f"Validation error, best at step {best['step']:,} (○)", "mean squared error (bins²)", labels)
+    # Leave room below the title, because labels of close lines are moved apart.
+    axes.set_ylim(0, 1.1 * axes.dataLim.ymax)
+    _finish(axes, curves, f"Validation error (○ best, step {best['step']:,})", "mean squared error (bins²)", labels)
 
 
 def _title(name: str) -> str:

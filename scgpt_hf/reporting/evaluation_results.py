@@ -31,7 +31,7 @@ GROUPS = {
     "separation of cell types": BIO,
     "mixing of batches": BATCH,
     "averages": tuple(AVERAGES),
-    "prediction of cell types": PREDICTION + TRANSFER,
+    "prediction of types": PREDICTION + TRANSFER,
 }
 SCORES, TABLE = "scores.json", "scores.csv"
 _MAX_METHODS = 8  # in one figure of F1 scores
@@ -143,7 +143,7 @@ def draw_figures(evaluation: Evaluation) -> Iterator[tuple[str, str, Figure]]:
         predicted = {method: one.predicted for method, one in list(probes.items())[:_MAX_METHODS]}
         yield (
             "f1",
-            f"F1 score of each type, predicted by the linear probe ({first.protocol}).",
+            f"F1 score of each type, predicted by the linear probe; {first.protocol}.",
             plot_f1(first.true, predicted),
         )
     for method, scores in methods.items():
@@ -170,7 +170,7 @@ def _draw_predictions(method: str, predictions: dict[str, Predictions]) -> Itera
     for metric in (_PROBE, TRANSFER[-1]):
         if metric in predictions:
             one, classifier = predictions[metric], metric.removesuffix(" macro-F1")
-            name, caption = f"{_slug(method)}-{_slug(classifier)}", f"{classifier} on {method} ({one.protocol})."
+            name, caption = f"{_slug(method)}-{_slug(classifier)}", f"{classifier} on {method}; {one.protocol}."
             yield f"confusion-{name}", f"Confusion matrix: {caption}", plot_confusion(one.true, one.predicted)
             correct = one.true == one.predicted
             yield f"calibration-{name}", f"Calibration: {caption}", plot_calibration(one.confidence, correct)

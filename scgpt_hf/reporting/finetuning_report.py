@@ -43,8 +43,12 @@ def finetuning_report(run: Path) -> str:
         ValueError: a file is malformed; the message names it.
     """
     summary, settings = RunRecord.read(run / SUMMARY), RunRecord.read(run / SETTINGS)
-    task, model = summary.text("task"), summary.text("model")
-    lead = f"Fine-tuned for the task {task!r} on {summary.number('train_cells')} cells, from the model {model}."
+    task = summary.text("task")
+    if task == "annotate":
+        purpose = f"A classifier fine-tuned to predict {summary.text('labels_key')!r}"
+    else:
+        purpose = f"An encoder fine-tuned to integrate the batches in {summary.text('batch_key')!r}"
+    lead = f"{purpose}, on {summary.number('train_cells')} cells. Pretrained model: {summary.text('model')}."
     umap = embed_image(run / "umap.png", "UMAP of the cells, embedded by the model.")
     details = {key: value for key, value in summary.content.items() if key not in _SHOWN}
     return page(
@@ -72,6 +76,9 @@ def _key_numbers(summary: RunRecord) -> Html:
         "accuracy on held-out cells": summary.number("validation.accuracy", ".3f"),
         "macro-F1 of always naming the most frequent label": summary.number("majority_baseline.macro_f1", ".3f"),
         "expected calibration error": summary.number("calibration_error.after", ".3f"),
+        "of the variance of masked genes explained": summary.number("best.eval_variance_explained", ".1%"),
+        "mean squared error of the best model (GEP), bins²": summary.number("best.eval_gep_mse", ".1f"),
+        "mean squared error of each gene's mean, bins²": summary.number("best.eval_gene_mean_mse", ".1f"),
     }
     return key_numbers({label: number for label, number in numbers.items() if number != UNKNOWN})
 

@@ -52,7 +52,7 @@ td.long { min-width: 9rem; overflow-wrap: anywhere; }
 figure { margin: .8rem 0 0; min-width: 0; max-width: 100%; }
 .image { background: #ffffff; border-radius: .6rem; padding: .6rem; overflow-x: auto; border: 1px solid var(--line); }
 .image img { display: block; max-width: 100%; height: auto; }
-figcaption { font-size: .85rem; margin-top: .35rem; max-width: 46rem; }
+figcaption { font-size: .85rem; margin-top: .35rem; width: 0; min-width: 100%; }
 pre { background: var(--card); border-radius: .6rem; padding: .8rem 1rem; overflow-x: auto; font-size: .84rem; }
 details { margin: .5rem 0; } summary { cursor: pointer; }
 footer { margin-top: 3rem; color: var(--soft); font-size: .85rem; }
@@ -122,7 +122,9 @@ def paragraph(text: str) -> Html:
 
 
 def key_numbers(numbers: Mapping[str, str]) -> Html:
-    """Return the most important numbers as a row of cards: label → number."""
+    """Return the most important numbers as a row of cards: label → number; nothing without numbers."""
+    if not numbers:
+        return Html("")
     cards = [
         tag("div", tag("b", number), tag("span", label, class_="label"), class_="key-number")
         for label, number in numbers.items()

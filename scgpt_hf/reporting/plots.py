@@ -99,19 +99,21 @@ def plot_scores(
         metrics = [metric for group in groups.values() for metric in group]
         raise ValueError(f"none of {len(scores)} methods has a score for any of {metrics}")
     columns = [metric for group in shown.values() for metric in group]
+    # A heading can be wider than the columns below it; its font is a little larger than that of text_width.
+    widths = [max(_CELL_WIDTH * len(group), 1.1 * text_width(heading)) for heading, group in shown.items()]
     left = max(map(text_width, scores)) + 0.25
-    # Metrics are written upwards, in a font a little larger than that of text_width.
     head = 1.1 * max(map(text_width, columns)) + 0.55
-    width = left + _CELL_WIDTH * len(columns) + _GROUP_GAP * len(shown)
+    width = left + sum(widths) + _GROUP_GAP * len(shown)
     height = head + _CELL_HEIGHT * len(scores) + (0.35 if title else 0.1)
     figure = Figure(figsize=(width, height))
     axes = figure.add_axes((0, 0, 1, 1), xlim=(0, width), ylim=(height, 0))  # inches from the top left
     axes.axis("off")
     top = height - _CELL_HEIGHT * len(scores) - 0.05
-    x = left
-    for heading, group in shown.items():
+    start = left
+    for (heading, group), group_width in zip(shown.items(), widths, strict=True):
+        x = start
         axes.text(x, top - head + 0.3, heading, fontsize=SMALL, color=GREY, va="bottom")
-        axes.plot([x, x + _CELL_WIDTH * len(group)], [top - head + 0.34] * 2, color=GREY, linewidth=0.6)
+        axes.plot([x, x + group_width], [top - head + 0.34] * 2, color=GREY, linewidth=0.6)
         for metric in group:
             axes.text(x + _CELL_WIDTH / 2, top - 0.05, metric, fontsize=SMALL, rotation=90, ha="center", va="bottom")
             values = np.array([one.get(metric, np.nan) for one in scores.values()])
@@ -119,7 +121,7 @@ def plot_scores(
                 best = bool(np.isfinite(value)) and round(float(value), 3) == round(float(np.nanmax(values)), 3)
                 _draw_score(axes, x, top + _CELL_HEIGHT * row, value, bold=best and len(values) > 1)
             x += _CELL_WIDTH
-        x += _GROUP_GAP
+        start += group_width + _GROUP_GAP
     for row, method in enumerate(scores):
         axes.text(0.08, top + _CELL_HEIGHT * (row + 0.5), method, fontsize=SMALL, va="center")
     if title:

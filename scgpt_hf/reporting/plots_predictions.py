@@ -40,12 +40,13 @@ def plot_confusion(true: npt.ArrayLike, predicted: npt.ArrayLike, *, title: str 
     shares = counts / sizes[:, None]
     rows = [f"{name} ({size:,})" for name, size in zip(types, sizes, strict=True)]
     side = _ROW if len(types) > _MAX_WRITTEN else 0.27
+    # Of matplotlib's layouts, only "compressed" keeps all labels of square axes inside the figure.
     figure = Figure(
         figsize=(
             side * len(columns) + max(map(text_width, rows)) + 1.2,
             max(side * len(rows), 1.6) + max(map(text_width, columns)) + 0.7,
         ),
-        layout="constrained",
+        layout="compressed",
     )
     axes = figure.add_subplot()
     image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1, aspect="equal")

@@ -20,7 +20,7 @@ def test_confusion_matrix_shows_shares_of_each_true_type() -> None:
     assert is_inside(figure)
 
 
-@pytest.mark.parametrize("n_types", [1, 21])
+@pytest.mark.parametrize("n_types", [1, 2, 10, 21])
 def test_all_labels_are_inside_the_figure(n_types: int) -> None:
     types = [f"CD4-positive, alpha-beta memory T cell {n}" for n in range(n_types)] * 2
     assert is_inside(plot_confusion(types, types[::-1]))

@@ -1,6 +1,6 @@
-"""Serves the small Hub of `hub_api.py` on this machine, with faults on demand: errors, and connections that drop.
+"""Serve the Hub of `hub_api.py` over HTTP on localhost, and inject faults: error responses and dropped connections.
 
-The client is the real `huggingface_hub`: HF_ENDPOINT sends it here (`client_environment`). Nothing in it is replaced.
+Tests use the unmodified `huggingface_hub` as client; HF_ENDPOINT directs it here (see `client_environment`).
 """
 
 import threading
@@ -14,16 +14,16 @@ from urllib.parse import parse_qs, urlsplit
 
 from tests.support.hub_api import Answer, Files, HubState, Request, respond
 
-# What the fixture `client` is: calls a function with its arguments where the real client talks to the Hub.
+# Type of the fixture `client`, which calls a function in a process whose `huggingface_hub` talks to the local Hub.
 Client = Callable[..., Any]
 
 
 @dataclass
 class Fault:
-    """What goes wrong with the next `times` requests whose "METHOD /path" contains `match`.
+    """A fault in the next `times` requests whose "METHOD /path" contains `match`.
 
-    With a `status` the request is answered by it; otherwise the connection is closed after `after_bytes` of the body,
-    of the request's if it has one, else of the answer's.
+    With a `status`, the request is answered with it. Otherwise the connection is closed after `after_bytes` of the
+    request's body, or of the response's body if the request has none.
     """
 
     match: str
@@ -33,7 +33,7 @@ class Fault:
 
 
 class Hub:
-    """The Hub while it is served: `with Hub() as hub: ... hub.url`."""
+    """A running Hub: `with Hub() as hub: ... hub.url`."""
 
     def __init__(self) -> None:
         self.state = HubState()
@@ -57,17 +57,17 @@ class Hub:
         return repository.commits[repository.branches[revision]]
 
     @contextmanager
-    def fault(self, match: str, **what: int) -> Iterator[Fault]:
-        """Arrange a fault, and forget it afterwards; see `Fault`."""
-        fault = Fault(match, **what)
+    def fault(self, match: str, **options: int) -> Iterator[Fault]:
+        """Inject a fault inside a `with` block; see `Fault`."""
+        fault = Fault(match, **options)
         self.faults.append(fault)
         try:
             yield fault
         finally:
             self.faults.remove(fault)
 
-    def meet(self, request: str) -> Fault | None:
-        """Note a request, and return the fault it meets."""
+    def record(self, request: str) -> Fault | None:
+        """Add a request to `requests`, and return the fault to inject into it."""
         with self._lock:
             self.requests.append(request)
             for fault in self.faults:
@@ -78,7 +78,7 @@ class Hub:
 
 
 def client_environment(hub: Hub, home: Path) -> dict[str, str]:
-    """Return the variables that send the real client to this server; they must be set before it is imported."""
+    """Return environment variables that direct `huggingface_hub` to this server; it reads them on import."""
     proxies = ("http_proxy", "https_proxy", "all_proxy", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY")
     return dict.fromkeys((*proxies, "HF_TOKEN"), "") | {
         "HF_ENDPOINT": hub.url,
@@ -92,18 +92,18 @@ def client_environment(hub: Hub, home: Path) -> dict[str, str]:
 
 
 class _Handler(BaseHTTPRequestHandler):
-    """One connection: reads requests, meets faults, sends answers."""
+    """Handle one connection: read requests, inject faults, send answers."""
 
     protocol_version = "HTTP/1.1"
     hub: Hub
 
     def log_message(self, format: str, *arguments: Any) -> None:
-        """Keep quiet."""
+        """Log nothing."""
 
     def do_GET(self) -> None:
-        """Answer a request, or fail as arranged."""
+        """Answer a request, or inject its fault."""
         address = urlsplit(self.path)
-        fault = self.hub.meet(f"{self.command} {address.path}")
+        fault = self.hub.record(f"{self.command} {address.path}")
         drop_after = fault.after_bytes if fault and fault.status is None else None
         body = self._read(drop_after)
         if body is None:
@@ -117,7 +117,7 @@ class _Handler(BaseHTTPRequestHandler):
     do_HEAD = do_POST = do_PUT = do_GET
 
     def _read(self, drop_after: int | None) -> bytes | None:
-        """Return the body, or None where the connection is to drop within it."""
+        """Return the body, or None if the connection is to be dropped while reading it."""
         chunked = self.headers.get("Transfer-Encoding") == "chunked"
         length = int(self.headers.get("Content-Length", 0))
         if drop_after is not None and (length or chunked):
