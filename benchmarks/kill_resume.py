@@ -34,15 +34,16 @@ os.environ["ACCELERATE_USE_CPU"] = "true"
 import numpy as np
 import torch
 from measuring import write_result
-from transformers import TrainerCallback, set_seed
+from transformers import TrainerCallback
 
 from scgpt_hf.cli.process import tune_process
 from scgpt_hf.demo import demo_census
+from scgpt_hf.pretraining import prepare_run
 from scgpt_hf.tokens.processing_scgpt import ScGPTProcessor
 from scgpt_hf.training.fault_tolerance.checkpoints import checkpoints_in
-from scgpt_hf.training.pretraining import DataModule, make_trainer
-from scgpt_hf.training.recipe import begin_run, build_model, build_processor, open_cells, save_selection
-from scgpt_hf.training.settings import parse_settings
+from scgpt_hf.training.recipe import make_trainer
+from scgpt_hf.training.selection import save_selection
+from scgpt_hf.training.settings_parsing import parse_settings
 
 TINY = [
     *("--hidden_size", "16", "--num_hidden_layers", "1", "--num_attention_heads", "2", "--intermediate_size", "16"),
@@ -96,17 +97,12 @@ def train(flags: list[str], folder: Path, trace: Path) -> None:
     tune_process()
     resume = ["--resume_from_checkpoint", "latest"] if checkpoints_in(folder) else []
     settings = parse_settings([*TINY, *flags, "--output_dir", str(folder), *resume], "")
-    args = settings.training
-    source = open_cells(settings)
-    selection, checkpoint = begin_run(source, settings)
-    processor = build_processor(selection.genes, settings.data)
-    set_seed(args.seed)
-    model = build_model(processor, settings.model, selection.domains, settings.data.batch_key)
-    trainer = make_trainer(DataModule(source, selection, processor, settings, checkpoint), model, args)
-    if args.process_index == 0 and checkpoint is None:
-        save_selection(selection, source, settings)
+    args, run = settings.training, prepare_run(settings)
+    trainer = make_trainer(run.data_module, run.model, args)
+    if args.process_index == 0 and run.checkpoint is None:
+        save_selection(run.selection, run.source, settings)
     trainer.add_callback(Trace(trainer, trace.with_name(f"{trace.name}.{args.process_index}")))
-    trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.train(resume_from_checkpoint=run.checkpoint)
 
 
 def warm_up() -> None:

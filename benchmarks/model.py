@@ -23,7 +23,8 @@ from scgpt_hf.cells.source import CellSource, open_source
 from scgpt_hf.model.configuration_scgpt import training_flops_per_token
 from scgpt_hf.pipeline.stream import Batch, StreamConfig, lengths_of, stream_cells
 from scgpt_hf.tokens.processing_scgpt import ScGPTProcessor
-from scgpt_hf.training.recipe import build_model, build_processor, choose
+from scgpt_hf.training.recipe import build_model, build_processor
+from scgpt_hf.training.selection import select_cells_and_genes
 from scgpt_hf.training.settings import DataSettings, ModelSettings
 
 SEED = 0
@@ -55,7 +56,7 @@ def main() -> None:
 def measure(source: CellSource, genes: str, options: argparse.Namespace) -> dict[str, Any]:
     """Return cells/s, tokens/s and their ratio for one selection of genes, and what the lengths were."""
     data = DataSettings(gene_selection=genes, n_hvg=options.n_hvg, max_tokens=options.max_tokens)  # type: ignore[arg-type]
-    selection = choose(source, data, SEED)
+    selection = select_cells_and_genes(source, data, SEED)
     processor = build_processor(selection.genes, data)
     read = partial(read_batches, source, selection.parts["train"], processor, data, options)
     batches = {"packed": read(padded=False), "padded": read(padded=True)}

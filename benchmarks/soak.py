@@ -17,12 +17,13 @@ import matplotlib.pyplot as plt
 import numpy as np
 import psutil
 from measuring import RESULTS, write_result
-from transformers import TrainerCallback, set_seed
+from transformers import TrainerCallback
 
 from scgpt_hf.cli.process import tune_process
-from scgpt_hf.training.pretraining import DataModule, make_trainer
-from scgpt_hf.training.recipe import begin_run, build_model, build_processor, open_cells, save_selection
-from scgpt_hf.training.settings import parse_settings
+from scgpt_hf.pretraining import prepare_run
+from scgpt_hf.training.recipe import make_trainer
+from scgpt_hf.training.selection import save_selection
+from scgpt_hf.training.settings_parsing import parse_settings
 
 EVERY = 50
 UNITS = {"memory": "MB", "files": "open files", "threads": "threads"}
@@ -85,17 +86,13 @@ def main() -> None:
             **{"disable_tqdm": "true", "logging_steps": 100, "cpu_threads": 1},
         }
         settings = parse_settings([f"--{name}={value}" for name, value in flags.items()], "")
-        source = open_cells(settings)
-        selection, _ = begin_run(source, settings)
-        processor = build_processor(selection.genes, settings.data)
-        set_seed(0)
-        data_module = DataModule(source, selection, processor, settings)
-        trainer = make_trainer(data_module, build_model(processor, settings.model), settings.training)
-        save_selection(selection, source, settings)
+        run = prepare_run(settings)
+        trainer = make_trainer(run.data_module, run.model, settings.training)
+        save_selection(run.selection, run.source, settings)
         watch = Watch()
         trainer.add_callback(watch)
         trainer.train()
-        n_epochs, n_cells = trainer.state.epoch, len(selection.parts["train"])
+        n_epochs, n_cells = trainer.state.epoch, len(run.selection.parts["train"])
     notes = np.array(watch.notes, dtype=float)
     result = {"steps": options.steps, "train_cells": n_cells, "epochs": n_epochs, **flatness(notes)}
     write_result(options.out, {**result, "notes": notes.round(1).tolist()})

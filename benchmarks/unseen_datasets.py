@@ -18,8 +18,8 @@ from scgpt_hf.cells.schedule.epoch import plan_validation
 from scgpt_hf.pipeline.stream import StreamConfig, stream_cells
 from scgpt_hf.tokens.packing_scgpt import IGNORE
 from scgpt_hf.training.baselines import sum_bins
-from scgpt_hf.training.recipe import load_selection, open_cells
-from scgpt_hf.training.settings import parse_settings
+from scgpt_hf.training.selection import load_selection, open_cells
+from scgpt_hf.training.settings_parsing import parse_settings
 
 
 def main() -> None:

@@ -25,6 +25,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "training": {"cells", "tokens", "model", "pretrained", "demo", "pipeline", "publishing"},
     "analysis": {"cells", "tokens", "model", "pretrained", "pipeline"},
     "reporting": {"cells", "tokens", "model", "pretrained", "pipeline", "publishing", "training", "analysis"},
+    "pretraining": {"cells", "tokens", "model", "pipeline", "publishing", "training", "reporting"},
 }
 EVERYTHING = {"cli", "__init__"}
 # `save_pretrained` uploads these files beside the weights, so they may need nothing that a user of transformers lacks,

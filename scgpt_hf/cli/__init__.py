@@ -1,1 +1,1 @@
-"""Command line: one module per command; `scripts/` launches them."""
+"""The commands: one module each, launched by the files in `scripts/`. Only they may change the state of the process."""

@@ -10,7 +10,7 @@ from scgpt_hf.reporting.evaluation_report import evaluation_report
 from scgpt_hf.reporting.evaluation_results import SCORES
 from scgpt_hf.reporting.finetuning_report import finetuning_report
 from scgpt_hf.reporting.pretraining_report import pretraining_report
-from scgpt_hf.training.run_folder import METRICS, SUMMARY, write_whole
+from scgpt_hf.training.run_folder import METRICS, SUMMARY, write_atomically
 
 REPORT = "report.html"
 
@@ -46,5 +46,5 @@ def write_report(run: str | Path) -> Path:
             f"nothing to report in {run}: found neither {METRICS} of a run nor {SCORES} of an evaluation; pass a "
             "folder that pretrain.py, finetune.py or evaluate.py wrote"
         )
-    write_whole(run / REPORT, text)
+    write_atomically(run / REPORT, text)
     return run / REPORT

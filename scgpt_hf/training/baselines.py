@@ -1,30 +1,41 @@
-"""What a validation MSE means: the scores of simple predictors on the very positions the model is scored on.
+"""Errors of simple predictors on the positions that the model is validated on.
 
-Quantile bins are nearly uniform on 1 … n_bins - 1, so a raw MSE says little. Three predictors frame it: a constant, a
-per-gene mean, and one that knows each cell's true ranks and misses only the noise with which ties were broken.
+Quantile bins are nearly uniform on 1 … n_bins - 1, so a mean squared error alone says little. Three predictors give it
+a scale: a constant, the mean of each gene, and a predictor that knows the rank of every count in its cell and misses
+only the random choice among the bins of tied counts.
 """
 
-from collections.abc import Iterable
+import math
+from collections.abc import Callable, Iterable
+from contextlib import closing
 from dataclasses import dataclass
+from itertools import islice
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
+from scgpt_hf.cells.threads import prefetch
 from scgpt_hf.pipeline.stream import Batch
 from scgpt_hf.tokens.packing_scgpt import IGNORE
+from scgpt_hf.training.data_module import DataModule
 
 Float64Array = npt.NDArray[np.float64]
+
+# Training cells that the gene means are computed on. With so many, only the means of the rarest genes are more than
+# 0.1 bin off.
+BASELINE_CELLS = 100_000
 
 
 @dataclass(frozen=True)
 class Baselines:
-    """Mean squared errors in squared bins, over the masked positions of the validation cells.
+    """Mean squared errors of three predictors, in squared bins, over the masked positions of the validation cells.
 
     Attributes:
         constant_mse: of the mean bin of the training cells.
-        gene_mean_mse: of each gene's mean bin over the training cells that express it; unseen genes get the constant.
-        tie_floor_mse: of the middle of the bins a count may fall in: what is left to a predictor that knows every rank.
+        gene_mean_mse: of each gene's mean bin over the training cells that express it. A gene that no training cell
+            expresses gets the constant.
+        tie_floor_mse: of the middle of the bins that a count can fall into. No model can do better except by chance.
     """
 
     constant_mse: float
@@ -32,15 +43,38 @@ class Baselines:
     tie_floor_mse: float
 
 
+def measure_baselines(data_module: DataModule, sum_over_ranks: Callable[[torch.Tensor], torch.Tensor]) -> Baselines:
+    """Measure the baselines on the validation masks of a run, over all processes.
+
+    Args:
+        data_module: of the run.
+        sum_over_ranks: adds up a float64 tensor over all processes.
+
+    Raises:
+        ValueError: no position of the validation cells is masked.
+    """
+    processor = data_module.processor
+    with closing(prefetch(data_module.unmasked())) as batches:
+        first = islice(batches, math.ceil(BASELINE_CELLS / data_module.epoch.batch_size))
+        bin_sums = sum_bins(first, processor.vocab_size)
+    bin_sums[:, processor.tokenizer.all_special_ids] = 0
+    low = high = processor.ties
+    if processor.ties == "random":  # other rules are not random, and their floor is 0
+        low, high = "lower", "upper"
+    bin_sums = sum_over_ranks(torch.from_numpy(bin_sums)).numpy()
+    errors = sum_errors(data_module.validation(), data_module.validation(low), data_module.validation(high), bin_sums)
+    return baselines_from(sum_over_ranks(torch.from_numpy(errors)).numpy())
+
+
 def sum_bins(batches: Iterable[Batch], vocab_size: int) -> Float64Array:
-    """Return how often each gene was expressed and the sum of its bins, over unmasked batches.
+    """Count the tokens of each vocabulary id and add up their bins.
 
     Args:
         batches: packed or padded, without masks.
-        vocab_size: ids that `input_ids` may hold.
+        vocab_size: number of vocabulary ids.
 
     Returns:
-        Counts of tokens and sums of bins, shape (2, vocab_size), specials included.
+        Row 0 holds the number of tokens, row 1 the sum of their bins; special tokens included. Shape (2, vocab_size).
     """
     sums = np.zeros((2, vocab_size))
     for batch in batches:
@@ -53,16 +87,16 @@ def sum_bins(batches: Iterable[Batch], vocab_size: int) -> Float64Array:
 def sum_errors(
     batches: Iterable[Batch], lowest: Iterable[Batch], highest: Iterable[Batch], bin_sums: Float64Array
 ) -> Float64Array:
-    """Return the sums under `Baselines`: squared errors of the three predictors, and the number of masked positions.
+    """Add up the squared errors of the three predictors, and count the masked positions.
 
     Args:
         batches: validation batches with labels, ties broken at random.
-        lowest: the same batches with every tie in the lowest of its bins.
-        highest: the same batches with every tie in the highest of its bins.
-        bin_sums: of the training cells, as `sum_bins` returns; the specials' columns set to 0. Shape (2, vocab_size).
+        lowest: the same batches, with every tied count in the lowest of its bins.
+        highest: the same batches, with every tied count in the highest of its bins.
+        bin_sums: of the training cells, from `sum_bins`, with 0 for special tokens. Shape (2, vocab_size).
 
     Returns:
-        Squared errors of constant, gene mean and middle, and positions. Shape (4,).
+        Squared errors of constant, gene mean and middle of the bins, then the number of positions. Shape (4,).
     """
     constant = bin_sums[1].sum() / max(bin_sums[0].sum(), 1)
     gene_mean = np.where(bin_sums[0] > 0, bin_sums[1] / np.maximum(bin_sums[0], 1), constant)
@@ -71,21 +105,21 @@ def sum_errors(
         labels, middles = _flat(batch, "labels"), (_flat(low, "labels") + _flat(high, "labels")) / 2
         masked = labels != IGNORE
         bins, genes = labels[masked].astype(np.float64), _flat(batch, "input_ids")[masked]
-        for row, guess in enumerate((constant, gene_mean[genes], middles[masked])):
-            sums[row] += np.square(bins - guess).sum()
+        for row, predicted in enumerate((constant, gene_mean[genes], middles[masked])):
+            sums[row] += np.square(bins - predicted).sum()
         sums[3] += len(bins)
     return sums
 
 
 def baselines_from(sums: Float64Array) -> Baselines:
-    """Return the baselines of the sums of all ranks, shape (4,).
+    """Return the baselines for the sums of all processes, shape (4,).
 
     Raises:
-        ValueError: no position was masked.
+        ValueError: no position is masked.
     """
     if not sums[3]:
         raise ValueError(
-            "validation masked no position: its cells express too few genes for the mask ratios; hold out more cells"
+            "validation masks no position: its cells express too few genes for the mask ratios; hold out more cells"
         )
     return Baselines(*(float(total / sums[3]) for total in sums[:3]))
 

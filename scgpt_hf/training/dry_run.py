@@ -1,4 +1,4 @@
-"""What a run would be, told without training it; time and memory come from a few real steps."""
+"""Describe a run without doing it: cells, size, time and memory. Time and memory are measured on a few steps."""
 
 import resource
 import sys
@@ -14,19 +14,19 @@ from scgpt_hf.cells.threads import prefetch
 from scgpt_hf.model.configuration_scgpt import training_flops_per_token
 from scgpt_hf.model.modeling_scgpt import ScGPTForPreTraining
 from scgpt_hf.pipeline.stream import Batch, lengths_of
-from scgpt_hf.training.device import device_name
-from scgpt_hf.training.pretraining import DataModule
+from scgpt_hf.training.data_module import DataModule
 from scgpt_hf.training.settings import TrainingSettings
+from scgpt_hf.training.summary import device_name
 
 _TIMED_STEPS = 5
 
 
 def describe_run(data_module: DataModule, model: ScGPTForPreTraining, args: TrainingSettings) -> str:
-    """Return the plan of a run in a few lines; a few steps are trained on a copy that nobody keeps.
+    """Return a table that describes the run. A few steps are done to measure time and memory.
 
     Args:
         data_module: of the run.
-        model: new; its weights change.
+        model: of the run, new. The measured steps leave gradients in it, but do not change its weights.
         args: of the run.
     """
     parts, donors, plan = data_module.selection.parts, data_module.selection.n_donors, data_module.epoch
@@ -35,33 +35,33 @@ def describe_run(data_module: DataModule, model: ScGPTForPreTraining, args: Trai
     lengths = np.concatenate([lengths_of(batch).numpy() for batch in batches])
     n_steps = data_module.schedule.n_steps
     low, high = np.quantile(lengths, [0.25, 0.75])
-    mean_tokens = float(np.square(lengths).sum() / lengths.sum())
+    mean_tokens = float(np.square(lengths).sum() / lengths.sum())  # over tokens, as attention sees it
     flops = training_flops_per_token(model.config, mean_tokens) * lengths.mean() * plan.batch_size
     seconds = _time_step(model, batches, args) * args.gradient_accumulation_steps
     lines = {
-        "cells": f"{len(parts['train']):,} of {donors['train']:,} donors to train on, "
-        f"{len(parts['validation']):,} of {donors['validation']:,} others to validate on",
+        "cells": f"{len(parts['train']):,} of {donors['train']:,} donors for training, "
+        f"{len(parts['validation']):,} of {donors['validation']:,} other donors for validation",
         "genes": f"{len(data_module.selection.genes):,} of {len(data_module.source.genes):,}",
-        "tokens per cell": f"mean {lengths.mean():.0f}, half of them {low:.0f} to {high:.0f}, most {lengths.max()} "
-        f"(the first {len(lengths):,} cells)",
-        "steps": f"{n_steps:,} of {plan.batch_size:,} cells; {plan.n_steps:,} an epoch, "
+        "tokens per cell": f"mean {lengths.mean():.0f}, middle half {low:.0f} to {high:.0f}, maximum {lengths.max()} "
+        f"(first {len(lengths):,} cells)",
+        "steps": f"{n_steps:,} of {plan.batch_size:,} cells; {plan.n_steps:,} per epoch, "
         f"which leaves {plan.n_dropped:,} cells out",
         "parameters": f"{model.num_parameters():,}",
-        "arithmetic": f"{flops / 1e9:,.1f} GFLOP a step, {flops * n_steps / 1e15:,.3g} PFLOP in all",
+        "arithmetic": f"{flops / 1e9:,.1f} GFLOP per step, {flops * n_steps / 1e15:,.3g} PFLOP in total",
         "time": f"about {_duration(seconds * n_steps)} on {device_name(args.device)} x {args.world_size}, without "
-        f"validation ({seconds * 1e3:,.0f} ms a step, measured)",
-        "memory": f"about {_peak_memory(args.device) / 2**30:.1f} GiB a process, measured",
+        f"validation ({seconds * 1e3:,.0f} ms per step, measured)",
+        "memory": f"about {_peak_memory(args.device) / 2**30:.1f} GiB per process, measured",
     }
     return "\n".join(f"{name:>16}  {line}" for name, line in lines.items()) + "\nNothing was written (--dry_run)."
 
 
 def _time_step(model: ScGPTForPreTraining, batches: list[Batch], args: TrainingSettings) -> float:
-    """Return the seconds of one micro-batch forwards, backwards and in the optimiser; the first of several warms up."""
+    """Return the mean seconds of a micro-batch: forward pass, backward pass and optimiser."""
     model.train().to(args.device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.0)
     started = time.perf_counter()
     for number, batch in enumerate(batches):
-        if number == 1:
+        if number == 1:  # the first batch pays for memory allocation and compilation
             started = time.perf_counter()
         moved = send_to_device(batch, args.device)
         with torch.autocast(args.device.type, torch.bfloat16, enabled=args.bf16):
@@ -75,10 +75,10 @@ def _time_step(model: ScGPTForPreTraining, batches: list[Batch], args: TrainingS
 
 
 def _peak_memory(device: torch.device) -> float:
-    """Return the most memory in use so far, in bytes: the GPU's where there is one, else this process's."""
+    """Return the peak memory so far in bytes: of the GPU, or of the process on a CPU."""
     if device.type == "cuda":
         return float(torch.cuda.max_memory_allocated(device))
-    unit = 1 if sys.platform == "darwin" else 1024
+    unit = 1 if sys.platform == "darwin" else 1024  # macOS reports bytes, Linux KiB
     return float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)
 
 

@@ -1,16 +1,23 @@
-"""The folder of a run: who may write into it, and how each file gets there whole."""
+"""The run folder: who may write into it, and how its files are written so that a crash leaves no incomplete one."""
 
 import errno
 import json
+import logging
 import os
 import shutil
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+import torch
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from scgpt_hf.cells.schedule.run import RunSchedule
+from scgpt_hf.model.modeling_scgpt import ScGPTForPreTraining
 from scgpt_hf.training.fault_tolerance.checkpoints import CheckpointError, checkpoints_in, newest_valid, verify
+
+logger = logging.getLogger(__name__)
 
 METRICS, DROPPED, SPLIT, SETTINGS, SUMMARY, BEST_MODEL, CARD = (
     "metrics.jsonl",
@@ -23,30 +30,32 @@ METRICS, DROPPED, SPLIT, SETTINGS, SUMMARY, BEST_MODEL, CARD = (
 )
 
 
-def claim_run_folder(folder: Path, resume_from_checkpoint: str | None) -> str | None:
-    """Return the checkpoint to resume from, or None for a new run.
+def resolve_checkpoint(folder: Path, resume_from_checkpoint: str | None) -> str | None:
+    """Return the checkpoint that a run resumes from, or None for a new run in an empty folder.
 
     Args:
-        folder: of the run.
-        resume_from_checkpoint: a checkpoint's folder; "true" or "latest" for the newest valid one in `folder`; None: a
-            new run.
+        folder: the run folder.
+        resume_from_checkpoint: folder of a checkpoint; "true" or "latest" for the newest valid one in `folder`; None
+            for a new run.
 
     Raises:
-        FileExistsError: a new run, and the folder holds something.
-        FileNotFoundError: the newest was asked for, and there is no valid checkpoint.
-        ValueError: the checkpoint that was named is another run's, or not what was written.
+        FileExistsError: the run is new, and the folder is not empty.
+        FileNotFoundError: the newest checkpoint is requested, and there is no valid one.
+        ValueError: the named checkpoint belongs to another run, or is damaged.
     """
     if resume_from_checkpoint is None:
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            began = folder.is_dir() and checkpoints_in(folder)
-            remedy = "go on with it by --resume_from_checkpoint latest" if began else "it has no checkpoint; remove it"
+            started = folder.is_dir() and checkpoints_in(folder)
+            remedy = "resume it with --resume_from_checkpoint latest" if started else "it has no checkpoint; remove it"
             raise FileExistsError(f"{folder} holds an earlier run; {remedy}, or name a new folder with --output_dir")
         return None
     if resume_from_checkpoint.lower() in {"true", "latest"}:
         return str(newest_valid(folder))
     checkpoint = Path(resume_from_checkpoint)
     if checkpoint.resolve().parent != folder.resolve():
-        raise ValueError(f"{checkpoint} is no checkpoint of the run in {folder}; name that run's with --output_dir")
+        raise ValueError(
+            f"{checkpoint} is not a checkpoint of the run in {folder}; set --output_dir to the folder of its run"
+        )
     try:
         verify(checkpoint)
     except CheckpointError as error:
@@ -55,77 +64,125 @@ def claim_run_folder(folder: Path, resume_from_checkpoint: str | None) -> str | 
 
 
 def require_space(folder: Path, n_bytes: int) -> None:
-    """Raise unless the disk under `folder` has room.
+    """Raise unless the disk has enough free space.
 
     Args:
-        folder: that will be written to; it need not exist yet.
-        n_bytes: to be written.
+        folder: where files will be written. It does not have to exist yet.
+        n_bytes: size of the files.
 
     Raises:
-        OSError: too little room.
+        OSError: the free space is too small.
     """
     existing = next(parent for parent in (folder.resolve(), *folder.resolve().parents) if parent.exists())
     free = shutil.disk_usage(existing).free
     if free < n_bytes:
         raise OSError(
             errno.ENOSPC,
-            f"the run needs {n_bytes / 1e9:,.2f} GB in {folder}, {free / 1e9:,.2f} GB are free; "
-            "make room, choose another --output_dir or keep fewer checkpoints (--save_total_limit)",
+            f"the run needs {n_bytes / 1e9:,.2f} GB in {folder}, {free / 1e9:,.2f} GB are free; free some space, "
+            "choose another --output_dir or keep fewer checkpoints (--save_total_limit)",
         )
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write a text file beside its place and move it there, so that a crash leaves the old one."""
-    beside = path.with_name(path.name + ".tmp")
-    beside.write_text(text, encoding="utf-8")
-    os.replace(beside, path)
+def write_atomically(path: Path, text: str) -> None:
+    """Write a text file, or leave the old one untouched if writing fails."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write a dictionary as JSON; see `write_whole`."""
-    write_whole(path, json.dumps(content, indent=1, default=str, allow_nan=False) + "\n")
-
-
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """Return the lines of metrics.jsonl; a last one that a crash cut off is left out.
+    """Write a dictionary as JSON, atomically.
 
     Raises:
-        ValueError: another line is no JSON object with a step; the message gives its number.
+        ValueError: the content holds a NaN or an infinity, which JSON does not have.
+    """
+    write_atomically(path, json.dumps(content, indent=1, default=str, allow_nan=False) + "\n")
+
+
+def save_best_model(trainer: Trainer, folder: Path) -> None:
+    """Write the best model and its processor to `folder/best_model`, atomically. All processes have to call it."""
+    temporary, old = folder / f"{BEST_MODEL}.tmp", folder / f"{BEST_MODEL}.old"
+    if trainer.is_world_process_zero():
+        shutil.rmtree(temporary, ignore_errors=True)
+    trainer.accelerator.wait_for_everyone()
+    # `_internal_call` keeps the library from pushing to the Hub at this point.
+    trainer.save_model(str(temporary), _internal_call=True)
+    if trainer.is_world_process_zero():
+        # A pickle, which nobody should have to load. settings.yaml has the same content.
+        (temporary / "training_args.bin").unlink(missing_ok=True)
+        if (folder / BEST_MODEL).exists():
+            os.replace(folder / BEST_MODEL, old)
+        os.replace(temporary, folder / BEST_MODEL)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def unsharded_model(trainer: Trainer, folder: Path) -> ScGPTForPreTraining:
+    """Return the best model for use by a single process.
+
+    A sharded model can only run on all processes together, so it is loaded from `folder/best_model` instead.
+    """
+    if not trainer.is_fsdp_enabled:
+        return cast(ScGPTForPreTraining, trainer.model)
+    model: torch.nn.Module = ScGPTForPreTraining.from_pretrained(folder / BEST_MODEL)
+    return cast(ScGPTForPreTraining, model.to(trainer.args.device))
+
+
+def finished_summary(folder: Path, schedule: RunSchedule) -> dict[str, Any] | None:
+    """Return the summary of a finished run, or None if the run is not finished.
+
+    A run is finished when it has done all steps of the schedule and has written its model, its summary and its card.
+    The card is the last file of a run.
+    """
+    try:
+        summary = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None
+    steps = summary.get("steps") if isinstance(summary, dict) else None
+    if not isinstance(steps, int) or steps < schedule.n_steps:
+        return None
+    return summary if (folder / BEST_MODEL).is_dir() and (folder / CARD).is_file() else None
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Return the lines of metrics.jsonl, without a last line that a crash left incomplete.
+
+    Raises:
+        ValueError: another line is not a JSON object with a step. The message names the line.
     """
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    read: list[dict[str, Any]] = []
+    metrics: list[dict[str, Any]] = []
     for number, text in enumerate(lines, start=1):
         try:
             line = json.loads(text)
-            read.append({"step": line["step"], **line})
+            metrics.append({"step": line["step"], **line})
         except (ValueError, TypeError, KeyError, RecursionError) as error:
             if number < len(lines):
                 raise ValueError(
                     f"line {number} of {path} is no JSON object with a step: {text[:60]!r}; remove the line"
                 ) from error
-    return read
+    return metrics
 
 
 class MetricsFile(TrainerCallback):
-    """Keeps metrics.jsonl as the log is, with the seconds trained so far, earlier sessions included.
+    """Write the log to metrics.jsonl, with the seconds of training so far. Earlier sessions of the run count too.
 
-    A resumed run writes anew what its checkpoint knows. Lines of steps that are trained again go to
-    metrics.dropped.jsonl.
+    A resumed run first rewrites the file with the lines that its checkpoint has. The others belong to steps that are
+    trained again, and move to metrics.dropped.jsonl.
     """
 
     def __init__(self, folder: Path) -> None:
-        """Name the run's folder."""
+        """Name the run folder."""
         self.path = folder / METRICS
         self.earlier_s = self.started = 0.0
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Write what was logged up to the checkpoint that training starts from."""
+        """Restore the file to the state of the checkpoint that training starts from."""
         if state.is_world_process_zero and self.path.exists():
             known = [_line(line) for line in state.log_history]
-            if dropped := [line for line in map(_line, read_lines(self.path)) if line not in set(known)]:
+            if dropped := [line for line in map(_line, read_metrics(self.path)) if line not in set(known)]:
                 with self.path.with_name(DROPPED).open("a", encoding="utf-8") as file:
                     file.writelines(dropped)
-            write_whole(self.path, "".join(known))
+            write_atomically(self.path, "".join(known))
         self.earlier_s = state.log_history[-1].get("seconds", 0.0) if state.log_history else 0.0
         self.started = time.perf_counter()
 
@@ -137,7 +194,8 @@ class MetricsFile(TrainerCallback):
         logs: dict[str, Any] | None = None,
         **_: Any,
     ) -> None:
-        """Append one line, to the file and with its seconds to the state that checkpoints keep."""
+        """Append one line to the file, and add its seconds to the log in the trainer's state."""
+        # The state is part of each checkpoint, so a resumed run continues the count of seconds.
         state.log_history[-1]["seconds"] = round(self.earlier_s + time.perf_counter() - self.started, 1)
         if state.is_world_process_zero:
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -145,6 +203,22 @@ class MetricsFile(TrainerCallback):
                 file.write(_line(state.log_history[-1]))
 
 
+class OnTrainBegin(TrainerCallback):
+    """Call a function when training starts.
+
+    At that point model and optimiser exist and no step has been done. Everything that can reject a run has passed, so
+    this is the moment to write the first files of the run folder.
+    """
+
+    def __init__(self, function: Callable[[], object]) -> None:
+        """Store the function."""
+        self.function = function
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Call it."""
+        self.function()
+
+
 def _line(logged: dict[str, Any]) -> str:
-    """Return a line of the log as it is written, its step first."""
+    """Return a line of the log as it is written: the step first."""
     return json.dumps({"step": logged["step"], **logged}) + "\n"

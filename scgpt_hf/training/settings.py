@@ -1,82 +1,189 @@
-"""What a user can set, each field with its one owner: data, model, training.
+"""The settings of a pretraining run, in three sections: data, model and training.
 
-The command line and a YAML file are the same three dataclasses; a YAML has the sections `data:`, `model:` and
-`training:`, and flags win over it. What the fields mean is said where they are used; here are names and defaults.
+Each setting has one owner. The model settings are the fields of `ScGPTConfig`, and the token settings are the arguments
+of `ScGPTProcessor`: their names, types, defaults and help texts are read from there. `settings_parsing.py` reads YAML
+files and command lines.
 """
 
 import dataclasses
-import difflib
+import inspect
 import json
-from argparse import ArgumentDefaultsHelpFormatter
-from dataclasses import dataclass, field
-from enum import Enum
-from pathlib import Path
-from typing import Any, Literal
+import math
+import re
+import types
+from dataclasses import dataclass, field, make_dataclass
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import torch
-import yaml
-from transformers import HfArgumentParser, TrainingArguments
+from transformers import TrainingArguments
+from transformers.integrations.integration_utils import get_available_reporting_integrations
+from transformers.trainer_utils import HubStrategy, SaveStrategy
 
-from scgpt_hf.training.settings_validation import validate_data_settings, validate_training_settings
+from scgpt_hf.cells.schedule.epoch import plan_epoch
+from scgpt_hf.model.configuration_scgpt import ScGPTConfig
+from scgpt_hf.tokens.processing_scgpt import ScGPTProcessor
+
+# Fields of `ScGPTConfig` that are not settings of a pretraining run. The run derives the first six from the processor
+# and the data, and it has no class head.
+_NOT_MODEL_SETTINGS = {"vocab_size", "pad_token_id", "n_bins", "n_domains", "batch_key", "domains", "class_head_layers"}
+# Arguments of `ScGPTProcessor` that come from the data.
+_NOT_TOKEN_SETTINGS = {"self", "tokenizer", "symbols"}
+
+CHUNKS_PER_WINDOW: int = inspect.signature(plan_epoch).parameters["chunks_per_window"].default
+
+# Valid ranges, checked before anything is read: lowest value, and the value that all must stay below. NaN fails both.
+_DATA_RANGES: dict[str, tuple[float, float]] = {
+    "max_cells": (1, 2**53),
+    "min_genes": (0, 2**31),
+    "min_gene_counts": (0, 2**53),
+    "n_bins": (2, 2**31),
+    "max_tokens": (2, 2**31),
+    "chunks_per_window": (1, 2**31),
+}
+_TRAINING_RANGES: dict[str, tuple[float, float]] = {
+    "per_device_train_batch_size": (1, 2**31),
+    "per_device_eval_batch_size": (1, 2**31),
+    "gradient_accumulation_steps": (1, 2**31),
+    "num_train_epochs": (0, 100_000),  # every epoch is planned before the first one starts
+    "max_steps": (-1, 2**31),
+    "learning_rate": (0, math.inf),
+    "lr_decay_per_epoch": (0, math.inf),
+    "weight_decay": (0, math.inf),
+    "max_grad_norm": (0, math.inf),
+    "adam_beta1": (0, 1),
+    "adam_beta2": (0, 1),
+    "adam_epsilon": (0, math.inf),
+    "logging_steps": (0, 2**31),
+    "eval_steps": (0, 2**31),
+    "save_steps": (0, 2**31),
+    "save_total_limit": (1, 2**31),
+    "seed": (0, 2**32),
+    "data_seed": (0, 2**32),
+    "cpu_threads": (0, 1024),  # OpenMP crashes when the system refuses to start a thread
+    "ddp_timeout": (1, 10**9),
+    "max_bad_steps": (1, 2**31),
+}
+# Source: the documentation of `torch.compile`. torch itself reports an unknown mode only in a traceback.
+_COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 
 
 def setting(default: Any, help: str) -> Any:
-    """Return a dataclass field with its `--help`; mutable defaults are copied for each instance."""
+    """Return a dataclass field with a default and a text for `--help`.
+
+    Args:
+        default: value of the field. Each instance gets its own copy of a list or dictionary.
+        help: one line for the command line.
+    """
     if isinstance(default, list | dict):
         return field(default_factory=lambda: type(default)(default), metadata={"help": help})
     return field(default=default, metadata={"help": help})
 
 
+def argument_help(documented: type) -> dict[str, str]:
+    """Return the description of each argument in the `Args` section of a class docstring.
+
+    Args:
+        documented: class with a Google-style docstring.
+    """
+    section = (inspect.getdoc(documented) or "").partition("Args:\n")[2]
+    texts: dict[str, str] = {}
+    for line in section.splitlines():
+        if line and not line.startswith(" "):  # the next section
+            break
+        if named := re.match(r" {4}(\w+): (.*)", line):
+            name, texts[named[1]] = named[1], named[2]
+        elif line.strip():
+            texts[name] += f" {line.strip()}"
+    # argparse formats help texts with the % operator.
+    return {name: text.rstrip(".").replace("%", "%%") for name, text in texts.items()}
+
+
+def _model_fields() -> list[tuple[str, Any, Any]]:
+    """Return name, type and dataclass field of each setting that `ScGPTConfig` owns."""
+    texts = argument_help(ScGPTConfig)
+    return [
+        (
+            owned.name,
+            _parseable(owned.type),
+            setting(owned.default_factory() if callable(owned.default_factory) else owned.default, texts[owned.name]),
+        )
+        for owned in dataclasses.fields(ScGPTConfig)
+        if owned.name in ScGPTConfig.__annotations__.keys() - _NOT_MODEL_SETTINGS
+    ]
+
+
+def _token_fields() -> list[tuple[str, Any, Any]]:
+    """Return name, type and dataclass field of each setting that `ScGPTProcessor` owns."""
+    texts, annotations = argument_help(ScGPTProcessor), get_type_hints(ScGPTProcessor.__init__)
+    return [
+        (name, _parseable(annotations[name]), setting(parameter.default, texts[name]))
+        for name, parameter in inspect.signature(ScGPTProcessor.__init__).parameters.items()
+        if name not in _NOT_TOKEN_SETTINGS
+    ]
+
+
+def _parseable(annotation: Any) -> Any:
+    """Return a type that `HfArgumentParser` can parse: it takes no `float | int`, and dictionaries only as text."""
+    if get_origin(annotation) in {Union, types.UnionType} and set(get_args(annotation)) == {float, int}:
+        return float
+    return dict[str, float] | str | None if get_origin(annotation) is dict else annotation
+
+
+_TokenFields: Any = make_dataclass("_TokenFields", _token_fields())
+_ModelFields: Any = make_dataclass("_ModelFields", _model_fields())
+# The settings that determine the tokens of a cell. A resumed run must keep them.
+TOKEN_SETTINGS = tuple(owned.name for owned in dataclasses.fields(_TokenFields))
+
+
 @dataclass
-class DataSettings:
-    """Which cells and genes, and how they become tokens. The defaults make the demo."""
+class CellSettings:
+    """Which cells and genes a run reads, and in which order."""
 
     data: list[str] = setting(
-        ["demo"],
+        [],
         "'demo' (700 blood cells that come with scanpy), census://VERSION/ORGANISM, a local SOMA, .h5ad files, a "
-        "cache, or one on the Hub, hf://datasets/OWNER/NAME",
+        "cache, or a cache on the Hub, hf://datasets/OWNER/NAME",
     )
     obs_filter: str | None = setting(None, "SOMA value filter on obs, e.g. \"tissue_general == 'blood'\"")
-    primary_only: bool = setting(True, "keep only cells with is_primary_data == True, so that none is seen twice")
-    layer: str | None = setting(None, "layer with the raw counts; X of an .h5ad and raw of a SOMA when not given")
-    max_cells: int | None = setting(None, "draw whole donors at random up to this many cells; all when not given")
-    donor_key: str = setting("donor_id", "obs column that is never divided between training and validation")
-    validation_fraction: float = setting(0.2, "share of the cells, in whole donors, held out for validation")
-    min_genes: int = setting(10, "drop cells that express fewer genes than this")
-    min_gene_counts: int = setting(3, "drop genes with fewer counts than this over all training cells")
+    primary_only: bool = setting(True, "keep only cells with is_primary_data == True, so that no cell occurs twice")
+    layer: str | None = setting(None, "layer with the raw counts; by default X of an .h5ad file and 'raw' of a SOMA")
+    max_cells: int | None = setting(None, "sample whole donors at random up to this many cells; by default all cells")
+    donor_key: str = setting("donor_id", "obs column of the donor; no donor is in both training and validation")
+    validation_fraction: float = setting(0.2, "share of the cells held out for validation, in whole donors")
+    min_genes: int = setting(10, "drop cells that express fewer genes")
+    min_gene_counts: int = setting(3, "drop genes with a lower sum of counts over the training cells")
     gene_selection: Literal["hvg", "all"] = setting(
-        "all", "'hvg': the n_hvg most variable genes; 'all': every gene kept, each cell's sampled down to max_tokens"
+        "all",
+        "'hvg': use the n_hvg most variable genes; 'all': use every gene, and sample max_tokens of the genes that a "
+        "cell expresses",
     )
-    n_hvg: int = setting(1200, "number of highly variable genes (seurat_v3), from training cells")
+    n_hvg: int = setting(1200, "number of highly variable genes (seurat_v3), computed on the training cells")
     hvg_batch_key: str | None = setting(
-        "donor_id", "obs column whose groups each rank the genes (the batch key of seurat_v3)"
+        "donor_id", "obs column of the batches for highly variable genes (batch_key of scanpy's seurat_v3)"
     )
-    target_sum: float = setting(
-        1e4, "counts per cell after normalising; quantile bins do not depend on it, input_style log1p does"
-    )
-    input_style: Literal["binned", "log1p"] = setting(
-        "binned", "values the model reads: bins, or log1p of normalised counts"
-    )
-    n_bins: int = setting(51, "quantile bins per cell, the zero bin included")
-    max_tokens: int = setting(1201, "most tokens of one cell, <cls> included")
-    ties: Literal["random", "midpoint", "upper"] = setting("random", "bin of a count that spans several quantile edges")
-    cls_value: float = setting(0.0, "value at <cls>; scGPT's published checkpoints expect -2")
-    pad_value: float = setting(-2.0, "value at padding")
-    mask_value: float = setting(-1.0, "value where the model has to predict")
     mask_ratios: list[float] = setting(
-        [0.25, 0.5, 0.75], "shares of the genes to hide; one is drawn per cell and epoch"
+        [0.25, 0.5, 0.75], "shares of a cell's genes to mask; one is drawn for each cell and epoch"
     )
-    batch_key: str | None = setting(None, "obs column of the experimental batch, for the heads that need one")
+    batch_key: str | None = setting(None, "obs column of the experimental batch, for heads and norms that use it")
     cache_dir: str | None = setting(
         None,
-        "write the cells to this folder during the first epoch and read them from there, shuffled over all of them, in "
-        "later ones; about 5 kB a cell, twice that while it is made; a cache that is there is used from the start",
+        "write the cells to this folder during the first epoch, and read and shuffle all of them from there in later "
+        "epochs; takes about 5 kB per cell, twice that while it is written; an existing cache is used from the start",
     )
-    chunks_per_window: int = setting(32, "chunks of 2,048 neighbouring cells that are shuffled together")
+    chunks_per_window: int = setting(
+        CHUNKS_PER_WINDOW, "number of chunks (2,048 neighbouring cells each) whose cells are shuffled together"
+    )
+
+
+@dataclass
+class DataSettings(_TokenFields, CellSettings):  # type: ignore[misc]
+    """Which cells and genes a run reads, and how they become tokens. The token settings belong to `ScGPTProcessor`."""
+
+    _argument_group_name = "data settings"  # heading of these flags in --help
 
     def __post_init__(self) -> None:
-        """Check what can be checked without the data."""
-        validate_data_settings(self)
+        """Check the values that can be checked without reading the data."""
+        _require_in_range(self, _DATA_RANGES)
         if not 0 < self.validation_fraction < 1:
             raise ValueError(f"expected validation_fraction between 0 and 1, found {self.validation_fraction}")
         if not self.mask_ratios or not all(0 < ratio < 1 for ratio in self.mask_ratios):
@@ -84,91 +191,75 @@ class DataSettings:
 
 
 @dataclass
-class ModelSettings:
-    """The model's shape and objectives: fields of `ScGPTConfig` by the same names. The defaults make the demo."""
+class ModelSettings(_ModelFields):  # type: ignore[misc]
+    """Size and objectives of the model: the fields of `ScGPTConfig` that do not follow from the data."""
 
-    hidden_size: int = setting(64, "width of the encoder")
-    num_hidden_layers: int = setting(2, "encoder layers")
-    num_attention_heads: int = setting(4, "attention heads")
-    intermediate_size: int = setting(128, "width of the stream_config-forward")
-    dropout: float = setting(0.1, "dropout of embeddings, residuals and stream_config-forward")
-    attention_dropout: float = setting(
-        0.0, "dropout of attention probabilities; above 0 the GPU's fast kernel is not used"
-    )
-    norm_scheme: Literal["post", "pre", "scgpt_pre"] = setting(
-        "post", "where LayerNorm sits; scgpt_pre is the original's odd one"
-    )
-    value_encoder: Literal["continuous", "category", "scaling"] = setting("continuous", "how values are embedded")
-    cell_pooling: Literal["cls", "average", "weighted"] = setting("cls", "how a cell's embedding is made of its tokens")
-    gepc_query: Literal["inner_product", "concat", "sum"] = setting("inner_product", "query style of the GEPC head")
-    gepc_detach: bool = setting(False, "keep the GEPC head's gradient from the gene embeddings")
-    explicit_zero_prob: bool = setting(False, "predict the probability of expression too")
-    domain_embedding: bool = setting(False, "tell the expression heads the experimental batch")
-    domain_head: bool = setting(False, "adversarial head that guesses the experimental batch (DAR)")
-    input_norm: Literal["none", "batch", "domain"] = setting("none", "batch norm of the embeddings; 'domain' is DSBN")
-    ecs_threshold: float = setting(0.3, "similarity at which elastic cell similarity turns")
-    cce_temperature: float = setting(0.5, "temperature of the contrast between two dropout passes (CCE)")
-    loss_weights: dict[str, float] | str | None = setting(
-        None,
-        "weights of the objectives; gep and gepc 1, with those that other options bring, when not given; "
-        'JSON on the command line, e.g. \'{"gep": 1, "gepc": 1, "ecs": 10}\'',
-    )
+    _argument_group_name = "model settings"
 
     def __post_init__(self) -> None:
-        """Read the weights when they come from the command line."""
-        if isinstance(self.loss_weights, str):
+        """Decode the loss weights if they come from the command line as JSON."""
+        weights = vars(self)["loss_weights"]
+        if isinstance(weights, str):
             try:
-                self.loss_weights = json.loads(self.loss_weights)
+                weights = json.loads(weights)
             except json.JSONDecodeError as error:
-                raise ValueError(f"expected loss_weights as JSON, found {self.loss_weights!r}: {error}") from error
-        if not isinstance(self.loss_weights, dict | None):
-            raise ValueError(f"expected loss_weights as names with numbers, found {self.loss_weights!r}")
-        if "cls" in (self.loss_weights or {}):
+                raise ValueError(f"expected loss_weights as JSON, found {weights!r}: {error}") from error
+        if not isinstance(weights, dict | None):
+            raise ValueError(f"expected loss_weights as names with numbers, found {weights!r}")
+        self.loss_weights = weights
+        if "cls" in (weights or {}):
             raise ValueError("the objective 'cls' needs labelled cells, which pretraining does not read")
 
 
 @dataclass
 class TrainingSettings(TrainingArguments):
-    """transformers' TrainingArguments, with defaults for pretraining on cells and fields of our own."""
+    """The `TrainingArguments` of transformers with defaults for pretraining, and a few settings of our own.
 
-    output_dir: str = setting("runs/demo", "the run folder; a new one for every run")
+    Source: learning rate, epochs and batch size of Cui et al. 2024, Nature Methods 21:1470.
+    """
+
+    _argument_group_name = "training settings"
+
+    output_dir: str = setting("runs/pretraining", "run folder; every new run needs a new one")
     per_device_train_batch_size: int = setting(32, "cells per step and device")
     per_device_eval_batch_size: int = setting(64, "cells per validation step and device")
-    num_train_epochs: float = setting(20, "epochs")
-    learning_rate: float = setting(2e-3, "highest learning rate")
-    warmup_steps: float = setting(0.05, "steps of linear warm-up, or below 1 their share of all steps")
+    num_train_epochs: float = setting(6, "number of epochs")
+    learning_rate: float = setting(1e-4, "peak learning rate")
+    warmup_steps: float = setting(0.05, "steps of linear warm-up; a value below 1 is a share of all steps")
     weight_decay: float = setting(0.0, "weight decay")
-    max_grad_norm: float = setting(1.0, "gradients are clipped to this norm")
-    logging_steps: float = setting(20, "steps between two lines of the log")
+    max_grad_norm: float = setting(1.0, "clip gradients to this norm")
+    logging_steps: float = setting(20, "log every so many steps")
     logging_nan_inf_filter: bool = setting(
-        False, "hide losses that are not finite (costs a wait for the GPU every step)"
+        False, "leave losses that are not finite out of the log; waits for the GPU at every step"
     )
     eval_strategy: str = setting("epoch", "when to validate: epoch, steps or no")
-    save_strategy: str = setting("epoch", "when to save a checkpoint: epoch or steps")
-    save_total_limit: int | None = setting(2, "checkpoints kept, 2 or more; the newest and the best always are")
-    load_best_model_at_end: bool = setting(True, "keep the best model by validation loss")
-    metric_for_best_model: str | None = setting("eval_loss", "what 'best' means")
-    greater_is_better: bool | None = setting(False, "whether more of it is better")
-    remove_unused_columns: bool = setting(False, "not used: the stream gives what the model takes")
-    ignore_data_skip: bool = setting(True, "not used: the stream starts where it stopped")
-    ddp_find_unused_parameters: bool | None = setting(False, "every parameter has a gradient in every step")
+    save_strategy: str = setting("epoch", "when to save a checkpoint: epoch, steps or no")
+    save_total_limit: int | None = setting(2, "checkpoints to keep, at least 2: the newest and the best one")
+    load_best_model_at_end: bool = setting(True, "load the best checkpoint at the end of training")
+    metric_for_best_model: str | None = setting("eval_loss", "validation metric that determines the best checkpoint")
+    greater_is_better: bool | None = setting(False, "whether a larger value of that metric is better")
+    remove_unused_columns: bool = setting(False, "has no effect: batches hold only what the model reads")
+    ignore_data_skip: bool = setting(True, "has no effect: the data stream resumes at its position")
+    ddp_find_unused_parameters: bool | None = setting(False, "not needed: every parameter gets a gradient at each step")
     precision: Literal["auto", "no", "fp16", "bf16"] = setting(
-        "auto", "mixed precision; auto: bf16 where the GPU has it"
+        "auto", "mixed precision; 'auto': bf16 if the GPU supports it"
     )
-    ddp_timeout: int = setting(86_400, "seconds the processes wait for the first one, which chooses cells and genes")
+    ddp_timeout: int = setting(
+        86_400, "seconds that processes wait for each other; the first one selects cells and genes for all"
+    )
     cpu_threads: int = setting(
-        0, "threads of a process that trains on the CPU; 0: OMP_NUM_THREADS, or all cores, shared by the processes"
+        0, "threads of a process that trains on the CPU; 0: OMP_NUM_THREADS if set, else all cores divided by processes"
     )
     lr_decay_per_epoch: float | None = setting(
-        None, "multiply the learning rate by this after each epoch, instead of lr_scheduler_type (the seed recipe: 0.9)"
+        None, "multiply the learning rate by this after each epoch instead of using lr_scheduler_type (scGPT: 0.9)"
     )
     max_bad_steps: int = setting(
-        5, "steps whose loss or gradient is not finite are skipped; so many in a row end the run"
+        5, "stop after this many steps in a row whose loss or gradient is not finite; such steps are skipped"
     )
-    dry_run: bool = setting(False, "print what would be trained, how long and how large, and write nothing")
+    dry_run: bool = setting(False, "report cells, size, time and memory of the run, and write nothing")
 
     def __post_init__(self) -> None:
-        """Choose the precision by what the machine has."""
+        """Choose the precision that the device supports, and check the values."""
         if self.precision == "auto":
             if not (self.bf16 or self.fp16 or self.use_cpu):
                 self.bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
@@ -177,131 +268,70 @@ class TrainingSettings(TrainingArguments):
         try:
             super().__post_init__()  # type: ignore[no-untyped-call]
         except (ImportError, TypeError, AttributeError, OverflowError) as error:
-            raise ValueError(f"the settings of the training do not fit together: {error}") from error
-        self.mixed_precision = "bf16" if self.bf16 else "fp16" if self.fp16 else "no"  # not the launcher's
+            raise ValueError(f"the training settings do not fit together: {error}") from error
+        # The library reads the launcher's choice; the settings take precedence.
+        self.mixed_precision = "bf16" if self.bf16 else "fp16" if self.fp16 else "no"
         if self.n_gpu > 1:
-            raise ValueError(f"one process sees {self.n_gpu} GPUs; start one process a GPU with accelerate launch")
-        validate_training_settings(self)
+            raise ValueError(f"one process sees {self.n_gpu} GPUs; start one process per GPU with accelerate launch")
+        _validate_training(self)
+
+    @property
+    def global_batch_size(self) -> int:
+        """Cells of one step, over all processes and micro-batches."""
+        return int(self.per_device_train_batch_size * self.gradient_accumulation_steps * self.world_size)
 
 
 @dataclass
 class Settings:
-    """All settings of a run, and by section what was asked for: what settings.yaml keeps."""
+    """All settings of a pretraining run.
+
+    Attributes:
+        data: cells, genes and tokens.
+        model: size and objectives.
+        training: optimiser, schedule, hardware, run folder.
+        requested: section → setting → value as the user gave it, before anything was derived from it. This is the
+            content of settings.yaml.
+    """
 
     data: DataSettings
     model: ModelSettings
     training: TrainingSettings
-    asked: dict[str, dict[str, Any]]
+    requested: dict[str, dict[str, Any]]
 
 
-_SECRETS = {"hub_token", "push_to_hub_token"}
-SECTIONS: dict[str, type] = {"data": DataSettings, "model": ModelSettings, "training": TrainingSettings}
-
-
-def parse_settings(arguments: list[str], description: str) -> Settings:
-    """Return the settings of a command line: at most one YAML file first, then flags, which win over it.
-
-    Args:
-        arguments: without the program's name.
-        description: of the program, for `--help`.
+def _validate_training(args: TrainingArguments) -> None:
+    """Reject settings that the library would report only during the run, or never.
 
     Raises:
-        ValueError: an unknown or misplaced key, with the nearest known one; YAML that is not three sections.
-        SystemExit: `--help`, or a flag that argparse refuses.
+        ValueError: names the setting, the value and what to do.
     """
-    parser = HfArgumentParser(
-        list(SECTIONS.values()),  # type: ignore[arg-type]
-        description=description,
-        formatter_class=ArgumentDefaultsHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.usage = "%(prog)s [SETTINGS.yaml] [--flag VALUE …]"
-    if arguments and arguments[0].endswith((".yaml", ".yml")):
-        saved = read_yaml(Path(arguments[0]))
-        parser.set_defaults(**{key: None for key, value in saved.items() if value is None})
-        arguments = [*_as_flags(saved), *arguments[1:]]
-    *sections, unknown = parser.parse_args_into_dataclasses(
-        arguments, look_for_args_file=False, return_remaining_strings=True
-    )
-    if unknown:
-        raise ValueError(f"unknown setting {unknown[0]!r}{_nearest(unknown[0].lstrip('-'), _all_fields())}")
-    given = vars(parser.parse_known_args(arguments)[0])
-    data, model, training = sections
-    settings = Settings(data, model, training, _asked(parser, given))
-    if settings.data.batch_key is None and (settings.model.domain_embedding or settings.model.domain_head):
-        raise ValueError("domain_embedding and domain_head need --batch_key, the obs column of the experimental batch")
-    return settings
+    _require_in_range(args, _TRAINING_RANGES)
+    if args.save_strategy == SaveStrategy.STEPS and not args.save_steps:
+        raise ValueError("expected save_steps > 0, found 0; to save no checkpoints choose save_strategy 'no'")
+    if args.label_smoothing_factor:
+        raise ValueError("label_smoothing_factor is for classes, which pretraining does not predict; leave it out")
+    known = get_available_reporting_integrations()  # type: ignore[no-untyped-call]
+    if absent := set(args.report_to or []) - set(known):
+        raise ValueError(
+            f"report_to names {sorted(absent)}, which is unknown or not installed; install it, or leave it out"
+        )
+    if args.torch_compile_mode not in (None, *_COMPILE_MODES):
+        raise ValueError(
+            f"torch_compile_mode is {args.torch_compile_mode!r}; choose one of {', '.join(_COMPILE_MODES)}"
+        )
+    if args.average_tokens_across_devices is False:
+        raise ValueError(
+            "average_tokens_across_devices=False is not supported: cells would weigh differently on each process"
+        )
+    if args.hub_strategy in {"checkpoint", "all_checkpoints"}:
+        strategy = HubStrategy(args.hub_strategy).value
+        raise ValueError(f"hub_strategy {strategy!r} would publish optimiser states; choose 'every_save' or 'end'")
 
 
-def read_yaml(path: Path) -> dict[str, Any]:
-    """Return the settings of a YAML file as one flat dictionary.
-
-    Raises:
-        ValueError: no such file, an alias, no mapping of sections, an unknown section or key.
-    """
-    if not path.is_file():
-        raise ValueError(f"no settings file {path}; configs/ holds examples")
-    try:
-        text = path.read_text(encoding="utf-8")
-        if any(isinstance(token, yaml.AliasToken) for token in yaml.scan(text)):  # may hold itself, or grow without end
-            raise ValueError("it has an alias (*name); write the value itself")
-        content = yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise ValueError(f"cannot read {path} as YAML: {error}") from error
-    if not isinstance(content, dict) or not all(isinstance(section, dict) for section in content.values()):
-        raise ValueError(f"expected {path} to hold the sections {', '.join(SECTIONS)}, each with its settings")
-    flat: dict[str, Any] = {}
-    for name, section in content.items():
-        if name not in SECTIONS:
-            raise ValueError(f"unknown section {name!r} in {path}{_nearest(name, SECTIONS)}")
-        known = [f.name for f in dataclasses.fields(SECTIONS[name]) if f.init]
-        for key, value in section.items():
-            if key not in known:
-                raise ValueError(f"unknown setting {key!r} in section {name!r} of {path}{_nearest(key, known)}")
-            flat[key] = value
-    return flat
-
-
-def settings_yaml(settings: Settings) -> str:
-    """Return the settings as YAML: `pretrain.py` reads it back as the same run. Credentials are left out."""
-    return str(yaml.safe_dump(settings.asked, sort_keys=False, allow_unicode=True, width=120))
-
-
-def _asked(parser: HfArgumentParser, given: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Return by section what was asked for before anything was derived: our fields, the library's if not default."""
-    return {
-        name: {
-            f.name: _plain(given[f.name])
-            for f in dataclasses.fields(section)
-            if f.name in section.__annotations__ or given.get(f.name) != parser.get_default(f.name)
-            if f.name in given and f.name not in _SECRETS
-        }
-        for name, section in SECTIONS.items()
-    }
-
-
-def _plain(value: Any) -> Any:
-    """Return what YAML can hold: the library reads some words as its own enumerations."""
-    if isinstance(value, list):
-        return [_plain(item) for item in value]
-    return value.value if isinstance(value, Enum) else value
-
-
-def _as_flags(settings: dict[str, Any]) -> list[str]:
-    """Return the settings as a command line, so that one parser checks both."""
-    flags: list[str] = []
-    for key, value in settings.items():
-        if isinstance(value, list):
-            flags += [f"--{key}", *map(str, value)]
-        elif value is not None:
-            flags.append(f"--{key}={json.dumps(value) if isinstance(value, dict) else value}")
-    return flags
-
-
-def _all_fields() -> list[str]:
-    return [f.name for section in SECTIONS.values() for f in dataclasses.fields(section) if f.init]
-
-
-def _nearest(name: Any, known: Any) -> str:
-    near = difflib.get_close_matches(str(name), list(known), n=1)
-    return f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(sorted(known)[:20])} …"
+def _require_in_range(settings: Any, ranges: dict[str, tuple[float, float]]) -> None:
+    """Raise unless each number is in its range. A setting that is None is not checked."""
+    for name, (low, high) in ranges.items():
+        value = getattr(settings, name)
+        if value is not None and not low <= value < high:
+            below = "" if high == math.inf else f" and < {high:,}"
+            raise ValueError(f"expected {name} finite, >= {low:,}{below}, found {value}")

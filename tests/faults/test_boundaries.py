@@ -12,7 +12,7 @@ import pytest
 from scgpt_hf.cells.selection.splits import load_split
 from scgpt_hf.cells.source import open_source
 from scgpt_hf.publishing.publish_run import collect_files
-from scgpt_hf.training.settings import parse_settings, settings_yaml
+from scgpt_hf.training.settings_parsing import parse_settings, settings_yaml
 from tests.support.damage import make_inputs, use_model
 
 SECRETS = ("hf_plantedtoken", "plantedpassword")

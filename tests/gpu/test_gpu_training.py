@@ -5,12 +5,13 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import TrainerCallback, set_seed
+from transformers import TrainerCallback
 
+from scgpt_hf.pretraining import prepare_run
 from scgpt_hf.tokens.packing_scgpt import bucket, pack
-from scgpt_hf.training.pretraining import DataModule, make_trainer
-from scgpt_hf.training.recipe import begin_run, build_model, build_processor, open_cells, save_selection
-from scgpt_hf.training.settings import parse_settings
+from scgpt_hf.training.recipe import make_trainer
+from scgpt_hf.training.selection import save_selection
+from scgpt_hf.training.settings_parsing import parse_settings
 from scgpt_hf.training.trainer import ScGPTTrainer
 from tests.gpu.test_gpu_model import PAD, masked_cells, network_on
 
@@ -38,13 +39,9 @@ class ErrorOnWaiting(TrainerCallback):
 
 def trainer_for(census: Path, folder: Path, *flags: str) -> ScGPTTrainer:
     settings = parse_settings([*SMALL, "--data", str(census), "--output_dir", str(folder), *flags], "test")
-    source = open_cells(settings)
-    selection, _ = begin_run(source, settings)
-    set_seed(settings.training.seed)
-    processor = build_processor(selection.genes, settings.data)
-    model = build_model(processor, settings.model)
-    trainer = make_trainer(DataModule(source, selection, processor, settings), model, settings.training)
-    save_selection(selection, source, settings)
+    run = prepare_run(settings)
+    trainer = make_trainer(run.data_module, run.model, settings.training)
+    save_selection(run.selection, run.source, settings)
     return trainer
 
 

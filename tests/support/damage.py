@@ -24,9 +24,9 @@ from scgpt_hf.publishing.record import read_metrics
 from scgpt_hf.tokens.processing_scgpt import ScGPTProcessor
 from scgpt_hf.training.fault_tolerance.checkpoints import Manifest, written_whole
 from scgpt_hf.training.fault_tolerance.ranks import Ranks
-from scgpt_hf.training.recipe import load_selection
-from scgpt_hf.training.run_folder import claim_run_folder
-from scgpt_hf.training.settings import parse_settings, settings_yaml
+from scgpt_hf.training.run_folder import resolve_checkpoint
+from scgpt_hf.training.selection import load_selection
+from scgpt_hf.training.settings_parsing import parse_settings, settings_yaml
 
 Rng = np.random.Generator
 
@@ -229,7 +229,7 @@ CASES: dict[str, tuple[str, Callable[[Path, Rng], str], Callable[[Path], object]
     "h5ad": ("cells.h5ad", damage_h5ad, read_source),
     "soma": ("soma", damage_folder, read_source),
     "cache": ("cache", damage_cache, read_source),
-    "checkpoint": ("run/checkpoint-2", damage_folder, lambda path: claim_run_folder(path.parent, "latest")),
+    "checkpoint": ("run/checkpoint-2", damage_folder, lambda path: resolve_checkpoint(path.parent, "latest")),
     "settings": ("run/settings.yaml", damage_json, lambda path: parse_settings([str(path)], "")),
     "split": ("run/split.json", damage_json, lambda path: (load_split(path), load_selection(path))),
     "metrics": ("run/metrics.jsonl", damage_json, lambda path: (read_metrics(path), model_card(path.parent))),

@@ -5,12 +5,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import set_seed
 
+from scgpt_hf.pretraining import prepare_run
+from scgpt_hf.training.data_module import DataModule
 from scgpt_hf.training.fault_tolerance.signals import StopSignal
-from scgpt_hf.training.pretraining import DataModule, make_trainer
-from scgpt_hf.training.recipe import begin_run, build_model, build_processor, open_cells, save_selection
-from scgpt_hf.training.settings import parse_settings
+from scgpt_hf.training.recipe import make_trainer
+from scgpt_hf.training.selection import save_selection
+from scgpt_hf.training.settings_parsing import parse_settings
 from scgpt_hf.training.trainer import ScGPTTrainer
 
 # A model and a data set that train in a few seconds on one CPU core.
@@ -43,16 +44,11 @@ def prepare(
         The trainer, its data module, and the checkpoint that `train` must resume from, or None for a new run.
     """
     settings = parse_settings([*TINY, "--data", str(census), "--output_dir", str(folder), *flags], "test")
-    source = open_cells(settings)
-    selection, checkpoint = begin_run(source, settings)
-    set_seed(settings.training.seed)
-    processor = build_processor(selection.genes, settings.data, source)
-    model = build_model(processor, settings.model, selection.domains, settings.data.batch_key)
-    data_module = DataModule(source, selection, processor, settings, checkpoint)
-    trainer = make_trainer(data_module, model, settings.training, stop_signal)
-    if checkpoint is None and settings.training.process_index == 0:
-        save_selection(selection, source, settings)
-    return trainer, data_module, checkpoint
+    run = prepare_run(settings)
+    trainer = make_trainer(run.data_module, run.model, settings.training, stop_signal)
+    if run.checkpoint is None and settings.training.process_index == 0:
+        save_selection(run.selection, run.source, settings)
+    return trainer, run.data_module, run.checkpoint
 
 
 def weights_of(trainer: ScGPTTrainer) -> dict[str, torch.Tensor]:

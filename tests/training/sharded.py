@@ -11,7 +11,7 @@ from typing import Any
 from accelerate.state import AcceleratorState, DistributedType, PartialState
 from torch.distributed.fsdp import FSDPModule
 
-from scgpt_hf.training.pretraining import save_best_model, whole_model
+from scgpt_hf.training.run_folder import save_best_model, unsharded_model
 from tests.support.training import prepare
 
 EVERY_2 = (
@@ -42,7 +42,7 @@ def main(census: Path, folder: Path) -> None:
     assert all(type(weight).__name__ == "DTensor" for weight in trainer.model.parameters())
     save_best_model(trainer, folder)
     if trainer.is_world_process_zero():
-        whole = whole_model(trainer, folder)
+        whole = unsharded_model(trainer, folder)
         assert all(type(weight).__name__ == "Parameter" for weight in whole.parameters())
     resumed, _, checkpoint = prepare(census, folder, *EVERY_2, "--max_steps", "6", "--resume_from_checkpoint", "latest")
     resumed.train(resume_from_checkpoint=checkpoint)

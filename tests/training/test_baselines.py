@@ -1,4 +1,4 @@
-"""Baselines against a slow and obvious version."""
+"""Baselines: equal to plain loops over the tokens."""
 
 import numpy as np
 import pytest
@@ -12,9 +12,10 @@ from scgpt_hf.training.baselines import baselines_from, sum_bins, sum_errors
 VOCAB = 6
 
 
-def batch(tokens: list[tuple[int, int, bool]], middle: float = 0.0) -> dict[str, torch.Tensor]:
+def batch(tokens: list[tuple[int, int, bool]], shift: float = 0.0) -> dict[str, torch.Tensor]:
+    """Return a batch of one cell from (gene, bin, masked), its labels shifted by a number of bins."""
     ids, bins, hidden = (np.array(column) for column in zip(*tokens, strict=True))
-    labels = np.where(hidden, bins + middle, IGNORE)
+    labels = np.where(hidden, bins + shift, IGNORE)
     return {
         "input_ids": torch.tensor(ids)[None],
         "values": torch.tensor(bins, dtype=torch.float32)[None],
@@ -26,9 +27,11 @@ tokens = st.lists(st.tuples(st.integers(0, VOCAB - 1), st.integers(1, 50), st.bo
 
 
 @given(train=st.lists(tokens, min_size=1, max_size=4), validation=st.lists(tokens, min_size=1, max_size=4))
-def test_baselines_equal_the_obvious_loops(train, validation):
+def test_baselines_equal_plain_loops(train, validation):
     hidden = [(gene, value) for cell in validation for gene, value, masked in cell if masked]
-    low, high = ([batch(cell, shift) for cell in validation] for shift in (-1.0, 5.0))  # the middle is 2 off
+    low, high = (
+        [batch(cell, shift) for cell in validation] for shift in (-1.0, 5.0)
+    )  # the middle of the bins is 2 off
     sums = sum_errors(map(batch, validation), low, high, sum_bins(map(batch, train), VOCAB))
     if not hidden:
         with pytest.raises(ValueError, match="masked no position"):

@@ -1,28 +1,23 @@
-"""Fine-tuning a class head on labelled cells: from a pretrained checkpoint and an AnnData to a run folder.
+"""Fine-tune a class head on labelled cells: from a pretrained checkpoint and an AnnData to a run folder.
 
-Which cells teach is decided in `labels.py`, how weights change in `classifier.py`, what the confidence is worth in
-`calibration.py`. What every fine-tuning run does with its folder is here too, for `integration.py`.
+`labels.py` selects the cells, `classifier.py` trains on them, `calibration.py` calibrates the confidence.
 """
 
 import logging
-import os
-import shutil
 import time
-from dataclasses import asdict, replace
-from importlib.metadata import version
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import yaml
 from scipy.special import softmax
 from sklearn.metrics import confusion_matrix
-from transformers import EarlyStoppingCallback, PreTrainedModel, set_seed
+from transformers import EarlyStoppingCallback, set_seed
 
+from scgpt_hf.cells.block import Int64Array
 from scgpt_hf.cells.schedule.epoch import plan_epoch, plan_validation
 from scgpt_hf.cells.selection.filters import cells_expressing
-from scgpt_hf.cells.selection.splits import save_split
 from scgpt_hf.cells.source import Address, CellSource, open_source
 from scgpt_hf.model.modeling_scgpt import ScGPTForSequenceClassification
 from scgpt_hf.pipeline.genes import match_columns
@@ -31,40 +26,50 @@ from scgpt_hf.pretrained import domain_classes, load_pretrained, load_processor
 from scgpt_hf.tokens.processing_scgpt import ScGPTProcessor
 from scgpt_hf.training.finetuning.calibration import Logits, calibration_error, fit_temperature, reliability
 from scgpt_hf.training.finetuning.classifier import ClassifierTrainer, agreement, score
-from scgpt_hf.training.finetuning.labels import LabelledCells, balanced_weights, choose_labelled
-from scgpt_hf.training.finetuning.settings import AnnotateSettings, FinetuneSettings, training_settings
-from scgpt_hf.training.provenance import composition_of, training_of
-from scgpt_hf.training.run_folder import BEST_MODEL, SETTINGS, SPLIT, SUMMARY, MetricsFile, write_json, write_whole
+from scgpt_hf.training.finetuning.labels import LabelledCells, balanced_weights, select_labelled
+from scgpt_hf.training.finetuning.run_folder import require_new_folder, save_inputs, save_results
+from scgpt_hf.training.finetuning.settings import AnnotateSettings, training_settings
+from scgpt_hf.training.run_folder import MetricsFile
+from scgpt_hf.training.selection import composition_of
+from scgpt_hf.training.summary import training_of
 
 logger = logging.getLogger(__name__)
 
-# The value encoder has a linear1 and a linear2 too; the encoder's layers are told by their number.
+# The layers' number is part of the pattern because the value encoder has a linear1 and a linear2, too.
 LORA_LAYERS = r".*\.layers\.\d+\.(self_attn\.(qkv_proj|out_proj)|linear1|linear2)"
 
 
 def finetune_classifier(data: Address, settings: AnnotateSettings) -> dict[str, Any]:
-    """Train a class head on a pretrained encoder and write a run folder; return what its summary.json says.
+    """Train a class head on a pretrained encoder, and write a run folder.
 
-    The folder's `best_model` is the model of the epoch with the highest macro-F1 on held-out cells, its labels in the
-    config and its confidence calibrated: the temperature is divided into the last layer of the head, so the softmax of
-    its logits is the confidence wherever it is loaded. Both are chosen on the held-out cells, so the scores on these
-    are a little too good; judge the model on cells it was never given.
+    `best_model` in the run folder is the model of the epoch with the highest macro-F1 on the held-out cells. Its config
+    holds the labels, and its confidence is calibrated: the temperature is divided into the last layer of the head, so
+    that the softmax of the logits is the confidence wherever the model is loaded. Epoch and temperature are both chosen
+    on the held-out cells, so the scores on these cells are slightly too good. Judge the model on cells of other donors.
 
     Args:
-        data: labelled cells with raw counts: an AnnData, .h5ad files, a SOMA; genes by Ensembl id or symbol.
+        data: labelled cells with raw counts: an AnnData, .h5ad files or a SOMA; genes by Ensembl id or symbol.
         settings: see `AnnotateSettings`.
 
+    Returns:
+        The content of summary.json: cells, labels, scores beside those of a majority baseline, calibration.
+
     Raises:
-        FileExistsError: the run folder holds something.
-        ImportError: LoRA was asked for, and `peft` is not installed.
-        OSError: there is no such model or file.
-        ValueError: data, labels or model cannot be used; the message says what was found and what to do.
+        FileExistsError: the run folder is not empty.
+        ImportError: `train` is "lora", and `peft` is not installed.
+        OSError: the model or a file does not exist.
+        ValueError: data, labels or model cannot be used. The message says what was found and what to do.
+
+    Example:
+        >>> settings = AnnotateSettings(model="runs/demo/best_model", out="runs/types", labels_key="cell_type")
+        >>> summary = finetune_classifier(adata, settings)  # doctest: +SKIP
+        >>> summary["validation"]["macro_f1"]  # doctest: +SKIP
     """
     started = time.perf_counter()
     folder = require_new_folder(settings.out)
     source = open_source(data, layer=settings.layer, primary_only=False)
     processor = load_processor(settings.model)
-    cells = _choose_cells(source, processor, settings)
+    cells = _select_cells(source, processor, settings)
     set_seed(settings.seed)
     model = _load_classifier(cells.labels, settings)
     trainer = _make_trainer(source, processor, cells, model, settings)
@@ -75,7 +80,7 @@ def finetune_classifier(data: Address, settings: AnnotateSettings) -> dict[str, 
     trained = trained.merge_and_unload() if settings.train == "lora" else trained
     logits, classes = trainer.held_out_logits(trained)
     temperature = fit_temperature(logits, classes)
-    with torch.no_grad():  # logits / temperature, for everyone who loads the model
+    with torch.no_grad():  # from now on the model itself returns logits / temperature
         for weight in trained.class_head.out.parameters():
             weight /= temperature
     summary = {
@@ -96,75 +101,34 @@ def finetune_classifier(data: Address, settings: AnnotateSettings) -> dict[str, 
     return summary
 
 
-def require_new_folder(out: str) -> Path:
-    """Return the run folder, which must not hold anything yet.
-
-    Raises:
-        FileExistsError: it does.
-    """
-    folder = Path(out)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise FileExistsError(f"{folder} exists already; remove it, or name a new folder with --out")
-    return folder
-
-
-def save_inputs(
-    folder: Path,
-    source: CellSource,
-    parts: dict[str, Any],
-    donor_key: str | None,
-    settings: FinetuneSettings,
-    told: dict[str, Any],
-) -> None:
-    """Write settings.yaml, and split.json with the cells of each part and what is `told` of them beside the source."""
-    folder.mkdir(parents=True, exist_ok=True)
-    text = yaml.safe_dump(asdict(settings), sort_keys=False, allow_unicode=True, width=120)
-    write_whole(folder / SETTINGS, str(text))
-    obs = source.obs([] if donor_key is None else [donor_key])
-    record = {**source.describe(), **told}
-    save_split(folder / SPLIT, parts, obs, seed=settings.seed, source=record, donor_key=donor_key)
-
-
-def save_results(folder: Path, model: PreTrainedModel, processor: ScGPTProcessor, summary: dict[str, Any]) -> None:
-    """Write best_model, whole or not at all, and summary.json; remove the checkpoints of the way there."""
-    beside = folder / f"{BEST_MODEL}.tmp"
-    shutil.rmtree(beside, ignore_errors=True)
-    model.save_pretrained(beside)
-    processor.save_pretrained(beside)
-    os.replace(beside, folder / BEST_MODEL)
-    versions = {name: version(name) for name in ("scgpt_hf", "torch", "transformers")}
-    write_json(folder / SUMMARY, {**summary, "versions": versions})
-    for checkpoint in folder.glob("checkpoint*"):
-        shutil.rmtree(checkpoint)
-
-
-def _choose_cells(source: CellSource, processor: ScGPTProcessor, settings: AnnotateSettings) -> LabelledCells:
+def _select_cells(source: CellSource, processor: ScGPTProcessor, settings: AnnotateSettings) -> LabelledCells:
+    """Return the labelled cells that express a gene of the vocabulary, split into training and validation."""
     donor_key = settings.donor_key
     donors = [donor_key or "donor_id"] if donor_key or "donor_id" in source.columns else []
     obs = source.obs(list(dict.fromkeys([settings.labels_key, *donors])))
     known = np.flatnonzero(match_columns(source.genes, processor)[0] >= 0)
     obs = obs.loc[cells_expressing(source, obs.index.to_numpy(np.int64), known)]
-    return choose_labelled(
+    return select_labelled(
         obs,
         settings.labels_key,
         donor_key=donor_key,
         validation_fraction=settings.validation_fraction,
         label_fraction=settings.label_fraction,
-        ignore=settings.ignore_labels,
+        ignore_labels=settings.ignore_labels,
         min_cells=settings.min_cells,
         seed=settings.seed,
     )
 
 
 def _load_classifier(labels: list[str], settings: AnnotateSettings) -> Any:
-    """Return the model with a class head for the labels, and gradients for what shall be trained."""
+    """Return the model with a class head for the labels; only the weights that are to be trained need gradients."""
     config = {
         "id2label": dict(enumerate(labels)),
         "label2id": {label: index for index, label in enumerate(labels)},
         "problem_type": "single_label_classification",
     }
     model, _, new = load_pretrained(settings.model, ScGPTForSequenceClassification, **config)
-    logger.info("loaded %s; new, with random weights: %s", settings.model, new or "nothing")
+    logger.info("loaded %s; initialised at random: %s", settings.model, new or "nothing")
     if settings.train == "head":
         model.base_model.requires_grad_(False)
     if settings.train != "lora":
@@ -183,7 +147,7 @@ def _load_classifier(labels: list[str], settings: AnnotateSettings) -> Any:
 def _make_trainer(
     source: CellSource, processor: ScGPTProcessor, cells: LabelledCells, model: Any, settings: AnnotateSettings
 ) -> ClassifierTrainer:
-    """Return the trainer, its data_module planned; nothing is read or written yet."""
+    """Return the trainer with its epochs planned. Nothing is read or written yet."""
     batch_size = min(settings.batch_size, len(cells.parts["train"]))
     args = training_settings(
         settings,
@@ -194,42 +158,38 @@ def _make_trainer(
         metric_for_best_model="eval_macro_f1",
         greater_is_better=True,
     )
-    stream_config = StreamConfig(
+    classes = {label: index for index, label in enumerate(cells.labels)}
+    # Every process validates all cells, with the ties that cells are predicted with.
+    validation_config = StreamConfig(
         seed=settings.seed,
-        rank=args.process_index,
-        world_size=args.world_size,
+        ties="midpoint",
         padded=bool(model.config.padding_dependent_settings),
-        categories={
-            "labels": (settings.labels_key, {label: index for index, label in enumerate(cells.labels)}),
-            **domain_classes(model.config),
-        },
+        categories={"labels": (settings.labels_key, classes), **domain_classes(model.config)},
     )
-    train, held_out = cells.parts["train"], cells.parts["validation"]
-    keywords = {"seed": settings.seed, "batch_size": batch_size * args.world_size, "chunk_size": source.chunk_size}
-    plans = [plan_epoch(train, epoch=epoch, **keywords) for epoch in range(settings.epochs)]
-    plan = plan_validation(held_out, args.per_device_eval_batch_size)
-    # Ties as in inference, and every rank validates all cells.
-    validation_config = replace(stream_config, rank=0, world_size=1, ties="midpoint")
-    validated = stream_cells(source, [plan], processor, validation_config)
+    train_config = replace(validation_config, rank=args.process_index, world_size=args.world_size, ties=None)
+    order = {"seed": settings.seed, "batch_size": batch_size * args.world_size, "chunk_size": source.chunk_size}
+    plans = [plan_epoch(cells.parts["train"], epoch=epoch, **order) for epoch in range(settings.epochs)]
+    validation_plan = plan_validation(cells.parts["validation"], args.per_device_eval_batch_size)
+    validation = stream_cells(source, [validation_plan], processor, validation_config)
     weights = balanced_weights(cells.classes("train"), len(cells.labels))
     return ClassifierTrainer(
         model=model,
         args=args,
         callbacks=[MetricsFile(Path(settings.out)), EarlyStoppingCallback(settings.patience)],
-        train_stream=lambda consumed: stream_cells(source, plans, processor, stream_config, start_step=consumed),
+        train_stream=lambda consumed: stream_cells(source, plans, processor, train_config, start_step=consumed),
         epoch_ends=[plans[0].n_steps * (epoch + 1) for epoch in range(settings.epochs)],
-        validation_stream=lambda: validated,
+        validation_stream=lambda: validation,
         class_weights=torch.from_numpy(weights if settings.class_weights == "balanced" else np.ones_like(weights)),
     )
 
 
 def _describe_cells(source: CellSource, cells: LabelledCells, settings: AnnotateSettings) -> dict[str, Any]:
-    """Return how many cells of each label were learned from and held out, and which were left out."""
+    """Return the number of cells of each label and part, and the number of cells that were left out."""
     n_cells = {part: np.bincount(cells.classes(part), minlength=len(cells.labels)).tolist() for part in cells.parts}
     donors = {}
     if cells.donor_key is not None:
-        by = source.obs([cells.donor_key])[cells.donor_key]
-        donors = {f"{part}_donors": int(by.reindex(ids).nunique()) for part, ids in cells.parts.items()}
+        donor_of = source.obs([cells.donor_key])[cells.donor_key]
+        donors = {f"{part}_donors": int(donor_of.reindex(ids).nunique()) for part, ids in cells.parts.items()}
     return {
         "labels_key": settings.labels_key,
         "train": settings.train,
@@ -246,12 +206,19 @@ def _describe_cells(source: CellSource, cells: LabelledCells, settings: Annotate
     }
 
 
-def _describe_scores(cells: LabelledCells, logits: Logits, classes: Any, temperature: float) -> dict[str, Any]:
-    """Return scores on the held-out cells beside those of always naming the most frequent label."""
+def _describe_scores(cells: LabelledCells, logits: Logits, classes: Int64Array, temperature: float) -> dict[str, Any]:
+    """Return the scores on the held-out cells, and those of a baseline that always predicts the most frequent label.
+
+    Args:
+        cells: training and held-out cells.
+        logits: of the held-out cells, not calibrated. Shape (cells, classes).
+        classes: of the held-out cells. Shape (cells,).
+        temperature: calibrates the logits.
+    """
     majority = int(np.bincount(cells.classes("train")).argmax())
     predicted = logits.argmax(axis=1)
     before, after = (softmax(scaled, axis=1).max(axis=1) for scaled in (logits, logits / temperature))
-    right = predicted == classes
+    correct = predicted == classes
     confusion = confusion_matrix(classes, predicted, labels=range(len(cells.labels)))
     return {
         "validation": score((logits / temperature).astype(np.float32), classes),
@@ -260,7 +227,7 @@ def _describe_scores(cells: LabelledCells, logits: Logits, classes: Any, tempera
             **agreement(classes, np.full_like(classes, majority)),
         },
         "temperature": temperature,
-        "calibration_error": {"before": calibration_error(before, right), "after": calibration_error(after, right)},
-        "reliability": reliability(after, right).to_dict("list"),
+        "calibration_error": {"before": calibration_error(before, correct), "after": calibration_error(after, correct)},
+        "reliability": reliability(after, correct).to_dict("list"),
         "confusion": {"labels": cells.labels, "counts": confusion.tolist()},
     }

@@ -1,7 +1,7 @@
-"""Fine-tuning on several experimental batches, so that cells of one type lie together whatever batch they come from.
+"""Fine-tune on several experimental batches, so that cells of one type get similar embeddings in every batch.
 
-The recipe is pretraining's, from a checkpoint, with the objectives and norms of scGPT's integration task. What it
-leaves behind embeds cells by their domain: `embed_anndata` finds it in the obs column that the config names.
+The run is a pretraining run that starts from a checkpoint, with the objectives and norms of scGPT's integration task.
+The resulting model embeds each cell by its batch: `embed_anndata` reads it from the obs column that the config names.
 """
 
 import logging
@@ -14,36 +14,44 @@ from transformers import set_seed
 
 from scgpt_hf.cells.selection.filters import cells_expressing, cells_with_value
 from scgpt_hf.cells.source import Address, CellSource, open_source
-from scgpt_hf.model.configuration_scgpt import ScGPTConfig
 from scgpt_hf.model.modeling_scgpt import ScGPTForPreTraining
 from scgpt_hf.pipeline.genes import match_columns
 from scgpt_hf.pretrained import Pretrained, load_pretrained, load_processor
 from scgpt_hf.tokens.processing_scgpt import ScGPTProcessor
-from scgpt_hf.training.finetuning.annotate import require_new_folder, save_inputs, save_results
+from scgpt_hf.training.data_module import DataModule
 from scgpt_hf.training.finetuning.labels import split_within
+from scgpt_hf.training.finetuning.run_folder import require_new_folder, save_inputs, save_results
 from scgpt_hf.training.finetuning.settings import IntegrateSettings, training_settings
-from scgpt_hf.training.pretraining import DataModule, make_trainer
-from scgpt_hf.training.provenance import composition_of, training_of
-from scgpt_hf.training.recipe import Selection, start_at_mean
-from scgpt_hf.training.settings import DataSettings, ModelSettings, Settings
+from scgpt_hf.training.recipe import make_trainer, start_at_mean
+from scgpt_hf.training.selection import Selection, composition_of
+from scgpt_hf.training.summary import training_of
 
 logger = logging.getLogger(__name__)
 
 
 def finetune_integration(data: Address, settings: IntegrateSettings) -> dict[str, Any]:
-    """Fine-tune a pretrained model on several experimental batches and write a run folder; return its summary.
+    """Fine-tune a pretrained model on several experimental batches, and write a run folder.
 
-    Cells of every domain are held out to choose the best epoch, since a new domain would have no batch norm. Heads and
-    norms that the checkpoint lacks, or has without domains, begin anew; the summary names them.
+    Some cells of every batch are held out to choose the best epoch. A batch that is held out completely would have no
+    batch norm. Heads and norms that the checkpoint does not have, or has for other batches, are initialised at random;
+    the summary lists them.
 
     Args:
-        data: cells with raw counts: an AnnData, .h5ad files, a SOMA; genes by Ensembl id or symbol.
+        data: cells with raw counts: an AnnData, .h5ad files or a SOMA; genes by Ensembl id or symbol.
         settings: see `IntegrateSettings`.
 
+    Returns:
+        The content of summary.json: cells of each batch, new parts of the model, best validation.
+
     Raises:
-        FileExistsError: the run folder holds something.
-        OSError: there is no such model or file.
-        ValueError: data, domains or model cannot be used; the message says what was found and what to do.
+        FileExistsError: the run folder is not empty.
+        OSError: the model or a file does not exist.
+        ValueError: data, batches or model cannot be used. The message says what was found and what to do.
+
+    Example:
+        >>> settings = IntegrateSettings(model="runs/demo/best_model", out="runs/joined", batch_key="assay")
+        >>> summary = finetune_integration(["a.h5ad", "b.h5ad"], settings)  # doctest: +SKIP
+        >>> embed_anndata(adata, "runs/joined/best_model")  # doctest: +SKIP
     """
     started = time.perf_counter()
     folder = require_new_folder(settings.out)
@@ -54,13 +62,28 @@ def finetune_integration(data: Address, settings: IntegrateSettings) -> dict[str
     domains = sorted(set(domain_of))
     set_seed(settings.seed)
     model, _, new = _load_for_domains(domains, settings)
-    logger.info("loaded %s; new, with random weights: %s", settings.model, new or "nothing")
+    logger.info("loaded %s; initialised at random: %s", settings.model, new or "nothing")
     if "expression_head" in new:
         start_at_mean(model, processor)  # type: ignore[arg-type]
-    selection = Selection(parts, processor.genes, domains, dict.fromkeys(parts, len(domains)))
-    as_pretraining = _as_pretraining(model.config, settings)  # type: ignore[arg-type]
-    data_module = DataModule(source, selection, processor, as_pretraining)
-    trainer = make_trainer(data_module, model, as_pretraining.training)  # type: ignore[arg-type]
+    args = training_settings(
+        settings,
+        output_dir=settings.out,
+        save_only_model=False,
+        save_total_limit=2,
+        num_train_epochs=settings.epochs,
+        learning_rate=settings.learning_rate,
+        lr_decay_per_epoch=0.9,
+        warmup_steps=0,
+    )
+    data_module = DataModule(
+        source,
+        Selection(parts, processor.genes, domains, n_donors={}),
+        processor,
+        model.config,  # type: ignore[arg-type]
+        args,
+        mask_ratios=[settings.mask_ratio],
+    )
+    trainer = make_trainer(data_module, model, args)  # type: ignore[arg-type]
     save_inputs(folder, source, parts, None, settings, {"domains": domains})
     trainer.train()
     validations = [line for line in trainer.state.log_history if "eval_loss" in line]
@@ -88,19 +111,22 @@ def finetune_integration(data: Address, settings: IntegrateSettings) -> dict[str
     return summary
 
 
-def _domains(source: CellSource, processor: ScGPTProcessor, key: str) -> "pd.Series[str]":
-    """Return the domain of each cell that has one and expresses a known gene, indexed by cell id.
+def _domains(source: CellSource, processor: ScGPTProcessor, batch_key: str) -> "pd.Series[str]":
+    """Return the experimental batch of each cell that has one and expresses a gene of the vocabulary.
+
+    Returns:
+        Text, indexed by cell id. Shape (cells,).
 
     Raises:
-        ValueError: there are fewer than two.
+        ValueError: there are fewer than two batches.
     """
-    obs = source.obs([key])
+    obs = source.obs([batch_key])
     known = np.flatnonzero(match_columns(source.genes, processor)[0] >= 0)
-    domain_of = obs.loc[cells_expressing(source, cells_with_value(obs, key), known), key].astype(str)
+    domain_of = obs.loc[cells_expressing(source, cells_with_value(obs, batch_key), known), batch_key].astype(str)
     if domain_of.nunique() < 2:
         raise ValueError(
-            f"integration brings two or more experimental batches together; all {len(domain_of):,} cells have "
-            f"{domain_of.iloc[0]!r} in obs[{key!r}]; choose another column (--batch_key)"
+            f"integration needs two or more experimental batches; all {len(domain_of):,} cells have "
+            f"{domain_of.iloc[0]!r} in obs[{batch_key!r}]; choose another column (--batch_key)"
         )
     return domain_of
 
@@ -121,20 +147,3 @@ def _load_for_domains(domains: list[str], settings: IntegrateSettings) -> Pretra
         explicit_zero_prob=False,  # genes that are not expressed are no tokens here
         loss_weights={name: weight for name, weight in weights.items() if weight},
     )
-
-
-def _as_pretraining(config: ScGPTConfig, settings: IntegrateSettings) -> Settings:
-    """Return the settings under which pretraining's data_module and trainer do this."""
-    data = DataSettings(mask_ratios=[settings.mask_ratio], batch_key=settings.batch_key)
-    model = ModelSettings(cell_pooling=config.cell_pooling, input_norm=config.input_norm)
-    args = training_settings(
-        settings,
-        output_dir=settings.out,
-        save_only_model=False,
-        save_total_limit=2,
-        num_train_epochs=settings.epochs,
-        learning_rate=settings.learning_rate,
-        lr_decay_per_epoch=0.9,
-        warmup_steps=0,
-    )
-    return Settings(data, model, args, {})

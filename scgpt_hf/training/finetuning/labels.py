@@ -1,6 +1,6 @@
-"""Which cells teach a classifier and which hold it to account: labels in, cells of each part out.
+"""Select the labelled cells that a classifier is trained and validated on.
 
-Nothing is left out in silence: unlabelled cells and rare labels are counted, and the counts go to the summary.
+Every cell that is left out is counted, by reason, and the counts go into the summary of the run.
 """
 
 import logging
@@ -16,21 +16,21 @@ from scgpt_hf.cells.selection.splits import split_cells
 
 logger = logging.getLogger(__name__)
 
-# Seeds tried for a split of whole donors, of which the one with most labels on both sides is taken.
-_SPLITS = 20
+# Splits of whole donors to try. With few donors, a random split often leaves a label on one side only.
+_N_SPLITS = 20
 
 
 @dataclass(frozen=True, eq=False)
 class LabelledCells:
-    """The cells a classifier learns from and is judged by.
+    """The cells that a classifier is trained and validated on.
 
     Attributes:
-        parts: "train" and "validation" → cell ids, ascending.
+        parts: "train" and "validation" → cell ids, ascending. Shape (cells of the part,).
         labels: names of the classes, sorted, in the order of their ids.
-        label_of: name of each cell's label, indexed by cell id; cells that were left out are not in it.
-        donor_key: obs column whose values were held out whole; None where single cells were held out.
-        left_out: why → how many cells.
-        rare: labels left out for having too few cells → how many they have.
+        label_of: name of each cell's label, indexed by cell id. Cells that were left out are missing.
+        donor_key: obs column whose values were held out completely; None if single cells were held out.
+        left_out: reason → number of cells.
+        rare: labels that were left out because they have too few cells → number of their cells.
     """
 
     parts: dict[str, Int64Array]
@@ -41,88 +41,97 @@ class LabelledCells:
     rare: dict[str, int]
 
     def classes(self, part: str) -> Int64Array:
-        """Return the class of each cell of a part, in the order of its ids. Shape (cells,)."""
+        """Return the class id of each cell of a part, in the order of its cell ids. Shape (cells,)."""
         return np.searchsorted(self.labels, self.label_of.reindex(self.parts[part]).to_numpy(str)).astype(np.int64)
 
 
-def choose_labelled(
+def select_labelled(
     obs: pd.DataFrame,
-    label: str,
+    labels_key: str,
     *,
     donor_key: str | None,
     validation_fraction: float,
     label_fraction: float,
-    ignore: Sequence[str],
+    ignore_labels: Sequence[str],
     min_cells: int,
     seed: int,
 ) -> LabelledCells:
-    """Return the cells with a label that can be learned, split into training and validation.
+    """Select the cells whose label can be learned, and split them into training and validation cells.
 
-    Whole donors (values of `donor_key`) are held out: of twenty random splits the first one with most labels on both
-    sides. With a single donor, or none recorded, cells are held out instead, the same share of every label and at least
-    one cell of each; what is then measured says nothing about new donors. A label that only held-out donors have cannot
-    be learned, and is not scored either.
+    Whole donors are held out: of several random splits, the first one with the most labels in both parts is used. If
+    there is only one donor, or none is recorded, single cells are held out instead, the same share of every label and
+    at least one cell of each. Scores then say nothing about new donors. A label that only held-out donors have cannot
+    be learned, so its cells are left out.
 
     Args:
-        obs: one row for each cell, index = cell ids, with the columns `label` and, if given, `donor_key`.
-        label: column with the labels.
-        donor_key: column whose values stay together; None for `donor_id` where obs has it.
-        validation_fraction: share of the labelled cells held out, in (0, 1).
-        label_fraction: share of the training cells of each label that is kept, at least one cell each; in (0, 1].
-        ignore: values that are no labels. Missing and empty values never are.
-        min_cells: labels with fewer cells are left out, at least 2.
-        seed: settles split and share.
+        obs: one row for each cell, indexed by cell id, with the columns `labels_key` and, if given, `donor_key`.
+        labels_key: column with the labels.
+        donor_key: column whose values stay together; None for `donor_id` if obs has it.
+        validation_fraction: share of the labelled cells to hold out, in (0, 1).
+        label_fraction: share of the training cells of each label to keep, at least one cell each; in (0, 1].
+        ignore_labels: values that are not labels. Missing and empty values never are.
+        min_cells: leave out labels with fewer cells; at least 2.
+        seed: determines the split and the cells that `label_fraction` keeps.
 
     Raises:
-        ValueError: fewer than two labels are left, or cells have no value in `donor_key`.
+        ValueError: fewer than two labels are left, or a cell has no value in `donor_key`.
     """
-    text = obs[label].astype(object)
-    labelled = (text.notna() & ~text.astype(str).isin(["", *ignore])).to_numpy()
-    n_cells = text[labelled].astype(str).value_counts().sort_index()
+    values = obs[labels_key].astype(object)
+    labelled = (values.notna() & ~values.astype(str).isin(["", *ignore_labels])).to_numpy()
+    label_of = values[labelled].astype(str)
+    n_cells = label_of.value_counts().sort_index()
     rare = {str(name): int(n) for name, n in n_cells[n_cells < min_cells].items()}
-    label_of = text[labelled].astype(str)
     label_of = label_of[~label_of.isin(list(rare)).to_numpy()]
-    _require_labels(label_of, label, len(obs), ignore, rare, min_cells)
+    _require_labels(label_of, labels_key, len(obs), ignore_labels, rare, min_cells)
     if donor_key is None and "donor_id" in obs and obs.loc[label_of.index, "donor_id"].nunique() > 1:
         donor_key = "donor_id"
     parts = _split(obs.loc[label_of.index], label_of, donor_key, validation_fraction, seed)
     learned = set(label_of.reindex(parts["train"]))
-    lost = ~label_of.reindex(parts["validation"]).isin(learned).to_numpy()
-    parts["validation"], lost_cells = parts["validation"][~lost], parts["validation"][lost]
+    unseen = ~label_of.reindex(parts["validation"]).isin(learned).to_numpy()
+    parts["validation"], unseen_cells = parts["validation"][~unseen], parts["validation"][unseen]
     n_train = len(parts["train"])
     parts["train"] = keep_share(label_of.reindex(parts["train"]), label_fraction, seed)
     left_out = {
         "unlabelled": int((~labelled).sum()),
         "rare label": sum(rare.values()),
-        "label of held-out donors only": len(lost_cells),
+        "label of held-out donors only": len(unseen_cells),
         "label not used (label_fraction)": n_train - len(parts["train"]),
     }
     if len(learned) < 2:
         raise ValueError(
-            f"of {label!r}, training cells have only {sorted(learned)}; hold out other cells (--donor_key)"
+            f"of {labels_key!r}, the training cells have only {sorted(learned)}; hold out other cells (--donor_key)"
         )
-    _report(left_out, rare, sorted(set(label_of.reindex(lost_cells))), donor_key)
+    _log_left_out(left_out, rare, sorted(set(label_of.reindex(unseen_cells))), donor_key)
     label_of = label_of.reindex(np.concatenate(list(parts.values())))
     return LabelledCells(parts, sorted(learned), label_of, donor_key, left_out, rare)
 
 
 def keep_share(label_of: pd.Series, share: float, seed: int) -> Int64Array:
-    """Return a random share of the cells of each label, rounded up, as ascending ids.
+    """Return the ids of a random share of the cells of each label, rounded up, ascending. Shape (kept cells,).
 
-    A smaller share of the same cells is part of a larger one.
+    With the same seed, a smaller share is a subset of a larger one.
+
+    Args:
+        label_of: label of each cell, indexed by cell id. Shape (cells,).
+        share: share to keep, in (0, 1].
+        seed: determines which cells.
     """
     order = label_of.iloc[np.random.default_rng([seed, 1]).permutation(len(label_of))]
     rank, size = order.groupby(order).cumcount(), order.groupby(order).transform("size")
+    # The small number keeps rounding errors of share * size from adding a cell.
     return np.sort(order.index.to_numpy(np.int64)[(rank < np.ceil(share * size - 1e-9)).to_numpy()])
 
 
 def split_within(groups: pd.Series, fraction: float, seed: int) -> dict[str, Int64Array]:
-    """Return "train" and "validation": a share of each group held out, at least one cell and never all.
+    """Hold out a share of each group: at least one cell, and never all of them.
 
     Args:
         groups: group of each cell, indexed by cell id. Shape (cells,).
-        fraction: share held out, in (0, 1).
-        seed: settles which.
+        fraction: share to hold out, in (0, 1).
+        seed: determines which cells.
+
+    Returns:
+        "train" and "validation" → cell ids, ascending.
     """
     order = groups.iloc[np.random.default_rng([seed, 0]).permutation(len(groups))]
     rank, size = order.groupby(order).cumcount(), order.groupby(order).transform("size")
@@ -132,7 +141,13 @@ def split_within(groups: pd.Series, fraction: float, seed: int) -> dict[str, Int
 
 
 def balanced_weights(classes: Int64Array, n_classes: int) -> npt.NDArray[np.float32]:
-    """Return the weight of each class, n / (n_classes * n_class), so that classes weigh the same and the mean cell 1.
+    """Return the weight of each class, n_cells / (n_classes * n_cells_of_class). Shape (classes,).
+
+    All classes then have the same total weight, and the mean weight over cells is 1.
+
+    Args:
+        classes: class id of each cell; every class occurs. Shape (cells,).
+        n_classes: number of classes.
 
     Source: King & Zeng 2001, Political Analysis 9:137; "balanced" in scikit-learn.
     """
@@ -141,15 +156,20 @@ def balanced_weights(classes: Int64Array, n_classes: int) -> npt.NDArray[np.floa
 
 
 def _require_labels(
-    label_of: pd.Series, label: str, n_cells: int, ignore: Sequence[str], rare: dict[str, int], min_cells: int
+    label_of: pd.Series,
+    labels_key: str,
+    n_cells: int,
+    ignore_labels: Sequence[str],
+    rare: dict[str, int],
+    min_cells: int,
 ) -> None:
     names = sorted(set(label_of))
     if len(names) < 2:
         found = f"only {names[0]!r} ({len(label_of):,} cells)" if names else "none"
         few = f"; too few cells (fewer than min_cells {min_cells}) have {rare}" if rare else ""
         raise ValueError(
-            f"a classifier needs two labels or more; of {n_cells:,} cells, obs[{label!r}] has {found}, not counting "
-            f"missing values and {list(ignore)}{few}; choose another column (--labels_key)"
+            f"a classifier needs two or more labels; of {n_cells:,} cells, obs[{labels_key!r}] has {found}, not "
+            f"counting missing values and {list(ignore_labels)}{few}; choose another column (--labels_key)"
         )
 
 
@@ -160,25 +180,26 @@ def _split(
         return split_within(label_of, fraction, seed)
     fractions = {"train": 1 - fraction, "validation": fraction}
     best: dict[str, Int64Array] = {}
-    most = -1
-    for attempt in range(_SPLITS):
+    most_shared = -1
+    for attempt in range(_N_SPLITS):
         parts = split_cells(obs, fractions, donor_key=donor_key, seed=seed + attempt)
         n_shared = len(set(label_of.reindex(parts["train"])) & set(label_of.reindex(parts["validation"])))
-        if n_shared > most:
-            best, most = parts, n_shared
-        if most == label_of.nunique():
+        if n_shared > most_shared:
+            best, most_shared = parts, n_shared
+        if most_shared == label_of.nunique():
             break
     return best
 
 
-def _report(left_out: dict[str, int], rare: dict[str, int], lost: list[str], donor_key: str | None) -> None:
+def _log_left_out(left_out: dict[str, int], rare: dict[str, int], unseen: list[str], donor_key: str | None) -> None:
     if donor_key is None:
         logger.warning(
-            "there is one donor only, or none is recorded: cells are held out, the same share of every label; the "
-            "scores say nothing about new donors (--donor_key COLUMN holds out the values of another column)"
+            "the cells are of a single donor, or no donor is recorded: single cells are held out, the same share of "
+            "every label, so the scores say nothing about new donors (--donor_key COLUMN holds out the values of "
+            "another column)"
         )
     if rare:
-        logger.warning("left out for having too few cells: %s", rare)
-    if lost:
-        logger.warning("labels of held-out donors only, neither learned nor scored: %s", lost)
+        logger.warning("labels with too few cells, left out: %s", rare)
+    if unseen:
+        logger.warning("labels of held-out donors only, neither trained nor scored: %s", unseen)
     logger.info("cells left out: %s", left_out)

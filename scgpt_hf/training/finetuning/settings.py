@@ -1,4 +1,4 @@
-"""What a user can set when a pretrained model is fine-tuned: on labelled cells, or on several experimental batches."""
+"""The settings of fine-tuning, on labelled cells or on several experimental batches."""
 
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -13,42 +13,46 @@ def required(help: str) -> Any:
 
 @dataclass(kw_only=True)
 class FinetuneSettings:
-    """What both tasks have in common."""
+    """The settings that both tasks share."""
 
     model: str = required("folder of a pretrained model, or its repository on the Hub")
-    out: str = required("the run folder: best_model, settings, split, metrics, summary; a new one for every run")
-    layer: str | None = setting(None, "layer with the raw counts; X of an .h5ad and raw of a SOMA when not given")
+    out: str = required("run folder: best_model, settings, split, metrics, summary; every new run needs a new one")
+    layer: str | None = setting(None, "layer with the raw counts; by default X of an .h5ad file and 'raw' of a SOMA")
     batch_size: int = setting(32, "cells per step and device")
-    seed: int = setting(42, "settles the split, the new weights, the order of the cells, ties and dropout")
-    use_cpu: bool = setting(False, "stay on the CPU even where there is a GPU")
+    seed: int = setting(42, "random seed of the split, the new weights, the order of the cells, ties and dropout")
+    use_cpu: bool = setting(False, "train on the CPU even if there is a GPU")
     disable_tqdm: bool = setting(False, "show no progress bar")
 
 
 @dataclass(kw_only=True)
 class AnnotateSettings(FinetuneSettings):
-    """A class head on labelled cells."""
+    """The settings of `finetune_classifier`: a class head on labelled cells."""
 
     labels_key: str = required("obs column with the labels to learn, e.g. cell_type")
-    ignore_labels: list[str] = setting(["unknown"], "values that are no label; missing values never are")
-    min_cells: int = setting(2, "labels of fewer cells are left out, with a count in the summary")
+    ignore_labels: list[str] = setting(["unknown"], "values that are not labels; missing values never are")
+    min_cells: int = setting(2, "leave out labels with fewer cells; the summary counts them")
     train: Literal["head", "lora", "full"] = setting(
-        "full", "head: the encoder stays as it is; lora: low-rank changes, merged in the end; full: every weight"
+        "full",
+        "weights to train; head: only the class head; lora: low-rank updates of the encoder, merged at the end; "
+        "full: all weights",
     )
     donor_key: str | None = setting(
-        None, "obs column whose values are held out whole; donor_id when not given, or cells if there is one donor only"
+        None,
+        "obs column of the donor; whole donors are held out; by default donor_id, or single cells if there is only one "
+        "donor",
     )
-    validation_fraction: float = setting(0.2, "share of the labelled cells held out, to stop early and to calibrate")
-    label_fraction: float = setting(1.0, "share of the training cells of each label whose labels are used")
+    validation_fraction: float = setting(0.2, "share of the labelled cells held out for early stopping and calibration")
+    label_fraction: float = setting(1.0, "share of the training cells of each label to use")
     class_weights: Literal["balanced", "none"] = setting(
-        "balanced", "balanced: every label weighs the same, n / (labels * n_label) per cell; none: every cell does"
+        "balanced", "balanced: all labels have the same weight, n / (labels * n_label) per cell; none: all cells have"
     )
-    learning_rate: float | None = setting(None, "highest learning rate; 1e-3 for head and lora, 1e-4 for full")
-    epochs: int = setting(20, "most epochs")
-    patience: int = setting(5, "stop when macro-F1 on held-out cells has not risen for so many epochs")
-    lora_rank: int = setting(8, "rank of the changes with --train lora")
+    learning_rate: float | None = setting(None, "peak learning rate; by default 1e-3 for head and lora, 1e-4 for full")
+    epochs: int = setting(20, "maximum number of epochs")
+    patience: int = setting(5, "stop after this many epochs without a higher macro-F1 on the held-out cells")
+    lora_rank: int = setting(8, "rank of the updates with --train lora")
 
     def __post_init__(self) -> None:
-        """Check what can be checked without the data."""
+        """Check the values that can be checked without the data."""
         for name in ("validation_fraction", "label_fraction"):
             share = getattr(self, name)
             if not 0 < share <= 1 or (share == 1 and name == "validation_fraction"):
@@ -61,37 +65,46 @@ class AnnotateSettings(FinetuneSettings):
 
 @dataclass(kw_only=True)
 class IntegrateSettings(FinetuneSettings):
-    """Several experimental batches brought together: GEP, GEPC, ECS, DAR and a batch norm for each domain (DSBN).
+    """The settings of `finetune_integration`: GEP, GEPC, ECS, DAR and a batch norm for each batch (DSBN).
 
-    Source: the defaults are those of bowang-lab/scGPT:examples/finetune_integration.py, but for zeros: there genes that
-    are not expressed are tokens too, with heads that predict whether a gene is.
+    Source: defaults of bowang-lab/scGPT:examples/finetune_integration.py, except that genes that are not expressed are
+    no tokens here. There they are, with heads that predict whether a gene is expressed.
     """
 
     batch_key: str = required("obs column of the experimental batch, e.g. assay, dataset_id or donor_id")
-    validation_fraction: float = setting(0.1, "share of the cells of each domain held out, to choose the best epoch")
+    validation_fraction: float = setting(0.1, "share of the cells of each batch held out to choose the best epoch")
     batch_size: int = setting(64, "cells per step and device; ECS compares the cells of a step")
-    learning_rate: float = setting(1e-4, "highest learning rate, a tenth less after each epoch; 1e-3 for few cells")
-    epochs: int = setting(30, "epochs")
-    mask_ratio: float = setting(0.4, "share of the genes hidden")
-    gep_weight: float = setting(1.0, "weight of expression predicted from the other genes (GEP)")
-    gepc_weight: float = setting(1.0, "weight of expression predicted from the cell alone (GEPC)")
+    learning_rate: float = setting(1e-4, "peak learning rate, times 0.9 after each epoch; try 1e-3 for few cells")
+    epochs: int = setting(30, "number of epochs")
+    mask_ratio: float = setting(0.4, "share of a cell's genes to mask")
+    gep_weight: float = setting(1.0, "weight of gene expression prediction from the other genes (GEP)")
+    gepc_weight: float = setting(1.0, "weight of gene expression prediction from the cell embedding (GEPC)")
     ecs_weight: float = setting(10.0, "weight of elastic cell similarity (ECS)")
-    ecs_threshold: float = setting(0.8, "similarity at which elastic cell similarity turns")
-    dar_weight: float = setting(1.0, "weight of the adversarial guess of the domain (DAR)")
+    ecs_threshold: float = setting(0.8, "cells above this similarity are pulled together, others pushed apart (ECS)")
+    dar_weight: float = setting(1.0, "weight of the adversarial prediction of the batch (DAR)")
     input_norm: Literal["none", "domain"] = setting(
-        "domain", "domain: a batch norm of the embeddings each domain (DSBN)"
+        "domain", "batch norm of the token embeddings; domain: one for each batch (DSBN)"
     )
-    domain_embedding: bool = setting(True, "tell the expression heads the domain, so that cells need not carry it")
+    domain_embedding: bool = setting(
+        True, "pass the batch to the expression heads; the cell embedding need not contain it then"
+    )
 
     def __post_init__(self) -> None:
-        """Check what can be checked without the data."""
+        """Check the values that can be checked without the data."""
         for name in ("validation_fraction", "mask_ratio"):
             if not 0 < getattr(self, name) < 1:
                 raise ValueError(f"expected {name} between 0 and 1, found {getattr(self, name)}")
 
 
 def training_settings(settings: FinetuneSettings, **training: Any) -> TrainingSettings:
-    """Return the library's arguments for a fine-tuning run; checkpoints go to a folder that is removed in the end."""
+    """Return the trainer's arguments for a fine-tuning run.
+
+    Checkpoints go to a subfolder of the run folder, which is removed at the end.
+
+    Args:
+        settings: of the run.
+        training: arguments that differ from those of a fine-tuning run.
+    """
     return TrainingSettings(
         **{
             "output_dir": f"{settings.out}/checkpoints",

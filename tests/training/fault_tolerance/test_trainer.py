@@ -14,7 +14,8 @@ from transformers import TrainerCallback
 from scgpt_hf.cells.schedule.run import plan_run
 from scgpt_hf.training.fault_tolerance.checkpoints import checkpoints_in, newest_valid, verify
 from scgpt_hf.training.fault_tolerance.nonfinite import NonFiniteGuard, all_finite, propagate_nonfinite
-from scgpt_hf.training.pretraining import is_finished, save_best_model, summarize
+from scgpt_hf.training.run_folder import finished_summary, save_best_model
+from scgpt_hf.training.summary import summarize
 from tests.support.training import EVERY_4, QUIET, prepare, read_metrics, weights_of
 
 
@@ -174,15 +175,15 @@ def test_a_validation_that_a_kill_prevented_is_made_up_for(small_census, finishe
 
 def test_a_finished_run_is_known_as_such(finished, tmp_path):
     run, trainer = finished
-    assert not is_finished(run, trainer.schedule)  # its card is missing, as after a disk that was full at the end
+    assert not finished_summary(run, trainer.schedule)  # its card is missing, as after a disk that was full at the end
     (run / "README.md").touch()
-    assert is_finished(run, trainer.schedule)
+    assert finished_summary(run, trainer.schedule)
     cells = trainer.schedule.segments[0].plan.cell_ids
     longer = plan_run(cells, batch_size=30, n_epochs=3, seed=42)
-    assert not is_finished(run, longer)
-    assert not is_finished(tmp_path, trainer.schedule)
+    assert not finished_summary(run, longer)
+    assert not finished_summary(tmp_path, trainer.schedule)
     (tmp_path / "summary.json").write_text("[3]")
-    assert not is_finished(tmp_path, trainer.schedule)
+    assert not finished_summary(tmp_path, trainer.schedule)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""A class head on labelled cells: it learns, it is saved as any other model, and nothing bad goes in."""
+"""A class head on labelled cells: it learns, it is saved like any other model, and it rejects unusable cells."""
 
 import json
 import os
@@ -33,7 +33,7 @@ QUIET = {"use_cpu": True, "disable_tqdm": True}
 
 @pytest.fixture(scope="module")
 def cells(small_cells: list[AnnData]) -> AnnData:
-    """300 cells of four types from seven donors."""
+    """Return 300 cells of four types from seven donors."""
     joined = anndata.concat(small_cells, join="inner", merge="same")
     joined.obs["cell_type"] = joined.obs["cell_type"].astype("category")
     return joined
@@ -41,7 +41,7 @@ def cells(small_cells: list[AnnData]) -> AnnData:
 
 @pytest.fixture(scope="module")
 def base(cells: AnnData, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A pretrained model, as far as a test needs one."""
+    """Return the folder of a model with random weights, in place of a pretrained one."""
     folder = tmp_path_factory.mktemp("base") / "best_model"
     processor = ScGPTProcessor.from_genes(list(cells.var_names))
     sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
@@ -69,14 +69,14 @@ def run(request: Any, cells: AnnData, base: Path, tmp_path_factory: pytest.TempP
     return request.param, out, finetune_classifier(cells, settings)
 
 
-def test_it_learns_more_than_the_majority(run: tuple[str, Path, dict]) -> None:
+def test_it_predicts_better_than_the_majority_baseline(run: tuple[str, Path, dict]) -> None:
     train, _, summary = run
     assert summary["train_donors"] + summary["validation_donors"] == 7
     better = summary["validation"]["macro_f1"] - summary["majority_baseline"]["macro_f1"]
     assert better > {"head": 0.0, "lora": 0.2, "full": 0.5}[train], summary["validation"]
 
 
-def test_a_run_leaves_a_whole_folder(run: tuple[str, Path, dict], base: Path) -> None:
+def test_a_run_writes_all_files_and_no_pickles(run: tuple[str, Path, dict], base: Path) -> None:
     train, out, summary = run
     found = {path.name for path in out.iterdir()}
     assert found == {"best_model", "settings.yaml", "split.json", "metrics.jsonl", "summary.json"}
@@ -92,7 +92,7 @@ def test_a_run_leaves_a_whole_folder(run: tuple[str, Path, dict], base: Path) ->
     assert not [name for name in saved if "lora" in name]
 
 
-def test_the_folder_loads_and_predicts_what_was_scored(run: tuple[str, Path, dict], cells: AnnData) -> None:
+def test_the_saved_model_has_the_scores_of_the_summary(run: tuple[str, Path, dict], cells: AnnData) -> None:
     _, out, summary = run
     model = AutoModelForSequenceClassification.from_pretrained(out / "best_model")
     assert type(model) is ScGPTForSequenceClassification
@@ -100,11 +100,11 @@ def test_the_folder_loads_and_predicts_what_was_scored(run: tuple[str, Path, dic
     ranges = json.loads((out / "split.json").read_text())["parts"]["validation"]["cell_ranges"]
     held_out = cells[np.concatenate([np.arange(*one) for one in ranges])].copy()
     predict_cell_types(held_out, model, AutoProcessor.from_pretrained(out / "best_model"), threshold=0, progress=False)
-    right = held_out.obs["predicted_cell_type"].astype(str) == held_out.obs["cell_type"].astype(str)
-    assert right.mean() == pytest.approx(summary["validation"]["accuracy"])
-    likely = held_out.obs["predicted_cell_type_confidence"]
-    nll = summary["validation"]["loss"]  # of the calibrated model: no confidence is better than its own nll
-    assert -np.log(likely[right]).mean() <= nll + 1e-6
+    correct = held_out.obs["predicted_cell_type"].astype(str) == held_out.obs["cell_type"].astype(str)
+    assert correct.mean() == pytest.approx(summary["validation"]["accuracy"])
+    confidence = held_out.obs["predicted_cell_type_confidence"]
+    nll = summary["validation"]["loss"]  # of the calibrated model, over all held-out cells
+    assert -np.log(confidence[correct]).mean() <= nll + 1e-6
 
 
 def test_the_same_seed_gives_the_same_weights(cells: AnnData, base: Path, tmp_path: Path) -> None:
@@ -126,10 +126,10 @@ def test_the_same_seed_gives_the_same_weights(cells: AnnData, base: Path, tmp_pa
     assert not torch.equal(weights[0]["class_head.out.weight"], weights[2]["class_head.out.weight"])
 
 
-def test_a_stranger_loads_it_with_transformers_alone(run: tuple[str, Path, dict]) -> None:
+def test_it_loads_with_transformers_alone(run: tuple[str, Path, dict]) -> None:
     train, out, _ = run
     if train != "lora":
-        pytest.skip("one kind is enough")
+        pytest.skip("one way of training is enough")
     code = f"""
 import sys
 class Absent:
@@ -206,7 +206,7 @@ def test_bad_settings_raise(cells: AnnData, base: Path, tmp_path: Path, monkeypa
         finetune_classifier(cells, AnnotateSettings(**given, train="lora"))
 
 
-def test_a_checkpoint_that_lacks_encoder_weights_or_cannot_change_so_is_refused(base: Path, tmp_path: Path) -> None:
+def test_a_checkpoint_without_encoder_weights_or_of_another_model_raises(base: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"cannot be changed .*n_domains >= 1"):
         load_pretrained(base, ScGPTForPreTraining, input_norm="domain")
     with pytest.raises(ValueError, match=r"lacks .* weights of the encoder"):
@@ -217,7 +217,7 @@ def test_a_checkpoint_that_lacks_encoder_weights_or_cannot_change_so_is_refused(
         load_pretrained(tmp_path, ScGPTForPreTraining)
 
 
-def test_the_loss_of_parts_adds_up_to_that_of_the_whole() -> None:
+def test_the_losses_of_parts_add_up_to_the_loss_of_the_batch() -> None:
     generator = torch.Generator().manual_seed(0)
     logits, classes = torch.randn(12, 3, generator=generator), torch.tensor([0, 1, 2] * 4)
     weights = torch.tensor([0.5, 1.0, 2.0])
@@ -226,13 +226,13 @@ def test_the_loss_of_parts_adds_up_to_that_of_the_whole() -> None:
         outputs = type("Outputs", (), {"logits": logits[part]})
         return weighted_cross_entropy(outputs, classes[part], items, class_weights=weights)
 
-    whole = loss(slice(None), None)
-    torch.testing.assert_close(loss(slice(0, 5), 12) + loss(slice(5, 12), 12), whole)
+    total = loss(slice(None), None)
+    torch.testing.assert_close(loss(slice(0, 5), 12) + loss(slice(5, 12), 12), total)
     slow = sum(-weights[c] * torch.log_softmax(row, 0)[c] for row, c in zip(logits, classes, strict=True)) / 12
-    torch.testing.assert_close(whole, slow)
+    torch.testing.assert_close(total, slow)
 
 
-def test_agreement_of_a_worked_case() -> None:
+def test_agreement_of_a_worked_example() -> None:
     found = agreement(np.array([0, 0, 1, 2]), np.array([0, 1, 1, 1]))
     assert found["accuracy"] == 0.5
     assert found["macro_f1"] == pytest.approx((2 / 3 + 0.5 + 0) / 3)

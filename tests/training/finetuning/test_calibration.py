@@ -1,4 +1,4 @@
-"""The temperature finds the true one, and nothing rates a few right cells as certainty."""
+"""Calibration: the fitted temperature is the true one, and a few correct cells do not make the confidence 1."""
 
 import numpy as np
 import pytest
@@ -9,8 +9,8 @@ from scipy.special import log_softmax, softmax
 from scgpt_hf.training.finetuning.calibration import calibration_error, fit_temperature, reliability
 
 
-def draw(temperature: float, n_cells: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Logits that are too sure of themselves by a factor, and classes drawn from what they should have been."""
+def overconfident_logits(temperature: float, n_cells: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Return logits that are overconfident by a factor, and classes drawn from the correct probabilities."""
     rng = np.random.default_rng(seed)
     logits = rng.normal(size=(n_cells, 4)) * 2
     classes = (logits + rng.gumbel(size=logits.shape)).argmax(axis=1)
@@ -22,8 +22,8 @@ def error_of(logits: np.ndarray, classes: np.ndarray) -> float:
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 3.0])
-def test_the_temperature_is_found_and_calibrates(temperature: float) -> None:
-    logits, classes = draw(temperature, 20_000)
+def test_the_fitted_temperature_is_the_true_one_and_calibrates(temperature: float) -> None:
+    logits, classes = overconfident_logits(temperature, 20_000)
     found = fit_temperature(logits, classes)
     assert found == pytest.approx(temperature, rel=0.05)
     after = error_of(logits / found, classes)
@@ -34,8 +34,8 @@ def test_the_temperature_is_found_and_calibrates(temperature: float) -> None:
 
 @settings(deadline=None, max_examples=20)
 @given(st.integers(5, 60), st.integers(0, 10))
-def test_no_temperature_of_a_grid_is_better(n_cells: int, seed: int) -> None:
-    logits, classes = draw(2.0, n_cells, seed)
+def test_no_other_temperature_has_a_lower_nll(n_cells: int, seed: int) -> None:
+    logits, classes = overconfident_logits(2.0, n_cells, seed)
     targets = (np.eye(4)[classes] * n_cells + 1) / (n_cells + 4)
 
     def nll(temperature: float) -> float:
@@ -45,13 +45,13 @@ def test_no_temperature_of_a_grid_is_better(n_cells: int, seed: int) -> None:
     assert nll(fit_temperature(logits, classes)) <= best + 1e-6
 
 
-def test_a_few_cells_that_are_all_right_are_no_certainty() -> None:
+def test_a_few_cells_that_are_all_correct_do_not_make_the_confidence_1() -> None:
     logits, classes = np.eye(3)[[0, 1, 2, 0]] * 50, np.array([0, 1, 2, 0])
     confidence = softmax(logits / fit_temperature(logits, classes), axis=1).max()
     assert 0.6 < confidence < 0.95
 
 
-def test_calibration_error_of_a_case_counted_by_hand() -> None:
+def test_calibration_error_of_a_worked_example() -> None:
     confidence, correct = [0.95, 0.85, 0.85, 0.15], [True, True, False, False]
     bins = reliability(confidence, correct)
     assert bins.index.tolist() == [2, 12, 14]
@@ -62,7 +62,7 @@ def test_calibration_error_of_a_case_counted_by_hand() -> None:
 
 @settings(deadline=None, max_examples=30)
 @given(st.lists(st.tuples(st.floats(0, 1), st.booleans()), min_size=1, max_size=50), st.integers(1, 12))
-def test_each_confidence_is_in_the_bin_that_holds_it(cells: list[tuple[float, bool]], n_bins: int) -> None:
+def test_each_confidence_is_counted_in_its_bin(cells: list[tuple[float, bool]], n_bins: int) -> None:
     confidence, correct = map(np.array, zip(*cells, strict=True))
     bins = reliability(confidence, correct, n_bins)
     assert bins["cells"].sum() == len(cells)
@@ -74,8 +74,12 @@ def test_each_confidence_is_in_the_bin_that_holds_it(cells: list[tuple[float, bo
 
 @pytest.mark.parametrize(
     ("confidence", "correct", "message"),
-    [([], [], "a confidence and a truth"), ([0.5], [True, False], "a confidence and a truth"), ([1.5], [True], "1.5")],
+    [
+        ([], [], "found shapes"),
+        ([0.5], [True, False], "found shapes"),
+        ([1.5], [True], "1.5"),
+    ],
 )
-def test_confidences_that_are_none_raise(confidence: list[float], correct: list[bool], message: str) -> None:
+def test_values_that_are_no_confidences_raise(confidence: list[float], correct: list[bool], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         calibration_error(confidence, correct)

@@ -1,4 +1,4 @@
-"""Integration: new heads begin anew, the rest is loaded, and what is left behind embeds cells by their domain."""
+"""Integration: new heads are initialised, other weights are loaded, and the model embeds cells by their batch."""
 
 import json
 from pathlib import Path
@@ -50,7 +50,7 @@ def run(cells: AnnData, base: Path, tmp_path_factory: pytest.TempPathFactory) ->
     return out, finetune_integration(cells, settings)
 
 
-def test_a_run_trains_all_objectives_and_says_what_is_new(run: tuple[Path, dict[str, Any]], base: Path) -> None:
+def test_a_run_trains_all_objectives_and_lists_the_new_parts(run: tuple[Path, dict[str, Any]], base: Path) -> None:
     out, summary = run
     assert {path.name for path in out.iterdir()} == {
         "best_model", "settings.yaml", "split.json", "metrics.jsonl", "summary.json",
@@ -67,19 +67,21 @@ def test_a_run_trains_all_objectives_and_says_what_is_new(run: tuple[Path, dict[
     assert 0 < (saved[name] - before[name]).abs().max() < 0.02
 
 
-def test_cells_are_embedded_by_their_domain_alone(run: tuple[Path, dict[str, Any]], cells: AnnData) -> None:
+def test_the_embedding_of_a_cell_depends_on_its_batch_and_not_on_the_other_cells(
+    run: tuple[Path, dict[str, Any]], cells: AnnData
+) -> None:
     out, _ = run
-    whole, part = cells.copy(), cells[100:200:3].copy()
-    embed_anndata(whole, out / "best_model", progress=False)
+    full, part = cells.copy(), cells[100:200:3].copy()
+    embed_anndata(full, out / "best_model", progress=False)
     embed_anndata(part, out / "best_model", batch_size=5, progress=False)
-    np.testing.assert_allclose(part.obsm["X_scgpt"], whole.obsm["X_scgpt"][100:200:3], atol=2e-6)
+    np.testing.assert_allclose(part.obsm["X_scgpt"], full.obsm["X_scgpt"][100:200:3], atol=2e-6)
     swapped = cells[:20].copy()
     swapped.obs["dataset_id"] = "second"
     embed_anndata(swapped, out / "best_model", progress=False)
-    assert np.abs(swapped.obsm["X_scgpt"] - whole.obsm["X_scgpt"][:20]).max() > 1e-3
+    assert np.abs(swapped.obsm["X_scgpt"] - full.obsm["X_scgpt"][:20]).max() > 1e-3
 
 
-def test_a_domain_that_the_model_does_not_know_raises(run: tuple[Path, dict[str, Any]], cells: AnnData) -> None:
+def test_a_batch_that_the_model_does_not_know_raises(run: tuple[Path, dict[str, Any]], cells: AnnData) -> None:
     out, _ = run
     other = cells[:20].copy()
     other.obs["dataset_id"] = "third"
@@ -94,7 +96,7 @@ def test_a_domain_that_the_model_does_not_know_raises(run: tuple[Path, dict[str,
         embed_anndata(cells[:20].copy(), model, processor, progress=False)
 
 
-def test_an_integrated_model_can_be_taught_labels(
+def test_an_integrated_model_can_be_fine_tuned_on_labels(
     run: tuple[Path, dict[str, Any]], cells: AnnData, tmp_path: Path
 ) -> None:
     out, _ = run
@@ -112,7 +114,7 @@ def test_an_integrated_model_can_be_taught_labels(
     assert torch.equal(before[name], after[name])  # a frozen encoder's norm does not move
 
 
-def test_one_domain_or_settings_that_do_not_fit_raise(cells: AnnData, base: Path, tmp_path: Path) -> None:
+def test_a_single_batch_and_settings_out_of_range_raise(cells: AnnData, base: Path, tmp_path: Path) -> None:
     given: dict[str, Any] = {"model": str(base), "out": str(tmp_path / "run"), "batch_key": "assay", **QUIET}
     with pytest.raises(ValueError, match=r"two or more experimental batches.*10x 3' v3"):
         finetune_integration(cells, IntegrateSettings(**given))
@@ -121,7 +123,7 @@ def test_one_domain_or_settings_that_do_not_fit_raise(cells: AnnData, base: Path
     assert not (tmp_path / "run").exists()
 
 
-def test_models_that_count_padding_embed_padded(cells: AnnData, base: Path, tmp_path: Path) -> None:
+def test_models_that_count_padding_embed_padded_batches(cells: AnnData, base: Path, tmp_path: Path) -> None:
     model = AutoModel.from_pretrained(base, cell_pooling="average").eval()
     processor = ScGPTProcessor.from_pretrained(base)
     part = cells[:5].copy()

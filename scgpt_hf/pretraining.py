@@ -1,0 +1,173 @@
+"""Pretrain a model: the whole run, from settings to a run folder, in the order in which it happens."""
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import accelerate
+from transformers import set_seed
+
+from scgpt_hf.cells.source import CellSource
+from scgpt_hf.model.modeling_scgpt import ScGPTForPreTraining
+from scgpt_hf.publishing.card import model_card
+from scgpt_hf.publishing.hub import HubError
+from scgpt_hf.publishing.publish_run import check_repository
+from scgpt_hf.reporting.run_figures import write_run_figures
+from scgpt_hf.tokens.processing_scgpt import ScGPTProcessor
+from scgpt_hf.training.data_module import DataModule
+from scgpt_hf.training.dry_run import describe_run
+from scgpt_hf.training.fault_tolerance.signals import StopSignal
+from scgpt_hf.training.recipe import build_model, build_processor, check_settings, make_trainer
+from scgpt_hf.training.run_folder import (
+    CARD,
+    OnTrainBegin,
+    finished_summary,
+    save_best_model,
+    unsharded_model,
+    write_atomically,
+)
+from scgpt_hf.training.selection import Selection, open_cells, save_selection, select_or_resume
+from scgpt_hf.training.settings import Settings
+from scgpt_hf.training.summary import format_summary, summarize
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, eq=False)
+class PreparedRun:
+    """Everything that a run needs before its trainer is made.
+
+    Attributes:
+        source: of the cells.
+        selection: cells and genes.
+        processor: over the selected genes.
+        model: with new weights.
+        data_module: the batches.
+        checkpoint: folder of the checkpoint that the run resumes from; None for a new run.
+    """
+
+    source: CellSource
+    selection: Selection
+    processor: ScGPTProcessor
+    model: ScGPTForPreTraining
+    data_module: DataModule
+    checkpoint: str | None
+
+
+def pretrain(
+    settings: Settings, *, stop_signal: StopSignal | None = None, report: Callable[[str], object] = logger.info
+) -> dict[str, Any] | None:
+    """Train a model and write a run folder: model, processor, metrics, figures, summary and model card.
+
+    Under `accelerate launch` every process has to call it. It leaves the number of threads of the calling process
+    alone; the command line sets that.
+
+    Args:
+        settings: of the run, from `parse_settings`.
+        stop_signal: saves a checkpoint and stops at the first SIGTERM or SIGINT, as the command line does. None leaves
+            the signal handlers of the process alone.
+        report: receives the text at the end of the run, on the first process.
+
+    Returns:
+        The content of summary.json on the first process, None on the others.
+
+    Raises:
+        FileExistsError: the run is new, and its folder is not empty.
+        FileNotFoundError, ConnectionError: the data or the checkpoint cannot be read.
+        ValueError: settings, data or checkpoint cannot be used. The message says what was found and what to do.
+        FloatingPointError: the run has diverged.
+        Interrupted: `stop_signal` stopped the run, after a checkpoint.
+        HubError: the run cannot be published. This is checked before training, too.
+
+    Example:
+        >>> from scgpt_hf.training.settings_parsing import parse_settings
+        >>> settings = parse_settings(["configs/demo.yaml", "--num_train_epochs", "3"])
+        >>> summary = pretrain(settings)  # doctest: +SKIP
+        >>> summary["best"]["eval_gep_mse"]  # doctest: +SKIP
+    """
+    args, folder = settings.training, Path(settings.training.output_dir)
+    is_first = args.process_index == 0
+
+    # 1. Fail early: a run that cannot be published should not train first.
+    if args.push_to_hub and is_first:
+        check_repository(args.hub_model_id, private=args.hub_private_repo, token=args.hub_token)
+
+    # 2. Select cells and genes, build processor and model, plan every epoch.
+    run = prepare_run(settings)
+    if run.checkpoint and (summary := finished_summary(folder, run.data_module.schedule)):
+        logger.info("%s is finished; nothing was changed. To train longer, raise --num_train_epochs", folder)
+        return summary if is_first else None
+
+    # 3. Train. The first files are written when training starts, so that a rejected run leaves no folder.
+    trainer = make_trainer(run.data_module, run.model, args, stop_signal)
+    if is_first and run.checkpoint is None:
+        trainer.add_callback(OnTrainBegin(lambda: save_selection(run.selection, run.source, settings)))
+    trainer.train(resume_from_checkpoint=run.checkpoint)
+    save_best_model(trainer, folder)
+    if not is_first:
+        return None
+
+    # 4. Describe the run: summary, figures, and last of all the card, whose presence marks the run as finished.
+    summary = summarize(trainer, run.data_module)
+    write_run_figures(
+        folder,
+        run.source,
+        run.selection.parts,
+        unsharded_model(trainer, folder),
+        run.processor,
+        donor_key=settings.data.donor_key,
+        seed=args.seed,
+    )
+    write_atomically(folder / CARD, str(model_card(folder)))
+    report(format_summary(summary, folder))
+
+    # 5. Publish.
+    if args.push_to_hub:
+        try:
+            report(f"Published at {trainer.push_to_hub()}")
+        except (ValueError, OSError) as error:
+            raise HubError(f"{folder} is complete, but could not be published: {error}") from error
+    return summary
+
+
+def describe_pretraining(settings: Settings) -> str:
+    """Return a table of what `pretrain` would do: cells, size, time and memory. Nothing is written.
+
+    Args:
+        settings: of the run, with `dry_run`.
+
+    Raises:
+        ValueError: as `pretrain`.
+    """
+    run = prepare_run(settings)
+    return describe_run(run.data_module, run.model, settings.training)
+
+
+def prepare_run(settings: Settings) -> PreparedRun:
+    """Select cells and genes, build processor and model, and plan every epoch. Nothing is written to the run folder.
+
+    Raises:
+        FileExistsError, FileNotFoundError, ConnectionError, ValueError: as `pretrain`.
+    """
+    data, args = settings.data, settings.training
+    check_settings(settings)
+    with accelerate.PartialState().main_process_first():  # the first process may have to write the demo's cells
+        source = open_cells(settings)
+    selection, checkpoint = select_or_resume(source, settings)
+    processor = build_processor(selection.genes, data, source)
+    set_seed(args.seed)
+    model = build_model(processor, settings.model, selection.domains, data.batch_key)
+    data_module = DataModule(
+        source,
+        selection,
+        processor,
+        model.config,
+        args,
+        mask_ratios=data.mask_ratios,
+        chunks_per_window=data.chunks_per_window,
+        cache_dir=data.cache_dir,
+        checkpoint=checkpoint,
+    )
+    return PreparedRun(source, selection, processor, model, data_module, checkpoint)

@@ -1,0 +1,172 @@
+"""The batches of a run: which cells each step trains on, and the streams that read them.
+
+With `cache_dir` the first epoch reads the source and writes a cache, and the later epochs read the cache. Cells in a
+cache can be read one by one, so later epochs are shuffled over all cells, not within windows of chunks. The order
+depends on the settings alone, not on whether a complete cache existed when the run started.
+"""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from accelerate import PartialState
+
+from scgpt_hf.cells.cache.reader import uniform_chunk_size
+from scgpt_hf.cells.cache.write_through import CachingSource
+from scgpt_hf.cells.schedule.epoch import CHUNK_SIZE, plan_epoch, plan_validation
+from scgpt_hf.cells.schedule.run import RunSchedule, plan_run
+from scgpt_hf.cells.source import CellSource
+from scgpt_hf.model.configuration_scgpt import ScGPTConfig
+from scgpt_hf.pipeline.stream import StreamConfig, stream_cells
+from scgpt_hf.tokens.binning_scgpt import Ties
+from scgpt_hf.tokens.processing_scgpt import ScGPTProcessor
+from scgpt_hf.training.fault_tolerance.checkpoints import Manifest, manifest_of
+from scgpt_hf.training.selection import Selection
+from scgpt_hf.training.settings import CHUNKS_PER_WINDOW, TrainingSettings
+
+logger = logging.getLogger(__name__)
+
+
+class DataModule:
+    """The batches of one process, for training, for validation and for the baselines.
+
+    Attributes:
+        schedule: which cells each step of the run trains on.
+        caching: writes the cells to `cache_dir` while the first epoch reads them; None without `cache_dir`.
+        epoch: the plan of a first epoch with the present global batch size.
+        n_validation_steps: batches of one validation, over all processes.
+    """
+
+    def __init__(
+        self,
+        source: CellSource,
+        selection: Selection,
+        processor: ScGPTProcessor,
+        config: ScGPTConfig,
+        args: TrainingSettings,
+        *,
+        mask_ratios: Sequence[float],
+        chunks_per_window: int = CHUNKS_PER_WINDOW,
+        cache_dir: str | None = None,
+        checkpoint: str | None = None,
+    ) -> None:
+        """Plan every epoch. Nothing is read yet.
+
+        Args:
+            source: of the cells.
+            selection: cells and genes of the run.
+            processor: turns counts into tokens.
+            config: of the model. It determines whether batches are padded and which domains they carry.
+            args: seed, batch sizes, epochs and processes.
+            mask_ratios: shares of a cell's genes to mask; one is drawn for each cell and epoch.
+            chunks_per_window: chunks whose cells are shuffled together.
+            cache_dir: folder of the cache to write and read, if any.
+            checkpoint: folder of the checkpoint that the run resumes from, if any.
+
+        Raises:
+            ValueError: there are fewer training cells than one global batch has, or `cache_dir` holds a cache that does
+                not fit the run.
+        """
+        self.source, self.processor, self.selection = source, processor, selection
+        domains = {domain: index for index, domain in enumerate(selection.domains)}
+        self.stream_config = StreamConfig(
+            seed=args.seed,
+            mask_ratios=tuple(mask_ratios),
+            rank=args.process_index,
+            world_size=args.world_size,
+            micro_batches=args.gradient_accumulation_steps,
+            padded=bool(config.padding_dependent_settings),
+            bucketed=args.torch_compile,
+            categories={} if config.batch_key is None else {"domain_ids": (config.batch_key, domains)},
+        )
+        self.caching = None if cache_dir is None else self._open_cache(cache_dir, config.batch_key)
+        cell_ids = selection.parts["train"]
+        first_epoch = _shuffle_windows(source.chunk_size, chunks_per_window)
+        later_epochs = first_epoch
+        if self.caching is not None:
+            later_epochs = _shuffle_windows(uniform_chunk_size(len(cell_ids)), chunks_per_window)
+        steps: dict[str, Any] = {"seed": args.seed, "batch_size": args.global_batch_size}
+        self.epoch = plan_epoch(cell_ids, epoch=0, **steps, **first_epoch)
+        past = manifest_of(Path(checkpoint)) if checkpoint else Manifest(0, args.world_size, [])
+        self.schedule = plan_run(
+            cell_ids,
+            n_epochs=args.num_train_epochs,
+            max_steps=args.max_steps,
+            history=past.history,
+            first_epoch=first_epoch,
+            **steps,
+            **later_epochs,
+        )
+        if checkpoint:
+            logger.info("%s", format_resume(past, self.schedule, args))
+        plan = plan_validation(selection.parts["validation"], args.per_device_eval_batch_size)
+        self.n_validation_steps = plan.n_steps
+        # Micro-batches and buckets belong to training steps.
+        self._validation_config = replace(self.stream_config, micro_batches=1, bucketed=False)
+        self._open_validation = partial(stream_cells, self.caching or source, [plan], processor)
+        self._validation = self._open_validation(self._validation_config)
+
+    def _open_cache(self, cache_dir: str, batch_key: str | None) -> CachingSource:
+        return CachingSource(
+            self.source,
+            cache_dir,
+            np.sort(np.concatenate(list(self.selection.parts.values()))),
+            columns=[] if batch_key is None else [batch_key],
+            job=(self.stream_config.rank, self.stream_config.world_size),
+            wait=PartialState().wait_for_everyone,
+        )
+
+    def train(self, consumed: int) -> Any:
+        """Return the training batches of this process after the first `consumed`, a multiple of the micro-batches.
+
+        With a cache, the stream ends after the first epoch. The next call then returns the later epochs: all processes
+        have to finish the first epoch before they can complete the cache together.
+        """
+        plans, step = self.schedule.plans_from(consumed // self.stream_config.micro_batches)
+        source: CellSource = self.source
+        if self.caching is not None:
+            first = [plan for plan in plans if plan.epoch == 0]
+            source, plans = (self.caching, first) if first else (self.caching.finish(), plans)
+        return stream_cells(source, plans, self.processor, self.stream_config, start_step=step)
+
+    def validation(self, ties: Ties | None = None) -> Any:
+        """Return the validation batches of this process. Masks and ties are the same every time.
+
+        Args:
+            ties: how to bin tied counts; by default as the processor does.
+        """
+        return self._validation if ties is None else self._open_validation(replace(self._validation_config, ties=ties))
+
+    def unmasked(self) -> Any:
+        """Return training batches without masks, in the order of a first epoch."""
+        stream_config = replace(self.stream_config, micro_batches=1, mask_ratios=None, bucketed=False)
+        return stream_cells(self.caching or self.source, [self.epoch], self.processor, stream_config)
+
+
+def format_resume(past: Manifest, schedule: RunSchedule, args: TrainingSettings) -> str:
+    """Return the log line of a resumed run: the step it resumes after, and what has changed since.
+
+    Args:
+        past: metadata of the checkpoint.
+        schedule: of the run.
+        args: the present settings.
+    """
+    line = f"resumed after step {past.step:,} of {schedule.n_steps:,} ({schedule.epochs_done(past.step):.2f} epochs)"
+    if past.world_size != args.world_size:
+        line += f"; {args.world_size} processes instead of {past.world_size}, so dropout draws other random numbers"
+    batch_size = past.history[-1][0] if past.history else None
+    if batch_size not in {None, args.global_batch_size}:
+        line += (
+            f"; steps of {args.global_batch_size:,} cells instead of {batch_size:,}: the remaining cells of the epoch "
+            "are planned again, and the learning rate continues by the number of cells seen"
+        )
+    return line
+
+
+def _shuffle_windows(chunk_size: int, chunks_per_window: int) -> dict[str, int]:
+    """Return the arguments of `plan_epoch` that make windows of the same number of cells for any size of chunk."""
+    return {"chunk_size": chunk_size, "chunks_per_window": chunks_per_window * CHUNK_SIZE // chunk_size}

@@ -1,0 +1,234 @@
+"""Select the cells and genes of a run, and record the selection in the run folder.
+
+The first process selects and sends the result to the others. `split.json` keeps it, so that a resumed run trains on the
+same cells.
+"""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
+
+from scgpt_hf.cells.block import Int64Array
+from scgpt_hf.cells.selection.filters import (
+    cells_expressing,
+    cells_with_value,
+    filter_cells,
+    filter_genes,
+    sample_donors,
+)
+from scgpt_hf.cells.selection.hvg import highly_variable_genes
+from scgpt_hf.cells.selection.splits import Split, load_split, save_split, split_cells
+from scgpt_hf.cells.source import CellSource, open_source
+from scgpt_hf.demo import demo_cells, demo_census
+from scgpt_hf.training.fault_tolerance.resume import difference, require_resumable, require_same_cells
+from scgpt_hf.training.run_folder import SETTINGS, SPLIT, resolve_checkpoint, write_atomically
+from scgpt_hf.training.settings import TOKEN_SETTINGS, DataSettings, Settings
+from scgpt_hf.training.settings_parsing import settings_yaml
+
+
+@dataclass(frozen=True, eq=False)
+class Selection:
+    """The cells and genes of a run.
+
+    Attributes:
+        parts: "train" and "validation" → cell ids, ascending. Shape (cells of the part,).
+        genes: Ensembl ids of the vocabulary, in the order of their token ids.
+        domains: experimental batches, in the order of their ids; empty if the model uses none.
+        n_donors: "train" and "validation" → number of donors.
+    """
+
+    parts: dict[str, Int64Array]
+    genes: list[str]
+    domains: list[str]
+    n_donors: dict[str, int]
+
+
+def open_cells(settings: Settings) -> CellSource:
+    """Open the source that the settings name.
+
+    The demo is written as a local Census to `demo_folder`, unless it is there already or the run is a dry run.
+
+    Raises:
+        FileNotFoundError, ConnectionError, ValueError: see `open_source`.
+    """
+    data = settings.data
+    if not data.data:
+        raise ValueError("there are no data to train on; name them with --data, or under 'data' in the YAML file")
+    address: Any = data.data[0] if len(data.data) == 1 else data.data
+    if address == "demo":
+        address = demo_cells() if settings.training.dry_run else demo_census(demo_folder(settings))
+    return open_source(address, obs_filter=data.obs_filter, layer=data.layer, primary_only=data.primary_only)
+
+
+def demo_folder(settings: Settings) -> Path:
+    """Return the folder of the demo's Census: beside the run folders."""
+    return Path(settings.training.output_dir).parent / "demo_census"
+
+
+def select_or_resume(source: CellSource, settings: Settings) -> tuple[Selection, str | None]:
+    """Return the cells and genes of a run, and the checkpoint that it resumes from, or None. Nothing is written.
+
+    The first process selects, or reads the selection that a resumed run started with, and sends it to the others.
+
+    Raises:
+        FileExistsError, FileNotFoundError: see `resolve_checkpoint`.
+        ValueError: see `select_cells_and_genes`; a checkpoint that is damaged or incomplete; a resumed run whose cells,
+            genes or tokens are no longer the same.
+    """
+    args, folder = settings.training, Path(settings.training.output_dir)
+    decided: list[Any] = [None, None]
+    if PartialState().is_main_process:
+        checkpoint = None if args.dry_run else resolve_checkpoint(folder, args.resume_from_checkpoint)
+        if checkpoint is None:
+            selection = select_cells_and_genes(source, settings.data, args.seed)
+        else:
+            require_resumable(Path(checkpoint))
+            selection, split = load_selection(folder / SPLIT)
+            _require_same_run(split.source, _run_record(source, settings))
+            _require_same_data(split, source, folder / SPLIT)
+        decided = [selection, checkpoint]
+    selection, checkpoint = broadcast_object_list(decided)
+    return selection, checkpoint
+
+
+def select_cells_and_genes(source: CellSource, data: DataSettings, seed: int) -> Selection:
+    """Select the cells and genes of a new run.
+
+    Donors are sampled, cells with few genes are dropped, donors are split into training and validation, and genes are
+    chosen on the training cells alone, so that nothing of the validation cells enters the model.
+
+    Args:
+        source: of the cells.
+        data: the settings of the selection.
+        seed: determines which donors are sampled and how they are split.
+
+    Raises:
+        ValueError: a step leaves too few cells, donors or genes. The message says what was found and what to do.
+    """
+    obs = source.obs(sorted({data.donor_key, *([data.batch_key] if data.batch_key else [])}))
+    obs = obs.loc[cells_with_value(obs, data.donor_key)]
+    if data.max_cells is not None:
+        obs = obs.loc[sample_donors(obs, data.max_cells, seed=seed, donor_key=data.donor_key)]
+    obs = obs.loc[filter_cells(source, obs.index.to_numpy(np.int64), data.min_genes)]
+    fractions = {"train": 1 - data.validation_fraction, "validation": data.validation_fraction}
+    parts = split_cells(obs, fractions, donor_key=data.donor_key, seed=seed)
+    columns = _select_genes(source, parts["train"], data)
+    if data.gene_selection == "hvg":
+        # A cell may express none of the variable genes. With all genes, `min_genes` already excludes such cells.
+        parts = {part: cells_expressing(source, ids, columns) for part, ids in parts.items()}
+    genes = source.genes["feature_id"].to_numpy()[columns]
+    domains = [] if data.batch_key is None else sorted(obs[data.batch_key].astype(str).unique())
+    n_donors = {part: int(obs.loc[cell_ids, data.donor_key].nunique()) for part, cell_ids in parts.items()}
+    return Selection(parts, genes.tolist(), domains, n_donors)
+
+
+def composition_of(source: CellSource, parts: dict[str, Int64Array]) -> dict[str, dict[str, int]]:
+    """Count the cells of each tissue, assay, disease and data set, for those columns that the source has.
+
+    Args:
+        source: of the cells.
+        parts: part → cell ids. Shape (cells of the part,).
+
+    Returns:
+        obs column → value → number of cells, over all parts.
+    """
+    columns = [column for column in ("tissue_general", "assay", "disease", "dataset_id") if column in source.columns]
+    obs = source.obs(columns).loc[np.concatenate(list(parts.values()))].astype(str)
+    return {column: {str(value): int(n) for value, n in obs[column].value_counts().items()} for column in columns}
+
+
+def save_selection(selection: Selection, source: CellSource, settings: Settings) -> None:
+    """Write settings.yaml and split.json into the run folder: donors and cells of each part, genes, provenance."""
+    folder, data = Path(settings.training.output_dir), settings.data
+    folder.mkdir(parents=True, exist_ok=True)
+    record = {
+        **_run_record(source, settings),
+        "genes": selection.genes,
+        "domains": selection.domains,
+        "composition": composition_of(source, selection.parts),
+    }
+    obs = source.obs([data.donor_key])
+    save_split(
+        folder / SPLIT, selection.parts, obs, donor_key=data.donor_key, seed=settings.training.seed, source=record
+    )
+    write_atomically(folder / SETTINGS, settings_yaml(settings))
+
+
+def load_selection(path: Path) -> tuple[Selection, Split]:
+    """Read what `save_selection` wrote.
+
+    Returns:
+        The selection, and the split that contains it. The split's `source` is the record of the run.
+
+    Raises:
+        ValueError: the file is malformed. The message names the key.
+    """
+    split = load_split(path)
+    if absent := {"train", "validation"} - split.parts.keys():
+        raise ValueError(f"{path} has no part {sorted(absent)}; it is damaged or not from a pretraining run")
+    for key in ("steps", "tokens"):
+        if not isinstance(split.source.get(key, {}), dict):
+            raise ValueError(f"{path}: expected names with values at {key!r} under 'source'")
+    for key in ("genes", "domains", *({"paths"} & split.source.keys())):
+        found = split.source.get(key)
+        if not isinstance(found, list) or not all(isinstance(name, str) for name in found):
+            raise ValueError(
+                f"{path}: expected a list of names at {key!r} under 'source', found {str(found)[:80]}; it is damaged "
+                "or not from a pretraining run"
+            )
+    n_donors = {part: len(donors) for part, donors in split.donors.items()}
+    return Selection(split.parts, split.source["genes"], split.source["domains"], n_donors), split
+
+
+def _select_genes(source: CellSource, train: Int64Array, data: DataSettings) -> Int64Array:
+    """Return the columns of the vocabulary's genes, ascending. Shape (genes,)."""
+    frequent = filter_genes(source, train, data.min_gene_counts)
+    if data.gene_selection == "all":
+        return frequent
+    return highly_variable_genes(source, train, data.n_hvg, batch_key=data.hvg_batch_key, candidates=frequent)
+
+
+def _run_record(source: CellSource, settings: Settings) -> dict[str, Any]:
+    """Return what a resumed run must keep: the source of its cells, and the settings of their order, masks and tokens.
+
+    The batch size is not part of it: `RunSchedule` continues an epoch with another one.
+    """
+    args, data = settings.training, settings.data
+    steps = {
+        "seed": args.seed,
+        "chunk_size": source.chunk_size,
+        "chunks_per_window": data.chunks_per_window,
+        "cached": data.cache_dir is not None or None,  # None, as in a record that does not have the key
+        "mask_ratios": list(data.mask_ratios),
+        "batch_key": data.batch_key,
+    }
+    values = asdict(data)
+    return {**source.describe(), "steps": steps, "tokens": {name: values[name] for name in TOKEN_SETTINGS}}
+
+
+def _require_same_run(recorded: dict[str, Any], now: dict[str, Any]) -> None:
+    """Raise unless a resumed run reads the same cells in the same order and makes the same tokens of them.
+
+    Raises:
+        ValueError: names the settings that differ, with the recorded and the present value.
+    """
+    if changed := difference(recorded, now):
+        before, after = ({name: values[when] for name, values in changed.items()} for when in (0, 1))
+        raise ValueError(
+            f"cannot resume exactly: the run started with {before}, found {after}; use the same settings and data"
+        )
+
+
+def _require_same_data(split: Split, source: CellSource, path: Path) -> None:
+    """Raise unless the source still has the genes and cells recorded at `path`, from the same donors."""
+    if absent := set(split.source["genes"]) - set(source.genes["feature_id"]):
+        raise ValueError(
+            f"{path} names {len(absent):,} genes that are not in the data, e.g. {sorted(absent)[:5]}; resume with the "
+            "data that the run started with"
+        )
+    if split.donor_key is not None:
+        require_same_cells(split.donors, split.parts, source.obs([split.donor_key])[split.donor_key])
