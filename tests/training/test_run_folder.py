@@ -45,7 +45,7 @@ def test_a_named_checkpoint_must_belong_to_the_run_and_be_valid(tmp_path):
     with pytest.raises(ValueError, match="is not a checkpoint of the run"):
         resolve_checkpoint(tmp_path / "run", str(tmp_path))
     (tmp_path / "checkpoint-5").mkdir()
-    with pytest.raises(CheckpointError, match="manifest.json"):
+    with pytest.raises(CheckpointError, match=r"manifest\.json"):
         resolve_checkpoint(tmp_path, str(tmp_path / "checkpoint-5"))
 
 
