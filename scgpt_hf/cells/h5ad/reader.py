@@ -1,7 +1,7 @@
-"""Cells of .h5ad files, read from disk as they are asked for, or of an AnnData in memory, taken by reference.
+"""`H5adSource`: the cells of `.h5ad` files, read from disk on demand, or of an AnnData in memory.
 
-Decides where a file keeps its raw counts, and joins many files by gene id (`genes.py`). Files stay on disk: memory
-holds `obs` and the cells of one read. To read millions of cells again and again, build a SOMA first (`build.py`).
+This module finds the raw counts of a file, and joins several files by gene id. Counts stay on disk: memory holds `obs`
+and the cells of one read. To train on millions of cells, build a SOMA (`soma/build.py`) or a cache of the files first.
 """
 
 import logging
@@ -27,20 +27,20 @@ from scgpt_hf.cells.soma.layout import TILE
 logger = logging.getLogger(__name__)
 
 RAW = ".raw"  # the name of AnnData's `.raw` among the layers
-LOOK = 1000  # cells looked at to tell whether a layer holds raw counts
-GAP = 16  # rows between two wanted ones up to which reading on is faster than reading twice
+CELLS_CHECKED = 1000  # first cells of a layer, by which it is checked for raw counts when a file is opened
+MOST_GAP = 16  # up to this many unwanted rows, reading through them is faster than a second read
 
 
 @dataclass(frozen=True)
 class H5adPart:
-    """One file, or one AnnData, opened.
+    """One open file, or one AnnData.
 
     Attributes:
-        name: path of the file, or "AnnData".
+        name: the path of the file, or "AnnData".
         counts: raw counts, in memory or on disk. Shape (cells, genes).
         obs: all columns of all cells. Shape (cells, columns).
-        genes: `feature_id`, `feature_name`, `feature_length`; row i for column i of the counts.
-        file: that the counts are read from, or None.
+        genes: `feature_id`, `feature_name`, `feature_length`; row i describes column i of the counts.
+        file: the HDF5 file that the counts are read from, or None for an AnnData.
     """
 
     name: str
@@ -50,12 +50,22 @@ class H5adPart:
     file: h5py.File | None = None
 
     def read(self, rows: Int64Array) -> csr_matrix:
-        """Return the raw counts of these ascending rows, float32, columns as in the file. Shape (rows, genes)."""
+        """Return the raw counts of some rows as float32.
+
+        Args:
+            rows: row numbers, ascending. Shape (rows,).
+
+        Returns:
+            Counts with the columns of the file, without stored zeros. Shape (rows, genes).
+
+        Raises:
+            ValueError: a value is no raw count, or the file is damaged.
+        """
         if issparse(self.counts) or isinstance(self.counts, np.ndarray):
             in_memory: Any = self.counts
             counts = csr_matrix(in_memory[rows], dtype=np.float32)
         else:
-            runs = np.split(rows, np.flatnonzero(np.diff(rows) > GAP) + 1)
+            runs = np.split(rows, np.flatnonzero(np.diff(rows) > MOST_GAP) + 1)
             read = [self._read_run(int(run[0]), int(run[-1]) + 1)[run - run[0]] for run in runs if len(run)]
             counts = vstack(read or [csr_matrix((0, self.counts.shape[1]))], format="csr", dtype=np.float32)
         require_counts(counts, self.name)
@@ -64,13 +74,16 @@ class H5adPart:
         return counts
 
     def _read_run(self, start: int, stop: int) -> csr_matrix:
-        """Return neighbouring rows of a file."""
+        """Return consecutive rows of a file."""
         with translate_read_errors(self.name):
             return csr_matrix(validate_sparse(self.counts[start:stop], self.name))
 
 
 class H5adSource:
-    """The cells of files or of one AnnData, numbered over all of them in order; see `CellSource` for its members."""
+    """The cells of one or several `.h5ad` files, or of one AnnData; see `CellSource` for the members.
+
+    The cell ids are 0, 1, 2, … over all files in order, before filtering.
+    """
 
     chunk_size = TILE
 
@@ -82,16 +95,19 @@ class H5adSource:
         layer: str | None = None,
         primary_only: bool = True,
     ) -> None:
-        """Open the files, join their genes, and find the cells that match.
+        """Open the files, join their genes, and select the cells that match the filter.
 
         Args:
-            data: an AnnData, or one or many paths.
+            data: an AnnData, which is not copied, or one or several paths.
             obs_filter: SOMA value filter.
-            layer: layer with the raw counts, `.raw` for AnnData's own; by default `X`.
-            primary_only: keep only cells with `is_primary_data == True`; a file without that column counts as primary.
+            layer: the layer with the raw counts, or `.raw` for those of `AnnData.raw`. The default is `X`.
+            primary_only: keep only cells with `is_primary_data == True`. The cells of a file without that column are
+                kept.
 
         Raises:
-            ValueError: a file cannot be read as h5ad, holds no raw counts there, repeats a gene; or no cell matches.
+            FileNotFoundError: a file does not exist.
+            ValueError: a file is no valid `.h5ad` file, has no raw counts in the layer, or repeats a gene id; or no
+                cell matches the filter.
         """
         self._settings: dict[str, Any] = {
             "data": data,
@@ -107,7 +123,6 @@ class H5adSource:
             raise
 
     def _open(self, data: AnnData | str | Path | Sequence[str | Path], layer: str | None) -> None:
-        """Open the parts, join their genes and find the cells."""
         self.parts.extend(open_parts(data, layer))
         genes, self._columns = join_genes([part.genes for part in self.parts])
         self.genes = genes[["feature_id", "feature_name"]]
@@ -119,8 +134,8 @@ class H5adSource:
         )
         rows = select_rows(obs, self._filter)
         self._obs = drop_unused_categories(obs.iloc[rows])
-        self._offered = np.zeros(len(obs), dtype=np.bool_)
-        self._offered[rows] = True
+        self._selected = np.zeros(len(obs), dtype=np.bool_)
+        self._selected[rows] = True
 
     def __enter__(self) -> "H5adSource":
         return self
@@ -129,7 +144,7 @@ class H5adSource:
         self.close()
 
     def close(self) -> None:
-        """Close the files; nothing can be read after it."""
+        """Close the files; the source cannot be read afterwards."""
         for part in self.parts:
             if part.file is not None:
                 part.file.close()
@@ -146,10 +161,10 @@ class H5adSource:
         return self._obs[list(columns)].copy()
 
     def read(self, cell_ids: Int64Array, columns: Sequence[str] = ()) -> CellBlock:
-        """Return these cells in this order; see `CellSource.read`."""
-        cell_ids = require_cell_ids(cell_ids, self._offered)
+        """Return the given cells in the given order; see `CellSource.read`."""
+        cell_ids = require_cell_ids(cell_ids, self._selected)
         require_columns(columns, self.columns)
-        order = np.argsort(cell_ids)
+        order = np.argsort(cell_ids)  # each file is read once, by ascending row
         edges = np.searchsorted(cell_ids[order], self._starts)
         blocks = []
         for part, place, start, rows in zip(
@@ -163,7 +178,7 @@ class H5adSource:
         return CellBlock.from_scipy(counts, self._obs.loc[cell_ids, list(columns)], cell_ids)
 
     def describe(self) -> dict[str, Any]:
-        """Return where the cells come from; see `CellSource.describe`."""
+        """Return the origin of the cells as JSON; see `CellSource.describe`."""
         names = [part.name for part in self.parts]
         return {
             "kind": "anndata" if isinstance(self._settings["data"], AnnData) else "h5ad",
@@ -179,11 +194,19 @@ class H5adSource:
 
 
 def open_parts(data: AnnData | str | Path | Sequence[str | Path], layer: str | None) -> Iterator[H5adPart]:
-    """Yield each file, or the AnnData, with its raw counts and its gene ids found.
+    """Open files, or an AnnData, one after the other.
+
+    Args:
+        data: an AnnData, or one or several paths.
+        layer: the layer with the raw counts; see `H5adSource`.
+
+    Yields:
+        Each file with its raw counts and gene ids.
 
     Raises:
-        OSError: a file does not exist.
-        ValueError: a file is not h5ad, has no such layer, no raw counts there, no cells, or repeats a gene id.
+        FileNotFoundError: a file does not exist.
+        ValueError: a file is no valid `.h5ad` file, has no cells, no such layer, no raw counts in it, or repeats a gene
+            id.
     """
     if isinstance(data, AnnData):
         raw = {} if data.raw is None else {RAW: data.raw.X}
@@ -208,7 +231,7 @@ def _open_part(file: h5py.File, name: str, layer: str | None) -> H5adPart:
         obs = read_elem(file["obs"])
         for table, what in ((obs, "obs"), (frames["X"], "var")):
             if not isinstance(table, pd.DataFrame):
-                raise ValueError(f"expected a table at {what!r}, found {type(table).__name__}")
+                raise ValueError(f"expected a dataframe at {what!r}, found {type(table).__name__}")
         found = {"X": file.get("X"), **file.get("layers", {}), RAW: file.get("raw/X")}
         matrices = {name: _on_disk(matrix) for name, matrix in found.items() if matrix is not None}
         return replace(_make_part(name, matrices, obs, frames, layer), file=file)
@@ -217,19 +240,27 @@ def _open_part(file: h5py.File, name: str, layer: str | None) -> H5adPart:
 def _make_part(
     name: str, matrices: Mapping[str, Any], obs: pd.DataFrame, frames: Mapping[str, pd.DataFrame], layer: str | None
 ) -> H5adPart:
-    """Return the part whose counts are the layer asked for, once its first cells are seen to be raw."""
+    """Return a file with its chosen layer, after checking that the first cells of the layer are raw counts.
+
+    Args:
+        name: the path, for errors.
+        matrices: the layers by name, with `X` and `RAW`.
+        obs: the cells.
+        frames: the genes of `X`, which are those of all layers, and of `RAW`.
+        layer: the requested layer, or None for `X`.
+    """
     chosen = layer or "X"
     if chosen not in matrices and chosen == "raw":
         chosen = RAW
     if matrices.get(chosen) is None:
-        raise ValueError(f"{name} has no layer {chosen!r}; it has {list(matrices)}")
+        raise ValueError(f"{name} has no layer {chosen!r}; its layers are {list(matrices)}")
     if not len(obs):
         raise ValueError(f"{name} has no cells")
     matrix, var = matrices[chosen], frames[RAW if chosen == RAW else "X"]
     if tuple(matrix.shape) != (len(obs), len(var)) or matrix.dtype.kind not in "biuf":
         raise ValueError(
-            f"{name}: expected numbers of shape (cells, genes) = ({len(obs)}, {len(var)}) in layer {chosen!r}, "
-            f"found {matrix.dtype} of shape {tuple(matrix.shape)}"
+            f"{name}: expected a numeric matrix of shape (cells, genes) = ({len(obs)}, {len(var)}) in layer "
+            f"{chosen!r}, found {matrix.dtype} of shape {tuple(matrix.shape)}"
         )
     try:
         require_counts(_head(matrices[chosen]), f"layer {chosen!r} of {name}")
@@ -240,21 +271,26 @@ def _make_part(
 
 
 def _on_disk(matrix: h5py.Group | h5py.Dataset) -> Any:
-    """Return a matrix of a file to be sliced by rows; one stored by columns is read whole, for it cannot be."""
+    """Return a matrix of a file that can be sliced by rows; read one that is stored by columns into memory."""
     if isinstance(matrix, h5py.Dataset):
         return matrix
     sparse = sparse_dataset(matrix)
     if sparse.format == "csr":
         return sparse
-    logger.warning("%s%s is stored by gene (CSC), not by cell: read into memory", matrix.file.filename, matrix.name)
+    logger.warning(
+        "%s%s is stored by gene (CSC) and is read into memory; store it by cell (CSR) to leave it on disk",
+        *(matrix.file.filename, matrix.name),
+    )
     return validate_sparse(sparse.to_memory(), matrix.file.filename).tocsr()
 
 
 def _head(matrix: Any) -> Any:
-    return matrix[: min(LOOK, matrix.shape[0])]
+    """Return the first cells of a layer."""
+    return matrix[: min(CELLS_CHECKED, matrix.shape[0])]
 
 
 def _looks_raw(matrix: Any) -> bool:
+    """Return whether a layer can be suggested in the error for one that does not hold raw counts."""
     if len(matrix.shape) != 2 or matrix.dtype.kind not in "biuf":
         return False
     try:
@@ -265,12 +301,14 @@ def _looks_raw(matrix: Any) -> bool:
 
 
 def _join_obs(tables: Sequence[pd.DataFrame]) -> pd.DataFrame:
-    """Return all cells, indexed by their number; text as categories, cells without `is_primary_data` as primary."""
+    """Return the obs of all files, indexed by cell id, with text as categories."""
     obs = pd.concat(tables, ignore_index=True).rename_axis("cell_id")
     obs.index = obs.index.astype(np.int64)
     for name in obs.select_dtypes(object):
         obs[name] = obs[name].astype("category")
     if "is_primary_data" in obs:
         primary = obs["is_primary_data"]
+        # Some files store the booleans as text. A value is missing if only other files have the column; the cells of a
+        # file without it count as primary.
         obs["is_primary_data"] = primary.isna() | primary.isin([True, "True", "true"])
     return obs

@@ -1,6 +1,6 @@
-"""Whether what was read from a file can be trusted, and one kind of error for all that damaged files make others raise.
+"""Validate what is read from an .h5ad file, and turn the errors of other libraries into ours.
 
-Which files are read, and what they must hold, is decided in `h5ad.py`.
+`reader.py` decides which parts of a file are read.
 """
 
 from collections.abc import Iterator
@@ -13,29 +13,38 @@ from scipy.sparse import issparse
 
 @contextmanager
 def translate_read_errors(name: str) -> Iterator[None]:
-    """Turn what h5py and anndata raise on a damaged file into an error that names it; ours pass.
+    """Turn the errors of h5py and anndata on a damaged file into a ValueError that names the file.
+
+    Args:
+        name: the path of the file. An error that contains it already passes unchanged.
 
     Raises:
-        PermissionError: the file may not be read.
-        ValueError: the file cannot be read as h5ad.
+        PermissionError: you may not read the file.
+        ValueError: the file cannot be read as an .h5ad file.
     """
     try:
         yield
-    except Exception as error:  # h5py and anndata raise anything; the cause is kept
+    except Exception as error:  # on damaged files, h5py and anndata raise many unrelated types; the cause is kept
         if isinstance(error, ValueError | PermissionError) and name in str(error):
             raise
-        said = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(
-            f"cannot read {name!r} as an .h5ad file: {said}; is it whole? Copy it again, or write it anew with anndata"
+            f"cannot read {name!r} as an .h5ad file: {reason}; if it is damaged or incomplete, copy it again, or write "
+            "it again with anndata"
         ) from error
 
 
 def validate_sparse(matrix: Any, where: str) -> Any:
-    """Return a matrix, if sparse with its parts checked: scipy reads beyond its memory where they do not fit together.
+    """Return a matrix after checking that the arrays of a sparse one are consistent.
+
+    Args:
+        matrix: CSR, CSC or dense.
+        where: the name of the file, for the error.
 
     Raises:
-        ValueError: what is wrong.
+        ValueError: an index or an offset of a sparse matrix is out of range.
     """
+    # scipy trusts these arrays: compiled code would read outside of its memory.
     if not issparse(matrix):
         return matrix
     n_major, n_minor = matrix.shape if matrix.format == "csr" else matrix.shape[::-1]
@@ -43,8 +52,9 @@ def validate_sparse(matrix: Any, where: str) -> Any:
     fits = len(indptr) == n_major + 1 and indptr[0] == 0 and indptr[-1] == len(indices) == len(matrix.data)
     if not fits or (np.diff(indptr) < 0).any():
         raise ValueError(
-            f"{where}: expected indptr of {n_major + 1:,} numbers ascending from 0 to {len(indices):,}, the number of "
-            f"indices, found {len(indptr):,} from {indptr[:1]} to {indptr[-1:]}, and {len(matrix.data):,} values"
+            f"{where}: expected an indptr of {n_major + 1:,} ascending numbers from 0 to {len(indices):,}, the number "
+            f"of indices, found {len(indptr):,} numbers from {indptr[:1]} to {indptr[-1:]}, and {len(matrix.data):,} "
+            "values"
         )
     if len(indices) and (indices.min() < 0 or indices.max() >= n_minor):
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Files that kill the HDF5 library, or keep it for ever, are refused; all else is left to the reader."""
+"""Files on which the HDF5 library crashes or hangs raise; all other files are left to the reader."""
 
 import signal
 import subprocess
@@ -23,53 +23,63 @@ def path(tmp_path, small_cells):
 
 @pytest.fixture
 def profiled():
-    """The signal that ends the child is ignored here, as a profiler may have it."""
+    """Ignore the signal that ends the child process, as a profiler may do."""
     before = signal.signal(signal.SIGPROF, signal.SIG_IGN)
     yield
     signal.signal(signal.SIGPROF, before)
 
 
+@pytest.fixture
+def children(monkeypatch):
+    """The results of the child processes that were run."""
+    done, run = [], subprocess.run
+    monkeypatch.setattr(subprocess, "run", lambda *args, **settings: done.append(run(*args, **settings)) or done[-1])
+    return done
+
+
 @pytest.mark.usefixtures("profiled")
 @pytest.mark.parametrize("read", [open_source, open_backed])
-def test_a_file_on_which_hdf5_never_ends_is_refused(path, read, monkeypatch):
+def test_a_file_on_which_hdf5_hangs_raises(path, read, monkeypatch):
     monkeypatch.setattr(probe, "STEP_S", 0.5)
     content = bytearray(path.read_bytes())
     entry = content.index(b"GCOL") + HEADER
-    content[entry : entry + HEADER] = bytes(HEADER)  # free space of no length: HDF5 steps over it, and does not move
+    content[entry : entry + HEADER] = bytes(HEADER)  # free space of length 0: HDF5 skips it, and stays where it is
     path.write_bytes(content)
-    with pytest.raises(ValueError, match=r"cannot read '.*cells.h5ad' .* the HDF5 library does not come to an end"):
+    with pytest.raises(ValueError, match=r"cells\.h5ad.*does not finish"):
         read(path)
     assert path.read_bytes() == content
     assert [file.name for file in path.parent.iterdir()] == [path.name]
 
 
-def test_a_file_on_which_hdf5_crashes_is_refused(path, tmp_path, monkeypatch):
+def test_a_file_on_which_hdf5_crashes_raises_with_the_place_and_the_signal(path, tmp_path, monkeypatch):
     child = tmp_path / "child.py"
     child.write_text("import os, signal\nprint(1, '/obs', flush=True)\nos.kill(os.getpid(), signal.SIGSEGV)")
     monkeypatch.setattr(probe, "__file__", str(child))
     other = tmp_path / "other.h5ad"
     other.write_bytes(path.read_bytes())
-    with pytest.raises(ValueError, match=r"cannot read '.*other.h5ad' .*: at /obs the HDF5 library dies of SIGSEGV"):
+    with pytest.raises(ValueError, match=r"other\.h5ad.*/obs.*SIGSEGV"):
         require_readable([str(path), str(other)])
+
+
+def test_a_child_that_fails_raises_its_error(path, tmp_path, monkeypatch):
+    child = tmp_path / "child.py"
     child.write_text("raise ImportError('no h5py')")
-    with pytest.raises(ChildProcessError, match=r"cannot examine '.*cells.h5ad' .*: ImportError: no h5py"):
+    monkeypatch.setattr(probe, "__file__", str(child))
+    with pytest.raises(ChildProcessError, match=r"cells\.h5ad.*ImportError: no h5py"):
         require_readable([str(path)])
 
 
-def test_a_file_is_walked_once_until_it_changes(path, monkeypatch):
-    walks = []
-    walk = subprocess.run
-    monkeypatch.setattr(subprocess, "run", lambda *args, **settings: walks.append(args) or walk(*args, **settings))
+def test_a_file_is_checked_once_until_it_changes(path, children):
     for _ in range(2):
         require_readable([str(path)])
-    assert len(walks) == 1
+    assert len(children) == 1
     with h5py.File(path, "r+") as file:
         file["more"] = 1
     require_readable([str(path)])
-    assert len(walks) == 2
+    assert len(children) == 2
 
 
-def test_links_that_lead_in_circles_or_nowhere_are_walked(path):
+def test_links_may_form_cycles_or_lead_nowhere(path):
     with h5py.File(path, "r+") as file:
         file["uns/circle"] = file["uns"]
         file["uns/nowhere"] = h5py.SoftLink("/nothing")
@@ -81,25 +91,22 @@ def test_links_that_lead_in_circles_or_nowhere_are_walked(path):
 
 
 @pytest.mark.parametrize("name", ["a b.h5ad", "-P.h5ad", "zelle\nß.h5ad", "b\udce4d.h5ad", "'; exit 1.h5ad"])
-def test_a_file_may_have_any_name(path, tmp_path, monkeypatch, name):
+def test_a_file_may_have_any_name(path, tmp_path, monkeypatch, children, name):
     monkeypatch.chdir(tmp_path)
     path.rename(name)
-    steps = []
-    walk = subprocess.run
-    monkeypatch.setattr(subprocess, "run", lambda *args, **settings: steps.append(walk(*args, **settings)) or steps[0])
     require_readable([name])
-    assert b"0 '/obs/donor_id" in steps[0].stdout
+    assert b"0 '/obs/donor_id" in children[0].stdout
 
 
 @pytest.mark.parametrize("executable", [None, "", "no/such/python"])
-def test_a_python_that_cannot_be_started_is_said(path, monkeypatch, executable):
+def test_a_python_that_cannot_be_started_raises(path, monkeypatch, executable):
     monkeypatch.setattr("sys.executable", executable)
-    with pytest.raises(ChildProcessError, match=r"cannot examine '.*cells.h5ad' .* starting Python as .* failed"):
+    with pytest.raises(ChildProcessError, match=r"cells\.h5ad.*starting Python"):
         require_readable([str(path)])
 
 
-def test_what_merely_raises_is_left_to_its_reader(tmp_path):
+def test_files_that_only_raise_exceptions_are_left_to_the_reader(tmp_path):
     (tmp_path / "text.h5ad").write_text("not hdf5")
     require_readable([str(tmp_path / "text.h5ad")])
-    with pytest.raises(FileNotFoundError, match=r"none.h5ad"):
+    with pytest.raises(FileNotFoundError, match=r"none\.h5ad"):
         require_readable([str(tmp_path / "none.h5ad")])
