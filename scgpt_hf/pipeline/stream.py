@@ -9,7 +9,7 @@ tokens are (`tokens`). A stream works in six steps:
 2. **Read the next window ahead** (`_take_window`). One thread reads a window from the source in a single call, in the
    order of its steps, while the window before it is tokenised. So memory holds two windows, however large the source.
 3. **Cut the window into micro-batches** (`_cut`). A step of a rank is one batch, or several with gradient accumulation.
-   Neighbouring batches of about 512 cells form one unit of work for a thread.
+   Neighbouring batches, together about 512 cells, are one unit of work for a thread.
 4. **Tokenise and mask in threads** (`_tokenize`). Random numbers depend on the seed, the epoch, the cell and the gene
    only, so the result does not depend on the number of threads, ranks or batches. Cells that express no gene of the
    vocabulary have no tokens and are dropped, skipped or refused.
@@ -102,6 +102,23 @@ class WindowTask(NamedTuple):
     plan: int
     window: int
     n_done: int
+
+
+@dataclass(frozen=True, eq=False)
+class _Window:
+    """A window that was read.
+
+    Attributes:
+        steps: cells of this rank in each step, as ids; each int64 (cells of the step,).
+        block: the cells of all steps, in that order.
+        categories: batch key → class id of each cell of the block, int64 (cells,).
+        epoch: epoch of the plan.
+    """
+
+    steps: list[Int64Array]
+    block: CellBlock
+    categories: dict[str, Int64Array]
+    epoch: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -201,7 +218,7 @@ class CellStream:
         self._n_tokenizing = min(_MAX_TOKENIZING_THREADS, n_cores())
         self._tokenizers = DaemonThreadPool(self._n_tokenizing, "scgpt-tokenize")
         # The task that is read ahead and its result; None where there is no next task.
-        self._ahead: tuple[int, Future[tuple[list[Int64Array], CellBlock | None]] | None] = (0, None)
+        self._ahead: tuple[int, Future[_Window | None] | None] = (0, None)
 
     def __getstate__(self) -> dict[str, Any]:
         # `IterableDataset.from_generator` pickles the generator to derive the dataset's cache name from its bytes. A
@@ -228,9 +245,8 @@ class CellStream:
         """Yield what `finish` makes of each micro-batch; the tokenising threads call it."""
         try:
             for number in task_numbers:
-                steps, block = self._take_window(number)
-                if block is not None:
-                    yield from self._cut(steps, block, self.plans[self.tasks[number].plan].epoch, finish)
+                if (window := self._take_window(number)) is not None:
+                    yield from self._cut(window, finish)
         except BaseException:  # an error, or the consumer closed the generator
             self._stop_reading()
             raise
@@ -242,7 +258,7 @@ class CellStream:
         if ahead is not None and not ahead.cancel():
             wait([ahead], JOIN_TIMEOUT_S)
 
-    def _take_window(self, number: int) -> tuple[list[Int64Array], CellBlock | None]:
+    def _take_window(self, number: int) -> _Window | None:
         """Return the window of a task, which may have been read ahead, and start to read the next one.
 
         The next read starts while this one waits for its last chunks. Only the first window is read without
@@ -257,39 +273,40 @@ class CellStream:
         self._ahead = (following, self._readers.submit(self._read, following) if following < len(self.tasks) else None)
         return reading.result()
 
-    def _read(self, number: int) -> tuple[list[Int64Array], CellBlock | None]:
-        """Return the steps of a window as cell ids, and the cells in that order; None if this rank has no step."""
+    def _read(self, number: int) -> _Window | None:
+        """Read the window of a task; None if no step of it falls to this rank."""
         task, config = self.tasks[number], self.config
-        steps = self.plans[task.plan].steps(task.window, rank=config.rank, world_size=config.world_size)[task.n_done :]
+        plan = self.plans[task.plan]
+        steps = plan.steps(task.window, rank=config.rank, world_size=config.world_size)[task.n_done :]
         if not steps:
-            return [], None
+            return None
         columns = sorted({column for column, _ in config.categories.values()})
-        return steps, self.source.read(np.concatenate(steps), columns)
+        block = self.source.read(np.concatenate(steps), columns)
+        categories = {key: self._class_ids(block, key) for key in config.categories}
+        return _Window(steps, block, categories, plan.epoch)
 
-    def _cut(
-        self, steps: list[Int64Array], block: CellBlock, epoch: int, finish: Callable[[TokenizedCells], Result]
-    ) -> Iterator[Result]:
+    def _cut(self, window: _Window, finish: Callable[[TokenizedCells], Result]) -> Iterator[Result]:
         """Yield the micro-batches of a window in order."""
-        parts = [part for step in steps for part in np.array_split(step, self.config.micro_batches)]
+        parts = [part for step in window.steps for part in np.array_split(step, self.config.micro_batches)]
         ends = np.cumsum([len(part) for part in parts])
-        categories = {key: self._class_ids(block, key) for key in self.config.categories}
-        tasks = (
-            partial(self._tokenize, block, categories, bounds, epoch, finish)
-            for bounds in _group_batches(ends, _CELLS_PER_TASK)
-        )
+        tasks = (partial(self._tokenize, window, bounds, finish) for bounds in _group_batches(ends, _CELLS_PER_TASK))
         for results in in_order(self._tokenizers, tasks, n_ahead=self._n_tokenizing):
             yield from results
 
     def _tokenize(
-        self,
-        block: CellBlock,
-        categories: dict[str, Int64Array],
-        bounds: Int64Array,
-        epoch: int,
-        finish: Callable[[TokenizedCells], Result],
+        self, window: _Window, bounds: Int64Array, finish: Callable[[TokenizedCells], Result]
     ) -> list[Result]:
-        """Return one result for each pair of neighbouring bounds, which are rows of the block."""
-        config = self.config
+        """Tokenise neighbouring micro-batches.
+
+        Args:
+            window: the window that holds them.
+            bounds: row of the block at which the first one starts, and rows at which each of them ends.
+            finish: see `_run`.
+
+        Returns:
+            One result for each micro-batch that has a cell left.
+        """
+        config, block, epoch = self.config, window.block, window.epoch
         rows = np.arange(bounds[0], bounds[-1])
         counts, cell_ids = block.take(rows), block.cell_ids[rows]
         tokens = self.processor.tokenize(
@@ -311,7 +328,7 @@ class CellStream:
         for start, stop in pairwise(np.searchsorted(rows, bounds).tolist()):
             if start < stop:
                 own = rows[start:stop]
-                classes = {key: ids[own] for key, ids in categories.items()}
+                classes = {key: ids[own] for key, ids in window.categories.items()}
                 results.append(finish(TokenizedCells(tokens[start:stop], block, own, classes)))
             elif config.empty_cells != "skip":
                 raise ValueError(
