@@ -53,8 +53,8 @@ def predict_cell_types(
     """Predict the type of each cell with a fine-tuned classifier and write it to `adata.obs[key_added]`.
 
     The confidence, in `adata.obs[key_added + "_confidence"]`, is the highest probability of any type; below the
-    threshold the type is "unassigned". With `empty="nan"`, cells that express no gene the model knows are "unassigned",
-    with NaN.
+    threshold the type is "unassigned". With `empty="nan"`, cells that express no gene of the model's vocabulary are
+    "unassigned", with NaN.
 
     Args:
         adata: raw counts; genes by Ensembl id or symbol.

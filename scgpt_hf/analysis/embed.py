@@ -63,7 +63,7 @@ def embed_anndata(
         the genes that were matched, and the settings of the tokens.
 
     Raises:
-        ValueError: the key exists, the counts are not raw, there is no cell, too few genes are known to the model, a
+        ValueError: the key exists, the counts are not raw, there is no cell, too few genes are in the vocabulary, a
             cell expresses none of them, or model and processor do not fit together.
 
     Example:

@@ -81,7 +81,7 @@ def predict_expression(
         settings.
 
     Raises:
-        ValueError: there is no cell, the counts are not raw, too few genes are known to the model, a cell expresses
+        ValueError: there is no cell, the counts are not raw, too few genes are in the vocabulary, a cell expresses
             none of them, a requested gene is unknown or repeated, the model has no trained expression head, or the
             share is not in (0, 1].
 

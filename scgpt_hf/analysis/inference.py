@@ -32,8 +32,8 @@ class RunSettings(TypedDict, total=False):
 
     Attributes:
         batch_size: cells per batch, 64 by default; changes speed and memory, not the result.
-        empty: what to do with cells that express no gene the model knows: "raise" an error (default), or give them a
-            row of NaN, "nan".
+        empty: what to do with cells that express no gene of the model's vocabulary: "raise" an error (default), or
+            give them a row of NaN, "nan".
         progress: show a progress bar, true by default.
     """
 

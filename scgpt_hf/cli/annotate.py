@@ -63,7 +63,7 @@ def _make_parser() -> argparse.ArgumentParser:
         "--empty",
         choices=("raise", "nan"),
         default="raise",
-        help="cells that express no gene the model knows: stop with an error, or leave them unassigned "
+        help="cells that express no gene of the model's vocabulary: stop with an error, or leave them unassigned "
         "(default: %(default)s)",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace OUT, and columns of that name")

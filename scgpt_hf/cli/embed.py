@@ -8,7 +8,7 @@ The file may be larger than memory. It needs raw counts and genes by Ensembl id 
   adata = scanpy.read_h5ad("embedded.h5ad")
   scanpy.pp.neighbors(adata, use_rep="X_scgpt"); scanpy.tl.umap(adata); scanpy.tl.leiden(adata)
 
-adata.uns["X_scgpt"] records the model and how many genes of the data it knows.
+adata.uns["X_scgpt"] records the model and how many genes of the data are in its vocabulary.
 """
 
 import argparse
@@ -35,7 +35,8 @@ def main() -> None:
         "--empty",
         choices=("raise", "nan"),
         default="raise",
-        help="cells that express no gene the model knows: stop with an error, or write NaN (default: %(default)s)",
+        help="cells that express no gene of the model's vocabulary: stop with an error, or write NaN "
+        "(default: %(default)s)",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace OUT, and an embedding of that name")
     options = vars(parser.parse_args())
@@ -48,7 +49,7 @@ def main() -> None:
     print(
         f"Embedded {report['cells'] - report['empty_cells']:,} of {report['cells']:,} cells with {report['model']}.\n"
         f"Genes: {genes['by_id']:,} matched by id, {genes['by_symbol']:,} by symbol, "
-        f"{genes['duplicates']:,} duplicates, {genes['unknown']:,} unknown; the model knows {genes['vocabulary']:,}."
+        f"{genes['duplicates']:,} duplicates, {genes['unknown']:,} unknown; the vocabulary has {genes['vocabulary']:,}."
     )
 
 

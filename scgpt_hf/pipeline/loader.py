@@ -1,6 +1,6 @@
 """The loader that a trainer iterates over: the batches of one epoch per iteration, from a stream over all epochs.
 
-It knows how many batches were consumed, which is all that an exact resume needs.
+It counts the batches that were consumed. An exact resume needs nothing else.
 """
 
 import time

@@ -57,7 +57,7 @@ class StreamConfig:
 
     Attributes:
         seed: seed of ties, gene sampling and masks, which depend on it, the epoch, the cell and the gene.
-        mask_ratios: shares of the genes to mask; one is drawn per cell. None masks nothing and gives no labels.
+        mask_ratios: shares of the genes to mask; one is drawn per cell. None masks nothing and adds no labels.
         rank: number of this process, in [0, world_size).
         world_size: number of processes.
         micro_batches: number of equal parts into which a rank divides its cells of one step (gradient accumulation).
@@ -342,9 +342,9 @@ class CellStream:
         empty = cell_ids[~kept]
         if self.config.empty_cells == "raise":
             raise ValueError(
-                f"{len(empty):,} of the cells {cell_ids.min():,} to {cell_ids.max():,} express no gene that the model "
-                f"knows, first ids: {empty[:5].tolist()}; leave them out, or, where the function has that argument, "
-                "pass empty='nan' to get rows of NaN"
+                f"{len(empty):,} of the cells {cell_ids.min():,} to {cell_ids.max():,} express no gene of the "
+                f"vocabulary, first ids: {empty[:5].tolist()}; leave them out, or, where the function has that "
+                "argument, pass empty='nan' to get rows of NaN"
             )
         logger.info("left out %d of %d cells: they express no gene of the vocabulary", len(empty), len(cell_ids))
 
