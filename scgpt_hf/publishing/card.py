@@ -173,8 +173,7 @@ with torch.no_grad(): embedding = model(**processor(sc.read_h5ad("cells.h5ad")[:
 
 The checkpoint also loads with `AutoModelForPreTraining`, `AutoModelForMaskedLM` and
 `AutoModelForSequenceClassification`; the classification head of the latter starts with random weights.
-The expression value of the `<cls>` token is {cls_value}.
-The processor sets it. If you tokenise cells with other code, use the same value."""
+The processor gives the `<cls>` token the expression value {cls_value}; other tokenizing code must do the same."""
 
 
 def _data(summary: RunRecord, settings: RunRecord) -> str:

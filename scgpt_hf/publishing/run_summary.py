@@ -37,6 +37,16 @@ _PREDICTORS = {
         "genes with equal counts are put into bins at random, which no model can predict",
     ),
 }
+_OBJECTIVES = {
+    "gep": "gene expression prediction, GEP",
+    "gepc": "GEP from the cell embedding, GEPC",
+    "gep_zero": "whether a gene is expressed, with GEP",
+    "gepc_zero": "whether a gene is expressed, with GEPC",
+    "ecs": "elastic cell similarity, ECS",
+    "cce": "contrastive cell embedding, CCE",
+    "dar": "domain adaptation, DAR",
+    "cls": "classification",
+}
 _COMPOSITION = {"Tissues": "tissue_general", "Assays": "assay", "Diseases": "disease", "Data sets": "dataset_id"}
 _DEMO = "demo: 700 blood cells of one donor that come with scanpy; its eight sequencing wells stand in for donors"
 _TRAINED = {
@@ -133,8 +143,8 @@ def source_name(summary: RunRecord, requested: list[Any] | None = None) -> str:
 def pretraining_data(summary: RunRecord, settings: RunRecord) -> Rows:
     """Return the facts on the cells and genes of a pretraining run: name → text."""
     cells: Rows = {
-        part.capitalize(): f"{summary.number(f'{part}_cells')} cells of {summary.number(f'{part}_donors')} donors"
-        for part in ("train", "validation")
+        f"{name} cells": f"{summary.number(f'{part}_cells')}, of {summary.number(f'{part}_donors')} donors"
+        for name, part in (("Training", "train"), ("Validation", "validation"))
     }
     cells["Split by (each value is in one part only)"] = Code(settings.text("data.donor_key"))
     genes = f"{summary.number('genes')}, selected on the training cells ({settings.text('data.gene_selection')})"
@@ -197,7 +207,7 @@ def pretraining_recipe(summary: RunRecord, settings: RunRecord, config: RunRecor
     return {
         "Model": f"{layers} layers, hidden size {width}, {heads} attention heads, "
         f"{summary.number('model_parameters')} parameters",
-        "Objectives and their weights": name_values(config.get("loss_weights", dict)),
+        "Objectives (weights)": _objectives(config.get("loss_weights", dict)),
         "Input values": f"{values}; at most {settings.number('data.max_tokens')} tokens per cell",
         "Masked share of a cell's genes": ", ".join(map(str, settings.get("data.mask_ratios", list) or [UNKNOWN])),
         "Steps": f"{summary.number('steps')}, each of {summary.number('global_batch_size')} cells; "
@@ -214,7 +224,7 @@ def finetuning_recipe(summary: RunRecord, settings: RunRecord) -> Rows:
     """Return the facts on model, optimisation and hardware of a fine-tuning run: name → text."""
     if summary.get("task", str) == "integrate":
         weights = {name: settings.get(f"{name}_weight", _NUMBER) for name in ("gep", "gepc", "ecs", "dar")}
-        trained = {"Objectives and their weights": name_values({name: w for name, w in weights.items() if w})}
+        trained = {"Objectives (weights)": _objectives(weights)}
     else:
         parts = _TRAINED.get(summary.text("train"), "all weights")
         trained = {"Trained": f"{parts}; {summary.number('trained_parameters')} parameters"}
@@ -227,6 +237,11 @@ def finetuning_recipe(summary: RunRecord, settings: RunRecord) -> Rows:
         **_hardware(summary, "seconds", "validation"),
         "Software": name_values(summary.get("versions", dict)),
     }
+
+
+def _objectives(weights: dict[str, Any] | None) -> str:
+    names = {_OBJECTIVES.get(key, key): weight for key, weight in (weights or {}).items() if weight}
+    return "; ".join(f"{name} ({weight})" for name, weight in names.items()) or UNKNOWN
 
 
 def _optimisation(summary: RunRecord, learning_rate: str) -> Rows:

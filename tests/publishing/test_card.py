@@ -109,8 +109,8 @@ def test_card_states_data_training_and_results_with_baselines(run: Path) -> None
         "| Organism | Homo sapiens |",
         "| Census version | 2025-11-08 |",
         "| Filter | `tissue_general == 'blood' \\|\\| x == '\\|'` |",
-        "| Train | 291,000 cells of 60 donors |",
-        "| Validation | 9,000 cells of 2 donors |",
+        "| Training cells | 291,000, of 60 donors |",
+        "| Validation cells | 9,000, of 2 donors |",
         "| Tissues | blood (300,000) |",
         "| Assays | 10x 3' v3 (200,000), 10x 3' v2 (100,000) |",
         "| Diseases | normal (300,000) |",
@@ -121,7 +121,7 @@ def test_card_states_data_training_and_results_with_baselines(run: Path) -> None
         "| Licence of the data | CC BY 4.0, as for all of the Census |",
         "| Licence of this repository | weights: CC BY 4.0, like the training data; code: Apache-2.0 |",
         "| Model | 12 layers, hidden size 512, 8 attention heads, 51,300,000 parameters |",
-        "| Objectives and their weights | gep 1.0, gepc 0.5 |",
+        "| Objectives (weights) | gene expression prediction, GEP (1.0); GEP from the cell embedding, GEPC (0.5) |",
         "| Input values | binned, 51 bins per cell; at most 1,201 tokens per cell |",
         "| Masked share of a cell's genes | 0.25, 0.5, 0.75 |",
         "| Steps | 9,094, each of 32 cells; 1 epochs |",
@@ -139,7 +139,7 @@ def test_card_states_data_training_and_results_with_baselines(run: Path) -> None
         "| one constant | 208.00 |",
         "| lowest possible error (tie floor) | 40.00 |",
         "constant): 54.1%.",
-        "The expression value of the `<cls>` token is 0.",
+        "gives the `<cls>` token the expression value 0;",
         "![loss.png](loss.png)",
         "transformers 5.4 or newer",
         "10.1038/s41592-024-02201-0",
@@ -213,9 +213,9 @@ def test_card_holds_no_path_host_name_or_token(run: Path, tmp_path: Path) -> Non
 
 def test_missing_values_read_not_recorded(tmp_path: Path) -> None:
     text = model_card(tmp_path).text
-    assert f"| Train | {UNKNOWN} cells of {UNKNOWN} donors |" in text
+    assert f"| Training cells | {UNKNOWN}, of {UNKNOWN} donors |" in text
     assert f"| one constant | {UNKNOWN} |" in text
-    assert f"`<cls>` token is {UNKNOWN}" in text
+    assert f"`<cls>` token the expression value {UNKNOWN};" in text
 
 
 def test_card_of_a_run_in_progress_uses_split_and_metrics_and_has_no_gaps(run: Path) -> None:
@@ -232,7 +232,7 @@ def test_card_of_a_run_in_progress_uses_split_and_metrics_and_has_no_gaps(run: P
     text = model_card(run).text
     assert "**Training is in progress.**" in text
     assert UNKNOWN not in text
-    assert "| Train | 4,000 cells of 2 donors |" in text
+    assert "| Training cells | 4,000, of 2 donors |" in text
     assert "| Genes | 2, " in text
     assert "| Tissues | blood (300,000) |" in text
     assert "| Dropout | 0.2 |" in text

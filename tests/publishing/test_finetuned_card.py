@@ -106,7 +106,7 @@ def test_card_of_an_integration_states_batches_and_errors(run: Path) -> None:
     text = finetuned_card(change(run, INTEGRATION)).text
     for row in (
         "| Batches, with their cells | 10x 3' v2 (25), 10x 5' v1 (15) |",
-        "| Objectives and their weights | dar 1.0 |",
+        "| Objectives (weights) | domain adaptation, DAR (1.0) |",
         "| model, from the visible genes (GEP) | 90.00 |",
         "| each gene's mean over training cells | 120.00 |",
         'obs["assay"]',
