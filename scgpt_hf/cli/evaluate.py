@@ -1,16 +1,22 @@
-r"""Score embeddings of labelled cells beside baselines computed on the same cells.
+r"""Score the embeddings of labelled cells, and baselines on the same cells.
 
+Examples:
   python scripts/evaluate.py embedded.h5ad --embedding X_scgpt --out scores
   python scripts/evaluate.py embedded.h5ad --embedding X_scgpt --embedding X_scVI --labels_key cell_type \
-      --batch donor_id --reference reference.h5ad --baselines "HVG + PCA" "HVG + logistic regression" scVI \
+      --batch_key donor_id --reference reference.h5ad --baselines "HVG + PCA" "HVG + logistic regression" scVI \
       --vector svg --out scores
 
-Cell types kept apart (NMI, ARI, ASW, cLISI) and batches mixed (ASW, iLISI, graph connectivity) by scib-metrics
-(pip install "scgpt_hf[metrics]"); macro-F1 of nearest neighbours and of a linear probe, donors never split between
-training and test; with a reference, types transferred from it. Of more than 50,000 cells a sample is scored, stratified
-by label and batch. What cannot be computed is reported with its cause, or an error if --metrics names it.
+What is measured:
+  separation of cell types  NMI, ARI, ASW, cLISI (scib-metrics)
+  mixing of batches         ASW, iLISI, graph connectivity (scib-metrics)
+  prediction of cell types  macro-F1 of nearest neighbours and of a linear probe, trained on other donors
+  transfer of cell types    the same two classifiers, trained on the cells of --reference
 
-OUT gets scores.csv, scores.json, figures and report.html.
+scib-metrics is an extra: pip install "scgpt_hf[metrics]". If there are more than 50,000 cells, a sample is scored that
+is stratified by label and batch. A metric that cannot be computed is reported with the cause; if you pass it with
+--metrics, it stops the command.
+
+The output folder gets scores.csv, scores.json, figures and report.html.
 """
 
 import argparse
@@ -19,51 +25,71 @@ from pathlib import Path
 
 from scgpt_hf.analysis.annotate_file import open_backed
 from scgpt_hf.analysis.evaluation.baseline_embeddings import BASELINES
-from scgpt_hf.analysis.evaluation.evaluate import DEFAULTS, METRICS, NOT_APPLICABLE, evaluate_embeddings
-from scgpt_hf.cli.process import tune_process
+from scgpt_hf.analysis.evaluation.evaluate import (
+    DEFAULTS,
+    METRICS,
+    NOT_APPLICABLE,
+    Evaluation,
+    evaluate_embeddings,
+)
 from scgpt_hf.reporting.evaluation_results import require_free_folder, tabulate, write_evaluation
 from scgpt_hf.reporting.report import write_report
 
 
 def main() -> None:
-    """Read the command line, score, write the folder, print the table."""
-    tune_process()
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("data", help=".h5ad file with labels, embeddings in obsm and, for baselines, raw counts")
-    parser.add_argument("--embedding", action="append", required=True, help="key of obsm; may be given several times")
-    parser.add_argument("--labels_key", default="cell_type", help="obs column of cell types (default: %(default)s)")
-    parser.add_argument("--batch", default="donor_id", help="obs column of donors (default: %(default)s)")
-    parser.add_argument("--reference", help=".h5ad file with the same embeddings, to transfer types from")
-    parser.add_argument("--out", required=True, type=Path, help="new folder")
-    parser.add_argument("--metrics", nargs="+", choices=METRICS, metavar="METRIC", help=f"of: {', '.join(METRICS)}")
-    parser.add_argument("--baselines", nargs="*", choices=BASELINES, default=DEFAULTS["baselines"], metavar="NAME",
-                        help=f"of: {', '.join(BASELINES)}; or nothing (default: the first two)")  # fmt: skip
-    parser.add_argument("--layer", help="layer with the raw counts (default: X)")
-    parser.add_argument("--unlabelled", nargs="*", default=DEFAULTS["unlabelled"], metavar="NAME",
-                        help="labels that mean there is none (default: unknown)")  # fmt: skip
-    parser.add_argument("--max_cells", type=int, default=DEFAULTS["max_cells"], help="default: %(default)s")
-    parser.add_argument("--seed", type=int, default=0, help="of sample, folds and baselines (default: %(default)s)")
-    parser.add_argument("--vector", nargs="*", choices=("svg", "pdf"), default=(), help="more formats of the figures")
-    options = vars(parser.parse_args())
+    """Score the embeddings given on the command line, write the folder, and print the scores."""
+    options = vars(_build_parser().parse_args())
     data, out, reference, vector = (options.pop(name) for name in ("data", "out", "reference", "vector"))
-    keys, label, batch = (options.pop(name) for name in ("embedding", "label", "batch"))
+    keys, labels_key, batch_key = (options.pop(name) for name in ("embedding", "labels_key", "batch_key"))
     try:
         require_free_folder(out)
         cells = open_backed(data)
-        known = open_backed(reference) if reference else None
-        evaluation = evaluate_embeddings(cells, keys, label, batch, reference=known, **options)
+        reference_cells = open_backed(reference) if reference else None
+        evaluation = evaluate_embeddings(cells, keys, labels_key, batch_key, reference=reference_cells, **options)
         extra = {"data": Path(data).name} | ({"reference_data": Path(reference).name} if reference else {})
         write_evaluation(evaluation, out, vector=vector, extra=extra)
         write_report(out)
     except (OSError, ValueError, ModuleNotFoundError) as error:
         sys.exit(f"evaluate.py: {error}")
+    _print_scores(evaluation)
+    print(f"wrote scores, figures and report.html to {out}")
+
+
+def _build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("data", help=".h5ad file with labels, embeddings in obsm and, for the baselines, raw counts")
+    add("--embedding", action="append", required=True, metavar="KEY",
+        help="key of an embedding in obsm; repeat the option for several embeddings")  # fmt: skip
+    add("--labels_key", default="cell_type", metavar="COLUMN",
+        help="obs column with cell types (default: %(default)s)")  # fmt: skip
+    add("--batch_key", default="donor_id", metavar="COLUMN",
+        help="obs column with batches, usually donors (default: %(default)s)")  # fmt: skip
+    add("--reference", metavar="FILE", help=".h5ad file with the same embeddings, to transfer cell types from")
+    add("--out", required=True, type=Path, metavar="DIR", help="folder to create")
+    add("--metrics", nargs="+", choices=METRICS, metavar="METRIC",
+        help=f"metrics to compute, of: {', '.join(METRICS)} (default: all)")  # fmt: skip
+    add("--baselines", nargs="*", choices=BASELINES, default=DEFAULTS["baselines"], metavar="NAME",
+        help=f"baselines to compute, of: {', '.join(BASELINES)} (default: the first two)")  # fmt: skip
+    add("--layer", help="layer with the raw counts (default: X)")
+    add("--unlabeled_categories", nargs="*", default=DEFAULTS["unlabeled_categories"], metavar="NAME",
+        help="values of the labels column that mean a cell has no label (default: unknown)")  # fmt: skip
+    add("--max_cells", type=int, default=DEFAULTS["max_cells"],
+        help="score a sample if there are more cells (default: %(default)s)")  # fmt: skip
+    add("--seed", type=int, default=0, help="seed of sample, folds and baselines (default: %(default)s)")
+    add("--vector", nargs="*", choices=("svg", "pdf"), default=(), help="more formats for the figures, besides PNG")
+    return parser
+
+
+def _print_scores(evaluation: Evaluation) -> None:
+    """Print a table of metrics and methods, why scores are missing, and how many cells were scored."""
     scores = tabulate(evaluation)
-    shown = scores.pivot(index="metric", columns="method", values="value").round(3)
-    print(shown.reindex(index=scores["metric"].unique(), columns=list(evaluation.methods)).to_string(na_rep="–"))
-    for method, metric, _, cause in scores[~scores["reason"].isin(["", NOT_APPLICABLE])].itertuples(index=False):
-        print(f"{metric} of {method} is not computable: {cause}")
+    table = scores.pivot(index="metric", columns="method", values="value").round(3)
+    print(table.reindex(index=scores["metric"].unique(), columns=list(evaluation.methods)).to_string(na_rep="–"))
+    not_computable = scores[~scores["reason"].isin(["", NOT_APPLICABLE])]
+    for method, metric, _, reason in not_computable.itertuples(index=False):
+        print(f"{metric} of {method} cannot be computed: {reason}")
     print(f"{len(evaluation.cells.rows):,} cells scored; left out: {dict(evaluation.cells.left_out) or 'none'}")
-    print(f"Scores, figures and report.html are in {out}.")
 
 
 if __name__ == "__main__":

@@ -58,7 +58,7 @@ def evaluation_report(folder: Path) -> str:
         return page(
             f"Evaluation of embeddings: {folder.resolve().name}",
             f"{record['data']}: {lead}." if "data" in record else f"{lead}.",
-            _first_numbers(record["settings"]["keys"], methods),
+            _first_numbers(record["settings"]["embedding_keys"], methods),
             _scores(methods),
             section(
                 "Figures", figures(*[embed_image(folder / one["file"], one["caption"]) for one in record["figures"]])

@@ -21,7 +21,7 @@ from scgpt_hf.analysis.evaluation.classification import f1_by_type
 from scgpt_hf.analysis.evaluation.evaluate import PREDICTION, TRANSFER, Evaluation, MethodScores
 from scgpt_hf.analysis.evaluation.metrics import AVERAGES, BATCH, BIO
 from scgpt_hf.analysis.evaluation.probing import Predictions
-from scgpt_hf.analysis.evaluation.scored_cells import ScoredCells
+from scgpt_hf.analysis.evaluation.selected_cells import SelectedCells
 from scgpt_hf.reporting.plots import UMAP_CELLS, plot_scores, plot_umap, save_figure
 from scgpt_hf.reporting.plots_predictions import plot_calibration, plot_confusion, plot_f1
 from scgpt_hf.training.finetuning.calibration import calibration_error
@@ -147,7 +147,7 @@ def draw_figures(evaluation: Evaluation) -> Iterator[tuple[str, str, Figure]]:
             plot_f1(first.true, predicted),
         )
     for method, scores in methods.items():
-        if method in evaluation.settings["keys"]:
+        if method in evaluation.settings["embedding_keys"]:
             yield from _draw_predictions(method, scores.predictions)
     yield from _draw_umaps(evaluation)
 
@@ -176,7 +176,7 @@ def _draw_predictions(method: str, predictions: dict[str, Predictions]) -> Itera
             yield f"calibration-{name}", f"Calibration: {caption}", plot_calibration(one.confidence, correct)
 
 
-def _describe_cells(cells: ScoredCells) -> dict[str, Any]:
+def _describe_cells(cells: SelectedCells) -> dict[str, Any]:
     return {
         "n": len(cells.rows),
         "labels": dict(Counter(cells.labels.tolist()).most_common()),

@@ -192,7 +192,7 @@ def an_evaluation(folder: Path) -> Path:
     record = {
         "kind": "evaluation",
         "data": EVIL,
-        "settings": {"keys": ["X_scgpt"], "labels_key": "cell_type", "batch_key": "donor_id", "seed": 0},
+        "settings": {"embedding_keys": ["X_scgpt"], "labels_key": "cell_type", "batch_key": "donor_id", "seed": 0},
         "cells": cells,
         "methods": {
             "X_scgpt": method,

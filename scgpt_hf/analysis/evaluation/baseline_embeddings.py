@@ -1,8 +1,8 @@
-"""What every embedding is compared with, computed on the same cells: variable genes, their PCA, scVI.
+"""Compute the baselines that embeddings are compared with, on the same cells: variable genes, their PCA, and scVI.
 
-The recipe is scanpy's: counts per 10,000, log1p, 2,000 variable genes, 50 components. All cells that are scored may be
-seen, their labels never: an advantage over a model that was trained on other cells. Scores are made in `probing.py`
-and `metrics.py`.
+The recipe is scanpy's: counts per 10,000, log1p, 2,000 highly variable genes, 50 principal components. Baselines are
+fitted to the scored cells themselves, without their labels. That is an advantage over a model that was pretrained on
+other cells.
 """
 
 import logging
@@ -20,23 +20,24 @@ PCA, LOGISTIC, SCVI = "HVG + PCA", "HVG + logistic regression", "scVI"
 BASELINES = (PCA, LOGISTIC, SCVI)
 N_HVG = 2_000
 N_COMPONENTS = 50
-_VOTERS = 20  # cells a batch needs to rank genes by their variance
+_MIN_BATCH_CELLS = 20  # in smaller batches, the variance of a gene is mostly noise
 
 
 def baseline_features(
     counts: csr_matrix, batches: Labels, baselines: Collection[str], seed: int, *, progress: bool = False
 ) -> dict[str, FloatArray]:
-    """Return what each baseline makes of the cells: components, log-normalised variable genes, latent variables.
+    """Compute the features of the cells for each baseline.
 
     Args:
         counts: raw counts. Shape (cells, genes).
         batches: batch of each cell. Shape (cells,).
-        baselines: of `BASELINES`.
-        seed: of PCA and scVI.
-        progress: show a bar while scVI trains.
+        baselines: names from `BASELINES`.
+        seed: seed of PCA and scVI.
+        progress: show a progress bar while scVI trains.
 
     Returns:
-        Baseline → float32 (cells, features).
+        Baseline → float32 features, shape (cells, features): principal components, log-normalised counts of highly
+        variable genes, or latent variables of scVI.
     """
     normalized = log_normalize(counts)
     genes = variable_genes(normalized, batches)
@@ -54,17 +55,19 @@ def baseline_features(
 def transfer_features(
     counts: csr_matrix, batches: Labels, query: csr_matrix, baselines: Collection[str], seed: int
 ) -> dict[str, tuple[FloatArray, FloatArray]]:
-    """Return what each baseline but scVI makes of a reference and of a query: genes and components of the reference.
+    """Compute the features of a reference and a query for each baseline except scVI.
+
+    Genes and components are chosen on the reference, and applied to the query.
 
     Args:
         counts: raw counts of the reference. Shape (reference cells, genes).
-        batches: batch of each cell of the reference. Shape (reference cells,).
-        query: raw counts of the query, columns alike. Shape (query cells, genes).
-        baselines: of `BASELINES`.
-        seed: of PCA.
+        batches: batch of each reference cell. Shape (reference cells,).
+        query: raw counts of the query, with the same columns. Shape (query cells, genes).
+        baselines: names from `BASELINES`.
+        seed: seed of PCA.
 
     Returns:
-        Baseline → float32 (reference cells, features) and (query cells, features).
+        Baseline → float32 features of reference and query, shapes (reference cells, features), (query cells, features).
     """
     normalized = log_normalize(counts)
     genes = variable_genes(normalized, batches)
@@ -79,7 +82,7 @@ def transfer_features(
 
 
 def log_normalize(counts: csr_matrix) -> csr_matrix:
-    """Return log1p of the counts per 10,000, float32 (cells, genes); a cell without counts stays empty.
+    """Return log1p of the counts per 10,000 as float32, shape (cells, genes). A cell without counts stays empty.
 
     Source: scanpy.pp.normalize_total(target_sum=1e4) and log1p.
     """
@@ -95,15 +98,19 @@ def log_normalize(counts: csr_matrix) -> csr_matrix:
 
 
 def variable_genes(normalized: csr_matrix, batches: Labels, n_genes: int = N_HVG) -> npt.NDArray[np.int64]:
-    """Return the columns of the most variable genes, ascending; all that are expressed, where those are fewer.
+    """Return the columns of the most variable genes.
 
-    Genes are ranked in each batch and taken by how many batches choose them, so that a gene that differs only between
-    batches is not. Batches of fewer than 20 cells do not vote; where fewer than two do, all cells are ranked together.
+    Genes are ranked in each batch, and those chosen in most batches are taken. So a gene that only differs between
+    batches is not chosen. Batches with fewer than 20 cells are ignored; if fewer than two batches remain, genes are
+    ranked over all cells at once.
 
     Args:
-        normalized: as `log_normalize` returns. Shape (cells, genes).
+        normalized: result of `log_normalize`. Shape (cells, genes).
         batches: batch of each cell. Shape (cells,).
-        n_genes: how many.
+        n_genes: number of genes.
+
+    Returns:
+        int64 columns, ascending: `n_genes`, or all expressed genes if there are fewer.
 
     Raises:
         ValueError: no gene is expressed.
@@ -119,13 +126,13 @@ def variable_genes(normalized: csr_matrix, batches: Labels, n_genes: int = N_HVG
     if len(expressed) <= n_genes:
         return np.asarray(expressed)
     names, sizes = np.unique(batches, return_counts=True)
-    voting = names[sizes >= _VOTERS]
-    cells = np.isin(batches, voting) if len(voting) > 1 else np.ones(len(batches), dtype=bool)
+    large = names[sizes >= _MIN_BATCH_CELLS]
+    cells = np.isin(batches, large) if len(large) > 1 else np.ones(len(batches), dtype=bool)
     adata = AnnData(normalized[cells])
-    adata.uns["log1p"] = {"base": None}
+    adata.uns["log1p"] = {"base": None}  # scanpy warns unless it knows that the values are logarithms
     adata.obs["batch"] = np.asarray(batches)[cells]
     adata.obs["batch"] = adata.obs["batch"].astype("category")
-    batch_key = "batch" if len(voting) > 1 else None
+    batch_key = "batch" if len(large) > 1 else None
     scanpy.pp.highly_variable_genes(adata, n_top_genes=n_genes, flavor="seurat", batch_key=batch_key)
     return np.flatnonzero(adata.var["highly_variable"].to_numpy())
 
@@ -133,15 +140,19 @@ def variable_genes(normalized: csr_matrix, batches: Labels, n_genes: int = N_HVG
 def principal_components(
     features: FloatArray, seed: int, query: FloatArray | None = None
 ) -> tuple[FloatArray, FloatArray]:
-    """Return 50 components of the features, centred, not scaled, and the query projected onto them.
+    """Compute 50 principal components of centred, unscaled features, and project other cells onto them.
 
     Args:
-        features: log-normalised variable genes. Shape (cells, genes).
-        seed: of the solver's first vector.
-        query: other cells with the same genes, none by default. Shape (query cells, genes).
+        features: log-normalised counts of variable genes. Shape (cells, genes).
+        seed: seed of the solver's start vector.
+        query: other cells with the same genes; none by default. Shape (query cells, genes).
 
     Returns:
-        float32 (cells, 50) and (query cells, 50); fewer components where cells or genes are fewer.
+        float32 components of the cells, shape (cells, 50), and of the query, shape (query cells, 50). There are fewer
+        components if there are at most 50 cells or genes.
+
+    Raises:
+        ValueError: there are fewer than two cells or two genes.
 
     Source: scanpy.pp.pca with its defaults.
     """
@@ -149,7 +160,7 @@ def principal_components(
 
     n_components = min(N_COMPONENTS, min(features.shape) - 1)
     if n_components < 1:
-        raise ValueError(f"PCA needs at least two cells and two genes, found {features.shape}")
+        raise ValueError(f"PCA needs at least two cells and two genes, found shape {features.shape}")
     pca = decomposition.PCA(n_components, svd_solver="arpack", random_state=seed)
     components = pca.fit_transform(features).astype(np.float32)
     projected = components[:0] if query is None else pca.transform(query).astype(np.float32)
@@ -157,13 +168,16 @@ def principal_components(
 
 
 def scvi_embedding(counts: csr_matrix, batches: Labels, seed: int, **training: Any) -> FloatArray:
-    """Return the latent space of scVI, trained on the raw counts of these cells with its defaults. Shape (cells, 10).
+    """Train scVI on the cells with its default settings, and return its latent variables.
 
     Args:
         counts: raw counts of the variable genes. Shape (cells, genes).
-        batches: the batch that scVI shall correct for. Shape (cells,).
-        seed: of weights and mini-batches; sets the global seeds of torch and numpy.
-        training: for scvi's `train`, as `max_epochs`.
+        batches: batch of each cell, whose effect scVI removes. Shape (cells,).
+        seed: seed of weights and mini-batches. scvi-tools also sets the global seeds of torch and numpy to it.
+        training: arguments of `scvi.model.SCVI.train`, such as `max_epochs`.
+
+    Returns:
+        float32 latent variables, shape (cells, 10).
 
     Raises:
         ModuleNotFoundError: scvi-tools is not installed.
@@ -178,11 +192,11 @@ def scvi_embedding(counts: csr_matrix, batches: Labels, seed: int, **training: A
         raise ModuleNotFoundError(
             f'{error.name} is not installed, which the baseline scVI needs: pip install "scgpt_hf[scvi]"'
         ) from error
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # no word on devices it did not find, no advice
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # it logs which devices it found, and tips
     scvi.settings.seed = seed
     adata = AnnData(csr_matrix(counts, dtype=np.float32))
     adata.obs["batch"] = np.asarray(batches)
-    with warnings.catch_warnings():  # lightning's advice on loaders and loggers, which scvi's defaults call for
+    with warnings.catch_warnings():  # lightning warns about the loaders and loggers that scvi uses by default
         warnings.simplefilter("ignore")
         scvi.model.SCVI.setup_anndata(adata, batch_key="batch")
         model = scvi.model.SCVI(adata)

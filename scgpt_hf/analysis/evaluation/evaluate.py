@@ -1,7 +1,11 @@
-"""Scores embeddings of an AnnData beside baselines computed on the same cells, and transfer from a reference.
+"""Score the embeddings of labelled cells, and baselines on the same cells.
 
-Which cells are scored is decided in `scored_cells.py`, what a score is in `metrics.py` and `probing.py`, the baselines
-in `baseline_embeddings.py`; `evaluation_files.py` writes what comes out.
+    select cells      selected_cells.py       labelled cells, at most 50,000
+    compute features  baseline_embeddings.py  of the baselines; those of the embeddings are in obsm
+    score             metrics.py              separation of cell types, mixing of batches
+                      probing.py              cell types predicted across donors, and transferred from a reference
+
+`reporting/evaluation_results.py` writes the results to a folder.
 """
 
 from collections.abc import Callable, Sequence
@@ -26,11 +30,11 @@ from scgpt_hf.analysis.evaluation.metrics import (
     BIO,
     FloatArray,
     NotComputable,
+    add_averages,
     integration_scorers,
-    with_averages,
 )
 from scgpt_hf.analysis.evaluation.probing import CLASSIFIERS, Classifier, Predictions, predict_held_out, predict_query
-from scgpt_hf.analysis.evaluation.scored_cells import MAX_CELLS, ScoredCells, choose_scored
+from scgpt_hf.analysis.evaluation.selected_cells import MAX_CELLS, SelectedCells, select_cells
 from scgpt_hf.cells.source import open_source
 
 if TYPE_CHECKING:
@@ -46,23 +50,23 @@ Pair = tuple[FloatArray, FloatArray]
 
 
 class EvaluationSettings(TypedDict, total=False):
-    """How embeddings are evaluated; what is left out takes the default.
+    """Optional settings of an evaluation.
 
     Attributes:
-        metrics: of `METRICS`; a score asked for by name that cannot be computed is an error. By default all are tried,
-            and those that these cells do not allow are reported with the cause.
-        baselines: of `BASELINES`; by default variable genes with PCA and with logistic regression.
-        layer: with the raw counts, which the baselines need; `X` by default.
-        unlabelled: values of the label that mean there is none; "unknown" by default.
-        max_cells: more cells than these are sampled, 50,000 by default; see `sample_cells`.
-        seed: of samples, folds and baselines; 0 by default.
-        progress: show a bar, true by default.
+        metrics: names from `METRICS`. If you pass names, a metric that cannot be computed raises an error. By default
+            all metrics are tried, and those that cannot be computed are reported with the cause.
+        baselines: names from `BASELINES`. By default variable genes with PCA, and with logistic regression.
+        layer: layer with the raw counts, which the baselines need; by default `X`.
+        unlabeled_categories: values of `labels_key` that mean a cell has no label; by default "unknown".
+        max_cells: if there are more cells, they are sampled; by default 50,000. See `sample_cells`.
+        seed: seed of samples, folds and baselines; by default 0.
+        progress: show a progress bar; by default true.
     """
 
     metrics: Sequence[str] | None
     baselines: Sequence[str]
     layer: str | None
-    unlabelled: Sequence[str]
+    unlabeled_categories: Sequence[str]
     max_cells: int
     seed: int
     progress: bool
@@ -72,7 +76,7 @@ DEFAULTS: EvaluationSettings = {
     "metrics": None,
     "baselines": (PCA, LOGISTIC),
     "layer": None,
-    "unlabelled": ("unknown",),
+    "unlabeled_categories": ("unknown",),
     "max_cells": MAX_CELLS,
     "seed": 0,
     "progress": True,
@@ -81,12 +85,12 @@ DEFAULTS: EvaluationSettings = {
 
 @dataclass
 class MethodScores:
-    """What one embedding or baseline reached.
+    """The scores of one embedding or baseline.
 
     Attributes:
-        values: metric → score, averages included.
-        reasons: metric → why it is not computable.
-        predictions: metric of predicted types → the predictions it is made of.
+        values: metric → score, with the averages.
+        reasons: metric → why it has no score.
+        predictions: metric of predicted types → the predictions that it scores.
     """
 
     values: dict[str, float] = field(default_factory=dict)
@@ -96,115 +100,131 @@ class MethodScores:
 
 @dataclass(frozen=True, eq=False)
 class Evaluation:
-    """Scores of several methods on the same cells.
+    """The scores of several methods on the same cells.
 
     Attributes:
         methods: embedding or baseline → its scores; embeddings first.
-        cells: that were scored, with the embeddings of the baselines added.
-        reference: the cells learnt from for transfer, if any.
-        settings: what was asked, complete, with `keys`, `label` and `batch`.
+        cells: the scored cells, with the embeddings of the baselines added.
+        reference: the cells from which types are transferred, or None.
+        settings: all settings, with defaults, `embedding_keys`, `labels_key` and `batch_key`.
     """
 
     methods: dict[str, MethodScores]
-    cells: ScoredCells
-    reference: ScoredCells | None
+    cells: SelectedCells
+    reference: SelectedCells | None
     settings: dict[str, Any]
 
 
 def evaluate_embeddings(
     adata: "AnnData",
-    keys: Sequence[str],
-    label: str,
-    batch: str,
+    embedding_keys: Sequence[str],
+    labels_key: str,
+    batch_key: str,
     *,
     reference: "AnnData | None" = None,
     **settings: Unpack[EvaluationSettings],
 ) -> Evaluation:
-    """Return the scores of embeddings beside those of baselines.
+    """Score embeddings, and baselines on the same cells.
 
     Args:
-        adata: labelled cells with the embeddings in obsm and, for baselines, raw counts; in memory or backed.
-        keys: embeddings in obsm.
-        label: obs column with cell types.
-        batch: obs column with donors, which are never split between training and test.
+        adata: labelled cells with embeddings in obsm and, for the baselines, raw counts. In memory or backed.
+        embedding_keys: keys of the embeddings in obsm.
+        labels_key: obs column with cell types.
+        batch_key: obs column with batches, usually donors. A batch is never split between training and test cells.
         reference: labelled cells with the same embeddings, from which types are transferred to `adata`.
         settings: see `EvaluationSettings`.
 
+    Returns:
+        The scores of each method, the cells, and the settings.
+
     Raises:
-        NotComputable: a score asked for by name.
-        ValueError: no such column or embedding, values that are not finite, counts that are not raw, names of metrics
-            or baselines that do not exist; see `choose_scored`.
-        ModuleNotFoundError: scib-metrics or scvi-tools is needed, and not installed.
+        NotComputable: a metric that you passed by name cannot be computed.
+        ValueError: a column, an embedding, a metric or a baseline does not exist, an embedding is not finite, or the
+            counts are not raw; see `select_cells`.
+        ModuleNotFoundError: scib-metrics or scvi-tools is needed and not installed.
+
+    Example:
+        >>> result = evaluate_embeddings(adata, ["X_scgpt"], "cell_type", "donor_id")  # doctest: +SKIP
+        >>> result.methods["X_scgpt"].values["total"]  # doctest: +SKIP
+        0.61
     """
     complete: Any = {**DEFAULTS, **settings}
     _require_names(complete, with_reference=reference is not None)
-    chosen = {name: complete[name] for name in ("unlabelled", "max_cells", "seed")}
-    cells = choose_scored(adata, keys, label, batch, **chosen)
-    known = None if reference is None else choose_scored(reference, keys, label, batch, **chosen)
-    features, pairs = _all_features(adata, cells, reference, known, complete)
+    selection = {name: complete[name] for name in ("unlabeled_categories", "max_cells", "seed")}
+    cells = select_cells(adata, embedding_keys, labels_key, batch_key, **selection)
+    reference_cells = None
+    if reference is not None:
+        reference_cells = select_cells(reference, embedding_keys, labels_key, batch_key, **selection)
+    features, pairs = _compute_features(adata, cells, reference, reference_cells, complete)
+    metrics = complete["metrics"] or [name for name in METRICS if reference is not None or name not in TRANSFER]
     methods = {}
     for method in tqdm(features, unit="method", desc="scoring", disable=not complete["progress"]):
         scores = methods[method] = MethodScores()
         scorers = _scorers(method, features[method], cells, scores.predictions, complete["seed"])
-        if known is not None and method in pairs:
-            scorers |= _transfer_scorers(method, pairs[method], known, cells, scores.predictions)
-        _score(scores, scorers, _asked(complete, with_reference=known is not None), strict=bool(complete["metrics"]))
+        if reference_cells is not None and method in pairs:
+            scorers |= _transfer_scorers(method, pairs[method], reference_cells, cells, scores.predictions)
+        _score(scores, scorers, metrics, strict=bool(complete["metrics"]))
+    # The features of logistic regression are thousands of genes, not an embedding to draw.
     embeddings = {method: features[method] for method in features if method != LOGISTIC}
-    shown = ScoredCells(cells.rows, cells.labels, cells.batches, embeddings, cells.left_out)
-    asked = {"keys": list(keys), "labels_key": label, "batch_key": batch, **complete}
-    return Evaluation(methods, shown, known, asked)
+    scored = SelectedCells(cells.rows, cells.labels, cells.batches, embeddings, cells.left_out)
+    keys = {"embedding_keys": list(embedding_keys), "labels_key": labels_key, "batch_key": batch_key}
+    return Evaluation(methods, scored, reference_cells, {**keys, **complete})
 
 
 def _require_names(settings: dict[str, Any], *, with_reference: bool) -> None:
+    """Raise ValueError if a metric or a baseline does not exist, or if a metric needs a reference."""
     for what, known in (("metrics", METRICS), ("baselines", BASELINES)):
         if unknown := sorted(set(settings[what] or ()) - set(known)):
-            raise ValueError(f"no {what.removesuffix('s')} is called {unknown[0]!r}; expected some of {list(known)}")
-    if not with_reference and (asked := sorted(set(settings["metrics"] or ()) & set(TRANSFER))):
-        raise ValueError(f"{asked[0]!r} needs a reference with labels; give one with --reference")
+            raise ValueError(f"unknown {what.removesuffix('s')} {unknown[0]!r}; expected some of {list(known)}")
+    if not with_reference and (transfer := sorted(set(settings["metrics"] or ()) & set(TRANSFER))):
+        raise ValueError(f"{transfer[0]!r} needs labelled reference cells; pass them as reference (--reference)")
 
 
-def _asked(settings: dict[str, Any], *, with_reference: bool) -> Sequence[str]:
-    return settings["metrics"] or [name for name in METRICS if with_reference or name not in TRANSFER]
-
-
-def _all_features(
+def _compute_features(
     adata: "AnnData",
-    cells: ScoredCells,
+    cells: SelectedCells,
     reference: "AnnData | None",
-    known: ScoredCells | None,
+    reference_cells: SelectedCells | None,
     settings: dict[str, Any],
 ) -> tuple[dict[str, FloatArray], dict[str, Pair]]:
-    """Return the features of each method, and for transfer (of the reference, of these cells); not all transfer."""
+    """Return the features of each method.
+
+    Returns:
+        Method → features of the cells; and method → features of (reference cells, cells), for the methods that can
+        transfer types.
+    """
     features, pairs = dict(cells.embeddings), {}
-    if known is not None:
-        pairs = {key: (known.embeddings[key], features[key]) for key in features}
-    if not settings["baselines"]:
+    if reference_cells is not None:
+        pairs = {key: (reference_cells.embeddings[key], features[key]) for key in features}
+    baselines, seed, layer = settings["baselines"], settings["seed"], settings["layer"]
+    if not baselines:
         return features, pairs
-    counts, genes = _read_counts(adata, cells, settings["layer"])
-    asked, seed = settings["baselines"], settings["seed"]
-    features |= baseline_features(counts, cells.batches, asked, seed, progress=settings["progress"])
-    if reference is not None and known is not None:
-        known_counts, known_genes = _read_counts(reference, known, settings["layer"])
-        shared = genes.intersection(known_genes, sort=False)
+    counts, genes = _read_counts(adata, cells, layer)
+    features |= baseline_features(counts, cells.batches, baselines, seed, progress=settings["progress"])
+    if reference is not None and reference_cells is not None:
+        reference_counts, reference_genes = _read_counts(reference, reference_cells, layer)
+        shared = genes.intersection(reference_genes, sort=False)
         if not len(shared):
             raise ValueError(
-                f"reference and query share no gene: {list(known_genes[:3])} and {list(genes[:3])}; name genes alike"
+                f"reference and query have no gene in common: {list(reference_genes[:3])} and {list(genes[:3])}; use "
+                "the same gene ids in both"
             )
-        known_counts, counts = known_counts[:, known_genes.get_indexer(shared)], counts[:, genes.get_indexer(shared)]
-        pairs |= transfer_features(known_counts, known.batches, counts, settings["baselines"], settings["seed"])
+        reference_counts = reference_counts[:, reference_genes.get_indexer(shared)]
+        counts = counts[:, genes.get_indexer(shared)]
+        pairs |= transfer_features(reference_counts, reference_cells.batches, counts, baselines, seed)
     return features, pairs
 
 
-def _read_counts(adata: "AnnData", cells: ScoredCells, layer: str | None) -> tuple[csr_matrix, pd.Index]:
-    """Return raw counts (cells, genes) and gene ids."""
+def _read_counts(adata: "AnnData", cells: SelectedCells, layer: str | None) -> tuple[csr_matrix, pd.Index]:
+    """Return the raw counts of the cells, shape (cells, genes), and the gene ids."""
     source = open_source(adata, layer=layer, primary_only=False)
     return source.read(cells.rows).counts, pd.Index(source.genes["feature_id"])
 
 
 def _scorers(
-    method: str, features: FloatArray, cells: ScoredCells, predictions: dict[str, Predictions], seed: int
+    method: str, features: FloatArray, cells: SelectedCells, predictions: dict[str, Predictions], seed: int
 ) -> Scorers:
-    """Return a function for each metric that makes sense for the method; predictions are kept as they are made."""
+    """Return a function for each metric that applies to the method. They add their predictions to `predictions`."""
 
     def predict(metric: str, classifier: Classifier) -> float:
         predictions[metric] = predict_held_out(features, cells.labels, cells.batches, classifier, seed=seed)
@@ -213,16 +233,18 @@ def _scorers(
     classify: Scorers = {
         metric: partial(predict, metric, classifier) for metric, classifier in zip(PREDICTION, CLASSIFIERS, strict=True)
     }
-    if method == LOGISTIC:
+    if method == LOGISTIC:  # a classifier, whose features are no embedding
         return {PREDICTION[-1]: classify[PREDICTION[-1]]}
     return integration_scorers(features, cells.labels, cells.batches) | classify
 
 
 def _transfer_scorers(
-    method: str, pair: Pair, known: ScoredCells, cells: ScoredCells, predictions: dict[str, Predictions]
+    method: str, pair: Pair, reference: SelectedCells, cells: SelectedCells, predictions: dict[str, Predictions]
 ) -> Scorers:
+    """Return a function for each transfer metric that applies to the method, as `_scorers` does."""
+
     def predict(metric: str, classifier: Classifier) -> float:
-        predictions[metric] = predict_query(pair[0], known.labels, pair[1], cells.labels, classifier)
+        predictions[metric] = predict_query(pair[0], reference.labels, pair[1], cells.labels, classifier)
         return predictions[metric].macro_f1
 
     transfer: Scorers = {
@@ -231,9 +253,9 @@ def _transfer_scorers(
     return {TRANSFER[-1]: transfer[TRANSFER[-1]]} if method == LOGISTIC else transfer
 
 
-def _score(scores: MethodScores, scorers: Scorers, asked: Sequence[str], *, strict: bool) -> None:
-    """Fill in values and reasons of the metrics asked for, and of the averages they make up."""
-    for metric in asked:
+def _score(scores: MethodScores, scorers: Scorers, metrics: Sequence[str], *, strict: bool) -> None:
+    """Compute the metrics and their averages into `scores`. With `strict`, a metric that cannot be computed raises."""
+    for metric in metrics:
         if metric not in scorers:
             scores.reasons[metric] = NOT_APPLICABLE
             continue
@@ -243,8 +265,8 @@ def _score(scores: MethodScores, scorers: Scorers, asked: Sequence[str], *, stri
             if strict:
                 raise
             scores.reasons[metric] = error.cause
-    scores.values = with_averages(scores.values)
+    scores.values = add_averages(scores.values)
     for average, parts in AVERAGES.items():
         if missing := [part for part in parts if part in scores.reasons]:
-            inapt = all(scores.reasons[part] == NOT_APPLICABLE for part in missing)
-            scores.reasons[average] = NOT_APPLICABLE if inapt else f"needs {' and '.join(missing)}"
+            not_applicable = all(scores.reasons[part] == NOT_APPLICABLE for part in missing)
+            scores.reasons[average] = NOT_APPLICABLE if not_applicable else f"needs {' and '.join(missing)}"

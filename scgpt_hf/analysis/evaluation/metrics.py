@@ -1,11 +1,22 @@
-"""How well an embedding keeps cell types together and batches mixed, by scib-metrics: its scores and their averages.
+"""Integration metrics: does an embedding separate cell types (bio) and mix batches (batch)?
 
-Every score is a number of which higher is better, at most 1, at least 0 (ARI: 0 is chance, less is possible), or it is
-a `NotComputable` that names the metric and the cause: none is ever 0 because it could not be computed. How well types
-are predicted, `probing.py` says.
+    NMI                 normalised mutual information of the labels and k-means clusters, k = number of labels
+    ARI                 adjusted Rand index of the same two partitions; 0 by chance, and can be negative
+    ASW label           (s + 1) / 2, with s the mean silhouette of the labels
+    cLISI               (L - median LISI) / (L - 1), with L labels: 1 if all neighbours have the same label
+    ASW batch           mean over labels of 1 - |silhouette of the batches within the label|
+    iLISI               (median LISI - 1) / (B - 1), with B batches: 1 if neighbours come from all batches equally
+    graph connectivity  mean over labels of the share of cells in the label's largest connected component, in the graph
+                        of 15 nearest neighbours
 
-Source of the choice and the averages: Luecken et al. 2022, Nature Methods 19:41 (scIB); the code is scib-metrics,
-Gayoso et al., github.com/YosefLab/scib-metrics, an extra: pip install "scgpt_hf[metrics]".
+Silhouettes use Euclidean distances. LISI, the local inverse Simpson's index, is the effective number of labels or
+batches among 90 nearest neighbours. For all metrics higher is better, and 1 is the highest value. A metric that cannot
+be computed raises `NotComputable` with the cause; it is never reported as 0. `probing.py` measures how well cell types
+are predicted.
+
+Source: Luecken et al. 2022, Nature Methods 19:41 (scIB: choice of the metrics, averages); Korsunsky et al. 2019, Nature
+Methods 16:1289 (LISI). The metrics are computed by scib-metrics (https://github.com/YosefLab/scib-metrics), which
+`pip install "scgpt_hf[metrics]"` installs. It clusters with k-means, where scIB optimises a Louvain clustering.
 """
 
 import warnings
@@ -21,58 +32,67 @@ Labels = npt.NDArray[np.str_]
 BIO = ("NMI", "ARI", "ASW label", "cLISI")
 BATCH = ("ASW batch", "iLISI", "graph connectivity")
 AVERAGES = {"bio": BIO, "batch": BATCH, "total": ("bio", "batch")}
-TOTAL_WEIGHTS = {"bio": 0.6, "batch": 0.4}  # Luecken et al. 2022
-_LISI_NEIGHBOURS, _GRAPH_NEIGHBOURS = 90, 15  # as scib_metrics.benchmark.Benchmarker
+TOTAL_WEIGHTS = {"bio": 0.6, "batch": 0.4}  # Source: Luecken et al. 2022
+_LISI_NEIGHBOURS, _GRAPH_NEIGHBOURS = 90, 15  # Source: scib_metrics.benchmark.Benchmarker
 
 
 class NotComputable(ValueError):
-    """A score that these cells do not allow.
+    """A metric cannot be computed for the given cells.
 
     Attributes:
-        metric: its name.
+        metric: name of the metric.
         cause: what the cells lack.
     """
 
     def __init__(self, metric: str, cause: str) -> None:
-        """Name the metric and the cause."""
-        super().__init__(f"{metric} is not computable: {cause}")
+        """Build the message from the metric and the cause."""
+        super().__init__(f"{metric} cannot be computed: {cause}")
         self.metric, self.cause = metric, cause
 
 
 def integration_scores(
     embedding: npt.ArrayLike, labels: npt.ArrayLike, batches: npt.ArrayLike, metrics: Sequence[str] = BIO + BATCH
 ) -> dict[str, float]:
-    """Return the scores by name, and the averages "bio", "batch" and "total" of which every part is among them.
-
-    NMI and ARI compare the labels with k-means clusters, k the number of labels; ASW is the silhouette by Euclidean
-    distance, of labels, or of batches within labels; LISI counts the labels or batches among 90 neighbours; graph
-    connectivity is the share of each label's cells in its largest part of the graph of 15 neighbours. Deterministic.
+    """Compute integration metrics and their averages. The result is deterministic.
 
     Args:
-        embedding: finite. Shape (cells, features).
+        embedding: embedding of the cells, finite. Shape (cells, features).
         labels: cell type of each cell. Shape (cells,).
-        batches: batch of each cell, whose effect should be gone: a donor, a data set. Shape (cells,).
-        metrics: which scores, of `BIO` and `BATCH`.
+        batches: batch of each cell, whose effect should be removed: a donor, a dataset. Shape (cells,).
+        metrics: names from `BIO` and `BATCH`.
+
+    Returns:
+        Metric → score. The averages "bio", "batch" and "total" are included if all their parts are.
 
     Raises:
-        NotComputable: the cells do not allow one of the metrics.
-        ValueError: an unknown metric, values that are not finite, or not one label and batch for each cell.
+        NotComputable: one of the metrics cannot be computed for these cells.
+        ValueError: a metric is unknown, the embedding is not finite, or the shapes differ.
         ModuleNotFoundError: scib-metrics is not installed.
+
+    Example:
+        >>> rng = np.random.default_rng(0)
+        >>> labels, batches = np.repeat(["T cell", "B cell"], 50), np.tile(["donor 1", "donor 2"], 50)
+        >>> embedding = rng.normal(size=(100, 8)) + 5 * (labels == "B cell")[:, None]
+        >>> integration_scores(embedding, labels, batches, ["NMI", "ARI"])  # doctest: +SKIP
+        {'NMI': 1.0, 'ARI': 1.0}
     """
     scorers = integration_scorers(embedding, labels, batches)
     if unknown := sorted(set(metrics) - set(scorers)):
-        raise ValueError(f"no metric is called {', '.join(unknown)}; expected {', '.join(scorers)}")
-    return with_averages({name: scorers[name]() for name in metrics})
+        raise ValueError(f"unknown metric {', '.join(unknown)}; expected {', '.join(scorers)}")
+    return add_averages({name: scorers[name]() for name in metrics})
 
 
 def integration_scorers(
     embedding: npt.ArrayLike, labels: npt.ArrayLike, batches: npt.ArrayLike
 ) -> dict[str, Callable[[], float]]:
-    """Return a function for each metric of `BIO` and `BATCH`, called for its score; see `integration_scores`."""
+    """Return a function for each metric of `BIO` and `BATCH`, which computes it when called.
+
+    The functions share neighbours and clusters. For the arguments and errors see `integration_scores`.
+    """
     cells = _Cells(embedding, labels, batches)
     return {
-        "NMI": lambda: cells.agreement("NMI"),
-        "ARI": lambda: cells.agreement("ARI"),
+        "NMI": lambda: cells.cluster_agreement("NMI"),
+        "ARI": lambda: cells.cluster_agreement("ARI"),
         "ASW label": cells.asw_label,
         "cLISI": lambda: cells.lisi("cLISI", cells.labels, "label"),
         "ASW batch": cells.asw_batch,
@@ -81,10 +101,12 @@ def integration_scorers(
     }
 
 
-def with_averages(scores: Mapping[str, float]) -> dict[str, float]:
-    """Return the scores and those averages of which every part is among them.
+def add_averages(scores: Mapping[str, float]) -> dict[str, float]:
+    """Return the scores with the averages whose parts are all among them.
 
-    Source: Luecken et al. 2022: plain means of each kind, total = 0.6 bio + 0.4 batch.
+    "bio" and "batch" are plain means; total = 0.6 bio + 0.4 batch.
+
+    Source: Luecken et al. 2022.
     """
     averaged = dict(scores)
     for name, parts in AVERAGES.items():
@@ -95,74 +117,75 @@ def with_averages(scores: Mapping[str, float]) -> dict[str, float]:
 
 
 def require_embedding(embedding: npt.ArrayLike, n_cells: int) -> FloatArray:
-    """Return the embedding as float32 (cells, features), or raise.
+    """Return an embedding as float32 after checking it. Shape (cells, features).
 
     Raises:
-        ValueError: it is not a finite matrix with a row for each cell, and at least one of them.
+        ValueError: it is not a matrix with a row for each cell, is empty, or is not finite.
     """
     embedding = np.asarray(embedding, dtype=np.float32)
     if embedding.ndim != 2 or len(embedding) != n_cells or not embedding.size:
         raise ValueError(f"expected an embedding of shape ({n_cells:,}, features), not empty, found {embedding.shape}")
     if n_wrong := int((~np.isfinite(embedding)).any(axis=1).sum()):
-        raise ValueError(f"{n_wrong:,} of {n_cells:,} cells have no finite embedding; leave them out or embed again")
+        raise ValueError(
+            f"{n_wrong:,} of {n_cells:,} cells have NaN or infinity in their embedding; leave them out or embed again"
+        )
     return embedding
 
 
 class _Cells:
-    """Cells that are scored; neighbours and clusters are found when first needed, and kept for the next metric."""
+    """The cells to score. Neighbours and clusters are computed once, when a metric first needs them."""
 
     def __init__(self, embedding: npt.ArrayLike, labels: npt.ArrayLike, batches: npt.ArrayLike) -> None:
         self.labels, self.batches = np.asarray(labels, dtype=str), np.asarray(batches, dtype=str)
         if self.labels.shape != self.batches.shape:
             raise ValueError(
-                f"expected a label and a batch for each cell, found {self.labels.shape}, {self.batches.shape}"
+                f"expected a label and a batch for each cell, found shapes {self.labels.shape}, {self.batches.shape}"
             )
         self.embedding = require_embedding(embedding, len(self.labels))
         self._neighbours: tuple[npt.NDArray[np.int64], FloatArray] | None = None
-        self._agreement: dict[str, float] | None = None
+        self._cluster_agreement: dict[str, float] | None = None
 
-    def agreement(self, metric: str) -> float:
-        """Of k-means clusters and labels."""
+    def cluster_agreement(self, metric: str) -> float:
+        """Return NMI or ARI of the labels and k-means clusters."""
         self._require_two(metric, self.labels, "label")
-        if self._agreement is None:
-            self._agreement = _scib().nmi_ari_cluster_labels_kmeans(self.embedding, self.labels)
-        return _checked(metric, self._agreement[metric.lower()])
+        if self._cluster_agreement is None:
+            self._cluster_agreement = _scib().nmi_ari_cluster_labels_kmeans(self.embedding, self.labels)
+        return _require_score(metric, self._cluster_agreement[metric.lower()])
 
     def asw_label(self) -> float:
         self._require_two("ASW label", self.labels, "label")
-        self._require_no_singleton("ASW label")
-        return _checked("ASW label", _scib().silhouette_label(self.embedding, self.labels))
+        self._require_no_single_cell("ASW label")
+        return _require_score("ASW label", _scib().silhouette_label(self.embedding, self.labels))
 
     def asw_batch(self) -> float:
-        """Silhouette of batches within each label that has several; labels of one batch say nothing about mixing."""
+        """Return the silhouette of the batches within each label. Labels with one batch say nothing about mixing."""
         self._require_two("ASW batch", self.batches, "batch")
-        mixed = [
+        # A silhouette needs at least two clusters, and one of them with two cells.
+        scorable = [
             name
             for name in np.unique(self.labels)
             if 1 < len(set(self.batches[self.labels == name])) < (self.labels == name).sum()
         ]
-        if not mixed:
-            raise NotComputable("ASW batch", "no label has cells of several batches, two of one of them")
+        if not scorable:
+            raise NotComputable("ASW batch", "no label has cells of two batches, one of them with two cells")
         score = _scib().silhouette_batch(self.embedding, self.labels, self.batches)
-        return _checked("ASW batch", score)
+        return _require_score("ASW batch", score)
 
-    def lisi(self, metric: str, of: Labels, kind: str) -> float:
-        self._require_two(metric, of, kind)
-        if len(self.labels) <= _LISI_NEIGHBOURS:
-            raise NotComputable(metric, f"it takes {_LISI_NEIGHBOURS} neighbours of a cell, of {len(of):,} cells")
-        score = {"cLISI": _scib().clisi_knn, "iLISI": _scib().ilisi_knn}[metric](self._nearest(_LISI_NEIGHBOURS), of)
-        return _checked(metric, score)
+    def lisi(self, metric: str, values: Labels, kind: str) -> float:
+        """Return cLISI for labels, or iLISI for batches."""
+        self._require_two(metric, values, kind)
+        self._require_neighbours(metric, _LISI_NEIGHBOURS)
+        compute = {"cLISI": _scib().clisi_knn, "iLISI": _scib().ilisi_knn}[metric]
+        return _require_score(metric, compute(self._nearest(_LISI_NEIGHBOURS), values))
 
     def graph_connectivity(self) -> float:
-        self._require_no_singleton("graph connectivity")
-        if len(self.labels) <= _GRAPH_NEIGHBOURS:
-            cause = f"it takes {_GRAPH_NEIGHBOURS} neighbours of a cell, of {len(self.labels):,} cells"
-            raise NotComputable("graph connectivity", cause)
+        self._require_no_single_cell("graph connectivity")
+        self._require_neighbours("graph connectivity", _GRAPH_NEIGHBOURS)
         score = _scib().graph_connectivity(self._nearest(_GRAPH_NEIGHBOURS), self.labels)
-        return _checked("graph connectivity", score)
+        return _require_score("graph connectivity", score)
 
     def _nearest(self, n_neighbours: int) -> Any:
-        """Return scib-metrics' neighbours, exact, each cell its own first."""
+        """Return the exact nearest neighbours of each cell, the first of which is the cell itself."""
         from scib_metrics.nearest_neighbors import NeighborsResults
         from sklearn.neighbors import NearestNeighbors
 
@@ -173,31 +196,39 @@ class _Cells:
         indices, distances = (array[:, :n_neighbours] for array in self._neighbours)
         return NeighborsResults(indices=indices, distances=distances)
 
-    def _require_two(self, metric: str, of: Labels, kind: str) -> None:
-        if len(names := np.unique(of)) < 2:
-            raise NotComputable(metric, f"it compares several, and there is one {kind} alone: {str(names[0])!r}")
+    def _require_neighbours(self, metric: str, n_neighbours: int) -> None:
+        if len(self.labels) <= n_neighbours:
+            raise NotComputable(
+                metric, f"it needs {n_neighbours} neighbours of each cell, found {len(self.labels):,} cells"
+            )
 
-    def _require_no_singleton(self, metric: str) -> None:
+    def _require_two(self, metric: str, values: Labels, kind: str) -> None:
+        if len(names := np.unique(values)) < 2:
+            raise NotComputable(metric, f"it needs at least two {kind} values, found only {str(names[0])!r}")
+
+    def _require_no_single_cell(self, metric: str) -> None:
         names, sizes = np.unique(self.labels, return_counts=True)
-        if (alone := names[sizes == 1]).size:
-            raise NotComputable(metric, f"{len(alone)} labels have one cell, e.g. {str(alone[0])!r}; leave them out")
+        if (single := names[sizes == 1]).size:
+            raise NotComputable(
+                metric, f"{len(single)} labels have only one cell, e.g. {str(single[0])!r}; leave them out"
+            )
 
 
-def _checked(metric: str, score: Any) -> float:
-    """Return the score, if it is one: scib-metrics may give NaN, or a LISI below one."""
+def _require_score(metric: str, score: Any) -> float:
+    """Return a score. Raise NotComputable if it is out of range: scib-metrics can return NaN, or a LISI below 1."""
     if not (-1 if metric == "ARI" else -1e-6) <= score <= 1 + 1e-6:
-        raise NotComputable(metric, f"scib-metrics gave {score}")
+        raise NotComputable(metric, f"scib-metrics returned {score}")
     return float(score)
 
 
 def _scib() -> Any:
-    """Import scib-metrics, which takes seconds, when a score is first asked for."""
+    """Import scib-metrics only when it is needed, because the import takes seconds."""
     try:
-        with warnings.catch_warnings():  # umap says that tensorflow is not there, which nobody asked
+        with warnings.catch_warnings():  # umap warns if tensorflow is not installed, which nothing here needs
             warnings.simplefilter("ignore", ImportWarning)
             import scib_metrics
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
-            f'{error.name} is not installed, which integration scores need: pip install "scgpt_hf[metrics]"'
+            f'{error.name} is not installed, which integration metrics need: pip install "scgpt_hf[metrics]"'
         ) from error
     return scib_metrics

@@ -1,1 +1,1 @@
-"""Tests of evaluation."""
+"""Tests of `scgpt_hf.analysis.evaluation`."""

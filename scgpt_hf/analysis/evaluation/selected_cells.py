@@ -1,0 +1,151 @@
+"""Select the cells of a labelled AnnData that an evaluation uses: those with a label, at most 50,000 of them.
+
+No cell is dropped silently: every cell that is not used is counted under its reason.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+
+from scgpt_hf.analysis.evaluation.metrics import FloatArray, Labels, require_embedding
+
+if TYPE_CHECKING:
+    from anndata import AnnData
+
+Rows = npt.NDArray[np.int64]
+
+MAX_CELLS = 50_000  # silhouettes and neighbours of more cells take many minutes
+KEPT_PER_LABEL = 20  # cells of each label that a sample keeps, so that rare types stay
+
+
+@dataclass(frozen=True, eq=False)
+class SelectedCells:
+    """The cells of an AnnData that an evaluation uses.
+
+    Attributes:
+        rows: their rows in the AnnData, ascending. Shape (cells,).
+        labels: their cell types. Shape (cells,).
+        batches: their batches, usually donors. Shape (cells,).
+        embeddings: key of obsm → float32 embedding, shape (cells, features).
+        left_out: reason → number of cells that are not used.
+    """
+
+    rows: Rows
+    labels: Labels
+    batches: Labels
+    embeddings: Mapping[str, FloatArray]
+    left_out: Mapping[str, int]
+
+
+def select_cells(
+    adata: "AnnData",
+    embedding_keys: Sequence[str],
+    labels_key: str,
+    batch_key: str,
+    *,
+    unlabeled_categories: Sequence[str] = ("unknown",),
+    max_cells: int = MAX_CELLS,
+    seed: int = 0,
+) -> SelectedCells:
+    """Select the cells that can be evaluated, with their embeddings.
+
+    Cells without a label, cells that are the only one of their label, and cells beyond `max_cells` are left out and
+    counted.
+
+    Args:
+        adata: cells with labels and embeddings, in memory or backed.
+        embedding_keys: keys of obsm.
+        labels_key: obs column with cell types.
+        batch_key: obs column with batches, usually donors.
+        unlabeled_categories: values of `labels_key` that mean a cell has no label. Missing and empty values always do.
+        max_cells: highest number of cells; if there are more, they are sampled with `sample_cells`.
+        seed: seed of the sample.
+
+    Returns:
+        The selected cells.
+
+    Raises:
+        ValueError: there are no cells, a column or an embedding does not exist, an embedding is not finite, a cell has
+            no batch, or no label has two cells.
+    """
+    if not adata.n_obs:
+        raise ValueError("the AnnData has no cells; expected at least two cells with the same label")
+    for column in (labels_key, batch_key):
+        if column not in adata.obs:
+            raise ValueError(f"obs has no column {column!r}; its columns are {sorted(map(str, adata.obs))}")
+    if unknown := [key for key in embedding_keys if key not in adata.obsm]:
+        raise ValueError(
+            f"obsm has no {unknown[0]!r}; its keys are {sorted(adata.obsm)}; compute embeddings with scripts/embed.py"
+        )
+    labels, batches = (adata.obs[column].astype(object) for column in (labels_key, batch_key))
+    if n_missing := int(batches.isna().sum()):
+        raise ValueError(
+            f"{n_missing:,} of {adata.n_obs:,} cells have no value in {batch_key!r}; set one, or leave these cells out"
+        )
+    labelled = (labels.notna() & ~labels.astype(str).isin(["", *unlabeled_categories])).to_numpy()
+    names = labels.astype(str).to_numpy(str)
+    sizes = pd.Series(names[labelled]).value_counts()
+    single = labelled & np.isin(names, sizes.index[sizes == 1].to_numpy(str))
+    rows = np.flatnonzero(labelled & ~single)
+    if not len(rows):
+        raise ValueError(
+            f"no label in {labels_key!r} has two cells: {labelled.sum():,} of {adata.n_obs:,} cells have a label"
+        )
+    groups = batches.astype(str).to_numpy(str)
+    chosen = rows[sample_cells(names[rows], groups[rows], max_cells, seed)]
+    left_out = {
+        "without a label": int((~labelled).sum()),
+        "the only cell of their label": int(single.sum()),
+        f"beyond a sample of {max_cells:,}": len(rows) - len(chosen),
+    }
+    return SelectedCells(
+        rows=chosen,
+        labels=names[chosen],
+        batches=groups[chosen],
+        embeddings={key: _read_embedding(adata, key, chosen) for key in embedding_keys},
+        left_out={reason: number for reason, number in left_out.items() if number},
+    )
+
+
+def sample_cells(labels: Labels, batches: Labels, max_cells: int, seed: int) -> Rows:
+    """Return all cells, or a sample of `max_cells` cells that is stratified by label and batch.
+
+    The sample first keeps 20 cells of each label, or all of them if a label has fewer. The other cells are sampled so
+    that each label in each batch has its share, to within one cell.
+
+    Args:
+        labels: label of each cell. Shape (cells,).
+        batches: batch of each cell. Shape (cells,).
+        max_cells: highest number of cells.
+        seed: seed of the sample; the same seed gives the same cells.
+
+    Returns:
+        Positions of the sampled cells, ascending.
+
+    Raises:
+        ValueError: `max_cells` is too small for 20 cells of each label.
+    """
+    if len(labels) <= max_cells:
+        return np.arange(len(labels))
+    random = np.random.default_rng(seed).random(len(labels))
+    cells = pd.DataFrame({"label": labels, "batch": batches, "random": random})
+    kept = (cells.groupby("label")["random"].rank(method="first") <= KEPT_PER_LABEL).to_numpy()
+    n_rest = max_cells - int(kept.sum())
+    if n_rest < 0:
+        raise ValueError(f"max_cells is {max_cells:,}, which is too few for 20 cells of each label; raise max_cells")
+    # Sorted by stratum and taken at even distances, each stratum gets its share; within it the order is random.
+    rest = cells[~kept].sort_values(["label", "batch", "random"]).index.to_numpy()
+    evenly_spaced = ((np.arange(n_rest) + 0.5) * len(rest) / max(n_rest, 1)).astype(np.int64)
+    return np.sort(np.concatenate([np.flatnonzero(kept), rest[evenly_spaced]]))
+
+
+def _read_embedding(adata: "AnnData", key: str, rows: Rows) -> FloatArray:
+    """Return the embedding of the given rows as float32, shape (rows, features)."""
+    try:
+        return require_embedding(np.asarray(adata.obsm[key])[rows], len(rows))
+    except ValueError as error:
+        raise ValueError(f"obsm[{key!r}]: {error}") from error
