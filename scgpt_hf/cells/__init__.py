@@ -1,1 +1,1 @@
-"""Where cells come from: sources of raw counts, which cells and genes to use, and in which order to read them."""
+"""Read raw counts of cells from any source, select cells and genes, and plan the order in which they are read."""

@@ -26,9 +26,9 @@ class CellBlock:
     Genes ascend within each cell, without repeats and without stored zeros. A block has the arrays of a CSR matrix, so
     you can pass it to `ScGPTProcessor.tokenize` directly.
 
-    Some readers return a subclass that keeps the counts in a compact form and overrides `_gather`. Such a block builds
-    `data`, `indices` and `indptr` for all cells when one of them is first used. Use `take` to work on a few cells at a
-    time without that memory.
+    Readers of the Census and of caches return subclasses that keep the counts compact and override `_gather`. Such a
+    block builds `data`, `indices` and `indptr` for all cells when you first use one of them. To save that memory, work
+    on a few cells at a time and use `take`. Several threads may use one block.
 
     Attributes:
         obs: the requested obs columns, indexed by cell id. Shape (cells, columns).
@@ -75,7 +75,8 @@ class CellBlock:
     def data(self) -> NDArray[Any]:
         """The counts, shape (entries,).
 
-        A Census and a cache give uint16 where all counts fit, and float32 otherwise; other sources give float32.
+        uint16 from a Census or a cache if all counts fit, else float32. Narrow counts need half the memory, and the
+        tokenizer reads them as they are.
         """
         return self._arrays[0]
 
@@ -83,7 +84,7 @@ class CellBlock:
     def indices(self) -> NDArray[Any]:
         """The gene of each count, shape (entries,).
 
-        A Census and a cache give uint16 where all genes fit (of a Census also all counts), and int32 otherwise.
+        uint16 from a Census or a cache if all genes fit (from a Census also all counts), else int32.
         """
         return self._arrays[1]
 
@@ -94,23 +95,27 @@ class CellBlock:
 
     @cached_property
     def counts(self) -> csr_matrix:
-        """The counts as scipy takes them, float32 with int32 genes; built once and kept. Shape (cells, genes)."""
+        """The counts as a scipy matrix, float32 with int32 genes. Shape (cells, genes).
+
+        It is built on first use and kept, 8 bytes per entry. Use `data`, `indices` and `indptr` where they suffice.
+        """
         data, indices, indptr = self._arrays
-        if indptr[-1] <= np.iinfo(np.int32).max:  # scipy wants both index arrays of one type
+        if indptr[-1] <= np.iinfo(np.int32).max:  # scipy expects one dtype for both index arrays
             indptr = indptr.astype(np.int32, copy=False)
         arrays = data.astype(np.float32, copy=False), indices.astype(np.int32, copy=False), indptr
         matrix = csr_matrix(arrays, shape=self.shape, copy=False)
-        matrix.has_canonical_format = True  # a block promises it; scipy would look at every entry to find out
+        matrix.has_canonical_format = True  # true of every block; scipy would check every entry
         return matrix
 
     def take(self, positions: Int64Array) -> "CellBlock":
-        """Return the cells at the given positions, in this order, without unpacking the rest of the block.
+        """Return the cells at the given positions, in this order, without materialising the complete block.
 
         Args:
             positions: rows of this block, not cell ids. Shape (taken cells,).
         """
-        obs, cell_ids = self.obs.iloc[positions], self.cell_ids[positions]
-        return CellBlock(self._gather(positions), obs, cell_ids, n_genes=self.shape[1])
+        rows = _as_slice(positions)
+        arrays, obs, cell_ids = self._gather(positions), self.obs.iloc[rows], self.cell_ids[rows]
+        return CellBlock(arrays, obs, cell_ids, n_genes=self.shape[1])
 
     def with_obs(self, columns: Sequence[str]) -> "CellBlock":
         """Return the same cells with only these obs columns. The counts are shared."""
@@ -120,20 +125,30 @@ class CellBlock:
 
     @cached_property
     def _arrays(self) -> CsrArrays:
-        """The CSR arrays of all cells, which a compact block gathers here and others receive in `__init__`."""
+        """The CSR arrays of all cells: passed to `__init__`, or gathered by a compact block on first use."""
         return self._gather(np.arange(len(self)))
 
     def _gather(self, positions: Int64Array) -> CsrArrays:
-        """Return the CSR arrays of the cells at the given positions."""
+        """Return the CSR arrays of the cells at the given positions, in this order; compact blocks override it."""
         data, indices, indptr = self._arrays
         starts, stops = indptr[positions], indptr[positions + 1]
         taken_indptr = np.concatenate([[0], np.cumsum(stops - starts, dtype=np.int64)])
         entries: Any
-        if len(positions) and (np.diff(positions) == 1).all():
-            entries = slice(starts[0], stops[-1])  # neighbouring cells, the common case: views, no copy
+        if isinstance(_as_slice(positions), slice):
+            entries = slice(starts[0], stops[-1])
         else:
             entries = np.repeat(starts - taken_indptr[:-1], stops - starts) + np.arange(taken_indptr[-1])
         return data[entries], indices[entries], taken_indptr
+
+
+def _as_slice(positions: Int64Array) -> slice | Int64Array:
+    """Return neighbouring positions as a slice, others as they are.
+
+    The pipeline takes neighbouring cells. A slice of an array is a view, and that of a dataframe is much faster.
+    """
+    if len(positions) and (np.diff(positions) == 1).all():
+        return slice(int(positions[0]), int(positions[-1]) + 1)
+    return positions
 
 
 def require_counts(counts: Any, where: str) -> None:
@@ -164,11 +179,11 @@ def require_counts(counts: Any, where: str) -> None:
 
 
 def name_layers(error: ValueError, others: Mapping[str, bool]) -> ValueError:
-    """Return the error of `require_counts` with the other layers there are, and which of them look raw.
+    """Return the error of `require_counts` with the names of the other layers added, and which of them look raw.
 
     Args:
-        error: what `require_counts` raised.
-        others: whether the counts look raw, for each layer but the one refused.
+        error: the error that `require_counts` raised.
+        others: for each other layer, whether its counts look raw.
     """
     if not others:
         return ValueError(f"{error}; there is no other layer")
@@ -177,14 +192,14 @@ def name_layers(error: ValueError, others: Mapping[str, bool]) -> ValueError:
 
 
 def require_cell_ids(cell_ids: Int64Array, known: NDArray[np.bool_]) -> Int64Array:
-    """Return the ids as int64 after checking that each can be read, once.
+    """Return the ids as int64 after checking that the source has each of them and that none is repeated.
 
     Args:
-        cell_ids: the cells asked for, in any order. Shape (cells,).
-        known: true at each id the source offers. Shape (largest id + 1,).
+        cell_ids: the requested cells, in any order. Shape (cells,).
+        known: mask by cell id of the cells that the source has. Shape (largest id + 1,).
 
     Raises:
-        ValueError: the ids are not a row of integers, one is asked twice, or one is not offered by the source.
+        ValueError: the ids are not integers of shape (cells,), an id is repeated, or the source does not have it.
     """
     ids = np.asarray(cell_ids)
     if ids.ndim != 1 or (ids.dtype.kind not in "iu" and ids.size):
@@ -195,15 +210,15 @@ def require_cell_ids(cell_ids: Int64Array, known: NDArray[np.bool_]) -> Int64Arr
     if len(unknown):
         raise ValueError(
             f"{len(unknown):,} of {len(ids):,} cell ids are not among the {int(known.sum()):,} cells of this source, "
-            f"e.g. {unknown[:5].tolist()}; ask for ids from the index of `source.obs()`"
+            f"e.g. {unknown[:5].tolist()}; use ids from the index of `source.obs()`"
         )
     ascending = np.sort(ids)
     repeated = ascending[1:][ascending[1:] == ascending[:-1]]
     if len(repeated):
-        raise ValueError(f"{len(repeated):,} cell ids are asked for more than once, e.g. {repeated[:5].tolist()}")
+        raise ValueError(f"{len(repeated):,} cell ids are repeated, e.g. {repeated[:5].tolist()}; pass each id once")
     return ids
 
 
 def gene_hash(feature_ids: Iterable[str]) -> str:
-    """Return a fingerprint of the genes and their order: the first 16 hexadecimal digits of a SHA-256."""
+    """Return a hash of the genes and their order: the first 16 hexadecimal digits of their SHA-256."""
     return sha256("\n".join(feature_ids).encode()).hexdigest()[:16]

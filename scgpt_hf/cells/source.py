@@ -1,7 +1,7 @@
-"""What a source of cells promises, and which source answers to which address.
+"""`CellSource`, the interface of all sources of cells, and `open_source`, which opens the source of an address.
 
-Reading is done next door: `census.py` for SOMA, local or remote, `h5ad.py` for files and AnnData, `cache.py` for a
-cache of either.
+The sources are in the packages `soma` (the Census and local SOMAs), `h5ad` (files and AnnData) and `cache` (caches of
+either). They are imported when they are needed, because importing tiledbsoma and anndata is slow.
 """
 
 from collections.abc import Sequence
@@ -19,49 +19,86 @@ Address: TypeAlias = "str | Path | Sequence[str | Path] | AnnData"
 
 
 class CellSource(Protocol):
-    """Cells with raw counts that can be read in any order; every member may be used from several threads."""
+    """Cells with raw counts that can be read in any order.
+
+    Several threads may use a source at the same time. A source can be pickled; the copy opens its files itself.
+    `tests/support/source_contract.py` tests every source against this interface.
+    """
 
     @property
     def genes(self) -> pd.DataFrame:
-        """The genes, row i for column i of the counts: `feature_id` (unique; Ensembl where known), `feature_name`."""
+        """The genes of the columns of the counts, in their order.
+
+        Columns: `feature_id`, unique, the Ensembl id if known; `feature_name`. Shape (genes, 2).
+        """
 
     @property
     def columns(self) -> list[str]:
-        """The names of the obs columns that there are; known without reading any."""
+        """The names of the obs columns; no column is read for them."""
 
     @property
     def chunk_size(self) -> int:
-        """Cells of an aligned range of ids that are best read together; 1 where any order is as fast."""
+        """Number of neighbouring cell ids, aligned to its multiples, to read together; 1 if any order is as fast."""
 
     def obs(self, columns: Sequence[str] = ()) -> pd.DataFrame:
-        """Return the cells that match the filter: index `cell_id`, int64, ascending, and the columns asked for."""
+        """Return obs of the cells that match the filters.
+
+        Args:
+            columns: obs columns to return.
+
+        Returns:
+            The columns; index `cell_id`, int64, ascending. Shape (cells, columns).
+
+        Raises:
+            ValueError: a column does not exist, the filter cannot be applied, or no cell matches it.
+        """
 
     def read(self, cell_ids: Int64Array, columns: Sequence[str] = ()) -> CellBlock:
-        """Return these cells in this order; raise for an id that `obs` does not list or that is asked twice."""
+        """Read cells by their ids.
+
+        Args:
+            cell_ids: ids from the index of `obs()`, each once, in any order. Shape (cells,).
+            columns: obs columns to return with the counts.
+
+        Returns:
+            The cells in the order of `cell_ids`.
+
+        Raises:
+            OSError: the data cannot be read.
+            ValueError: an id is unknown or repeated, a column does not exist, or the counts are not raw.
+        """
 
     def describe(self) -> dict[str, Any]:
-        """Return where the cells come from, as JSON: kind, address, filter, number of cells, hash of the genes."""
+        """Return the origin of the cells as JSON: kind, address, filter, number of cells, hash of the genes."""
 
 
 def open_source(
     address: Address, *, obs_filter: str | None = None, layer: str | None = None, primary_only: bool = True
 ) -> CellSource:
-    """Return the source at an address.
+    """Open the source of cells at an address.
 
     Args:
-        address: `census://VERSION/ORGANISM`, e.g. `census://2025-11-08/homo_sapiens`; the folder of a SOMA in the
-            Census layout, of one of its organisms, or of a cache; `hf://datasets/OWNER/NAME`, a cache on the Hub,
-            downloaded once; one or many `.h5ad` files; or an AnnData, taken by reference.
+        address: one of
+
+            - `census://VERSION/ORGANISM`: a release of the public Census;
+            - a folder: a SOMA in the Census layout, one organism of it, or a cache;
+            - `hf://datasets/OWNER/NAME`: a cache on the Hub, which is downloaded once;
+            - one or several `.h5ad` files;
+            - an AnnData, which is not copied.
         obs_filter: SOMA value filter, e.g. `tissue_general == 'blood' and disease == 'normal'`.
-        layer: where the raw counts are: a layer by name; of a file also `.raw`. By default `raw` of the Census, `X`
-            of a file.
-        primary_only: keep only cells with `is_primary_data == True`; ignored where obs has no such column.
+        layer: layer with the raw counts; `.raw` for that of an AnnData. By default "raw" of a Census, `X` of a file.
+        primary_only: whether to keep only cells with `is_primary_data == True`; ignored if obs has no such column.
 
     Raises:
-        FileNotFoundError: there is nothing at the path.
-        ConnectionError: the Census, or the Hub, cannot be reached.
-        ValueError: the address is of no known kind, the Census version or organism is unknown, or the data or the
-            filter are not usable; the message says what is there.
+        FileNotFoundError: the path does not exist.
+        ConnectionError: the Census or the Hub cannot be reached.
+        ValueError: the kind of the address, the version or the organism is unknown, the data have no raw counts, or the
+            filter is not valid.
+
+    Example:
+        >>> source = open_source("my_census", obs_filter="tissue_general == 'blood'")  # doctest: +SKIP
+        >>> cell_ids = source.obs().index.to_numpy()  # doctest: +SKIP
+        >>> block = source.read(cell_ids[:100], ["cell_type"])  # doctest: +SKIP
     """
     settings: dict[str, Any] = {"obs_filter": obs_filter, "layer": layer, "primary_only": primary_only}
     if isinstance(address, Sequence) and not isinstance(address, str) and len(address) == 1:
@@ -83,14 +120,13 @@ def open_source(
 
 
 def _open_paths(paths: Sequence[Path], settings: dict[str, Any]) -> CellSource:
-    """Return the source at one SOMA folder or at one or many h5ad files."""
+    """Return the source of one folder or of one or several .h5ad files."""
     if not paths:
-        raise ValueError("no file given; expected one or many .h5ad files, or the folder of a SOMA")
+        raise ValueError("no address given; expected one or several .h5ad files, or the folder of a SOMA or of a cache")
     if absent := [str(path) for path in paths if not path.exists()]:
         raise FileNotFoundError(
-            f"{len(absent)} of {len(paths)} paths do not exist, e.g. {absent[0]!r}; patterns such as *.h5ad are "
-            "expanded by the shell only, the Census itself is census://VERSION/ORGANISM, and a cache on the Hub "
-            "hf://datasets/OWNER/NAME"
+            f"{len(absent)} of {len(paths)} paths do not exist, e.g. {absent[0]!r}; only a shell expands patterns such "
+            "as *.h5ad. The public Census is census://VERSION/ORGANISM, a cache on the Hub hf://datasets/OWNER/NAME"
         )
     if all(path.suffix == ".h5ad" and path.is_file() for path in paths):
         from scgpt_hf.cells.h5ad.reader import H5adSource
@@ -106,6 +142,6 @@ def _open_paths(paths: Sequence[Path], settings: dict[str, Any]) -> CellSource:
         return open_census(str(paths[0]), **settings)
     wrong = [str(path) for path in paths if path.is_dir() or path.suffix != ".h5ad"]
     raise ValueError(
-        f"cannot tell what {wrong[0]!r} is; expected .h5ad files, or one folder with a SOMA in the Census layout "
-        "(scripts/build_census.py makes one from .h5ad files) or a cache (scripts/cache_census.py)"
+        f"cannot open {wrong[0]!r}; expected .h5ad files, or one folder with a SOMA in the Census layout "
+        "(scripts/build_census.py builds one from .h5ad files) or with a cache (scripts/cache_census.py)"
     )

@@ -1,4 +1,4 @@
-"""Raw counts are told from everything else, and cell ids are checked before anything is read."""
+"""`CellBlock`, and the validation of raw counts and of cell ids."""
 
 import numpy as np
 import pandas as pd
@@ -12,7 +12,7 @@ from scgpt_hf.cells.block import CellBlock, gene_hash, name_layers, require_cell
 
 
 def block_of(counts, dtype=np.float32):
-    """A block of these cells, with a label each."""
+    """Return a block with these counts, ids 0, 10, 20, … and one obs column."""
     matrix = csr_matrix(counts)
     arrays = matrix.data.astype(dtype), matrix.indices.astype(np.uint16), matrix.indptr
     cell_ids = np.arange(len(counts), dtype=np.int64) * 10
@@ -69,49 +69,59 @@ def test_require_counts_accepts_whole_numbers_sparse_or_dense(counts):
     wrong=st.sampled_from([np.nan, np.inf, -np.inf, -1.0, 0.5, 3.0001]),
     place=st.integers(0, 11),
 )
-def test_require_counts_refuses_one_wrong_value_anywhere(counts, wrong, place):
+def test_require_counts_raises_on_one_wrong_value_anywhere(counts, wrong, place):
     counts.flat[place] = wrong
     for matrix in (counts, csr_matrix(counts)):
-        with pytest.raises(ValueError, match="expected raw counts"):
-            require_counts(matrix, "X")
+        with pytest.raises(ValueError, match="layer 'X'"):
+            require_counts(matrix, "layer 'X'")
 
 
-def test_require_counts_says_what_it_found_and_what_to_do():
+def test_the_error_of_require_counts_has_the_value_the_layer_and_the_flag_to_choose_another():
     with pytest.raises(
         ValueError, match=r"found 1\.5 and 1 more fractional values of 3 in layer 'log'; .*: --layer NAME"
     ):
         require_counts(np.array([[1.5, 2.0, 2.5]]), "layer 'log'")
 
 
-def test_the_other_layers_are_named_with_what_looks_raw():
-    refused = ValueError("found 0.5")
-    assert str(name_layers(refused, {})) == "found 0.5; there is no other layer"
-    assert str(name_layers(refused, {"log": False})).endswith("the other layers are ['log'], of which look raw: none")
-    assert str(name_layers(refused, {"a b": True, "log": False, "umi": True})).endswith(
+def test_name_layers_lists_the_other_layers_and_those_that_look_raw():
+    error = ValueError("found 0.5")
+    assert str(name_layers(error, {})) == "found 0.5; there is no other layer"
+    assert str(name_layers(error, {"log": False})).endswith("the other layers are ['log'], of which look raw: none")
+    assert str(name_layers(error, {"a b": True, "log": False, "umi": True})).endswith(
         "['a b', 'log', 'umi'], of which look raw: --layer='a b' or --layer='umi'"
     )
 
 
-def test_require_counts_accepts_nothing_at_all():
+def test_require_counts_accepts_a_matrix_without_cells():
     require_counts(csr_matrix((0, 5)), "X")
 
 
 @given(known=arrays(np.bool_, st.integers(0, 20)), cell_ids=st.lists(st.integers(-3, 25), max_size=10))
-def test_require_cell_ids_accepts_known_ids_once_and_nothing_else(known, cell_ids):
-    offered = set(np.flatnonzero(known))
-    if set(cell_ids) <= offered and len(set(cell_ids)) == len(cell_ids):
+def test_require_cell_ids_accepts_each_known_id_once_and_nothing_else(known, cell_ids):
+    existing = set(np.flatnonzero(known))
+    if set(cell_ids) <= existing and len(set(cell_ids)) == len(cell_ids):
         assert require_cell_ids(np.array(cell_ids, dtype=np.int64), known).tolist() == cell_ids
     else:
-        with pytest.raises(ValueError, match="cell ids are"):
+        with pytest.raises(ValueError, match="cell ids"):
             require_cell_ids(np.array(cell_ids, dtype=np.int64), known)
 
 
 @pytest.mark.parametrize("cell_ids", [np.array([0.5]), np.array([[1]]), np.array([True])])
-def test_require_cell_ids_refuses_what_is_not_a_row_of_integers(cell_ids):
-    with pytest.raises(ValueError, match=r"integers of shape \(cells,\), found"):
+def test_require_cell_ids_raises_on_other_dtypes_and_shapes(cell_ids):
+    with pytest.raises(ValueError, match="expected cell ids as integers"):
         require_cell_ids(cell_ids, np.ones(3, dtype=bool))
 
 
-def test_gene_hash_depends_on_order():
+def test_the_errors_of_require_cell_ids_count_and_list_the_ids():
+    known = np.array([True, False, True])
+    with pytest.raises(
+        ValueError, match=r"^2 of 3 cell ids are not among the 2 cells of this source, e.g. \[1, 7\]; use"
+    ):
+        require_cell_ids(np.array([0, 1, 7]), known)
+    with pytest.raises(ValueError, match=r"^1 cell ids are repeated, e.g. \[2\]; pass each id once$"):
+        require_cell_ids(np.array([2, 0, 2]), known)
+
+
+def test_gene_hash_depends_on_the_order_of_the_genes():
     assert gene_hash(["a", "b"]) != gene_hash(["b", "a"])
     assert gene_hash(["a", "b"]) == gene_hash(iter(["a", "b"]))

@@ -1,4 +1,4 @@
-"""What every source of cells must do: run by the tests of each source on the same cells."""
+"""The tests that every source of cells has to pass, run on the same cells by the test module of each source."""
 
 import pickle
 from collections.abc import Callable
@@ -14,13 +14,17 @@ from scgpt_hf.cells.source import CellSource
 
 
 def expected_counts(cells: list[AnnData], feature_ids: list[str]) -> np.ndarray:
-    """All cells end to end, genes in the order given, zero where a data set lacks the gene."""
+    """Return the counts of all cells, genes in the given order, zero if a data set lacks the gene. (cells, genes)."""
     frames = [pd.DataFrame(part.X.toarray(), columns=part.var_names) for part in cells]
     return pd.concat(frames).reindex(columns=feature_ids).fillna(0).to_numpy()
 
 
 class SourceContract:
-    """Subclass it, with a fixture `open_it` that opens `small_cells` with the filters given."""
+    """Base of a test class for one kind of source.
+
+    A subclass defines a fixture `open_it` that returns a function: it takes the filters of `open_source` as keyword
+    arguments and opens a source with the cells of `small_cells`.
+    """
 
     @pytest.fixture
     def source(self, open_it: Callable[..., CellSource]) -> CellSource:
@@ -36,13 +40,13 @@ class SourceContract:
         assert block.cell_ids.tolist() == cell_ids.tolist() == block.obs.index.tolist()
         assert len(block) == len(cell_ids)
 
-    def test_genes_are_the_union_in_first_seen_order(self, source, small_cells):
+    def test_genes_are_the_union_in_order_of_first_appearance(self, source, small_cells):
         first, second = (part.var_names.tolist() for part in small_cells)
         assert source.genes["feature_id"].tolist() == first + [gene for gene in second if gene not in first]
         names = dict(zip(source.genes["feature_id"], source.genes["feature_name"], strict=True))
         assert all(names[gene] == name for part in small_cells for gene, name in part.var["feature_name"].items())
 
-    def test_obs_lists_the_cells_that_match_by_ascending_id(self, source, small_cells):
+    def test_obs_returns_the_matching_cells_by_ascending_id(self, source, small_cells):
         obs = source.obs(["disease", "donor_id"])
         everything = pd.concat([part.obs for part in small_cells], ignore_index=True)
         matching = everything[(everything["disease"] == "normal") & everything["is_primary_data"]]
@@ -52,50 +56,50 @@ class SourceContract:
         assert obs["donor_id"].astype(str).tolist() == matching["donor_id"].tolist()
         assert list(source.obs().columns) == []
 
-    def test_columns_are_those_that_obs_can_be_asked_for(self, source, small_cells):
+    def test_columns_are_those_that_obs_returns(self, source, small_cells):
         assert set(small_cells[0].obs) <= set(source.columns)
         assert list(source.obs(source.columns)) == source.columns
         assert pickle.loads(pickle.dumps(source)).columns == source.columns
 
     @pytest.mark.parametrize("seed", range(4))
-    def test_read_returns_any_cells_in_the_order_asked_and_twice_the_same(self, source, small_cells, seed):
+    def test_read_returns_any_cells_in_the_requested_order_and_twice_the_same(self, source, small_cells, seed):
         rng = np.random.default_rng(seed)
-        offered = source.obs().index.to_numpy()
-        cell_ids = rng.permutation(offered)[: rng.integers(1, len(offered) + 1)]
+        selected = source.obs().index.to_numpy()
+        cell_ids = rng.permutation(selected)[: rng.integers(1, len(selected) + 1)]
         for _ in range(2):
             block = source.read(cell_ids, ["cell_type"])
             self.check(block, source, small_cells, cell_ids)
             everything = pd.concat([part.obs for part in small_cells], ignore_index=True)
             assert block.obs["cell_type"].astype(str).tolist() == everything.loc[cell_ids, "cell_type"].tolist()
 
-    def test_read_of_no_cell_is_empty(self, source, small_cells):
+    def test_read_of_no_cells_is_empty(self, source, small_cells):
         self.check(source.read(np.array([], dtype=np.int64)), source, small_cells, np.array([], dtype=np.int64))
         assert list(source.read(np.array([], dtype=np.int64), ["cell_type"]).obs) == ["cell_type"]
 
-    def test_read_may_be_called_from_several_threads(self, source, small_cells):
-        offered = source.obs().index.to_numpy()
-        orders = [np.random.default_rng(seed).permutation(offered)[:50] for seed in range(12)]
+    def test_several_threads_may_read_at_the_same_time(self, source, small_cells):
+        selected = source.obs().index.to_numpy()
+        orders = [np.random.default_rng(seed).permutation(selected)[:50] for seed in range(12)]
         with ThreadPoolExecutor(6) as pool:
             for block, cell_ids in zip(pool.map(source.read, orders), orders, strict=True):
                 self.check(block, source, small_cells, cell_ids)
 
-    def test_unknown_and_filtered_cells_raise(self, source):
+    def test_unknown_and_filtered_cells_raise_with_their_ids(self, source):
         everything = set(range(300))
         filtered = min(everything - set(source.obs().index))
         for wrong in (filtered, 300, 10**9, -1):
-            with pytest.raises(ValueError, match=rf"1 of 2 cell ids are not among .*\[{wrong}\]"):
+            with pytest.raises(ValueError, match=rf"\[{wrong}\]"):
                 source.read(np.array([source.obs().index[0], wrong]))
 
-    def test_a_cell_asked_twice_raises(self, source):
+    def test_a_repeated_cell_raises_with_its_id(self, source):
         first = source.obs().index[0]
-        with pytest.raises(ValueError, match="1 cell ids are asked for more than once"):
+        with pytest.raises(ValueError, match=rf"repeated.*\[{first}\]"):
             source.read(np.array([first, first]))
 
-    def test_all_cells_are_offered_when_asked_for(self, open_it):
+    def test_primary_only_leaves_out_the_other_cells(self, open_it):
         assert len(open_it().obs()) == 270
         assert len(open_it(primary_only=False).obs()) == 300
 
-    def test_describe_is_json_and_the_genes_have_one_hash(self, source, open_it):
+    def test_describe_returns_json_with_the_hash_of_the_genes(self, source, open_it):
         import json
 
         described = json.loads(json.dumps(source.describe()))
@@ -103,10 +107,10 @@ class SourceContract:
         assert described["gene_hash"] == open_it().describe()["gene_hash"]
         assert "disease == 'normal'" in described["obs_filter"]
 
-    def test_a_source_travels_by_pickle(self, source, small_cells):
-        again = pickle.loads(pickle.dumps(source))
+    def test_a_pickled_source_reads_the_same_cells(self, source, small_cells):
+        copy = pickle.loads(pickle.dumps(source))
         cell_ids = source.obs().index.to_numpy()[::-3]
-        self.check(again.read(cell_ids), source, small_cells, cell_ids)
+        self.check(copy.read(cell_ids), source, small_cells, cell_ids)
 
     @pytest.mark.parametrize(
         ("obs_filter", "named"),
@@ -136,11 +140,11 @@ class SourceContract:
         assert set(obs["donor_id"]) == {"donor_4", "donor_5"}
         assert set(obs["cell_type"]) == {"B cell", "monocyte", "NK cell"}
 
-    def test_a_column_that_does_not_exist_raises_with_the_columns(self, source):
+    def test_an_unknown_column_raises_with_the_known_ones(self, source):
         for read in (lambda: source.obs(["organ"]), lambda: source.read(np.array([1]), ["organ"])):
-            with pytest.raises(ValueError, match=r"no column \['organ'\].*tissue_general"):
+            with pytest.raises(ValueError, match=r"'organ'.*tissue_general"):
                 read()
 
-    def test_a_layer_that_does_not_exist_raises_with_the_layers(self, open_it):
-        with pytest.raises(ValueError, match="no layer 'nope'"):
+    def test_an_unknown_layer_raises_with_the_known_ones(self, open_it):
+        with pytest.raises(ValueError, match="'nope'"):
             open_it(layer="nope")

@@ -1,6 +1,7 @@
 """`.h5ad` files and AnnData fulfil the contract of a source; wrong layers and damaged files raise."""
 
 import errno
+import re
 
 import numpy as np
 import pandas as pd
@@ -133,11 +134,11 @@ def test_files_and_anndata_without_cells_raise(tmp_path, cells):
 def test_addresses_without_data_raise(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"none\.h5ad"):
         open_source(tmp_path / "none.h5ad")
-    with pytest.raises(ValueError, match="file"):
+    with pytest.raises(ValueError, match="no address given"):
         open_source([])
     (tmp_path / "cells.csv").write_text("")
     for address in (tmp_path / "cells.csv", [tmp_path, tmp_path / "cells.csv"]):
-        with pytest.raises(ValueError, match="cannot tell"):
+        with pytest.raises(ValueError, match=re.escape(str(tmp_path))):
             open_source(address)
 
 
