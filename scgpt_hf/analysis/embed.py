@@ -69,7 +69,7 @@ def embed_anndata(
     Example:
         >>> report = embed_anndata(adata, "runs/demo/best_model")
         >>> adata.obsm["X_scgpt"].shape
-        (700, 512)
+        (700, 64)
     """
     validate_free_key(key_added, adata.obsm, overwrite)
     source = open_source(adata, layer=layer, primary_only=False)

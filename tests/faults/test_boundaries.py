@@ -83,7 +83,7 @@ def test_weights_outside_of_the_folder_are_not_read(run):
     (model / "model.safetensors").rename(run / "elsewhere.safetensors")
     index = {"metadata": {}, "weight_map": {"gene_encoder.weight": "../elsewhere.safetensors"}}
     (model / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(ValueError, match="leads out of its folder"):
+    with pytest.raises(ValueError, match="outside its folder"):
         use_model(model)
 
 
