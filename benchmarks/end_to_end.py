@@ -42,7 +42,7 @@ from training_step import How, TrainingStep, cells_per_second
 from scgpt_hf.model.configuration_scgpt import ScGPTConfig, training_flops_per_token
 from scgpt_hf.model.modeling_scgpt import ScGPTForPreTraining
 from scgpt_hf.tokens.packing_scgpt import IGNORE, Tokens, bucket, pack
-from scgpt_hf.training.peak_flops import peak_flops
+from scgpt_hf.training.throughput import peak_flops
 
 ARMS = {
     "eager": How(),

@@ -76,7 +76,7 @@ class Trace(TrainerCallback):
         line = {
             "step": state.global_step,
             "batch": self.batch,
-            "loss": {name: float(share).hex() for name, share in self.trainer.step_shares.items()},
+            "loss": {name: float(share).hex() for name, share in self.trainer.losses.step_losses.items()},
             "weights": digest(self.trainer.model.state_dict().values()),
             "optimizer": digest(value for moments in optimizer.state.values() for value in moments.values()),
         }

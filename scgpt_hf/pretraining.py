@@ -78,7 +78,7 @@ def pretrain(
         FileNotFoundError, ConnectionError: the data or the checkpoint cannot be read.
         ValueError: settings, data or checkpoint cannot be used. The message says what was found and what to do.
         FloatingPointError: the run has diverged.
-        Interrupted: `stop_signal` stopped the run, after a checkpoint.
+        TrainingInterrupted: `stop_signal` stopped the run, after a checkpoint.
         HubError: the run cannot be published. This is checked before training, too.
 
     Example:

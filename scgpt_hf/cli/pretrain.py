@@ -18,7 +18,7 @@ import torch
 from scgpt_hf.cells.threads import n_cores
 from scgpt_hf.cli.process import tune_process
 from scgpt_hf.pretraining import describe_pretraining, pretrain
-from scgpt_hf.training.fault_tolerance.signals import Interrupted, StopSignal
+from scgpt_hf.training.fault_tolerance.signals import StopSignal, TrainingInterrupted
 from scgpt_hf.training.settings import TrainingSettings
 from scgpt_hf.training.settings_parsing import parse_settings
 
@@ -42,7 +42,7 @@ def main() -> None:
                 print(text)
             return
         pretrain(settings, stop_signal=StopSignal(), report=print)
-    except Interrupted as interruption:
+    except TrainingInterrupted as interruption:
         if args.process_index == 0:
             print(f"pretrain.py: {interruption}", file=sys.stderr, flush=True)
         accelerate.PartialState().destroy_process_group()

@@ -120,7 +120,7 @@ def make_trainer(
 def _require_known_metric(trainer: ScGPTTrainer) -> None:
     """Raise unless validation measures `metric_for_best_model`. The library would look it up only after an epoch."""
     wanted = (trainer.args.metric_for_best_model or "loss").removeprefix("eval_")
-    if wanted not in (known := trainer.metrics_of([0.0] * (2 * len(trainer.weights) + 1))):
+    if wanted not in (known := trainer.metrics_from_sums([0.0] * (2 * len(trainer.weights) + 1))):
         raise ValueError(f"metric_for_best_model is {wanted!r}; validation measures {', '.join(known)}")
 
 

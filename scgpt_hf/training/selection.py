@@ -24,7 +24,7 @@ from scgpt_hf.cells.selection.hvg import highly_variable_genes
 from scgpt_hf.cells.selection.splits import Split, load_split, save_split, split_cells
 from scgpt_hf.cells.source import CellSource, open_source
 from scgpt_hf.demo import demo_cells, demo_census
-from scgpt_hf.training.fault_tolerance.resume import difference, require_resumable, require_same_cells
+from scgpt_hf.training.fault_tolerance.resume import changed_values, require_resumable, require_same_cells
 from scgpt_hf.training.run_folder import SETTINGS, SPLIT, resolve_checkpoint, write_atomically
 from scgpt_hf.training.settings import TOKEN_SETTINGS, DataSettings, Settings
 from scgpt_hf.training.settings_parsing import settings_yaml
@@ -216,7 +216,7 @@ def _require_same_run(recorded: dict[str, Any], now: dict[str, Any]) -> None:
     Raises:
         ValueError: names the settings that differ, with the recorded and the present value.
     """
-    if changed := difference(recorded, now):
+    if changed := changed_values(recorded, now):
         before, after = ({name: values[when] for name, values in changed.items()} for when in (0, 1))
         raise ValueError(
             f"cannot resume exactly: the run started with {before}, found {after}; use the same settings and data"

@@ -1,4 +1,4 @@
-"""How fast training goes: cells/s, tokens/s, share of the time spent waiting, and on a GPU model-FLOPs utilisation."""
+"""Measure the speed of training: cells and tokens per second, share of time spent waiting, model-FLOPs utilisation."""
 
 import time
 from collections.abc import Iterable
@@ -7,51 +7,77 @@ import torch
 
 from scgpt_hf.model.configuration_scgpt import ScGPTConfig, training_flops_per_token
 from scgpt_hf.pipeline.stream import Batch, lengths_of
-from scgpt_hf.training.peak_flops import peak_flops
+
+# Peak throughput of bf16 matrix products in FLOP/s, dense (without sparsity). Source: NVIDIA data sheets, SXM modules.
+PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12, "L40S": 362e12}
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """Return the peak throughput of a GPU in FLOP/s (bf16), or None for a CPU or an unknown GPU."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for key, peak in PEAK_FLOPS.items() if key in name), None)
 
 
 class Throughput:
-    """Counts what went through one rank; ranks are in step, so all together do `world_size` times as much."""
+    """Counts the cells and tokens of one process between two log lines.
+
+    All processes take the same number of steps with the same number of cells, so the rates of all together are those of
+    one process times `world_size`.
+    """
 
     def __init__(self, config: ScGPTConfig, device: torch.device, world_size: int) -> None:
-        """Start the clock."""
+        """Create the counters and start the clock.
+
+        Args:
+            config: of the model, from which its FLOPs per token follow.
+            device: that this process trains on.
+            world_size: number of processes.
+        """
         self.config, self.world_size = config, world_size
         self.peak = peak_flops(device)
         self.restart(waited_s=0.0)
 
     def count(self, batches: Iterable[Batch]) -> None:
-        """Add the cells and tokens of packed batches."""
+        """Add the cells and tokens of batches."""
         for batch in batches:
             lengths = lengths_of(batch).double()
-            self.cells += len(lengths)
-            self.tokens += int(lengths.sum())
-            self.squares += float(lengths.square().sum())
+            self.n_cells += len(lengths)
+            self.n_tokens += int(lengths.sum())
+            self.sum_of_squares += float(lengths.square().sum())
 
-    def since_last(self, waited_s: float) -> dict[str, float]:
-        """Return the rates since the last call.
+    def rates(self, waited_s: float) -> dict[str, float]:
+        """Return the rates since the last call of `restart`: the values for a log line.
 
         Args:
-            waited_s: seconds that the loader has made the trainer wait since the start of the run.
+            waited_s: seconds that the trainer has waited for batches since the start of the run.
+
+        Returns:
+            `cells_per_second` and `tokens_per_second` of all processes together, `waiting_share` in [0, 1], and on a
+            known GPU `mfu`, the model-FLOPs utilisation in [0, 1].
         """
         seconds = time.perf_counter() - self.started
         rates = {
-            "cells_per_second": self.cells * self.world_size / seconds,
-            "tokens_per_second": self.tokens * self.world_size / seconds,
+            "cells_per_second": self.n_cells * self.world_size / seconds,
+            "tokens_per_second": self.n_tokens * self.world_size / seconds,
             "waiting_share": (waited_s - self.waited_s) / seconds,
         }
-        if self.peak and self.cells:
-            flops = training_flops_per_token(self.config, self.squares / self.tokens) * self.tokens
+        if self.peak and self.n_cells:
+            # Attention costs a token as many FLOPs as its cell has tokens; the mean over tokens weights each cell by
+            # its length.
+            mean_length = self.sum_of_squares / self.n_tokens
+            flops = training_flops_per_token(self.config, mean_length) * self.n_tokens
             rates["mfu"] = flops / seconds / self.peak
-        self.restart(waited_s)
         return rates
 
-    def leave_out(self, seconds: float) -> None:
-        """Do not count time that was spent on something else than training."""
+    def exclude(self, seconds: float) -> None:
+        """Exclude time that was spent on something other than training, such as a validation."""
         self.started += seconds
 
     def restart(self, waited_s: float) -> None:
-        """Count from now on; `waited_s` as for `since_last`."""
-        self.cells = self.tokens = 0
-        self.squares = 0.0
+        """Set the counters to zero and restart the clock; `waited_s` as for `rates`."""
+        self.n_cells = self.n_tokens = 0
+        self.sum_of_squares = 0.0
         self.waited_s = waited_s
         self.started = time.perf_counter()

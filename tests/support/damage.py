@@ -22,7 +22,7 @@ from scgpt_hf.publishing.card import model_card
 from scgpt_hf.publishing.publish_run import collect_files
 from scgpt_hf.publishing.record import read_metrics
 from scgpt_hf.tokens.processing_scgpt import ScGPTProcessor
-from scgpt_hf.training.fault_tolerance.checkpoints import Manifest, written_whole
+from scgpt_hf.training.fault_tolerance.checkpoints import Manifest, write_checkpoint
 from scgpt_hf.training.fault_tolerance.ranks import Ranks
 from scgpt_hf.training.run_folder import resolve_checkpoint
 from scgpt_hf.training.selection import load_selection
@@ -67,7 +67,7 @@ def make_inputs(cells: list[AnnData], census: Path, folder: Path) -> Path:
     )
     ScGPTForPreTraining(config).save_pretrained(run / "best_model")
     processor.save_pretrained(run / "best_model")
-    with written_whole(run, Manifest(2, 1, [(64, 2)]), Ranks(1, 0, timeout_s=1)) as beside:
+    with write_checkpoint(run, Manifest(2, 1, [(64, 2)]), Ranks(1, 0, timeout_s=1)) as beside:
         shutil.copytree(run / "best_model", beside, dirs_exist_ok=True)
     with open_source(census) as source:  # type: ignore[attr-defined]
         write_cache(source, folder / "cache")

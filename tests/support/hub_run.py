@@ -40,7 +40,7 @@ def make_run(folder: Path) -> Path:
         "checkpoint-10/optimizer.pt",
         "checkpoint-10/trainer_state.json",
         "checkpoint-10/manifest.json",
-        "checkpoint-10/window_0.json",
+        "checkpoint-10/losses_0.json",
         "notes.txt",
     )
     for name in never_published:

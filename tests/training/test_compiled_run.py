@@ -1,4 +1,4 @@
-"""A compiled run learns what an eager one learns; what reaches the GPU is counted and copied without waiting."""
+"""Compiled training has the losses of eager training; labels are counted, and only batches for a GPU are pinned."""
 
 import json
 
@@ -35,7 +35,7 @@ def test_labels_are_counted_over_the_batches_of_a_step():
     assert count_labels([], CPU).item() == 0
 
 
-def test_only_what_goes_to_a_gpu_is_pinned():
+def test_batches_for_a_cpu_are_not_pinned():
     def stream(position):
         return [position]
 

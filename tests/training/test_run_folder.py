@@ -6,7 +6,7 @@ from copy import deepcopy
 import pytest
 from transformers import TrainerControl, TrainerState
 
-from scgpt_hf.training.fault_tolerance.checkpoints import CheckpointError, Manifest, written_whole
+from scgpt_hf.training.fault_tolerance.checkpoints import CheckpointError, Manifest, write_checkpoint
 from scgpt_hf.training.fault_tolerance.ranks import Ranks
 from scgpt_hf.training.run_folder import (
     MetricsFile,
@@ -33,7 +33,7 @@ def test_resuming_finds_the_newest_checkpoint_or_raises(tmp_path):
     with pytest.raises(FileNotFoundError, match=str(tmp_path)):
         resolve_checkpoint(tmp_path, "latest")
     for step in (5, 20):
-        with written_whole(tmp_path, Manifest(step, 1, [(8, step)]), Ranks(1, 0, 1)) as beside:
+        with write_checkpoint(tmp_path, Manifest(step, 1, [(8, step)]), Ranks(1, 0, 1)) as beside:
             (beside / "model").write_text("weights")
     assert resolve_checkpoint(tmp_path, "true") == str(tmp_path / "checkpoint-20")
     assert resolve_checkpoint(tmp_path, str(tmp_path / "checkpoint-5")) == str(tmp_path / "checkpoint-5")

@@ -1,4 +1,4 @@
-"""FSDP2 by its config file: two processes that hold half of each weight learn and save what one process does."""
+"""FSDP2 by its config file: two processes that share the model train and save what one process does."""
 
 import json
 import os
@@ -15,7 +15,7 @@ from tests.support.training import prepare
 
 
 @pytest.mark.slow
-def test_a_sharded_model_learns_and_is_saved_as_a_whole_one(small_census, tmp_path):
+def test_a_sharded_model_trains_and_is_saved_like_an_unsharded_one(small_census, tmp_path):
     here, folder = Path(__file__).parent, tmp_path / "sharded"
     env = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "--main_process_port", "0"]

@@ -1,7 +1,13 @@
-"""Checkpoints that are whole or not there: written beside, hashed, flushed to the disk, then renamed.
+"""Write checkpoints that are either complete or absent, verify them, and choose the one to resume from.
 
-Their content is the trainer's. Here is how they get onto the disk, how one knows that they are still what was written,
-which one a run resumes from and which ones it may delete.
+A checkpoint folder is written in four steps, so that a crash at any moment leaves a valid state:
+
+1. All processes write their files to `.unfinished/checkpoint-<step>` in the run folder.
+2. The first process adds manifest.json: the size and SHA-256 of every file, and the step, processes and batch sizes.
+3. It flushes all files to the disk (fsync), so that they survive a crash of the machine, too.
+4. It renames the folder to `checkpoint-<step>`. A rename is atomic.
+
+What the files contain is decided by the trainer.
 """
 
 import hashlib
@@ -23,23 +29,24 @@ from scgpt_hf.training.fault_tolerance.ranks import Ranks
 logger = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
-_UNFINISHED = ".unfinished"  # folder of the run in which checkpoints are written
-_SET_ASIDE = ".set_aside"  # ending of checkpoints that the run went back behind
+_STAGING = ".unfinished"  # folder inside the run folder in which checkpoints are written
+_SUPERSEDED = ".superseded"  # suffix of checkpoints later than the one that a run resumed from
 _NAME = re.compile(r"checkpoint-(\d+)")
+_MAX_NAME_LENGTH = 255  # of a file name, on the file systems of Linux and macOS
 
 
 class CheckpointError(ValueError):
-    """A checkpoint is not what was written; the message names the file."""
+    """A checkpoint is damaged, incomplete or malformed. The message names the file."""
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a checkpoint says of itself.
+    """Metadata of a checkpoint, stored in its manifest.json.
 
     Attributes:
-        step: steps done.
-        world_size: processes that wrote it.
-        history: (cells of a global step, number of steps), in the order they were trained; see `cells.schedule`.
+        step: number of steps done.
+        world_size: number of processes that wrote it.
+        history: (cells of a global step, number of steps), in the order trained; see `cells.schedule.run`.
     """
 
     step: int
@@ -48,62 +55,69 @@ class Manifest:
 
 
 def checkpoint_at(folder: Path, step: int) -> Path:
-    """Return where the checkpoint of a step lies."""
+    """Return the path of the checkpoint of a step in a run folder."""
     return folder / f"checkpoint-{step}"
 
 
 def checkpoints_in(folder: Path) -> list[Path]:
-    """Return the checkpoints of a run, valid or not, the newest last."""
+    """Return the checkpoints of a run, valid or not, sorted by step."""
     found = {int(match[1]): path for path in folder.glob("checkpoint-*") if (match := _NAME.fullmatch(path.name))}
     return [path for _, path in sorted(found.items()) if path.is_dir()]
 
 
 @contextmanager
-def written_whole(folder: Path, manifest: Manifest, ranks: Ranks) -> Iterator[Path]:
-    """Give all processes the folder to write a checkpoint into; it takes its place when the block ends without error.
+def write_checkpoint(folder: Path, manifest: Manifest, ranks: Ranks) -> Iterator[Path]:
+    """Yield a staging folder to all processes; it becomes the checkpoint if the block ends without an error.
 
     Args:
-        folder: of the run.
-        manifest: of the checkpoint.
-        ranks: the processes; all of them fail if one does.
+        folder: the run folder.
+        manifest: metadata of the checkpoint.
+        ranks: the processes. If one fails, all of them raise.
 
     Raises:
-        OSError: the checkpoint could not be written. What was there before is untouched.
+        OSError: the checkpoint could not be written. Existing checkpoints are unchanged.
+
+    Example:
+        >>> with write_checkpoint(folder, Manifest(step=100, world_size=1, history=[(64, 100)]), ranks) as staging:
+        ...     save_file(weights, staging / "model.safetensors")
     """
     target = checkpoint_at(folder, manifest.step)
-    beside = folder / _UNFINISHED / target.name
+    staging = folder / _STAGING / target.name
     problem: Exception | None = None
     try:
         if ranks.is_first:
-            shutil.rmtree(beside, ignore_errors=True)
-            beside.mkdir(parents=True)
-        ranks.all_reduce_max(0)
-        yield beside
-    except (OSError, RuntimeError, SafetensorError) as error:  # torch.save tells of a full disk by a RuntimeError
+            shutil.rmtree(staging, ignore_errors=True)
+            staging.mkdir(parents=True)
+        ranks.barrier()
+        yield staging
+    except (OSError, RuntimeError, SafetensorError) as error:  # torch.save reports a full disk as a RuntimeError
         problem = error
+    # Every process must reach each of the three reductions below, whatever failed on it, or the others would hang.
     if not ranks.all_reduce_max(problem is not None) and ranks.is_first:
         try:
-            _write_manifest(beside, manifest)
-            _flush([*beside.rglob("*"), beside])
-            _take_place(beside, target)
+            _write_manifest(staging, manifest)
+            _fsync([*staging.rglob("*"), staging])
+            _replace(staging, target)
         except OSError as error:
             problem = error
     if ranks.all_reduce_max(problem is not None):
         if ranks.is_first:
-            shutil.rmtree(folder / _UNFINISHED, ignore_errors=True)
-        earlier = next((path for path in reversed(checkpoints_in(folder)) if path != target), None)
-        remedy = f"{earlier} is untouched: go on with --resume_from_checkpoint latest" if earlier else "start anew"
+            shutil.rmtree(folder / _STAGING, ignore_errors=True)
+        previous = next((path for path in reversed(checkpoints_in(folder)) if path != target), None)
+        remedy = (
+            f"continue with --resume_from_checkpoint latest: {previous} is unchanged" if previous else "start again"
+        )
         raise OSError(
-            f"the checkpoint of step {manifest.step:,} could not be written: {problem or 'another process failed'}; "
-            f"make room, then {remedy}"
+            f"cannot write the checkpoint of step {manifest.step:,}: {problem or 'another process failed'}. Free disk "
+            f"space, then {remedy}"
         ) from problem
 
 
 def verify(checkpoint: Path) -> Manifest:
-    """Return what a checkpoint says of itself, once every file of it is the one that was written.
+    """Verify that every file of a checkpoint is the one that was written, and return the metadata.
 
     Raises:
-        CheckpointError: no manifest, a malformed one, or a file that is missing, cut off or changed.
+        CheckpointError: the manifest is missing or malformed, or a file is missing, truncated or changed.
     """
     content = _read_manifest(checkpoint)
     for name, expected in content["files"].items():
@@ -113,97 +127,112 @@ def verify(checkpoint: Path) -> Manifest:
         if (found := path.stat().st_size) != expected["bytes"]:
             raise CheckpointError(f"{path} has {found:,} bytes, expected {expected['bytes']:,}")
         if _hash(path) != expected["sha256"]:
-            raise CheckpointError(f"{path} is not what was written: its SHA-256 differs from the one in {MANIFEST}")
+            raise CheckpointError(f"{path} has changed since it was written: its SHA-256 differs from {MANIFEST}")
     return manifest_of(checkpoint)
 
 
 def manifest_of(checkpoint: Path) -> Manifest:
-    """Return what a checkpoint says of itself, its files unseen.
+    """Return the metadata of a checkpoint without verifying its files.
 
     Raises:
-        CheckpointError: no manifest, or a malformed one.
+        CheckpointError: the manifest is missing or malformed.
     """
     content = _read_manifest(checkpoint)
     return Manifest(content["step"], content["world_size"], [(size, n) for size, n in content["history"]])
 
 
 def newest_valid(folder: Path) -> Path:
-    """Return the newest checkpoint of a run that is what was written; newer ones are named in a warning.
+    """Return the newest checkpoint of a run that `verify` accepts, and log a warning for each newer one.
 
     Raises:
-        FileNotFoundError: there is none.
+        FileNotFoundError: no checkpoint is valid.
     """
     problems = []
     for checkpoint in reversed(checkpoints_in(folder)):
         try:
             verify(checkpoint)
         except CheckpointError as error:
-            logger.warning("%s cannot be used, looking for the one before it: %s", checkpoint.name, error)
+            logger.warning("cannot use %s, trying the previous checkpoint: %s", checkpoint.name, error)
             problems.append(str(error))
         else:
             return checkpoint
     found = f" ({'; '.join(problems)})" if problems else ""
-    raise FileNotFoundError(f"{folder} holds no checkpoint to resume from{found}; remove it and start anew")
+    raise FileNotFoundError(f"{folder} has no checkpoint to resume from{found}; delete it and start again")
 
 
-def prune(folder: Path, limit: int | None, best: int | None) -> None:
-    """Delete the oldest checkpoints beyond `limit`, never the newest nor the one of step `best`."""
+def prune(folder: Path, limit: int | None, best_step: int | None) -> None:
+    """Delete the oldest checkpoints, so that at most `limit` remain.
+
+    Args:
+        folder: the run folder.
+        limit: number of checkpoints to keep; None keeps all.
+        best_step: step of the best checkpoint. It is kept, and so is the newest.
+    """
     checkpoints = checkpoints_in(folder)
-    spared = {checkpoints[-1].name, checkpoint_at(folder, best or 0).name} if checkpoints else set()
-    surplus = len(checkpoints) - limit if limit else 0
-    for checkpoint in [path for path in checkpoints if path.name not in spared][: max(surplus, 0)]:
+    if not limit or not checkpoints:
+        return
+    kept = {checkpoints[-1], checkpoint_at(folder, best_step or 0)}
+    candidates = [checkpoint for checkpoint in checkpoints if checkpoint not in kept]
+    for checkpoint in candidates[: max(len(checkpoints) - limit, 0)]:
         checkpoint.unlink() if checkpoint.is_symlink() else shutil.rmtree(checkpoint)
 
 
-def set_aside(folder: Path, step: int) -> None:
-    """Rename the checkpoints after a step that a run goes on from: they are of a future that will not be."""
-    shutil.rmtree(folder / _UNFINISHED, ignore_errors=True)
+def supersede_later(folder: Path, step: int) -> None:
+    """Rename the checkpoints later than a step that a run resumes from.
+
+    The run will reach those steps again, perhaps with other settings. Until then, `newest_valid` must not choose them.
+    They are renamed, not deleted, because you may want to go back to them.
+    """
+    shutil.rmtree(folder / _STAGING, ignore_errors=True)
     for checkpoint in checkpoints_in(folder):
         if int(checkpoint.name.split("-")[1]) > step:
-            beside = checkpoint.with_name(checkpoint.name + _SET_ASIDE)
-            shutil.rmtree(beside, ignore_errors=True)
-            os.replace(checkpoint, beside)
-            logger.warning(
-                "%s is newer than step %d, which the run goes on from: now %s", checkpoint, step, beside.name
-            )
+            renamed = checkpoint.with_name(checkpoint.name + _SUPERSEDED)
+            shutil.rmtree(renamed, ignore_errors=True)
+            os.replace(checkpoint, renamed)
+            logger.warning("renamed %s to %s: the run resumes from step %d", checkpoint, renamed.name, step)
 
 
-def _write_manifest(beside: Path, manifest: Manifest) -> None:
-    paths = sorted(path for path in beside.rglob("*") if path.is_file())
+def _write_manifest(folder: Path, manifest: Manifest) -> None:
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
     files = {
-        path.relative_to(beside).as_posix(): {"bytes": path.stat().st_size, "sha256": _hash(path)} for path in paths
+        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": _hash(path)} for path in paths
     }
     content = {"step": manifest.step, "world_size": manifest.world_size, "history": manifest.history, "files": files}
-    (beside / MANIFEST).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    (folder / MANIFEST).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
 def _read_manifest(checkpoint: Path) -> dict[str, Any]:
+    """Return the content of manifest.json, after checking it: somebody may have edited the file."""
     path = checkpoint / MANIFEST
     if not path.is_file():
-        raise CheckpointError(f"{path} is missing: {checkpoint.name} was not written whole, or not by this program")
+        raise CheckpointError(f"{path} is missing: {checkpoint.name} is incomplete, or another program wrote it")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        whole = all(isinstance(content[key], int) for key in ("step", "world_size")) and content["world_size"] > 0
-        whole &= all(isinstance(n, int) for size, steps in content["history"] for n in (size, steps))
-        whole &= all(size > 0 and steps >= 0 for size, steps in content["history"])
-        whole &= sum(steps for _, steps in content["history"]) == content["step"]
+        valid = all(isinstance(content[key], int) for key in ("step", "world_size")) and content["world_size"] > 0
+        valid &= all(isinstance(n, int) for size, steps in content["history"] for n in (size, steps))
+        valid &= all(size > 0 and steps >= 0 for size, steps in content["history"])
+        valid &= sum(steps for _, steps in content["history"]) == content["step"]
         for name, file in content["files"].items():
-            whole &= _is_inside(name) and isinstance(file["bytes"], int) and isinstance(file["sha256"], str)
+            valid &= _is_inside(name) and isinstance(file["bytes"], int) and isinstance(file["sha256"], str)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{path} is malformed: {error!r}") from error
-    if not whole:
-        raise CheckpointError(f"{path} is malformed: expected numbers of steps that add up, and files of the folder")
+    if not valid:
+        raise CheckpointError(
+            f"{path} is malformed: expected a history whose steps add up to `step`, and names of files in the folder"
+        )
     return dict(content)
 
 
 def _is_inside(name: str) -> bool:
-    """Return whether a file's name cannot lead out of its folder."""
+    """Return whether the name of a file cannot point out of its folder."""
     path = PurePosixPath(name)
-    return bool(path.parts) and not path.is_absolute() and ".." not in path.parts and max(map(len, path.parts)) < 256
+    if not path.parts or path.is_absolute() or ".." in path.parts:
+        return False
+    return max(map(len, path.parts)) <= _MAX_NAME_LENGTH
 
 
-def _flush(paths: Iterable[Path]) -> None:
-    """Have the disk, not only the system's memory, hold files and names in folders."""
+def _fsync(paths: Iterable[Path]) -> None:
+    """Write files and folders to the disk; until then, they may only be in the memory of the operating system."""
     for path in paths:
         descriptor = os.open(path, os.O_RDONLY)
         try:
@@ -212,15 +241,15 @@ def _flush(paths: Iterable[Path]) -> None:
             os.close(descriptor)
 
 
-def _take_place(beside: Path, target: Path) -> None:
-    """Rename a finished checkpoint to its name; one of that name gives way."""
-    replaced = beside.with_name(f"{target.name}.replaced")
-    if os.path.lexists(target):  # a link that leads nowhere, too
+def _replace(staging: Path, target: Path) -> None:
+    """Rename a finished checkpoint to its final name, and delete a checkpoint of that name."""
+    replaced = staging.with_name(f"{target.name}.replaced")
+    if os.path.lexists(target):  # not `exists`, which is False for a link to nowhere
         shutil.rmtree(replaced, ignore_errors=True)
         os.replace(target, replaced)
-    os.replace(beside, target)
-    _flush([target.parent])
-    shutil.rmtree(beside.parent)
+    os.replace(staging, target)
+    _fsync([target.parent])  # the new name is stored in the parent folder
+    shutil.rmtree(staging.parent)
 
 
 def _hash(path: Path) -> str:

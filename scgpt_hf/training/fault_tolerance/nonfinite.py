@@ -1,7 +1,15 @@
-"""Keeps what is not finite out of a model: a bad step changes nothing, is named, and ends the run when it recurs.
+"""Skip training steps whose loss or gradient is not finite, log their cells, and stop the run if they recur.
 
-On a GPU nobody waits: the flag of a bad step stays on the device, where the optimiser reads it, and is looked at here
-when the log is written.
+One NaN in a gradient makes all weights NaN, and every later step and checkpoint useless. The guard works in three
+places:
+
+1. `propagate_nonfinite`, on the loss: a loss that is not finite makes every gradient NaN. The gradient norm, which is
+   the same on all processes, then reveals it to all of them, although only one process had the bad cells.
+2. `NonFiniteGuard.skip_if_nonfinite`, before the optimizer step: a norm that is not finite makes the step do nothing.
+3. `NonFiniteGuard.check_recent_steps`, when a line is logged: it logs the skipped steps and counts them.
+
+On a GPU, the host never waits for the first two: whether a step is skipped stays a tensor on the device, where fused
+optimizers read it.
 """
 
 import logging
@@ -13,84 +21,98 @@ from scgpt_hf.cells.block import Int64Array
 
 logger = logging.getLogger(__name__)
 
-# fp16's scaler starts at 2^16 and skips steps while it halves its way to a scale that fits; those are no fault.
-HALVINGS_OF_FP16 = 16
+# torch.amp.GradScaler starts with a scale of 2^16 and halves it after each overflow, skipping the step. So many skipped
+# steps at the start of an fp16 run are normal. Source: torch.amp.GradScaler, init_scale=65536, backoff_factor=0.5.
+FP16_SCALE_HALVINGS = 16
 
 
 class NonFiniteGuard:
-    """Skips the steps of one run whose loss or gradient is not finite."""
+    """Skips the steps of a run whose loss or gradient is not finite."""
 
-    def __init__(self, limit: int, cells: Callable[[int], Int64Array], *, tells: bool) -> None:
-        """Watch from the first step on.
+    def __init__(self, limit: int, cells: Callable[[int], Int64Array], *, log_skipped: bool) -> None:
+        """Create the guard.
 
         Args:
-            limit: bad steps in a row that end the run.
-            cells: gives the ids of the cells that a step, counted from 0, trains on.
-            tells: whether this process writes the log.
+            limit: number of consecutive skipped steps that stops the run.
+            cells: returns the ids of the cells that a step, counted from 0, trains on.
+            log_skipped: whether this process logs skipped steps; one of all processes should.
         """
-        self.limit, self.cells, self.tells = limit, cells, tells
-        self.in_a_row = 0
-        self._unseen: list[tuple[int, torch.Tensor]] = []
+        self.limit, self.cells, self.log_skipped = limit, cells, log_skipped
+        self.n_consecutive = 0
+        self._unchecked: list[tuple[int, torch.Tensor]] = []
         self._buffers: list[tuple[torch.Tensor, torch.Tensor]] = []
 
-    def remember(self, model: torch.nn.Module) -> None:
-        """Keep the buffers as they are before a step: a batch norm changes its own in the forward pass."""
+    def save_buffers(self, model: torch.nn.Module) -> None:
+        """Copy the model's buffers before a step: a batch norm updates its statistics in the forward pass."""
         self._buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
 
-    def skip_if_bad(
+    def skip_if_nonfinite(
         self, norm: torch.Tensor, step: int, model: torch.nn.Module, optimizer: torch.optim.Optimizer
     ) -> torch.Tensor:
-        """Make the optimiser's next step do nothing if the gradient is not finite; return whether, a bool tensor ().
+        """Make the next optimizer step do nothing if the gradient is not finite.
 
         Args:
-            norm: of the gradient, the same on all processes. Shape ().
-            step: that is about to be done, counted from 0.
-            model: the model, whose buffers are put back.
-            optimizer: torch's own.
+            norm: gradient norm, the same on all processes. Shape ().
+            step: the step about to be done, counted from 0.
+            model: the model. Its buffers are restored if the step is skipped.
+            optimizer: the torch optimizer.
+
+        Returns:
+            Whether the step is skipped: bool, shape (), on the device.
 
         Raises:
-            FloatingPointError: see `review`.
+            FloatingPointError: see `check_recent_steps`. Only on a CPU, where checking at once costs nothing.
         """
-        bad = ~torch.isfinite(norm)
+        nonfinite = ~torch.isfinite(norm)
         for buffer, before in self._buffers:
-            buffer.copy_(torch.where(bad, before, buffer))
-        if getattr(optimizer, "_step_supports_amp_scaling", False):  # the fused ones read the flag on the device
-            optimizer.found_inf = bad.float()  # type: ignore[attr-defined]
-        elif bad:
-            optimizer.zero_grad(set_to_none=True)  # a parameter without a gradient is left alone
-        self._unseen.append((step, bad))
-        if bad.device.type == "cpu":
-            self.review()
-        return bad
+            buffer.copy_(torch.where(nonfinite, before, buffer))
+        if getattr(optimizer, "_step_supports_amp_scaling", False):
+            # Fused optimizers read this flag on the device and skip their step if it is 1. GradScaler sets it, too.
+            optimizer.found_inf = nonfinite.float()  # type: ignore[attr-defined]
+        elif nonfinite:
+            optimizer.zero_grad(set_to_none=True)  # optimizers leave parameters without a gradient unchanged
+        self._unchecked.append((step, nonfinite))
+        if nonfinite.device.type == "cpu":
+            self.check_recent_steps()
+        return nonfinite
 
-    def review(self) -> None:
-        """Look at the steps since the last time, and name the bad ones.
+    def check_recent_steps(self) -> None:
+        """Log the steps that were skipped since the last call. On a GPU, this waits for the device.
 
         Raises:
-            FloatingPointError: too many bad steps in a row.
+            FloatingPointError: `limit` consecutive steps were skipped.
         """
-        flags = torch.stack([bad for _, bad in self._unseen]).tolist() if self._unseen else []
-        unseen, self._unseen = self._unseen, []
-        for (step, _), bad in zip(unseen, flags, strict=True):
-            self.in_a_row = self.in_a_row + 1 if bad else 0
-            if bad and self.tells:
-                ids = self.cells(step).tolist()
-                logger.warning("step %s is skipped: its loss or gradient is not finite; cell ids: %s", step + 1, ids)
-            if self.in_a_row >= self.limit:
+        flags = torch.stack([skipped for _, skipped in self._unchecked]).tolist() if self._unchecked else []
+        unchecked, self._unchecked = self._unchecked, []
+        for (step, _), skipped in zip(unchecked, flags, strict=True):
+            self.n_consecutive = self.n_consecutive + 1 if skipped else 0
+            if skipped and self.log_skipped:
+                cell_ids = self.cells(step).tolist()
+                logger.warning(
+                    "step %d was skipped: its loss or gradient is not finite; cell ids: %s", step + 1, cell_ids
+                )
+            if self.n_consecutive >= self.limit:
                 raise FloatingPointError(
-                    f"the loss or gradient of {self.in_a_row} steps in a row, up to step {step + 1:,}, is not finite "
-                    "(their cells are in the log): the run has diverged; lower --learning_rate or lengthen "
-                    "--warmup_steps and resume from an earlier checkpoint, or look at the cells"
+                    f"the loss or gradient of {self.n_consecutive} consecutive steps, up to step {step + 1:,}, is not "
+                    "finite: the run has diverged. Lower --learning_rate or lengthen --warmup_steps and resume from an "
+                    "earlier checkpoint, or inspect the cells, whose ids are in the log"
                 )
 
 
 def propagate_nonfinite(loss: torch.Tensor) -> torch.Tensor:
-    """Return a finite loss as it is; from one that is not, every gradient becomes NaN, so that all processes see it."""
+    """Return the loss unchanged; if it is not finite, its gradients become NaN for every parameter.
+
+    The factor 1 + 0 * loss is exactly 1 for a finite loss, and NaN otherwise. Without it, an infinite loss may have
+    finite gradients, and the step would not be skipped.
+    """
     return loss * (1 + 0 * loss.detach())
 
 
 def all_finite(tensors: Iterable[torch.Tensor]) -> bool:
-    """Return whether every number of floating-point tensors is finite; of sharded ones, this process's part."""
+    """Return whether all floating-point tensors contain only finite numbers.
+
+    Of a sharded tensor, only the part of this process is checked.
+    """
     local = [getattr(tensor, "to_local", lambda tensor=tensor: tensor)() for tensor in tensors]
     checks = [tensor.isfinite().all() for tensor in local if tensor.is_floating_point()]
     return not checks or bool(torch.stack([check.to(checks[0].device) for check in checks]).all())

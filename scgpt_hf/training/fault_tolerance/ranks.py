@@ -1,4 +1,4 @@
-"""The processes of a run as their hosts see each other: what they agree on makes no device wait."""
+"""Let the processes of a run agree on a number, without involving their GPUs."""
 
 import datetime
 
@@ -7,25 +7,39 @@ import torch.distributed as dist
 
 
 class Ranks:
-    """Lets all processes of a run come to one answer. Every process must ask the same questions in the same order."""
+    """The processes of a run, connected by a gloo group on their CPUs.
 
-    def __init__(self, world_size: int, index: int, timeout_s: float) -> None:
+    Gradients are exchanged in another group, which on GPUs is NCCL: it only takes tensors on the GPU, and reading the
+    result would make the host wait for the GPU in every step.
+
+    `all_reduce_max` is a collective operation: all processes must call it the same number of times, in the same order.
+
+    Attributes:
+        world_size: number of processes.
+        is_first: whether this process has rank 0.
+    """
+
+    def __init__(self, world_size: int, rank: int, timeout_s: float) -> None:
         """Connect the processes.
 
         Args:
             world_size: number of processes.
-            index: of this one, in [0, world_size).
-            timeout_s: seconds after which a process that never asks is given up.
+            rank: rank of this process, in [0, world_size).
+            timeout_s: seconds after which the others fail if one process never calls.
         """
-        self.world_size, self.is_first = world_size, index == 0
+        self.world_size, self.is_first = world_size, rank == 0
         self._group = None
-        if world_size > 1:  # beside the group of the gradients, which may know tensors on GPUs only
+        if world_size > 1:
             self._group = dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=timeout_s))
 
     def all_reduce_max(self, number: int) -> int:
-        """Return the largest number that any process gives, once all have given theirs."""
+        """Return the largest number that any process passes, once all have called."""
         if self._group is None:
             return number
         numbers = torch.tensor([number])
         dist.all_reduce(numbers, dist.ReduceOp.MAX, group=self._group)
         return int(numbers)
+
+    def barrier(self) -> None:
+        """Wait until all processes have called."""
+        self.all_reduce_max(0)

@@ -1,10 +1,10 @@
-"""Whether a run can go on from a checkpoint, looked at before anything of it is used or anything is written.
+"""Check that a run can resume from a checkpoint, before anything is loaded from it and before anything is written.
 
-That its files are what was written is checked by `checkpoints.py`. Here is what they must hold, and which run they are
-of: a checkpoint, or a split.json, may have been made or changed by somebody else.
+`checkpoints.py` verifies that the files of a checkpoint are those that were written. This module verifies what they
+contain and that they belong to this run, because a checkpoint or a split.json may have been edited, or copied from
+another run.
 """
 
-import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,104 +12,141 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from safetensors import SafetensorError
 from transformers import TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 
 from scgpt_hf.cells.block import Int64Array
 from scgpt_hf.training.fault_tolerance.checkpoints import CheckpointError, manifest_of
+from scgpt_hf.training.fault_tolerance.losses import load_losses, losses_path
 
-# What a checkpoint is incomplete without: the library would go on from the rest, with other numbers than before.
-_NEEDED = ("model*.safetensors", "optimizer*", "scheduler.pt", TRAINER_STATE_NAME)
+# Files that every checkpoint must have. If one is missing, `transformers.Trainer` resumes without it and trains on with
+# a fresh optimizer or schedule.
+_REQUIRED_FILES = ("model*.safetensors", "optimizer*", "scheduler.pt", TRAINER_STATE_NAME)
 
-
-_NESTED = {"steps", "tokens"}  # parts of a run's record that are compared by what they hold
+# Parts of a run's record that do not have to match: the same data may be stored elsewhere, and genes and domains are
+# read from the record.
+_MAY_DIFFER = {"uri", "genes", "domains"}
+# Parts of a run's record that are dictionaries, whose items are compared one by one.
+_NESTED = ("steps", "tokens")
 
 
 @contextmanager
-def translate_load_errors(checkpoint: Path) -> Iterator[None]:
-    """Turn what torch, pickle and the library raise on files that do not hold what they should into our error.
+def translate_load_errors(checkpoint: str | Path) -> Iterator[None]:
+    """Raise one kind of error for everything that can go wrong while a checkpoint is loaded.
 
     Raises:
-        CheckpointError: naming the checkpoint.
+        CheckpointError: with the name of the checkpoint and the original error as its cause.
     """
     try:
         yield
     except CheckpointError:
         raise
-    except Exception as error:  # they raise anything; the cause is kept
-        said = str(error).splitlines()[0] if str(error) else type(error).__name__
+    except Exception as error:  # torch, pickle and json raise errors of any type on malformed files
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CheckpointError(
-            f"{checkpoint} does not hold what a run needs to go on: {said}; remove it, and "
-            "--resume_from_checkpoint latest finds the one before it"
+            f"{checkpoint} does not contain what a run needs to resume: {reason}. Delete it, and "
+            "--resume_from_checkpoint latest uses the previous checkpoint"
         ) from error
 
 
-def require_resumable(checkpoint: Path) -> None:
-    """Raise unless a checkpoint holds all that exact resuming needs, and its parts are of one step.
+@contextmanager
+def translate_model_errors(checkpoint: str | Path) -> Iterator[None]:
+    """Raise a readable error if the weights of a checkpoint do not fit the model.
 
     Raises:
-        CheckpointError: naming what is missing or differs.
+        ValueError: shapes differ, or the file is not a safetensors file.
+    """
+    try:
+        yield
+    except (RuntimeError, SafetensorError) as error:
+        raise ValueError(f"{checkpoint} does not fit the model of the settings: {error}") from error
+
+
+def require_all_weights(load_result: Any) -> None:
+    """Raise unless a checkpoint has exactly the weights of the model.
+
+    Args:
+        load_result: what `torch.nn.Module.load_state_dict` returns.
+
+    Raises:
+        ValueError: weights are missing or not part of the model.
+    """
+    if load_result.missing_keys or load_result.unexpected_keys:
+        raise ValueError(
+            f"the checkpoint does not fit the model of the settings: it lacks {load_result.missing_keys[:5]} and has "
+            f"unknown {load_result.unexpected_keys[:5]}. Resume with the settings that the run was started with"
+        )
+
+
+def require_resumable(checkpoint: Path) -> None:
+    """Raise unless a checkpoint has all files that exact resuming needs, all written at the same step.
+
+    Raises:
+        CheckpointError: a file is missing or malformed, or belongs to another step.
     """
     manifest = manifest_of(checkpoint)
     ranks = range(manifest.world_size)
-    states = ["rng_state.pth"] if manifest.world_size == 1 else (f"rng_state_{index}.pth" for index in ranks)
+    random_states = ["rng_state.pth"] if manifest.world_size == 1 else [f"rng_state_{rank}.pth" for rank in ranks]
     with translate_load_errors(checkpoint):
-        for pattern in (*_NEEDED, *states):
+        for pattern in (*_REQUIRED_FILES, *random_states):
             if not any(checkpoint.glob(pattern)):
                 raise CheckpointError(f"{checkpoint} lacks {pattern}; it was not written by a pretraining run")
-        for index in ranks:
-            read_window(checkpoint / f"window_{index}.json")
+        load_losses([losses_path(checkpoint, rank) for rank in ranks])
         state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
         if state.global_step != manifest.step or not all(line["step"] <= manifest.step for line in state.log_history):
-            raise CheckpointError(f"{checkpoint} is of step {manifest.step:,}, but its {TRAINER_STATE_NAME} is not")
-
-
-def read_window(path: Path) -> tuple[dict[str, float], float]:
-    """Return what one process had summed for the log: shares of the losses by name, and the number of steps.
-
-    Raises:
-        ValueError: the file does not hold that.
-    """
-    content = json.loads(path.read_text(encoding="utf-8"))
-    return {str(name): float(share) for name, share in content["sums"].items()}, float(content["n_good"])
+            raise CheckpointError(
+                f"{checkpoint / TRAINER_STATE_NAME} is not of step {manifest.step:,}, which the checkpoint was saved at"
+            )
 
 
 def require_same_cells(donors: Mapping[str, list[str]], parts: Mapping[str, Int64Array], obs: pd.Series) -> None:
-    """Raise unless the cells of each part are there, and are of the donors they were of when the run began.
+    """Raise unless all cells of a run still exist and belong to the donors that they belonged to.
+
+    Cell ids are positions in the data. If the data change, the same id may mean a cell of another donor, and then
+    validation donors would be trained on.
 
     Args:
-        donors: of each part, as recorded.
+        donors: donors of each part ("train", "validation"), as recorded when the run started.
         parts: cell ids of each part, as recorded.
-        obs: the donor of each cell as the data now say, index = cell ids. Shape (cells,).
+        obs: current donor of each cell, index = cell ids. Shape (cells,).
 
     Raises:
-        ValueError: the data have changed, or are other ones.
+        ValueError: cells are missing, or their donors differ.
     """
     for part, cell_ids in parts.items():
-        if len(absent := np.setdiff1d(cell_ids, obs.index)):
+        if len(missing := np.setdiff1d(cell_ids, obs.index)):
             raise ValueError(
-                f"{len(absent):,} of the {len(cell_ids):,} cells of {part!r} are not in the data any more, e.g. "
-                f"{absent[:5].tolist()}; resume with the data that the run began with"
+                f"{len(missing):,} of the {len(cell_ids):,} cells of {part!r} are not in the data any more, for "
+                f"example {missing[:5].tolist()}. Resume with the data that the run was started with"
             )
         found = sorted(obs.loc[pd.Index(cell_ids)].astype(str).unique())
         if found != sorted(donors[part]):
             raise ValueError(
-                f"the cells of {part!r} were of the donors {donors[part][:5]} … when the run began and are of "
-                f"{found[:5]} … now; resume with the data that it began with, files in the same order"
+                f"the cells of {part!r} belonged to the donors {donors[part][:5]} … when the run was started and "
+                f"belong to {found[:5]} … now. Resume with the data that the run was started with, and list its files "
+                "in the same order"
             )
 
 
-def difference(recorded: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Return what of a run's record differs now, as it was and as it is: data, order, masks or tokens.
+def changed_values(recorded: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Return the values of a run's record that have changed, as (recorded value, current value) by name.
 
-    Where the data lie may change. Records of before tokens were recorded do not tell; those are not compared.
+    A record describes the data, the order of the cells, the masks and the tokens. Moving the data elsewhere is no
+    change.
+
+    Args:
+        recorded: the record when the run was started.
+        now: the record for the current settings.
     """
 
-    def comparable(record: Mapping[str, Any]) -> dict[str, Any]:
-        flat = {name: value for name, value in record.items() if name not in {"uri", "genes", "domains", *_NESTED}}
-        if "paths" in flat:  # the files may have moved, but their order gives the cells their ids
+    def flatten(record: Mapping[str, Any]) -> dict[str, Any]:
+        flat = {name: value for name, value in record.items() if name not in {*_MAY_DIFFER, *_NESTED}}
+        if "paths" in flat:  # the files may have moved, but their order determines the cell ids
             flat["paths"] = [Path(path).name for path in flat["paths"]]
-        return {**flat, **record.get("steps", {}), **(record["tokens"] if "tokens" in recorded else {})}
+        for name in _NESTED:
+            flat |= record.get(name, {})
+        return flat
 
-    then, new = comparable(recorded), comparable(now)
-    return {name: (then.get(name), new[name]) for name in new if then.get(name) != new[name]}
+    before, after = flatten(recorded), flatten(now)
+    return {name: (before.get(name), after[name]) for name in after if before.get(name) != after[name]}

@@ -1,4 +1,14 @@
-"""How a run is stopped from outside: the first SIGTERM or SIGINT asks, a second one insists."""
+"""Stop a run by a signal: the first SIGTERM or SIGINT requests a checkpoint, a second one ends the process at once.
+
+Signal handlers belong to the whole process, so a trainer installs none by itself. The command line passes it a
+`StopSignal`, and so can you:
+
+    trainer = ScGPTTrainer(..., stop_signal=StopSignal())
+    try:
+        trainer.train()
+    except TrainingInterrupted as interruption:
+        sys.exit(interruption.exit_code)
+"""
 
 import os
 import signal
@@ -7,67 +17,81 @@ import time
 from types import FrameType, TracebackType
 from typing import Any
 
-# A launcher passes on the Ctrl-C that the terminal has already sent to every process: that is one wish, not two.
-_SAME_WISH_S = 1.0
+# Ctrl-C in a terminal reaches every process of the terminal, and a launcher forwards its own to its children. Two
+# signals in such a short time are one request.
+_SAME_REQUEST_S = 1.0
 
 
-class Interrupted(Exception):
-    """A signal stopped the training, after a checkpoint.
+class TrainingInterrupted(Exception):
+    """A signal stopped the training, after a checkpoint was saved.
 
     Attributes:
         exit_code: what a shell expects of a process that the signal ended: 143 for SIGTERM, 130 for SIGINT.
     """
 
     def __init__(self, number: int, step: int, checkpoint: object) -> None:
-        """Say by which signal, after how many steps and where the checkpoint is."""
+        """Create the exception.
+
+        Args:
+            number: number of the signal.
+            step: steps done.
+            checkpoint: where the checkpoint is.
+        """
         self.exit_code = 128 + number
         super().__init__(
-            f"stopped by {signal.Signals(number).name} after step {step:,}; nothing is lost: {checkpoint} holds it, "
-            "go on with --resume_from_checkpoint latest"
+            f"stopped by {signal.Signals(number).name} after step {step:,}. Nothing is lost: {checkpoint} was saved; "
+            "continue with --resume_from_checkpoint latest"
         )
 
 
 class StopSignal:
-    """Remembers a SIGTERM or SIGINT that comes while it is entered; a second one ends the process at once.
+    """Handles SIGTERM and SIGINT while it is entered as a context manager.
+
+    The first signal is only recorded; the trainer looks at `number` between two steps. A second signal ends the process
+    without cleaning up, for example when a step hangs.
 
     Attributes:
-        number: of the signal that came, 0 before.
+        number: number of the signal received, 0 if none.
     """
 
     def __init__(self) -> None:
-        """Wait for nothing yet."""
+        """Create it; no handler is installed yet."""
         self.number = 0
-        self._came_at = 0.0
-        self._before: dict[signal.Signals, Any] = {}
+        self._received_at = 0.0
+        self._previous_handlers: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> "StopSignal":
-        """Listen; only the main thread can."""
+        """Install the handlers. Does nothing outside the main thread, the only one that Python lets install any."""
         self.number = 0
         if threading.current_thread() is threading.main_thread():
-            self._before = {s: signal.signal(s, self._receive) for s in (signal.SIGTERM, signal.SIGINT)}
+            handled = (signal.SIGTERM, signal.SIGINT)
+            self._previous_handlers = {number: signal.signal(number, self._receive) for number in handled}
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Listen no more; a signal that came too late to be obeyed is sent again."""
-        for number, handler in self._before.items():
+        """Restore the previous handlers, and send them a signal that nobody has acted on.
+
+        Such a signal arrived after the last step, when the trainer no longer looked.
+        """
+        for number, handler in self._previous_handlers.items():
             signal.signal(number, handler)
-        self._before = {}
+        self._previous_handlers = {}
         if self.number and kind is None:
             signal.raise_signal(self.number)
 
     def check(self) -> None:
-        """Do nothing until a signal has come; for those who wait for something else.
+        """Raise if a signal was received; call it while you wait for something that may never come.
 
         Raises:
-            InterruptedError: one has.
+            InterruptedError: a signal was received.
         """
         if self.number:
-            raise InterruptedError(f"{signal.Signals(self.number).name} came while waiting")
+            raise InterruptedError(f"{signal.Signals(self.number).name} was received while waiting")
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         if not self.number:
-            self.number, self._came_at = number, time.monotonic()
-        elif time.monotonic() - self._came_at > _SAME_WISH_S:
+            self.number, self._received_at = number, time.monotonic()
+        elif time.monotonic() - self._received_at > _SAME_REQUEST_S:
             os._exit(128 + number)

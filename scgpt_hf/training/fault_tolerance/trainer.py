@@ -1,285 +1,244 @@
-"""A Trainer that outlives what happens to long runs: kills, signals, full disks, lost data, infinite losses.
+"""A trainer that saves complete checkpoints, resumes from them exactly, and stops cleanly.
 
-It saves whole checkpoints and resumes from them exactly, on any number of processes; what is learned is not decided
-here but in `trainer.py`.
+What is trained, and on which objectives, is decided in `scgpt_hf.training.trainer`. How each kind of failure is handled
+is explained in the docstring of this package.
 """
 
-import json
 import logging
-from collections.abc import Iterator
-from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from itertools import islice
 from pathlib import Path
 from typing import Any, NoReturn
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
 from transformers.trainer_utils import IntervalStrategy
 
 from scgpt_hf.cells.schedule.run import RunSchedule
 from scgpt_hf.pipeline.stream import Batch
 from scgpt_hf.training.fault_tolerance import checkpoints
 from scgpt_hf.training.fault_tolerance.checkpoints import Manifest
+from scgpt_hf.training.fault_tolerance.losses import LossAccumulator, load_losses, losses_path, save_losses
 from scgpt_hf.training.fault_tolerance.nonfinite import (
-    HALVINGS_OF_FP16,
+    FP16_SCALE_HALVINGS,
     NonFiniteGuard,
     all_finite,
     propagate_nonfinite,
 )
 from scgpt_hf.training.fault_tolerance.ranks import Ranks
-from scgpt_hf.training.fault_tolerance.resume import read_window, translate_load_errors
-from scgpt_hf.training.fault_tolerance.signals import Interrupted, StopSignal
+from scgpt_hf.training.fault_tolerance.resume import translate_load_errors
+from scgpt_hf.training.fault_tolerance.signals import StopSignal, TrainingInterrupted
+from scgpt_hf.training.library_trainer import LibraryTrainer
 from scgpt_hf.training.settings import TrainingSettings
 
 logger = logging.getLogger(__name__)
 
-_CANNOT_READ = 1_000  # beside the numbers of signals
+# Reason to stop that the processes exchange when one cannot read its cells. Other reasons are signal numbers, which are
+# below 65 on Linux and macOS.
+_READ_FAILED = 1_000
 
 
-@dataclass
-class Window:
-    """What one process has summed since the last line of the log; a checkpoint keeps it, so that no line differs.
+class FaultTolerantTrainer(LibraryTrainer):
+    """A trainer that loses at most the steps since the last checkpoint.
+
+    `train` raises, on all processes:
+
+    - FloatingPointError: too many consecutive steps were skipped because their loss or gradient was not finite, or the
+      weights are not finite when they are saved.
+    - TrainingInterrupted: a signal was received. A checkpoint was saved.
+    - OSError: cells could not be read (a checkpoint was saved), or a checkpoint could not be written.
+    - ValueError: the checkpoint to resume from does not fit the model.
 
     Attributes:
-        sums: by objective, of the good steps: shares of the loss, which add up over processes.
-        n_good: steps summed.
+        schedule: which cells each step trains on.
+        losses: losses since the last log line.
+        stop_signal: see `__init__`.
     """
 
-    sums: dict[str, torch.Tensor | float] = field(default_factory=dict)
-    n_good: torch.Tensor | float = 0.0
-
-    def add(self, shares: dict[str, torch.Tensor], bad: torch.Tensor) -> None:
-        """Add a step, unless it was bad."""
-        for name, share in shares.items():
-            self.sums[name] = self.sums.get(name, 0.0) + share.masked_fill(bad, 0.0)
-        self.n_good = self.n_good + (~bad).float()
-
-
-class FaultTolerantTrainer(Trainer):
-    """A Trainer whose position in the data is its step number, and which loses nothing but the time since a save."""
-
     args: TrainingSettings
-    model: Any
 
     def __init__(
         self, *, schedule: RunSchedule, stop_signal: StopSignal | None = None, **trainer_arguments: Any
     ) -> None:
-        """Follow a schedule.
+        """Create the trainer.
 
         Args:
             schedule: which cells each step trains on.
             stop_signal: handles SIGTERM and SIGINT while `train` runs: the first one saves a checkpoint and stops. None
                 leaves the signal handlers of the process alone.
-            trainer_arguments: of `transformers.Trainer`.
+            trainer_arguments: arguments of `transformers.Trainer`.
 
         Raises:
-            ValueError: one checkpoint shall be kept, which cannot be both the newest and the best; or only its model,
-                from which no run can go on.
+            ValueError: `save_total_limit` is 1, but the newest and the best checkpoint must both be kept; or
+                `save_only_model` is set, but no run can resume from a model alone.
         """
-        if trainer_arguments["args"].save_total_limit == 1 or trainer_arguments["args"].save_only_model:
+        args = trainer_arguments["args"]
+        if args.save_total_limit == 1 or args.save_only_model:
             raise ValueError(
-                "expected save_total_limit of 2 or more and no save_only_model: the newest and the best checkpoint are "
-                "kept whole"
+                f"found save_total_limit {args.save_total_limit} and save_only_model {args.save_only_model}; expected "
+                "a limit of 2 or more and no save_only_model: the newest and the best checkpoint are kept complete"
             )
         super().__init__(**trainer_arguments)
-        self._model_class = type(self.model)
         self.schedule, self.folder = schedule, Path(self.args.output_dir)
         self.ranks = Ranks(self.args.world_size, self.args.process_index, self.args.ddp_timeout)
-        limit = self.args.max_bad_steps + (HALVINGS_OF_FP16 if self.args.fp16 else 0)
-        self.guard = NonFiniteGuard(limit, schedule.cells, tells=self.ranks.is_first)
+        limit = self.args.max_bad_steps + (FP16_SCALE_HALVINGS if self.args.fp16 else 0)
+        self.guard = NonFiniteGuard(limit, schedule.cells, log_skipped=self.ranks.is_first)
         self.stop_signal = stop_signal
-        self.window, self.step_shares = Window(), dict[str, torch.Tensor]()
-        self._saved_step = -1
-        self._writes_into: Path | None = None
-        self.add_callback(_Resuming(self))
+        self.losses = LossAccumulator()
+        self.last_saved_step = -1
+        self.add_callback(_PrepareResume(self))
 
-    def train(self, *arguments: Any, **keywords: Any) -> Any:
-        """Train as `transformers.Trainer.train`.
+    # The training loop
 
-        Raises:
-            FloatingPointError: too many bad steps in a row, or weights that are not finite when they are saved.
-            Interrupted: by a signal, after a checkpoint.
-            OSError: cells could not be read, after a checkpoint; or a checkpoint could not be written.
-            ValueError: the checkpoint does not fit the model.
+    def training_context(self) -> AbstractContextManager[object]:
+        """Handle signals while `train` runs, if a `StopSignal` was passed."""
+        return self.stop_signal or nullcontext()
+
+    def planned_length(self, steps_per_epoch: int) -> tuple[int, int] | None:
+        """Return the number of epochs and steps of the schedule.
+
+        The library resumes in epoch `step // steps_per_epoch`, which is not the true epoch if epochs differ in length.
+        The epochs that the schedule has left are added to it.
         """
-        with self.stop_signal or nullcontext():
-            return super().train(*arguments, **keywords)
-
-    def check_stop_signal(self) -> None:
-        """Raise `InterruptedError` if a stop signal has arrived; called while the trainer waits for a batch."""
-        if self.stop_signal is not None:
-            self.stop_signal.check()
-
-    def set_initial_training_values(self, *arguments: Any) -> tuple[Any, ...]:
-        """Return the library's numbers, with the epochs that the schedule has left and all its steps."""
-        _, longest, *others, in_epoch, _ = super().set_initial_training_values(*arguments)
         start = self.schedule.start_step
-        n_epochs = start // longest + sum(end > start for end in self.schedule.epoch_ends)
-        return (n_epochs, longest, *others, in_epoch, self.schedule.n_steps)
+        n_epochs_left = sum(end > start for end in self.schedule.epoch_ends)
+        return start // steps_per_epoch + n_epochs_left, self.schedule.n_steps
 
-    def get_batch_samples(
-        self, epoch_iterator: Iterator[Batch], num_batches: int, device: torch.device
-    ) -> tuple[list[Batch], torch.Tensor | int | None]:
-        """Return the micro-batches of one step; see `take`."""
-        batches = self.take(epoch_iterator, num_batches)
-        self.guard.remember(self.model)
-        self.step_shares = {}
-        return super().get_batch_samples(iter(batches), num_batches, device)
+    def read_step(self, batches: Iterator[Batch], n_batches: int) -> list[Batch]:
+        """Return the micro-batches of one step, unless the run must stop; see `take_batches`."""
+        taken = self.take_batches(batches, n_batches)
+        self.guard.save_buffers(self.model)
+        self.losses.start_step()
+        return taken
 
-    def take(self, batches: Iterator[Batch], number: int) -> list[Batch]:
-        """Return the next batches of this process, once all processes have theirs and nobody was told to stop.
+    def take_batches(self, batches: Iterator[Batch], n_batches: int) -> list[Batch]:
+        """Return the next batches of this process, once all processes have theirs and none must stop.
 
         Args:
-            batches: of this process.
-            number: of them to take; fewer come where they end.
+            batches: batches of this process.
+            n_batches: number of batches to take; fewer are returned at the end of the iterator.
 
         Raises:
-            Interrupted: by a signal, after a checkpoint.
-            OSError: a process could not read its cells, after a checkpoint.
+            TrainingInterrupted: a process received a signal. A checkpoint was saved.
+            OSError: a process could not read its cells. A checkpoint was saved.
         """
         taken, problem = [], None
         try:
-            taken = list(islice(batches, number))
+            taken = list(islice(batches, n_batches))
         except Exception as error:  # noqa: BLE001 — raised again below, on all processes and after a checkpoint
             problem = error
         received = self.stop_signal.number if self.stop_signal else 0
-        if told := self.ranks.all_reduce_max(received or (_CANNOT_READ if problem else 0)):
-            self._stop(told, problem)
+        # A signal takes precedence on its process: `check_stop_signal` makes reading fail when one is received.
+        reason = self.ranks.all_reduce_max(received or (_READ_FAILED if problem else 0))
+        if reason:
+            self._save_and_stop(reason, problem)
         return taken
 
-    def _stop(self, told: int, problem: Exception | None) -> NoReturn:
-        """Save what is not saved yet, and raise what ends the run; for all processes, between two steps."""
+    def check_stop_signal(self) -> None:
+        """Raise `InterruptedError` if a stop signal was received; called while the trainer waits for a batch."""
+        if self.stop_signal is not None:
+            self.stop_signal.check()
+
+    def _save_and_stop(self, reason: int, problem: Exception | None) -> NoReturn:
+        """Save a checkpoint of the current step, unless there is one, and raise.
+
+        Args:
+            reason: number of a signal, or `_READ_FAILED`; the same on all processes.
+            problem: why this process could not read, if it could not.
+        """
         step = self.state.global_step
-        if self._saved_step != step:
-            self._save_checkpoint(self.model, None)
+        if self.last_saved_step != step:
+            self.save_checkpoint_now()
         checkpoint = checkpoints.checkpoint_at(self.folder, step)
-        if told != _CANNOT_READ:
-            raise Interrupted(told, step, checkpoint)
+        if reason != _READ_FAILED:
+            raise TrainingInterrupted(reason, step, checkpoint)
         raise OSError(
-            f"cells could not be read after step {step:,}: {problem or 'see the other processes'}; {checkpoint} "
-            "holds what was learned, go on with --resume_from_checkpoint latest when they can be"
+            f"cannot read cells after step {step:,}: {problem or 'see the errors of the other processes'}. "
+            f"{checkpoint} was saved; when the cells can be read again, continue with --resume_from_checkpoint latest"
         ) from problem
 
-    def compute_loss(
-        self,
-        model: torch.nn.Module,
-        inputs: dict[str, Any],
-        return_outputs: bool = False,
-        num_items_in_batch: torch.Tensor | int | None = None,
-    ) -> Any:
-        """Return the library's loss, whose gradients are NaN throughout if it is not finite."""
-        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
-        return (propagate_nonfinite(loss), outputs) if return_outputs else propagate_nonfinite(loss)
+    # Losses and gradients
 
-    def training_step(self, *arguments: Any, **keywords: Any) -> torch.Tensor:
-        """Return the loss of a micro-batch after its backward pass; 0 if it is not finite, since it is skipped."""
-        return super().training_step(*arguments, **keywords).nan_to_num(0.0, 0.0, 0.0)
+    def process_loss(self, loss: torch.Tensor, outputs: Any) -> torch.Tensor:
+        """Return the loss; if it is not finite, all its gradients become NaN."""
+        return propagate_nonfinite(loss)
 
-    def _get_grad_norm(self, model: torch.nn.Module, grad_norm: Any = None) -> torch.Tensor:
-        norm = torch.as_tensor(super()._get_grad_norm(model, grad_norm))  # type: ignore[no-untyped-call]
-        norm = getattr(norm, "full_tensor", lambda: norm)()
-        optimizer: Any = getattr(self.optimizer, "optimizer", self.optimizer)
-        bad = self.guard.skip_if_bad(norm, self.state.global_step, self.model, optimizer)
-        self.window.add(self.step_shares, bad)
-        return norm
+    def reported_loss(self, loss: torch.Tensor) -> torch.Tensor:
+        """Return the loss, or 0 if it is not finite, because the step is skipped."""
+        return loss.nan_to_num(0.0, 0.0, 0.0)
 
-    def _get_output_dir(self, trial: Any) -> str:
-        return str(self._writes_into or super()._get_output_dir(trial))
+    def process_gradient_norm(self, norm: Any) -> torch.Tensor:
+        """Skip the step if the gradient norm is not finite, and add its losses to the sums if it is."""
+        norm = torch.as_tensor(norm)
+        norm = getattr(norm, "full_tensor", lambda: norm)()  # of a sharded model, the norm is a DTensor
+        optimizer: Any = getattr(self.optimizer, "optimizer", self.optimizer)  # without accelerate's wrapper
+        skipped = self.guard.skip_if_nonfinite(norm, self.state.global_step, self.model, optimizer)
+        self.losses.end_step(skipped)
+        return norm  # type: ignore[no-any-return]
 
-    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
-        """Save beside and rename; see `checkpoints.written_whole`. The library only writes the files."""
-        self.guard.review()
+    # Checkpoints
+
+    def write_checkpoint(self, write_files: Callable[[Path | None], None]) -> None:
+        """Save a checkpoint that is complete or absent; see `checkpoints.write_checkpoint`."""
+        self.guard.check_recent_steps()
         self._require_finite()
-        step, best = self.state.global_step, self.state.best_global_step
+        step, best_step = self.state.global_step, self.state.best_global_step
         manifest = Manifest(step, self.args.world_size, self.schedule.history(step))
-        with checkpoints.written_whole(self.folder, manifest, self.ranks) as beside:
-            self._writes_into = beside.parent
-            try:
-                super()._save_checkpoint(model, trial)
-            finally:
-                self._writes_into = None
-            self.state.best_model_checkpoint = str(checkpoints.checkpoint_at(self.folder, best)) if best else None
+        with checkpoints.write_checkpoint(self.folder, manifest, self.ranks) as staging:
+            write_files(staging.parent)
+            # The library looked for the best checkpoint in the staging folder. Write the state again, with its path.
+            best = checkpoints.checkpoint_at(self.folder, best_step) if best_step else None
+            self.state.best_model_checkpoint = str(best) if best else None
             if self.ranks.is_first:
-                self.state.save_to_json(str(beside / "trainer_state.json"))
-        self._saved_step = step
+                self.state.save_to_json(str(staging / "trainer_state.json"))
+        self.last_saved_step = step
         if self.ranks.is_first:
-            checkpoints.prune(self.folder, self.args.save_total_limit, best)
+            checkpoints.prune(self.folder, self.args.save_total_limit, best_step)
 
     def _require_finite(self) -> None:
+        """Raise, on all processes, unless weights, buffers and optimizer state are finite."""
         states = self.optimizer.state.values() if self.optimizer is not None else []
         moments = [value for state in states for value in state.values() if isinstance(value, torch.Tensor)]
         finite = all_finite([*self.model.parameters(), *self.model.buffers(), *moments])
         if self.ranks.all_reduce_max(not finite):
             raise FloatingPointError(
-                f"weights or optimiser state are not finite after step {self.state.global_step:,}: nothing was saved; "
-                "the run has diverged; lower --learning_rate or lengthen --warmup_steps, and resume from a checkpoint"
+                f"weights or optimizer state are not finite after step {self.state.global_step:,}, so no checkpoint "
+                "was saved: the run has diverged. Lower --learning_rate or lengthen --warmup_steps, and resume from an "
+                "earlier checkpoint"
             )
 
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Save the model as the library does, but not its pickle of the arguments: settings.yaml has them."""
-        super().save_model(output_dir, _internal_call)
-        if self.ranks.is_first:
-            (Path(output_dir or self.args.output_dir) / "training_args.bin").unlink(missing_ok=True)
+    def save_process_state(self, checkpoint: Path) -> None:
+        """Save the losses of this process since the last log line."""
+        save_losses(self.losses, losses_path(checkpoint, self.args.process_index))
 
-    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        """Save a sharded model under its own class: torch gives it another, whose name and code would be saved."""
-        sharded_class, self.model.__class__ = type(self.model), self._model_class
-        try:
-            super()._save(output_dir, state_dict)
-        finally:
-            self.model.__class__ = sharded_class
+    def restore_process_state(self, checkpoint: Path, load_random_state: Callable[[], None]) -> None:
+        """Restore random state and losses of this process.
 
-    def _save_rng_state(self, output_dir: str) -> None:
-        super()._save_rng_state(output_dir)
-        sums: dict[str, torch.Tensor | float] = {name: float(value) for name, value in self.window.sums.items()}
-        content = asdict(Window(sums, float(self.window.n_good)))
-        (Path(output_dir) / f"window_{self.args.process_index}.json").write_text(json.dumps(content), encoding="utf-8")
-
-    def _load_rng_state(self, checkpoint: str | None) -> None:
-        """Go on with the random numbers of the checkpoint; on another number of processes, with new ones."""
-        if checkpoint is None:
-            return
-        folder, index = Path(checkpoint), self.args.process_index
-        manifest = checkpoints.manifest_of(folder)
+        On another number of processes, the random numbers start from a new seed, and the first process takes the losses
+        of all: they are only ever summed over processes.
+        """
+        rank = self.args.process_index
+        manifest = checkpoints.manifest_of(checkpoint)
         if manifest.world_size == self.args.world_size:
-            with translate_load_errors(folder):
-                super()._load_rng_state(checkpoint)
-            self.window = _load_window([folder / f"window_{index}.json"])
+            with translate_load_errors(checkpoint):
+                load_random_state()
+            self.losses = load_losses([losses_path(checkpoint, rank)])
             return
-        seeds = np.random.SeedSequence([self.args.seed, manifest.step, index])
+        seeds = np.random.SeedSequence([self.args.seed, manifest.step, rank])
         set_seed(int(seeds.generate_state(1)[0]))
-        if index == 0:  # the log sums over processes: one holds what all had
-            self.window = _load_window(sorted(folder.glob("window_*.json")))
-        else:
-            self.window = Window(n_good=_load_window([folder / "window_0.json"]).n_good)
+        self.losses = load_losses([losses_path(checkpoint, writer) for writer in range(manifest.world_size)])
+        if rank != 0:
+            self.losses.sums = {}
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
-        try:
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-        except (RuntimeError, SafetensorError) as error:
-            raise ValueError(f"{resume_from_checkpoint} does not fit the model of the settings: {error}") from error
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        with translate_load_errors(Path(str(checkpoint))):
-            super()._load_optimizer_and_scheduler(checkpoint)
-
-    def _issue_warnings_after_load(self, load_result: Any) -> None:
-        if load_result.missing_keys or load_result.unexpected_keys:
-            raise ValueError(
-                f"a checkpoint does not fit the model of the settings: it lacks {load_result.missing_keys[:5]} and has "
-                f"{load_result.unexpected_keys[:5]} besides; resume with the settings that the run began with"
-            )
-
-    def _load_best_model(self) -> None:
-        checkpoints.verify(Path(str(self.state.best_model_checkpoint)))
-        super()._load_best_model()
+    def check_checkpoint(self, checkpoint: Path) -> None:
+        """Raise `CheckpointError` unless the files of a checkpoint are those that were written."""
+        checkpoints.verify(checkpoint)
 
 
-class _Resuming(TrainerCallback):
-    """Puts a run in order that goes on from a checkpoint, before its first step."""
+class _PrepareResume(TrainerCallback):
+    """Prepares the run folder and the trainer before the first step, whether the run is new or resumed."""
 
     def __init__(self, trainer: FaultTolerantTrainer) -> None:
         self.trainer = trainer
@@ -287,39 +246,29 @@ class _Resuming(TrainerCallback):
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         trainer, step = self.trainer, state.global_step
         if trainer.ranks.is_first:
-            checkpoints.set_aside(trainer.folder, step)
-        trainer.ranks.all_reduce_max(0)
-        assert step == trainer.schedule.start_step, (
-            "a run goes on from the checkpoint that its schedule was planned for"
-        )
+            checkpoints.supersede_later(trainer.folder, step)
+        trainer.ranks.barrier()
+        assert step == trainer.schedule.start_step, "the schedule was planned for another checkpoint"
         if not step:
             return
-        trainer._saved_step = step
-        self._find_best(state)
-        if _evaluation_is_due(args, state, trainer.schedule):
-            trainer._determine_best_metric(trainer.evaluate(), None)
-            self._find_best(state)
+        trainer.last_saved_step = step
+        self._locate_best(state)
+        if _validation_is_due(args, state, trainer.schedule):
+            trainer.update_best_checkpoint(trainer.evaluate())
+            self._locate_best(state)
 
-    def _find_best(self, state: TrainerState) -> None:
-        """Name the best checkpoint by its step: the folder of the run may have moved."""
+    def _locate_best(self, state: TrainerState) -> None:
+        """Set the path of the best checkpoint from its step: the run folder may have been moved."""
         best = checkpoints.checkpoint_at(self.trainer.folder, state.best_global_step or 0)
         state.best_model_checkpoint = str(best) if state.best_global_step and best.is_dir() else None
 
 
-def _evaluation_is_due(args: TrainingArguments, state: TrainerState, schedule: RunSchedule) -> bool:
-    """Return whether the run was ended after a step was saved and before it was validated."""
+def _validation_is_due(args: TrainingArguments, state: TrainerState, schedule: RunSchedule) -> bool:
+    """Return whether the run stopped after a step was saved, but before the validation that follows that step."""
     step = state.global_step
     if not step or any(line["step"] == step and "eval_loss" in line for line in state.log_history):
         return False
     if args.eval_strategy == IntervalStrategy.EPOCH:
         return step in schedule.epoch_ends
-    in_turn = state.eval_steps > 0 and step % state.eval_steps == 0
-    return args.eval_strategy == IntervalStrategy.STEPS and (in_turn or step == schedule.n_steps)
-
-
-def _load_window(paths: list[Path]) -> Window:
-    """Return what was summed by the processes that wrote the files."""
-    contents = [read_window(path) for path in paths]
-    names = dict.fromkeys(name for sums, _ in contents for name in sums)
-    _, n_good = contents[0]
-    return Window({name: sum(sums.get(name, 0.0) for sums, _ in contents) for name in names}, n_good)
+    at_interval = state.eval_steps > 0 and step % state.eval_steps == 0
+    return args.eval_strategy == IntervalStrategy.STEPS and (at_interval or step == schedule.n_steps)

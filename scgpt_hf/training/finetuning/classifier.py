@@ -1,7 +1,8 @@
-"""The Trainer of transformers for a class head: our stream in, weighted cross entropy, scores on held-out cells."""
+"""Train a class head on a stream of labelled cells, and score it on held-out cells."""
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import closing, contextmanager
 from functools import partial
 from typing import Any
 
@@ -11,18 +12,18 @@ import torch
 import torch.nn.functional as F
 from sklearn.metrics import accuracy_score, f1_score
 from torch import Tensor
-from transformers import Trainer
 
 from scgpt_hf.cells.block import Int64Array
 from scgpt_hf.cells.threads import prefetch
 from scgpt_hf.pipeline.loader import StreamLoader
 from scgpt_hf.pipeline.stream import Batch
+from scgpt_hf.training.library_trainer import LibraryTrainer
 
 Logits = npt.NDArray[np.float32]
 
 
-class ClassifierTrainer(Trainer):
-    """Trains the class head, and what else of the model has gradients, on a stream of labelled cells."""
+class ClassifierTrainer(LibraryTrainer):
+    """Trains the class head, and all other weights of the model that require gradients, on labelled cells."""
 
     def __init__(
         self,
@@ -33,43 +34,40 @@ class ClassifierTrainer(Trainer):
         class_weights: Tensor,
         **trainer_arguments: Any,
     ) -> None:
-        """Wire the data_module into the trainer.
+        """Create the trainer.
 
         Args:
-            train_stream: batches of this rank from number n of the run on, with `labels`, int64 (cells,).
-            epoch_ends: the number of batches read when each epoch ends.
-            validation_stream: all held-out cells, on every rank, the same every time.
-            class_weights: weight of a cell of each class in the loss, float32 (classes,).
-            trainer_arguments: of `transformers.Trainer`; at least model and args.
+            train_stream: returns the batches of this process from batch number n of the run on, with `labels`, int64
+                (cells,).
+            epoch_ends: number of batches read when each epoch ends.
+            validation_stream: returns all held-out cells, on every process, the same ones at each call.
+            class_weights: weight of the cells of each class in the loss, float32 (classes,).
+            trainer_arguments: arguments of `transformers.Trainer`; at least model and args.
         """
         loss = partial(weighted_cross_entropy, class_weights=class_weights)
-        super().__init__(**trainer_arguments, compute_loss_func=loss, eval_dataset=[])
+        super().__init__(**trainer_arguments, compute_loss_func=loss)
         self.validation_stream = validation_stream
         self.loader = StreamLoader(train_stream, epoch_ends)
         encoder = _encoder(self.model)
-        self.frozen = None if any(weight.requires_grad for weight in encoder.parameters()) else encoder
+        self.frozen_encoder = None if any(weight.requires_grad for weight in encoder.parameters()) else encoder
 
-    def get_train_dataloader(self) -> StreamLoader:  # type: ignore[override]
+    def train_loader(self) -> StreamLoader:
         """Return the loader."""
         return self.loader
 
-    def train(self, *arguments: Any, **keywords: Any) -> Any:
-        """Train as `transformers.Trainer.train`, and stop the reading threads whatever happens."""
-        try:
-            return super().train(*arguments, **keywords)
-        finally:
-            self.loader.close()
+    @contextmanager
+    def training_context(self) -> Iterator[None]:
+        """Stop the reading threads at the end of `train`, also after an error."""
+        with closing(self.loader):
+            yield
 
-    def compute_loss(self, *arguments: Any, **keywords: Any) -> Any:
-        """Return the loss; an encoder that is not trained has no dropout and keeps the statistics of its norms."""
-        if self.frozen is not None:
-            self.frozen.eval()
-        return super().compute_loss(*arguments, **keywords)
+    def before_forward(self) -> None:
+        """Set a frozen encoder to evaluation mode: no dropout, and batch norms keep their statistics."""
+        if self.frozen_encoder is not None:
+            self.frozen_encoder.eval()
 
-    def evaluate(
-        self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
-    ) -> dict[str, float]:
-        """Score the held-out cells and return the metrics.
+    def validation_metrics(self) -> dict[str, float]:
+        """Return the scores on the held-out cells; see `score`.
 
         Raises:
             FloatingPointError: the loss is not finite: the run has diverged.
@@ -77,59 +75,65 @@ class ClassifierTrainer(Trainer):
         scores = score(*self.held_out_logits())
         if not math.isfinite(scores["loss"]):
             raise FloatingPointError(f"the loss on held-out cells is {scores['loss']}; lower --learning_rate")
-        metrics = {f"{metric_key_prefix}_{name}": value for name, value in scores.items()}
-        self.log(metrics)
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        return metrics
+        return scores
 
     @torch.inference_mode()
     def held_out_logits(self, model: torch.nn.Module | None = None) -> tuple[Logits, Int64Array]:
-        """Return logits, (cells, classes), and classes, (cells,), of the held-out cells.
+        """Return the logits of the held-out cells, (cells, classes), and their classes, (cells,).
 
         Args:
-            model: what to run; by default the one that is trained.
+            model: the model to run; None for the one that is trained.
         """
         model = self.accelerator.unwrap_model(self.model) if model is None else model
-        training = model.training
+        was_training = model.training
         model.eval()
         logits, classes = [], []
         for batch in prefetch(self.validation_stream()):
             classes.append(batch.pop("labels"))
             with self.accelerator.autocast():
-                logits.append(model(**self._prepare_inputs(batch)).logits.float())
-        model.train(training)
+                logits.append(model(**self.to_model_inputs(batch)).logits.float())
+        model.train(was_training)
         return torch.cat(logits).cpu().numpy(), torch.cat(classes).numpy()  # type: ignore[arg-type]
 
 
 def weighted_cross_entropy(
     outputs: Any, classes: Tensor, num_items_in_batch: Tensor | int | None = None, *, class_weights: Tensor
 ) -> Tensor:
-    """Return the cross entropy of each cell times the weight of its class, summed, over the number of cells.
+    """Return the sum over cells of cross entropy times class weight, divided by the number of cells.
 
-    Divided by cells, not by their weights, so that parts of a batch add up; the weights' mean over cells is 1.
+    torch divides by the sum of the weights instead. Divided by the number of cells, the losses of the parts of a batch
+    add up to the loss of the batch, as gradient accumulation needs. Weights should have a mean of 1 over the cells.
 
     Args:
-        outputs: with `logits`, (cells, classes).
-        classes: int64 (cells,).
-        num_items_in_batch: cells of the whole batch, of which this is a part.
-        class_weights: float32 (classes,).
+        outputs: model outputs with `logits`, shape (cells, classes).
+        classes: class of each cell, int64 (cells,).
+        num_items_in_batch: number of cells of the full batch, of which this may be a part; None if it is not.
+        class_weights: weight of each class, float32 (classes,).
     """
     nll = F.cross_entropy(outputs.logits.float(), classes, class_weights.to(classes.device), reduction="sum")
     return nll / (len(classes) if num_items_in_batch is None else num_items_in_batch)
 
 
 def score(logits: Logits, classes: Int64Array) -> dict[str, float]:
-    """Return cross entropy, accuracy and macro-F1 (over the classes that occur or are predicted)."""
+    """Return cross entropy, accuracy and macro-F1 of logits, (cells, classes), given the true classes, (cells,)."""
     predicted = logits.argmax(axis=1)
     loss = F.cross_entropy(torch.from_numpy(logits), torch.from_numpy(classes))
     return {"loss": float(loss), **agreement(classes, predicted)}
 
 
 def agreement(classes: Int64Array, predicted: Int64Array) -> dict[str, float]:
-    """Return accuracy and macro-F1 of predicted classes, both (cells,); scikit-learn's definitions."""
+    """Return accuracy and macro-F1 of predicted classes.
+
+    Args:
+        classes: true class of each cell. Shape (cells,).
+        predicted: predicted class of each cell. Shape (cells,).
+
+    Source: scikit-learn's `accuracy_score` and `f1_score`; macro-F1 is the mean over classes that occur in either.
+    """
     macro = f1_score(classes, predicted, average="macro", zero_division=0)
     return {"accuracy": float(accuracy_score(classes, predicted)), "macro_f1": float(macro)}
 
 
 def _encoder(model: Any) -> torch.nn.Module:
+    """Return the encoder of a model, which peft may have wrapped."""
     return model.get_base_model().base_model if hasattr(model, "get_base_model") else model.base_model  # type: ignore[no-any-return]

@@ -1,4 +1,4 @@
-"""Checkpoints: whole or not there, what was written or refused, and the last good one always kept."""
+"""Checkpoints: complete or absent, verified before they are used, and the newest and the best always kept."""
 
 import contextlib
 import errno
@@ -18,26 +18,26 @@ from scgpt_hf.training.fault_tolerance.checkpoints import (
     manifest_of,
     newest_valid,
     prune,
-    set_aside,
+    supersede_later,
     verify,
-    written_whole,
+    write_checkpoint,
 )
 from scgpt_hf.training.fault_tolerance.ranks import Ranks
 
-ALONE = Ranks(1, 0, 1)
+ONE_PROCESS = Ranks(1, 0, 1)
 FILES = {"model.safetensors": b"weights" * 100, "optimizer.pt": b"moments" * 100, "deep/state.json": b"{}"}
 
 
 def write(folder, step):
-    with written_whole(folder, Manifest(step, 1, [(32, step)]), ALONE) as beside:
+    with write_checkpoint(folder, Manifest(step, 1, [(32, step)]), ONE_PROCESS) as staging:
         assert not (folder / f"checkpoint-{step}").exists() or step == 7
         for name, content in FILES.items():
-            (beside / name).parent.mkdir(exist_ok=True)
-            (beside / name).write_bytes(content)
+            (staging / name).parent.mkdir(exist_ok=True)
+            (staging / name).write_bytes(content)
     return folder / f"checkpoint-{step}"
 
 
-def test_a_checkpoint_is_there_when_it_is_whole(tmp_path):
+def test_a_checkpoint_appears_when_it_is_complete(tmp_path):
     checkpoint = write(tmp_path, 7)
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-7"]
     assert verify(checkpoint) == manifest_of(checkpoint) == Manifest(7, 1, [(32, 7)])
@@ -46,7 +46,7 @@ def test_a_checkpoint_is_there_when_it_is_whole(tmp_path):
     assert content["files"]["deep/state.json"]["bytes"] == 2
 
 
-def test_a_checkpoint_of_the_same_step_gives_way(tmp_path):
+def test_a_checkpoint_of_the_same_step_is_replaced(tmp_path):
     (write(tmp_path, 7) / "old").touch()
     verify(write(tmp_path, 7))
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-7"]
@@ -54,17 +54,17 @@ def test_a_checkpoint_of_the_same_step_gives_way(tmp_path):
 
 
 @pytest.mark.parametrize("name", [*FILES, MANIFEST])
-@pytest.mark.parametrize("harm", ["cut off", "changed", "removed"])
-def test_a_harmed_checkpoint_is_passed_over_with_a_warning_that_names_the_file(tmp_path, caplog, name, harm):
+@pytest.mark.parametrize("damage", ["truncated", "changed", "removed"])
+def test_a_damaged_checkpoint_is_skipped_with_a_warning_that_names_the_file(tmp_path, caplog, name, damage):
     earlier, latest = write(tmp_path, 5), write(tmp_path, 20)
     path = latest / name
     content = path.read_bytes()
-    if harm == "removed":
+    if damage == "removed":
         path.unlink()
     else:
-        path.write_bytes(content[:-1] if harm == "cut off" else content[:-1] + b"#")
+        path.write_bytes(content[:-1] if damage == "truncated" else content[:-1] + b"#")
     with caplog.at_level(logging.WARNING):
-        if name == MANIFEST and harm == "cut off":  # only the line's end: the content is whole
+        if name == MANIFEST and damage == "truncated":  # one byte less removes only the newline at the end
             path.write_bytes(content[:-20])
         assert newest_valid(tmp_path) == earlier
     assert str(path) in caplog.text
@@ -74,7 +74,7 @@ def test_a_harmed_checkpoint_is_passed_over_with_a_warning_that_names_the_file(t
 
 @settings(deadline=None, max_examples=40)
 @given(data=st.data())
-def test_a_manifest_cut_or_changed_anywhere_is_refused_or_says_the_same(data, tmp_path_factory):
+def test_a_manifest_changed_anywhere_is_rejected_or_still_consistent(data, tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
     checkpoint = write(folder, 3)
     path = checkpoint / MANIFEST
@@ -102,32 +102,32 @@ def test_a_manifest_cut_or_changed_anywhere_is_refused_or_says_the_same(data, tm
         {"world_size": None},
     ],
 )
-def test_a_manifest_that_lies_is_refused(tmp_path, change):
+def test_a_malformed_manifest_is_rejected(tmp_path, change):
     checkpoint = write(tmp_path, 3)
     content = json.loads((checkpoint / MANIFEST).read_text())
     (checkpoint / MANIFEST).write_text(json.dumps(content | change))
-    with pytest.raises(CheckpointError, match=r"manifest\.json is malformed"):
+    with pytest.raises(CheckpointError, match="malformed"):
         verify(checkpoint)
 
 
 @pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left"), RuntimeError("file write failed")])
-def test_a_full_disk_leaves_what_was_there(tmp_path, error):
+def test_a_full_disk_leaves_existing_checkpoints_unchanged(tmp_path, error):
     earlier = write(tmp_path, 5)
 
     def write_half():
-        with written_whole(tmp_path, Manifest(9, 1, [(32, 9)]), ALONE) as beside:
-            (beside / "model.safetensors").write_bytes(b"half")
+        with write_checkpoint(tmp_path, Manifest(9, 1, [(32, 9)]), ONE_PROCESS) as staging:
+            (staging / "model.safetensors").write_bytes(b"half")
             raise error
 
-    with pytest.raises(OSError, match=r"step 9 could not be written.*checkpoint-5 is untouched"):
+    with pytest.raises(OSError, match=r"step 9.*checkpoint-5 is unchanged"):
         write_half()
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-5"]
     verify(earlier)
 
 
-def test_nothing_valid_is_an_error_with_the_reasons(tmp_path):
+def test_the_error_of_no_valid_checkpoint_lists_the_reasons(tmp_path):
     shutil.rmtree(write(tmp_path, 5) / "deep")
-    with pytest.raises(FileNotFoundError, match=r"no checkpoint to resume from .*state\.json is missing"):
+    with pytest.raises(FileNotFoundError, match=r"state\.json is missing"):
         newest_valid(tmp_path)
 
 
@@ -137,7 +137,7 @@ def test_nothing_valid_is_an_error_with_the_reasons(tmp_path):
     limit=st.none() | st.integers(2, 6),
     pick=st.integers(0, 9),
 )
-def test_pruning_spares_the_newest_and_the_best(steps, limit, pick, tmp_path_factory):
+def test_pruning_keeps_the_newest_and_the_best(steps, limit, pick, tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
     for step in steps:
         (folder / f"checkpoint-{step}").mkdir()
@@ -151,7 +151,7 @@ def test_pruning_spares_the_newest_and_the_best(steps, limit, pick, tmp_path_fac
     assert sorted(left - {best, max(steps)}) == others[len(others) - len(left - {best, max(steps)}) :]
 
 
-def test_links_in_the_place_of_checkpoints_give_way(tmp_path):
+def test_symbolic_links_are_replaced_and_never_followed(tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "checkpoint-9").symlink_to(tmp_path / "nowhere")
     verify(write(tmp_path / "run", 9))
@@ -163,14 +163,14 @@ def test_links_in_the_place_of_checkpoints_give_way(tmp_path):
     verify(elsewhere)
 
 
-def test_a_run_that_goes_back_sets_the_later_checkpoints_aside(tmp_path):
+def test_resuming_from_an_earlier_checkpoint_renames_the_later_ones(tmp_path):
     for step in (5, 10, 20):
         write(tmp_path, step)
     (tmp_path / ".unfinished").mkdir()
-    set_aside(tmp_path, 5)
+    supersede_later(tmp_path, 5)
     assert newest_valid(tmp_path).name == "checkpoint-5"
     assert {path.name for path in tmp_path.iterdir()} == {
         "checkpoint-5",
-        "checkpoint-10.set_aside",
-        "checkpoint-20.set_aside",
+        "checkpoint-10.superseded",
+        "checkpoint-20.superseded",
     }

@@ -1,4 +1,4 @@
-"""Signals: the first one asks for a checkpoint, a second one insists, and the exit code says which it was."""
+"""Signals: the first one saves a checkpoint and stops the run, a second one ends the process at once."""
 
 import os
 import signal
@@ -15,7 +15,7 @@ from transformers import TrainerCallback
 from scgpt_hf.cells import threads
 from scgpt_hf.training.fault_tolerance import signals
 from scgpt_hf.training.fault_tolerance.checkpoints import checkpoints_in, newest_valid, verify
-from scgpt_hf.training.fault_tolerance.signals import Interrupted, StopSignal
+from scgpt_hf.training.fault_tolerance.signals import StopSignal, TrainingInterrupted
 from tests.support.training import EVERY_4, prepare, read_metrics, weights_of
 
 
@@ -31,8 +31,8 @@ class Send(TrainerCallback):
 
 
 @pytest.fixture(scope="module")
-def whole(small_census, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("whole") / "run"
+def uninterrupted(small_census, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("uninterrupted") / "run"
     trainer, _, _ = prepare(small_census, folder, *EVERY_4)
     trainer.train()
     return folder, trainer
@@ -42,34 +42,36 @@ def whole(small_census, tmp_path_factory):
     ("step", "number", "code"),  # the run saves every 4 steps
     [(3, signal.SIGTERM, 143), (4, signal.SIGINT, 130), ("end of an epoch", signal.SIGTERM, 143)],
 )
-def test_a_signal_ends_in_a_checkpoint_from_which_the_run_goes_on_exactly(
-    small_census, whole, tmp_path, step, number, code
+def test_a_signal_saves_a_checkpoint_from_which_the_run_resumes_exactly(
+    small_census, uninterrupted, tmp_path, step, number, code
 ):
-    run, uninterrupted = whole
-    step = uninterrupted.schedule.epoch_ends[0] if step == "end of an epoch" else step
+    run, expected = uninterrupted
+    step = expected.schedule.epoch_ends[0] if step == "end of an epoch" else step
     trainer, _, _ = prepare(small_census, tmp_path / "run", *EVERY_4, stop_signal=StopSignal())
     trainer.add_callback(Send(number, step))
     before = signal.getsignal(number)
-    with pytest.raises(Interrupted, match=f"by {number.name} after step {step}; nothing is lost") as caught:
+    with pytest.raises(
+        TrainingInterrupted, match=f"by {number.name} after step {step}\\..*checkpoint-{step} was saved"
+    ) as caught:
         trainer.train()
     assert caught.value.exit_code == code
     assert signal.getsignal(number) is before
     assert newest_valid(tmp_path / "run").name == f"checkpoint-{step}"
     resumed, _, checkpoint = prepare(small_census, tmp_path / "run", *EVERY_4, "--resume_from_checkpoint", "latest")
     resumed.train(resume_from_checkpoint=checkpoint)
-    for name, weight in weights_of(uninterrupted).items():
+    for name, weight in weights_of(expected).items():
         assert torch.equal(weight, resumed.model.get_parameter(name)), name
     assert read_metrics(tmp_path / "run") == read_metrics(run)
 
 
-def test_a_signal_before_the_first_step_leaves_a_run_to_resume(small_census, tmp_path):
-    class SendAtOnce(TrainerCallback):
+def test_a_run_resumes_after_a_signal_before_the_first_step(small_census, tmp_path):
+    class SendBeforeFirstStep(TrainerCallback):
         def on_train_begin(self, *_, **__):
             os.kill(os.getpid(), signal.SIGTERM)
 
     trainer, _, _ = prepare(small_census, tmp_path / "run", *EVERY_4, stop_signal=StopSignal())
-    trainer.add_callback(SendAtOnce())
-    with pytest.raises(Interrupted, match="after step 0"):
+    trainer.add_callback(SendBeforeFirstStep())
+    with pytest.raises(TrainingInterrupted, match="after step 0"):
         trainer.train()
     assert verify(newest_valid(tmp_path / "run")).step == 0
     resumed, _, checkpoint = prepare(
@@ -79,8 +81,7 @@ def test_a_signal_before_the_first_step_leaves_a_run_to_resume(small_census, tmp
     assert resumed.state.global_step == 2
 
 
-def test_a_validation_is_given_up_for_a_signal(small_census, whole, tmp_path):
-    """It is made up for when the run goes on."""
+def test_a_signal_stops_a_validation_which_is_done_on_resume(small_census, uninterrupted, tmp_path):
     trainer, data_module, _ = prepare(small_census, tmp_path / "run", *EVERY_4, stop_signal=StopSignal())
     seen = []
 
@@ -92,36 +93,36 @@ def test_a_validation_is_given_up_for_a_signal(small_census, whole, tmp_path):
 
     trainer.validation_stream = validation
     end = trainer.schedule.epoch_ends[0]
-    with pytest.raises(Interrupted, match=f"after step {end}"):
+    with pytest.raises(TrainingInterrupted, match=f"after step {end}"):
         trainer.train()
     assert not [line for line in trainer.state.log_history if "eval_loss" in line]
     resumed, _, checkpoint = prepare(small_census, tmp_path / "run", *EVERY_4, "--resume_from_checkpoint", "latest")
     resumed.train(resume_from_checkpoint=checkpoint)
-    assert read_metrics(tmp_path / "run") == read_metrics(whole[0])
+    assert read_metrics(tmp_path / "run") == read_metrics(uninterrupted[0])
 
 
-def test_a_signal_is_obeyed_while_cells_do_not_come(small_census, tmp_path, monkeypatch):
+def test_a_signal_stops_a_run_that_waits_for_cells(small_census, tmp_path, monkeypatch):
     monkeypatch.setattr(threads, "JOIN_TIMEOUT_S", 0.1)
     trainer, _, _ = prepare(small_census, tmp_path / "run", *EVERY_4, stop_signal=StopSignal())
-    opened, come = trainer.loader.open_stream, threading.Event()
+    open_stream, released = trainer.loader.open_stream, threading.Event()
 
-    def silent_after_3(first):
-        for number, batch in enumerate(opened(first), start=first):
+    def hang_after_3(first):
+        for number, batch in enumerate(open_stream(first), start=first):
             if number == 3:
                 while trainer.state.global_step < 3:
                     time.sleep(0.01)
                 os.kill(os.getpid(), signal.SIGTERM)
-                come.wait()
+                released.wait()
             yield batch
 
-    trainer.loader.open_stream = silent_after_3
-    with pytest.raises(Interrupted, match="by SIGTERM after step 3"):
+    trainer.loader.open_stream = hang_after_3
+    with pytest.raises(TrainingInterrupted, match="by SIGTERM after step 3"):
         trainer.train()
-    come.set()
+    released.set()
     assert verify(newest_valid(tmp_path / "run")).step == 3
 
 
-def test_a_signal_after_the_last_step_is_sent_again(small_census, tmp_path):
+def test_a_signal_after_the_last_step_reaches_the_previous_handler(small_census, tmp_path):
     trainer, _, _ = prepare(
         small_census, tmp_path / "run", *EVERY_4, "--max_steps", "3", "--eval_strategy", "no", stop_signal=StopSignal()
     )
@@ -150,15 +151,15 @@ def test_a_trainer_without_a_stop_signal_leaves_the_handlers_alone(small_census,
     assert not [thread.name for thread in threading.enumerate() if thread.name == "scgpt-prefetch"]
 
 
-def test_other_threads_leave_signals_alone():
+def test_a_stop_signal_in_another_thread_installs_no_handler():
     before = signal.getsignal(signal.SIGTERM)
     seen = []
 
-    def listen():
+    def enter():
         with StopSignal():
             seen.append(signal.getsignal(signal.SIGTERM))
 
-    thread = threading.Thread(target=listen)
+    thread = threading.Thread(target=enter)
     thread.start()
     thread.join()
     assert seen == [before]
@@ -174,11 +175,12 @@ def test_a_second_signal_ends_the_process_at_once():
         "        time.sleep(0.05)\n"
         "        if stop.number: print(int(stop.number), flush=True)\n"
     )
-    beside = Path(signals.__file__).parent  # imported from there, it needs nothing else of ours
-    with subprocess.Popen([sys.executable, "-c", code], cwd=beside, stdout=subprocess.PIPE, text=True) as process:
+    # The module is imported from its folder, so that the process does not import torch.
+    folder = Path(signals.__file__).parent
+    with subprocess.Popen([sys.executable, "-c", code], cwd=folder, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout.readline() == "ready\n"
         process.send_signal(signal.SIGINT)
-        process.send_signal(signal.SIGINT)  # a launcher's, for the same Ctrl-C
+        process.send_signal(signal.SIGINT)  # the launcher forwards the same Ctrl-C
         assert process.stdout.readline() == "2\n"
         time.sleep(1.2)
         assert process.poll() is None

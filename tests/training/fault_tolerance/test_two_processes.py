@@ -1,4 +1,4 @@
-"""Two processes agree: on every set of objectives, on a bad step, on a signal to one, on data that one has lost."""
+"""Two processes stay together: with all objectives, when a step is skipped, on a signal, on a read error of one."""
 
 import json
 import os
@@ -14,7 +14,7 @@ from tests.support.training import prepare
 
 
 @pytest.mark.slow
-def test_two_processes_agree_and_one_goes_on(small_census, tmp_path):
+def test_two_processes_stop_together_and_one_process_resumes(small_census, tmp_path):
     here = Path(__file__).parent
     env = {**os.environ, "ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--rdzv_backend", "c10d"]
@@ -27,14 +27,14 @@ def test_two_processes_agree_and_one_goes_on(small_census, tmp_path):
     assert checks == {
         "objectives": 6,
         "skipped": True,
-        "told": 143,
+        "exit_code": 143,
         "saved": 2,
-        "lost": "cells could not be read after step 3: gone",
+        "lost": "cannot read cells after step 3: gone",
     }
-    assert "step 2 is skipped" in done.stderr
-    manifest = verify(newest_valid(tmp_path / "told"))
+    assert "step 2 was skipped" in done.stderr
+    manifest = verify(newest_valid(tmp_path / "stopped"))
     assert (manifest.step, manifest.world_size, manifest.history) == (3, 2, [(64, 3)])
     flags = ("--per_device_train_batch_size", "64", "--resume_from_checkpoint", "latest", "--dropout", "0")
-    trainer, _, checkpoint = prepare(small_census, tmp_path / "told", *flags)
+    trainer, _, checkpoint = prepare(small_census, tmp_path / "stopped", *flags)
     trainer.train(resume_from_checkpoint=checkpoint)
     assert trainer.state.global_step == trainer.schedule.n_steps == 4

@@ -1,4 +1,4 @@
-"""Run by test_two_processes.py under torchrun: everything that two processes must agree on, one line each."""
+"""Run by test_two_processes.py under torchrun: train on two processes, and print what was checked."""
 
 import json
 import logging
@@ -12,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from scgpt_hf.training.fault_tolerance.checkpoints import newest_valid, verify
 from scgpt_hf.training.fault_tolerance.nonfinite import all_finite
-from scgpt_hf.training.fault_tolerance.signals import Interrupted, StopSignal
+from scgpt_hf.training.fault_tolerance.signals import StopSignal, TrainingInterrupted
 from tests.support.training import EVERY_4, QUIET, prepare, weights_of
 
 OBJECTIVES = {
@@ -42,35 +42,35 @@ def main(census: Path, scratch: Path) -> None:
         assert trainer.state.global_step == 2
     checks["objectives"] = len(OBJECTIVES)
 
-    trainer, _, _ = run("bad", *QUIET, "--max_steps", "4")
+    trainer, _, _ = run("skipped", *QUIET, "--max_steps", "4")
     opened = trainer.loader.open_stream
 
-    def poisoned(first):
+    def with_nan(first):
         for number, batch in enumerate(opened(first), start=first):
             if number == 1 and rank == 1:
                 batch["values"][0, 1] = torch.nan
             yield batch
 
-    trainer.loader.open_stream = poisoned
+    trainer.loader.open_stream = with_nan
     trainer.train()
-    checks["skipped"] = trainer.window.n_good == 0 and all_finite(weights_of(trainer).values())
+    checks["skipped"] = trainer.losses.n_steps == 0 and all_finite(weights_of(trainer).values())
 
-    trainer, _, _ = prepare(census, scratch / "told", *EVERY_4, stop_signal=StopSignal())
-    take = trainer.get_batch_samples
+    trainer, _, _ = prepare(census, scratch / "stopped", *EVERY_4, stop_signal=StopSignal())
+    read_step = trainer.read_step
 
-    def tell(*arguments):
+    def interrupt(*arguments):
         if trainer.state.global_step == 2 and rank == 1:
             os.kill(os.getpid(), signal.SIGTERM)
-        return take(*arguments)
+        return read_step(*arguments)
 
-    trainer.get_batch_samples = tell
+    trainer.read_step = interrupt
     try:
         trainer.train()
-    except Interrupted as interruption:
-        checks["told"] = interruption.exit_code
-    checks["saved"] = verify(newest_valid(scratch / "told")).step
+    except TrainingInterrupted as interruption:
+        checks["exit_code"] = interruption.exit_code
+    checks["saved"] = verify(newest_valid(scratch / "stopped")).step
 
-    trainer, _, checkpoint = run("told", *EVERY_4, "--resume_from_checkpoint", "latest")
+    trainer, _, checkpoint = run("stopped", *EVERY_4, "--resume_from_checkpoint", "latest")
     opened = trainer.loader.open_stream
 
     def broken(first):
@@ -83,7 +83,7 @@ def main(census: Path, scratch: Path) -> None:
     try:
         trainer.train(resume_from_checkpoint=checkpoint)
     except OSError as error:
-        checks["lost"] = f"{error}".split(";")[0]
+        checks["lost"] = f"{error}".split(".")[0]
     if rank == 0:
         print(json.dumps(checks))
     trainer.accelerator.end_training()
