@@ -27,7 +27,6 @@ from transformers.utils.hub import PushInProgress
 from scgpt_hf.pipeline.loader import StreamLoader
 from scgpt_hf.pipeline.stream import Batch
 from scgpt_hf.training.fault_tolerance.resume import require_all_weights, translate_load_errors, translate_model_errors
-from scgpt_hf.training.pin_memory import to_device
 
 
 class LibraryTrainer(Trainer):
@@ -202,8 +201,9 @@ class LibraryTrainer(Trainer):
         return self.count_targets(batch_samples, device)
 
     def _prepare_input(self, data: Any) -> Any:
-        # The library copies to the device and waits. From page-locked memory no wait is needed.
-        return super()._prepare_input(to_device(data, self.args.device) if isinstance(data, torch.Tensor) else data)
+        # The library copies to the device and waits. From page-locked memory no wait is needed; what is already on the
+        # device, the library leaves as it is.
+        return super()._prepare_input(copy_to(self.args.device, data) if isinstance(data, torch.Tensor) else data)
 
     def compute_loss(
         self,
@@ -361,6 +361,11 @@ class LibraryTrainer(Trainer):
         # The library uploads here, when the checkpoint is still in the staging folder. `ScGPTTrainer` publishes it
         # after `write_checkpoint`.
         pass
+
+
+def copy_to(device: torch.device, tensor: torch.Tensor) -> torch.Tensor:
+    """Return the tensor on the device. If it is in page-locked memory, the host does not wait for the copy."""
+    return tensor.to(device, non_blocking=tensor.is_pinned())
 
 
 def _compose(factor: Callable[[Any], float], rescale: Callable[[int], float]) -> Callable[[int], float]:

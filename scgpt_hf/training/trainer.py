@@ -25,10 +25,11 @@ from scgpt_hf.cells.threads import prefetch
 from scgpt_hf.pipeline.loader import StreamLoader
 from scgpt_hf.pipeline.stream import Batch, lengths_of
 from scgpt_hf.publishing.publish_run import check_repository, publish
+from scgpt_hf.tokens.packing_scgpt import IGNORE
 from scgpt_hf.training.baselines import Baselines
 from scgpt_hf.training.fault_tolerance.checkpoints import checkpoint_at
 from scgpt_hf.training.fault_tolerance.trainer import FaultTolerantTrainer
-from scgpt_hf.training.pin_memory import count_labels, pin_batches
+from scgpt_hf.training.library_trainer import copy_to
 from scgpt_hf.training.throughput import Throughput
 
 logger = logging.getLogger(__name__)
@@ -276,6 +277,32 @@ class ScGPTTrainer(FaultTolerantTrainer):
     def _hub_arguments(self) -> dict[str, Any]:
         args = self.args
         return {"private": args.hub_private_repo, "token": args.hub_token, "revision": args.hub_revision}
+
+
+def pin_batches(open_stream: Callable[..., Iterable[Batch]], device: torch.device) -> Callable[..., Iterable[Batch]]:
+    """Wrap a function that opens a stream, so that the tensors of its batches are in page-locked memory.
+
+    A copy to the GPU from ordinary memory waits until the GPU has finished all work queued before, and the kernels of
+    the next step are launched late. The copy to page-locked memory is made by the thread that reads the stream. For
+    devices other than CUDA, the function is returned unchanged.
+    """
+    if device.type != "cuda":
+        return open_stream
+    return lambda *position: _pin(open_stream(*position), device)
+
+
+def _pin(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch]:
+    torch.cuda.set_device(device)  # CUDA's current device is set per thread; the default would be the first GPU
+    for batch in batches:
+        yield {key: value.pin_memory() if isinstance(value, torch.Tensor) else value for key, value in batch.items()}
+
+
+def count_labels(batches: Sequence[Batch], device: torch.device) -> torch.Tensor:
+    """Return the number of labels in the batches of this process: float32, shape (), on the device."""
+    total = torch.zeros(())
+    for batch in batches:
+        total += torch.as_tensor(batch["labels"]).ne(IGNORE).sum()
+    return copy_to(device, total.pin_memory() if device.type == "cuda" else total)
 
 
 def over_ranks(sums: torch.Tensor, accelerator: Accelerator) -> torch.Tensor:

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from scgpt_hf.tokens.packing_scgpt import IGNORE
-from scgpt_hf.training.pin_memory import count_labels, pin_batches, to_device
+from scgpt_hf.training.library_trainer import copy_to
+from scgpt_hf.training.trainer import count_labels, pin_batches
 from tests.support.training import prepare
 
 CPU = torch.device("cpu")
@@ -41,4 +42,4 @@ def test_batches_for_a_cpu_are_not_pinned():
 
     assert pin_batches(stream, CPU) is stream
     tensor = torch.ones(2)
-    assert to_device(tensor, CPU) is tensor
+    assert copy_to(CPU, tensor) is tensor
