@@ -118,7 +118,7 @@ def _training(summary: RunRecord, settings: RunRecord) -> str:
 
 
 def _classifier_results(summary: RunRecord) -> str:
-    """Return the scores beside those of the most frequent label, and the scores of each label."""
+    """Return the scores of the model and of the most frequent label, and the scores of each label."""
     majority = f"always {escape_cell(summary.text('majority_baseline.label'))}"
     scores = "\n".join(
         f"| {name} | {summary.number(f'{key}.macro_f1', '.3f')} | {summary.number(f'{key}.accuracy', '.3f')} |"

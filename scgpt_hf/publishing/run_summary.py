@@ -74,7 +74,7 @@ class ErrorRow(NamedTuple):
 
 
 def read_summary(run: Path) -> RunRecord:
-    """Return the summary of a pretraining run; before training ends, what split and metrics already tell.
+    """Return the summary of a pretraining run, completed from its split and metrics while it is in progress.
 
     Args:
         run: the run folder, with any of summary.json, split.json and metrics.jsonl.
@@ -110,7 +110,7 @@ def _best_validation(path: Path) -> dict[str, Any]:
 def error_rows(summary: RunRecord) -> list[ErrorRow]:
     """Return the errors of the model and of its baselines in the best validation.
 
-    Quantile bins are nearly uniform, so an error says little by itself; the baselines, computed on the same masked
+    Quantile bins are nearly uniform, so an error alone is hard to interpret; the baselines, computed on the same masked
     positions, give it a scale. See `training/baselines.py`.
 
     Args:

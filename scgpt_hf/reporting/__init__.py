@@ -1,1 +1,1 @@
-"""reporting."""
+"""Figures and report pages of runs and evaluations."""

@@ -36,27 +36,27 @@ def plot_loss(metrics: Sequence[Mapping[str, Any]], panels: Collection[str] = ("
     Raises:
         ValueError: no line holds a loss.
     """
-    training = {name: _curve(metrics, name) for name in ("loss", *OBJECTIVES)}
-    validation = {name: _curve(metrics, f"eval_{name}_mse") for name in ("gep", "gepc")}
+    training = _curves(metrics, {name: name for name in ("loss", *OBJECTIVES)})
+    validation = _curves(metrics, {name: f"eval_{name}_mse" for name in ("gep", "gepc")})
     available = {"training": (_draw_training, training), "validation": (_draw_validation, validation)}
-    filled = [
-        (draw, drawn)
-        for panel, (draw, curves) in available.items()
-        if panel in panels and (drawn := {name: curve for name, curve in curves.items() if len(curve[0])})
-    ]
-    if not filled:
+    shown = [(draw, curves) for panel, (draw, curves) in available.items() if panel in panels and curves]
+    if not shown:
         raise ValueError(f"no line of {len(metrics):,} has a loss; expected keys such as 'loss' or 'eval_gep_mse'")
-    figure = Figure(figsize=(3.7 * len(filled), 2.7), layout=ConstrainedLayoutEngine(w_pad=0.08))
-    for axes, (draw, curves) in zip(figure.subplots(1, len(filled), squeeze=False)[0], filled, strict=True):
+    figure = Figure(figsize=(3.7 * len(shown), 2.7), layout=ConstrainedLayoutEngine(w_pad=0.08))
+    for axes, (draw, curves) in zip(figure.subplots(1, len(shown), squeeze=False)[0], shown, strict=True):
         draw(axes, curves, metrics)
     return figure
 
 
-def _curve(metrics: Sequence[Mapping[str, Any]], key: str) -> tuple[FloatArray, FloatArray]:
-    """Return (epochs, values) of the lines that hold a finite number under the key."""
-    points = [(line["epoch"], line[key]) for line in metrics if np.isfinite(line.get(key, np.nan))]
-    epochs, values = np.array(points, dtype=float).reshape(-1, 2).T
-    return epochs, values
+def _curves(metrics: Sequence[Mapping[str, Any]], keys: Mapping[str, str]) -> Curves:
+    """Return name → (epochs, values) of the lines with a finite number at the name's key; empty curves are left out."""
+    curves = {}
+    for name, key in keys.items():
+        points = [(line["epoch"], line[key]) for line in metrics if np.isfinite(line.get(key, np.nan))]
+        if points:
+            epochs, values = np.array(points, dtype=float).T
+            curves[name] = (epochs, values)
+    return curves
 
 
 def _draw_training(axes: Axes, curves: Curves, metrics: Sequence[Mapping[str, Any]]) -> None:

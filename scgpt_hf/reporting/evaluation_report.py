@@ -14,6 +14,7 @@ from scgpt_hf.reporting.page import (
     collapsed,
     embed_image,
     figures,
+    format_value,
     key_numbers,
     page,
     paragraph,
@@ -149,10 +150,6 @@ def _cells(record: dict[str, Any]) -> Html:
 def _provenance(record: dict[str, Any]) -> Html:
     sources = {"Data": record.get("data", "an AnnData in memory"), "Reference": record.get("reference_data", "")}
     rows = [(name, text) for name, text in sources.items() if text]
-    rows += [(name, _format(value)) for name, value in record["settings"].items()]
+    rows += [(name, format_value(value)) for name, value in record["settings"].items()]
     rows.append(("Software", ", ".join(f"{name} {number}" for name, number in record["versions"].items())))
     return section("Provenance", table(rows))
-
-
-def _format(value: Any) -> str:
-    return ", ".join(map(str, value)) or "none" if isinstance(value, list) else str(value)

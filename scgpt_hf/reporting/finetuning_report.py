@@ -20,6 +20,7 @@ from scgpt_hf.reporting.page import (
     embed_figure,
     embed_image,
     figures,
+    format_value,
     key_numbers,
     page,
     paragraph,
@@ -149,5 +150,5 @@ def _flatten(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str
         if isinstance(value, Mapping):
             rows += _flatten(value, f"{prefix}{key}.")
         else:
-            rows.append((f"{prefix}{key}", ", ".join(map(str, value)) if isinstance(value, list) else str(value)))
+            rows.append((f"{prefix}{key}", format_value(value)))
     return rows

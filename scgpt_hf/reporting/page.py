@@ -152,6 +152,11 @@ def table(rows: Sequence[Sequence[str]], head: Sequence[str] = (), numbers: Sequ
     return tag("div", tag("table", top, body), class_="wide")
 
 
+def format_value(value: object) -> str:
+    """Return a value of JSON or YAML as text, the items of a list separated by commas."""
+    return ", ".join(map(str, value)) or "none" if isinstance(value, list) else str(value)
+
+
 def bar(share: float) -> Html:
     """Return a horizontal bar that fills a share, between 0 and 1, of a table cell."""
     return tag("span", tag("span", "", style=f"width:{100 * min(max(share, 0.0), 1.0):.1f}%"), class_="bar")

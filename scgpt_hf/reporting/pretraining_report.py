@@ -4,7 +4,6 @@ Numbers come from the run folder, as `publishing/run_summary.py` states them. `p
 """
 
 from pathlib import Path
-from typing import Any
 
 from scgpt_hf.publishing.record import RunRecord, read_metrics
 from scgpt_hf.publishing.run_summary import error_rows, pretraining_data, pretraining_recipe, read_summary
@@ -17,6 +16,7 @@ from scgpt_hf.reporting.page import (
     embed_figure,
     embed_image,
     figures,
+    format_value,
     key_numbers,
     page,
     paragraph,
@@ -131,11 +131,7 @@ def _how_to_load(run: Path) -> Html:
 
 def _settings(settings: RunRecord) -> list[Html]:
     return [
-        collapsed(f"All settings: {name}", table([(key, _format(value)) for key, value in group.items()]))
+        collapsed(f"All settings: {name}", table([(key, format_value(value)) for key, value in group.items()]))
         for name, group in settings.content.items()
         if isinstance(group, dict)
     ]
-
-
-def _format(value: Any) -> str:
-    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)

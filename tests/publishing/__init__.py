@@ -1,1 +1,1 @@
-"""Tests of publishing."""
+"""Tests of run records and model cards."""

@@ -1,1 +1,1 @@
-"""Tests of reporting."""
+"""Tests of figures and report pages."""
