@@ -1,7 +1,8 @@
-"""The data a newcomer trains on when told nothing: 700 real blood cells that come with scanpy.
+"""The demo data: 700 real blood cells that come with scanpy, used when no other data are configured.
 
-Decides how their counts are recovered and what donors they are given. The result is an ordinary local Census, written
-by `cells/build.py`, so the demo takes the same path as 160 million cells. Needs no network.
+scanpy stores these cells as logarithms of normalised counts, so their raw counts are recovered first. The result is an
+ordinary local Census, written by `cells/soma/build.py`: the demo runs the same code as a training on 160 million cells.
+It needs no network.
 """
 
 import logging
@@ -16,22 +17,32 @@ from scipy.sparse import csr_matrix
 
 logger = logging.getLogger(__name__)
 
-TARGET_SUM = 10_000  # counts per cell after scanpy's normalisation of this data set
-ROUNDING = 0.0005  # the log values are stored to three decimals
+TARGET_SUM = 10_000  # counts per cell after scanpy's normalisation of this dataset
+ROUNDING = 0.0005  # largest rounding error of the log values, which are stored with three decimals
 N_CELLS = 700
 
 
 def demo_census(folder: str | Path) -> Path:
-    """Return a local Census with scanpy's 700 PBMCs (`pbmc68k_reduced`), built at `folder` unless it is there already.
+    """Build a local Census with scanpy's 700 PBMCs (`pbmc68k_reduced`), unless `folder` already has it.
 
-    The counts are the original ones of 765 genes, recovered exactly and checked. The cells are all from one donor
-    ("donor A" of Zheng et al. 2017), run in eight wells. **The wells stand in for donors** (`donor_id` "pbmc68k_well_1"
-    to "pbmc68k_well_8"), so that the demo can split by donor as every run does; its validation loss therefore says
-    nothing about new people. Genes are known by symbol only, and `feature_id` is the symbol.
+    The counts are the original raw counts of 765 genes, recovered exactly and checked. All cells are from one donor
+    ("donor A" of Zheng et al. 2017) and were sequenced in eight wells. **The wells are used as donors** (`donor_id`
+    "pbmc68k_well_1" to "pbmc68k_well_8"), so that the demo can be split by donor like any other run. So its validation
+    loss says nothing about new people. The dataset has gene symbols only, and `feature_id` is the symbol.
+
+    Args:
+        folder: folder of the Census.
+
+    Returns:
+        `folder`.
 
     Raises:
-        ValueError: scanpy's data are not as expected and whole counts cannot be recovered, or something else is at
-            `folder`.
+        ValueError: raw counts cannot be recovered from the data of this version of scanpy, or `folder` has other data.
+
+    Example:
+        >>> folder = demo_census("demo")  # doctest: +SKIP
+        >>> len(open_source(folder).obs())  # doctest: +SKIP
+        700
 
     Source: scanpy `datasets/_datasets.py:pbmc68k_reduced`; Zheng et al. 2017, Nature Communications 8:14049.
     """
@@ -45,16 +56,22 @@ def demo_census(folder: str | Path) -> Path:
             demo_cells().write_h5ad(path)
             build_census([path], folder)
     if (n_cells := len(open_source(folder).obs())) != N_CELLS:
-        raise ValueError(f"{str(folder)!r} holds {n_cells:,} cells, not the demo's {N_CELLS}; choose another folder")
-    logger.info("demo data in %s: 700 real cells of one donor; its eight sequencing wells stand in for donors", folder)
+        raise ValueError(
+            f"{str(folder)!r} has {n_cells:,} cells, expected the {N_CELLS} of the demo; choose another folder"
+        )
+    logger.info("demo data in %s: 700 real cells of one donor, whose eight sequencing wells are used as donors", folder)
     return folder
 
 
 def demo_cells() -> AnnData:
-    """Return the cells as an AnnData: raw counts in X, and the obs columns of the Census that are known.
+    """Return the cells of the demo as an AnnData, with raw counts in X and obs columns of the Census.
 
     Raises:
-        ValueError: as `demo_census`.
+        ValueError: raw counts cannot be recovered from the data of this version of scanpy.
+
+    Example:
+        >>> demo_cells().shape
+        (700, 765)
     """
     from scanpy.datasets import pbmc68k_reduced
 
@@ -79,25 +96,25 @@ def demo_cells() -> AnnData:
 
 
 def recover_counts(logged: csr_matrix, totals: NDArray[np.floating]) -> csr_matrix:
-    """Return the whole counts behind `log1p(counts / totals * 10,000)` rounded to three decimals.
+    """Recover raw counts from `log1p(counts / totals * 10,000)`, rounded to three decimals.
 
     Args:
         logged: rounded log values. Shape (cells, genes).
-        totals: counts of each cell, over all genes ever measured. Shape (cells,).
+        totals: counts of each cell, over all genes that were measured. Shape (cells,).
 
     Returns:
-        float32 counts, each the only whole number that rounds to its log value. Shape (cells, genes).
+        float32 counts, each of them the only whole number with that log value. Shape (cells, genes).
 
     Raises:
-        ValueError: a log value is not that of a whole count.
+        ValueError: a log value is not that of a whole number.
     """
     scale = np.repeat(TARGET_SUM / totals.astype(np.float64), np.diff(logged.indptr))
-    whole = np.rint(np.expm1(logged.data.astype(np.float64)) / scale)
-    miss = np.abs(np.log1p(whole * scale) - logged.data)
-    if n_wrong := int((miss > ROUNDING + 1e-6).sum()):
+    counts = np.rint(np.expm1(logged.data.astype(np.float64)) / scale)
+    errors = np.abs(np.log1p(counts * scale) - logged.data)
+    if n_wrong := int((errors > ROUNDING + 1e-6).sum()):
         raise ValueError(
-            f"cannot recover raw counts: {n_wrong:,} of {miss.size:,} log values lie up to {miss.max():.2g} from "
-            f"that of a whole count, expected at most {ROUNDING}; does scanpy still "
-            f"normalise this data set to {TARGET_SUM:,}?"
+            f"cannot recover raw counts: {n_wrong:,} of {errors.size:,} log values differ by up to {errors.max():.2g} "
+            f"from that of a whole number, expected at most {ROUNDING}; does scanpy still normalise this dataset to "
+            f"{TARGET_SUM:,} counts per cell?"
         )
-    return csr_matrix((whole.astype(np.float32), logged.indices, logged.indptr), shape=logged.shape)
+    return csr_matrix((counts.astype(np.float32), logged.indices, logged.indptr), shape=logged.shape)

@@ -1,4 +1,4 @@
-"""The demo's cells are real counts, recovered exactly, in wells that stand in for donors."""
+"""The demo data: raw counts that are recovered exactly, with sequencing wells as donors."""
 
 import numpy as np
 import pytest
@@ -10,13 +10,13 @@ from scgpt_hf.cells.source import open_source
 from scgpt_hf.demo import demo_census, recover_counts
 
 
-def test_the_demo_is_built_once_and_read_as_a_census(tmp_path, caplog):
+def test_the_demo_is_built_once_and_opens_as_a_census(tmp_path, caplog):
     folder = demo_census(tmp_path / "demo")
     written = (folder / "census_info").stat().st_mtime_ns
     with caplog.at_level("INFO"):
         assert demo_census(folder) == folder
     assert (folder / "census_info").stat().st_mtime_ns == written
-    assert "wells stand in for donors" in caplog.text
+    assert "wells are used as donors" in caplog.text
     with open_source(folder, obs_filter="tissue_general == 'blood' and disease == 'normal'") as source:
         obs = source.obs(["donor_id", "cell_type"])
         counts = source.read(obs.index.to_numpy()).counts
@@ -26,8 +26,8 @@ def test_the_demo_is_built_once_and_read_as_a_census(tmp_path, caplog):
     assert np.median(counts.data) == 1
 
 
-def test_another_folder_is_not_taken_for_the_demo(small_census):
-    with pytest.raises(ValueError, match="holds 270 cells, not the demo's 700"):
+def test_a_folder_with_other_data_raises(small_census):
+    with pytest.raises(ValueError, match="has 270 cells, expected the 700 of the demo"):
         demo_census(small_census)
 
 
@@ -40,6 +40,6 @@ def test_recover_counts_inverts_scanpys_normalisation(counts, unseen):
     assert recovered.toarray()[0].tolist() == counts
 
 
-def test_recover_counts_refuses_what_was_not_counts():
+def test_values_that_are_not_logarithms_of_counts_raise():
     with pytest.raises(ValueError, match="cannot recover raw counts: 1 of 2 log values"):
         recover_counts(csr_matrix(np.log1p([[4.0, 4.6]])), np.array([10_000.0]))

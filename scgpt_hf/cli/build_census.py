@@ -1,14 +1,14 @@
-#!/usr/bin/env python
 """Build a local SOMA in the layout of the CELLxGENE Census from your own .h5ad files.
 
-Example:
-    python scripts/build_census.py data/*.h5ad --out my_census
-    accelerate launch scripts/pretrain.py --data my_census
+Examples:
+  python scripts/build_census.py data/*.h5ad --out my_census
+  accelerate launch scripts/pretrain.py --data my_census
 
-Each file becomes one dataset. It must hold raw counts (whole numbers) and obs['donor_id'], by which cells are split.
-Genes are joined by Ensembl id, taken from the index of var or from a column such as feature_id or gene_ids. The other
-obs columns of the Census (cell_type, assay, tissue_general, disease, suspension_type, is_primary_data ...) are taken
-where present and 'unknown' where not. Files are checked on the way; a build that fails leaves nothing behind.
+Each file becomes one dataset. A file needs raw counts (whole numbers) and an obs column donor_id, because training and
+validation cells are split by donor. Genes of different files are matched by Ensembl id, from the index of var or from a
+column such as feature_id or gene_ids. The other obs columns of the Census (cell_type, assay, tissue_general, disease,
+suspension_type, is_primary_data and more) are copied if a file has them, and filled with "unknown" or, for
+is_primary_data, with True if not. All files are checked; a build that fails leaves no folder.
 """
 
 import argparse
@@ -20,18 +20,19 @@ from scgpt_hf.cli.process import tune_process
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Read the command line, build, and say where the result lies."""
+    """Build the Census given on the command line."""
     tune_process()
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("files", nargs="+", metavar="FILE.h5ad", help="one or many .h5ad files")
-    parser.add_argument("--out", required=True, metavar="DIR", help="folder to write; must not exist yet")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("files", nargs="+", metavar="FILE.h5ad", help="one or more .h5ad files")
+    parser.add_argument("--out", required=True, metavar="DIR", help="folder to create; it must not exist yet")
     parser.add_argument("--organism", default="homo_sapiens", help="name of the organism (default: %(default)s)")
-    parser.add_argument("--layer", help="layer with the raw counts, or .raw for AnnData's own (default: X)")
+    parser.add_argument("--layer", help="layer with the raw counts, or .raw for AnnData.raw (default: X)")
     parser.add_argument(
-        "--keep_obs", nargs="*", default=[], metavar="COLUMN", help="obs columns to keep besides those of the Census"
+        "--keep_obs",
+        nargs="*",
+        default=[],
+        metavar="COLUMN",
+        help="more obs columns to copy, besides those of the Census",
     )
     settings = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
@@ -44,7 +45,7 @@ def main(arguments: list[str] | None = None) -> None:
             keep_obs=settings.keep_obs,
         )
     except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+        sys.exit(f"build_census.py: {error}")
     print(f"wrote {folder}; train on it with: accelerate launch scripts/pretrain.py --data {folder}")
 
 
