@@ -1,35 +1,46 @@
-"""Fixtures every room shares: the folder of real data and reference tensors."""
+"""Fixtures for all tests: the folder of shared data, and small synthetic cells.
+
+This module imports pytest and the standard library only, so that `pytest -m gpu tests/gpu` runs on a machine with
+little more than torch, transformers and numpy. Fixtures import what they need.
+"""
+
+from __future__ import annotations
 
 import os
 import signal
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
 
 from tests.support import ROOT
 
-# Several test processes share the cores; torch and numpy read this when they are first imported, below.
+if TYPE_CHECKING:
+    from anndata import AnnData
+
+# Several test processes share the cores. torch and numpy read this variable when they are first imported.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-# Some tests send SIGINT, which a job that a script starts with `&` is told to ignore, and so would what it starts.
+# Some tests send SIGINT to a subprocess. A job that a shell starts with `&` ignores SIGINT, and so would its children.
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
-
-import numpy as np
-import pandas as pd
-import pytest
-from anndata import AnnData
-from scipy.sparse import csr_matrix
 
 
 @pytest.fixture(scope="session")
 def shared() -> Path:
-    """The folder with `data/blood` and `fixtures/scgpt_parity`; tests that need it skip where it is absent."""
+    """The folder with `data/blood` and `fixtures/scgpt_parity`; tests that need it are skipped if it does not exist."""
     folder = Path(os.environ.get("SCGPT_HF_SHARED", ROOT.parent / "shared"))
     if not folder.is_dir():
-        pytest.skip(f"no shared data at {folder}; set SCGPT_HF_SHARED to the folder that holds data/ and fixtures/")
+        pytest.skip(f"no shared data at {folder}; set SCGPT_HF_SHARED to the folder that contains data/ and fixtures/")
     return folder
 
 
 def _synthetic_cells(seed: int, genes: range, n_cells: int, donors: list[str], dataset_id: str) -> AnnData:
-    """Blood cells of four types, each with ten marker genes; gene i has the same rates in every data set."""
+    """Return cells of four types with ten marker genes each; a gene has the same rates in every data set."""
+    import numpy as np
+    import pandas as pd
+    from anndata import AnnData
+    from scipy.sparse import csr_matrix
+
     rates = np.random.default_rng(0).gamma(0.4, 2.0, size=(4, 200))
     for cell_type in range(4):
         rates[cell_type, 10 * cell_type : 10 * cell_type + 10] += 8
@@ -58,7 +69,7 @@ def _synthetic_cells(seed: int, genes: range, n_cells: int, donors: list[str], d
 
 @pytest.fixture(scope="session")
 def small_cells() -> list[AnnData]:
-    """Two data sets of 160 and 140 blood cells: 200 genes of which 170 in both, 7 donors of which one in both."""
+    """Two data sets of 160 and 140 blood cells. 170 of the 200 genes and one of the 7 donors occur in both."""
     return [
         _synthetic_cells(1, range(190), 160, ["donor_1", "donor_2", "donor_3", "donor_4"], "first"),
         _synthetic_cells(2, range(20, 200), 140, ["donor_4", "donor_5", "donor_6", "donor_7"], "second"),
@@ -67,7 +78,7 @@ def small_cells() -> list[AnnData]:
 
 @pytest.fixture(scope="session")
 def small_census(small_cells: list[AnnData], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A local SOMA in the Census layout with the 300 cells of `small_cells`, 270 of them primary."""
+    """A local SOMA in the layout of the Census with the 300 cells of `small_cells`, of which 270 are primary data."""
     from scgpt_hf.cells.soma.build import build_census
 
     folder = tmp_path_factory.mktemp("census")

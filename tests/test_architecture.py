@@ -1,4 +1,4 @@
-"""Rules of the package: what each part may import, how long a function may be, docstrings on public names."""
+"""Rules of the code: what each package may import, how long a function may be, how docstrings read."""
 
 import ast
 import subprocess
@@ -12,7 +12,7 @@ from tests.support import ROOT
 PACKAGE = ROOT / "scgpt_hf"
 FILES = sorted(PACKAGE.rglob("*.py"))
 
-# What each part of the package may import. The order is that of the pipeline: no part imports a later one.
+# What each subpackage or top-level module may import. A part may import earlier parts only, so there are no cycles.
 MAY_IMPORT: dict[str, set[str]] = {
     "cells": set(),
     "tokens": set(),
@@ -28,23 +28,23 @@ MAY_IMPORT: dict[str, set[str]] = {
     "pretraining": {"cells", "tokens", "model", "pipeline", "publishing", "training", "reporting"},
 }
 EVERYTHING = {"cli", "__init__"}
-# `save_pretrained` uploads these files beside the weights, so they may need nothing that a user of transformers lacks,
-# except inside a `try:`.
+# `save_pretrained` uploads the files of these packages with the weights, and users load them without scgpt_hf. They may
+# therefore import only what comes with transformers, and other libraries inside a `try:`.
 CLOSED = {"tokens": {"numpy", "torch", "transformers", "scipy"}, "model": {"torch", "transformers", "huggingface_hub"}}
 FORBIDDEN_NAMES = {"utils.py", "helpers.py", "common.py", "misc.py"}
-MOST_MODULES = 12  # in one folder
-MOST_LINES = 60  # of a function, without its docstring; ruff's C901 limits how complex it is
+MAX_MODULES = 12  # in one folder
+MAX_LINES = 60  # of a function, without its docstring; ruff's C901 limits its complexity
 
 
 def part_of(path: Path) -> str:
-    """Return the part of the package that a file belongs to: a folder or a module of the top level."""
+    """Return the subpackage or top-level module that a file belongs to."""
     return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
 
 
 def imports_of(path: Path) -> list[tuple[int, str, bool]]:
-    """(relative level, module, inside a `try:`) of every import of a file."""
+    """Return (relative level, module, inside a `try:`) of every import in a file."""
     tree = ast.parse(path.read_text())
-    tried = {
+    guarded = {
         id(node)
         for block in ast.walk(tree)
         if isinstance(block, ast.Try)
@@ -54,9 +54,9 @@ def imports_of(path: Path) -> list[tuple[int, str, bool]]:
     found = []
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
-            found += [(0, alias.name, id(node) in tried) for alias in node.names]
+            found += [(0, alias.name, id(node) in guarded) for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
-            found.append((node.level, node.module or "", id(node) in tried))
+            found.append((node.level, node.module or "", id(node) in guarded))
     return found
 
 
@@ -73,11 +73,11 @@ def test_parts_import_only_what_they_may(path: Path) -> None:
 @pytest.mark.parametrize("folder", sorted({path.parent for path in FILES}), ids=lambda path: path.name)
 def test_folders_are_small(folder: Path) -> None:
     modules = [path.name for path in folder.glob("*.py") if path.name != "__init__.py"]
-    assert len(modules) <= MOST_MODULES, f"{folder.name} has {len(modules)} modules"
+    assert len(modules) <= MAX_MODULES, f"{folder.name} has {len(modules)} modules"
 
 
 @pytest.mark.parametrize("part", CLOSED)
-def test_closed_parts_import_siblings_by_one_dot_and_little_else(part: str) -> None:
+def test_uploaded_packages_import_siblings_by_one_dot_and_little_else(part: str) -> None:
     siblings = {path.stem for path in (PACKAGE / part).glob("*.py")}
     for path in (PACKAGE / part).glob("*.py"):
         for level, module, tried in imports_of(path):
@@ -90,31 +90,32 @@ def test_closed_parts_import_siblings_by_one_dot_and_little_else(part: str) -> N
 
 
 @pytest.mark.parametrize("entry", ["tokens/processing_scgpt.py", "model/modeling_scgpt.py"])
-def test_what_auto_classes_load_imports_by_itself_every_sibling_that_its_siblings_need(entry: str) -> None:
-    """From a local folder, transformers 5.4 copies only the files that the loaded one names."""
+def test_the_loaded_module_imports_every_sibling_that_is_needed(entry: str) -> None:
+    """Transformers 5.4 copies from a local folder only the files that the loaded module imports itself."""
     found: set[str] = set()
-    wanted = {(PACKAGE / entry).stem}
-    while new := wanted - found:
+    needed = {(PACKAGE / entry).stem}
+    while new := needed - found:
         found |= new
         paths = [(PACKAGE / entry).with_name(f"{name}.py") for name in new]
-        wanted = {module for path in paths for level, module, _ in imports_of(path) if level}
-    named = {module for level, module, _ in imports_of(PACKAGE / entry) if level}
-    assert found - named == {(PACKAGE / entry).stem}
+        needed = {module for path in paths for level, module, _ in imports_of(path) if level}
+    imported = {module for level, module, _ in imports_of(PACKAGE / entry) if level}
+    assert found - imported == {(PACKAGE / entry).stem}
 
 
-def test_file_names_of_the_closed_parts_differ() -> None:
+def test_file_names_of_the_uploaded_packages_differ() -> None:
     names = [path.name for part in CLOSED for path in (PACKAGE / part).glob("*.py") if path.name != "__init__.py"]
     assert len(names) == len(set(names))
 
 
 def test_no_class_is_called_a_tokenizer() -> None:
+    """The library would register such a class in a way that `AutoFeatureExtractor` cannot read."""
     for path in FILES:
         for node in ast.walk(ast.parse(path.read_text())):
             assert not (isinstance(node, ast.ClassDef) and "Tokenizer" in node.name), f"{path.name}: {node.name}"
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
-def test_files_have_a_docstring_and_a_telling_name(path: Path) -> None:
+def test_files_have_a_docstring_and_a_specific_name(path: Path) -> None:
     text = path.read_text()
     assert path.name not in FORBIDDEN_NAMES
     assert not text or ast.get_docstring(ast.parse(text)), "no module docstring"
@@ -136,19 +137,42 @@ def test_public_names_have_docstrings_and_functions_are_short(path: Path) -> Non
         if isinstance(node, ast.FunctionDef):
             documented = ast.get_docstring(node) or ""
             length = node.end_lineno - node.lineno + 1 - len(documented.splitlines())
-            assert length <= MOST_LINES, f"{path.name}: {node.name} has {length} lines besides its docstring"
+            assert length <= MAX_LINES, f"{path.name}: {node.name} has {length} lines without its docstring"
 
 
 @pytest.mark.parametrize("script", sorted((ROOT / "scripts").glob("*.py")), ids=lambda path: path.name)
 def test_scripts_only_launch_a_command(script: Path) -> None:
-    if script.name == "conformance.py":  # for developers of this package; not a command
+    if script.name == "conformance.py":  # a tool for developers, not a command of the package
         return
     text = script.read_text()
     assert text.splitlines()[2].startswith("from scgpt_hf.cli.")
     assert text.endswith('if __name__ == "__main__":\n    main()\n')
 
 
-def test_importing_the_package_pulls_in_no_heavy_library() -> None:
+@pytest.mark.parametrize("path", sorted((ROOT / "tests").rglob("*.py")), ids=lambda path: path.stem)
+def test_test_modules_do_not_import_each_other(path: Path) -> None:
+    """Shared code belongs into tests/support; pytest would otherwise import a test module twice."""
+    for _, module, _ in imports_of(path):
+        assert not module.split(".")[-1].startswith("test_"), f"{path.name} imports {module}; use tests.support"
+
+
+def test_gpu_tests_need_only_the_libraries_of_the_model() -> None:
+    """On a GPU machine there may be little more than torch, transformers and numpy."""
+    code = """
+import sys
+for name in ("anndata", "tiledbsoma", "tiledb", "scanpy", "numba"):
+    sys.modules[name] = None  # raises ImportError if imported
+import pytest
+options = ["-o", "addopts=", "-p", "no:cacheprovider", "-p", "no:hypothesispytest", "--collect-only", "-q", "-m", "gpu"]
+assert pytest.main([*options, "tests/gpu"]) == 0
+print([name for name in ("pandas", "datasets", "pyarrow") if name in sys.modules])
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_importing_the_package_imports_no_heavy_library() -> None:
     heavy = "('tiledbsoma', 'scanpy', 'matplotlib', 'datasets')"
     code = f"import sys, scgpt_hf; print([name for name in {heavy} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -1,7 +1,7 @@
-"""What the tests of stopping run in a process of their own: a stream over SOMA, stopped in the way that is asked for.
+"""A subprocess of `test_reader_stops.py`: read a stream of a SOMA and stop in the requested way.
 
-Called as `python reading.py HOW ADDRESS`; says "reading" when the stream is busy, "left" with the names of the threads
-that are alive when the reader is closed.
+Run it as `python reading.py HOW ADDRESS`, where HOW is "read", "stall" or "leave". It prints "opened", then "reading"
+for each batch, then "left" with the names of the threads that are alive after the reader was closed.
 """
 
 import sys
@@ -19,14 +19,14 @@ from scgpt_hf.tokens.processing_scgpt import ScGPTProcessor
 
 
 def main(how: str, address: str) -> None:
-    """Read, and stop as asked."""
+    """Read, and stop in the requested way."""
     source = open_source(address)
     processor = ScGPTProcessor.from_genes(source.genes["feature_id"].tolist())
     plans = [plan_validation(source.obs().index.to_numpy(np.int64), 10, cells_per_window=20)] * 100
     batches = prefetch(stream_cells(source, plans, processor, StreamConfig(0, (0.5,))))
     print("opened", flush=True)
     if how == "stall":
-        sys.stdin.readline()  # until the server falls silent
+        sys.stdin.readline()  # the test sends a line when the server has started to stall
     if how == "leave":
         next(batches)
         return  # neither exhausted nor closed

@@ -1,4 +1,4 @@
-"""Memory, file handles and threads stay flat while a stream runs on; `benchmarks/soak.py` says it of 5,000 steps."""
+"""Memory, open files and threads do not grow while a stream runs; `benchmarks/soak.py` checks 5,000 steps."""
 
 import gc
 import threading
@@ -31,13 +31,13 @@ def source(request, small_census, small_cells, tmp_path):
             yield source
 
 
-def standing(process) -> tuple[int, int, int]:
-    """Bytes that Python has in use, open files, threads."""
+def measure_use(process) -> tuple[int, int, int]:
+    """Return the bytes that Python has allocated, and the numbers of open files and threads."""
     gc.collect()
     return tracemalloc.get_traced_memory()[0], process.num_fds(), threading.active_count()
 
 
-def test_hundreds_of_steps_take_no_more_memory_files_or_threads_than_the_first(source):
+def test_hundreds_of_steps_need_no_more_memory_files_or_threads(source):
     processor, process = ScGPTProcessor.from_genes(source.genes["feature_id"].tolist()), psutil.Process()
     ids = source.obs().index.to_numpy(np.int64)
     plans = [plan_epoch(ids, seed=0, epoch=epoch, batch_size=8, chunk_size=32) for epoch in range(60)]
@@ -46,12 +46,12 @@ def test_hundreds_of_steps_take_no_more_memory_files_or_threads_than_the_first(s
     try:
         with closing(prefetch(stream)) as batches:
             assert len(list(islice(batches, WARM_UP))) == WARM_UP
-            memory, files, threads = standing(process)
+            memory, files, threads = measure_use(process)
             assert len(list(islice(batches, STEPS))) == STEPS
-            later = standing(process)
+            later = measure_use(process)
     finally:
         tracemalloc.stop()
-    assert later[0] - memory < 500_000  # a leak of one batch a step would be 4 MB
+    assert later[0] - memory < 500_000  # leaking one batch per step would need 4 MB
     assert later[1] <= files + 2
     assert later[2] <= threads
 
@@ -64,12 +64,12 @@ def test_files_are_closed_with_their_source_and_when_opening_fails(small_cells, 
     broken.write_h5ad(paths[1])
     process = psutil.Process()
 
-    def ours() -> list[str]:
+    def open_h5ad_files() -> list[str]:
         return [file.path for file in process.open_files() if file.path.endswith(".h5ad")]
 
     with H5adSource(paths[0]):
-        assert ours() == [str(paths[0])]
-    assert not ours()
+        assert open_h5ad_files() == [str(paths[0])]
+    assert not open_h5ad_files()
     with pytest.raises(ValueError, match="expected raw counts"):
         H5adSource(paths)
-    assert not ours()
+    assert not open_h5ad_files()

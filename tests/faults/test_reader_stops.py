@@ -1,4 +1,4 @@
-"""A reader stops promptly and leaves nothing behind: on an error, on Ctrl-C, at exit, and while a store is silent."""
+"""A reader stops promptly and without leftover threads: after an error, on Ctrl-C, at exit, and when a store stalls."""
 
 import gc
 import os
@@ -26,11 +26,14 @@ from tests.support.s3_server import Faults, S3Server
 
 READING = Path(__file__).with_name("reading.py")
 PRETRAIN = ROOT / "scripts" / "pretrain.py"
-UNCACHED = {"TILEDB_SM_TILE_CACHE_SIZE": "0", "TILEDB_VFS_READ_AHEAD_CACHE_SIZE": "0"}  # so few cells stay in memory
+UNCACHED = {
+    "TILEDB_SM_TILE_CACHE_SIZE": "0",
+    "TILEDB_VFS_READ_AHEAD_CACHE_SIZE": "0",
+}  # so that few cells stay in memory
 
 
 class Reader:
-    """A process of `reading.py`; it is given a minute to end after it was told to."""
+    """A subprocess that runs `reading.py`. It must end within a minute after it is interrupted."""
 
     def __init__(self, how: str, address: object, **environment: str) -> None:
         self.process = subprocess.Popen(
@@ -50,22 +53,22 @@ class Reader:
 
     def interrupt(self) -> tuple[int, str, str]:
         self.process.send_signal(signal.SIGINT)
-        said, errors = self.process.communicate(timeout=60)
-        return self.process.returncode, said, errors
+        output, errors = self.process.communicate(timeout=60)
+        return self.process.returncode, output, errors
 
 
-def test_ctrl_c_while_reading_ahead_ends_the_process_at_once(small_census):
+def test_ctrl_c_while_prefetching_ends_the_process(small_census):
     reader = Reader("read", small_census)
     reader.wait_for("reading")
-    code, said, errors = reader.interrupt()
+    code, output, errors = reader.interrupt()
     assert code == -signal.SIGINT, errors
-    assert "scgpt-prefetch" not in said.splitlines()[-1]
+    assert "scgpt-prefetch" not in output.splitlines()[-1]
     assert errors.rstrip().endswith("KeyboardInterrupt")
 
 
-def test_a_process_that_was_started_to_ignore_ctrl_c_reads_on(small_census):
-    """As a script starts one with `&`; of TileDB's own handler it would die."""
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # what it inherits
+def test_a_process_that_ignores_ctrl_c_continues(small_census):
+    """A shell starts jobs with `&` in this way. TileDB's signal handler would end such a process."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # the subprocess inherits it
     try:
         reader = Reader("read", small_census)
     finally:
@@ -79,7 +82,7 @@ def test_a_process_that_was_started_to_ignore_ctrl_c_reads_on(small_census):
     assert reader.process.returncode == -signal.SIGTERM, errors
 
 
-def test_ctrl_c_while_a_store_is_silent_ends_the_process_in_seconds(small_census):
+def test_ctrl_c_while_a_store_stalls_ends_the_process_in_seconds(small_census):
     with S3Server(small_census) as server:
         reader = Reader("stall", "s3://census/", **server.environment)
         reader.wait_for("opened")
@@ -93,16 +96,16 @@ def test_ctrl_c_while_a_store_is_silent_ends_the_process_in_seconds(small_census
 
 
 @pytest.mark.slow
-def test_sigterm_while_a_store_is_silent_ends_a_run_with_a_checkpoint(small_census, tmp_path):
-    """Cells that never come, for a step or for a validation, keep nobody from saving what was learned."""
+def test_sigterm_while_a_store_stalls_ends_a_run_with_a_checkpoint(small_census, tmp_path):
+    """A stalled read, in training or validation, does not prevent the checkpoint."""
     sizes = ["--hidden_size", "16", "--num_hidden_layers", "1", "--num_attention_heads", "2", "--min_gene_counts", "1"]
     flags = ["--data", "s3://census/", "--output_dir", str(tmp_path / "run"), *sizes, "--num_train_epochs", "500"]
     clean = {name: value for name, value in os.environ.items() if not name.startswith(("AWS_", "TILEDB_"))}
-    with S3Server(small_census) as server, (tmp_path / "said").open("w+") as said:
+    with S3Server(small_census) as server, (tmp_path / "stderr").open("w+") as stderr:
         process = subprocess.Popen(
             [sys.executable, str(PRETRAIN), *flags, "--use_cpu", "true"],
             stdout=subprocess.DEVNULL,
-            stderr=said,
+            stderr=stderr,
             env={**clean, **server.environment, **UNCACHED, "OMP_NUM_THREADS": "1"},
         )
         assert wait_until((tmp_path / "run" / "split.json").exists, timeout_s=200), process.kill()
@@ -110,25 +113,25 @@ def test_sigterm_while_a_store_is_silent_ends_a_run_with_a_checkpoint(small_cens
         assert server.stalled.wait(60), process.kill()
         process.terminate()
         started = time.monotonic()
-        assert process.wait(60) == 143, (tmp_path / "said").read_text()
+        assert process.wait(60) == 143, (tmp_path / "stderr").read_text()
     assert time.monotonic() - started < 30
-    assert "stopped by SIGTERM" in (tmp_path / "said").read_text()
+    assert "stopped by SIGTERM" in (tmp_path / "stderr").read_text()
     verify(newest_valid(tmp_path / "run"))
 
 
 @pytest.mark.slow
-def test_a_stream_that_is_neither_exhausted_nor_closed_does_not_keep_the_process(small_census):
+def test_a_stream_that_is_neither_exhausted_nor_closed_does_not_block_exit(small_census):
     done = subprocess.run([sys.executable, str(READING), "leave", str(small_census)], capture_output=True, timeout=100)
     assert done.returncode == 0, done.stderr
 
 
-def ours(before: Sequence[threading.Thread] = ()) -> list[str]:
-    """The names of reading threads that are alive, but for those that were there before."""
+def reader_threads(before: Sequence[threading.Thread] = ()) -> list[str]:
+    """Return the names of our threads that are alive and not in `before`."""
     alive = [thread.name for thread in threading.enumerate() if thread not in before]
     return [name for name in alive if name.startswith(("scgpt-", "census-"))]
 
 
-def test_no_thread_is_left_after_readers_that_stopped_early_or_failed(small_census):
+def test_readers_that_stop_early_or_fail_leave_no_thread(small_census):
     before = threading.enumerate()
     with open_source(small_census) as source:
         processor = ScGPTProcessor.from_genes(source.genes["feature_id"].tolist())
@@ -143,21 +146,21 @@ def test_no_thread_is_left_after_readers_that_stopped_early_or_failed(small_cens
         del batches
 
     def left() -> list[str]:
-        gc.collect()  # a block that was still being read when its stream was given up is freed after that
-        return ours(before)
+        gc.collect()  # frees a block that was being read when its stream was closed
+        return reader_threads(before)
 
     assert wait_until(lambda: not left()), left()
 
 
-def wait_until(true, timeout_s: float = 60) -> bool:
-    """Whether it becomes true in time: a thread that was told to end still takes a moment."""
+def wait_until(condition, timeout_s: float = 60) -> bool:
+    """Wait until a condition holds and return whether it does; threads take a moment to end."""
     until = time.monotonic() + timeout_s
-    while not true() and time.monotonic() < until:
+    while not condition() and time.monotonic() < until:
         time.sleep(0.01)
-    return true()
+    return condition()
 
 
-def test_reading_threads_return_results_in_order_and_raise_what_the_task_raised():
+def test_a_pool_returns_results_in_order_and_raises_the_errors_of_tasks():
     pool = DaemonThreadPool(3, "scgpt-test")
     assert list(pool.map(lambda number: number**2, range(50))) == [number**2 for number in range(50)]
     with pytest.raises(ZeroDivisionError):
@@ -165,10 +168,10 @@ def test_reading_threads_return_results_in_order_and_raise_what_the_task_raised(
     pool.shutdown()
     with pytest.raises(RuntimeError, match="shut down"):
         pool.submit(int)
-    assert not [name for name in ours() if name.startswith("scgpt-test")]
+    assert not [name for name in reader_threads() if name.startswith("scgpt-test")]
 
 
-def test_shutting_down_cancels_what_has_not_begun_and_leaves_what_hangs(monkeypatch, caplog):
+def test_shutdown_cancels_waiting_tasks_and_does_not_wait_for_hanging_ones(monkeypatch, caplog):
     monkeypatch.setattr(threads, "JOIN_TIMEOUT_S", 0.05)
     pool, released = DaemonThreadPool(1, "scgpt-test"), threading.Event()
     hanging, waiting = pool.submit(released.wait), pool.submit(int)
@@ -182,8 +185,8 @@ def test_shutting_down_cancels_what_has_not_begun_and_leaves_what_hangs(monkeypa
     join_within([thread for thread in threading.enumerate() if thread.name == "scgpt-test_0"], 60)
 
 
-def test_the_interpreter_waits_for_a_read_in_progress_and_begins_no_other():
-    """A thread that comes back from C++ to an interpreter that has gone would abort the process."""
+def test_the_interpreter_waits_for_a_running_read_and_starts_no_other():
+    """A thread that returns from C++ after the interpreter has finished would abort the process."""
     code = (
         "import threading, time; from scgpt_hf.cells.threads import DaemonThreadPool\n"
         "begun = threading.Event()\n"

@@ -1,4 +1,4 @@
-"""What only a CUDA device can show; run with `pytest -m gpu tests`. Everything here skips where there is none."""
+"""Fixtures of the tests that need a CUDA device. Run them with `pytest -m gpu tests`."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""On a GPU: packed equals padded in bf16, the variable-length kernel equals SDPA, and compiled equals eager."""
+"""On a GPU, packed equals padded in bf16, the variable-length kernel equals SDPA, and compiled equals eager."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -8,13 +8,10 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from scgpt_hf.model.configuration_scgpt import ScGPTConfig
-from scgpt_hf.model.modeling_scgpt import ScGPTForPreTraining
 from scgpt_hf.tokens.packing_scgpt import IGNORE, Tokens, bucket, pack, pad
+from tests.support.models import N_GENES, PAD_ID, random_cells, small_model
 
 pytestmark = pytest.mark.gpu
-
-GENES, PAD, CLS = 1000, 1000, 1001
 
 
 @pytest.fixture(autouse=True)
@@ -24,26 +21,8 @@ def fresh_compiler() -> Iterator[None]:
     torch._dynamo.reset()
 
 
-def masked_cells(n_cells: int, mean_tokens: int, seed: int = 0) -> Tokens:
-    rng = np.random.default_rng(seed)
-    indptr = np.cumsum([0, *np.maximum(rng.poisson(mean_tokens, n_cells), 2)])
-    ids = rng.integers(0, GENES, indptr[-1])
-    ids[indptr[:-1]] = CLS
-    bins = rng.integers(1, 51, indptr[-1]).astype(np.float32)
-    hidden = (rng.random(indptr[-1]) < 0.5) & (ids != CLS)
-    values, labels = np.where(hidden, np.float32(-1), bins), np.where(hidden, bins, np.float32(IGNORE))
-    return Tokens(ids, values, labels, indptr, np.arange(n_cells))
-
-
-def network_on(gpu: torch.device, attention: str = "scgpt_varlen", **settings: Any) -> ScGPTForPreTraining:
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 128}
-    config = ScGPTConfig(vocab_size=GENES + 2, pad_token_id=PAD, **sizes, **{"dropout": 0.0, **settings})
-    return ScGPTForPreTraining._from_config(config, attn_implementation=attention).to(gpu)
-
-
-def loss_and_gradients(network: Any, batch: dict[str, Any], *, bf16: bool) -> tuple[Any, torch.Tensor]:
-    """The output, and all gradients end to end."""
+def output_and_gradients(network: Any, batch: dict[str, Any], *, bf16: bool) -> tuple[Any, torch.Tensor]:
+    """Return the output and all gradients in one vector."""
     network.zero_grad()
     batch = {key: value.cuda() if isinstance(value, torch.Tensor) else value for key, value in batch.items()}
     with torch.autocast("cuda", torch.bfloat16, enabled=bf16):
@@ -59,14 +38,14 @@ def assert_near(found: torch.Tensor, expected: torch.Tensor, relative: float) ->
 
 @pytest.mark.parametrize(("bf16", "relative"), [(True, 3e-2), (False, 1e-4)])
 def test_packed_equals_padded_and_bucketed(gpu: torch.device, bf16: bool, relative: float) -> None:
-    tokens, network = masked_cells(24, 90), network_on(gpu)
-    expected, gradients = loss_and_gradients(network, pad(tokens, pad_id=PAD, pad_value=-2.0), bf16=False)
+    tokens, network = random_cells(24, 90, N_GENES), small_model(gpu)
+    expected, gradients = output_and_gradients(network, pad(tokens, pad_id=PAD_ID, pad_value=-2.0), bf16=False)
     for batch in (
-        pad(tokens, pad_id=PAD, pad_value=-2.0),
+        pad(tokens, pad_id=PAD_ID, pad_value=-2.0),
         pack(tokens),
-        bucket(pack(tokens), pad_id=PAD, pad_value=-2.0),
+        bucket(pack(tokens), pad_id=PAD_ID, pad_value=-2.0),
     ):
-        found, found_gradients = loss_and_gradients(network, batch, bf16=bf16)
+        found, found_gradients = output_and_gradients(network, batch, bf16=bf16)
         assert_near(found.loss, expected.loss, relative)
         assert_near(found.gep[: len(expected.gep)].float(), expected.gep, relative)
         assert_near(found.cell_embedding.float(), expected.cell_embedding, relative)
@@ -74,43 +53,45 @@ def test_packed_equals_padded_and_bucketed(gpu: torch.device, bf16: bool, relati
 
 
 def test_the_kernel_equals_sdpa_with_a_block_mask(gpu: torch.device) -> None:
-    batch = pack(masked_cells(16, 100))
-    expected, gradients = loss_and_gradients(network_on(gpu, "sdpa"), batch, bf16=True)
-    found, found_gradients = loss_and_gradients(network_on(gpu), batch, bf16=True)
+    batch = pack(random_cells(16, 100, N_GENES))
+    expected, gradients = output_and_gradients(small_model(gpu, "sdpa"), batch, bf16=True)
+    found, found_gradients = output_and_gradients(small_model(gpu), batch, bf16=True)
     assert_near(found.last_hidden_state.float(), expected.last_hidden_state.float(), 2e-2)
     assert_near(found_gradients, gradients, 4e-2)
 
 
-def test_differences_of_the_kernel_have_no_direction(gpu: torch.device) -> None:
-    tokens, network = masked_cells(64, 100), network_on(gpu).eval()
-    padded, _ = loss_and_gradients(network, pad(tokens, pad_id=PAD, pad_value=-2.0), bf16=False)
-    packed, _ = loss_and_gradients(network, pack(tokens), bf16=True)
+def test_differences_of_the_kernel_have_mean_zero(gpu: torch.device) -> None:
+    tokens, network = random_cells(64, 100, N_GENES), small_model(gpu).eval()
+    padded, _ = output_and_gradients(network, pad(tokens, pad_id=PAD_ID, pad_value=-2.0), bf16=False)
+    packed, _ = output_and_gradients(network, pack(tokens), bf16=True)
     difference = (packed.gep.float() - padded.gep).double()
     assert difference.mean().abs() < 0.2 * difference.abs().mean()
 
 
-def test_no_length_compiles_anew(gpu: torch.device) -> None:
-    network = network_on(gpu)
+def test_no_length_recompiles(gpu: torch.device) -> None:
+    network = small_model(gpu)
     counter = CompileCounterWithBackend("inductor")
     compiled = torch.compile(network, backend=counter, fullgraph=True)
     for seed, mean_tokens in enumerate((40, 55, 75, 100, 140, 200)):
-        packed = pack(masked_cells(24, mean_tokens, seed))
-        expected, gradients = loss_and_gradients(network, packed, bf16=True)
-        found, found_gradients = loss_and_gradients(compiled, bucket(packed, pad_id=PAD, pad_value=-2.0), bf16=True)
+        packed = pack(random_cells(24, mean_tokens, N_GENES, seed))
+        expected, gradients = output_and_gradients(network, packed, bf16=True)
+        found, found_gradients = output_and_gradients(
+            compiled, bucket(packed, pad_id=PAD_ID, pad_value=-2.0), bf16=True
+        )
         assert_near(found.loss, expected.loss, 2e-2)
         assert_near(found_gradients, gradients, 5e-2)
     assert counter.frame_count <= 3
 
 
 @pytest.mark.parametrize("length", [1, 7, 128, 129])
-def test_a_row_that_no_cell_ends_in_has_finite_gradients(gpu: torch.device, length: int) -> None:
-    """The kernel gets an empty last cell, or one of padding alone."""
+def test_empty_and_padding_cells_have_finite_gradients(gpu: torch.device, length: int) -> None:
+    """The last cell of the kernel is empty, or contains padding only."""
     indptr = np.array([0, length, length + 3])
     ids, bins = np.full(length + 3, 5), np.ones(length + 3, np.float32)
     labels = np.where(np.arange(length + 3) % 2 == 1, bins, np.float32(IGNORE))
     batch = pack(Tokens(ids, bins, labels, indptr, np.arange(2)))
-    network = network_on(gpu)
-    for row in (batch, bucket(batch, pad_id=PAD, pad_value=-2.0)):
-        output, gradients = loss_and_gradients(network, row, bf16=True)
+    network = small_model(gpu)
+    for row in (batch, bucket(batch, pad_id=PAD_ID, pad_value=-2.0)):
+        output, gradients = output_and_gradients(network, row, bf16=True)
         assert torch.isfinite(output.loss)
         assert torch.isfinite(gradients).all()

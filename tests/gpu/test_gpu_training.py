@@ -1,32 +1,31 @@
-"""On a GPU: no step makes the host wait, and a run of 20 steps learns, eager and compiled."""
+"""On a GPU, no step makes the host wait, and a run of 20 steps learns, eager and compiled."""
+
+from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 from transformers import TrainerCallback
 
-from scgpt_hf.pretraining import prepare_run
 from scgpt_hf.tokens.packing_scgpt import bucket, pack
-from scgpt_hf.training.recipe import make_trainer
-from scgpt_hf.training.selection import save_selection
-from scgpt_hf.training.settings_parsing import parse_settings
-from scgpt_hf.training.trainer import ScGPTTrainer
-from tests.gpu.test_gpu_model import PAD, masked_cells, network_on
+from tests.support.models import N_GENES, PAD_ID, random_cells, small_model
+
+if TYPE_CHECKING:
+    from scgpt_hf.training.trainer import ScGPTTrainer
 
 pytestmark = pytest.mark.gpu
 
-SMALL = [
+FLAGS = [
     *("--hidden_size", "64", "--num_hidden_layers", "2", "--num_attention_heads", "1", "--intermediate_size", "64"),
-    *("--min_gene_counts", "1", "--validation_fraction", "0.3", "--disable_tqdm", "true", "--chunks_per_window", "1"),
     *("--max_steps", "20", "--eval_strategy", "no", "--save_strategy", "no", "--load_best_model_at_end", "false"),
-    *("--learning_rate", "1e-3", "--per_device_train_batch_size", "16"),
+    *("--learning_rate", "1e-3", "--per_device_train_batch_size", "16", "--use_cpu", "false"),
 ]
 
 
-class ErrorOnWaiting(TrainerCallback):
-    """Has PyTorch raise where the host waits for the GPU, from the eleventh step on, when all is compiled."""
+class RaiseOnSync(TrainerCallback):
+    """Makes PyTorch raise if the host waits for the GPU, after ten steps, when everything is compiled."""
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if state.global_step == 10:
@@ -37,20 +36,26 @@ class ErrorOnWaiting(TrainerCallback):
             torch.cuda.set_sync_debug_mode("default")
 
 
+@pytest.fixture(scope="session")
+def training_libraries() -> None:
+    """Skip tests of training on a machine that has the libraries of the model only."""
+    for name in ("anndata", "tiledbsoma", "datasets"):
+        pytest.importorskip(name)
+
+
 def trainer_for(census: Path, folder: Path, *flags: str) -> ScGPTTrainer:
-    settings = parse_settings([*SMALL, "--data", str(census), "--output_dir", str(folder), *flags], "test")
-    run = prepare_run(settings)
-    trainer = make_trainer(run.data_module, run.model, settings.training)
-    save_selection(run.selection, run.source, settings)
-    return trainer
+    # Imported here, because a machine with the libraries of the model only must be able to import this module.
+    from tests.support.training import prepare
+
+    return prepare(census, folder, *FLAGS, *flags)[0]
 
 
 @pytest.mark.parametrize("compiled", [False, True])
-def test_a_bare_step_never_waits(gpu: torch.device, compiled: bool) -> None:
-    network = network_on(gpu, dropout=0.2)
+def test_a_plain_step_never_waits(gpu: torch.device, compiled: bool) -> None:
+    network = small_model(gpu, dropout=0.2)
     forward = torch.compile(network) if compiled else network
     optimizer = torch.optim.AdamW(network.parameters(), fused=True)
-    batches = [bucket(pack(masked_cells(16, 60, seed)), pad_id=PAD, pad_value=-2.0) for seed in range(6)]
+    batches = [bucket(pack(random_cells(16, 60, N_GENES, seed)), pad_id=PAD_ID, pad_value=-2.0) for seed in range(6)]
     batches = [{key: value.pin_memory() if isinstance(value, torch.Tensor) else value for key, value in batch.items()}
                for batch in batches]  # fmt: skip
     torch.cuda.synchronize()
@@ -72,9 +77,11 @@ def test_a_bare_step_never_waits(gpu: torch.device, compiled: bool) -> None:
 
 
 @pytest.mark.parametrize("compiled", ["false", "true"])
-def test_no_step_of_the_trainer_waits(gpu: torch.device, small_census: Path, tmp_path: Path, compiled: str) -> None:
+def test_no_step_of_the_trainer_waits(
+    gpu: torch.device, training_libraries: None, small_census: Path, tmp_path: Path, compiled: str
+) -> None:
     trainer = trainer_for(small_census, tmp_path / "run", "--logging_steps", "100", "--torch_compile", compiled)
-    trainer.add_callback(ErrorOnWaiting())
+    trainer.add_callback(RaiseOnSync())
     try:
         trainer.train()
     finally:
@@ -83,7 +90,9 @@ def test_no_step_of_the_trainer_waits(gpu: torch.device, small_census: Path, tmp
 
 
 @pytest.mark.parametrize("compiled", ["false", "true"])
-def test_twenty_steps_learn(gpu: torch.device, small_census: Path, tmp_path: Path, compiled: str) -> None:
+def test_twenty_steps_learn(
+    gpu: torch.device, training_libraries: None, small_census: Path, tmp_path: Path, compiled: str
+) -> None:
     trainer = trainer_for(small_census, tmp_path / "run", "--logging_steps", "5", "--torch_compile", compiled)
     assert trainer.args.bf16
     trainer.train()

@@ -1,4 +1,4 @@
-"""Every row of the original's binning, both bin counts: edges to the digit, tie ranges, our own draws."""
+"""Bin edges and tie ranges equal the original's, and random ties are uniform on its ranges."""
 
 import json
 from pathlib import Path
@@ -14,13 +14,13 @@ Fixture = tuple[dict[str, np.ndarray], dict[str, list[object]]]
 
 
 @pytest.fixture(scope="module")
-def fixture(shared: Path) -> Fixture:
-    folder = shared / "fixtures" / "scgpt_parity" / "binning"
+def fixture(fixtures: Path) -> Fixture:
+    folder = fixtures / "binning"
     return load_file(folder / "binning.safetensors"), json.loads((folder / "binning.json").read_text())
 
 
 def _bins_of_rows(rows: np.ndarray, n_bins: int, ties: Ties, seed: int = 0) -> Int64Array:
-    """All rows binned as one block; unexpressed genes get 0."""
+    """Bin all rows in one call; genes that are not expressed get 0."""
     expressed = rows > 0
     indptr = np.concatenate([[0], np.cumsum(expressed.sum(1))])
     keys = cell_keys(np.arange(len(rows)), seed=seed, epoch=0, purpose=TIES)

@@ -1,4 +1,4 @@
-"""Each case of the fixtures as a folder: converted, saved, loaded by the Auto classes; and the two that do not fit."""
+"""Checkpoints of the original convert, save and load with the Auto classes; two kinds of them are not supported."""
 
 import json
 import runpy
@@ -12,20 +12,15 @@ from safetensors.torch import load_file
 from transformers import AutoModel, AutoModelForPreTraining, AutoModelForSequenceClassification, AutoProcessor
 
 from scgpt_hf.conversion.checkpoint import convert_scgpt, save_converted
-from tests.parity.test_model_parity import CASES, close, switches_of
 from tests.support import ROOT
 from tests.support.original_scgpt import Original, forward
+from tests.support.parity import CASES, assert_matches, switches_of
 
 SCRIPT = ROOT / "scripts" / "convert.py"
 
 
-@pytest.fixture(scope="session")
-def fixtures(shared: Path) -> Path:
-    return shared / "fixtures" / "scgpt_parity"
-
-
 def read(folder: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """The constructor's arguments, the batch as our models take it, and what the original made of it."""
+    """Return the arguments of the constructor, the batch for our models, and the outputs of the original."""
     made = json.loads((folder / "case.json").read_text())["constructor"]
     inputs = load_file(folder / "inputs.safetensors")
     batch = {"input_ids": inputs["gene_ids"], "values": inputs["values"], "attention_mask": ~inputs["padding_mask"]}
@@ -34,7 +29,9 @@ def read(folder: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor], dict[st
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_a_saved_case_loads_by_every_auto_class_as_the_original(fixtures: Path, name: str, tmp_path: Path) -> None:
+def test_a_saved_case_gives_the_originals_numbers_in_every_auto_class(
+    fixtures: Path, name: str, tmp_path: Path
+) -> None:
     made, batch, expected = read(fixtures / name)
     atol = 2e-4 if name == "scaling_values" else 2e-5
     real = batch["attention_mask"]
@@ -43,12 +40,12 @@ def test_a_saved_case_loads_by_every_auto_class_as_the_original(fixtures: Path, 
         found = AutoModelForPreTraining.from_pretrained(out)(**batch)
         cells = AutoModel.from_pretrained(out)(**batch).cell_embedding
         logits = AutoModelForSequenceClassification.from_pretrained(out)(**batch).logits
-    close(found.gep[real], expected["mlm_output"][real], atol)
-    close(found.gepc[real], expected["mvc_output"][real], atol)
-    close(cells, expected["cell_emb"], atol)
+    assert_matches(found.gep[real], expected["mlm_output"][real], atol)
+    assert_matches(found.gepc[real], expected["mvc_output"][real], atol)
+    assert_matches(cells, expected["cell_emb"], atol)
     assert logits.shape[1] == made["n_cls"]
     if "cls_output" in expected:
-        close(logits, expected["cls_output"], atol)
+        assert_matches(logits, expected["cls_output"], atol)
     processor = AutoProcessor.from_pretrained(out)
     assert processor.tokenizer.get_vocab() == json.loads((fixtures / name / "vocab.json").read_text())
     args = json.loads((fixtures / name / "args.json").read_text())
@@ -57,7 +54,7 @@ def test_a_saved_case_loads_by_every_auto_class_as_the_original(fixtures: Path, 
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_switches_that_keys_tell_are_those_of_the_constructor(fixtures: Path, name: str) -> None:
+def test_settings_inferred_from_keys_equal_those_of_the_constructor(fixtures: Path, name: str) -> None:
     made = read(fixtures / name)[0]
     inferred = convert_scgpt(fixtures / name)[2].inferred
     norm = {False: "none", True: "domain", "batchnorm": "batch"}[made.get("domain_spec_batchnorm", False)]
@@ -82,7 +79,7 @@ def test_switches_that_keys_tell_are_those_of_the_constructor(fixtures: Path, na
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_the_slow_reference_of_other_tests_is_the_original(fixtures: Path, name: str) -> None:
+def test_the_reference_implementation_equals_the_original(fixtures: Path, name: str) -> None:
     made, batch, expected = read(fixtures / name)
     known = convert_scgpt(fixtures / name)[2].inferred
     original = Original(
@@ -107,26 +104,26 @@ def test_the_slow_reference_of_other_tests_is_the_original(fixtures: Path, name:
     atol = 2e-4 if name == "scaling_values" else 2e-5
     for ours, theirs in (("gep", "mlm_output"), ("gepc", "mvc_output"), ("last_hidden_state", "last_hidden_state")):
         if theirs in expected:
-            close(found[ours][real], expected[theirs][real], atol)
+            assert_matches(found[ours][real], expected[theirs][real], atol)
     for ours, theirs in (("gep_zero", "mlm_zero_probs"), ("gepc_zero", "mvc_zero_probs")):
         if theirs in expected:
-            close(found[ours].sigmoid()[real], expected[theirs][real])
+            assert_matches(found[ours].sigmoid()[real], expected[theirs][real])
     for ours, theirs in (("cell_embedding", "cell_emb"), ("class_logits", "cls_output"), ("dar", "dab_output")):
         if theirs in expected:
-            close(found[ours], expected[theirs], atol)
+            assert_matches(found[ours], expected[theirs], atol)
 
 
-def test_a_multi_omic_model_keeps_its_encoder_and_tells_what_it_lost(fixtures: Path) -> None:
+def test_a_multi_omic_model_keeps_its_encoder_and_reports_dropped_heads(fixtures: Path) -> None:
     made, batch, expected = read(fixtures / "multiomic_mod_types")
     model, _, report = convert_scgpt(fixtures / "multiomic_mod_types", **switches_of(made))
-    close(model(**batch).cell_embedding, expected["cell_emb"])
+    assert_matches(model(**batch).cell_embedding, expected["cell_emb"])
     heads = {key.partition(".")[0] for key in report.left_out}
     assert heads == {"decoder", "mvc_decoder", "batch_encoder", "mod_encoder"}
     assert all("modality" in reason for reason in report.left_out.values())
-    assert model.config.loss_weights == {"cls": 1.0}  # no expression head, so none that would be random
+    assert model.config.loss_weights == {"cls": 1.0}  # no expression head, because its weights would be random
 
 
-def test_a_perturbation_model_is_refused(fixtures: Path) -> None:
+def test_a_perturbation_model_raises(fixtures: Path) -> None:
     with pytest.raises(ValueError, match=r"best_model.pt: 13 keys, e.g. 'pert_encoder.weight' \(3, 24\).*perturbation"):
         convert_scgpt(fixtures / "perturbation_generator")
 
@@ -138,7 +135,7 @@ def test_the_script_converts_a_case_with_its_switches(
     options = [str(fixtures / "flash_prenorm"), "--out", str(tmp_path / "out"), "--norm_scheme", "scgpt_pre"]
     monkeypatch.setattr(sys, "argv", ["convert.py", *options])
     runpy.run_path(str(SCRIPT), run_name="__main__")
-    told = capsys.readouterr().out
-    assert "assumed: cell_pooling cls, gepc_detach False, ecs_threshold 0.3, cls_value -2" in told
+    printed = capsys.readouterr().out
+    assert "assumed: cell_pooling cls, gepc_detach False, ecs_threshold 0.3, cls_value -2" in printed
     found = AutoModel.from_pretrained(tmp_path / "out")(**batch)
-    close(found.cell_embedding, expected["cell_emb"])
+    assert_matches(found.cell_embedding, expected["cell_emb"])

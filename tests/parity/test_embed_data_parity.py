@@ -1,4 +1,4 @@
-"""The vectors of the original's zero-shot `embed_data`, by its checkpoint through the converter."""
+"""Converted checkpoints give the embeddings of the original's zero-shot `embed_data`."""
 
 import json
 from pathlib import Path
@@ -21,11 +21,10 @@ Given = tuple[dict[str, Any], dict[str, np.ndarray], Path]
 
 
 @pytest.fixture(scope="module")
-def given(shared: Path) -> Given:
-    """What was embedded and how, the expression and the vectors, and the folder of the model."""
-    folder = shared / "fixtures" / "scgpt_parity"
-    about = json.loads((folder / "embed_data" / "embed_data.json").read_text())
-    return about, load_file(folder / "embed_data" / "embed_data.safetensors"), folder / about["model_dir"]
+def given(fixtures: Path) -> Given:
+    """The settings of the original's run, its expression and embeddings, and the folder of its model."""
+    about = json.loads((fixtures / "embed_data" / "embed_data.json").read_text())
+    return about, load_file(fixtures / "embed_data" / "embed_data.safetensors"), fixtures / about["model_dir"]
 
 
 @pytest.mark.parametrize("weights_file", ["best_model.pt", "best_model.flash_direct.pt", "best_model.flash_wrapped.pt"])
@@ -35,7 +34,7 @@ def test_processor_and_model_give_the_originals_vectors(given: Given, packed: bo
     model, processor, _ = convert_scgpt(folder, weights_file=weights_file)
     assert processor.cls_value == about["cls_value"]
     assert processor.max_tokens == about["max_length"]
-    processor.n_bins = about["n_bins"]  # the original's, whatever args.json says
+    processor.n_bins = about["n_bins"]  # the original's run used this number, not that of args.json
     counts = to_csr(tensors["X"])
     tokens = processor.tokenize(counts, processor.match_genes(about["gene_names"]), seed=0, epoch=0)
     batch = pack(tokens) if packed else pad(tokens, pad_id=processor.pad_id, pad_value=processor.pad_value)
@@ -49,11 +48,11 @@ def test_embed_anndata_gives_the_originals_vectors(given: Given, tmp_path: Path)
     model, processor, report = convert_scgpt(folder)
     processor.n_bins = about["n_bins"]
     out = save_converted(model, processor, report, tmp_path / "converted")
-    # We ask for raw counts, and the fixture has none. Bins depend on ranks alone, so ranks stand in for them.
+    # embed_anndata requires raw counts, and the fixture has none. Bins depend on ranks only, so ranks replace counts.
     ranks = np.where(tensors["X"] > 0, rankdata(tensors["X"], axis=1, method="dense"), 0)
     adata = AnnData(csr_matrix(ranks.astype(np.float32)))
     adata.var_names = about["gene_names"]
-    told = embed_anndata(adata, out, batch_size=3, progress=False)
+    summary = embed_anndata(adata, out, batch_size=3, progress=False)
     np.testing.assert_allclose(adata.obsm["X_scgpt"], tensors["X_scGPT"], atol=2e-5, rtol=1e-4)
-    assert (told["cls_value"], told["n_bins"]) == (about["cls_value"], about["n_bins"])
-    assert told["genes"]["unknown"] == sum("NOTINVOCAB" in name for name in about["gene_names"])
+    assert (summary["cls_value"], summary["n_bins"]) == (about["cls_value"], about["n_bins"])
+    assert summary["genes"]["unknown"] == sum("NOTINVOCAB" in name for name in about["gene_names"])

@@ -1,7 +1,7 @@
-"""The original's weights, through the converter, give the original's outputs, losses, gradients, statistics, training.
+"""Converted weights of the original give its outputs, losses, gradients, batch statistics and training steps.
 
-The tensors were made by running the original; `shared/fixtures/scgpt_parity/README.md` says what each means and which
-tolerances are fair.
+The tensors come from running the original. `shared/fixtures/scgpt_parity/README.md` describes them and justifies the
+tolerances.
 """
 
 import json
@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from scgpt_hf.conversion.checkpoint import UnrecordedSettings, convert_scgpt
+from scgpt_hf.conversion.checkpoint import convert_scgpt
 from scgpt_hf.model.modeling_scgpt import ScGPTForPreTraining, ScGPTForPreTrainingOutput
 from scgpt_hf.model.objectives_scgpt import (
     IGNORE,
@@ -22,19 +22,17 @@ from scgpt_hf.model.objectives_scgpt import (
     masked_mse,
     masked_relative_error,
 )
+from tests.support.parity import CASES, assert_matches, switches_of
 
 Tensors = dict[str, torch.Tensor]
 
-CASES = (
-    *("base_continuous", "flash_postnorm", "flash_prenorm", "category_values", "scaling_values", "explicit_zero_prob"),
-    *("batch_labels_dab", "dsbn_seed_config", "batchnorm_plain", "pool_avg", "pool_weighted", "ecs_threshold_08"),
-    *("mvc_concat_query", "mvc_sum_query", "mvc_inner_product_detach"),
-)
-COUNTS_PADDING = ("dsbn_seed_config", "batchnorm_plain", "pool_avg", "pool_weighted", "ecs_threshold_08")
-PACKABLE = tuple(case for case in CASES if case not in COUNTS_PADDING)
+NEEDS_PADDING = ("dsbn_seed_config", "batchnorm_plain", "pool_avg", "pool_weighted", "ecs_threshold_08")
+PACKABLE = tuple(case for case in CASES if case not in NEEDS_PADDING)
 
 
 class Case(NamedTuple):
+    """One network of the original, converted."""
+
     model: ScGPTForPreTraining
     converted: dict[str, str]
     batch: Tensors
@@ -43,23 +41,14 @@ class Case(NamedTuple):
     real: torch.Tensor
 
 
-def switches_of(made: dict[str, Any]) -> UnrecordedSettings:
-    """What the files of a case do not record, from the constructor's arguments."""
-    return UnrecordedSettings(
-        norm_scheme="scgpt_pre" if made.get("pre_norm") else "post",
-        cell_pooling={"cls": "cls", "avg-pool": "average", "w-pool": "weighted"}[made.get("cell_emb_style", "cls")],
-        gepc_detach=made.get("mvc_decoder_style", "").endswith("detach"),
-        ecs_threshold=made.get("ecs_threshold", 0.3),
-    )
-
-
 def load_case(folder: Path, attention: str = "eager", weights_file: str = "best_model.pt") -> Case:
+    """Convert the weights of a case, and read its batch and the outputs of the original."""
     made = json.loads((folder / "case.json").read_text())["constructor"]
     expected = load_file(folder / "outputs.safetensors")
     model, _, report = convert_scgpt(folder, weights_file=weights_file, **switches_of(made))
     assert not report.left_out
-    weighed = {"loss_ecs": {"ecs": 10.0}, "loss_cls": {"cls": 1.0}}
-    for loss, weight in weighed.items():
+    objectives = {"loss_ecs": {"ecs": 10.0}, "loss_cls": {"cls": 1.0}}
+    for loss, weight in objectives.items():
         model.config.loss_weights |= weight if loss in expected else {}
     model.set_attn_implementation(attention)
     inputs = load_file(folder / "inputs.safetensors")
@@ -76,21 +65,18 @@ def load_case(folder: Path, attention: str = "eager", weights_file: str = "best_
 
 
 def pack(batch: Tensors) -> dict[str, Any]:
+    """Return a padded batch in the packed layout."""
     real = batch["attention_mask"]
-    boundaries = torch.nn.functional.pad(real.sum(1).cumsum(0), (1, 0)).to(torch.int32)
+    offsets = torch.nn.functional.pad(real.sum(1).cumsum(0), (1, 0)).to(torch.int32)
     packed: dict[str, Any] = {name: batch[name][real][None] for name in ("input_ids", "values", "labels")}
     packed |= {name: batch[name] for name in ("domain_ids", "class_labels")}
     longest = int(real.sum(1).max())
     return packed | {
-        "cu_seq_lens_q": boundaries,
-        "cu_seq_lens_k": boundaries,
+        "cu_seq_lens_q": offsets,
+        "cu_seq_lens_k": offsets,
         "max_length_q": longest,
         "max_length_k": longest,
     }
-
-
-def close(ours: torch.Tensor, theirs: torch.Tensor, atol: float = 2e-5) -> None:
-    torch.testing.assert_close(ours, theirs.view_as(ours), atol=atol, rtol=1e-4)
 
 
 def check_outputs(case: Case, output: ScGPTForPreTrainingOutput, atol: float, *, packed: bool) -> None:
@@ -98,17 +84,17 @@ def check_outputs(case: Case, output: ScGPTForPreTrainingOutput, atol: float, *,
         return tensor[0] if packed else tensor[case.real]
 
     expected = case.expected
-    close(at_tokens(output.gep), expected["mlm_output"][case.real], atol)
-    close(at_tokens(output.gepc), expected["mvc_output"][case.real], atol)
-    close(output.cell_embedding, expected["cell_emb"], atol)
+    assert_matches(at_tokens(output.gep), expected["mlm_output"][case.real], atol)
+    assert_matches(at_tokens(output.gepc), expected["mvc_output"][case.real], atol)
+    assert_matches(output.cell_embedding, expected["cell_emb"], atol)
     for ours, theirs in ((output.gep_zero, "mlm_zero_probs"), (output.gepc_zero, "mvc_zero_probs")):
         if theirs in expected:
-            close(at_tokens(ours).sigmoid(), expected[theirs][case.real])
+            assert_matches(at_tokens(ours).sigmoid(), expected[theirs][case.real])
     for ours, theirs in ((output.class_logits, "cls_output"), (output.dar, "dab_output")):
         if theirs in expected:
-            close(ours, expected[theirs])
+            assert_matches(ours, expected[theirs])
     if "last_hidden_state" in expected:
-        close(at_tokens(output.last_hidden_state), expected["last_hidden_state"][case.real], atol)
+        assert_matches(at_tokens(output.last_hidden_state), expected["last_hidden_state"][case.real], atol)
 
 
 def check_losses(case: Case, output: ScGPTForPreTrainingOutput) -> None:
@@ -118,20 +104,15 @@ def check_losses(case: Case, output: ScGPTForPreTrainingOutput) -> None:
         name.removeprefix("loss_") for name in case.expected if name.startswith("loss_")
     } - {"total", "cce"}
     for name, value in output.losses.items():
-        close(value, case.expected[f"loss_{names[name]}"])
-    close(output.loss, case.expected["loss_total"], atol=1e-4)
+        assert_matches(value, case.expected[f"loss_{names[name]}"])
+    assert_matches(output.loss, case.expected["loss_total"], atol=1e-4)
 
 
 def check_gradients(case: Case, prefix: str) -> None:
     ours = {name: parameter.grad for name, parameter in case.model.named_parameters()}
     theirs = {name.removeprefix(prefix): grad for name, grad in case.expected.items() if name.startswith(prefix)}
     for name, gradient in theirs.items():
-        close(ours.pop(case.converted[name]), gradient, atol=2e-4)
-
-
-@pytest.fixture(scope="session")
-def fixtures(shared: Path) -> Path:
-    return shared / "fixtures" / "scgpt_parity"
+        assert_matches(ours.pop(case.converted[name]), gradient, atol=2e-4)
 
 
 LAYOUTS = [
@@ -141,7 +122,7 @@ LAYOUTS = [
 
 
 @pytest.mark.parametrize(("name", "attention", "packed"), LAYOUTS)
-def test_outputs_losses_and_gradients_are_the_originals(
+def test_outputs_losses_and_gradients_equal_the_original(
     fixtures: Path, name: str, attention: str, packed: bool
 ) -> None:
     case = load_case(fixtures / name, attention)
@@ -155,7 +136,7 @@ def test_outputs_losses_and_gradients_are_the_originals(
     check_gradients(case, "grad.")
     if "grad_global_norm" in case.expected:
         norm = torch.nn.utils.get_total_norm([p.grad for p in case.model.parameters() if p.grad is not None])
-        close(norm, case.expected["grad_global_norm"], atol=2e-4)
+        assert_matches(norm, case.expected["grad_global_norm"], atol=2e-4)
     case.model.zero_grad()
     output.losses["gepc"].backward()
     check_gradients(case, "grad_gepc.")
@@ -167,22 +148,22 @@ def test_label_positions_give_the_same_losses(fixtures: Path, name: str) -> None
     positions = case.inputs["masked_positions"].flatten().nonzero()[:, 0]
     output = case.model(**case.batch, label_positions=positions)
     check_losses(case, output)
-    close(output.gep, case.expected["mlm_output"].flatten()[positions])
-    close(
+    assert_matches(output.gep, case.expected["mlm_output"].flatten()[positions])
+    assert_matches(
         masked_relative_error(output.gep, case.inputs["target_values"].flatten()[positions]), case.expected["mre_gep"]
     )
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_contrast_between_two_equal_passes_is_the_originals(fixtures: Path, name: str) -> None:
+def test_the_contrastive_loss_of_two_equal_passes_equals_the_original(fixtures: Path, name: str) -> None:
     case = load_case(fixtures / name)
     if "loss_cce" in case.expected:
         cells = case.model(**case.batch).cell_embedding
-        close(contrastive_cells(cells, cells, case.model.config.cce_temperature), case.expected["loss_cce"])
+        assert_matches(contrastive_cells(cells, cells, case.model.config.cce_temperature), case.expected["loss_cce"])
 
 
 @pytest.mark.parametrize("file", ["best_model.flash_direct.pt", "best_model.flash_wrapped.pt"])
-def test_every_key_layout_is_the_same_network(fixtures: Path, file: str) -> None:
+def test_every_layout_of_keys_gives_the_same_network(fixtures: Path, file: str) -> None:
     folder = fixtures / "base_continuous"
     same = load_case(folder).model.state_dict()
     for name, tensor in load_case(folder, weights_file=file).model.state_dict().items():
@@ -190,7 +171,7 @@ def test_every_key_layout_is_the_same_network(fixtures: Path, file: str) -> None
 
 
 @pytest.mark.parametrize("packed", [False, True])
-def test_five_training_steps_are_the_originals(fixtures: Path, packed: bool) -> None:
+def test_five_training_steps_equal_the_original(fixtures: Path, packed: bool) -> None:
     case = load_case(fixtures / "base_continuous", "scgpt_varlen")
     batch = pack(case.batch) if packed else case.batch
     optimizer = torch.optim.Adam(case.model.parameters(), lr=1e-3)
@@ -204,53 +185,55 @@ def test_five_training_steps_are_the_originals(fixtures: Path, packed: bool) -> 
 
 
 @pytest.mark.parametrize("name", ["dsbn_seed_config", "batchnorm_plain"])
-def test_batch_norm_trains_like_the_originals(fixtures: Path, name: str) -> None:
+def test_batch_norm_in_training_equals_the_original(fixtures: Path, name: str) -> None:
     case = load_case(fixtures / name)
     case.model.scgpt.input_norm.train()
     output = case.model(**case.batch)
-    close(output.gep[case.real], case.expected["train_mode_mlm_output"][case.real])
+    assert_matches(output.gep[case.real], case.expected["train_mode_mlm_output"][case.real])
     if "train_mode_cell_emb" in case.expected:
-        close(output.cell_embedding, case.expected["train_mode_cell_emb"])
+        assert_matches(output.cell_embedding, case.expected["train_mode_cell_emb"])
     domain = case.batch["domain_ids"][0]
     norm = case.model.scgpt.input_norm
     for statistic in ("running_mean", "running_var", "num_batches_tracked"):
         if f"train_mode_{statistic}" in case.expected:
             found = getattr(norm, statistic)
-            close(found[domain] if name == "dsbn_seed_config" else found, case.expected[f"train_mode_{statistic}"])
+            assert_matches(
+                found[domain] if name == "dsbn_seed_config" else found, case.expected[f"train_mode_{statistic}"]
+            )
 
 
 @pytest.mark.parametrize("packed", [False, True])
-def test_generation_from_a_cell_embedding_is_the_originals(fixtures: Path, packed: bool) -> None:
+def test_generation_from_a_cell_embedding_equals_the_original(fixtures: Path, packed: bool) -> None:
     case = load_case(fixtures / "generate_from_cell_emb")
     for values, expected in ((case.batch["values"], "generate_with_values"), (None, "generate_no_values")):
         batch = case.batch if not packed else pack(case.batch)
         batch = {**batch, "values": batch["values"] if values is not None else None, "labels": None}
         found = case.model(**batch, input_cell_embedding=case.inputs["input_cell_emb"]).gep
-        close(found[0] if packed else found[case.real], case.expected[expected][case.real])
+        assert_matches(found[0] if packed else found[case.real], case.expected[expected][case.real])
 
 
-def test_objectives_are_the_originals(fixtures: Path) -> None:
+def test_objectives_equal_the_original(fixtures: Path) -> None:
     given = load_file(fixtures / "losses" / "losses.safetensors")
     labels = given["target"].masked_fill(~given["mask"], IGNORE)
     predicted = given["pred"].clone().requires_grad_()
     loss = masked_mse(predicted, labels)
     loss.backward()
-    close(loss, given["masked_mse"])
-    close(predicted.grad, given["masked_mse_grad"])
+    assert_matches(loss, given["masked_mse"])
+    assert_matches(predicted.grad, given["masked_mse_grad"])
 
     probability = given["zero_probs"].clone().requires_grad_()
     loss = bernoulli_nll(torch.logit(probability), labels)
     loss.backward()
-    close(loss, given["neg_log_bernoulli"])
-    close(probability.grad, given["neg_log_bernoulli_grad"])
+    assert_matches(loss, given["neg_log_bernoulli"])
+    assert_matches(probability.grad, given["neg_log_bernoulli_grad"])
 
     nonzero = given["target"].masked_fill(~given["mask_nonzero"], IGNORE)
-    close(masked_relative_error(given["pred"], nonzero), given["mre_nonzero_targets"])
-    close(masked_relative_error(given["pred"], labels), given["mre_all_masked"])
+    assert_matches(masked_relative_error(given["pred"], nonzero), given["mre_nonzero_targets"])
+    assert_matches(masked_relative_error(given["pred"], labels), given["mre_all_masked"])
     for threshold in ("0.0", "0.3", "0.8"):
-        close(elastic_cell_similarity(given["ecs_cell_emb"], float(threshold)), given[f"ecs_{threshold}"])
-    close(contrastive_cells(given["cce_cell_emb_1"], given["cce_cell_emb_2"], 0.5), given["cce_loss"])
+        assert_matches(elastic_cell_similarity(given["ecs_cell_emb"], float(threshold)), given[f"ecs_{threshold}"])
+    assert_matches(contrastive_cells(given["cce_cell_emb_1"], given["cce_cell_emb_2"], 0.5), given["cce_loss"])
 
     with_cls = given["target_cls_zero"].masked_fill(~given["mask_cls_included"], IGNORE)
-    close(masked_mse(given["pred"], with_cls), given["masked_mse_cls_included"])
-    close(masked_relative_error(given["pred"], with_cls), given["mre_cls_included"])
+    assert_matches(masked_mse(given["pred"], with_cls), given["masked_mse_cls_included"])
+    assert_matches(masked_relative_error(given["pred"], with_cls), given["mre_cls_included"])

@@ -1,4 +1,4 @@
-"""The original's tokenising: with and without zeros, the inference collator, the masking share, embed_data."""
+"""Tokens and masks equal the original's: its fine-tuning tokeniser, inference collator, masking and embed_data."""
 
 import json
 from pathlib import Path
@@ -17,8 +17,8 @@ from scgpt_hf.tokens.tokenizing_scgpt import TokenSettings, tokenize_counts
 
 
 @pytest.fixture(scope="module")
-def folder(shared: Path) -> Path:
-    return shared / "fixtures" / "scgpt_parity"
+def folder(fixtures: Path) -> Path:
+    return fixtures
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +28,7 @@ def vocab(folder: Path) -> dict[str, int]:
 
 
 def _cells(ids: np.ndarray, values: np.ndarray, pad_id: int) -> list[dict[int, float]]:
-    """Each row as {id: value}: the original keeps the order of columns, we that of the vocabulary, and genes a set."""
+    """Return each row as {id: value}: the original orders genes by column, we order them by id."""
     return [
         {int(i): float(v) for i, v in zip(*row, strict=True) if i != pad_id} for row in zip(ids, values, strict=True)
     ]
@@ -61,11 +61,11 @@ def test_binned_values_equal_the_inference_collator(folder: Path, vocab: dict[st
 
 
 def masked_where(tokens: Tokens, ratios: np.ndarray, *, seed: int, n_first: int = 1) -> np.ndarray:
-    """Return where values are hidden by labels."""
+    """Return which tokens are masked."""
     labels = mask_tokens(tokens, ratios, seed=seed, epoch=0, mask_value=-1.0, n_first=n_first).labels
     assert labels is not None
-    hidden: np.ndarray = labels != IGNORE
-    return hidden
+    masked: np.ndarray = labels != IGNORE
+    return masked
 
 
 def test_masked_share_counts_as_the_original_when_cls_may_be_masked(folder: Path, vocab: dict[str, int]) -> None:
@@ -86,7 +86,7 @@ def test_masked_share_counts_as_the_original_when_cls_may_be_masked(folder: Path
 
 
 def _original_bins(row: np.ndarray, n_bins: int) -> np.ndarray:
-    """The bins of untied expression, as `np.quantile` and `np.digitize` give them."""
+    """Return the bins of expression without ties, computed with `np.quantile` and `np.digitize`."""
     return np.digitize(row, np.quantile(row, np.linspace(0, 1, n_bins - 1)))
 
 

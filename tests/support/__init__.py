@@ -1,4 +1,7 @@
-"""What several tests share: stand-ins for remote services, contracts, small inputs."""
+"""Code that several test modules share: local servers, contract tests, small inputs.
+
+Test modules import shared code from this package only, never from each other.
+"""
 
 from pathlib import Path
 

@@ -1,4 +1,7 @@
-"""Good inputs, ways to damage them, and what opening them must do then; for the tests and `benchmarks/fuzz.py`."""
+"""Valid inputs of every kind, random damage to them, and the check that opening them fails with our errors.
+
+`tests/faults` checks a few seeds of each kind, `benchmarks/fuzz.py` many.
+"""
 
 import hashlib
 import json
@@ -37,7 +40,7 @@ JUNK: list[Any] = [
 
 
 def make_inputs(cells: list[AnnData], census: Path, folder: Path) -> Path:
-    """Return a folder with one good input of each kind: cells.h5ad, soma, cache, a run with model and checkpoint."""
+    """Write one valid input of each kind: cells.h5ad, soma, cache, and a run with a model and a checkpoint."""
     cells[0].write_h5ad(folder / "cells.h5ad")
     shutil.copytree(census, folder / "soma")
     run = folder / "run"
@@ -67,24 +70,24 @@ def make_inputs(cells: list[AnnData], census: Path, folder: Path) -> Path:
     )
     ScGPTForPreTraining(config).save_pretrained(run / "best_model")
     processor.save_pretrained(run / "best_model")
-    with write_checkpoint(run, Manifest(2, 1, [(64, 2)]), Ranks(1, 0, timeout_s=1)) as beside:
-        shutil.copytree(run / "best_model", beside, dirs_exist_ok=True)
+    with write_checkpoint(run, Manifest(2, 1, [(64, 2)]), Ranks(1, 0, timeout_s=1)) as staging:
+        shutil.copytree(run / "best_model", staging, dirs_exist_ok=True)
     with open_source(census) as source:  # type: ignore[attr-defined]
         write_cache(source, folder / "cache")
     return folder
 
 
 def damage_bytes(path: Path, rng: Rng) -> str:
-    """Cut a file short, flip or blank some of its bytes, or empty it; return what was done."""
+    """Truncate a file, flip or zero some of its bytes, or empty it; return a description of the damage."""
     content = bytearray(path.read_bytes())
-    how = ("cut", "flip", "blank", "empty")[rng.integers(4)]
+    how = ("cut", "flip", "zero", "empty")[rng.integers(4)]
     start = int(rng.integers(max(len(content), 1)))
     if how == "cut":
         content = content[:start]
     elif how == "flip" and content:
         for place in rng.integers(len(content), size=3):
             content[place] ^= 1 << int(rng.integers(8))
-    elif how == "blank":
+    elif how == "zero":
         content[start : start + 64] = bytes(len(content[start : start + 64]))
     else:
         content = bytearray()
@@ -93,7 +96,7 @@ def damage_bytes(path: Path, rng: Rng) -> str:
 
 
 def damage_tree(content: Any, rng: Rng) -> Any:
-    """Return JSON-like content with one value replaced by junk, one key lost, or one key added."""
+    """Return JSON content with one value replaced by junk, one key removed, or one key added."""
     junk = JUNK[rng.integers(len(JUNK))]
     inner = (
         list(content) if isinstance(content, dict) else list(range(len(content))) if isinstance(content, list) else []
@@ -108,7 +111,7 @@ def damage_tree(content: Any, rng: Rng) -> Any:
     elif roll < 0.8:
         del changed[key]
     elif isinstance(changed, dict):
-        changed["nll"] = junk
+        changed["unexpected"] = junk
     else:
         changed.append(junk)
     return changed
@@ -132,7 +135,7 @@ def damage_json(path: Path, rng: Rng) -> str:
 
 
 def damage_h5ad(path: Path, rng: Rng) -> str:
-    """Take pieces out of an .h5ad file, or put lies into it."""
+    """Remove parts of an .h5ad file, or write wrong values into it."""
     if rng.random() < 0.25:
         return damage_bytes(path, rng)
     with h5py.File(path, "r+") as file:
@@ -158,15 +161,15 @@ def damage_h5ad(path: Path, rng: Rng) -> str:
             array = file[name]
             if array.shape and array.dtype.kind in "iuf" and array.size:
                 values = array[...]
-                lies = [-1, 2**31 - 1] + ([np.nan, np.inf, 0.5] if array.dtype.kind == "f" else [])
-                lie = np.array(lies[rng.integers(len(lies))]).astype(values.dtype)
-                values.ravel()[rng.integers(values.size, size=2)] = lie
+                wrong = [-1, 2**31 - 1] + ([np.nan, np.inf, 0.5] if array.dtype.kind == "f" else [])
+                value = np.array(wrong[rng.integers(len(wrong))]).astype(values.dtype)
+                values.ravel()[rng.integers(values.size, size=2)] = value
                 array[...] = values
     return f"{kind} {name}"
 
 
 def read_source(path: Path) -> None:
-    """Open a source and read all its cells with all their columns."""
+    """Open a source and read all cells with all obs columns."""
     source = open_source(path)
     try:
         source.describe()
@@ -177,7 +180,7 @@ def read_source(path: Path) -> None:
 
 
 def use_model(folder: Path) -> None:
-    """Load a model and its processor, and embed a cell."""
+    """Load a model and its processor, and embed two cells."""
     model, processor = load_model(folder, device="cpu")
     counts = np.ones((2, len(processor.genes)), np.float32)
     model(**processor(counts, processor.genes))
@@ -199,7 +202,7 @@ def damage_folder(folder: Path, rng: Rng) -> str:
 
 
 def damage_cache(folder: Path, rng: Rng) -> str:
-    """Damage a cache; also so that its manifest agrees, as that of a cache of somebody else may."""
+    """Damage a cache, sometimes with a manifest that matches the damaged shard, as in a cache from the internet."""
     manifest = folder / "manifest.json"
     roll = rng.random()
     if roll < 0.3:
@@ -212,7 +215,7 @@ def damage_cache(folder: Path, rng: Rng) -> str:
     damaged = (folder / shard["file"]).read_bytes()
     shard |= {"sha256": hashlib.sha256(damaged).hexdigest(), "n_bytes": len(damaged)}
     manifest.write_text(json.dumps(content))
-    return f"{done}, hashed again"
+    return f"{done}, with a matching hash"
 
 
 def damage_model(folder: Path, rng: Rng) -> str:
@@ -250,10 +253,10 @@ def digest(folder: Path) -> dict[str, str]:
 
 
 def check(name: str, inputs: Path, folder: Path, seed: int) -> str:
-    """Damage a copy of an input and open it; return how it ended.
+    """Damage a copy of an input, open it and return a description of the outcome.
 
     Raises:
-        AssertionError: it ended in anything but success or our error, or changed the disk.
+        AssertionError: opening it neither succeeded nor raised our error, or it changed files.
     """
     rng = np.random.default_rng([seed, *name.encode()])
     place, damage, use = CASES[name]
@@ -265,20 +268,20 @@ def check(name: str, inputs: Path, folder: Path, seed: int) -> str:
     else:
         copy.mkdir(parents=True)
         shutil.copy(inputs / place, copy / place)
-    done = damage(copy / place, rng)
+    damaged = damage(copy / place, rng)
     before = digest(folder)
     try:
         use(copy / place)
-        ended = "accepted"
+        outcome = "accepted"
     except (ValueError, OSError) as error:
-        ended = f"{type(error).__name__}: {error}"
+        outcome = f"{type(error).__name__}: {error}"
         names = {Path(place).name, *(path.name for path in copy.rglob("*"))}
         if name != "settings" and not any(one in str(error) for one in names):
-            raise AssertionError(f"{name} {seed}: {done}: the error names no file: {error}") from error
-    except SystemExit as error:  # argparse names the flag on stderr
-        ended = f"exit {error.code}"
-        assert name == "settings", f"{name} {seed}: {done}"
+            raise AssertionError(f"{name} {seed}: {damaged}: the error names no file: {error}") from error
+    except SystemExit as error:  # argparse prints the flag to stderr
+        outcome = f"exit {error.code}"
+        assert name == "settings", f"{name} {seed}: {damaged}"
     except BaseException as error:
-        raise AssertionError(f"{name} {seed}: {done}: {type(error).__name__}: {error}") from error
-    assert digest(folder) == before, f"{name} {seed}: {done}: changed the disk"
-    return f"{done} -> {ended}"
+        raise AssertionError(f"{name} {seed}: {damaged}: {type(error).__name__}: {error}") from error
+    assert digest(folder) == before, f"{name} {seed}: {damaged}: changed the disk"
+    return f"{damaged} -> {outcome}"

@@ -1,7 +1,7 @@
-"""Original scGPT checkpoints of any size, written as the original writes them, and their forward pass cell by cell.
+"""A reference implementation of the original scGPT: checkpoints in its file layout, and its forward pass.
 
-Written from the description of the original in shared/fixtures/scgpt_parity/README.md and tested against its tensors,
-so that tests without shared data stand on the same ground.
+It was written from the description in shared/fixtures/scgpt_parity/README.md, and tests/parity compares it with tensors
+of the original. Tests that have no shared data can therefore use it instead.
 """
 
 import json
@@ -19,7 +19,7 @@ Tensors = dict[str, torch.Tensor]
 
 @dataclass(frozen=True)
 class Original:
-    """An original network: its sizes, the constructor's switches, and the layout its state dict is written in."""
+    """A network of the original: its sizes, the arguments of its constructor, and the layout of its state dict."""
 
     n_genes: int = 40
     width: int = 12
@@ -32,7 +32,7 @@ class Original:
     pooling: Literal["cls", "average", "weighted"] = "cls"
     explicit_zero: bool = False
     query: Literal["inner_product", "concat", "sum"] | None = "inner_product"
-    n_domains: int = 0  # batch labels for decoders and discriminator
+    n_domains: int = 0  # batch labels, for decoders and discriminator
     norm: Literal["none", "batch", "domain"] = "none"
     n_classes: int = 0
     class_layers: int = 3
@@ -42,14 +42,14 @@ class Original:
 
     @property
     def vocab(self) -> dict[str, int]:
-        """Specials at ids that differ from size to size, genes at the others."""
+        """Ids of special tokens and genes in a random order that depends on the number of genes."""
         ids = np.random.default_rng(self.n_genes).permutation(self.n_genes + 3)
         tokens = ["<pad>", "<cls>", "<eoc>", *(f"GENE{i}" for i in range(self.n_genes))]
         return {token: int(index) for token, index in zip(tokens, ids, strict=True)}
 
     @property
     def args(self) -> dict[str, Any]:
-        """What the original writes to args.json."""
+        """Contents of the args.json that the original writes."""
         category = self.values == "category"
         return {
             **{"embsize": self.width, "nheads": self.n_heads, "d_hid": self.d_hid, "nlayers": self.n_layers},
@@ -63,8 +63,8 @@ class Original:
 
 
 def weights_of(original: Original, seed: int = 0) -> Tensors:
-    """A random state dict in the layout of torch.nn.MultiheadAttention."""
-    d, told = original.width, original.width * (2 if original.n_domains else 1)
+    """Return a random state dict in the layout of torch.nn.MultiheadAttention."""
+    d, head_width = original.width, original.width * (2 if original.n_domains else 1)
     shapes: dict[str, tuple[int, ...]] = {"encoder.embedding.weight": (original.n_genes + 3, d)}
 
     def linear(name: str, rows: int, columns: int) -> None:
@@ -107,34 +107,34 @@ def weights_of(original: Original, seed: int = 0) -> Tensors:
         norm(f"{layer}.norm1")
         norm(f"{layer}.norm2")
     for name in ("decoder.fc", *(["decoder.zero_logit"] if original.explicit_zero else [])):
-        linear(f"{name}.0", d, told)
+        linear(f"{name}.0", d, head_width)
         linear(f"{name}.2", d, d)
         linear(f"{name}.4", 1, d)
     if original.query is not None:
         linear("mvc_decoder.gene2query", 64 if original.query == "concat" else d, d)
     if original.query == "inner_product":
-        shapes["mvc_decoder.W.weight"] = (told, d)
+        shapes["mvc_decoder.W.weight"] = (head_width, d)
         if original.explicit_zero:
-            linear("mvc_decoder.W_zero_logit", told, d)
+            linear("mvc_decoder.W_zero_logit", head_width, d)
     elif original.query is not None:
         linear("mvc_decoder.fc1", 64, d + 64 if original.query == "concat" else d)
         shapes["mvc_decoder.hidden_activation.weight"] = (1,)
         linear("mvc_decoder.fc2", 1, 64)
     if original.n_classes:
         head("cls_decoder", original.class_layers, original.n_classes)
-    draw = torch.Generator().manual_seed(seed)
-    return {name: _numbers(name, shape, draw) for name, shape in shapes.items()}
+    generator = torch.Generator().manual_seed(seed)
+    return {name: _random_tensor(name, shape, generator) for name, shape in shapes.items()}
 
 
-def _numbers(name: str, shape: tuple[int, ...], draw: torch.Generator) -> torch.Tensor:
+def _random_tensor(name: str, shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
     if name.endswith("num_batches_tracked"):
         return torch.tensor(7)
-    numbers = torch.randn(shape, generator=draw) * 0.4
+    numbers = torch.randn(shape, generator=generator) * 0.4
     return numbers.abs() + 0.5 if name.endswith("running_var") else numbers
 
 
 def in_layout(weights: Tensors, layout: str) -> Tensors:
-    """The same tensors under the keys of another layout."""
+    """Rename the keys of a state dict to those of another layout."""
     if layout == "in_proj":
         return weights
     renamed = {re.sub(r"self_attn\.in_proj_", f"self_attn.{layout}.", key): value for key, value in weights.items()}
@@ -154,12 +154,12 @@ def write_checkpoint(folder: Path, original: Original, weights: Tensors | None =
 
 
 def forward(weights: Tensors, original: Original, inputs: Tensors) -> Tensors:
-    """What the original returns for padded cells, in evaluation: one cell after the other, one head after the other.
+    """Compute what the original returns for padded cells in evaluation mode, with loops over cells and heads.
 
     Args:
-        weights: in the layout of torch.nn.MultiheadAttention.
+        weights: state dict in the layout of torch.nn.MultiheadAttention.
         original: the network.
-        inputs: ids and values, (cells, tokens); real, true at tokens; domains, (cells,).
+        inputs: `ids` and `values`, (cells, tokens); `real`, true at tokens, false at padding; `domains`, (cells,).
     """
     w = _Weights(weights)
     results: dict[str, list[torch.Tensor]] = {}
@@ -172,20 +172,20 @@ def forward(weights: Tensors, original: Original, inputs: Tensors) -> Tensors:
         if original.pooling == "weighted":
             cell = (hidden * values[:, None]).sum(0)
             cell = cell / cell.norm()
-        told = []
+        domain_embedding = []
         if original.n_domains:
             table = weights["batch_encoder.embedding.weight"]
-            told = [w.norm("batch_encoder.enc_norm", table[domain])]
+            domain_embedding = [w.norm("batch_encoder.enc_norm", table[domain])]
             results.setdefault("dar", []).append(w.classify("grad_reverse_discriminator", cell, 3, 0.01))
         if original.n_classes:
             results.setdefault("class_logits", []).append(w.classify("cls_decoder", cell, original.class_layers, 0.0))
         results.setdefault("cell_embedding", []).append(cell)
         results.setdefault("last_hidden_state", []).append(hidden)
-        states = torch.cat([hidden, *(one.expand_as(hidden) for one in told)], -1)
+        states = torch.cat([hidden, *(one.expand_as(hidden) for one in domain_embedding)], -1)
         results.setdefault("gep", []).append(w.three_layers("decoder.fc", states))
         if original.explicit_zero:
             results.setdefault("gep_zero", []).append(w.three_layers("decoder.zero_logit", states))
-        for name, predicted in _gepc(w, original, torch.cat([cell, *told]), genes).items():
+        for name, predicted in _gepc(w, original, torch.cat([cell, *domain_embedding]), genes).items():
             results.setdefault(name, []).append(predicted)
     return {name: torch.stack(per_cell) for name, per_cell in results.items()}
 
@@ -262,7 +262,7 @@ def _gepc(w: _Weights, original: Original, cell: torch.Tensor, genes: torch.Tens
         return found | (
             {"gepc_zero": w.linear("mvc_decoder.W_zero_logit", query) @ cell} if original.explicit_zero else {}
         )
-    met = cell + query if original.query == "sum" else torch.cat([cell.expand(len(genes), -1), query], -1)
-    states = w.linear("mvc_decoder.fc1", met)
+    combined = cell + query if original.query == "sum" else torch.cat([cell.expand(len(genes), -1), query], -1)
+    states = w.linear("mvc_decoder.fc1", combined)
     states = torch.where(states > 0, states, w.of["mvc_decoder.hidden_activation.weight"] * states)
     return {"gepc": w.linear("mvc_decoder.fc2", states)[:, 0]}

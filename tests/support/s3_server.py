@@ -1,7 +1,8 @@
-"""A small S3 server for tests: one folder as a public read-only bucket, with faults on demand.
+"""A small S3 server for tests. It serves a folder as a public, read-only bucket and can inject faults.
 
-It answers what TileDB's S3 client asks of a public bucket: GET (with Range), HEAD and ListObjectsV2, unsigned. Whether
-a request fails follows from the seed, the request and how often it was made, not from which thread came first.
+It supports the unsigned requests that TileDB's S3 client sends to a public bucket: GET (with Range), HEAD and
+ListObjectsV2. Whether a request fails depends on the seed, the request and the number of times it was sent, and not on
+the order in which threads send requests.
 """
 
 import re
@@ -20,22 +21,25 @@ from xml.sax.saxutils import escape
 
 KINDS = ("500", "503", "reset", "truncate", "stall")
 _ERRORS = {"404": "NoSuchKey", "500": "InternalError", "503": "SlowDown"}
-_CHANGING = re.compile(r"[0-9a-f]{32}|\d{10,}")  # what TileDB puts into file names: other in every build
-_RESET_ON_CLOSE = struct.pack("ii", 1, 0)  # SO_LINGER of 0 s: close sends RST
+_CHANGING = re.compile(
+    r"[0-9a-f]{32}|\d{10,}"
+)  # ids and timestamps in TileDB's file names, which differ between builds
+_RESET_ON_CLOSE = struct.pack("ii", 1, 0)  # with SO_LINGER of 0 s, close() sends RST
 
 
 @dataclass
 class Faults:
-    """What goes wrong; may be changed while the server runs.
+    """The faults to inject. They may be changed while the server runs.
 
     Attributes:
         probability: share of the requests that fail.
-        kinds: of faults, drawn evenly: an error 500, a 503 SlowDown, a connection reset, a body cut in half, or a
-            body that does not come for `stall_s`.
-        seed: of the draws.
-        stall_s: seconds of silence of a stall, after which the connection is closed.
-        only: pattern of the keys that are affected.
-        gone: the bucket is empty from now on.
+        kinds: kinds of faults, equally likely: an error 500, a 503 SlowDown, a connection reset, a body cut in half, or
+            a body that stalls for `stall_s`.
+        seed: seed of the random choice.
+        stall_s: seconds without data in a stall; then the connection closes.
+        only: regular expression of the keys that may fail.
+        gone: whether the bucket is empty from now on.
+        n_requests: number of times each request was sent.
     """
 
     probability: float = 0.0
@@ -44,25 +48,25 @@ class Faults:
     stall_s: float = 30.0
     only: str = ""
     gone: bool = False
-    asked: Counter[str] = field(default_factory=Counter)
+    n_requests: Counter[str] = field(default_factory=Counter)
 
     def draw(self, request: str, key: str) -> str | None:
-        """Return the fault of this request, or None."""
+        """Choose the fault of a request; None if it succeeds."""
         request = _CHANGING.sub("", request)
-        self.asked[request] += 1
-        digest = sha256(f"{self.seed} {request} {self.asked[request]}".encode()).digest()
+        self.n_requests[request] += 1
+        digest = sha256(f"{self.seed} {request} {self.n_requests[request]}".encode()).digest()
         if not re.search(self.only, key) or int.from_bytes(digest[:7], "big") >= self.probability * 2**56:
             return None
         return self.kinds[digest[7] % len(self.kinds)]
 
 
 class S3Server:
-    """The bucket `s3://census` with the files of a folder, while the `with` block lasts.
+    """Serves the files of a folder as the bucket `s3://census` within a `with` block.
 
     Attributes:
-        faults: what goes wrong.
-        outcomes: number of requests answered "ok" and by each fault.
-        stalled: set as soon as a request stalls.
+        faults: the faults to inject.
+        outcomes: number of requests by outcome: "ok" or a kind of fault.
+        stalled: event that is set when a request stalls.
     """
 
     def __init__(self, folder: str | Path, faults: Faults | None = None) -> None:
@@ -86,7 +90,7 @@ class S3Server:
 
     @property
     def environment(self) -> dict[str, str]:
-        """The variables that lead TileDB here; nothing else on the machine, nor any credential, may lead elsewhere."""
+        """Environment variables that make TileDB use this server, without credentials."""
         return {
             "TILEDB_VFS_S3_ENDPOINT_OVERRIDE": f"127.0.0.1:{self._server.server_port}",
             "TILEDB_VFS_S3_SCHEME": "http",
@@ -99,14 +103,14 @@ class S3Server:
         return {} if self.faults.gone else self.files
 
     def stall(self) -> None:
-        """Be silent for as long as the fault asks, or until the server closes."""
+        """Wait for `stall_s`, or until the server closes."""
         self.stalled.set()
         self._closing.wait(self.faults.stall_s)
 
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
-    disable_nagle_algorithm = True  # else each answer waits 40 ms for an acknowledgement
+    disable_nagle_algorithm = True  # otherwise each response waits 40 ms for an acknowledgement
 
     def __init__(self, s3: S3Server, *arguments: object) -> None:
         self.s3 = s3
@@ -136,20 +140,20 @@ class _Handler(BaseHTTPRequestHandler):
                 self._send_object(key, fault)
             else:
                 self._answer(200, b"" if key else self._listing(query), fault=fault)
-        except (BrokenPipeError, ConnectionResetError):  # the client has given up, as after a time-out
+        except (BrokenPipeError, ConnectionResetError):  # the client closed the connection, for example after a timeout
             self.close_connection = True
 
     def _send_object(self, key: str, fault: str | None) -> None:
         body = self.s3.files[key].read_bytes()
-        asked = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
-        if asked is None:
+        requested = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
+        if requested is None:
             self._answer(200, body, fault=fault)
             return
-        first, last = int(asked[1]), min(int(asked[2]), len(body) - 1)
+        first, last = int(requested[1]), min(int(requested[2]), len(body) - 1)
         self._answer(206, body[first : last + 1], fault=fault, content_range=f"bytes {first}-{last}/{len(body)}")
 
     def _listing(self, query: dict[str, list[str]]) -> bytes:
-        """Return the answer to ListObjectsV2: keys below a prefix, those behind a delimiter as one common prefix."""
+        """Return the response to ListObjectsV2: keys with a prefix, grouped by common prefix up to the delimiter."""
         prefix, delimiter = (query.get(name, [""])[0] for name in ("prefix", "delimiter"))
         most, after = int(query.get("max-keys", ["1000"])[0]), query.get("continuation-token", [""])[0]
         found = dict.fromkeys(

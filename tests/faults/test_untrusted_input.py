@@ -1,4 +1,4 @@
-"""What may not leave or enter: credentials in files and logs, paths out of the folders named, code in pickles."""
+"""Untrusted input: credentials stay out of files and logs, paths stay in their folder, and no foreign code runs."""
 
 import json
 import os
@@ -34,14 +34,14 @@ def test_tokens_are_not_written_into_settings():
     assert SECRETS[0] not in settings_yaml(settings)
 
 
-def test_an_address_with_a_password_is_refused_before_anything_is_written(tmp_path):
+def test_an_address_with_a_password_raises_without_printing_it(tmp_path):
     with pytest.raises(ValueError, match="leave it out") as refused:
         open_source(f"s3://user:{SECRETS[1]}@bucket/census")
     assert SECRETS[1] not in str(refused.value)
 
 
 class Malicious:
-    """What runs a command when it is unpickled."""
+    """An object that creates a folder when it is unpickled."""
 
     def __init__(self, witness: Path) -> None:
         self.witness = witness
@@ -64,8 +64,8 @@ def test_pickles_are_never_loaded(run, tmp_path, name):
 
 
 @pytest.mark.parametrize("name", ["processor_config.json", "config.json", "tokenizer_config.json"])
-def test_code_beside_weights_is_neither_run_nor_asked_about(run, tmp_path, monkeypatch, name):
-    """Classes that we do not know would come from files of the folder, which the library offers to run."""
+def test_code_next_to_weights_is_not_run(run, tmp_path, monkeypatch, name):
+    """The library offers to run code of the folder if a file names an unknown class."""
     monkeypatch.setattr("builtins.input", lambda _: "y")
     witness, model = tmp_path / "executed", run / "best_model"
     (model / "evil.py").write_text(f"import os\nos.mkdir({str(witness)!r})\nclass Evil: pass\n")
@@ -78,7 +78,7 @@ def test_code_beside_weights_is_neither_run_nor_asked_about(run, tmp_path, monke
     assert not witness.exists()
 
 
-def test_weights_outside_of_the_folder_are_not_read(run):
+def test_weights_outside_the_folder_are_not_read(run):
     model = run / "best_model"
     (model / "model.safetensors").rename(run / "elsewhere.safetensors")
     index = {"metadata": {}, "weight_map": {"gene_encoder.weight": "../elsewhere.safetensors"}}
@@ -88,7 +88,7 @@ def test_weights_outside_of_the_folder_are_not_read(run):
 
 
 @pytest.mark.parametrize("name", ["config.json", "notes.json"])
-def test_files_that_are_links_are_not_published(run, tmp_path, name):
+def test_symbolic_links_are_not_published(run, tmp_path, name):
     secret = tmp_path / "secret.json"
     secret.write_text((run / "best_model" / "config.json").read_text())
     (run / "best_model" / name).unlink(missing_ok=True)
@@ -98,14 +98,14 @@ def test_files_that_are_links_are_not_published(run, tmp_path, name):
 
 
 @pytest.mark.parametrize("repo_id", ["../../etc/x", "/etc/passwd", "a/../b", "my-lab/na\x00me", "https://x/y"])
-def test_a_hub_id_is_not_a_path(run, repo_id):
+def test_a_path_is_not_a_repository_id(run, repo_id):
     from scgpt_hf.publishing.publish_run import publish
 
     with pytest.raises(ValueError, match="expected a repository id"):
         publish(run, repo_id)
 
 
-def test_paths_in_a_split_file_are_names_and_nothing_is_read_there(run):
+def test_paths_in_a_split_file_are_not_opened(run):
     split = json.loads((run / "split.json").read_text())
     split["source"]["uri"] = split["parts"]["train"]["donors"][0] = "../../../etc/passwd"
     (run / "split.json").write_text(json.dumps(split))

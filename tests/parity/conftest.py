@@ -1,0 +1,11 @@
+"""Fixtures of the parity tests, which compare our numbers with tensors that the original computed."""
+
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def fixtures(shared: Path) -> Path:
+    """The folder with the networks and tensors of the original; its README.md describes each of them."""
+    return shared / "fixtures" / "scgpt_parity"
