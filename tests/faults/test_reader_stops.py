@@ -141,7 +141,7 @@ def test_readers_that_stop_early_or_fail_leave_no_thread(small_census):
             next(batches)
             batches.close()
             unknown = {"domain_ids": ("donor_id", {"nobody": 0})}
-            with pytest.raises(ValueError, match="have no class"):
+            with pytest.raises(ValueError, match="donor_id"):
                 list(prefetch(stream_cells(source, plans, processor, StreamConfig(0, categories=unknown))))
         del batches
 

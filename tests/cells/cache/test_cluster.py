@@ -10,8 +10,8 @@ import pytest
 
 from scgpt_hf.cells.cache.jobs import write_cache
 from scgpt_hf.cells.source import CellSource, open_source
-from tests.cells.cache.test_jobs import SHARD, contents, make_cells
 from tests.support import ROOT
+from tests.support.caches import SHARD, contents, make_cells
 
 pytestmark = pytest.mark.slow
 
@@ -22,7 +22,7 @@ from pathlib import Path
 import ray
 sys.path.insert(0, sys.argv[2])
 from tests.cells.cache.test_cluster import Deadly
-from tests.cells.cache.test_jobs import SHARD, make_cells
+from tests.support.caches import SHARD, make_cells
 from scgpt_hf.cells.cache.cluster import write_on_ray
 from scgpt_hf.cells.cache.jobs import plan_cache
 from scgpt_hf.cells.source import open_source

@@ -9,13 +9,10 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import anndata
 import numpy as np
-import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy.sparse import csr_matrix, random_array
 
 from scgpt_hf.cells.cache import format as cache_format
 from scgpt_hf.cells.cache import jobs as cache_jobs
@@ -23,25 +20,13 @@ from scgpt_hf.cells.cache.jobs import plan_cache, write_cache, write_shards
 from scgpt_hf.cells.cache.manifest import CacheError
 from scgpt_hf.cells.source import CellSource, open_source
 from tests.support import ROOT
-
-SHARD = {"cells_per_shard": 2048}
-
-
-def make_cells(seed: int = 0, n_cells: int = 9000) -> anndata.AnnData:
-    counts = random_array((n_cells, 12), density=0.3, rng=seed, data_sampler=lambda size: np.arange(size) % 300 + 1)
-    obs = pd.DataFrame({"donor_id": np.arange(n_cells) // 1000}, index=[str(cell) for cell in range(n_cells)])
-    genes = pd.DataFrame(index=[f"ENSG{gene:011d}" for gene in range(12)])
-    return anndata.AnnData(csr_matrix(counts, dtype=np.float32), obs.astype(str), genes)
+from tests.support.caches import SHARD, contents, make_cells
 
 
 @pytest.fixture(scope="module")
 def source() -> CellSource:
     """9,000 cells in five chunks."""
     return open_source(make_cells())
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 @pytest.fixture(scope="module")
@@ -253,7 +238,7 @@ KILLED = """
 import sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[2])
-from tests.cells.cache.test_jobs import SHARD, make_cells
+from tests.support.caches import SHARD, make_cells
 from scgpt_hf.cells.cache.jobs import write_cache
 from scgpt_hf.cells.source import open_source
 source, read, reads = open_source(make_cells()), None, []

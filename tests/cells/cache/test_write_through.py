@@ -10,7 +10,7 @@ from scgpt_hf.cells.cache.manifest import CacheError
 from scgpt_hf.cells.cache.write_through import CachingSource
 from scgpt_hf.cells.schedule.epoch import plan_epoch
 from scgpt_hf.cells.source import CellSource, open_source
-from tests.cells.cache.test_jobs import SHARD, contents, make_cells
+from tests.support.caches import SHARD, contents, make_cells
 
 CELLS = np.arange(100, 8900)
 
