@@ -5,7 +5,7 @@ Each gene is masked once, in groups as in pretraining, and predicted from its ow
 counts.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
 from importlib.metadata import version
 from itertools import islice, pairwise
@@ -99,18 +99,21 @@ def predict_expression(
     var = _requested_genes(genes, source.genes, gene_ids, processor)
     columns = var.pop("input_id").to_numpy(np.int64)
     cell_ids = source.obs().index.to_numpy(np.int64)
-    blocks = []
-    with tqdm(total=len(cell_ids), unit="cell", desc="predicting", disable=not progress) as bar:
-        for cells in _read_tokens(source, cell_ids, gene_ids, processor):
+    parts: list[Layers] = []
+    with (
+        closing(_read_tokens(source, cell_ids, gene_ids, processor)) as chunks,
+        tqdm(total=len(cell_ids), unit="cell", desc="predicting", disable=not progress) as bar,
+    ):
+        for cells in chunks:
             requested = None if genes is None else columns
             views = make_masked_views(cells.tokens, requested, processor, masked_share=masked_share)
             layers = _to_layers(_run_views(model, views, batch_size), cells.tokens, columns)
             counts = cells.block.take(cells.rows).counts
             for head in [name for name in HEADS if name in layers]:
                 layers[f"{head}_counts"] = _to_counts(layers[head], counts, gene_ids, processor)
-            blocks.append(layers)
+            parts.append(layers)
             bar.update(len(cells.rows))
-    joined = {name: vstack([layers[name] for layers in blocks], format="csr") for name in blocks[0]}
+    joined = {name: vstack([layers[name] for layers in parts], format="csr") for name in parts[0]}
     provenance = {
         "model": model.name_or_path,
         "scgpt_hf": version("scgpt_hf"),
@@ -124,15 +127,14 @@ def predict_expression(
 
 def _read_tokens(
     source: CellSource, cell_ids: Int64Array, gene_ids: Int64Array, processor: ScGPTProcessor
-) -> Iterator[TokenizedCells]:
-    """Yield cells with every known gene that they express, ties in the middle of their bins, a chunk at a time."""
+) -> Generator[TokenizedCells, None, None]:
+    """Read cells with every known gene that they express, ties in the middle of their bins, a chunk at a time."""
     config = StreamConfig(
         seed=0, ties="midpoint", max_tokens=processor.vocab_size, key_by="content", empty_cells="raise"
     )
     plan = plan_validation(cell_ids, CHUNK_SIZE, cells_per_window=CHUNK_SIZE)
     stream = CellStream(source, [plan], processor, config, gene_ids=gene_ids)
-    with closing(prefetch(stream.tokenized(), depth=1)) as chunks:
-        yield from chunks
+    return prefetch(stream.tokenized(), depth=1)
 
 
 def _requested_genes(
@@ -202,6 +204,7 @@ def _to_layers(outputs: Outputs, tokens: Tokens, columns: Int64Array) -> Layers:
         tokens: all genes of the cells, unmasked.
         columns: vocabulary ids of the requested genes. Shape (genes,).
     """
+    # Vocabulary id → column of the result; -1 for genes that were not requested and for `<cls>`.
     column_of_gene = np.full(max(tokens.input_ids.max(), columns.max()) + 1, -1)
     column_of_gene[columns] = np.arange(len(columns))
     measured = column_of_gene[tokens.input_ids] >= 0

@@ -103,9 +103,9 @@ def gene_programs(
         genes,
         resolution=resolution,
         random_state=seed,
-        adjacency=nearest.maximum(nearest.T),
+        adjacency=nearest.maximum(nearest.T),  # an edge if either gene is among the neighbours of the other
         flavor="igraph",
-        n_iterations=-1,
+        n_iterations=-1,  # iterate until the clusters no longer change
     )
     return pd.Series(genes.obs["leiden"].astype(int).to_numpy(), index=embeddings.index, name="program")
 
@@ -142,7 +142,7 @@ def attention_maps(
         ValueError: a gene is not in the vocabulary; or as `embed_anndata`.
         IndexError: there is no such layer.
     """
-    known = processor.tokenizer.get_vocab()
+    known = processor.tokenizer.get_vocab()  # gene → id
     if unknown := [gene for gene in genes if gene not in known]:
         raise ValueError(f"{len(unknown)} of {len(genes)} genes are not in the model's vocabulary, e.g. {unknown[:5]}")
     requested = torch.tensor([known[gene] for gene in genes], device=model.device)
