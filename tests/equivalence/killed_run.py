@@ -1,4 +1,4 @@
-"""Run by test_kill_resume.py: a run that is killed in its first epoch and in a later one, and one that is not."""
+"""Run by test_kill_resume.py: compare a run that is killed twice, in different epochs, with one that is not killed."""
 
 import json
 import os
@@ -18,7 +18,7 @@ BATCH, SAVE_EVERY = 8, 3
 
 
 def kill_after(step: int, pause_s: float, flags: list[str], folder: Path) -> dict[str, int]:
-    """Train, kill -9 some time after a step; return the last step done and the one that the next session resumes at."""
+    """Train and send SIGKILL some time after a step; return the last step done and the newest checkpoint's step."""
     begin_anew(folder)
     trace = folder.with_suffix(".trace")
     n_before = len(traced(trace, 0))
@@ -39,15 +39,15 @@ def main(census: str, scratch: Path, seed: int) -> None:
     flags = ["--data", census, "--per_device_train_batch_size", str(BATCH), "--save_steps", str(SAVE_EVERY)]
     flags += ["--min_gene_counts", "1", "--validation_fraction", "0.3", "--num_train_epochs", "2"]
     warm_up()
-    expected = train_whole(flags, 1, scratch / "whole")
+    expected = train_whole(flags, 1, scratch / "uninterrupted")
     n_steps = len(expected[0])
     epoch, chance, folder = n_steps // 2, random.Random(seed), scratch / "killed"
     kills = []
     for first, last in ((SAVE_EVERY + 1, epoch // 2), (epoch + 1, n_steps - 8)):
         kills.append(kill_after(chance.randint(first, last), chance.uniform(0, 0.03), flags, folder))
     assert finish(start(1, flags, folder, folder.with_suffix(".trace")))
-    n_compared = require_same(folder, scratch / "whole", expected)
-    weights = [newest_valid(scratch / name) / "model.safetensors" for name in ("whole", "killed")]
+    n_compared = require_same(folder, scratch / "uninterrupted", expected)
+    weights = [newest_valid(scratch / name) / "model.safetensors" for name in ("uninterrupted", "killed")]
     assert weights[0].read_bytes() == weights[1].read_bytes()
     print(json.dumps({"steps": n_steps, "epoch": epoch, "compared": n_compared, "kills": kills}))
 

@@ -1,4 +1,4 @@
-"""Packed and padded cells have the same predictions, losses and gradients, whatever computes attention."""
+"""Packed and padded cells have the same predictions, losses and gradients, with every attention implementation."""
 
 from typing import Any
 
@@ -61,7 +61,7 @@ def packed_of(padded: dict[str, Any]) -> dict[str, Any]:
 
 
 def with_tail(packed: dict[str, Any], tail: int) -> dict[str, Any]:
-    """The row with tokens behind the last cell, as `bucket` makes it."""
+    """Return the packed batch with padding tokens after the last cell, as `bucket` adds them."""
     fillers = {"input_ids": PAD, "values": -2.0, "labels": IGNORE}
     longer = {name: torch.nn.functional.pad(packed[name], (0, tail), value=value) for name, value in fillers.items()}
     longest = max(packed["max_length_q"], tail)
@@ -104,8 +104,8 @@ def compare(reference: ScGPTForPreTraining, network: ScGPTForPreTraining, length
     torch.testing.assert_close(network(**packed).gep[0], expected.gep[real], atol=1e-5, rtol=1e-4)
 
 
-def test_differences_have_no_direction() -> None:
-    """Rounding spreads around zero; an error in one layout would lean to one side."""
+def test_differences_between_packed_and_padded_have_mean_zero() -> None:
+    """Rounding errors cancel out; a bug in one of the layouts would shift the mean."""
     padded = cells_of([120, 90, 60, 150] * 4)
     network = network_for("scgpt_varlen", {}).eval()
     one, other = network(**padded).gep[padded["attention_mask"]], network(**packed_of(padded)).gep[0]
@@ -114,7 +114,7 @@ def test_differences_have_no_direction() -> None:
     assert difference.mean().abs() < 1e-7
 
 
-def test_five_steps_of_training_stay_together() -> None:
+def test_five_steps_of_training_on_packed_and_padded_cells_have_the_same_losses() -> None:
     padded = cells_of([7, 3, 12, 5])
     traces = []
     for batch in (padded, packed_of(padded)):

@@ -1,6 +1,6 @@
-"""Run by test_sharded.py on two processes: trains, saves and resumes a model sharded by FSDP2, on CPUs.
+"""Run by test_sharded.py on two processes: train, save and resume a model sharded by FSDP2, on CPUs.
 
-accelerate shards on accelerators only; here two CPUs pass for them, and everything behind that door is its own.
+accelerate enables FSDP2 on GPUs only. `enable_fsdp_on_cpus` removes that check; all other code is that of a GPU run.
 """
 
 import json
@@ -20,20 +20,20 @@ EVERY_2 = (
 )
 
 
-def pass_for_accelerators() -> None:
-    begin = AcceleratorState.__init__
+def enable_fsdp_on_cpus() -> None:
+    original_init = AcceleratorState.__init__
 
-    def begin_sharded(self: Any, *arguments: Any, fsdp_plugin: Any = None, **keywords: Any) -> None:
-        begin(self, *arguments, fsdp_plugin=fsdp_plugin, **keywords)
+    def init(self: Any, *arguments: Any, fsdp_plugin: Any = None, **keywords: Any) -> None:
+        original_init(self, *arguments, fsdp_plugin=fsdp_plugin, **keywords)
         if fsdp_plugin is not None and self.distributed_type == DistributedType.MULTI_CPU:
             self.distributed_type, self.fsdp_plugin = DistributedType.FSDP, fsdp_plugin
             PartialState._shared_state["distributed_type"] = DistributedType.FSDP
 
-    AcceleratorState.__init__ = begin_sharded
+    AcceleratorState.__init__ = init
 
 
 def main(census: Path, folder: Path) -> None:
-    pass_for_accelerators()
+    enable_fsdp_on_cpus()
     trainer, _, _ = prepare(census, folder, *EVERY_2, "--max_steps", "4")
     trainer.train()
     assert trainer.args.world_size == 2
@@ -42,8 +42,8 @@ def main(census: Path, folder: Path) -> None:
     assert all(type(weight).__name__ == "DTensor" for weight in trainer.model.parameters())
     save_best_model(trainer, folder)
     if trainer.is_world_process_zero():
-        whole = unsharded_model(trainer, folder)
-        assert all(type(weight).__name__ == "Parameter" for weight in whole.parameters())
+        model = unsharded_model(trainer, folder)
+        assert all(type(weight).__name__ == "Parameter" for weight in model.parameters())
     resumed, _, checkpoint = prepare(census, folder, *EVERY_2, "--max_steps", "6", "--resume_from_checkpoint", "latest")
     resumed.train(resume_from_checkpoint=checkpoint)
     losses = {line["step"]: line["loss"] for line in resumed.state.log_history if "loss" in line}

@@ -1,23 +1,23 @@
 """Fault tolerance: what a training run survives, and how it resumes exactly.
 
-What happens, and what the run does about it:
+What can happen, and what the run does:
 
 - The process is killed (`kill -9`, out of memory, power loss): you lose the steps since the last checkpoint.
   Checkpoints are complete or absent, never partial, and survive a crash of the machine (`checkpoints`).
 - SIGTERM or SIGINT, as job schedulers and Ctrl-C send it: the run finishes its step, saves a checkpoint and stops. A
-  second signal ends it at once (`signals`; only the command line installs the handlers).
+  second signal ends it at once (`signals`). The command line does this; in Python, pass a `StopSignal`.
 - Cells cannot be read any more: the run saves a checkpoint and raises an error that names the cause.
 - A loss or gradient is not finite: the step is skipped, and its cells are logged. After several such steps in a row the
   run stops; weights that are not finite are never saved (`nonfinite`).
 - The disk is full: the run raises an error. The previous checkpoint is still valid.
-- A checkpoint is damaged, incomplete or forged: it is detected before anything is loaded from it, and the newest valid
-  one is used (`checkpoints`, `resume`).
+- A checkpoint is damaged or incomplete: its hashes reveal it, and `--resume_from_checkpoint latest` uses the newest
+  valid one (`checkpoints`). If somebody has edited it, the run raises an error before it loads anything (`resume`).
 - The run resumes on another number of processes, or with another batch size: every cell of the epoch is still visited
   once. Dropout draws other random numbers; everything else continues (`scgpt_hf.cells.schedule.run`).
 - One of several processes has a problem: all of them stop together, after the same step (`ranks`).
 
-On the same number of processes, and with the same batch size, a resumed run is bitwise equal to one that was never
-interrupted: weights, optimizer state, log lines. It works in five steps:
+With the same hardware, libraries, number of processes and batch size, a resumed run is bitwise equal to one that was
+never interrupted: weights, optimizer state, log lines. It works in five steps:
 
 1. The plan of a run is a pure function of the cell ids, the seed and the batch size. So the position in the data is one
    number, the step; no loader state is saved.
@@ -28,6 +28,6 @@ interrupted: weights, optimizer state, log lines. It works in five steps:
    disk and then renamed.
 4. On resume, the hashes are verified, then the contents, then that the data and settings are those of the run: the same
    donors, genes, order, masks and token settings.
-5. Checkpoints later than the one resumed from are renamed, so that they cannot be mistaken for the new future of the
-   run. A validation that was due when the run stopped is done before the first step.
+5. Checkpoints later than the one resumed from are renamed, so that the next resume does not choose one of them. A
+   validation that was due when the run stopped is done before the first step.
 """

@@ -67,7 +67,7 @@ def load_losses(paths: Sequence[Path]) -> LossAccumulator:
     """Return the sums of the processes that wrote the files, added up.
 
     Raises:
-        KeyError, TypeError, ValueError: a file does not contain such sums.
+        AttributeError, KeyError, TypeError, ValueError: a file does not contain such sums.
     """
     contents = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
     sums: dict[str, torch.Tensor | float] = {}

@@ -45,7 +45,7 @@ class TrainingInterrupted(Exception):
 
 
 class StopSignal:
-    """Handles SIGTERM and SIGINT while it is entered as a context manager.
+    """Handles SIGTERM and SIGINT while it is entered as a context manager, as the trainer does during `train`.
 
     The first signal is only recorded; the trainer looks at `number` between two steps. A second signal ends the process
     without cleaning up, for example when a step hangs.

@@ -21,10 +21,10 @@ from tests.support.training import EVERY_4, QUIET, prepare, read_metrics, weight
 
 def insert_nan(trainer, steps, key="labels"):
     """Put a NaN into one batch of each of the steps, counted from 0."""
-    opened, micro = trainer.loader.open_stream, trainer.args.gradient_accumulation_steps
+    open_stream, micro = trainer.loader.open_stream, trainer.args.gradient_accumulation_steps
 
     def stream(first):
-        for number, batch in enumerate(opened(first), start=first):
+        for number, batch in enumerate(open_stream(first), start=first):
             if number % micro == micro - 1 and number // micro in steps:
                 where = (batch["labels"] >= 0).ravel().nonzero()[0] if key == "labels" else 1
                 batch[key].view(-1)[where] = torch.nan
@@ -123,10 +123,10 @@ def test_a_read_error_saves_a_checkpoint_from_which_the_run_resumes_exactly(smal
     uninterrupted, _, _ = prepare(small_census, tmp_path / "uninterrupted", *EVERY_4, "--dropout", "0.1")
     uninterrupted.train()
     trainer, _, _ = prepare(small_census, tmp_path / "run", *EVERY_4, "--dropout", "0.1")
-    opened = trainer.loader.open_stream
+    open_stream = trainer.loader.open_stream
 
     def stream(first):
-        for number, batch in enumerate(opened(first), start=first):
+        for number, batch in enumerate(open_stream(first), start=first):
             if number == 6:
                 raise OSError("the array is gone")
             yield batch

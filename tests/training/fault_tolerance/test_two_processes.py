@@ -29,7 +29,7 @@ def test_two_processes_stop_together_and_one_process_resumes(small_census, tmp_p
         "skipped": True,
         "exit_code": 143,
         "saved": 2,
-        "lost": "cannot read cells after step 3: gone",
+        "read_error": "cannot read cells after step 3: gone",
     }
     assert "step 2 was skipped" in done.stderr
     manifest = verify(newest_valid(tmp_path / "stopped"))

@@ -29,8 +29,8 @@ def main(census: Path, scratch: Path) -> None:
     logging.basicConfig()
     rank, checks = int(os.environ["RANK"]), {}
 
-    def run(name, *flags, checkpoint=None):
-        return prepare(census, scratch / name, *flags)
+    def run(name, *flags, stop_signal=None):
+        return prepare(census, scratch / name, *flags, stop_signal=stop_signal)
 
     for names, flags in OBJECTIVES.items():
         weights = json.dumps(dict.fromkeys(names.split(), 1.0))
@@ -43,10 +43,10 @@ def main(census: Path, scratch: Path) -> None:
     checks["objectives"] = len(OBJECTIVES)
 
     trainer, _, _ = run("skipped", *QUIET, "--max_steps", "4")
-    opened = trainer.loader.open_stream
+    open_stream = trainer.loader.open_stream
 
     def with_nan(first):
-        for number, batch in enumerate(opened(first), start=first):
+        for number, batch in enumerate(open_stream(first), start=first):
             if number == 1 and rank == 1:
                 batch["values"][0, 1] = torch.nan
             yield batch
@@ -55,7 +55,7 @@ def main(census: Path, scratch: Path) -> None:
     trainer.train()
     checks["skipped"] = trainer.losses.n_steps == 0 and all_finite(weights_of(trainer).values())
 
-    trainer, _, _ = prepare(census, scratch / "stopped", *EVERY_4, stop_signal=StopSignal())
+    trainer, _, _ = run("stopped", *EVERY_4, stop_signal=StopSignal())
     read_step = trainer.read_step
 
     def interrupt(*arguments):
@@ -71,10 +71,10 @@ def main(census: Path, scratch: Path) -> None:
     checks["saved"] = verify(newest_valid(scratch / "stopped")).step
 
     trainer, _, checkpoint = run("stopped", *EVERY_4, "--resume_from_checkpoint", "latest")
-    opened = trainer.loader.open_stream
+    open_stream = trainer.loader.open_stream
 
     def broken(first):
-        for number, batch in enumerate(opened(first), start=first):
+        for number, batch in enumerate(open_stream(first), start=first):
             if number == 3 and rank == 0:
                 raise OSError("gone")
             yield batch
@@ -83,7 +83,7 @@ def main(census: Path, scratch: Path) -> None:
     try:
         trainer.train(resume_from_checkpoint=checkpoint)
     except OSError as error:
-        checks["lost"] = f"{error}".split(".")[0]
+        checks["read_error"] = f"{error}".split(".")[0]
     if rank == 0:
         print(json.dumps(checks))
     trainer.accelerator.end_training()

@@ -1,0 +1,54 @@
+"""Throughput: rates of all processes, excluded time, and the peak of known GPUs only."""
+
+import time
+
+import pytest
+import torch
+
+from scgpt_hf.model.configuration_scgpt import ScGPTConfig, training_flops_per_token
+from scgpt_hf.training.throughput import Throughput, peak_flops
+
+CPU = torch.device("cpu")
+CONFIG = ScGPTConfig(vocab_size=10, pad_token_id=8)
+
+
+def packed(lengths):
+    return {"cu_seq_lens_q": torch.tensor([0, *lengths]).cumsum(0)}
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """A clock that stands still until the test moves it."""
+    now = [0.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    return now
+
+
+def test_rates_are_those_of_all_processes_without_excluded_time(clock):
+    throughput = Throughput(CONFIG, CPU, world_size=2)
+    throughput.count([packed([3, 5]), packed([4])])
+    clock[0] = 10.0
+    throughput.exclude(4.0)
+    rates = throughput.rates(waited_s=1.5)
+    assert rates == {"cells_per_second": 2 * 3 / 6, "tokens_per_second": 2 * 12 / 6, "waiting_share": 1.5 / 6}
+
+
+def test_a_restart_forgets_cells_and_waiting_time(clock):
+    throughput = Throughput(CONFIG, CPU, world_size=1)
+    throughput.count([packed([3, 5])])
+    throughput.restart(waited_s=7.0)
+    clock[0] = 2.0
+    assert throughput.rates(waited_s=8.0) == {"cells_per_second": 0, "tokens_per_second": 0, "waiting_share": 0.5}
+
+
+def test_mfu_weights_attention_by_the_length_of_each_token(clock):
+    throughput = Throughput(CONFIG, CPU, world_size=1)
+    throughput.peak = 1e9
+    throughput.count([packed([10, 30])])
+    clock[0] = 1.0
+    flops = sum(n_tokens * training_flops_per_token(CONFIG, n_tokens) for n_tokens in (10, 30))
+    assert throughput.rates(0.0)["mfu"] == pytest.approx(flops / 1e9)
+
+
+def test_a_cpu_has_no_peak():
+    assert peak_flops(CPU) is None
