@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from scgpt_hf.pipeline.stream import StreamConfig as StreamConfig
     from scgpt_hf.pipeline.stream import stream_cells as stream_cells
     from scgpt_hf.pretrained import load_model as load_model
+    from scgpt_hf.pretraining import pretrain as pretrain
     from scgpt_hf.publishing.publish_cache import publish_cache as publish_cache
     from scgpt_hf.publishing.publish_run import publish as publish
     from scgpt_hf.reporting.report import write_report as write_report
@@ -52,6 +53,7 @@ if TYPE_CHECKING:
     from scgpt_hf.training.finetuning.integrate import finetune_integration as finetune_integration
     from scgpt_hf.training.finetuning.settings import AnnotateSettings as AnnotateSettings
     from scgpt_hf.training.finetuning.settings import IntegrateSettings as IntegrateSettings
+    from scgpt_hf.training.settings_parsing import parse_settings as parse_settings
     from scgpt_hf.training.trainer import ScGPTTrainer as ScGPTTrainer
 
     __version__: str
@@ -75,6 +77,8 @@ _MODULE_OF = {
     "StreamConfig": "pipeline.stream",
     "stream_cells": "pipeline.stream",
     "prefetch": "cells.threads",
+    "parse_settings": "training.settings_parsing",
+    "pretrain": "pretraining",
     "ScGPTTrainer": "training.trainer",
     "AnnotateSettings": "training.finetuning.settings",
     "IntegrateSettings": "training.finetuning.settings",

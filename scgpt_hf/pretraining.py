@@ -82,7 +82,7 @@ def pretrain(
         HubError: the run cannot be published. This is checked before training, too.
 
     Example:
-        >>> from scgpt_hf.training.settings_parsing import parse_settings
+        >>> from scgpt_hf import parse_settings, pretrain
         >>> settings = parse_settings(["configs/demo.yaml", "--num_train_epochs", "3"])
         >>> summary = pretrain(settings)  # doctest: +SKIP
         >>> summary["best"]["eval_gep_mse"]  # doctest: +SKIP

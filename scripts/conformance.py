@@ -1,10 +1,11 @@
-"""Run transformers' own tests of every model on ours.
+"""Run the tests that transformers runs on each of its models on ours.
 
-  python scripts/conformance.py                 fetch the tests of the installed transformers, and run all of them
-  python scripts/conformance.py -k save_load    only those whose name says so; every option is pytest's
+  python scripts/conformance.py                 download the tests of the installed transformers, and run them
+  python scripts/conformance.py -k save_load    run those with save_load in their name; all options go to pytest
 
-The tests are not part of the installed library, but of its source package: it is fetched by pip and unpacked outside
-of the repository, in a cache folder. Printed in the end: what was skipped and why, and what we had to adapt.
+The tests are part of the source package of transformers, not of the installed library. pip downloads it, and it is
+unpacked in a cache folder outside of the repository. The last lines list the tests that were skipped or adapted, with
+the reasons.
 """
 
 import argparse
@@ -15,13 +16,14 @@ import tarfile
 from importlib.metadata import version
 from pathlib import Path
 
-# Parts of the library's tests that are not in its source package: they export to other formats, and generate text.
+# Test classes that are missing from the source package. They are about export to other formats and text generation, so
+# empty classes can stand in for them.
 ABSENT = {"exporters/test_export.py": "ExportTesterMixin", "generation/test_utils.py": "GenerationTesterMixin"}
 TESTER = Path(__file__).resolve().parents[1] / "tests" / "conformance" / "check_model.py"
 
 
 def fetch_tests(folder: Path) -> None:
-    """Put the tests of the installed transformers into the folder, as the package `transformers_tests`."""
+    """Download the tests of the installed transformers into the folder, as the package `transformers_tests`."""
     package, pip = folder / "transformers_tests", [sys.executable, "-m", "pip", "--quiet"]
     wanted = f"transformers=={version('transformers')}"
     options = ["--no-deps", "--no-binary", "transformers", "--dest", str(folder)]
@@ -36,10 +38,10 @@ def fetch_tests(folder: Path) -> None:
 
 
 def main() -> None:
-    """Fetch what is missing, run the tests, and end as they do."""
+    """Download the tests if they are missing, run them, and exit with the code of pytest."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     cache = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "scgpt_hf"
-    parser.add_argument("--cache", type=Path, default=cache, help="where to unpack them (default: %(default)s)")
+    parser.add_argument("--cache", type=Path, default=cache, help="where to unpack the tests (default: %(default)s)")
     settings, options = parser.parse_known_args()
     folder = settings.cache / f"transformers-{version('transformers')}"
     if not (folder / "transformers_tests").is_dir():

@@ -1,4 +1,4 @@
-"""Every script as a user starts it: from a shell, on two processes where it can."""
+"""Every script as a user starts it: in a process of its own, on two processes if it can use them."""
 
 import json
 import os
@@ -25,7 +25,7 @@ TWO_PROCESSES = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_proce
 
 
 def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run Python on the arguments; `accelerate launch` on CPU needs its wish in the environment."""
+    """Run Python with these arguments. `accelerate launch` uses CPUs only if the environment says so."""
     env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **environment}
     return subprocess.run([sys.executable, *arguments], cwd=ROOT, env=env, capture_output=True, text=True, timeout=280)
 
@@ -35,7 +35,7 @@ def script(name: str) -> str:
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in (ROOT / "scripts").glob("*.py")))
-def test_help_teaches(name, monkeypatch, capsys):
+def test_help_is_complete(name, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", [script(name), "--help"])
     with pytest.raises(SystemExit) as ended:
         runpy.run_path(script(name), run_name="__main__")
@@ -45,7 +45,7 @@ def test_help_teaches(name, monkeypatch, capsys):
 
 @pytest.fixture(scope="module")
 def finished(small_census, tmp_path_factory):
-    """A run on two processes, from a local Census to the model card, that knows secrets."""
+    """A run on two processes, from a local Census to the model card, with credentials in its environment."""
     folder = tmp_path_factory.mktemp("runs") / "two"
     arguments = [script("pretrain"), "--data", str(small_census), "--output_dir", str(folder), *SMALL]
     arguments += ["--hub_token", SECRETS["HF_TOKEN"]]
@@ -54,18 +54,11 @@ def finished(small_census, tmp_path_factory):
     return folder, done.stdout + done.stderr
 
 
-def test_pretraining_on_two_processes_leaves_a_whole_run_folder(finished):
-    folder, said = finished
+def test_pretraining_on_two_processes_writes_all_files(finished):
+    folder, output = finished
     names = {
-        "best_model",
-        "settings.yaml",
-        "split.json",
-        "metrics.jsonl",
-        "summary.json",
-        "loss.png",
-        "umap.png",
-        "report.html",
-        "README.md",
+        *("best_model", "settings.yaml", "split.json", "metrics.jsonl", "summary.json"),
+        *("loss.png", "umap.png", "report.html", "README.md"),
     }
     assert names <= {path.name for path in folder.iterdir()}
     summary = json.loads((folder / "summary.json").read_text())
@@ -74,7 +67,7 @@ def test_pretraining_on_two_processes_leaves_a_whole_run_folder(finished):
     losses = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     losses = [line["loss"] for line in losses if "gep" in line]
     assert losses[-1] < losses[0]
-    assert said.count("Everything is in") == 1
+    assert output.count("Everything is in") == 1
     assert (folder / "loss.png").read_bytes()[:4] == (folder / "umap.png").read_bytes()[:4] == b"\x89PNG"
 
 
@@ -99,22 +92,14 @@ def test_two_processes_learn_what_one_does(small_census, tmp_path):
                 assert one[name] == pytest.approx(other[name], rel=1e-4), name
 
 
-def test_a_second_run_is_refused_and_a_resumed_one_goes_on(finished, small_census):
+def test_a_second_run_into_the_folder_is_rejected_and_a_resumed_run_continues(finished, small_census):
     folder, _ = finished
-    arguments = [
-        script("pretrain"),
-        "--data",
-        str(small_census),
-        "--output_dir",
-        str(folder),
-        *SMALL,
-        "--use_cpu",
-        "true",
-    ]
-    refused = run(*arguments)
-    assert refused.returncode != 0
-    assert "--resume_from_checkpoint latest" in refused.stderr
-    assert "Traceback" not in refused.stderr
+    arguments = [script("pretrain"), "--data", str(small_census), "--output_dir", str(folder), *SMALL]
+    arguments += ["--use_cpu", "true"]
+    rejected = run(*arguments)
+    assert rejected.returncode != 0
+    assert "--resume_from_checkpoint latest" in rejected.stderr
+    assert "Traceback" not in rejected.stderr
 
     # One process instead of two, so twice the cells each: the same steps.
     more = ["--resume_from_checkpoint", "latest", "--num_train_epochs", "3", "--per_device_train_batch_size", "32"]
@@ -123,12 +108,12 @@ def test_a_second_run_is_refused_and_a_resumed_one_goes_on(finished, small_censu
     assert json.loads((folder / "summary.json").read_text())["epochs"] == 3
 
 
-def test_bad_settings_end_in_one_sentence(tmp_path, small_census):
+def test_wrong_settings_end_in_one_line_without_a_traceback(tmp_path, small_census):
     cases = {
         "unknown setting '--n_hgv'; did you mean 'n_hvg'": ["--n_hgv", "3"],
         "do not exist": ["--data", str(tmp_path / "absent.h5ad")],
         "no_such_column": ["--data", str(small_census), "--obs_filter", "no_such_column == 1"],
-        "galore_torch": ["--data", str(small_census), "--optim", "galore_adamw"],  # known once there is an optimiser
+        "galore_torch": ["--data", str(small_census), "--optim", "galore_adamw"],  # rejected when the optimiser is made
     }
     for message, flags in cases.items():
         done = run(script("pretrain"), "--use_cpu", "true", "--output_dir", str(tmp_path / "run"), *flags)
@@ -162,25 +147,16 @@ def test_embed_writes_the_vectors_of_every_cell(finished, small_cells, tmp_path)
     assert anndata.read_h5ad(tmp_path / "out.h5ad").obsm["X_scgpt"].shape == (small_cells[0].n_obs, 16)
 
 
-def test_build_census_writes_what_pretraining_reads(small_cells, tmp_path):
+def test_build_census_writes_a_census_that_pretraining_reads(small_cells, tmp_path):
     small_cells[0].write_h5ad(tmp_path / "cells.h5ad")
     done = run(script("build_census"), str(tmp_path / "cells.h5ad"), "--out", str(tmp_path / "census"))
     assert done.returncode == 0, done.stderr[-2000:]
-    dry = run(
-        script("pretrain"),
-        "--data",
-        str(tmp_path / "census"),
-        *SMALL,
-        "--dry_run",
-        "--use_cpu",
-        "true",
-        "--output_dir",
-        str(tmp_path / "run"),
-    )
+    flags = ["--data", str(tmp_path / "census"), "--output_dir", str(tmp_path / "run"), *SMALL, "--use_cpu", "true"]
+    dry = run(script("pretrain"), *flags, "--dry_run")
     assert dry.returncode == 0, dry.stderr[-2000:]
 
 
-def test_jobs_of_an_array_write_a_cache_and_leave_one_of_something_else_alone(small_census, tmp_path):
+def test_jobs_of_an_array_write_a_cache_and_keep_one_of_other_cells(small_census, tmp_path):
     arguments = [
         script("cache_census"),
         str(small_census),
@@ -200,7 +176,7 @@ def test_jobs_of_an_array_write_a_cache_and_leave_one_of_something_else_alone(sm
     assert "Traceback" not in refused.stderr
 
 
-def test_a_cache_that_is_interrupted_says_how_to_go_on(small_census, tmp_path, monkeypatch, capsys):
+def test_an_interrupted_cache_reports_how_to_continue(small_census, tmp_path, monkeypatch, capsys):
     def interrupt(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
@@ -212,7 +188,7 @@ def test_a_cache_that_is_interrupted_says_how_to_go_on(small_census, tmp_path, m
 
 
 @pytest.mark.slow
-def test_two_processes_that_cache_learn_what_one_does_from_the_whole_cache(small_census, tmp_path):
+def test_two_processes_that_write_a_cache_learn_the_same_as_one_that_reads_it(small_census, tmp_path):
     shared = ["--data", str(small_census), *SMALL, "--cache_dir", str(tmp_path / "cache"), "--dropout", "0"]
     two = run(
         *TWO_PROCESSES, script("pretrain"), *shared, "--output_dir", str(tmp_path / "two"), ACCELERATE_USE_CPU="true"
@@ -233,10 +209,11 @@ def test_two_processes_that_cache_learn_what_one_does_from_the_whole_cache(small
     assert not (tmp_path / "cache" / ".jobs").exists()
 
 
-def test_no_credential_is_in_a_run_folder_or_in_what_a_run_says(finished):
-    """Every file, checkpoints included."""
-    folder, said = finished
-    written = {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file()} | {"said": said.encode()}
+def test_no_credential_is_in_a_run_folder_or_in_the_output_of_a_run(finished):
+    folder, output = finished
+    written = {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file()} | {
+        "output": output.encode()
+    }
     assert any("checkpoint-" in path for path in written)
     assert not [(path, name) for path, text in written.items() for name in SECRETS if SECRETS[name].encode() in text]
 
@@ -246,7 +223,7 @@ def test_the_python_of_the_readme_runs(finished, small_cells, tmp_path):
     small_cells[0].write_h5ad(tmp_path / "cells.h5ad")
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     assert blocks
-    code = "\n".join(blocks).replace("runs/demo", str(folder))  # a model of these cells instead of the demo's
+    code = "\n".join(blocks).replace("runs/demo", str(folder))  # a model of these cells, not the demo's
     code = code.replace('"types"', repr(str(tmp_path / "types")))
     code = code.replace("scgpt_hf.demo_cells()", f"__import__('anndata').read_h5ad({str(tmp_path / 'cells.h5ad')!r})")
     done = run("-c", f"{code}\nprint(adata.obsm['X_scgpt'].shape)")

@@ -1,17 +1,17 @@
-"""Fine-tune a pretrained model: to name cell types, or to bring experimental batches together.
+"""Fine-tune a pretrained model: to predict cell types, or to integrate experimental batches.
 
   python scripts/finetune.py data.h5ad --model runs/demo/best_model --labels_key cell_type --out runs/types
-  python scripts/finetune.py data.h5ad --model ORG/NAME --labels_key cell_type --out runs/types --train lora
-  python scripts/finetune.py a.h5ad b.h5ad --task integrate --model ORG/NAME --batch_key assay --out runs/joined
+  python scripts/finetune.py data.h5ad --model OWNER/NAME --labels_key cell_type --out runs/types --train lora
+  python scripts/finetune.py a.h5ad b.h5ad --task integrate --model OWNER/NAME --batch_key assay --out runs/joined
 
-The first two leave a classifier for scripts/annotate.py, the third an encoder for scripts/embed.py, in OUT/best_model,
-with report.html, summary.json, metrics, split and settings beside it. `--task integrate --help` tells its flags.
-A run that was interrupted cannot be resumed: remove OUT and start it again.
+The first two commands train a classifier for scripts/annotate.py, the third one an encoder for scripts/embed.py.
+OUT/best_model is the model; report.html, summary.json, metrics, split and settings are beside it.
+`--task integrate --help` shows the flags of that task. An interrupted run cannot be resumed: remove OUT and run again.
 """
 
 import logging
 import sys
-from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser, RawDescriptionHelpFormatter
+from argparse import ArgumentParser
 from typing import Any
 
 from transformers import HfArgumentParser
@@ -21,46 +21,55 @@ from scgpt_hf.reporting.report import write_report
 from scgpt_hf.training.finetuning.annotate import finetune_classifier
 from scgpt_hf.training.finetuning.integrate import finetune_integration
 from scgpt_hf.training.finetuning.settings import AnnotateSettings, IntegrateSettings
+from scgpt_hf.training.settings_parsing import ExampleHelpFormatter
 
-TASKS = {"annotate": (AnnotateSettings, finetune_classifier), "integrate": (IntegrateSettings, finetune_integration)}
-
-
-class Teach(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):
-    """Shows the examples as they are, and every default."""
+TASKS: dict[str, Any] = {
+    "annotate": (AnnotateSettings, finetune_classifier),
+    "integrate": (IntegrateSettings, finetune_integration),
+}
 
 
 def main() -> None:
-    """Read the command line, fine-tune, say what was learned."""
+    """Parse the command line, fine-tune the model, and print a summary."""
     tune_process()
-    task = ArgumentParser(add_help=False, allow_abbrev=False)
-    task.add_argument("--task", choices=TASKS, default="annotate", help="what to fine-tune for")
-    chosen, rest = task.parse_known_args()
-    settings_of: Any
-    finetune: Any
-    settings_of, finetune = TASKS[chosen.task]
+    task_parser = ArgumentParser(add_help=False, allow_abbrev=False)
+    task_parser.add_argument("--task", choices=TASKS, default="annotate", help="what to fine-tune for")
+    task, arguments = task_parser.parse_known_args()
+    settings_class, finetune = TASKS[task.task]
     parser = HfArgumentParser(
-        settings_of, parents=[task], description=__doc__, formatter_class=Teach, allow_abbrev=False
+        settings_class,
+        parents=[task_parser],
+        description=__doc__,
+        formatter_class=ExampleHelpFormatter,
+        allow_abbrev=False,
     )
     parser.add_argument("data", nargs="+", help=".h5ad files with raw counts, or one SOMA")
     try:
-        settings, asked = parser.parse_args_into_dataclasses(rest, look_for_args_file=False)
+        settings, others = parser.parse_args_into_dataclasses(arguments, look_for_args_file=False)
         logging.basicConfig(format="%(message)s")
         logging.getLogger("scgpt_hf").setLevel(logging.INFO)
-        summary = finetune(asked.data, settings)
+        summary = finetune(others.data, settings)
         write_report(settings.out)
     except (OSError, ValueError, ImportError, FloatingPointError) as error:
         sys.exit(f"finetune.py: {error}")
-    if chosen.task == "annotate":
-        held_out, baseline = summary["validation"], summary["majority_baseline"]
-        print(
-            f"{summary['validation_cells']:,} held-out cells, {len(summary['labels'])} labels: "
-            f"macro-F1 {held_out['macro_f1']:.3f}, accuracy {held_out['accuracy']:.3f}; always "
-            f"{baseline['label']!r}: {baseline['macro_f1']:.3f}, {baseline['accuracy']:.3f}."
-        )
-    else:
-        cells = sum(sum(parts.values()) for parts in summary["domains"].values())
-        print(f"{cells:,} cells of {len(summary['domains'])} domains; new in the model: {', '.join(summary['new'])}.")
+    print(_format_annotation(summary) if task.task == "annotate" else _format_integration(summary))
     print(f"Everything is in {settings.out}: best_model/ report.html summary.json metrics.jsonl split.json")
+
+
+def _format_annotation(summary: dict[str, Any]) -> str:
+    """Return the scores of a classifier beside those of its baseline, in one line."""
+    scores, baseline = summary["validation"], summary["majority_baseline"]
+    return (
+        f"{summary['validation_cells']:,} held-out cells, {len(summary['labels'])} labels: "
+        f"macro-F1 {scores['macro_f1']:.3f}, accuracy {scores['accuracy']:.3f}; always predicting "
+        f"{baseline['label']!r}: {baseline['macro_f1']:.3f}, {baseline['accuracy']:.3f}."
+    )
+
+
+def _format_integration(summary: dict[str, Any]) -> str:
+    """Return the cells and batches of an integrated model, and its new parts, in one line."""
+    n_cells = sum(sum(parts.values()) for parts in summary["domains"].values())
+    return f"{n_cells:,} cells of {len(summary['domains'])} batches; new in the model: {', '.join(summary['new'])}."
 
 
 if __name__ == "__main__":
