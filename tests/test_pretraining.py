@@ -11,12 +11,14 @@ from scgpt_hf.training.recipe import make_trainer
 from tests.support.training import QUIET, TINY
 
 
-def test_a_library_call_writes_a_run_folder_and_leaves_the_process_alone(small_census, tmp_path):
-    folder, reports = tmp_path / "run", []
+def test_a_library_call_writes_a_run_folder_and_leaves_the_process_alone(small_census, tmp_path, monkeypatch):
+    folder, reports, threads = tmp_path / "run", [], []
+    monkeypatch.setattr(torch, "set_num_threads", threads.append)
     flags = [*TINY, "--data", str(small_census), "--output_dir", str(folder)]
-    process = [signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM), torch.get_num_threads()]
+    handlers = [signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)]
     summary = pretrain(parse_settings(flags), report=reports.append)
-    assert process == [signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM), torch.get_num_threads()]
+    assert not threads
+    assert handlers == [signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)]
     files = {"best_model", "settings.yaml", "split.json", "metrics.jsonl", "summary.json", "README.md", "report.html"}
     assert files <= {path.name for path in folder.iterdir()}
     assert json.loads((folder / "summary.json").read_text())["steps"] == summary["steps"]
