@@ -1,4 +1,4 @@
-"""Pretrain a model: the whole run, from settings to a run folder, in the order in which it happens."""
+"""Pretrain a model: the complete run, from settings to a run folder, in the order in which it happens."""
 
 import logging
 from collections.abc import Callable
@@ -76,7 +76,7 @@ def pretrain(
     Raises:
         FileExistsError: the run is new, and its folder is not empty.
         FileNotFoundError, ConnectionError: the data or the checkpoint cannot be read.
-        ValueError: settings, data or checkpoint cannot be used. The message says what was found and what to do.
+        ValueError: settings, data or checkpoint cannot be used. The message names what was found and how to fix it.
         FloatingPointError: the run has diverged.
         TrainingInterrupted: `stop_signal` stopped the run, after a checkpoint.
         HubError: the run cannot be published. This is checked before training, too.

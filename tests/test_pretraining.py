@@ -1,4 +1,4 @@
-"""`pretrain`: a whole run as a library call, which leaves the state of the process alone."""
+"""`pretrain`: a complete run as a library call, which leaves the state of the process alone."""
 
 import json
 import signal

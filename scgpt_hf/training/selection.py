@@ -107,7 +107,7 @@ def select_cells_and_genes(source: CellSource, data: DataSettings, seed: int) ->
         seed: determines which donors are sampled and how they are split.
 
     Raises:
-        ValueError: a step leaves too few cells, donors or genes. The message says what was found and what to do.
+        ValueError: a step leaves too few cells, donors or genes. The message names what was found and how to fix it.
     """
     obs = source.obs(sorted({data.donor_key, *([data.batch_key] if data.batch_key else [])}))
     obs = obs.loc[cells_with_value(obs, data.donor_key)]

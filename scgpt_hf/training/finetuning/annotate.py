@@ -58,7 +58,7 @@ def finetune_classifier(data: Address, settings: AnnotateSettings) -> dict[str, 
         FileExistsError: the run folder is not empty.
         ImportError: `train` is "lora", and `peft` is not installed.
         OSError: the model or a file does not exist.
-        ValueError: data, labels or model cannot be used. The message says what was found and what to do.
+        ValueError: data, labels or model cannot be used. The message names what was found and how to fix it.
 
     Example:
         >>> settings = AnnotateSettings(model="runs/demo/best_model", out="runs/types", labels_key="cell_type")

@@ -46,7 +46,7 @@ def finetune_integration(data: Address, settings: IntegrateSettings) -> dict[str
     Raises:
         FileExistsError: the run folder is not empty.
         OSError: the model or a file does not exist.
-        ValueError: data, batches or model cannot be used. The message says what was found and what to do.
+        ValueError: data, batches or model cannot be used. The message names what was found and how to fix it.
 
     Example:
         >>> settings = IntegrateSettings(model="runs/demo/best_model", out="runs/joined", batch_key="assay")
