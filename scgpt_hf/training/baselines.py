@@ -1,8 +1,8 @@
 """Errors of simple predictors on the positions that the model is validated on.
 
-Quantile bins are nearly uniform on 1 … n_bins - 1, so a mean squared error alone is hard to judge. Three predictors give it
-a scale: a constant, the mean of each gene, and a predictor that knows the rank of every count in its cell and misses
-only the random choice among the bins of tied counts.
+Quantile bins are nearly uniform on 1 … n_bins - 1, so a mean squared error alone is hard to judge. Three predictors
+give it a scale: a constant, the mean of each gene, and a predictor that knows the rank of every count in its cell and
+misses only the random choice among the bins of tied counts.
 """
 
 import math
