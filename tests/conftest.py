@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 # Several test processes share the cores. torch and numpy read this variable when they are first imported.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Tests open arrays with TileDB's default settings, which corrupt memory now and then; see `soma/context.py`.
+os.environ.setdefault("TILEDB_SM_MEM_MALLOC_TRIM", "false")
 # Some tests send SIGINT to a subprocess. A job that a shell starts with `&` ignores SIGINT, and so would its children.
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)

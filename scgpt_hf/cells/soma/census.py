@@ -137,7 +137,8 @@ class CensusSource:
         genes = self._retry_policy.read(self._uris["var"], read).sort_values("soma_joinid", ignore_index=True)
         if not len(genes) or (genes["soma_joinid"] != genes.index).any():
             raise ValueError(
-                f"{self._uris['var']} has {len(genes):,} genes whose joinids are not 0, 1, 2, …; is the copy complete?"
+                f"{self._uris['var']} has {len(genes):,} genes; expected at least one, with joinids 0, 1, 2, … without "
+                "gaps; is the copy complete?"
             )
         return genes.drop(columns="soma_joinid").astype(str)
 
@@ -171,7 +172,7 @@ class CensusSource:
         return block
 
     def describe(self) -> dict[str, Any]:
-        """Return where the cells come from; see `CellSource.describe`."""
+        """Return the origin of the cells; see `CellSource.describe`."""
         return {
             "kind": "census",
             "uri": self._uri,
@@ -264,7 +265,10 @@ class CensusSource:
             return self._pool
 
     def _handle(self, name: str) -> Any:
-        """Return this thread's handle of X or obs; a context for each is faster than one for all (measured)."""
+        """Return this thread's handle of X or obs.
+
+        Each thread has a context of its own, which is faster than one for all threads (measured).
+        """
         if not hasattr(self._local, name):
             kind: Any = soma.SparseNDArray if name == "X" else soma.DataFrame
             handle = kind.open(self._uris[name], context=self._context(1))
@@ -274,11 +278,12 @@ class CensusSource:
         return getattr(self._local, name)
 
     def _read_chunk(self, native: NativeArray | None, cell_ids: Int64Array) -> Chunk:
+        """Read ascending cells of one chunk, natively if possible."""
         return self._retry_policy.read(self._uris["X"], lambda: read_chunk(native or self._handle("X"), cell_ids))
 
 
 def _find_arrays(experiment: soma.Experiment, layer: str) -> dict[str, str]:
-    """Return the URIs of obs, and of var and X of the measurement "RNA".
+    """Return the URIs of obs, and of var and the layer of X in the measurement "RNA".
 
     Raises:
         ValueError: one of them is missing; the message lists what is there.

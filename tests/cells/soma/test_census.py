@@ -3,6 +3,7 @@
 import re
 import shutil
 import threading
+import tracemalloc
 
 import cellxgene_census
 import numpy as np
@@ -99,6 +100,20 @@ def test_taken_rows_equal_those_of_the_matrix_whatever_the_width_of_counts_and_g
     assert {(rows.data.dtype, rows.indices.dtype) for rows in groups} == {tuple(map(np.dtype, dtypes))}
     some = block.take(np.array([7, 4499, 0]))
     assert (some.counts != counts[cell_ids[[7, 4499, 0]]]).nnz == 0
+
+
+def test_taking_a_few_cells_leaves_the_others_packed(tmp_path):
+    write_experiment(tmp_path / "soma", random_sparse(4000, 2000, 0.1, format="csr", random_state=0, data_rvs=np.ones))
+    with CensusSource(str(tmp_path / "soma")) as source:
+        block = source.read(np.arange(4000))
+    block.take(np.arange(100))
+    tracemalloc.start()
+    taken = block.take(np.arange(100))
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    n_bytes = taken.data.nbytes + taken.indices.nbytes
+    assert n_bytes == 4 * taken.indptr[-1] > 0
+    assert peak < 3 * n_bytes < block.data.nbytes
 
 
 def test_close_ends_the_threads_and_the_next_read_opens_the_source_again(small_census):

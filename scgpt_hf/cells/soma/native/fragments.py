@@ -29,7 +29,7 @@ import tiledbsoma as soma
 from scgpt_hf.cells.block import Int64Array
 from scgpt_hf.cells.soma.layout import TILE
 
-# Versions of the format whose footers are laid out as `_open_fragment` expects: those of TileDB 2.17 to 2.30.
+# Versions of the format whose footers are laid out as `_open_fragment` expects; TileDB 2.17 to 2.30 write them.
 # tests/fixtures has an array of each.
 FORMAT_VERSIONS = (20, 21, 22)
 
