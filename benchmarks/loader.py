@@ -179,7 +179,7 @@ def first_batch_s(path: Path, n_threads: int) -> float:
 
 
 def memory_gb(path: Path, n_threads: int) -> float:
-    """Return the peak memory of a process of its own that data_module an epoch of tokens."""
+    """Return the peak memory of a subprocess that streams an epoch of tokens."""
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         return pool.submit(_stream_and_measure, path, n_threads).result()
 

@@ -25,9 +25,9 @@ TESTER = Path(__file__).resolve().parents[1] / "tests" / "conformance" / "check_
 def fetch_tests(folder: Path) -> None:
     """Download the tests of the installed transformers into the folder, as the package `transformers_tests`."""
     package, pip = folder / "transformers_tests", [sys.executable, "-m", "pip", "--quiet"]
-    wanted = f"transformers=={version('transformers')}"
+    requirement = f"transformers=={version('transformers')}"
     options = ["--no-deps", "--no-binary", "transformers", "--dest", str(folder)]
-    subprocess.run([*pip, "download", *options, wanted], check=True)
+    subprocess.run([*pip, "download", *options, requirement], check=True)
     subprocess.run([*pip, "install", "--no-deps", "--target", str(folder), "parameterized"], check=True)
     with tarfile.open(next(folder.glob("transformers-*.tar.gz"))) as source:
         source.extractall(folder, filter="data")

@@ -1,4 +1,4 @@
-"""The notebooks run as a newcomer runs them, one after the other, and are stored with what they show."""
+"""The notebooks run one after the other, and are stored with their outputs."""
 
 import ast
 import os
@@ -12,12 +12,12 @@ import pytest
 from tests.support import ROOT
 
 NOTEBOOKS = sorted((ROOT / "examples").glob("*.ipynb"))
-MOST_BYTES = 400_000
+MAX_BYTES = 400_000
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_notebooks_are_small_and_stored_with_their_outputs(path: Path) -> None:
-    assert path.stat().st_size < MOST_BYTES
+    assert path.stat().st_size < MAX_BYTES
     notebook = nbformat.read(path, as_version=4)
     nbformat.validate(notebook)
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
@@ -30,7 +30,7 @@ def test_notebooks_are_small_and_stored_with_their_outputs(path: Path) -> None:
 
 
 def run(notebooks: list[Path], folder: Path) -> None:
-    """Execute notebooks in the examples/ of a copy of what they need, as in the repository."""
+    """Execute notebooks in a temporary folder with the layout of the repository."""
     from nbclient import NotebookClient
 
     shutil.copytree(ROOT / "scripts", folder / "scripts")
@@ -50,7 +50,7 @@ def test_the_second_notebook_runs_on_any_checkpoint(tmp_path: Path) -> None:
     sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
     model = ScGPTForPreTraining(
         ScGPTConfig(vocab_size=processor.vocab_size, pad_token_id=processor.pad_id, **sizes)
-    )  # untrained: what it says is not looked at
+    )  # untrained: the test ignores its results
     for part in (model, processor):
         part.save_pretrained(tmp_path / "runs" / "example" / "best_model")
     run(NOTEBOOKS[1:], tmp_path)
@@ -60,7 +60,7 @@ def test_the_second_notebook_runs_on_any_checkpoint(tmp_path: Path) -> None:
 @pytest.mark.timeout(900)
 def test_the_notebooks_run_one_after_the_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("EXAMPLE_EPOCHS", "1")
-    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")  # its accelerate
+    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
     assert len(NOTEBOOKS) == 2
     run(NOTEBOOKS, tmp_path)
     assert (tmp_path / "runs" / "example" / "best_model" / "model.safetensors").exists()

@@ -5,7 +5,7 @@
 
 Every epoch is then shuffled over all cells. (`pretrain.py --cache_dir DIR` writes the same cache while its first epoch
 trains.) The cache is a `datasets` folder: `datasets.load_from_disk("blood")` opens it, 5 kB a cell. On the Hub it is a
-dataset that data_module, and a source for others:
+dataset that streams, and a source for others:
 
   python scripts/cache_census.py CENSUS blood --push_to_hub ORG/NAME
   accelerate launch scripts/pretrain.py --data hf://datasets/ORG/NAME

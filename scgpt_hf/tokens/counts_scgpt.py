@@ -37,7 +37,7 @@ class SparseCounts(Protocol):
 
 
 class _CsrArrays(NamedTuple):
-    """What the functions of this module return, as plain arrays: compiled kernels take arrays, not matrices."""
+    """CSR arrays in a tuple; compiled kernels take arrays, not scipy matrices, and scipy is not required."""
 
     data: npt.NDArray[Any]
     indices: npt.NDArray[Any]

@@ -1,7 +1,7 @@
-"""transformers' own tests of every model, asked of ours; `scripts/conformance.py` fetches them and runs this file.
+"""The tests that transformers has for all of its models, applied to ours. `scripts/conformance.py` runs this file.
 
-They come as the package `transformers_tests`, which is why the default run does not collect this file. What is changed
-in them, and why, is in `ADAPTED`; what they skip themselves is printed with their reason.
+It needs the package `transformers_tests`, which the script downloads, so the default run of pytest does not collect it.
+`ADAPTED` lists the tests that this file overrides, with the reason.
 """
 
 import copy
@@ -20,20 +20,20 @@ from transformers_tests import test_modeling_common
 from scgpt_hf import ScGPTConfig, ScGPTForPreTraining, ScGPTForSequenceClassification, ScGPTModel
 
 ADAPTED = {
-    "test_load_with_mismatched_shapes": "calls the encoder without values, which ours needs; the rest is kept",
-    "test_sdpa_can_dispatch_non_composite_models": "the default is our scgpt_varlen, not sdpa; asked for by name here",
-    "test_eager_matches_sdpa_inference": "sets only epsilons that the config has; ScGPTConfig refuses unknown settings",
+    "test_load_with_mismatched_shapes": "the original test calls the encoder without values, which ours needs",
+    "test_sdpa_can_dispatch_non_composite_models": "the default is scgpt_varlen, so sdpa is requested by name",
+    "test_eager_matches_sdpa_inference": "sets only the epsilon that exists; ScGPTConfig rejects other settings",
 }
-PAD, CLS, VOCABULARY, DOMAINS = 0, 1, 63, 5  # <pad> comes first, because some tests cut the vocabulary's end off
+PAD, CLS, VOCABULARY, DOMAINS = 0, 1, 63, 5  # <pad> is first, because some tests shorten the vocabulary
 
-# The tests know by these lists which models have a loss, take a class for each cell, are an encoder alone.
+# The tests use these lists to find out which models have a loss, which classify, and which are an encoder only.
 modeling_auto.MODEL_MAPPING_NAMES["scgpt"] = "ScGPTModel"
 modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES["scgpt"] = "ScGPTForSequenceClassification"
 modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES["scgpt"] = "ScGPTForPreTraining"
 
 
 def set_layer_norm_eps(config: PreTrainedConfig) -> None:
-    """Make tiny variances harmless, as the library's function of the same purpose does."""
+    """Set a large epsilon so that small variances do not amplify differences, as the library's function does."""
     config.layer_norm_eps = 1.0
 
 
@@ -41,7 +41,7 @@ test_modeling_common.set_config_for_less_flaky_test = set_layer_norm_eps
 
 
 class ScGPTModelTester:
-    """A tiny model and a batch, under the names the library's tests ask for."""
+    """A tiny model and a batch, with the attribute names that the library's tests use."""
 
     def __init__(self, **settings: Any) -> None:
         self.settings = settings
@@ -73,11 +73,12 @@ class ScGPTModelTester:
 
 
 class ScGPTModelTest(test_modeling_common.ModelTesterMixin, TestCase):
-    """The model as the paper has it."""
+    """The model with the settings of the paper."""
 
     all_model_classes = (ScGPTModel, ScGPTForPreTraining, ScGPTForSequenceClassification)
     additional_model_inputs = ("values",)
-    test_can_init_all_missing_weights_before_2023 = True  # asked of newer models only; ours has no year in its head
+    # The library skips this test for old models, which it detects by the year in the file header. Ours has none.
+    test_can_init_all_missing_weights_before_2023 = True
     settings: dict[str, Any] = {}  # noqa: RUF012
 
     def setUp(self) -> None:
@@ -95,10 +96,10 @@ class ScGPTModelTest(test_modeling_common.ModelTesterMixin, TestCase):
 
     def test_sdpa_can_dispatch_non_composite_models(self) -> None:
         for model_class in self.all_model_classes:
-            for asked, found in ((None, "scgpt_varlen"), ("sdpa", "sdpa"), ("eager", "eager")):
+            for requested, expected in ((None, "scgpt_varlen"), ("sdpa", "sdpa"), ("eager", "eager")):
                 config = self.model_tester.get_config()
-                model = model_class._from_config(config, attn_implementation=asked)
-                assert model.config._attn_implementation == found
+                model = model_class._from_config(config, attn_implementation=requested)
+                assert model.config._attn_implementation == expected
 
     def test_load_with_mismatched_shapes(self) -> None:
         config, inputs = self.model_tester.prepare_config_and_inputs_for_common()
@@ -111,14 +112,14 @@ class ScGPTModelTest(test_modeling_common.ModelTesterMixin, TestCase):
             ):
                 with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
                     load.from_pretrained(folder, **changed)
-                with CaptureLogger(logging.get_logger("transformers.modeling_utils")) as said:
+                with CaptureLogger(logging.get_logger("transformers.modeling_utils")) as log:
                     model = load.from_pretrained(folder, ignore_mismatched_sizes=True, **changed)
-                assert "Reinit due to size mismatch" in said.out
+                assert "Reinit due to size mismatch" in log.out
                 assert model(**(inputs | {"input_ids": inputs["input_ids"] % 10}))[0].isfinite().all()
 
 
 class ScGPTEveryOptionTest(ScGPTModelTest):
-    """The model with every head, domains, statistics per domain, a table of values and pre-norm."""
+    """The model with every head, domain-specific norms, the category value encoder and pre-norm."""
 
     additional_model_inputs = ("values", "domain_ids")
     settings = {  # noqa: RUF012

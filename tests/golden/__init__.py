@@ -1,1 +1,1 @@
-"""Tests of golden."""
+"""Stored numbers, and the scripts that computed them."""

@@ -1,8 +1,8 @@
-"""Write losses.json: the first 20 losses of a tiny model on 96 made-up cells.
+"""Write losses.json: the first 20 losses of a tiny model on 96 synthetic cells.
 
-Run it when a change is meant to move them, and say why in the CHANGELOG:
+Run this script only if a change must alter the losses, and give the reason in the CHANGELOG:
 
-python tests/golden/make_losses.py
+    python tests/golden/make_losses.py
 """
 
 import json
@@ -26,7 +26,7 @@ GOLDEN = Path(__file__).with_name("losses.json")
 
 
 def first_losses(n_steps: int = 20) -> list[float]:
-    """From counts through every stage to the optimiser: sources, plan, stream, tokens, model, objectives."""
+    """Train for a few steps, from counts to the optimiser, and return the losses."""
     rng = np.random.default_rng(0)
     rates = rng.gamma(0.5, 2.0, (4, 60))
     counts = rng.poisson(rates[rng.integers(4, size=96)]).astype(np.float32)

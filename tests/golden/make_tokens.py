@@ -1,6 +1,8 @@
-"""Write tokens.npz: twenty handmade cells through every stage of `tokens/`.
+"""Write tokens.npz: the results of every stage of `tokens/` for twenty handmade cells.
 
-Run `python tests/golden/make_tokens.py` only when a change is meant to move these numbers, and say why in its commit.
+Run this script only if a change must alter these numbers, and give the reason in the commit message:
+
+    python tests/golden/make_tokens.py
 """
 
 from pathlib import Path
@@ -13,12 +15,12 @@ from scgpt_hf.tokens.processing_scgpt import ScGPTProcessor
 from scgpt_hf.tokens.randomness_scgpt import MASK_RATIO, MASKING, SAMPLING, TIES, cell_keys, random_words
 
 GENES = [f"gene {i}" for i in range(30)]
-COLUMNS = [*GENES[10:25], "unknown", *GENES[:10][::-1], "also unknown"]  # neither in order nor complete
+COLUMNS = [*GENES[10:25], "unknown", *GENES[:10][::-1], "also unknown"]  # in another order, and incomplete
 SEED, EPOCH = 17, 3
 
 
 def handmade_counts() -> np.ndarray:
-    """Twenty cells of 27 genes, each with a reason. Shape (cells, genes)."""
+    """Return twenty cells with 27 genes; each tests a special case, see the comments. Shape (cells, genes)."""
     counts = np.zeros((20, 27), np.float32)
     counts[0, 3] = 1  # a single gene
     counts[1, [3, 4]] = 1, 1  # a tie across all bins
@@ -29,13 +31,13 @@ def handmade_counts() -> np.ndarray:
     counts[6] = np.arange(27)  # every value once, one zero
     counts[7] = np.arange(27)[::-1]
     counts[8, ::2] = 4095  # the last count of the table
-    counts[9, ::2], counts[9, 1] = 4096, 1  # the first beyond it
-    counts[10, ::3] = 2**24  # the last whole number of float32
+    counts[9, ::2], counts[9, 1] = 4096, 1  # the first count beyond the table
+    counts[10, ::3] = 2**24  # beyond it, float32 does not represent every integer
     counts[11, 1::3], counts[11, 2::3] = 1, 2
     counts[12] = counts[11]  # the same cell again
     counts[13, :20] = np.repeat([1, 2, 3, 10], 5)
     counts[14, 5:], counts[14, 26] = 1, 1000
-    counts[15, :14] = 0.5  # the rest: values as some normalised layers have them
+    counts[15, :14] = 0.5  # from here on, values as in normalised layers
     counts[16, :8] = np.linspace(0.1, 7.3, 8)
     counts[17, 4:12] = np.log1p(np.arange(1, 9) * 1.5)
     counts[18, 20:] = 2.25, 2.25, 1, 1, 1, 0.125, 9
@@ -44,7 +46,7 @@ def handmade_counts() -> np.ndarray:
 
 
 def stages() -> dict[str, np.ndarray]:
-    """Every stage's result by name."""
+    """Return the results of every stage by name."""
     block, cells = csr_matrix(handmade_counts()), np.arange(20) * 1000 - 5
     results: dict[str, np.ndarray] = {"counts": handmade_counts()}
     for name, purpose in (("ties", TIES), ("sampling", SAMPLING), ("masking", MASKING), ("ratio", MASK_RATIO)):

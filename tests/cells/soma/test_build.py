@@ -94,12 +94,12 @@ def test_counts_do_not_depend_on_the_size_of_a_write(tmp_path, files, small_cell
 def test_filled_and_dropped_columns_are_logged_and_columns_can_be_kept(tmp_path, small_cells, caplog):
     cells = small_cells[0].copy()
     del cells.obs["is_primary_data"]
-    cells.obs["rank_group"], cells.obs["age"] = "L1", np.arange(160)
+    cells.obs["lane"], cells.obs["age"] = "L1", np.arange(160)
     cells.obs["disease"] = cells.obs["disease"].where(cells.obs["disease"] == "normal", None)
     cells.write_h5ad(tmp_path / "a.h5ad")
     with caplog.at_level(logging.INFO):
         build_census([tmp_path / "a.h5ad"], tmp_path / "soma", keep_obs=["age"], organism="mus_musculus")
-    assert "dropped columns: ['rank_group']" in caplog.text
+    assert "dropped columns: ['lane']" in caplog.text
     assert "'sex'" in caplog.text
     obs = table(soma.DataFrame.open(str(tmp_path / "soma" / "census_data" / "mus_musculus" / "obs")))
     assert obs["is_primary_data"].all()
