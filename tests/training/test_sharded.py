@@ -33,7 +33,7 @@ def test_a_sharded_model_trains_and_is_saved_like_an_unsharded_one(small_census,
         assert json.loads((saved / "config.json").read_text())["architectures"] == ["ScGPTForPreTraining"]
         ScGPTForPreTraining.from_pretrained(saved)
     flags = ("--per_device_train_batch_size", "64", "--dropout", "0", "--logging_steps", "1", "--max_steps", "4")
-    trainer, _, _ = prepare(small_census, tmp_path / "whole", *flags)
+    trainer, _, _ = prepare(small_census, tmp_path / "unsharded", *flags)
     trainer.train()
     losses = {str(line["step"]): line["loss"] for line in trainer.state.log_history if "loss" in line}
     assert [sharded[step] for step in losses] == pytest.approx(list(losses.values()), rel=1e-3)
