@@ -11,10 +11,11 @@ therefore becomes one word of 4 bytes, or of 8 where they do not suffice, and th
 `read_chunk` works in five steps:
 
 1. Read the entries in parts of some tiles each, natively or through TileDB.
-2. Pack each part at once, so that its memory serves for the next one. Entries of unwanted cells and zeros go.
-3. Count the entries of each cell over all parts, which gives `indptr`.
-4. Copy the words of each cell behind one another. A cell lies in as many runs as it has tiles.
-5. If genes do not ascend within a cell, because fragments overlap, sort.
+2. Pack each part as soon as it is read, so that the memory of its 20-byte entries is used again for the next part. This
+   drops zeros and the entries of cells that are not wanted.
+3. Count the entries of each cell over all parts; their running sum is `indptr`.
+4. Copy the words of each cell behind one another. They are in several runs, usually one for each tile with the cell.
+5. Sort, if genes do not ascend within a cell. That happens only if fragments overlap.
 
 `ChunkedBlock` is the block that `CensusSource.read` returns: it keeps the chunks and unpacks the rows that are taken.
 
@@ -35,7 +36,8 @@ from scgpt_hf.cells.block import CellBlock, CsrArrays, Int64Array
 from scgpt_hf.cells.soma.layout import TILE
 from scgpt_hf.cells.soma.native import NativeArray
 
-# Share of a range of cells that is wanted from which on TileDB reads the range faster than a list of cells (measured).
+# If at least this share of the cells in a range is wanted, TileDB reads the complete range faster than a list of cells
+# (measured).
 MIN_RANGE_DENSITY = 1 / 64
 
 # `_pack_words` goes over its entries twice: up to this many (32 KiB) stay in the L1 cache in between.
@@ -123,8 +125,8 @@ def read_chunk(array: soma.SparseNDArray | NativeArray, cell_ids: Int64Array) ->
         array: cells by genes.
         cell_ids: cells of one chunk, ascending. Shape (cells,).
     """
-    # Row of each id from one before the first to one after the last wanted cell, -1 if it is not wanted. The two at the
-    # ends are not: ids outside the range are clipped to them, so the lookup needs no other check.
+    # The row of each cell id, or -1 if the cell is not wanted. The table has one more place at each end, with -1: ids
+    # outside the range are clipped to these places, so that every lookup is valid.
     first_id = int(cell_ids[0]) - 1
     row_of_id = np.full(int(cell_ids[-1]) - first_id + 2, -1, dtype=np.int32)
     row_of_id[cell_ids - first_id] = np.arange(len(cell_ids), dtype=np.int32)

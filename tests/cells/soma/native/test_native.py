@@ -13,6 +13,7 @@ import tiledbsoma as soma
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from scgpt_hf.cells.soma.address import open_census
 from scgpt_hf.cells.soma.census import CensusSource
 from scgpt_hf.cells.soma.layout import TILE
 from scgpt_hf.cells.soma.native import fragments, open_native
@@ -283,6 +284,8 @@ def test_the_native_reader_can_be_turned_off_by_argument_or_environment(census, 
     with caplog.at_level(logging.INFO, "scgpt_hf"), CensusSource(str(census), native=False) as source:
         for _ in range(2):
             assert (source.read(expected.cell_ids).counts != expected.counts).nnz == 0
+        assert not is_read_natively(source)
+    with open_census(str(census), native=False) as source:
         assert not is_read_natively(source)
     monkeypatch.setenv(SWITCH, "0")
     with caplog.at_level(logging.INFO, "scgpt_hf"), CensusSource(str(census)) as source:
