@@ -1,4 +1,4 @@
-"""The pipeline from cells to batches: read the cells that plans name, tokenise them, and make batches of tensors.
+"""The pipeline from cells to batches: read the cells that plans name, tokenize them, and make batches of tensors.
 
 Training, validation, embedding, annotation and expression prediction all read through `CellStream`; what differs
 between them is a `StreamConfig`. The module decides neither which cells are read (`cells/schedule`) nor what their
@@ -7,10 +7,10 @@ tokens are (`tokens`). A stream works in six steps:
 1. **List the windows** (`_list_tasks`). A plan cuts its cells into shuffle windows of many steps each. One `WindowTask`
    stands for one window, or for the rest of it when training resumes in the middle.
 2. **Read the next window ahead** (`_take_window`). One thread reads a window from the source in a single call, in the
-   order of its steps, while the window before it is tokenised. So memory holds two windows, however large the source.
+   order of its steps, while the window before it is tokenized. So memory holds two windows, however large the source.
 3. **Cut the window into micro-batches** (`_cut`). A step of a rank is one batch, or several with gradient accumulation.
    Neighbouring batches, together about 512 cells, are one unit of work for a thread.
-4. **Tokenise and mask in threads** (`_tokenize`). Random numbers depend on the seed, the epoch, the cell and the gene
+4. **Tokenize and mask in threads** (`_tokenize`). Random numbers depend on the seed, the epoch, the cell and the gene
    only, so the result does not depend on the number of threads, ranks or batches. Cells that express no gene of the
    vocabulary have no tokens and are dropped, skipped or refused.
 5. **Pack or pad** (`make_batch`). The tokens of a batch become tensors: one packed row, or one padded row per cell.
@@ -44,10 +44,10 @@ logger = logging.getLogger(__name__)
 Batch = dict[str, torch.Tensor | int]
 Result = TypeVar("Result")
 
-# Cells that one thread tokenises together: enough to make its overhead vanish, few enough for its tokens to stay in the
+# Cells that one thread tokenizes together: enough to make its overhead vanish, few enough for its tokens to stay in the
 # CPU's cache.
 _CELLS_PER_TASK = 512
-# One thread tokenises tens of thousands of cells per second, so more than a few would only take cores from the model.
+# One thread tokenizes tens of thousands of cells per second, so more than a few would only take cores from the model.
 _MAX_TOKENIZING_THREADS = 4
 
 
@@ -123,7 +123,7 @@ class _Window:
 
 @dataclass(frozen=True, eq=False)
 class TokenizedCells:
-    """The cells of one micro-batch, tokenised and not yet turned into tensors.
+    """The cells of one micro-batch, tokenized and not yet turned into tensors.
 
     Attributes:
         tokens: tokens of the cells that express a gene of the vocabulary, masked if the config says so.
@@ -242,7 +242,7 @@ class CellStream:
     def _run(
         self, task_numbers: Sequence[int], finish: Callable[[TokenizedCells], Result]
     ) -> Generator[Result, None, None]:
-        """Yield what `finish` makes of each micro-batch; the tokenising threads call it."""
+        """Yield what `finish` makes of each micro-batch; the tokenizing threads call it."""
         try:
             for number in task_numbers:
                 if (window := self._take_window(number)) is not None:
@@ -296,7 +296,7 @@ class CellStream:
     def _tokenize(
         self, window: _Window, bounds: Int64Array, finish: Callable[[TokenizedCells], Result]
     ) -> list[Result]:
-        """Tokenise neighbouring micro-batches.
+        """Tokenize neighbouring micro-batches.
 
         Args:
             window: the window that holds them.
