@@ -169,10 +169,10 @@ def test_jobs_of_an_array_write_a_cache_and_keep_one_of_other_cells(small_census
         done = run(*arguments, "--shard", job)
         assert done.returncode == 0, done.stderr[-2000:]
         ends.append(done.stdout)
-    assert "is whole: train on it with --data" in ends[-1]
+    assert "is complete; train on it with --data" in ends[-1]
     refused = run(script("cache_census"), str(small_census), str(tmp_path / "cache"))
     assert refused.returncode != 0
-    assert "holds a cache of something else (cells: expected 270" in refused.stderr
+    assert "holds a different cache (cells: expected 270" in refused.stderr
     assert "Traceback" not in refused.stderr
 
 

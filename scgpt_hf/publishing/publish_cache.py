@@ -11,7 +11,7 @@ from typing import Any
 import pyarrow as pa
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, DatasetCard, DatasetCardData, HfApi
 
-from scgpt_hf.cells.cache.manifest import GENES, MANIFEST, Identity, ShardRecord, check_shard, read_manifest
+from scgpt_hf.cells.cache.manifest import GENES, MANIFEST, CacheIdentity, ShardRecord, read_manifest, verify_shard
 from scgpt_hf.publishing.card import markdown_table
 from scgpt_hf.publishing.hub import HubError, require_repo_id, translate_hub_errors
 from scgpt_hf.publishing.record import UNKNOWN, strip_private
@@ -52,7 +52,7 @@ def publish_cache(folder: str | Path, repo_id: str, *, private: bool | None = No
     require_repo_id(repo_id)
     shards = read_manifest(folder)[1]
     for shard in shards:
-        check_shard(folder, shard)
+        verify_shard(folder, shard)
     files: dict[str, str | bytes] = {name: str(folder / name) for name in (*_UNCHANGED, *(s.file for s in shards))}
     files[MANIFEST] = json.dumps(strip_private(json.loads((folder / MANIFEST).read_bytes())), indent=1).encode()
     files["README.md"] = str(cache_card(folder, repo_id)).encode()
@@ -119,7 +119,7 @@ def cache_card(folder: Path, repo_id: str) -> DatasetCard:
     return DatasetCard(f"---\n{metadata.to_yaml()}\n---\n\n{text}")
 
 
-def _facts(identity: Identity, shards: list[ShardRecord], source: dict[str, Any]) -> Rows:
+def _facts(identity: CacheIdentity, shards: list[ShardRecord], source: dict[str, Any]) -> Rows:
     census = source.get("census_version")
     origin = ", ".join(source.get("paths", [])) or source.get("uri", UNKNOWN)
     return {

@@ -1,8 +1,11 @@
-"""How cells lie in a shard of a cache: an Arrow IPC stream that `datasets` opens and that is read without copies.
+"""The file format of a shard: an Arrow IPC stream, which `datasets` opens and which is read without copies.
 
-One record batch holds the cells of one aligned chunk of ids, ascending; so the bytes of a shard depend on its cells
-alone. `gene` is the row of the cache's genes, `count` its raw count in one byte: 255 means that the cell's next entry
-of `large_count` holds it. Which cells make a shard is decided in `cache_jobs.py`; reading is in `cache_shards.py`.
+Each record batch holds the cells of one aligned chunk of 2,048 ids, in ascending order. So the bytes of a shard depend
+only on its cells, not on how they were read. The columns are `cell_id`, `gene`, `count`, `large_count` and the columns
+of obs. `gene` lists the genes of a cell as rows of `genes.csv`, and `count` their raw counts in one byte each. A count
+of 255 or more is stored as 255, and its value is the cell's next entry of `large_count`.
+
+`jobs.py` decides which cells make a shard; `shards.py` reads them.
 """
 
 import errno
@@ -22,28 +25,32 @@ from numpy.typing import NDArray
 from scgpt_hf.cells.block import CellBlock, Int64Array
 from scgpt_hf.cells.soma.layout import TILE
 
-ESCAPE = 255  # in `count`: the count is the next entry of `large_count`
-LARGEST = 2**32 - 1  # largest count that a cache holds
+ESCAPE = 255  # in `count`: the value is the next entry of `large_count`
+MAX_COUNT = 2**32 - 1  # the largest value of `large_count`
 CELL_COLUMNS = ("cell_id", "gene", "count", "large_count")  # the first columns; those of obs follow
 
 Array: TypeAlias = NDArray[Any]
 
 
-class Written(NamedTuple):
-    """What a written file is: the sha256 of its bytes, in hexadecimal, and their number."""
+class WrittenFile(NamedTuple):
+    """The SHA-256 of a file in hexadecimal digits, and its size in bytes."""
 
     sha256: str
     n_bytes: int
 
 
 def cache_schema(n_genes: int, obs_types: Mapping[str, pa.DataType]) -> pa.Schema:
-    """Return the columns of a shard; genes are numbered in 16 bits where they fit.
+    """Return the Arrow schema of a shard; genes take 16 bits if they fit, else 32.
+
+    Args:
+        n_genes: number of genes of the cache.
+        obs_types: the type of each obs column, from `obs_type`.
 
     Raises:
-        ValueError: a column of obs is called like one of the cells' own.
+        ValueError: an obs column has the name of one of `CELL_COLUMNS`.
     """
     if taken := sorted(set(obs_types) & set(CELL_COLUMNS)):
-        raise ValueError(f"the obs columns {taken} are called like columns of a cache; rename them or leave them out")
+        raise ValueError(f"a cache has columns {taken} of its own; rename these obs columns, or leave them out")
     gene = pa.uint16() if n_genes <= 2**16 else pa.uint32()
     lists = {"gene": gene, "count": pa.uint8(), "large_count": pa.uint32()}
     fields = [("cell_id", pa.int64()), *((name, pa.list_(item)) for name, item in lists.items()), *obs_types.items()]
@@ -51,7 +58,7 @@ def cache_schema(n_genes: int, obs_types: Mapping[str, pa.DataType]) -> pa.Schem
 
 
 def obs_type(column: pd.Series) -> pa.DataType:
-    """Return how a column of obs is stored: booleans and numbers as they are, all else as text."""
+    """Return the Arrow type of an obs column: that of booleans and numbers, and text for everything else."""
     dtype: Any = column.cat.categories.dtype if isinstance(column.dtype, pd.CategoricalDtype) else column.dtype
     if dtype.kind not in "biuf":
         return pa.string()
@@ -59,12 +66,12 @@ def obs_type(column: pd.Series) -> pa.DataType:
 
 
 def encode_chunks(block: CellBlock, schema: pa.Schema, rows: Int64Array | None = None) -> Iterator[pa.RecordBatch]:
-    """Yield cells of a block by ascending id, one record batch for each aligned chunk of ids.
+    """Yield the cells of a block as record batches, by ascending id, one for each aligned chunk of ids.
 
     Args:
-        block: of cells.
-        schema: as `cache_schema` returns it.
-        rows: which of them; all when not given. Shape (cells,).
+        block: cells in any order.
+        schema: the schema from `cache_schema`.
+        rows: positions of the cells in the block; by default all. Shape (cells,).
 
     Raises:
         ValueError: see `encode_cells`.
@@ -77,21 +84,21 @@ def encode_chunks(block: CellBlock, schema: pa.Schema, rows: Int64Array | None =
 
 
 def encode_cells(cells: CellBlock, schema: pa.Schema) -> pa.RecordBatch:
-    """Return cells as a record batch.
+    """Return cells as one record batch.
 
     Args:
-        cells: raw counts, ids and obs columns of the cells.
-        schema: as `cache_schema` returns it.
+        cells: the cells of one chunk, by ascending id.
+        schema: the schema from `cache_schema`.
 
     Raises:
         ValueError: a count is larger than 4,294,967,295.
     """
     counts, genes, indptr = cells.data, cells.indices, cells.indptr
-    if (largest := counts.max(initial=0)) > LARGEST:
-        raise ValueError(f"found a count of {largest:,.0f}; a cache holds counts up to {LARGEST:,}")
+    if (largest := counts.max(initial=0)) > MAX_COUNT:
+        raise ValueError(f"found a count of {largest:,.0f}, but a cache holds counts up to {MAX_COUNT:,}")
     offsets, is_large = indptr.astype(np.int32), np.flatnonzero(counts >= ESCAPE)
     small = counts if counts.dtype == np.uint16 else np.minimum(counts, ESCAPE)
-    small = small.astype(np.uint8)  # of two bytes the lower one
+    small = small.astype(np.uint8)  # of uint16 this drops the upper byte; the next line sets those
     small[is_large] = ESCAPE
     genes = genes.astype(schema.field("gene").type.value_type.to_pandas_dtype(), copy=False)
     columns = [
@@ -110,66 +117,70 @@ def write_shard(
     batches: Iterable[pa.RecordBatch],
     *,
     scratch: Path,
-    check: Callable[[Written], object] = lambda written: None,
-) -> Written:
-    """Write record batches to a file, which appears when it is whole; return its hash and size.
+    check: Callable[[WrittenFile], object] = lambda written: None,
+) -> WrittenFile:
+    """Write record batches to a file and return its hash and size.
+
+    The file is written to a temporary name, flushed to the disk and then renamed, so `path` is never incomplete, even
+    after a power failure.
 
     Args:
-        path: of the file.
-        schema: of the batches.
-        batches: what to write.
-        scratch: folder on the same disk in which the file grows; made if it does not exist.
-        check: is shown the hash and size; what it raises leaves `path` as it is.
+        path: the file to write.
+        schema: the schema of the batches.
+        batches: the cells.
+        scratch: folder for the temporary file, on the same disk as `path`; created if it does not exist.
+        check: called with the hash and size before the file is renamed; if it raises, `path` is not changed.
 
     Raises:
-        OSError: writing failed; the message says where, and how full the disk is.
+        OSError: writing failed. If the disk is full, the message says how much space is free.
     """
-    beside = scratch / f"{path.name}.{uuid4().hex[:8]}"
+    # Several jobs may write the same shard at the same time: each has a temporary file of its own.
+    temporary = scratch / f"{path.name}.{uuid4().hex[:8]}"
     scratch.mkdir(exist_ok=True)
     try:
-        with beside.open("xb") as file:
+        with temporary.open("xb") as file:
             hashed = _HashedFile(file)
             with pa.ipc.new_stream(hashed, schema) as writer:
                 for batch in batches:
                     writer.write_batch(batch)
             file.flush()
             os.fsync(file.fileno())
-        check(Written(hashed.sha256.hexdigest(), hashed.n_bytes))
-        os.replace(beside, path)
+        check(WrittenFile(hashed.sha256.hexdigest(), hashed.n_bytes))
+        os.replace(temporary, path)
     except OSError as error:
         if error.errno != errno.ENOSPC:
             raise
         free = shutil.disk_usage(path.parent).free / 1e9
         raise OSError(
             errno.ENOSPC,
-            f"the disk is full: {path} could not be written, {free:.2f} GB are free. Make room, or choose another "
-            "folder; run the same again and only what is missing is written",
+            f"the disk is full: {path} was not written, {free:.2f} GB are free. Free some space, or choose another "
+            "folder, then run the same command again; it writes only the missing shards",
         ) from error
     finally:
-        beside.unlink(missing_ok=True)
-    return Written(hashed.sha256.hexdigest(), hashed.n_bytes)
+        temporary.unlink(missing_ok=True)
+    return WrittenFile(hashed.sha256.hexdigest(), hashed.n_bytes)
 
 
 class _HashedFile:
-    """A file to write to that knows the hash of what was written."""
+    """A writable file that computes the hash of what is written."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self.file, self.sha256, self.n_bytes, self.closed = file, hashlib.sha256(), 0, False
 
     def write(self, content: bytes) -> int:
-        """Hash and write."""
+        """Write bytes and add them to the hash."""
         self.sha256.update(content)
         self.n_bytes += len(content)
         return self.file.write(content)
 
     def flush(self) -> None:
-        """Do nothing: the file is flushed once, at its end."""
+        """Do nothing: Arrow flushes after each batch, but the file is flushed once, at its end."""
 
 
 def _encode_column(column: pd.Series, kind: pa.DataType) -> pa.Array:
-    """Return a column of obs with nulls where a value is missing."""
+    """Return an obs column as an Arrow array, with nulls where a value is missing."""
     if kind == pa.string():
-        codes, values = pd.factorize(column)  # few labels for many cells
+        codes, values = pd.factorize(column)  # converts each label once, not once for each cell
         return pa.array([str(value) for value in values], pa.string()).take(pa.array(codes, mask=codes < 0))
     missing = column.isna().to_numpy()
     return pa.array(column.astype(object).to_numpy() if missing.any() else column.to_numpy(), kind, from_pandas=True)

@@ -1,6 +1,6 @@
-"""A cache that was published on the Hub, brought to this machine: `hf://datasets/OWNER/NAME`.
+"""Download a cache from the Hub: `hf://datasets/OWNER/NAME`.
 
-Publishing is `publishing/publish_cache.py`'s; reading what was brought is `cache.py`'s, hashes included.
+`publishing/publish_cache.py` publishes a cache; `reader.py` reads the downloaded one and verifies its hashes.
 """
 
 import logging
@@ -24,39 +24,42 @@ _ADDRESS = re.compile(r"hf://datasets/(?P<repo_id>[^/@]+/[^/@]+)(@(?P<revision>[
 
 
 def download_cache(address: str) -> Path:
-    """Return the folder of a cache of the Hub; what an earlier download has brought is not brought again.
+    """Download a cache from the Hub and return its folder.
 
-    It lies where the client of the Hub keeps its files, below HF_HOME. A token is that of `hf auth login`.
+    Files that an earlier call has downloaded are not downloaded again. They are stored in the cache of
+    `huggingface_hub`, below HF_HOME. Private datasets need a token; run `hf auth login`.
 
     Args:
         address: `hf://datasets/OWNER/NAME`, or `hf://datasets/OWNER/NAME@REVISION` for a branch, tag or commit.
 
     Raises:
-        ConnectionError: the Hub cannot be reached, and the cache is not here.
-        FileNotFoundError: there is no such dataset, or none that one may see.
-        ValueError: the address is malformed, or the dataset is no cache.
+        ConnectionError: the Hub cannot be reached, and the cache was not downloaded before.
+        FileNotFoundError: the dataset does not exist, or you have no access to it.
+        ValueError: the address is malformed, or the dataset is not a cache.
     """
     if not (parts := _ADDRESS.fullmatch(address)):
-        raise ValueError(f"expected the address of a cache like hf://datasets/my-lab/blood, found {address!r}")
+        raise ValueError(f"expected the address of a cache such as hf://datasets/my-lab/blood, found {address!r}")
     repo_id, revision = parts["repo_id"], parts["revision"]
     try:
-        hf_hub_download(repo_id, MANIFEST, repo_type="dataset", revision=revision)  # before gigabytes of something else
+        # First the manifest alone: if there is none, the gigabytes of this dataset are not those of a cache.
+        hf_hub_download(repo_id, MANIFEST, repo_type="dataset", revision=revision)
         folder = Path(snapshot_download(repo_id, repo_type="dataset", revision=revision))
     except HFValidationError as error:
-        raise ValueError(f"{address} is no address of the Hub: {error}") from error
+        raise ValueError(f"{address} is not a valid address on the Hub: {error}") from error
     except LocalEntryNotFoundError as error:
         raise ConnectionError(
-            f"cannot bring {address}: the Hub cannot be reached, and it is not here; check the network and "
-            "HF_HUB_OFFLINE, or give the folder of a copy"
+            f"cannot download {address}: the Hub cannot be reached, and the cache was not downloaded before; check the "
+            "network and HF_HUB_OFFLINE, or pass the folder of a local copy"
         ) from error
     except (RepositoryNotFoundError, RevisionNotFoundError) as error:
         raise FileNotFoundError(
-            f"the Hub has no {address} that you may see; check owner, name and revision, and for a private one run "
-            "`hf auth login`"
+            f"{address} does not exist on the Hub, or you have no access to it; check owner, name and revision, and "
+            "for a private dataset run `hf auth login`"
         ) from error
     except EntryNotFoundError as error:
         raise ValueError(
-            f"{address} is no cache of cells, it has no {MANIFEST}; scripts/cache_census.py --push_to_hub makes one"
+            f"{address} is not a cache of cells, because it has no {MANIFEST}; publish one with "
+            "scripts/cache_census.py --push_to_hub"
         ) from error
-    logger.info("the cells of %s are in %s", address, folder)
+    logger.info("downloaded %s to %s", address, folder)
     return folder

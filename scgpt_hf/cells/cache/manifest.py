@@ -1,7 +1,7 @@
-"""What a cache says of itself: its source, its cells and genes, and the hash of every shard.
+"""The manifest of a cache: its source, its cells and genes, and the hash of every shard.
 
-`manifest.json` appears when all shards are there, so a folder without one is no cache, or not yet. Beside it lie
-`genes.csv` and the two files by which `datasets.load_from_disk` opens the folder.
+`manifest.json` is written last, when all shards are complete. So a folder without one is not a cache, or not a complete
+one. The other files are `genes.csv`, and two by which `datasets.load_from_disk` opens the folder.
 """
 
 import hashlib
@@ -18,27 +18,29 @@ import pyarrow as pa
 from scgpt_hf.cells.block import Int64Array, gene_hash
 
 MANIFEST, GENES = "manifest.json", "genes.csv"
-JOBS = ".jobs"  # folder within the cache in which jobs record what is finished, until all is
+JOBS = ".jobs"  # folder within the cache where jobs record finished shards; removed when the cache is complete
 FORMAT = 1
-REMEDY = "write it again with cache_census.py --rewrite, or fetch it again"
-_WHERE = ("uri", "paths", "n_cells")  # of a source's description: where it lies now, and what `cells` says better
+REMEDY = "write it again with cache_census.py --rewrite, or download it again"
+# Entries of a source's description that do not change the cells: where the source is now, and how many cells match its
+# filter, of which a cache may hold a part (`CacheIdentity.cells`).
+_NOT_COMPARED = ("uri", "paths", "n_cells")
 
 
 class CacheError(ValueError):
-    """A cache is not whole, not what was asked for, or corrupt; the message names the file and what to do."""
+    """A cache is incomplete, corrupt, or made of other cells than requested; the message names the file."""
 
 
 @dataclass(frozen=True)
 class ShardRecord:
-    """One file of cells.
+    """The manifest's entry for one shard.
 
     Attributes:
-        file: its name.
-        sha256: of its bytes, in hexadecimal.
-        n_bytes: their number.
-        n_cells: cells in it.
-        first_cell: the smallest of their ids.
-        last_cell: the largest.
+        file: the name of the file.
+        sha256: its SHA-256, in hexadecimal digits.
+        n_bytes: its size.
+        n_cells: number of cells.
+        first_cell: the smallest cell id.
+        last_cell: the largest cell id.
     """
 
     file: str
@@ -50,15 +52,15 @@ class ShardRecord:
 
 
 @dataclass(frozen=True)
-class Identity:
-    """What a cache is made of; two caches of one identity are equal, byte for byte.
+class CacheIdentity:
+    """Everything that determines the contents of a cache: two caches with equal identities have equal bytes.
 
     Attributes:
-        source: what `CellSource.describe` says of where the cells come from.
+        source: the origin of the cells, as `CellSource.describe` returns it.
         cells: number of cells.
-        cells_hash: the first 16 hexadecimal digits of a SHA-256 over their ids.
-        columns: obs columns.
-        cells_per_shard: least number of cells of a shard; chunks of ids are never cut.
+        cells_hash: hash of the cell ids, from `hash_cells`.
+        columns: names of the obs columns.
+        cells_per_shard: least number of cells of a shard. A chunk of ids is never split over two shards.
     """
 
     source: dict[str, Any]
@@ -69,43 +71,51 @@ class Identity:
 
 
 def is_cache(folder: Path) -> bool:
-    """Return whether a folder is a cache, whole or begun."""
+    """Return whether a folder is a cache, complete or not."""
     return (folder / MANIFEST).exists() or (folder / JOBS).exists()
 
 
-def require_identity(folder: Path, found: Identity, asked: Identity) -> None:
-    """Raise unless a folder's cache is the one asked for; where the source lies now does not count.
+def require_same_identity(folder: Path, found: CacheIdentity, expected: CacheIdentity) -> None:
+    """Raise unless the cache in a folder has the expected contents. The current location of the source is ignored.
 
     Raises:
-        CacheError: it is of another source, filter or cells; the message says what differs.
+        CacheError: it has another source, filter or cells; the message lists the differences.
     """
-    _require_equal(folder, _comparable(found), _comparable(asked))
+    _require_equal(folder, _comparable(found), _comparable(expected))
 
 
-def require_same_source(folder: Path, found: Identity, asked: Identity) -> None:
-    """Raise unless a folder's cache is of the source and the filter asked for, whichever cells it holds.
+def require_same_source(folder: Path, found: CacheIdentity, expected: CacheIdentity) -> None:
+    """Raise unless the cache in a folder has the expected source and filter. It may hold other cells of them.
 
     Raises:
-        CacheError: the message says what differs.
+        CacheError: it has another source or filter; the message lists the differences.
     """
-    _require_equal(folder, _comparable_source(found), _comparable_source(asked))
+    _require_equal(folder, _comparable_source(found), _comparable_source(expected))
 
 
-def _require_equal(folder: Path, there: dict[str, Any], here: dict[str, Any]) -> None:
-    if differs := [key for key in sorted(here | there) if here.get(key) != there.get(key)]:
-        listed = "; ".join(f"{key}: expected {here.get(key)!r}, found {there.get(key)!r}" for key in differs)
-        raise CacheError(f"{folder} holds a cache of something else ({listed}); choose another folder or remove it")
+def _require_equal(folder: Path, found: dict[str, Any], expected: dict[str, Any]) -> None:
+    if differing := [key for key in sorted(expected | found) if expected.get(key) != found.get(key)]:
+        listed = "; ".join(f"{key}: expected {expected.get(key)!r}, found {found.get(key)!r}" for key in differing)
+        raise CacheError(f"{folder} holds a different cache ({listed}); choose another folder, or remove this one")
 
 
 def hash_cells(cell_ids: Int64Array) -> str:
-    """Return a fingerprint of the cells: the first 16 hexadecimal digits of a SHA-256 over their ids."""
+    """Return the first 16 hexadecimal digits of a SHA-256 over cell ids, as little-endian int64."""
     return hashlib.sha256(cell_ids.astype("<i8", copy=False).tobytes()).hexdigest()[:16]
 
 
 def write_manifest(
-    folder: Path, identity: Identity, shards: list[ShardRecord], genes: pd.DataFrame, schema: pa.Schema
+    folder: Path, identity: CacheIdentity, shards: list[ShardRecord], genes: pd.DataFrame, schema: pa.Schema
 ) -> None:
-    """Make a cache of a folder that holds all shards; each file appears whole, the manifest last."""
+    """Complete a cache whose shards are all written: write the genes, the files of `datasets`, and the manifest.
+
+    Args:
+        folder: the folder of the cache.
+        identity: what the cache was made of.
+        shards: all shards, by ascending cell id.
+        genes: `feature_id` and `feature_name`, row i for gene i of the shards.
+        schema: the schema of the shards.
+    """
     from datasets import DatasetInfo, Features
 
     content = {"format": FORMAT, **asdict(identity), "shards": [asdict(shard) for shard in shards]}
@@ -126,53 +136,62 @@ def write_manifest(
     write_text(folder / MANIFEST, manifest)
 
 
-def read_manifest(folder: Path) -> tuple[Identity, list[ShardRecord]]:
-    """Return what a cache is made of, and its shards, each of which is there and as long as it should be.
+def read_manifest(folder: Path) -> tuple[CacheIdentity, list[ShardRecord]]:
+    """Read the manifest and check that all shards exist and have the recorded size.
+
+    Returns:
+        What the cache was made of, and its shards.
 
     Raises:
-        CacheError: see `load_manifest`; or a shard is missing or cut off.
+        CacheError: see `load_manifest`; or a shard is missing or incomplete.
     """
     identity, shards = load_manifest(folder)
     for shard in shards:
         file = folder / shard.file
         found = file.stat().st_size if file.is_file() else None
         if found != shard.n_bytes:
-            what = "is missing" if found is None else f"is corrupt: expected {shard.n_bytes:,} bytes, found {found:,}"
-            raise CacheError(f"{file} {what}; {REMEDY}")
+            problem = "missing" if found is None else f"corrupt: expected {shard.n_bytes:,} bytes, found {found:,}"
+            raise CacheError(f"{file} is {problem}; {REMEDY}")
     return identity, shards
 
 
-def load_manifest(folder: Path) -> tuple[Identity, list[ShardRecord]]:
-    """Return what the manifest says; no other file is looked at.
+def load_manifest(folder: Path) -> tuple[CacheIdentity, list[ShardRecord]]:
+    """Read the manifest without looking at any other file.
+
+    Returns:
+        What the cache was made of, and its shards.
 
     Raises:
-        CacheError: there is none, or it is malformed or of a newer version.
+        CacheError: the manifest does not exist, is malformed, or has another format version.
     """
     path = folder / MANIFEST
     if not path.is_file():
-        begun = "; it was begun: run the same job again to complete it" if (folder / JOBS).is_dir() else ""
-        raise CacheError(f"{folder} is not a cache: it has no {MANIFEST}{begun}")
+        advice = "; it is incomplete: run the same command again to complete it" if (folder / JOBS).is_dir() else ""
+        raise CacheError(f"{folder} is not a cache, because it has no {MANIFEST}{advice}")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         version = content.pop("format")
         shards = [ShardRecord(**shard) for shard in content.pop("shards")]
-        identity = Identity(**content)
+        identity = CacheIdentity(**content)
         _require_consistent(identity, shards)
-        stray = [shard.file for shard in shards if PurePath(shard.file).name != shard.file]
+        # A manifest from elsewhere must not make us read files outside of the folder.
+        outside = [shard.file for shard in shards if PurePath(shard.file).name != shard.file]
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise CacheError(f"{path} is malformed ({error}); make the cache again with cache_census.py") from error
+        raise CacheError(f"{path} is malformed ({error}); write the cache again with cache_census.py") from error
     if version != FORMAT:
-        raise CacheError(f"{path} is of format {version}, expected {FORMAT}; update scgpt_hf, or make the cache again")
-    if stray:
-        raise CacheError(f"{path} names {stray[0]!r}, which is no file of the cache's own folder")
+        raise CacheError(f"{path} has format {version}, expected {FORMAT}; update scgpt_hf, or write the cache again")
+    if outside:
+        raise CacheError(f"{path} names the shard {outside[0]!r}, which is not in the folder of the cache")
     return identity, shards
 
 
-def _require_consistent(identity: Identity, shards: list[ShardRecord]) -> None:
-    """Raise unless what is read later has the types it should, and the shards hold ascending cells, as many as said.
+def _require_consistent(identity: CacheIdentity, shards: list[ShardRecord]) -> None:
+    """Raise unless all values have the right types and the shards hold the recorded number of ascending cells.
 
     Raises:
-        KeyError, TypeError, ValueError: what is wrong.
+        KeyError: an entry is missing.
+        TypeError: an entry has another type.
+        ValueError: the cell ids or numbers of cells of the shards are inconsistent.
     """
     for record in (identity, *shards):
         kinds = get_type_hints(type(record))
@@ -181,7 +200,7 @@ def _require_consistent(identity: Identity, shards: list[ShardRecord]) -> None:
     _require_types(dict(enumerate(identity.columns)), dict.fromkeys(range(len(identity.columns)), str))
     edges = [0, *(cell for shard in shards for cell in (shard.first_cell, shard.last_cell + 1))]
     if edges != sorted(edges) or not 0 < identity.cells == sum(shard.n_cells for shard in shards):
-        raise ValueError(f"its shards do not hold {identity.cells:,} ascending cells")
+        raise ValueError(f"the shards do not hold {identity.cells:,} cells by ascending id")
 
 
 def _require_types(values: dict[Any, Any], kinds: dict[Any, Any]) -> None:
@@ -190,11 +209,11 @@ def _require_types(values: dict[Any, Any], kinds: dict[Any, Any]) -> None:
             raise TypeError(f"{name!r} is {values[name]!r:.80}")
 
 
-def read_genes(folder: Path, identity: Identity) -> pd.DataFrame:
-    """Return the genes of a cache, row i for gene i: `feature_id`, `feature_name`.
+def read_genes(folder: Path, identity: CacheIdentity) -> pd.DataFrame:
+    """Read the genes of a cache: `feature_id` and `feature_name`, row i for gene i of the shards.
 
     Raises:
-        CacheError: they are missing, or not those the cells were written with.
+        CacheError: the file is missing or malformed, or has other genes than the cells were written with.
     """
     try:
         genes = pd.read_csv(folder / GENES, dtype=str, keep_default_na=False)
@@ -204,16 +223,16 @@ def read_genes(folder: Path, identity: Identity) -> pd.DataFrame:
     if found != identity.source["gene_hash"]:
         raise CacheError(
             f"{folder / GENES} has other genes than the cache: expected hash {identity.source['gene_hash']}, found "
-            f"{found}; fetch it again, or make the cache again"
+            f"{found}; download it again, or write the cache again"
         )
     return genes
 
 
-def check_shard(folder: Path, shard: ShardRecord) -> None:
-    """Raise unless a shard has the bytes that were written.
+def verify_shard(folder: Path, shard: ShardRecord) -> None:
+    """Raise unless the hash of a shard is the recorded one.
 
     Raises:
-        CacheError: it is missing, cut off or changed; it is named.
+        CacheError: the shard is missing or corrupt.
     """
     file = folder / shard.file
     try:
@@ -225,24 +244,27 @@ def check_shard(folder: Path, shard: ShardRecord) -> None:
 
 
 def hash_file(path: Path) -> str:
-    """Return the sha256 of a file, in hexadecimal."""
+    """Return the SHA-256 of a file in hexadecimal digits."""
     with path.open("rb") as content:
         return hashlib.file_digest(content, "sha256").hexdigest()
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file beside its place and move it there, whoever else does the same."""
-    beside = path.with_name(f".{path.name}.{uuid4().hex[:8]}")
-    beside.write_text(text, encoding="utf-8")
-    os.replace(beside, path)
+    """Write a text file under a temporary name and rename it, so that readers and other writers see a complete file."""
+    temporary = path.with_name(f".{path.name}.{uuid4().hex[:8]}")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
 
 
-def _comparable(identity: Identity) -> dict[str, Any]:
-    """Return one dictionary of all that counts."""
+def _comparable(identity: CacheIdentity) -> dict[str, Any]:
+    """Return the entries of an identity that are compared."""
     return _comparable_source(identity) | {key: value for key, value in asdict(identity).items() if key != "source"}
 
 
-def _comparable_source(identity: Identity) -> dict[str, Any]:
-    """Return what counts of a source; files keep their names, for their order numbers the cells."""
+def _comparable_source(identity: CacheIdentity) -> dict[str, Any]:
+    """Return the entries of a source that are compared.
+
+    The names of files are among them, because cells are numbered in the order of the files.
+    """
     files = [PurePath(path).name for path in identity.source.get("paths", [])]
-    return {key: value for key, value in identity.source.items() if key not in _WHERE} | {"paths": files}
+    return {key: value for key, value in identity.source.items() if key not in _NOT_COMPARED} | {"paths": files}

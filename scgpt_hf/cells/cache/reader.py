@@ -1,7 +1,7 @@
-"""Cells of a cache: a folder of shards that `cache_census.py` or a first epoch of training wrote.
+"""`CacheSource`: the cells of a cache, a folder of shards that `cache_census.py` or the first epoch of a run wrote.
 
-Any order of cells is as fast as any other, so a plan may shuffle over all of them. The shards are mapped into memory,
-once their hashes are seen to be right, and a block's cells are copied from there when they are asked for.
+Cells can be read in any order at the same speed, so an epoch can shuffle over all of them. The shards are mapped into
+memory after their hashes are verified. A block copies its cells from there when they are needed.
 """
 
 import logging
@@ -18,25 +18,32 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from scgpt_hf.cells.block import CellBlock, Int64Array, require_cell_ids
-from scgpt_hf.cells.cache.manifest import MANIFEST, REMEDY, CacheError, check_shard, read_genes, read_manifest
+from scgpt_hf.cells.cache.manifest import MANIFEST, REMEDY, CacheError, read_genes, read_manifest, verify_shard
 from scgpt_hf.cells.cache.shards import Shard, find_cells
 from scgpt_hf.cells.obs import PRIMARY, drop_unused_categories, full_filter, require_columns, select_rows
 
 logger = logging.getLogger(__name__)
 
-# A cache up to this size is hashed before its first use, at about 1 GB/s and core; a larger one when asked to.
+# A cache up to this size is verified before its first use by default; hashing takes a second for each GB on one core.
 VERIFIED_BYTES = 64 * 2**30
-# Chunks of a plan, of which each takes 16 bytes an epoch: up to 8 million cells are shuffled one by one.
-_MOST_CHUNKS = 2**23
+# An epoch plan takes 16 bytes for each chunk: up to 8 million cells are shuffled one by one.
+_MAX_CHUNKS = 2**23
 
 
 def uniform_chunk_size(n_cells: int) -> int:
-    """Return the cells that a plan over a cache keeps together: 1, or for many cells the least that bounds the plan."""
-    return 1 << max(0, (n_cells - 1).bit_length() - _MOST_CHUNKS.bit_length() + 1)
+    """Return how many neighbouring cells of a cache an epoch keeps together, so that its plan stays small.
+
+    Args:
+        n_cells: number of cells of the cache.
+
+    Returns:
+        1 up to 8 million cells, else the smallest power of 2 that gives at most 8 million chunks.
+    """
+    return 1 << max(0, (n_cells - 1).bit_length() - _MAX_CHUNKS.bit_length() + 1)
 
 
 class CacheSource:
-    """The cells of a cache; see `CellSource` for what its members promise."""
+    """The cells of a cache; see `CellSource` for the members."""
 
     def __init__(
         self,
@@ -48,20 +55,20 @@ class CacheSource:
         verify: bool | None = None,
         n_threads: int = 4,
     ) -> None:
-        """Map the shards, after a look at the size of each.
+        """Read the manifest and check the size of each shard.
 
         Args:
-            folder: of the cache.
-            obs_filter: SOMA value filter on the obs columns of the cache, besides the one it was made with.
-            layer: for the record: a cache holds one layer.
+            folder: the folder of the cache.
+            obs_filter: SOMA value filter on the obs columns of the cache, in addition to the one it was written with.
+            layer: None, or the layer that the cache was written from; a cache holds one layer only.
             primary_only: keep only cells with `is_primary_data == True`.
-            verify: check the hash of all shards before the first is mapped; by default up to 64 GiB. It brings a cold
-                cache into memory, too.
-            n_threads: that look for cells, and wait for the disk if they are not in memory.
+            verify: verify the hashes of all shards before the first read; by default if they take up to 64 GiB in
+                total. Verifying also brings the files into memory.
+            n_threads: number of threads that find cells, and that wait for the disk if they are not in memory.
 
         Raises:
-            CacheError: the folder is not a whole cache; the message names what is wrong.
-            ValueError: the cache was made of another layer, or the filter is not one expression.
+            CacheError: the folder is not a complete cache.
+            ValueError: the cache was written from another layer, or the filter cannot be parsed.
         """
         self._settings: dict[str, Any] = {
             "folder": folder,
@@ -73,12 +80,12 @@ class CacheSource:
         }
         self._folder, self._n_threads, self._lock = Path(folder), n_threads, threading.Lock()
         self.identity, self._records = read_manifest(self._folder)
-        made_of = self.identity.source
-        if layer not in (None, made_of["layer"]):
-            raise ValueError(f"{folder} has no layer {layer!r}; it has {[made_of['layer']]}")
+        source = self.identity.source
+        if layer not in (None, source["layer"]):
+            raise ValueError(f"{folder} has no layer {layer!r}; its only layer is {source['layer']!r}")
         self.columns = list(self.identity.columns)
-        if PRIMARY in (made_of["obs_filter"] or ""):
-            primary_only = False
+        if PRIMARY in (source["obs_filter"] or ""):
+            primary_only = False  # all cells of the cache are primary, even if it has no such column
         self._filter = full_filter(obs_filter, self.columns, primary_only=primary_only)
         small = sum(record.n_bytes for record in self._records) <= VERIFIED_BYTES
         self._unverified = (small if verify is None else verify) and bool(self._records)
@@ -92,30 +99,30 @@ class CacheSource:
 
     @cached_property
     def genes(self) -> pd.DataFrame:
-        """The genes by their number in the shards: columns `feature_id` and `feature_name`."""
+        """The genes: columns `feature_id` and `feature_name`, row i for gene i of the shards."""
         return read_genes(self._folder, self.identity)
 
     @property
     def chunk_size(self) -> int:
-        """Cells best read together: 1, unless the plan of so many would take too much memory."""
+        """Number of neighbouring cells that are shuffled together; see `uniform_chunk_size`."""
         return uniform_chunk_size(self.identity.cells)
 
     def obs(self, columns: Sequence[str] = ()) -> pd.DataFrame:
         """Return the cells that match the filter; see `CellSource.obs`."""
         require_columns(columns, self.columns)
-        rows = np.flatnonzero(self._offered[self._cell_ids])
+        rows = np.flatnonzero(self._selected[self._cell_ids])
         index = pd.Index(self._cell_ids[rows], name="cell_id")
         table = {name: self._column(name)[rows] for name in columns}
         return drop_unused_categories(pd.DataFrame(table, index=index, columns=list(columns)))
 
     def read(self, cell_ids: Int64Array, columns: Sequence[str] = ()) -> CellBlock:
-        """Return these cells in this order; see `CellSource.read`.
+        """Return the given cells in the given order; see `CellSource.read`.
 
         Raises:
-            CacheError: a shard is corrupt; the message names it.
-            ValueError: as `CellSource.read`.
+            CacheError: a shard is corrupt.
+            ValueError: see `CellSource.read`.
         """
-        cell_ids = require_cell_ids(cell_ids, self._offered)
+        cell_ids = require_cell_ids(cell_ids, self._selected)
         require_columns(columns, self.columns)
         shard_of_cell = np.searchsorted([record.last_cell for record in self._records], cell_ids)
         obs = pd.DataFrame(index=pd.Index(cell_ids, name="cell_id"))
@@ -127,49 +134,53 @@ class CacheSource:
         )
 
     def describe(self) -> dict[str, Any]:
-        """Return where the cells come from: the description of the source that was cached, and this folder."""
-        made_of = self.identity.source
-        both = [text for text in (made_of["obs_filter"], self._filter) if text]
-        where = {key: value for key, value in made_of.items() if key not in {"uri", "paths"}}
-        return where | {
+        """Return the description of the source that was cached, with this folder as its address."""
+        source = self.identity.source
+        both = [text for text in (source["obs_filter"], self._filter) if text]
+        # Addresses of the original source may name folders of another machine.
+        description = {key: value for key, value in source.items() if key not in {"uri", "paths"}}
+        return description | {
             "kind": "cache",
             "uri": str(self._folder),
             "cells_hash": self.identity.cells_hash,
             "obs_filter": " and ".join(f"({text})" for text in both) if len(both) == 2 else "".join(both) or None,
-            "n_cells": int(self._offered.sum()),
+            "n_cells": int(self._selected.sum()),
         }
 
     def close(self) -> None:
-        """End the threads."""
+        """End the threads; the source cannot be read afterwards."""
         self._pool.shutdown()
 
     @cached_property
     def _shards(self) -> list[Shard]:
-        """The shards, mapped once their hashes are seen to be right, with the cells that the manifest says."""
+        """The mapped shards, after verifying their hashes, and that their cells are those of the manifest."""
         with self._lock:
             if self._unverified:
-                logger.info("checking the %d shards of %s", len(self._records), self._folder)
-                list(self._pool.map(lambda record: check_shard(self._folder, record), self._records))
+                logger.info("verifying the %d shards of %s", len(self._records), self._folder)
+                list(self._pool.map(lambda record: verify_shard(self._folder, record), self._records))
                 self._unverified = False
         shards = [Shard(self._folder / record.file, len(self.genes)) for record in self._records]
         for shard, record in zip(shards, self._records, strict=True):
             ids, types = shard.cell_ids, shard.table.schema
-            said = {"cells": record.n_cells, "first": record.first_cell, "last": record.last_cell}
+            expected = {"cells": record.n_cells, "first": record.first_cell, "last": record.last_cell}
             found = {"cells": len(ids), "first": int(ids[0]), "last": int(ids[-1])}
-            if found != said:
-                raise CacheError(f"{shard.path} is not as {MANIFEST} says: expected {said}, found {found}; {REMEDY}")
+            if found != expected:
+                raise CacheError(f"{shard.path} contradicts {MANIFEST}: expected {expected}, found {found}; {REMEDY}")
             if not types.equals(shards[0].table.schema):
-                raise CacheError(f"{shard.path} has other columns than {shards[0].path}: {types.names}; {REMEDY}")
+                raise CacheError(
+                    f"{shard.path} has the columns {types.names}, but {shards[0].path} has "
+                    f"{shards[0].table.schema.names}, or columns of other types; {REMEDY}"
+                )
         return shards
 
     @cached_property
     def _cell_ids(self) -> Int64Array:
-        """All cells of the cache, ascending; int64, shape (cells,)."""
+        """The ids of all cells of the cache, ascending. Shape (cells,)."""
         return np.concatenate([shard.cell_ids for shard in self._shards])
 
     @cached_property
-    def _offered(self) -> NDArray[np.bool_]:
-        """True at the id of each cell that matches the filter."""
+    def _selected(self) -> NDArray[np.bool_]:
+        """True at the id of each cell that matches the filter. Shape (last cell id + 1,)."""
         matching = self._cell_ids
         if self._filter is not None:
             obs = pd.DataFrame({name: self._column(name) for name in self.columns}, index=self._cell_ids)
@@ -179,7 +190,7 @@ class CacheSource:
         return offered
 
     def _column(self, name: str) -> Any:
-        """Return a column of obs of all cells, text as categories; kept once read. Shape (cells,)."""
+        """Return an obs column of all cells, text as categories. Shape (cells,)."""
         if name not in self._obs:
             column = pa.chunked_array([chunk for shard in self._shards for chunk in shard.obs_column(name).chunks])
             if column.type == pa.string():
@@ -189,4 +200,5 @@ class CacheSource:
 
     @cached_property
     def _obs(self) -> dict[str, Any]:
+        """The columns that were read before, by name."""
         return {}

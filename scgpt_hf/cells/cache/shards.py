@@ -1,8 +1,8 @@
-"""Cells out of the shards of a cache, in any order, straight from the mapped files.
+"""Read cells from the shards of a cache, in any order, directly from memory-mapped files.
 
-A shard is mapped, not read: of each record batch only the places of its Arrow buffers are kept. Cells are found, and
-brought into memory, by several threads; compiled loops that release the GIL copy a few at a time. The format is
-described in `cache_format.py`.
+A shard is mapped, not loaded: only the positions of the Arrow buffers of each record batch are kept. Several threads
+find the cells and bring their pages into memory. Compiled loops, which release the GIL, then copy a few cells at a
+time. `format.py` describes the file format.
 """
 
 from collections.abc import Sequence
@@ -20,32 +20,33 @@ from scgpt_hf.cells.cache.manifest import REMEDY, CacheError
 from scgpt_hf.cells.soma.layout import TILE
 
 _CELLS, _IDS, _OFFSETS, _GENES, _COUNTS, _LARGE_OFFSETS, _LARGE = range(7)  # columns of `Shard.batches`
-_PAGE = 4096  # bytes that the system reads at once, at least
+_PAGE = 4096  # bytes; the smallest page of memory, which the system reads from the disk at once
 
 
 class Shard:
-    """One mapped file of cells; the file itself is not kept open.
+    """One memory-mapped file of cells. The file is closed after mapping, so a cache needs no open files.
 
     Attributes:
-        path: of the file.
-        table: the file as an Arrow table, without a copy.
-        cell_ids: its cells, ascending. Shape (cells,).
+        path: the path of the file.
+        table: the file as an Arrow table that shares its memory.
+        cell_ids: the ids of its cells, ascending. Shape (cells,).
         chunks: the chunk of ids of each record batch, ascending. Shape (batches,).
-        batches: cells of each record batch, and where its buffers begin in the file, in elements of their own type:
-            cell ids, offsets of genes, genes, counts, offsets of large counts, large counts. Shape (batches, 7).
-        longs, ints, genes, bytes: the file as int64, uint32, the type of genes, uint8.
+        batches: number of cells of each record batch, and the offsets of its buffers in the file, in elements of their
+            own types: cell ids, offsets of genes, genes, counts, offsets of large counts, large counts.
+            Shape (batches, 7).
+        longs, ints, genes, bytes: the content of the file as int64, uint32, the type of genes, and uint8.
     """
 
     def __init__(self, path: Path, n_genes: int) -> None:
-        """Map the file.
+        """Map a file and validate it.
 
         Args:
-            path: of the file.
-            n_genes: of its cache.
+            path: the path of the file.
+            n_genes: number of genes of the cache.
 
         Raises:
-            CacheError: it is no whole Arrow stream with the cells of a cache.
-            OSError: it cannot be opened.
+            CacheError: the file is not a complete shard.
+            OSError: the file cannot be opened.
         """
         self.path = path
         with pa.memory_map(str(path)) as file:
@@ -54,7 +55,7 @@ class Shard:
             self.table = pa.ipc.open_stream(pa.BufferReader(content)).read_all()
             _validate_shard(self.table, content, n_genes)
         except (pa.ArrowException, OSError, ValueError) as error:
-            raise CacheError(f"{path} is no whole shard of a cache: {error}; {REMEDY}") from error
+            raise CacheError(f"{path} is not a valid shard: {error}; {REMEDY}") from error
         gene_type = self.table.schema.field("gene").type.value_type.to_pandas_dtype()
         self.longs, self.ints, self.genes, self.bytes = (
             np.frombuffer(content, kind, len(content) // np.dtype(kind).itemsize)
@@ -66,21 +67,21 @@ class Shard:
 
     @property
     def cell_ids(self) -> Int64Array:
-        """The cells of the shard, ascending. Shape (cells,)."""
+        """The ids of the cells, ascending. Shape (cells,)."""
         ids: Int64Array = self.table["cell_id"].to_numpy()
         return ids
 
     def obs_column(self, name: str) -> pa.ChunkedArray:
-        """Return a column of obs. Shape (cells,).
+        """Return an obs column. Shape (cells,).
 
         Raises:
-            CacheError: there is none, or its bytes are no such values, which would crash what reads them.
+            CacheError: the column does not exist, or its bytes are not valid values.
         """
         try:
             column = self.table[name]
-            column.validate(full=True)
+            column.validate(full=True)  # invalid offsets of text would crash its reader
         except (pa.ArrowException, KeyError) as error:
-            raise CacheError(f"{self.path} is no whole shard of a cache: in {name!r}: {error}; {REMEDY}") from error
+            raise CacheError(f"{self.path} is not a valid shard: column {name!r}: {error}; {REMEDY}") from error
         return column
 
 
@@ -126,13 +127,13 @@ class MappedBlock(CellBlock):
             self._copy(positions, indptr, genes, counts)
         if (largest := genes.max(initial=0)) >= n_genes:
             folder = self._shards[0].path.parent
-            raise CacheError(f"{folder} has {n_genes:,} genes, and cells with gene {largest:,}; {REMEDY}")
+            raise CacheError(f"{folder} has {n_genes:,} genes, but a cell has gene number {largest:,}; {REMEDY}")
         return counts, genes, indptr
 
     def _copy(self, positions: Int64Array, indptr: Int64Array, genes: Array, counts: Array) -> int:
         """Fill genes and counts; return how many counts do not fit 16 bits."""
         places, shard_of_cell = self._places[positions], self._shard_of_cell[positions]
-        order = np.lexsort((places[:, 0], shard_of_cell))  # so that memory is walked through forwards
+        order = np.lexsort((places[:, 0], shard_of_cell))  # by position in the file: reading memory forwards is fastest
         return sum(
             _copy_cells(shard.genes, shard.bytes, shard.ints, part, places, indptr, genes, counts)
             for shard, part in _by_shard(order, self._shards, shard_of_cell)
@@ -149,7 +150,7 @@ def find_cells(
     pool: Executor,
     n_threads: int,
 ) -> CellBlock:
-    """Find cells in their shards, bring their bytes into memory, and return them as a block, in the order given.
+    """Find cells in their shards, bring their pages into memory, and return them as a block, in the given order.
 
     Args:
         shards: mapped files.
@@ -178,8 +179,18 @@ def find_cells(
 def gather_obs(
     shards: Sequence[Shard], shard_of_cell: Array, cell_ids: Int64Array, columns: Sequence[str]
 ) -> pd.DataFrame:
-    """Return obs columns of cells of any shards, in the order given; arguments as of `find_cells`."""
-    if not columns:  # a table without columns forgets its number of rows
+    """Return obs columns of cells, in the given order.
+
+    Args:
+        shards: mapped files.
+        shard_of_cell: the shard of each cell. Shape (cells,).
+        cell_ids: the ids of the cells; each is in its shard. Shape (cells,).
+        columns: names of the columns.
+
+    Returns:
+        The columns, indexed by cell id. Shape (cells, columns).
+    """
+    if not columns:  # an Arrow table without columns has no rows
         return pd.DataFrame(index=pd.Index(cell_ids, name="cell_id"))
     order, tables = np.argsort(shard_of_cell, kind="stable"), []
     for shard, cells in _by_shard(order, shards, shard_of_cell):
@@ -190,18 +201,20 @@ def gather_obs(
 
 
 def _by_shard(cells: Int64Array, shards: Sequence[Shard], shard_of_cell: Array) -> list[tuple[Shard, Int64Array]]:
-    """Return positions of cells with the shard they lie in, a pair for each run of cells of one shard."""
+    """Split positions of cells into runs of the same shard; return each run with its shard."""
     runs = np.split(cells, np.flatnonzero(np.diff(shard_of_cell[cells])) + 1)
     return [(shards[shard_of_cell[run[0]]], run) for run in runs if len(run)]
 
 
 def _validate_shard(table: pa.Table, content: pa.Buffer, n_genes: int) -> None:
-    """Raise unless the cells lie in the file as `cache_format.py` says: neither Arrow nor the loops below look again.
+    """Raise unless the buffers of a shard are as `format.py` describes them.
 
-    Touches the ids and the offsets, 20 bytes of each cell; obs is looked at where it is read.
+    This is needed for safety: neither Arrow nor the compiled loops below check offsets again. It reads the ids and
+    offsets, 20 bytes for each cell. Columns of obs are validated when they are used.
 
     Raises:
-        ValueError, pyarrow.ArrowException: what is wrong.
+        pyarrow.ArrowException: a buffer is invalid.
+        ValueError: the schema, the ids or the offsets are not those of a shard.
     """
     table.validate()
     cells, expected = table.select(range(min(len(CELL_COLUMNS), table.num_columns))), cache_schema(n_genes, {})
@@ -212,11 +225,11 @@ def _validate_shard(table: pa.Table, content: pa.Buffer, n_genes: int) -> None:
         ids, genes, counts, _ = batch.columns
         buffers = [buffer for column in batch.columns for buffer in column.buffers() if buffer]
         if not all(0 <= buffer.address - content.address <= content.size - buffer.size for buffer in buffers):
-            raise ValueError("it is compressed, or of another byte order")
+            raise ValueError("it is compressed, or has another byte order")
         if ids.null_count or (np.diff(ids) <= 0).any() or ids[0].as_py() // TILE != ids[-1].as_py() // TILE:
-            raise ValueError("the cells of a batch do not ascend within one chunk")
+            raise ValueError("the cell ids of a record batch do not ascend within one chunk")
         if not genes.offsets.equals(counts.offsets):
-            raise ValueError("the cells have not as many genes as counts")
+            raise ValueError("the number of genes of a cell differs from the number of its counts")
 
 
 def _types(schema: pa.Schema) -> dict[str, str]:
@@ -224,7 +237,12 @@ def _types(schema: pa.Schema) -> dict[str, str]:
 
 
 def _find_buffers(batch: pa.RecordBatch, address: int) -> tuple[int, ...]:
-    """Return the row of `Shard.batches` of a record batch in a file mapped at an address."""
+    """Return the row of `Shard.batches` for a record batch.
+
+    Args:
+        batch: a record batch of the mapped file.
+        address: the address of the mapped file.
+    """
 
     def place(buffer: pa.Buffer | None, item_size: int) -> int:
         return 0 if buffer is None else (buffer.address - address) // item_size  # an empty list has no buffer
@@ -239,9 +257,21 @@ def _find_buffers(batch: pa.RecordBatch, address: int) -> tuple[int, ...]:
 
 @njit(nogil=True, cache=True)
 def _find_cells(longs, ints, batches, chunks, cell_ids, places, lengths):  # type: ignore[no-untyped-def]
-    """Fill where each cell lies, in elements: genes, counts, large counts or −1; and its number of genes.
+    """Find cells of a shard; fill `places` and `lengths`.
 
-    Its record batch is found by its chunk, its row by bisection, which in a whole chunk is one look.
+    The record batch of a cell is found by its chunk, and its row by bisection. The first bounds of the bisection come
+    from the distance to the first and the last id; if the chunk is complete they are equal, and the row is found at
+    once.
+
+    Args:
+        longs: see `Shard`.
+        ints: see `Shard`.
+        batches: see `Shard`.
+        chunks: see `Shard`.
+        cell_ids: the cells, all in this shard. Shape (cells,).
+        places: is filled with the positions of the first gene, of the first count and of the first large count, −1 if
+            the cell has none; in elements of their types. Shape (cells, 3).
+        lengths: is filled with the number of genes. Shape (cells,).
     """
     for i in range(len(cell_ids)):
         batch = batches[np.searchsorted(chunks, cell_ids[i] // TILE)]
@@ -263,7 +293,10 @@ def _find_cells(longs, ints, batches, chunks, cell_ids, places, lengths):  # typ
 
 @njit(nogil=True, cache=True)
 def _touch_cells(all_genes, all_counts, places, lengths):  # type: ignore[no-untyped-def]
-    """Read a byte of every page of the cells, and return the sum: the system then has them in memory."""
+    """Read one byte of every page of the cells, so that the system loads them; return the sum of the bytes.
+
+    Without the sum, the compiler would remove the reads.
+    """
     total = 0
     for cell in range(len(lengths)):
         gene, count, n = places[cell, 0], places[cell, 1], lengths[cell]
@@ -278,7 +311,7 @@ def _touch_cells(all_genes, all_counts, places, lengths):  # type: ignore[no-unt
 
 @njit(nogil=True, cache=True)
 def _copy_cells(all_genes, all_counts, all_large, cells, places, indptr, genes, counts):  # type: ignore[no-untyped-def]
-    """Copy each cell to its place in the matrix; return how many counts do not fit 16 bits."""
+    """Copy the genes and counts of cells into the arrays of a CSR matrix; return how many counts exceed 16 bits."""
     n_misfits = 0
     for cell in cells:
         n = indptr[cell + 1] - indptr[cell]

@@ -1,8 +1,8 @@
-"""Caches cells on the way, while they are read for something else: the first epoch of a run.
+"""`CachingSource`: write a cache of the cells that a run reads in its first epoch.
 
-Each process keeps what it reads as a part: a file in the format of a shard, named by its own hash. When the epoch is
-over the processes read each other's parts, fetch what nobody has read, and write the shards that `cache_census.py`
-would have written, byte for byte.
+Each process stores the blocks that it reads as parts: files in the format of a shard, named by their hash. At the end
+of the epoch the processes write the shards from all parts, and read from the source what no process has read. The
+result is the cache that `cache_census.py` would have written, byte for byte.
 """
 
 import logging
@@ -28,12 +28,19 @@ from scgpt_hf.cells.source import CellSource
 
 logger = logging.getLogger(__name__)
 
-PARTS = "parts"  # folder of the parts, within that of the jobs; it goes when the cache is whole
+PARTS = "parts"  # folder of the parts, within `.jobs`; removed when the cache is complete
 _N_THREADS = 4
 
 
 class CachingSource:
-    """A source that keeps what is read of it, and becomes a cache; see `CellSource` for what its members promise."""
+    """A source that stores what is read from it, and becomes a cache; see `CellSource` for the members.
+
+    Example:
+        >>> source = open_source("census://2025-11-08/homo_sapiens", obs_filter="tissue_general == 'blood'")
+        >>> caching = CachingSource(source, "blood", source.obs().index.to_numpy())
+        >>> block = caching.read(cell_ids)  # an epoch of these
+        >>> cache = caching.finish()
+    """
 
     def __init__(
         self,
@@ -46,15 +53,15 @@ class CachingSource:
         wait: Callable[[], object] = lambda: None,
         cells_per_shard: int = CELLS_PER_SHARD,
     ) -> None:
-        """Open the cache if it is there, and what was kept of it otherwise; nothing is written yet.
+        """Open the cache if it is complete, or else the parts that an interrupted run stored. Nothing is written yet.
 
         Args:
-            source: where cells are read that are not in the cache.
-            folder: of the cache.
+            source: the source of the cells.
+            folder: the folder of the cache.
             cell_ids: all cells that will be read, ascending. Shape (cells,).
-            columns: obs columns that will be read, besides those that a cache has anyway.
-            job: (this process, number of processes); all must see the same folder.
-            wait: returns when all processes have called it.
+            columns: obs columns that will be read; they are cached in addition to the default ones.
+            job: (rank of this process, number of processes). All processes must see the same folder.
+            wait: a barrier: returns when all processes have called it.
             cells_per_shard: least number of cells of a file.
 
         Raises:
@@ -62,18 +69,18 @@ class CachingSource:
             ValueError: the source is a cache.
         """
         if source.describe()["kind"] == "cache":
-            raise ValueError("the data are a cache already; train on them without --cache_dir")
+            raise ValueError("the data are already a cache; train on them without --cache_dir")
         self._source, self._folder, self._job, self._wait = source, Path(folder), job, wait
         kept = [name for name in COLUMNS if name in source.columns]
         kept += [name for name in columns if name not in kept]
         self._jobs = plan_cache(source, folder, cell_ids=cell_ids, columns=kept, cells_per_shard=cells_per_shard)
         self._cache = self._open_cache(columns) if (self._folder / MANIFEST).exists() else None
         self._parts: list[Shard] = []
-        self._known: set[str] = set()
-        self._part_of = np.full(len(cell_ids), -1, np.int32)  # which part holds each cell
-        self._keeps, self._finished, self._storing = True, False, Future[None]()
-        self._storing.set_result(None)
-        self._adding, self._handing_over = threading.Lock(), threading.Lock()
+        self._loaded: set[str] = set()
+        self._part_of = np.full(len(cell_ids), -1, np.int32)  # the part that holds each cell, −1 for none
+        self._storing_enabled, self._finished, self._last_store = True, False, Future[None]()
+        self._last_store.set_result(None)
+        self._parts_lock, self._submit_lock = threading.Lock(), threading.Lock()
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="cache-store")
         self._pool = ThreadPoolExecutor(_N_THREADS, thread_name_prefix="cache-find")
         if self._cache is None:
@@ -91,7 +98,7 @@ class CachingSource:
 
     @property
     def chunk_size(self) -> int:
-        """Cells best read together, of the source: what is in the cache is as fast in any order."""
+        """That of the source, because in the first epoch cells are read from there."""
         return self._source.chunk_size
 
     def obs(self, columns: Sequence[str] = ()) -> pd.DataFrame:
@@ -99,21 +106,21 @@ class CachingSource:
         return self._source.obs(columns)
 
     def describe(self) -> dict[str, Any]:
-        """Return where the cells come from: the source."""
+        """Return the description of the source."""
         return self._source.describe()
 
     def read(self, cell_ids: Int64Array, columns: Sequence[str] = ()) -> CellBlock:
-        """Return these cells in this order; see `CellSource.read`. What comes from the source is kept."""
+        """Return the given cells in the given order; see `CellSource.read`. What is read from the source is stored."""
         if self._cache is not None:
             return self._cache.read(cell_ids, columns)
-        part_of = self._find(cell_ids)
+        part_of = self._find_parts(cell_ids)
         kept, other = np.flatnonzero(part_of >= 0), np.flatnonzero(part_of < 0)
         if not len(kept):
             return self._read_source(cell_ids, columns)
         parts, part_of_cell, ids, n_genes = self._parts, part_of[kept], cell_ids[kept], len(self.genes)
         obs = gather_obs(parts, part_of_cell, ids, columns)
         found = find_cells(parts, part_of_cell, obs, ids, n_genes=n_genes, pool=self._pool, n_threads=_N_THREADS)
-        counts = found.counts  # at once: when the cache is whole, the parts go
+        counts = found.counts  # copied now, because the files of the parts are removed when the cache is complete
         if len(other):
             block, order = self._read_source(cell_ids[other], columns), np.argsort(np.concatenate([kept, other]))
             counts = vstack([counts, block.counts], format="csr")[order]
@@ -121,37 +128,38 @@ class CachingSource:
         return CellBlock.from_scipy(counts, obs, cell_ids)
 
     def finish(self) -> CacheSource:
-        """Return the whole cache, once every process has called this: what was read becomes its shards.
+        """Complete the cache and return it. Every process must call this; further calls return the same cache.
 
         Raises:
-            CacheError, OSError, ValueError: as `write_cache`.
+            CacheError, OSError, ValueError: see `write_cache`.
         """
         if not self._finished:
-            self._keeps = False
-            self._storing.result()
-            self._wait()  # all parts are there
+            self._storing_enabled = False
+            self._last_store.result()
+            self._wait()  # all processes have stored their parts
             if self._cache is None:
                 self._load_parts()
                 missing = int((self._part_of < 0).sum())
-                logger.info("writing the cache %s; %d of its cells are still to be read", self._folder, missing)
+                logger.info("writing the cache %s; %d of its cells still have to be read", self._folder, missing)
                 write_shards(replace(self._jobs, source=self), self._job)
-            self._wait()  # all shards are there
+            self._wait()  # all processes have written their shards
             self._cache, self._parts, self._finished = self._cache or self._open_cache(()), [], True
         assert self._cache is not None
         return self._cache
 
     def _read_source(self, cell_ids: Int64Array, columns: Sequence[str]) -> CellBlock:
-        """Return cells of the source, and keep them as a part, written while the next cells are read."""
+        """Return cells of the source and start storing them; the part is written while the next cells are read."""
         block = self._source.read(cell_ids, self._jobs.identity.columns)
-        with self._handing_over:
-            self._storing.result()  # no more than one block waits in memory; and raises what the last one met
-            if self._keeps:
-                self._storing = self._writer.submit(self._store, block)
+        with self._submit_lock:
+            # Wait for the last part: at most one block is held in memory, and an error of writing is raised here.
+            self._last_store.result()
+            if self._storing_enabled:
+                self._last_store = self._writer.submit(self._store, block)
         return block.with_obs(columns)
 
     def _store(self, block: CellBlock) -> None:
-        """Write what is new of a block and is to be cached."""
-        rows = np.flatnonzero((self._find(block.cell_ids) < 0) & np.isin(block.cell_ids, self._jobs.cell_ids))
+        """Write the cells of a block that belong to the cache and are in no part yet."""
+        rows = np.flatnonzero((self._find_parts(block.cell_ids) < 0) & np.isin(block.cell_ids, self._jobs.cell_ids))
         if not len(rows) or (self._folder / MANIFEST).exists():
             return
         self._jobs.prepare_folder()
@@ -161,41 +169,42 @@ class CachingSource:
         written = write_shard(path, schema, encode_chunks(block, schema, rows), scratch=folder)
         self._add(path.rename(folder / f"{written.sha256}.arrow"))
 
-    def _find(self, cell_ids: Int64Array) -> Any:
-        """Return the part that holds each cell, -1 for none. Shape (cells,)."""
+    def _find_parts(self, cell_ids: Int64Array) -> Any:
+        """Return the part that holds each cell, −1 for none. Shape (cells,)."""
         wanted = self._jobs.cell_ids
         place = np.minimum(np.searchsorted(wanted, cell_ids), len(wanted) - 1)
         return np.where(wanted[place] == cell_ids, self._part_of[place], -1)
 
     def _load_parts(self) -> None:
-        """Map the parts that this process does not know; one that is corrupt is left out, and its cells read again."""
+        """Map the parts that this process has not mapped yet. The cells of a corrupt one are read again."""
         for path in sorted((self._folder / JOBS / PARTS).glob("*.arrow")):
-            if path.stem in self._known:
+            if path.stem in self._loaded:
                 continue
             if hash_file(path) == path.stem:
                 self._add(path)
             else:
-                logger.warning("%s is corrupt: its sha256 is not its name; its cells are read again", path)
+                logger.warning("%s is corrupt: its SHA-256 differs from its name; its cells are read again", path)
 
     def _add(self, path: Path) -> None:
         part = Shard(path, len(self.genes))
-        with self._adding:
-            self._known.add(path.stem)
+        with self._parts_lock:
+            self._loaded.add(path.stem)
             self._parts.append(part)
             self._part_of[np.searchsorted(self._jobs.cell_ids, part.cell_ids)] = len(self._parts) - 1
 
     def _open_cache(self, columns: Sequence[str]) -> CacheSource:
-        """Return the cache in the folder, once it is seen to hold what is needed."""
-        cache, asked = CacheSource(self._folder, primary_only=False), self._jobs
-        require_same_source(self._folder, cache.identity, asked.identity)
-        if lacking := [name for name in columns if name not in cache.columns]:
+        """Return the complete cache in the folder, after checking that it holds the cells and columns of the run."""
+        cache, jobs = CacheSource(self._folder, primary_only=False), self._jobs
+        require_same_source(self._folder, cache.identity, jobs.identity)
+        if missing_columns := [name for name in columns if name not in cache.columns]:
             raise CacheError(
-                f"{self._folder} lacks the obs columns {lacking}; remove it, or choose another --cache_dir"
+                f"{self._folder} does not have the obs columns {missing_columns}; remove it, or choose another "
+                "--cache_dir"
             )
-        missing = asked.cell_ids[~np.isin(asked.cell_ids, cache.obs().index.to_numpy())]
+        missing = jobs.cell_ids[~np.isin(jobs.cell_ids, cache.obs().index.to_numpy())]
         if len(missing):
             raise CacheError(
-                f"{self._folder} lacks {len(missing):,} of the {len(asked.cell_ids):,} cells of the run, e.g. "
+                f"{self._folder} does not have {len(missing):,} of the {len(jobs.cell_ids):,} cells of the run, e.g. "
                 f"{missing[:5].tolist()}; remove it, or choose another --cache_dir"
             )
         return cache

@@ -1,6 +1,7 @@
-"""A cache gives the cells of its source, in any order, and says which of its files is corrupt."""
+"""A cache returns the cells of its source, in any order; damaged or inconsistent files raise an error."""
 
 import json
+import shutil
 from pathlib import Path
 
 import anndata
@@ -64,7 +65,7 @@ def many() -> CellSource:
 
 @pytest.fixture(scope="module")
 def cached(many: CellSource, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Them in two shards of two chunks and one, of which the first is not full."""
+    """A cache of these cells in two shards, of two chunks and of one; the first chunk is incomplete."""
     folder = tmp_path_factory.mktemp("cache") / "many"
     write_cache(many, folder, cell_ids=np.arange(10, 4500), columns=["donor_id", "age", "ratio"], cells_per_shard=2048)
     return folder
@@ -72,7 +73,7 @@ def cached(many: CellSource, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @given(seed=st.integers(0, 2**32 - 1), n_cells=st.integers(0, 300), n_threads=st.integers(1, 5))
 @settings(deadline=None, max_examples=30)
-def test_any_cells_in_any_order_are_what_the_source_gives(many, cached, seed, n_cells, n_threads):
+def test_any_cells_in_any_order_equal_those_of_the_source(many, cached, seed, n_cells, n_threads):
     cell_ids = np.random.default_rng(seed).permutation(np.arange(10, 4500))[:n_cells]
     columns = ["age", "donor_id"]
     found, expected = CacheSource(cached, n_threads=n_threads).read(cell_ids, columns), many.read(cell_ids, columns)
@@ -106,7 +107,7 @@ def test_datasets_opens_the_folder_and_holds_the_same_counts(many, cached):
         assert counts == expected.data.tolist()
 
 
-def test_more_genes_than_sixteen_bits_number(tmp_path):
+def test_a_cache_may_have_more_genes_than_fit_16_bits(tmp_path):
     n_genes = 2**16 + 5
     counts = csr_matrix(([3.0, 300.0], ([0, 1], [n_genes - 1, 0])), shape=(2, n_genes), dtype=np.float32)
     var = pd.DataFrame(index=[f"ENSG{gene:011d}" for gene in range(n_genes)])
@@ -114,7 +115,7 @@ def test_more_genes_than_sixteen_bits_number(tmp_path):
     assert (open_source(tmp_path / "cache").read(np.array([1, 0])).counts != counts[[1, 0]]).nnz == 0
 
 
-def test_rows_are_narrow_where_their_counts_are(tmp_path):
+def test_counts_take_16_bits_if_they_fit(tmp_path):
     counts = csr_matrix([[1, 0, 255], [65_535, 2, 0], [65_536, 0, 3]], dtype=np.float32)
     var = pd.DataFrame(index=[f"ENSG{gene:011d}" for gene in range(3)])
     write_cache(open_source(anndata.AnnData(counts, var=var)), tmp_path / "cache")
@@ -125,7 +126,7 @@ def test_rows_are_narrow_where_their_counts_are(tmp_path):
         assert (rows.counts != counts[cells]).nnz == 0
 
 
-def test_a_filter_of_the_cache_adds_to_that_of_its_source(small_census, tmp_path):
+def test_a_filter_on_a_cache_is_combined_with_that_of_its_source(small_census, tmp_path):
     write_cache(open_source(small_census, obs_filter="disease == 'normal'"), tmp_path / "cache")
     source = open_source(tmp_path / "cache", obs_filter="donor_id == 'donor_4'")
     expected = open_source(small_census, obs_filter="disease == 'normal' and donor_id == 'donor_4'").obs()
@@ -134,7 +135,7 @@ def test_a_filter_of_the_cache_adds_to_that_of_its_source(small_census, tmp_path
     assert source.describe()["n_cells"] == len(expected)
 
 
-def test_a_plan_over_a_cache_shuffles_single_cells_until_that_takes_too_much_memory():
+def test_single_cells_are_shuffled_up_to_8_million_cells():
     assert uniform_chunk_size(1) == uniform_chunk_size(2**23) == 1
     assert uniform_chunk_size(2**23 + 1) == 2
     assert uniform_chunk_size(160_000_000) == 32
@@ -153,19 +154,17 @@ def flipped(content: bytearray) -> bytearray:
 
 @pytest.fixture
 def copied(cached: Path, tmp_path: Path) -> Path:
-    import shutil
-
     return Path(shutil.copytree(cached, tmp_path / "copied"))
 
 
 SECOND = "data-00001-of-00002.arrow"
 
 
-def test_a_changed_byte_is_found_before_the_first_cell_is_read(copied):
+def test_a_changed_byte_raises_before_the_first_cell_is_read(copied):
     damage(copied, SECOND, flipped)
     source = open_source(copied)
     for _ in range(2):
-        with pytest.raises(CacheError, match=rf"{SECOND} is corrupt: expected sha256 .*--rewrite"):
+        with pytest.raises(CacheError, match=rf"{SECOND} is corrupt.*--rewrite"):
             source.read(np.array([10]))
     assert len(CacheSource(copied, verify=False).read(np.array([10]))) == 1
 
@@ -173,48 +172,56 @@ def test_a_changed_byte_is_found_before_the_first_cell_is_read(copied):
 @pytest.mark.parametrize(
     ("name", "how", "message"),
     [
-        (SECOND, lambda content: content[:-8], rf"{SECOND} is corrupt: expected [\d,]+ bytes, found"),
-        ("manifest.json", lambda content: content[:-9], r"manifest.json is malformed"),
-        ("manifest.json", lambda content: content.replace(b'"format": 1', b'"format": 9'), "format 9, expected 1"),
-        ("manifest.json", lambda content: content.replace(b"data-00001", b"../ta-0001"), "no file of the cache's own"),
-        ("manifest.json", lambda content: content.replace(b'"cells"', b'"cels"'), "manifest.json is malformed"),
+        (SECOND, lambda content: content[:-8], rf"{SECOND} is corrupt.*bytes"),
+        ("manifest.json", lambda content: content[:-9], r"manifest\.json"),
+        (
+            "manifest.json",
+            lambda content: content.replace(b'"format": 1', b'"format": 9'),
+            r"manifest\.json.*format 9, expected 1",
+        ),
+        (
+            "manifest.json",
+            lambda content: content.replace(b"data-00001", b"../ta-0001"),
+            r"manifest\.json.*\.\./ta-0001",
+        ),
+        ("manifest.json", lambda content: content.replace(b'"cells"', b'"cels"'), r"manifest\.json.*cels"),
     ],
 )
-def test_a_cache_that_is_not_whole_is_refused_when_it_is_opened(copied, name, how, message):
+def test_an_incomplete_cache_or_a_malformed_manifest_raises_at_opening(copied, name, how, message):
     damage(copied, name, how)
     with pytest.raises(CacheError, match=message):
         open_source(copied)
 
 
-def test_a_missing_shard_is_named(copied):
+def test_a_missing_shard_raises(copied):
     (copied / SECOND).unlink()
     with pytest.raises(CacheError, match=rf"{SECOND} is missing"):
         open_source(copied)
 
 
-def test_other_genes_are_refused(copied):
+def test_other_or_missing_genes_raise(copied):
     damage(copied, "genes.csv", lambda content: content.replace(b"ENSG00000000003", b"ENSG00000000999"))
-    with pytest.raises(CacheError, match=r"genes\.csv has other genes than the cache"):
+    with pytest.raises(CacheError, match=r"genes\.csv.*hash"):
         open_source(copied).genes  # noqa: B018
     (copied / "genes.csv").unlink()
-    with pytest.raises(CacheError, match="cannot read the genes"):
+    with pytest.raises(CacheError, match=r"genes\.csv"):
         open_source(copied).genes  # noqa: B018
 
 
-def test_a_shard_that_is_none_is_refused(copied):
+def test_a_file_that_is_not_a_shard_raises(copied):
     (copied / SECOND).write_bytes(b"\0" * (copied / SECOND).stat().st_size)
-    with pytest.raises(CacheError, match=rf"{SECOND} is no whole shard"):
+    with pytest.raises(CacheError, match=SECOND):
         CacheSource(copied, verify=False).obs()
 
 
-def test_a_changed_byte_is_found_before_obs_is_read(copied):
+def test_a_changed_byte_raises_before_obs_is_read(copied):
     damage(copied, SECOND, flipped)
-    with pytest.raises(CacheError, match=rf"{SECOND} is corrupt: expected sha256"):
+    with pytest.raises(CacheError, match=rf"{SECOND} is corrupt"):
         CacheSource(copied).obs(["donor_id"])
 
 
 def rewritten(folder: Path, change, options: pa.ipc.IpcWriteOptions | None = None) -> None:
-    """Change the batches of the second shard, and its record in the manifest: a cache whose hashes are right."""
+    """Change the record batches of the second shard, and update its hash in the manifest."""
     path = folder / SECOND
     with pa.ipc.open_stream(path.read_bytes()) as reader:
         batches = [change(batch) for batch in reader]
@@ -228,7 +235,7 @@ def rewritten(folder: Path, change, options: pa.ipc.IpcWriteOptions | None = Non
 
 
 def with_column(name: str, make):
-    """Return what replaces a column of a batch by what `make` makes of it."""
+    """Return a function that replaces a column of a record batch by `make(column)`."""
 
     def change(batch: pa.RecordBatch) -> pa.RecordBatch:
         place = batch.schema.get_field_index(name)
@@ -238,7 +245,7 @@ def with_column(name: str, make):
 
 
 def with_offsets(column: pa.Array, change) -> pa.Array:
-    """Return a column of lists or texts whose offsets say something else; nothing looks whether they can be true."""
+    """Return a column of lists or texts with changed offsets, which are not checked."""
     valid, offsets, *others = column.buffers()
     moved = np.frombuffer(offsets, np.int32).copy()
     moved[:] = change(moved)
@@ -255,44 +262,44 @@ def far(offsets: np.ndarray) -> np.ndarray:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (with_column("gene", lambda column: with_offsets(column, far)), "is no whole shard .*offset"),
-        (with_column("count", lambda column: with_offsets(column, lambda at: at // 2)), "not as many genes as counts"),
+        (with_column("gene", lambda column: with_offsets(column, far)), "offset"),
+        (with_column("count", lambda column: with_offsets(column, lambda at: at // 2)), "number of genes"),
         (
             with_column("donor_id", lambda column: with_offsets(column, far)),
-            "shard .* 'donor_id': .*",
+            "'donor_id'",
         ),
-        (with_column("cell_id", lambda column: column.take(np.arange(len(column))[::-1])), "do not ascend"),
+        (with_column("cell_id", lambda column: column.take(np.arange(len(column))[::-1])), "ascend"),
         (
             with_column("cell_id", lambda column: pa.array(column.to_numpy() + 1)),
-            "expected {'cells': 404, 'first': 4096",
+            "'first': 4096.*'first': 4097",
         ),
         (
             with_column("gene", lambda column: column.cast(pa.list_(pa.int16()))),
-            r"found 404 with .*'list<item: int16>'",
+            "int16",
         ),
-        (with_column("age", lambda column: column.cast(pa.float32())), "has other columns than"),
-        (lambda batch: batch.slice(0, 0), "found 0 with"),
-        (lambda batch: batch.drop_columns(["donor_id"]), "has other columns than"),
+        (with_column("age", lambda column: column.cast(pa.float32())), "columns"),
+        (lambda batch: batch.slice(0, 0), "found 0"),
+        (lambda batch: batch.drop_columns(["donor_id"]), "columns"),
     ],
 )
-def test_a_shard_that_lies_is_refused_though_its_hash_is_right(copied, change, message, verify):
+def test_a_shard_with_a_valid_hash_but_invalid_contents_raises(copied, change, message, verify):
     rewritten(copied, change)
     with pytest.raises(CacheError, match=message):
         CacheSource(copied, verify=verify).obs(["donor_id"])
 
 
-def test_a_compressed_shard_is_refused_for_its_cells_do_not_lie_in_the_file(copied):
+def test_a_compressed_shard_raises(copied):
     rewritten(copied, lambda batch: batch, pa.ipc.IpcWriteOptions(compression="zstd"))
-    with pytest.raises(CacheError, match=rf"{SECOND} is no whole shard .*compressed"):
+    with pytest.raises(CacheError, match=rf"{SECOND}.*compressed"):
         CacheSource(copied).obs()
 
 
-def test_genes_that_the_cache_does_not_have_are_refused(copied):
+def test_a_cell_with_a_gene_that_the_cache_does_not_have_raises(copied):
     def beyond(column: pa.ListArray) -> pa.ListArray:
         return pa.ListArray.from_arrays(column.offsets, pa.array(column.values.to_numpy() + 30, pa.uint16()))
 
     rewritten(copied, with_column("gene", beyond))
-    with pytest.raises(CacheError, match=r"has 30 genes, and cells with gene 59"):
+    with pytest.raises(CacheError, match=r"30 genes.*59"):
         CacheSource(copied).read(np.array([4100])).take(np.array([0]))
 
 
@@ -313,12 +320,12 @@ def test_genes_that_the_cache_does_not_have_are_refused(copied):
         (("shards", 1, "sha256"), None),
     ],
 )
-def test_a_manifest_that_lies_is_refused(copied, place, value):
+def test_a_manifest_with_wrong_types_or_inconsistent_numbers_raises(copied, place, value):
     manifest = json.loads((copied / "manifest.json").read_text())
     inner = manifest
     for key in place[:-1]:
         inner = inner[key]
     inner[place[-1]] = value
     (copied / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(CacheError, match=r"manifest.json is malformed"):
+    with pytest.raises(CacheError, match=r"manifest\.json is malformed"):
         open_source(copied)
