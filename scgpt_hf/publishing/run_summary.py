@@ -216,7 +216,7 @@ def pretraining_recipe(summary: RunRecord, settings: RunRecord, config: RunRecor
         **_optimisation(summary, settings.number("training.learning_rate", "g")),
         **_hardware(summary, "train_seconds", "validation and checkpoints"),
         "Speed": f"{summary.number('cells_per_second', ',.0f')} cells/s, without validation and checkpoints",
-        "Software": name_values(summary.get("versions", dict)),
+        "Software": _name_values(summary.get("versions", dict)),
     }
 
 
@@ -235,7 +235,7 @@ def finetuning_recipe(summary: RunRecord, settings: RunRecord) -> Rows:
         f"{summary.number('epochs', '.3g')} epochs",
         **_optimisation(summary, settings.number("learning_rate", "g")),
         **_hardware(summary, "seconds", "validation"),
-        "Software": name_values(summary.get("versions", dict)),
+        "Software": _name_values(summary.get("versions", dict)),
     }
 
 
@@ -301,6 +301,6 @@ def _share(part: Any, total: Any) -> str:
     return f"{part / total:.0%}" if total else "–"
 
 
-def name_values(values: dict[str, Any] | None) -> str:
+def _name_values(values: dict[str, Any] | None) -> str:
     """Return names and values as one line of text."""
     return ", ".join(f"{name} {value}" for name, value in (values or {}).items()) or UNKNOWN

@@ -70,12 +70,12 @@ def write_evaluation(
     temporary.mkdir(parents=True)
     try:
         figures = []
-        for name, caption, figure in draw_figures(evaluation):
+        for name, caption, figure in _draw_figures(evaluation):
             for suffix in ("png", *vector):
                 save_figure(figure, temporary / f"{name}.{suffix}")
             figures.append({"file": f"{name}.png", "caption": caption})
         tabulate(evaluation).to_csv(temporary / TABLE, index=False)
-        record = {**(extra or {}), **describe_evaluation(evaluation), "figures": figures}
+        record = {**(extra or {}), **_describe_evaluation(evaluation), "figures": figures}
         (temporary / SCORES).write_text(json.dumps(record, indent=1, allow_nan=False) + "\n", encoding="utf-8")
         if folder.exists():
             folder.rmdir()
@@ -93,18 +93,18 @@ def tabulate(evaluation: Evaluation) -> pd.DataFrame:
     rows = [
         (method, metric, scores.values.get(metric), scores.reasons.get(metric, ""))
         for method, scores in evaluation.methods.items()
-        for metric in ordered_metrics(scores)
+        for metric in _ordered_metrics(scores)
     ]
     return pd.DataFrame(rows, columns=["method", "metric", "value", "reason"])
 
 
-def ordered_metrics(scores: MethodScores) -> list[str]:
+def _ordered_metrics(scores: MethodScores) -> list[str]:
     """Return the requested metrics, computable or not, in the order of `GROUPS`."""
     requested = scores.values.keys() | scores.reasons.keys()
     return [metric for metrics in GROUPS.values() for metric in metrics if metric in requested]
 
 
-def describe_evaluation(evaluation: Evaluation) -> dict[str, Any]:
+def _describe_evaluation(evaluation: Evaluation) -> dict[str, Any]:
     """Return the content of scores.json, without `figures`."""
     cells = {"cells": _describe_cells(evaluation.cells)}
     if evaluation.reference is not None:
@@ -128,7 +128,7 @@ def describe_evaluation(evaluation: Evaluation) -> dict[str, Any]:
     }
 
 
-def draw_figures(evaluation: Evaluation) -> Iterator[tuple[str, str, Figure]]:
+def _draw_figures(evaluation: Evaluation) -> Iterator[tuple[str, str, Figure]]:
     """Yield the name, the caption and the figure of each plot: scores, F1 scores, confusion, calibration, UMAPs."""
     methods = evaluation.methods
     if any(scores.values for scores in methods.values()):

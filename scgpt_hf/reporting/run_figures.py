@@ -31,6 +31,8 @@ def write_run_figures(
 ) -> None:
     """Write loss.png, umap.png and report.html into the folder of a finished run.
 
+    The UMAP shows up to 5,000 cells chosen at random, coloured by cell type and by donor.
+
     Args:
         folder: run folder, with metrics.jsonl and summary.json.
         source: source of the cells.
@@ -41,45 +43,16 @@ def write_run_figures(
         seed: for the choice of the cells, and for UMAP.
     """
     save_figure(plot_loss(read_metrics(folder / "metrics.jsonl")), folder / "loss.png")
-    cell_ids = np.concatenate(list(parts.values()))
-    write_umap(folder, source, cell_ids, model, processor, donor_key=donor_key, seed=seed)
-    write_report(folder)
-
-
-def write_umap(
-    folder: Path,
-    source: CellSource,
-    cell_ids: Int64Array,
-    model: PreTrainedModel,
-    processor: ScGPTProcessor,
-    *,
-    donor_key: str,
-    seed: int,
-) -> None:
-    """Write umap.png: a UMAP of up to 5,000 cells chosen at random, coloured by cell type and by donor.
-
-    Cells without an expressed gene of the vocabulary are left out. Models whose embeddings depend on the other cells
-    of the batch get no UMAP, because it would not be reproducible.
-
-    Args:
-        folder: run folder.
-        source: source of the cells.
-        cell_ids: cells to choose from. Shape (cells,).
-        model: embeds the cells.
-        processor: of the model.
-        donor_key: obs column that colours the second panel.
-        seed: for the choice of the cells, and for UMAP.
-    """
     if cause := model.config.padding_dependent_settings:
-        logger.warning(
-            "umap.png is not written: with %s, the embedding of a cell depends on the padding of its batch", cause
-        )
-        return
-    chosen = np.random.default_rng(seed).permutation(cell_ids)[:UMAP_CELLS]
-    embedding = embed_cells(source, chosen, model, processor, empty="nan", progress=False)
-    embedded = np.isfinite(embedding).all(axis=1)
-    columns = [column for column in dict.fromkeys(("cell_type", donor_key)) if column in source.columns]
-    obs = source.read(chosen[embedded], columns).obs
-    panels = {column.replace("_", " ").removesuffix(" id"): obs[column].tolist() for column in columns}
-    title = f"{embedded.sum():,} cells embedded by the model"
-    save_figure(plot_umap(umap_of(embedding[embedded], seed), panels, title=title), folder / "umap.png")
+        # The figure would change with the batch size.
+        logger.warning("umap.png is not written: with %s, an embedding depends on the padding of its batch", cause)
+    else:
+        chosen = np.random.default_rng(seed).permutation(np.concatenate(list(parts.values())))[:UMAP_CELLS]
+        embedding = embed_cells(source, chosen, model, processor, empty="nan", progress=False)
+        embedded = np.isfinite(embedding).all(axis=1)  # cells without an expressed gene of the vocabulary are NaN
+        columns = [column for column in dict.fromkeys(("cell_type", donor_key)) if column in source.columns]
+        obs = source.read(chosen[embedded], columns).obs
+        panels = {column.replace("_", " ").removesuffix(" id"): obs[column].tolist() for column in columns}
+        title = f"{embedded.sum():,} cells embedded by the model"
+        save_figure(plot_umap(umap_of(embedding[embedded], seed), panels, title=title), folder / "umap.png")
+    write_report(folder)
