@@ -1,17 +1,17 @@
-#!/usr/bin/env python
-"""What pretraining is worth for naming cell types: on labelled blood cells of donors that no one was trained on.
+"""Measure how much pretraining helps to annotate cell types, on labelled blood cells of donors not used in training.
 
-Example:
-    python scripts/build_census.py …/{aml027_bmmc_pre,…}.h5ad --out runs/blood_transfer_census
-    accelerate launch scripts/pretrain.py configs/blood_transfer.yaml
-    python benchmarks/annotation.py runs/blood_transfer --data DIR
+  python scripts/build_census.py …/{aml027_bmmc_pre,…}.h5ad --out runs/blood_transfer_census
+  accelerate launch scripts/pretrain.py configs/blood_transfer.yaml
+  python benchmarks/annotation.py runs/blood_transfer --data DIR
 
-DIR holds the five labelled sets that configs/blood_transfer.yaml leaves out. Three parts, each written to
-results/annotation/PART.json; the table and the figure show all parts that are there:
-  embeddings  scores of each set's embedding, untouched, beside an encoder with random weights and HVG + PCA
-  donors      types of 10 donors of OneK1K from 30 others, whole donors, with 10, 25, 50 and 100 % of the labels
-  studies     types of PBMC 3k from PBMC 4k and 8k: another donor, another chemistry; the same shares
-Fine-tuning keeps a fifth of the labels to stop early; logistic regression learns from all of them.
+DIR has the five labelled datasets that configs/blood_transfer.yaml leaves out. There are three parts, each written to
+results/annotation/PART.json. The table and the figure show all parts that have been measured.
+
+  embeddings  scores of the pretrained embedding of each dataset, of a random encoder, and of HVG + PCA
+  donors      cell types of 10 donors of OneK1K, trained on 30 others, with 10, 25, 50 and 100 % of the labels
+  studies     cell types of PBMC 3k, trained on PBMC 4k and 8k (another donor and chemistry), with the same shares
+
+Fine-tuning uses a fifth of the labels for early stopping; logistic regression is trained on all of them.
 """
 
 import argparse
@@ -38,8 +38,8 @@ from scgpt_hf.analysis.evaluation.evaluate import evaluate_embeddings
 from scgpt_hf.analysis.evaluation.probing import predict_query
 
 SHARES = (0.1, 0.25, 0.5, 1.0)
-EPOCHS = {0.1: 20, 0.25: 12, 0.5: 8, 1.0: 5}  # fewer cells, more epochs: 50 to 100 steps at every share
-SETS = {  # name of the file → label
+EPOCHS = {0.1: 20, 0.25: 12, 0.5: 8, 1.0: 5}  # more epochs with fewer cells: 50 to 100 steps with every share
+DATASETS = {  # name of the file → labels_key
     "pbmc3k_10x": "cell_type",
     "pbmc4k_asurat": "cell_type",
     "pbmc6k8k_ismb": "cell_type",
@@ -59,16 +59,16 @@ ARMS = {
 
 
 def main() -> None:
-    """Run the parts asked for, then draw and tabulate all that there are."""
+    """Run the chosen parts, then tabulate and draw all parts that have been measured."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, help="folder of the pretraining run")
-    parser.add_argument("--data", type=Path, required=True, help="folder of the labelled .h5ad files")
+    parser.add_argument("--data", type=Path, required=True, help="folder with the labelled .h5ad files")
     parser.add_argument("--parts", nargs="*", default=list(PARTS), choices=[*PARTS], help="default: all")
-    parser.add_argument("--seeds", type=int, default=3, help="repeats of each share of labels (default: %(default)s)")
+    parser.add_argument("--seeds", type=int, default=3, help="repeats with each share (default: %(default)s)")
     parser.add_argument("--train_cells", type=int, default=600, help="labelled cells at 100 %% (default: %(default)s)")
-    parser.add_argument("--test_cells", type=int, default=600, help="cells predicted or scored (default: %(default)s)")
+    parser.add_argument("--test_cells", type=int, default=600, help="test cells (default: %(default)s)")
     parser.add_argument(
-        "--max_tokens", type=int, default=1201, help="genes of a cell that the model sees (default: %(default)s)"
+        "--max_tokens", type=int, default=1201, help="highest number of tokens per cell (default: %(default)s)"
     )
     parser.add_argument("--learning_rate", type=float, default=5e-4, help="of fine-tuning (default: %(default)s)")
     settings = parser.parse_args()
@@ -84,71 +84,73 @@ def main() -> None:
 
 
 def score_embeddings(settings: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """Yield each set's scores by method: the embeddings and HVG + PCA, with logistic regression on HVG beside."""
+    """Yield the scores of each dataset by method: both embeddings, HVG + PCA, and logistic regression on HVG."""
     scores = {}
-    for name, label in SETS.items():
-        cells = labelled(settings.data / f"{name}.h5ad", label)
-        cells = cells[draw_cells(cells, settings.test_cells, seed=0)].copy()
+    for name, labels_key in DATASETS.items():
+        cells = read_labelled(settings.data / f"{name}.h5ad", labels_key)
+        cells = cells[sample_rows(cells, settings.test_cells, seed=0)].copy()
         embed_both(cells, settings.model)
-        found = evaluate_embeddings(cells, [PRETRAINED, RANDOM], label, "donor_id", metrics=None, progress=False)
+        found = evaluate_embeddings(cells, [PRETRAINED, RANDOM], labels_key, "donor_id", metrics=None, progress=False)
         scores[name] = {
             "cells": cells.n_obs,
-            "types": int(cells.obs[label].nunique()),
+            "types": int(cells.obs[labels_key].nunique()),
             "donors": int(cells.obs["donor_id"].nunique()),
             "scores": {method: {m: s.values[m] for m in s.values} for method, s in found.methods.items()},
         }
         print(pd.DataFrame(scores[name]["scores"]).round(3).to_string(), flush=True)
-        yield {"part": "embeddings", "sets": scores}
+        yield {"part": "embeddings", "datasets": scores}
 
 
 def across_donors(settings: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """Yield scores on 10 donors of OneK1K by a model tuned on others; each seed draws donors and cells anew."""
-    cells = labelled(settings.data / "onek1k_panel1000.h5ad", "cell_type")
+    """Yield scores on 10 donors of OneK1K of models trained on the others. Each seed samples other donors and cells."""
+    cells = read_labelled(settings.data / "onek1k_panel1000.h5ad", "cell_type")
     donors = np.array(sorted(cells.obs["donor_id"].unique()))
 
     def split(seed: int) -> tuple[AnnData, AnnData]:
         held_out = np.random.default_rng(seed).permutation(donors)[:10]
-        apart = cells.obs["donor_id"].isin(held_out).to_numpy()
-        return cells[~apart], cells[apart]
+        is_held_out = cells.obs["donor_id"].isin(held_out).to_numpy()
+        return cells[~is_held_out], cells[is_held_out]
 
     return learning_curves("donors", split, "cell_type", settings)
 
 
 def across_studies(settings: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """Yield scores on PBMC 3k by a model tuned on PBMC 4k and the 8k cells of the ISMB set, by harmonised type."""
-    label = "cell_type_coarse"
+    """Yield scores on PBMC 3k of models trained on PBMC 4k and the 8k cells of the ISMB set, with harmonised types."""
+    labels_key = "cell_type_coarse"
     of_4k, of_both, query = (
-        labelled(settings.data / f"{name}.h5ad", label) for name in ("pbmc4k_asurat", "pbmc6k8k_ismb", "pbmc3k_10x")
+        read_labelled(settings.data / f"{name}.h5ad", labels_key)
+        for name in ("pbmc4k_asurat", "pbmc6k8k_ismb", "pbmc3k_10x")
     )
     of_8k = of_both[of_both.obs["donor_id"] == "10x_pbmc4k8k_donor"]
     reference = anndata.concat([of_4k, of_8k], join="inner", merge="first")
     reference.X, reference.obs["donor_id"] = csr_matrix(reference.X), "10x_pbmc4k8k_donor"
-    shared = reference.var_names.intersection(query.var_names)  # bins are ranks: all arms see the same genes
+    # A bin is a rank among the genes of a cell, so all arms must have the same genes.
+    shared = reference.var_names.intersection(query.var_names)
     pair = reference[:, shared].copy(), query[:, shared].copy()
-    return learning_curves("studies", lambda seed: pair, label, settings)
+    return learning_curves("studies", lambda seed: pair, labels_key, settings)
 
 
-def learning_curves(part: str, split: Any, label: str, settings: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """Yield macro-F1 and accuracy of every arm at every share of the labels, after each seed with one more row each."""
+def learning_curves(part: str, split: Any, labels_key: str, settings: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Yield macro-F1 and accuracy of every arm with every share of the labels: after each seed, all rows so far."""
     rows = []
     for seed in range(settings.seeds):
         pool, test = split(seed)
-        pool = pool[draw_cells(pool, settings.train_cells, seed)].copy()
-        test = test[test.obs[label].isin(pool.obs[label])]
-        test = test[draw_cells(test, settings.test_cells, seed)].copy()
-        features = features_of(pool, test, settings.model, seed)
+        pool = pool[sample_rows(pool, settings.train_cells, seed)].copy()
+        test = test[test.obs[labels_key].isin(pool.obs[labels_key])]
+        test = test[sample_rows(test, settings.test_cells, seed)].copy()
+        features = compute_features(pool, test, settings.model, seed)
         for share in SHARES:
-            labels_used = stratified(pool.obs[label].to_numpy(), share, seed)
-            for arm, scores in compare(pool, test, features, labels_used, label, share, seed, settings):
+            labels_used = sample_stratified(pool.obs[labels_key].to_numpy(), share, seed)
+            for arm, scores in compare(pool, test, features, labels_used, labels_key, share, seed, settings):
                 rows.append({"seed": seed, "share": share, "labels": len(labels_used), "arm": arm, **scores})
                 print(part, rows[-1], flush=True)
         yield {
             "part": part,
             "seeds": seed + 1,
-            "label": label,
+            "labels_key": labels_key,
             "train_cells": pool.n_obs,
             "test_cells": test.n_obs,
-            "types": sorted(test.obs[label].astype(str).unique()),
+            "types": sorted(test.obs[labels_key].astype(str).unique()),
             "learning_rate": settings.learning_rate,
             "rows": rows,
         }
@@ -159,36 +161,36 @@ def compare(
     test: AnnData,
     features: dict[str, Any],
     used: Any,
-    label: str,
+    labels_key: str,
     share: float,
     seed: int,
     settings: Any,
 ) -> Iterator[tuple[str, dict[str, float]]]:
-    """Yield the scores of each arm that learned from the `used` cells of the pool."""
-    known, true = pool.obs[label].astype(str).to_numpy()[used], test.obs[label].astype(str).to_numpy()
+    """Yield the scores of each arm, trained on the `used` cells of the pool."""
+    known, true = pool.obs[labels_key].astype(str).to_numpy()[used], test.obs[labels_key].astype(str).to_numpy()
     for arm, (of_pool, of_test) in features.items():
         found = predict_query(of_pool[used], known, of_test, true, "linear probe")
         predicted = np.full(len(true), "type without labels", dtype=object)
         predicted[found.cells] = found.predicted
-        yield arm, scores_of(true, predicted)
+        yield arm, score(true, predicted)
     with tempfile.TemporaryDirectory() as folder:
         tuning = AnnotateSettings(
             model=str(settings.model),
             out=f"{folder}/run",
-            labels_key=label,
+            labels_key=labels_key,
             epochs=EPOCHS[share],
             learning_rate=settings.learning_rate,
             seed=seed,
             disable_tqdm=True,
         )
         finetune_classifier(pool[used].copy(), tuning)
-        named = test.copy()
-        predict_cell_types(named, f"{folder}/run/best_model", threshold=0.0, key_added="predicted", progress=False)
-        yield TUNED, scores_of(true, named.obs["predicted"].astype(str).to_numpy())
+        annotated = test.copy()
+        predict_cell_types(annotated, f"{folder}/run/best_model", threshold=0.0, key_added="predicted", progress=False)
+        yield TUNED, score(true, annotated.obs["predicted"].astype(str).to_numpy())
 
 
-def features_of(pool: AnnData, test: AnnData, checkpoint: Path, seed: int) -> dict[str, Any]:
-    """Return of each arm but fine-tuning the features of the pool and of the test cells."""
+def compute_features(pool: AnnData, test: AnnData, checkpoint: Path, seed: int) -> dict[str, Any]:
+    """Return arm → features of the pool and of the test cells, for each arm except fine-tuning."""
     counts, query = csr_matrix(pool.X), csr_matrix(test.X)
     batches = pool.obs["donor_id"].astype(str).to_numpy()
     features: dict[str, Any] = transfer_features(counts, batches, query, (PCA, LOGISTIC), seed)
@@ -200,10 +202,11 @@ def features_of(pool: AnnData, test: AnnData, checkpoint: Path, seed: int) -> di
 
 
 def with_max_tokens(checkpoint: Path, max_tokens: int, folder: Path) -> Path:
-    """Return a copy of a checkpoint that sees so many tokens of a cell.
+    """Copy a checkpoint, and set the highest number of tokens per cell.
 
-    Pretraining saw 200 genes of a cell at a time, to be quick. On 400 cells of a set that was pretrained on
-    (zheng_facs_fasttopics), a linear probe reaches macro-F1 0.42 on embeddings of 201 tokens, 0.61 of 1,201.
+    The model was pretrained with 200 genes per cell, to save time. More are better in use: on 400 cells of
+    zheng_facs_fasttopics, a dataset that it was pretrained on, the macro-F1 of a linear probe is 0.42 with 201 tokens
+    and 0.61 with 1,201.
     """
     shutil.copytree(checkpoint, folder / "checkpoint")
     processor = AutoProcessor.from_pretrained(checkpoint)
@@ -213,40 +216,40 @@ def with_max_tokens(checkpoint: Path, max_tokens: int, folder: Path) -> Path:
 
 
 def embed_both(cells: AnnData, checkpoint: Path) -> None:
-    """Write the pretrained embedding and that of an encoder of the same shape with random weights."""
+    """Add the pretrained embedding to obsm, and that of an encoder of the same shape with random weights."""
     processor, model = AutoProcessor.from_pretrained(checkpoint), AutoModel.from_pretrained(checkpoint)
     torch.manual_seed(0)
     for key, encoder in ((PRETRAINED, model), (RANDOM, AutoModel.from_config(model.config))):
         embed_anndata(cells, encoder, processor, key_added=key, progress=False)
 
 
-def labelled(path: Path, label: str) -> AnnData:
-    """Return the labelled cells of a file."""
+def read_labelled(path: Path, labels_key: str) -> AnnData:
+    """Read the labelled cells of a file."""
     cells = anndata.read_h5ad(path)
-    return cells[~cells.obs[label].isin(["unknown"]).to_numpy()].copy()
+    return cells[~cells.obs[labels_key].isin(["unknown"]).to_numpy()].copy()
 
 
-def draw_cells(cells: AnnData, n: int, seed: int) -> np.ndarray:
-    """Return the rows of at most n cells, drawn uniformly, ascending."""
+def sample_rows(cells: AnnData, n: int, seed: int) -> np.ndarray:
+    """Return the rows of at most n cells, sampled uniformly, ascending."""
     return np.sort(np.random.default_rng(seed).permutation(cells.n_obs)[:n])
 
 
-def stratified(labels: np.ndarray, share: float, seed: int) -> np.ndarray:
-    """Return a share of the rows of each label, at least two where there are, ascending."""
+def sample_stratified(labels: np.ndarray, share: float, seed: int) -> np.ndarray:
+    """Return a share of the rows of each label, ascending; at least two rows, if the label has as many."""
     order = np.random.default_rng(seed).permutation(len(labels))
     rank = pd.Series(labels[order]).groupby(labels[order]).cumcount().to_numpy()
-    wanted = {label: max(2, round(share * n)) for label, n in pd.Series(labels).value_counts().items()}
-    return np.sort(order[rank < pd.Series(labels[order]).map(wanted).to_numpy(np.int64)])
+    sizes = {label: max(2, round(share * n)) for label, n in pd.Series(labels).value_counts().items()}
+    return np.sort(order[rank < pd.Series(labels[order]).map(sizes).to_numpy(np.int64)])
 
 
-def scores_of(true: np.ndarray, predicted: np.ndarray) -> dict[str, float]:
-    """Return macro-F1 over the types of the test cells, and accuracy."""
+def score(true: np.ndarray, predicted: np.ndarray) -> dict[str, float]:
+    """Return the macro-F1 over the types of the test cells, and the accuracy."""
     macro = f1_score(true, predicted, labels=sorted(set(true)), average="macro", zero_division=0)
     return {"macro_f1": round(float(macro), 4), "accuracy": round(float(accuracy_score(true, predicted)), 4)}
 
 
 def read_parts() -> dict[str, dict[str, Any]]:
-    """Return what was measured, by part."""
+    """Return part → result, for the parts that have been measured."""
     import json
 
     paths = {part: RESULTS / "annotation" / f"{part}.json" for part in PARTS}
@@ -255,7 +258,7 @@ def read_parts() -> dict[str, dict[str, Any]]:
 
 def tabulate() -> str:
     """Write the tables to results/annotation/README.md and return them."""
-    text = ["# Naming cell types of donors that no one was trained on", "", f"`{COMMAND}`", ""]
+    text = ["# Annotation of cell types, on donors not used in training", "", f"`{COMMAND}`", ""]
     for part, result in read_parts().items():
         if part == "embeddings":
             text += _embedding_table(result)
@@ -263,11 +266,11 @@ def tabulate() -> str:
         text += [
             f"## {TITLES[part]}",
             "",
-            f"{result['train_cells']} cells with labels at 100 %, {result['test_cells']}",
+            f"{result['train_cells']} training cells with 100 % of the labels, {result['test_cells']}",
         ]
         text[-1] += (
             f" test cells, {len(result['types'])} types; macro-F1 (accuracy), mean of {result['seeds']} seed(s), "
-            f"{result['max_tokens'] - 1:,} genes of a cell seen."
+            f"{result['max_tokens'] - 1:,} genes per cell."
         )
         rows = pd.DataFrame(result["rows"])
         means = rows.groupby(["arm", "share"])[["macro_f1", "accuracy"]].mean()
@@ -281,9 +284,9 @@ def tabulate() -> str:
 
 
 def _embedding_table(result: dict[str, Any]) -> list[str]:
-    text = ["## Embeddings as they are, nothing trained on the set", ""]
-    text += ["| set | method | " + " | ".join(SCORED) + " |", "| --- " * (len(SCORED) + 2) + "|"]
-    for name, found in result["sets"].items():
+    text = ["## Embeddings, without training on the dataset", ""]
+    text += ["| dataset | method | " + " | ".join(SCORED) + " |", "| --- " * (len(SCORED) + 2) + "|"]
+    for name, found in result["datasets"].items():
         for method, scores in found["scores"].items():
             shown = [f"{scores[metric]:.3f}" if metric in scores else "–" for metric in SCORED]
             text.append(f"| {name} | {method} | " + " | ".join(shown) + " |")
@@ -291,14 +294,20 @@ def _embedding_table(result: dict[str, Any]) -> list[str]:
 
 
 def draw() -> None:
-    """Draw macro-F1 against the share of labels, one panel per part, to results/annotation/annotation.png."""
+    """Plot macro-F1 over the share of the labels, one panel per part, to results/annotation/annotation.png."""
     import matplotlib.pyplot as plt
 
     curves = {part: result for part, result in read_parts().items() if part != "embeddings"}
     if not curves:
         return
     figure, axes = plt.subplots(1, len(curves), figsize=(5.2 * len(curves), 4), squeeze=False, sharey=True)
-    colours = ["#0072B2", "#56B4E9", "#999999", "#E69F00", "#D55E00"]  # Okabe and Ito, told apart by the colour-blind
+    colours = [
+        "#0072B2",
+        "#56B4E9",
+        "#999999",
+        "#E69F00",
+        "#D55E00",
+    ]  # Okabe and Ito, for colour-blind readers
     for axis, (part, result) in zip(axes[0], curves.items(), strict=True):
         rows = pd.DataFrame(result["rows"])
         for colour, (arm, title) in zip(colours, ARMS.items(), strict=True):

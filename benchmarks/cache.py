@@ -1,12 +1,12 @@
-"""Measure a cache: writing it from a SOMA, reading it in uniformly random order, raw and tokenised, and planning.
+"""Measure a cache: write it from a SOMA, read it in uniformly random order (raw and tokenised), and plan an epoch.
 
   python benchmarks/synthetic_census.py census100k --cells 100000
   python benchmarks/cache.py census100k --out cache100k
 
-Reading is warm: the cache was read once. Arms run in turn; printed are medians. Raw is the CSR arrays of 512 cells
-each, as the stream takes them. Tokenised is reading, binning and sampling to 1,200 genes, of all genes and of
-1,200 variable ones as in the seed recipe, by workers that each take 512 cells of a block. Beside them: `datasets`
-reading the same rows of the same folder, map-style, as NumPy.
+Reading is warm: each arm has read the cache once before. The raw arms build the CSR arrays of 512 cells at a time, as
+the pipeline does. The tokenised arms read, bin, and sample up to 1,200 genes per cell, from all genes and from 1,200
+highly variable genes as in scGPT's recipe; worker threads take 512 cells of a block at a time. For comparison, the
+library `datasets` reads the same rows of the same folder as NumPy arrays, map-style. Medians are printed.
 """
 
 import argparse
@@ -35,14 +35,14 @@ from scgpt_hf.cli.process import tune_process
 from scgpt_hf.pipeline.genes import match_columns
 from scgpt_hf.tokens.processing_scgpt import ScGPTProcessor
 
-BLOCK = 32_768  # cells of a block of the default plan
-PIECE = 512  # cells that a worker takes and tokenises at once, as in the stream
-HVG_CELLS = 10_000  # cells by which the variable genes are chosen
+BLOCK = 32_768  # cells read together
+PIECE = 512  # cells that a thread takes and tokenises at a time, as in the pipeline
+HVG_CELLS = 10_000  # cells from which the variable genes are chosen
 CENSUS_CELLS = 160_000_000
 
 
 def write(census: Path, folder: Path) -> float:
-    """Return cells per second of writing a new cache, verified hashes and manifest included."""
+    """Write a new cache with verified hashes and its manifest, and return the speed in cells per second."""
     shutil.rmtree(folder, ignore_errors=True)
     with closing(open_source(census)) as source:
         n_cells = len(source.obs())
@@ -53,7 +53,7 @@ def write(census: Path, folder: Path) -> float:
 
 def read(source: CacheSource, cell_ids: np.ndarray, n_workers: int, work: Callable[[CellBlock, np.ndarray], Any]
          ) -> float:  # fmt: skip
-    """Return cells per second of reading all cells in a random order, block after block, and working on pieces."""
+    """Read all cells in random order, block by block, apply `work` to pieces, and return cells per second."""
     order = np.random.default_rng(0).permutation(cell_ids)
 
     def take(block: CellBlock, first: int) -> int:
@@ -69,17 +69,17 @@ def read(source: CacheSource, cell_ids: np.ndarray, n_workers: int, work: Callab
     return n_cells / (time.perf_counter() - started)
 
 
-def keep_nothing(counts: CellBlock, cell_ids: np.ndarray) -> None:
-    """Do nothing with the cells."""
+def do_nothing(counts: CellBlock, cell_ids: np.ndarray) -> None:
+    """Do nothing, to measure only reading."""
 
 
 def tokenize(processor: ScGPTProcessor, columns: np.ndarray, counts: CellBlock, cell_ids: np.ndarray) -> None:
-    """Make the tokens of the cells."""
+    """Tokenise the cells."""
     processor.tokenize(counts, columns, cell_ids=cell_ids, seed=0, epoch=0)
 
 
 def read_map_style(folder: Path, n_cells: int) -> float:
-    """Return cells per second of `datasets` reading a block of random rows as NumPy."""
+    """Read a block of random rows as NumPy with `datasets`, and return cells per second."""
     rows = datasets.load_from_disk(str(folder)).select_columns(["gene", "count"]).with_format("numpy")
     order = np.random.default_rng(0).permutation(len(rows))[:n_cells]
     started = time.perf_counter()
@@ -89,7 +89,7 @@ def read_map_style(folder: Path, n_cells: int) -> float:
 
 
 def plan(n_cells: int, chunk_size: int) -> dict[str, float]:
-    """Return what the plan of one epoch takes, besides the ids themselves: seconds, and GB at its peak and kept."""
+    """Return the time and memory of planning one epoch, not counting the memory of the ids themselves."""
     cell_ids = np.arange(n_cells, dtype=np.int64)
     arguments: dict[str, Any] = {"seed": 0, "epoch": 0, "batch_size": 4096, "chunk_size": chunk_size}
     arguments["chunks_per_window"] = BLOCK // chunk_size
@@ -102,29 +102,31 @@ def plan(n_cells: int, chunk_size: int) -> dict[str, float]:
     tracemalloc.stop()
     started = time.perf_counter()
     planned.window(7)
-    block = time.perf_counter() - started
+    window_s = time.perf_counter() - started
     return {
         "chunk_size": chunk_size,
         "seconds": seconds,
         "peak_gb": peak / 1e9,
         "kept_gb": kept / 1e9,
-        "block_s": block,
+        "window_s": window_s,
     }
 
 
 def main() -> None:
-    """Write, read and plan; print medians and write results/cache.json."""
+    """Run all measurements, print the medians and write results/cache.json."""
     tune_process()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("census", type=Path, help="a SOMA in the Census layout")
-    parser.add_argument("--out", type=Path, required=True, help="folder for the cache; replaced")
-    parser.add_argument("--keep", action="store_true", help="read the cache that is there, and do not write")
+    parser.add_argument("census", type=Path, help="local SOMA in the Census layout")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the cache; replaced if it exists")
+    parser.add_argument("--keep", action="store_true", help="read an existing cache, and do not measure writing")
     parser.add_argument("--repeats", type=int, default=3, help="rounds of each arm (default: %(default)s)")
-    parser.add_argument("--threads", type=int, nargs="*", default=[1, 2, 4], help="(default: 1 2 4)")
-    asked = parser.parse_args()
-    open_source(asked.census).read(np.arange(PIECE)).take(np.arange(PIECE))  # compiles
-    written = {} if asked.keep else alternate({"write": partial(write, asked.census, asked.out)}, asked.repeats)
-    sources = {n: CacheSource(asked.out, n_threads=n) for n in asked.threads}
+    parser.add_argument(
+        "--threads", type=int, nargs="*", default=[1, 2, 4], help="numbers of threads to measure (default: 1 2 4)"
+    )
+    options = parser.parse_args()
+    open_source(options.census).read(np.arange(PIECE)).take(np.arange(PIECE))  # compile first
+    written = {} if options.keep else alternate({"write": partial(write, options.census, options.out)}, options.repeats)
+    sources = {n: CacheSource(options.out, n_threads=n) for n in options.threads}
     cell_ids = sources[1].obs().index.to_numpy()
     genes = sources[1].genes["feature_id"].to_numpy()
     chosen = highly_variable_genes(sources[1], cell_ids[:HVG_CELLS], 1200, batch_key=None)
@@ -132,20 +134,20 @@ def main() -> None:
         "all genes": ScGPTProcessor.from_genes(genes.tolist(), max_tokens=1201),
         "1,200 variable genes": ScGPTProcessor.from_genes(genes[chosen].tolist(), max_tokens=1201),
     }
-    arms = {f"raw, {n} threads": partial(read, source, cell_ids, n, keep_nothing) for n, source in sources.items()}
+    arms = {f"raw, {n} threads": partial(read, source, cell_ids, n, do_nothing) for n, source in sources.items()}
     for name, processor in processors.items():
         work = partial(tokenize, processor, match_columns(sources[1].genes, processor)[0])
         for n, source in sources.items():
             arms[f"tokenised, {name}, {n} threads"] = partial(read, source, cell_ids, n, work)
-    arms["datasets, map-style, 1 thread"] = partial(read_map_style, asked.out, BLOCK)
+    arms["datasets, map-style, 1 thread"] = partial(read_map_style, options.out, BLOCK)
     for arm in arms.values():
         arm()
-    medians = written | alternate(arms, asked.repeats)
+    medians = written | alternate(arms, options.repeats)
     print_medians(medians, "datasets, map-style, 1 thread", "cells/s")
     plans = [plan(CENSUS_CELLS, size) for size in (2048, uniform_chunk_size(CENSUS_CELLS))]
     for planned in plans:
         print("plan of 160 million cells:", ", ".join(f"{name} {value:,.3g}" for name, value in planned.items()))
-    shards = read_manifest(asked.out)[1]
+    shards = read_manifest(options.out)[1]
     size = {"cells": len(cell_ids), "bytes_per_cell": sum(shard.n_bytes for shard in shards) / len(cell_ids)}
     write_result("cache", {"cache": size, "cells_per_second": medians, "plans": plans})
 

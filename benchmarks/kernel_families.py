@@ -1,4 +1,4 @@
-"""Where a step's time goes, by family of kernels, read from torch.profiler."""
+"""Measure how much of a training step each family of kernels takes, with torch.profiler."""
 
 import re
 from collections.abc import Callable
@@ -7,7 +7,7 @@ import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-# The first family whose pattern occurs in a kernel's name (on a GPU) or an operation's (on a CPU) takes it.
+# Family → pattern in the name of a kernel (on a GPU) or an operation (on a CPU). The first match decides.
 FAMILIES = {
     "attention": r"flash|fmha|attention|attn",
     "optimizer and clipping": r"multi_tensor|foreach|adam|lpnorm|clip_coef|linalg_vector_norm",
@@ -26,13 +26,14 @@ _LAUNCH, _OTHER = "launch gaps", "other"
 def breakdown(
     step: Callable[[], object], wait: Callable[[], None], seconds: float, n_steps: int = 5
 ) -> dict[str, float]:
-    """Return the share of a step's time that each family takes, the largest first.
+    """Return the share of a step's time that each family takes, largest first.
 
     Args:
-        step: makes one step; called `n_steps` times under the profiler.
-        wait: returns when the device is done.
-        seconds: that a step takes without a profiler; on a GPU, what no kernel fills of it is launch gaps.
-        n_steps: steps to look at.
+        step: runs one training step; called `n_steps` times under the profiler.
+        wait: waits until the device is done.
+        seconds: duration of a step without the profiler. On a GPU, the time in which no kernel runs is reported as
+            launch gaps.
+        n_steps: number of steps to profile.
     """
     on_gpu = torch.cuda.is_available() and torch.cuda.is_initialized()
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
@@ -50,12 +51,12 @@ def breakdown(
         else:
             continue
         spent[family] = spent.get(family, 0.0) + microseconds / 1e6 / n_steps
-    total = seconds if on_gpu else sum(spent.values())  # a CPU's profiler slows it down too much to compare
+    total = seconds if on_gpu else sum(spent.values())  # on a CPU, profiled times are too slow to compare
     if on_gpu:
         spent[_LAUNCH] = max(seconds - sum(spent.values()), 0.0)
     return {family: time / total for family, time in sorted(spent.items(), key=lambda item: -item[1])}
 
 
 def family_of(name: str) -> str:
-    """Return the family of a kernel or operation."""
+    """Return the family of a kernel or an operation."""
     return next((family for family, pattern in FAMILIES.items() if re.search(pattern, name.lower())), _OTHER)

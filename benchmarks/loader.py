@@ -1,13 +1,16 @@
-"""Read a Census: our stream against the ceiling of the disk format and against a tuned tiledbsoma-ml.
+"""Compare the speed of reading a Census with this package, with tiledbsoma-ml, and with a full scan of the array.
 
   python benchmarks/synthetic_census.py blood_100k --cells 100000
   python benchmarks/loader.py blood_100k
 
-Warm: every file is read once before. The ceiling is a full scan by TileDB, --threads threads that throw away what they
-read. Ours reads the files of a local Census itself; an arm does so through TileDB, as it has to read a remote one.
-tiledbsoma-ml yields raw rows, shuffled as well as ours (chunks of 2,048 cells, as many in its buffer as chunks in
-our pool); of two sizes of TileDB's buffers the better one counts. How well cells are mixed is measured on the batches:
-entropy of the donors as a share of a uniform draw's, and pairs of a batch that come from one chunk of 2,048 cells.
+Reading is warm: every file is read once before. A full scan by TileDB, with --threads threads that discard what they
+read, is the upper limit of the disk format. This package reads the files of a local Census with its native reader;
+another arm reads them through TileDB, which is the only way for a remote Census. tiledbsoma-ml yields raw rows,
+shuffled as well as ours: chunks of 2,048 cells, and as many in its buffer as we have in a shuffle window. It is
+measured with two sizes of TileDB's buffers; the better one counts.
+
+How well cells are mixed is measured on the batches, relative to uniform sampling: the entropy of the donors, and the
+share of pairs of cells in a batch that come from the same chunk of 2,048 cells.
 """
 
 import argparse
@@ -36,14 +39,18 @@ from scgpt_hf.tokens.counts_scgpt import SparseCounts, slice_cells
 from scgpt_hf.tokens.processing_scgpt import ScGPTProcessor
 
 BATCH = 32
-THIRD = "cell_type in ['CD4-positive, alpha-beta T cell', 'platelet']"  # of a synthetic Census, in runs of about 12
-GATHERED = 512  # cells whose rows are put together at once, as in the stream
-BANDS = 32  # of a pool: the default of plan_epoch
-BUFFERS = (64 * 2**20, 2**30)  # tiledbsoma-ml: bytes of a column of a query; the second is TileDB-SOMA's default
+# Selects a third of the cells of a synthetic Census, in runs of about 12.
+THIRD = "cell_type in ['CD4-positive, alpha-beta T cell', 'platelet']"
+CELLS_PER_TAKE = 512  # cells whose rows are gathered together, as in the pipeline
+CHUNKS_PER_WINDOW = 32  # default of plan_epoch
+BUFFERS = (
+    64 * 2**20,
+    2**30,
+)  # bytes per column of a query, for tiledbsoma-ml; the second is the default of TileDB-SOMA
 
 
 def full_scan(path: Path, n_threads: int) -> float:
-    """Return cells per second of reading all of X in aligned chunks and throwing it away."""
+    """Read all of X in aligned chunks, discard it, and return cells per second."""
     uri = f"{path}/census_data/homo_sapiens/ms/RNA/X/raw"
     with soma.SparseNDArray.open(uri) as array:
         n_cells = array.shape[0]
@@ -62,29 +69,29 @@ def full_scan(path: Path, n_threads: int) -> float:
 
 
 def plan_of(source: CensusSource) -> EpochPlan:
-    """Return the first epoch over all cells that the source offers."""
+    """Plan the first epoch over all cells of the source."""
     return plan_epoch(source.obs().index.to_numpy(), seed=0, epoch=0, batch_size=BATCH)
 
 
 def raw_rows(source: CensusSource, plan: EpochPlan) -> Iterator[SparseCounts]:
-    """Yield the CSR arrays of each batch of an epoch, shape (cells, genes); the next block is read meanwhile."""
+    """Yield the CSR arrays of each batch of an epoch, shape (cells, genes). The next window is read meanwhile."""
     reads = (partial(source.read, plan.window(index).ravel()) for index in range(plan.n_windows))
     with ThreadPoolExecutor(2) as readers:
         for block in in_order(readers, reads, n_ahead=1):
-            for together in range(0, len(block), GATHERED):
-                counts = block.take(np.arange(together, min(together + GATHERED, len(block))))
+            for start in range(0, len(block), CELLS_PER_TAKE):
+                counts = block.take(np.arange(start, min(start + CELLS_PER_TAKE, len(block))))
                 for first in range(0, counts.shape[0], BATCH):
                     yield slice_cells(counts, first, min(first + BATCH, counts.shape[0]))
-            del block  # or it would be in memory until the next one is
+            del block  # otherwise two blocks would be in memory while the next one is taken
 
 
 def ours_through_tiledb(path: Path, n_threads: int) -> float:
-    """Return cells per second of an epoch of raw rows, with the native reader turned off."""
+    """Read an epoch of raw rows through TileDB, with the native reader turned off, and return cells per second."""
     return ours_raw(path, n_threads, native=False)
 
 
 def ours_raw(path: Path, n_threads: int, obs_filter: str | None = None, *, native: bool = True) -> float:
-    """Return cells per second of an epoch of raw rows."""
+    """Read an epoch of raw rows, and return cells per second."""
     uri = f"{path}/census_data/homo_sapiens"
     with CensusSource(uri, obs_filter=obs_filter, n_threads=n_threads, native=native) as source:
         plan = plan_of(source)
@@ -95,7 +102,7 @@ def ours_raw(path: Path, n_threads: int, obs_filter: str | None = None, *, nativ
 
 @contextmanager
 def token_batches(path: Path, n_threads: int) -> Iterator[Iterator[dict]]:
-    """Give the batches of an epoch, tokenised, masked, packed and read ahead."""
+    """Open an iterator over the batches of an epoch, tokenised, masked, packed and prefetched."""
     with CensusSource(f"{path}/census_data/homo_sapiens", n_threads=n_threads) as source:
         plan, processor = plan_of(source), processor_of(source)
         batches = stream_cells(source, [plan], processor, StreamConfig(seed=0, mask_ratios=(0.25, 0.5, 0.75)))
@@ -104,7 +111,7 @@ def token_batches(path: Path, n_threads: int) -> Iterator[Iterator[dict]]:
 
 
 def ours_tokens(path: Path, n_threads: int) -> float:
-    """Return cells per second of an epoch of such batches."""
+    """Read an epoch of such batches, and return cells per second."""
     with token_batches(path, n_threads) as batches:
         started = time.perf_counter()
         n_cells = sum(len(batch["cu_seq_lens_q"]) - 1 for batch in batches)
@@ -112,18 +119,18 @@ def ours_tokens(path: Path, n_threads: int) -> float:
 
 
 def processor_of(source: CensusSource) -> ScGPTProcessor:
-    """Return a processor for all genes of the source: 51 bins, up to 1,200 genes of a cell."""
+    """Return a processor for all genes of the source, with 51 bins and up to 1,200 genes per cell."""
     return ScGPTProcessor.from_genes(source.genes["feature_id"].tolist())
 
 
 def soma_ml(path: Path, buffer_bytes: int, obs_filter: str | None = None, batches: list | None = None) -> float:
-    """Return cells per second of an epoch of raw rows from tiledbsoma-ml; adds the cell ids of each batch to a list."""
+    """Read an epoch of raw rows with tiledbsoma-ml, and return cells per second. Append cell ids to `batches`."""
     config = TILEDB_CONFIG | {"soma.init_buffer_bytes": buffer_bytes}
     context = soma.SOMATileDBContext(tiledb_config=config)
     with soma.Experiment.open(f"{path}/census_data/homo_sapiens", context=context) as experiment:
         query = experiment.axis_query("RNA", obs_query=soma.AxisQuery(value_filter=obs_filter))
         dataset = ExperimentDataset(
-            query, "raw", batch_size=BATCH, io_batch_size=BANDS * CHUNK_SIZE, shuffle_chunk_size=CHUNK_SIZE,
+            query, "raw", batch_size=BATCH, io_batch_size=CHUNKS_PER_WINDOW * CHUNK_SIZE, shuffle_chunk_size=CHUNK_SIZE,
             return_sparse_X=True, seed=0,
         )  # fmt: skip
         started, n_cells = time.perf_counter(), 0
@@ -135,43 +142,43 @@ def soma_ml(path: Path, buffer_bytes: int, obs_filter: str | None = None, batche
 
 
 def mixing(batches: list[np.ndarray], donors: np.ndarray) -> dict[str, float]:
-    """Return how well donors and chunks are mixed in batches of cell ids, beside a uniform draw."""
+    """Measure how well donors and chunks are mixed in batches of cell ids, relative to uniform sampling."""
     rng = np.random.default_rng(0)
     uniform = [rng.choice(len(donors), BATCH, replace=False) for _ in range(2000)]
-    same_band = [share_of_pairs(ids // CHUNK_SIZE) for ids in batches]
+    same_chunk = [share_of_pairs(ids // CHUNK_SIZE) for ids in batches]
     return {
         "donor_entropy_of_uniform": float(np.mean([entropy(donors[ids]) for ids in batches]))
         / float(np.mean([entropy(donors[ids]) for ids in uniform])),
-        "same_band_pairs": float(np.mean(same_band)),
-        "same_band_pairs_uniform": float(np.mean([share_of_pairs(ids // CHUNK_SIZE) for ids in uniform])),
+        "same_chunk_pairs": float(np.mean(same_chunk)),
+        "same_chunk_pairs_uniform": float(np.mean([share_of_pairs(ids // CHUNK_SIZE) for ids in uniform])),
     }
 
 
 def entropy(labels: np.ndarray) -> float:
-    """Return the entropy of the labels, in nats."""
+    """Return the Shannon entropy of the labels, in nats."""
     shares = np.unique(labels, return_counts=True)[1] / len(labels)
     return float(-(shares * np.log(shares)).sum())
 
 
 def share_of_pairs(labels: np.ndarray) -> float:
-    """Return the share of all pairs that have one label."""
+    """Return the share of all pairs of cells that have the same label."""
     counts = np.unique(labels, return_counts=True)[1]
     return float((counts * (counts - 1)).sum() / (len(labels) * (len(labels) - 1)))
 
 
 def compare_mixing(path: Path) -> dict[str, dict[str, float]]:
-    """Return the mixing of our plan and of tiledbsoma-ml's batches."""
+    """Measure the mixing of our batches and of tiledbsoma-ml's."""
     source = open_source(path)
     donors = pd.factorize(source.obs(["donor_id"])["donor_id"])[0]
     plan = plan_of(source)
-    ours = [row for block in range(plan.n_windows) for row in plan.window(block)]
+    ours = [step for index in range(plan.n_windows) for step in plan.window(index)]
     theirs: list[np.ndarray] = []
     soma_ml(path, BUFFERS[0], batches=theirs)
     return {"ours": mixing(ours, donors), "tiledbsoma-ml": mixing(theirs[: len(ours)], donors)}
 
 
 def first_batch_s(path: Path, n_threads: int) -> float:
-    """Return the seconds from opening the source to the first packed batch."""
+    """Return the time from opening the source to the first packed batch, in seconds."""
     started = time.perf_counter()
     with token_batches(path, n_threads) as batches:
         next(batches)
@@ -191,14 +198,16 @@ def _stream_and_measure(path: Path, n_threads: int) -> float:
 
 
 def main() -> None:
-    """Measure the arms asked for and write `results/loader_CENSUS.json`."""
+    """Run the chosen measurements and write results/loader_CENSUS.json."""
     tune_process()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("census", type=Path, help="folder that synthetic_census.py wrote")
-    parser.add_argument("--threads", type=int, default=4, help="that read, of the ceiling and of ours")
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("census", type=Path, help="folder written by synthetic_census.py")
+    parser.add_argument(
+        "--threads", type=int, default=4, help="reading threads, of the scan and of ours (default: %(default)s)"
+    )
+    parser.add_argument("--repeats", type=int, default=3, help="rounds of each arm (default: %(default)s)")
     parser.add_argument("--parts", nargs="+", default=["speed", "filter", "threads", "start"],
-                        choices=["speed", "filter", "threads", "start"], help="what to measure")  # fmt: skip
+                        choices=["speed", "filter", "threads", "start"], help="default: all")  # fmt: skip
     arguments = parser.parse_args()
     path, n_threads, repeats = arguments.census, arguments.threads, arguments.repeats
     result = {}
@@ -232,7 +241,7 @@ def main() -> None:
 
 
 def compare(arms: dict, repeats: int) -> dict[str, dict[str, float]]:
-    """Return and print medians in cells per second, after a round to warm up, and ratios to the first arm."""
+    """Measure arms after a warm-up round; print and return medians in cells per second and ratios to the first arm."""
     alternate(arms, 1)
     medians = alternate(arms, repeats)
     print_medians(medians, next(iter(arms)), "cells/s")

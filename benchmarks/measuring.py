@@ -1,6 +1,7 @@
-"""What every benchmark here shares: arms measured in turn, medians and ratios, and a JSON that names the machine.
+"""Shared by all benchmarks: alternating measurements, medians and ratios, and a JSON file that describes the machine.
 
-Two arms are only compared within one run, alternately, so that whatever else the machine does falls on both.
+The variants that a benchmark compares are called arms. They are measured alternately in one run, so that other load on
+the machine affects all of them.
 """
 
 import json
@@ -23,12 +24,12 @@ LIBRARIES = (
 
 
 def alternate(arms: Mapping[str, Callable[[], float | None]], repeats: int = 3) -> dict[str, float]:
-    """Return the median of each arm over `repeats` rounds, in each of which every arm runs once.
+    """Run every arm once per round, and return the median of each arm.
 
     Args:
-        arms: name → what to run. It returns its figure, e.g. cells per second; or None, and its figure is the seconds
-            it took.
-        repeats: rounds. A first round to warm up is the caller's to make.
+        arms: name → function. It returns its result, such as cells per second; if it returns None, its result is the
+            time it took, in seconds.
+        repeats: number of rounds. There is no warm-up round; call this function twice if you need one.
     """
     figures: dict[str, list[float]] = {name: [] for name in arms}
     for _ in range(repeats):
@@ -40,7 +41,7 @@ def alternate(arms: Mapping[str, Callable[[], float | None]], repeats: int = 3) 
 
 
 def ratios(medians: Mapping[str, float], base: str) -> dict[str, float]:
-    """Return each median divided by that of the arm `base`."""
+    """Divide each median by the median of the arm `base`."""
     return {name: value / medians[base] for name, value in medians.items()}
 
 
@@ -51,20 +52,20 @@ def print_medians(medians: Mapping[str, float], base: str, unit: str) -> None:
 
 
 def write_result(name: str, data: Mapping[str, Any]) -> Path:
-    """Write `data`, the command, the date and the machine to `results/NAME.json` and return its path."""
+    """Write `data` with the command, the date and the machine to `results/NAME.json`, and return the path."""
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.json"
     command = " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *map(_without_folder, sys.argv[1:])])
     record = {"command": command, "measured": datetime.now(UTC).date().isoformat(), "machine": describe_machine()}
-    beside = path.with_suffix(".part")
-    beside.write_text(json.dumps({**record, **data}, indent=2) + "\n", encoding="utf-8")
-    beside.rename(path)
-    print(f"written to {path}")
+    temporary = path.with_suffix(".part")
+    temporary.write_text(json.dumps({**record, **data}, indent=2) + "\n", encoding="utf-8")
+    temporary.rename(path)
+    print(f"wrote {path}")
     return path
 
 
 def describe_machine() -> dict[str, Any]:
-    """Return CPU, cores, memory, GPU, system, versions and the load now; no name of a host, user or folder."""
+    """Return CPU, cores, memory, GPU, system, versions and current load; no names of hosts, users or folders."""
     return {
         "cpu": _cpu_model(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
@@ -77,8 +78,8 @@ def describe_machine() -> dict[str, Any]:
 
 
 def peak_memory_gb() -> float:
-    """Return the most memory this process has held at once, in GB."""
-    if sys.platform == "linux":  # there a child inherits its parent's peak in `getrusage`
+    """Return the peak memory of this process, in GB."""
+    if sys.platform == "linux":  # not `getrusage`, where a child process inherits the peak of its parent
         lines = Path("/proc/self/status").read_text().splitlines()
         return int(next(line.split()[1] for line in lines if line.startswith("VmHWM:"))) / 1e6
     import resource
@@ -87,7 +88,7 @@ def peak_memory_gb() -> float:
 
 
 def _without_folder(argument: str) -> str:
-    """Return an argument with only the last part of a path in it, so that no machine's folders are published."""
+    """Shorten a path in an argument to its last part, so that folders of the machine are not published."""
     flag, equals, value = argument.rpartition("=")
     return f"{flag}{equals}{Path(value).name if '/' in value else value}"
 

@@ -1,11 +1,11 @@
-"""Train one model on packed and on padded batches of the same cells, in turn, and compare.
+"""Compare the speed of training on packed and on padded batches of the same cells.
 
   python benchmarks/model.py --data runs/blood_census
   python benchmarks/model.py --data a.h5ad b.h5ad --genes hvg --hidden_size 512 --layers 12 --batch_size 16
   python benchmarks/model.py --data runs/blood_census --device cuda --bf16
 
-Lengths come from the data: its variable genes, then all of its genes, each cell sampled down to `--max_tokens`. A step
-is forward, backward, clipping and fused AdamW; both arms see the same cells, masks and initial weights.
+The lengths are those of the data: first with highly variable genes, then with all genes, sampled to --max_tokens. A
+step is forward, backward, clipping and fused AdamW. Both arms have the same cells, masks and initial weights.
 """
 
 import argparse
@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from measuring import alternate, print_medians, write_result
-from training_step import How, TrainingStep, cells_per_second
+from training_step import StepConfig, TrainingStep, cells_per_second
 
 from scgpt_hf.cells.schedule.epoch import plan_epoch
 from scgpt_hf.cells.source import CellSource, open_source
@@ -31,17 +31,21 @@ SEED = 0
 
 
 def main() -> None:
-    """Measure each gene selection, print the medians, write results/model.json."""
+    """Measure each gene selection, print the medians and write results/model.json."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", nargs="+", required=True, help="a Census, a folder of a SOMA, or .h5ad files")
     parser.add_argument("--genes", nargs="+", choices=("hvg", "all"), default=["hvg", "all"], help="default: both")
-    parser.add_argument("--n_hvg", type=int, default=1200, help="variable genes (default: %(default)s)")
-    parser.add_argument("--max_tokens", type=int, default=1201, help="most tokens of a cell (default: %(default)s)")
-    parser.add_argument("--hidden_size", type=int, default=128, help="width (default: %(default)s; the seed's: 512)")
-    parser.add_argument("--layers", type=int, default=4, help="layers (default: %(default)s; the seed's: 12)")
-    parser.add_argument("--batch_size", type=int, default=32, help="cells of a step (default: %(default)s)")
-    parser.add_argument("--batches", type=int, default=4, help="different batches (default: %(default)s)")
-    parser.add_argument("--repeats", type=int, default=3, help="rounds over all batches (default: %(default)s)")
+    parser.add_argument(
+        "--n_hvg", type=int, default=1200, help="number of highly variable genes (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--max_tokens", type=int, default=1201, help="highest number of tokens per cell (default: %(default)s)"
+    )
+    parser.add_argument("--hidden_size", type=int, default=128, help="width (default: %(default)s; scGPT: 512)")
+    parser.add_argument("--layers", type=int, default=4, help="layers (default: %(default)s; scGPT: 12)")
+    parser.add_argument("--batch_size", type=int, default=32, help="cells per step (default: %(default)s)")
+    parser.add_argument("--batches", type=int, default=4, help="number of different batches (default: %(default)s)")
+    parser.add_argument("--repeats", type=int, default=3, help="passes over all batches (default: %(default)s)")
     parser.add_argument("--device", default="cpu", help="cpu, cuda, … (default: %(default)s)")
     parser.add_argument("--bf16", action="store_true", help="bf16 autocast")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0: torch's default")
@@ -54,7 +58,7 @@ def main() -> None:
 
 
 def measure(source: CellSource, genes: str, options: argparse.Namespace) -> dict[str, Any]:
-    """Return cells/s, tokens/s and their ratio for one selection of genes, and what the lengths were."""
+    """Return the speed of both arms, their ratio, and the distribution of lengths for one gene selection."""
     data = DataSettings(gene_selection=genes, n_hvg=options.n_hvg, max_tokens=options.max_tokens)  # type: ignore[arg-type]
     selection = select_cells_and_genes(source, data, SEED)
     processor = build_processor(selection.genes, data)
@@ -88,19 +92,19 @@ def read_batches(
     *,
     padded: bool,
 ) -> list[Batch]:
-    """Return the first masked batches of an epoch, in either layout."""
+    """Return the first masked batches of an epoch, packed or padded."""
     plan = plan_epoch(cell_ids, seed=SEED, epoch=0, batch_size=options.batch_size, chunk_size=source.chunk_size)
     settings = StreamConfig(SEED, mask_ratios=tuple(data.mask_ratios), padded=padded)
     return list(islice(stream_cells(source, [plan], processor, settings), options.batches))
 
 
 def new_step(processor: ScGPTProcessor, options: argparse.Namespace) -> TrainingStep:
-    """Return a step of a model that begins with the same weights every time."""
+    """Return a training step for a model that always has the same initial weights."""
     torch.manual_seed(SEED)
     heads = max(1, options.hidden_size // 64)
     sizes = {"hidden_size": options.hidden_size, "intermediate_size": options.hidden_size, "dropout": 0.2}
     settings = ModelSettings(num_hidden_layers=options.layers, num_attention_heads=heads, **sizes)
-    return TrainingStep(build_model(processor, settings), torch.device(options.device), How(bf16=options.bf16))
+    return TrainingStep(build_model(processor, settings), torch.device(options.device), StepConfig(bf16=options.bf16))
 
 
 if __name__ == "__main__":

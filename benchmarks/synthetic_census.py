@@ -1,11 +1,11 @@
-"""Write a Census of synthetic blood, of any size, in the layout of the real one.
+"""Write a Census of synthetic blood cells, of any size, in the layout of the CELLxGENE Census.
 
   python benchmarks/synthetic_census.py OUT --cells 100000
 
-Each cell is a draw of molecules: genes follow Zipf's law, bent by the cell's type, and libraries are log-normal, so
-about 1,500 of 60,664 genes are expressed, seven in ten counts are 1 and a few exceed 255. Donors lie in contiguous
-runs within datasets and cell types in short runs within donors, as in the Census. Seed and size fix every cell.
-Nothing here is biology: it is for speed.
+The molecules of each cell are sampled: genes follow Zipf's law, modified by the cell type, and library sizes are
+log-normal. So about 1,500 of 60,664 genes are expressed, 70 % of the counts are 1, and a few exceed 255. Donors are
+contiguous within datasets, and cell types come in short runs within donors, as in the Census. The cells are a
+function of seed and size. They have the statistics that matter for speed, not those that matter for biology.
 """
 
 import argparse
@@ -39,7 +39,7 @@ CELLS_PER_DATASET, CELLS_PER_DONOR = 25_000, 2_500  # on average
 ZIPF, ZIPF_OFFSET = 1.3, 10  # a gene of rank r has the share (r + 10)^-1.3 of the molecules (Zipf-Mandelbrot)
 SPREAD = 0.7  # log-normal spread of a gene's share between cell types
 LIBRARY_SPREAD = 0.45  # log-normal spread of the molecules of a cell
-CHUNK = 256  # cells that one thread draws at a time
+CELLS_PER_TASK = 256  # cells that one thread samples at a time
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Dataset:
 
 
 class SyntheticBlood:
-    """Cells to write, drawn when they are read; see `CellSource.read`."""
+    """A source of cells that are sampled when they are read; see `CellSource.read`."""
 
     def __init__(self, n_cells: int, *, n_genes: int, n_expressed: int, seed: int) -> None:
         self.n_cells, self.n_genes, self.n_expressed, self.seed = n_cells, n_genes, n_expressed, seed
@@ -67,17 +67,17 @@ class SyntheticBlood:
         self.pool = ThreadPoolExecutor(os.cpu_count())
 
     def read(self, cell_ids: np.ndarray) -> CellBlock:
-        """Return these consecutive cells."""
+        """Return consecutive cells."""
         first, stop = int(cell_ids[0]), int(cell_ids[-1]) + 1
-        edges = [*range(first, stop, CHUNK), stop]
-        parts = list(self.pool.map(self._draw, edges[:-1], edges[1:]))
+        edges = [*range(first, stop, CELLS_PER_TASK), stop]
+        parts = list(self.pool.map(self._sample, edges[:-1], edges[1:]))
         lengths, genes, counts = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
         indptr = np.concatenate([[0], np.cumsum(lengths)])
         return CellBlock((counts, genes, indptr), pd.DataFrame(index=cell_ids), cell_ids, n_genes=self.n_genes)
 
     @cached_property
     def molecules(self) -> float:
-        """The median number of molecules that gives `n_expressed` genes, found on the commonest type."""
+        """The median library size with which the most common cell type expresses `n_expressed` genes, by bisection."""
         weights = zipf_weights(self.n_genes, 0, self.seed)
         low, high = 1.0, 1e9
         while high / low > 1.001:
@@ -86,14 +86,16 @@ class SyntheticBlood:
             low, high = (middle, high) if expressed < self.n_expressed else (low, middle)
         return low
 
-    def _draw(self, first: int, stop: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        rng = np.random.default_rng([self.seed, first // CHUNK])  # `first` is a multiple: blocks are, too
-        libraries = (self.molecules * rng.lognormal(0, LIBRARY_SPREAD, CHUNK)).astype(np.int64)[: stop - first] + 1
-        return draw_cells(libraries, self.type_of_cell[first:stop], *self.tables, self.seed, first)
+    def _sample(self, first: int, stop: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        rng = np.random.default_rng([self.seed, first // CELLS_PER_TASK])  # blocks start at multiples of it
+        libraries = (self.molecules * rng.lognormal(0, LIBRARY_SPREAD, CELLS_PER_TASK)).astype(np.int64)[
+            : stop - first
+        ] + 1
+        return sample_cells(libraries, self.type_of_cell[first:stop], *self.tables, self.seed, first)
 
 
 def label_cells(n_cells: int, seed: int) -> pd.DataFrame:
-    """Return the labels of obs: contiguous datasets and donors of uneven sizes, short runs of cell types."""
+    """Return the obs table: contiguous datasets and donors of uneven sizes, and short runs of cell types."""
     rng = np.random.default_rng([seed, 1])
     dataset = runs(n_cells, CELLS_PER_DATASET, rng)
     donor = pd.factorize(dataset * n_cells + runs(n_cells, CELLS_PER_DONOR, rng))[0]
@@ -114,7 +116,7 @@ def label_cells(n_cells: int, seed: int) -> pd.DataFrame:
 
 
 def runs(n_cells: int, mean: int, rng: np.random.Generator) -> np.ndarray:
-    """Return the number of the run of each cell: lengths between half and one and a half times the mean."""
+    """Number the cells by consecutive runs, whose lengths are between 0.5 and 1.5 times the mean. Shape (cells,)."""
     ends = np.cumsum(rng.integers(mean // 2, mean + mean // 2 + 1, 2 * n_cells // mean + 2))
     return np.searchsorted(ends, np.arange(n_cells), side="right")
 
@@ -127,10 +129,13 @@ def zipf_weights(n_genes: int, kind: int, seed: int) -> np.ndarray:
 
 
 def gene_tables(n_genes: int, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return for each cell type its genes, commonest first; the words up to which each is drawn; and where to look.
+    """Return the tables with which `sample_cells` turns random words into genes.
 
-    Shapes (types, genes), (types, genes) and (types, 65537): a word with the upper bits b falls on one of the genes
-    `guides[b]` to `guides[b + 1]`. Numbers of genes are as short as they can be, so that the tables stay in cache.
+    Returns:
+        For each cell type: the genes, most frequent first, shape (types, genes); the highest 32-bit word that gives
+        each of them, shape (types, genes); and where to search, shape (types, 65537): a word whose upper 16 bits are b
+        gives one of the genes `guides[b]` to `guides[b + 1]`. The integers are as short as possible, so that the tables
+        stay in the processor's cache.
     """
     short = np.min_scalar_type(n_genes)
     genes, thresholds, guides = [], [], []
@@ -146,8 +151,8 @@ def gene_tables(n_genes: int, seed: int) -> tuple[np.ndarray, np.ndarray, np.nda
 
 
 @njit(nogil=True, cache=True)
-def draw_cells(libraries, kinds, by_rank, thresholds, guides, seed, first):
-    """Return how many genes each cell expresses, and genes (ascending) and counts of all, end to end."""
+def sample_cells(libraries, kinds, by_rank, thresholds, guides, seed, first):
+    """Return the number of expressed genes of each cell, and the genes (ascending) and counts of all cells."""
     n_genes, n_most = by_rank.shape[1], int(libraries.sum())
     tally, lengths = np.zeros(n_genes, np.int32), np.zeros(len(libraries), np.int64)
     present = np.zeros((n_genes >> 6) + 1, np.uint64)
@@ -157,7 +162,7 @@ def draw_cells(libraries, kinds, by_rank, thresholds, guides, seed, first):
         kind = kinds[cell]
         state = np.uint64(seed + 1) * np.uint64(0xD1342543DE82EF95) + (np.uint64(first + cell) << np.uint64(24))
         for _ in range(libraries[cell]):
-            state += np.uint64(1)  # words of SplitMix64's finaliser, numbered by (cell, molecule)
+            state += np.uint64(1)  # the random word is a function of (seed, cell, molecule): SplitMix64's finaliser
             word = state * np.uint64(0x9E3779B97F4A7C15)
             word = (word ^ (word >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
             word = (word ^ (word >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
@@ -187,13 +192,17 @@ def draw_cells(libraries, kinds, by_rank, thresholds, guides, seed, first):
 
 
 def main() -> None:
-    """Write the Census and print what is in it."""
+    """Write the Census, and print its size."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("out", type=Path, help="folder to write, must not exist; open it as any local Census")
-    parser.add_argument("--cells", type=int, default=100_000)
-    parser.add_argument("--genes", type=int, default=60_664, help="of the Census; fewer for quick tests")
-    parser.add_argument("--expressed", type=int, default=1500, help="genes that a typical cell expresses")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("out", type=Path, help="folder to create; open it like any local Census")
+    parser.add_argument("--cells", type=int, default=100_000, help="number of cells (default: %(default)s)")
+    parser.add_argument(
+        "--genes", type=int, default=60_664, help="number of genes (default: %(default)s, as the Census)"
+    )
+    parser.add_argument(
+        "--expressed", type=int, default=1500, help="genes that a typical cell expresses (default: %(default)s)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="seed of the cells (default: %(default)s)")
     arguments = parser.parse_args()
     if arguments.out.exists():
         parser.error(f"{arguments.out} exists; choose another folder or remove it")
@@ -203,9 +212,9 @@ def main() -> None:
     names = [part.name.removesuffix(".h5ad") for part in blood.parts]
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(prefix=f".{arguments.out.name}-", dir=arguments.out.parent) as folder:
-        unfinished = Path(folder, "soma")
-        write_soma(str(unfinished), "homo_sapiens", blood, blood.labels, names)
-        unfinished.rename(arguments.out)
+        temporary = Path(folder, "soma")
+        write_soma(str(temporary), "homo_sapiens", blood, blood.labels, names)
+        temporary.rename(arguments.out)
     n_donors = blood.labels["donor_id"].nunique()
     print(f"{arguments.out}: {arguments.cells:,} cells, {n_donors} donors, {len(names)} datasets")
 

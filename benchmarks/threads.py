@@ -1,13 +1,13 @@
-"""What the data threads cost a busy main thread: how much slower it runs while cells are read and tokenised beside it.
+"""Measure how much the data threads slow down a busy main thread, while they read and tokenise cells.
 
   python benchmarks/synthetic_census.py blood_100k --cells 100000
   python benchmarks/threads.py blood_100k [--cache CACHE]
 
-The main thread does one of two things for a while: a plain Python loop, and many small torch operations on one thread,
-as a GPU's training thread issues them. It does them alone; beside a stream that rests while nobody asks for a batch, at
-a pace that a GPU asks for; and beside one that is never allowed to rest, with and without the data threads' lower
-priority. Another thread takes the batches and throws them away. A slowdown of 1 means no cost; with fewer cores than
-threads, some is the cores' own. The stream's speed while the main thread is busy is measured beside it.
+The main thread has one of two workloads: a plain Python loop, or many small torch operations on one thread, similar to
+those of a training on a GPU. It runs alone; while batches are streamed at the pace that a GPU needs; and while they are
+streamed as fast as possible, with and without the lower priority of the data threads. A background thread takes the
+batches and discards them. A slowdown of 1 means no cost. With fewer cores than threads, part of the slowdown comes from
+sharing the cores. The speed of the stream while the main thread is busy is recorded as well.
 """
 
 import argparse
@@ -29,14 +29,14 @@ from scgpt_hf.cli.process import tune_process
 from scgpt_hf.pipeline.stream import StreamConfig, stream_cells
 from scgpt_hf.tokens.processing_scgpt import ScGPTProcessor
 
-# Cells per second that one H100 (989 TFLOP/s, bf16) asks for at 35 % of its peak: of 450 tokens, 153 MFLOP each in the
-# seed's model, forward and backward; of 120 tokens, 128 MFLOP each.
+# Cells per second that one H100 (989 TFLOP/s, bf16) trains on at 35 % of its peak, with scGPT's model: cells of 450
+# tokens with 153 MFLOP per token (forward and backward), and cells of 120 tokens with 128 MFLOP per token.
 PACE_OF_SOMA, PACE_OF_CACHE = 5_000, 22_000
-POOL = 8 * 2048  # cells that are shuffled together
+CELLS_PER_WINDOW = 8 * 2048  # cells that are shuffled together
 
 
 def python_loop(seconds: float) -> float:
-    """Return additions per microsecond of a plain Python loop."""
+    """Run a plain Python loop, and return additions per microsecond."""
     started, n = time.perf_counter(), 0
     while (spent := time.perf_counter() - started) < seconds:
         total = 0
@@ -47,7 +47,7 @@ def python_loop(seconds: float) -> float:
 
 
 def small_operations(seconds: float) -> float:
-    """Return thousands per second of additions of two small tensors."""
+    """Add two small tensors repeatedly, and return thousands of additions per second."""
     one, other = torch.ones(64), torch.ones(64)
     started, n = time.perf_counter(), 0
     while (spent := time.perf_counter() - started) < seconds:
@@ -59,12 +59,14 @@ def small_operations(seconds: float) -> float:
 
 @contextmanager
 def streaming(path: Path, speeds: list[float], lowered: bool, pace: float):
-    """Stream tokens in the background, at most `pace` cells per second; append its speed to a list."""
+    """Stream tokens in the background, at most `pace` cells per second, and append the speed to `speeds`."""
     threads.set_background_priority(lowered)
     stop, ready, counted = threading.Event(), threading.Event(), [0]
     source = open_source(path)
     cells, size = source.obs().index.to_numpy(), source.chunk_size
-    order = partial(plan_epoch, cells, seed=0, batch_size=32, chunk_size=size, chunks_per_window=POOL // size)
+    order = partial(
+        plan_epoch, cells, seed=0, batch_size=32, chunk_size=size, chunks_per_window=CELLS_PER_WINDOW // size
+    )
     plans = [order(epoch=epoch) for epoch in range(100)]
     processor = ScGPTProcessor.from_genes(source.genes["feature_id"].tolist())
 
@@ -92,37 +94,41 @@ def streaming(path: Path, speeds: list[float], lowered: bool, pace: float):
 
 
 def main() -> None:
-    """Measure and write `results/threads.json`."""
+    """Run all measurements and write results/threads.json."""
     tune_process()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("census", type=Path, help="folder that synthetic_census.py wrote")
-    parser.add_argument("--cache", type=Path, help="folder that cache_census.py wrote of it: measure that, too")
-    parser.add_argument("--seconds", type=float, default=4.0, help="of each measurement")
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("census", type=Path, help="folder written by synthetic_census.py")
+    parser.add_argument(
+        "--cache", type=Path, help="cache of the same cells, written by cache_census.py; measured as well"
+    )
+    parser.add_argument(
+        "--seconds", type=float, default=4.0, help="duration of each measurement (default: %(default)s)"
+    )
+    parser.add_argument("--repeats", type=int, default=3, help="rounds of each arm (default: %(default)s)")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     result = {}
 
-    beside = {
+    streams = {
         f"SOMA, {PACE_OF_SOMA:,} cells/s": (arguments.census, True, PACE_OF_SOMA),
-        "SOMA, without a rest": (arguments.census, True, math.inf),
-        "SOMA, without a rest, equal priority": (arguments.census, False, math.inf),
+        "SOMA, as fast as possible": (arguments.census, True, math.inf),
+        "SOMA, as fast as possible, equal priority": (arguments.census, False, math.inf),
     }
     if arguments.cache:
-        beside[f"cache, {PACE_OF_CACHE:,} cells/s"] = (arguments.cache, True, PACE_OF_CACHE)
+        streams[f"cache, {PACE_OF_CACHE:,} cells/s"] = (arguments.cache, True, PACE_OF_CACHE)
 
-    def work_beside(work: Callable[[float], float], speeds: list[float], stream: tuple[Path, bool, float]) -> float:
+    def work_during(work: Callable[[float], float], speeds: list[float], stream: tuple[Path, bool, float]) -> float:
         path, lowered, pace = stream
         with streaming(path, speeds, lowered, pace):
             return work(arguments.seconds)
 
     for name, work in {"python loop": python_loop, "small torch operations": small_operations}.items():
-        speeds: dict[str, list[float]] = {arm: [] for arm in beside}
+        speeds: dict[str, list[float]] = {arm: [] for arm in streams}
         arms = {"alone": partial(work, arguments.seconds)}
-        arms |= {arm: partial(work_beside, work, speeds[arm], stream) for arm, stream in beside.items()}
+        arms |= {arm: partial(work_during, work, speeds[arm], stream) for arm, stream in streams.items()}
         medians = alternate(arms, arguments.repeats)
         print(name)
-        print_medians(medians, "alone", "a time")
+        print_medians(medians, "alone", "units")
         stream = {key: sorted(values)[len(values) // 2] for key, values in speeds.items()}
         print("stream, cells/s:", {key: round(value) for key, value in stream.items()})
         slowdown = {arm: medians["alone"] / value for arm, value in medians.items() if arm != "alone"}

@@ -1,4 +1,4 @@
-"""One step of training, in the ways that benchmarks compare."""
+"""One training step, in the variants that the benchmarks compare."""
 
 import time
 from collections.abc import Mapping, Sequence
@@ -10,14 +10,14 @@ from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
-class How:
-    """How a step is made.
+class StepConfig:
+    """How a training step is computed.
 
     Attributes:
-        bf16: bf16 autocast.
-        fused: AdamW in one kernel; otherwise PyTorch's default.
+        bf16: use bf16 autocast.
+        fused: use the fused AdamW kernel, instead of PyTorch's default.
         compiled: mode of torch.compile ("default", "reduce-overhead", …); None for eager.
-        bf16_residual: with bf16, LayerNorms give bf16 too, so that the residual stream moves half the bytes.
+        bf16_residual: with bf16, let LayerNorms return bf16 as well, so that the residual stream moves half the bytes.
     """
 
     bf16: bool = False
@@ -27,27 +27,27 @@ class How:
 
 
 class TrainingStep:
-    """A model and its optimiser: forward, backward, clipping, AdamW. The host never waits for the device."""
+    """A model and its optimiser. A step is forward, backward, clipping and AdamW; it never waits for the device."""
 
-    def __init__(self, model: nn.Module, device: torch.device, how: How) -> None:
-        """Move the model to the device and compile it, if so."""
-        self.device, self.how = device, how
+    def __init__(self, model: nn.Module, device: torch.device, config: StepConfig) -> None:
+        """Move the model to the device, and compile it if the config says so."""
+        self.device, self.config = device, config
         self.model = model.to(device).train()
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, fused=True if how.fused else None)
-        if how.bf16 and how.bf16_residual:
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, fused=True if config.fused else None)
+        if config.bf16 and config.bf16_residual:
             for module in self.model.modules():
                 if isinstance(module, nn.LayerNorm):
-                    module.__class__ = _HalfNorm  # a hook would not do: the compiler does not look at hooks
+                    module.__class__ = _HalfNorm  # not a hook, which torch.compile ignores
         self.forward: Any = self.model
-        if how.compiled is not None:
-            self.forward = torch.compile(self.model, mode=how.compiled)
+        if config.compiled is not None:
+            self.forward = torch.compile(self.model, mode=config.compiled)
 
     def __call__(self, batch: Mapping[str, Any]) -> Tensor:
-        """Train on a batch and return its loss, on the device."""
+        """Train on a batch, and return its loss as a tensor on the device."""
         inputs = {key: self._to_device(value) for key, value in batch.items()}
-        if self.how.compiled == "reduce-overhead":
+        if self.config.compiled == "reduce-overhead":
             torch.compiler.cudagraph_mark_step_begin()
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.how.bf16):
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.bf16):
             loss: Tensor = self.forward(**inputs).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
@@ -56,7 +56,7 @@ class TrainingStep:
         return loss.detach()
 
     def wait(self) -> None:
-        """Return once the device has done what it was asked for."""
+        """Wait until the device is done."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
@@ -67,7 +67,7 @@ class TrainingStep:
 
 
 def cells_per_second(step: TrainingStep, batches: Sequence[Mapping[str, Any]]) -> float:
-    """Return the speed of one pass over the batches, packed or padded."""
+    """Train on all batches, packed or padded, and return the speed in cells per second."""
     step.wait()
     started = time.perf_counter()
     for batch in batches:

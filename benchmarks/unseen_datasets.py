@@ -1,10 +1,10 @@
-"""Score a finished run on the validation donors none of whose data sets was trained on.
+"""Evaluate a finished run on validation donors from datasets that were not trained on.
 
   python benchmarks/unseen_datasets.py runs/blood_cpu
 
-A split by donor holds people out; a data set with many donors still stands on both sides. The stricter question:
-donors of data sets that the model never saw, on the same masks and ties as the run's own validation, beside each
-gene's mean over the training cells.
+A split by donor holds out donors, but a dataset with many donors is still on both sides of it. This stricter test only
+uses validation donors of datasets without training cells. Masks and ties are those of the run's validation, and the
+baseline is the mean of each gene over the training cells.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from scgpt_hf.training.settings_parsing import parse_settings
 
 
 def main() -> None:
-    """Print the mean squared errors, in bins squared."""
+    """Print the mean squared errors, in squared bins."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, help="folder of a finished run")
     run: Path = parser.parse_args().run
@@ -36,8 +36,8 @@ def main() -> None:
     model = AutoModelForPreTraining.from_pretrained(run / "best_model").eval()
 
     seed, ratios = settings.training.seed, tuple(settings.data.mask_ratios)
-    plain = stream_cells(source, [plan_validation(train, 64)], processor, StreamConfig(seed))
-    n_seen, bins = sum_bins(plain, processor.vocab_size)
+    unmasked = stream_cells(source, [plan_validation(train, 64)], processor, StreamConfig(seed))
+    n_seen, bins = sum_bins(unmasked, processor.vocab_size)
     bins[processor.tokenizer.all_special_ids] = n_seen[processor.tokenizer.all_special_ids] = 0
     gene_mean = np.where(n_seen > 0, bins / np.maximum(n_seen, 1), bins.sum() / n_seen.sum())
 
@@ -47,10 +47,10 @@ def main() -> None:
             outputs = model(**batch)
         masked = batch["labels"][batch["labels"] != IGNORE].numpy()
         genes = batch["input_ids"][batch["labels"] != IGNORE].numpy()
-        guesses = (outputs.gep.numpy(), outputs.gepc.numpy(), gene_mean[genes])
-        errors += [np.square(masked - guess).sum() for guess in guesses]
+        predictions = (outputs.gep.numpy(), outputs.gepc.numpy(), gene_mean[genes])
+        errors += [np.square(masked - predicted).sum() for predicted in predictions]
         n_masked += len(masked)
-    print(f"{len(unseen):,} cells of {', '.join(sorted(set(obs[unseen])))}, {n_masked:,} hidden bins")
+    print(f"{len(unseen):,} cells of {', '.join(sorted(set(obs[unseen])))}, {n_masked:,} masked positions")
     for name, error in zip(("GEP", "GEPC", "gene mean"), errors / n_masked, strict=True):
         print(f"{name:>10} {error:8.2f}")
 
