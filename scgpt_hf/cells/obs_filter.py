@@ -210,7 +210,9 @@ def _parse_membership(left: ast.expr, operator: ast.cmpop, right: ast.expr, nega
 def _parse_comparison(left: ast.expr, operator: ast.cmpop, right: ast.expr, negated: bool) -> _Comparison:
     symbol = _SYMBOLS.get(type(operator))
     if symbol not in _SWAPPED:
-        raise ValueError(f"{ast.unparse(ast.Compare(left, [operator], [right]))} uses an operator that filters lack")
+        raise ValueError(
+            f"{ast.unparse(ast.Compare(left, [operator], [right]))} uses an operator that filters do not support"
+        )
     if _is_column(right) and not _is_column(left):
         left, right, symbol = right, left, _SWAPPED[symbol]
     column, constant = _column(left), _constant(right)

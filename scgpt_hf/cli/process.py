@@ -17,10 +17,11 @@ _LARGEST_TRIM_THRESHOLD = 2**31 - 1  # the largest value that fits an int
 def tune_process() -> None:
     """Tune this process for reading cells: keep freed memory, and lower the CPU priority of background threads.
 
-    Call it first in a command, before threads allocate memory. Further calls do nothing.
+    Call it first in a command, or in a script of your own that reads millions of cells, before threads allocate memory.
+    Further calls do nothing.
 
     Example:
-        >>> tune_process()  # in a script of your own that reads millions of cells
+        >>> tune_process()  # doctest: +SKIP
     """
     _keep_freed_memory()
     set_background_priority(True)

@@ -303,8 +303,7 @@ def write_cache(
         ValueError: see `plan_cache`; there is no such job; or the source cannot be read.
 
     Example:
-        >>> source = open_source("census://2025-11-08/homo_sapiens", obs_filter="tissue_general == 'blood'")
-        >>> write_cache(source, "blood")
+        >>> write_cache(open_source("my_census"), "blood")  # doctest: +SKIP
         True
     """
     jobs = plan_cache(source, folder, cell_ids=cell_ids, columns=columns, cells_per_shard=cells_per_shard)

@@ -36,10 +36,9 @@ class CachingSource:
     """A source that stores what is read from it, and becomes a cache; see `CellSource` for the members.
 
     Example:
-        >>> source = open_source("census://2025-11-08/homo_sapiens", obs_filter="tissue_general == 'blood'")
-        >>> caching = CachingSource(source, "blood", source.obs().index.to_numpy())
-        >>> block = caching.read(cell_ids)  # an epoch of these
-        >>> cache = caching.finish()
+        >>> caching = CachingSource(source, "blood", cell_ids)  # doctest: +SKIP
+        >>> blocks = [caching.read(some) for some in np.split(cell_ids, 10)]  # doctest: +SKIP
+        >>> cache = caching.finish()  # doctest: +SKIP
     """
 
     def __init__(
