@@ -83,7 +83,7 @@ def argument_help(documented: type) -> dict[str, str]:
     """Return the description of each argument in the `Args` section of a class docstring.
 
     Args:
-        documented: class with a Google-style docstring.
+        documented: class with a Google-style docstring. Without docstrings (python -OO) the result is empty.
     """
     section = (inspect.getdoc(documented) or "").partition("Args:\n")[2]
     texts: dict[str, str] = {}
@@ -91,7 +91,8 @@ def argument_help(documented: type) -> dict[str, str]:
         if line and not line.startswith(" "):  # the next section
             break
         if named := re.match(r" {4}(\w+): (.*)", line):
-            name, texts[named[1]] = named[1], named[2]
+            name = named[1]
+            texts[name] = named[2]
         elif line.strip():
             texts[name] += f" {line.strip()}"
     # argparse formats help texts with the % operator.
@@ -100,23 +101,19 @@ def argument_help(documented: type) -> dict[str, str]:
 
 def _model_fields() -> list[tuple[str, Any, Any]]:
     """Return name, type and dataclass field of each setting that `ScGPTConfig` owns."""
-    texts = argument_help(ScGPTConfig)
-    return [
-        (
-            owned.name,
-            _parseable(owned.type),
-            setting(owned.default_factory() if callable(owned.default_factory) else owned.default, texts[owned.name]),
-        )
-        for owned in dataclasses.fields(ScGPTConfig)
-        if owned.name in ScGPTConfig.__annotations__.keys() - _NOT_MODEL_SETTINGS
-    ]
+    texts, derived = argument_help(ScGPTConfig), []
+    for owned in dataclasses.fields(ScGPTConfig):
+        if owned.name in ScGPTConfig.__annotations__.keys() - _NOT_MODEL_SETTINGS:  # not a field of the library's class
+            default = owned.default_factory() if callable(owned.default_factory) else owned.default
+            derived.append((owned.name, _parseable(owned.type), setting(default, texts.get(owned.name, ""))))
+    return derived
 
 
 def _token_fields() -> list[tuple[str, Any, Any]]:
     """Return name, type and dataclass field of each setting that `ScGPTProcessor` owns."""
     texts, annotations = argument_help(ScGPTProcessor), get_type_hints(ScGPTProcessor.__init__)
     return [
-        (name, _parseable(annotations[name]), setting(parameter.default, texts[name]))
+        (name, _parseable(annotations[name]), setting(parameter.default, texts.get(name, "")))
         for name, parameter in inspect.signature(ScGPTProcessor.__init__).parameters.items()
         if name not in _NOT_TOKEN_SETTINGS
     ]
