@@ -41,11 +41,12 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 # A damaged config.json may contain any number, and building such a model could exhaust the memory.
-_LARGEST = dict.fromkeys(("vocab_size", "hidden_size", "num_attention_heads", "intermediate_size"), 10_000_000)
+_SIZES = ("vocab_size", "hidden_size", "num_attention_heads", "intermediate_size", "count_head_size", "shortcut_size")
+_LARGEST = dict.fromkeys(_SIZES, 10_000_000)
 _LARGEST["num_hidden_layers"] = 1_000
 
 # Explained in `objectives_scgpt`.
-OBJECTIVES = ("gep", "gepc", "gep_zero", "gepc_zero", "ecs", "cce", "dar", "cls")
+OBJECTIVES = ("gep", "gepc", "gep_zero", "gepc_zero", "ecs", "cce", "dar", "cls", "counts")
 
 # Keywords that the library passes to a config besides its fields. Other unknown keywords are misspelt, or come from a
 # newer version.
@@ -101,6 +102,12 @@ class ScGPTConfig(PreTrainedConfig):
         class_head_layers: number of linear layers of the class head.
         ecs_threshold: similarity that the objective "ecs" moves pairs of cells away from.
         cce_temperature: temperature of the objective "cce".
+        count_likelihood: distribution of the raw counts for the objective "counts": "multinomial", or "nb" (negative
+            binomial).
+        count_head_size: width of the hidden layer of the count decoder.
+        cls_shortcut: whether a function of the expression-weighted sum of gene vectors is added to `<cls>`; see
+            `shortcut_scgpt.CellShortcut`. Needs `cell_pooling="cls"`.
+        shortcut_size: width of the gene vectors of the shortcut.
         loss_weights: weight of each objective; by default 1 for "gep", "gepc" and those that the settings above add. A
             head exists if its objective has a weight above 0.
 
@@ -140,6 +147,10 @@ class ScGPTConfig(PreTrainedConfig):
     class_head_layers: int = 3
     ecs_threshold: float | int = 0.3
     cce_temperature: float | int = 0.5
+    count_likelihood: Literal["multinomial", "nb"] = "multinomial"
+    count_head_size: int = 256
+    cls_shortcut: bool = False
+    shortcut_size: int = 256
     loss_weights: dict[str, float | int] = field(default_factory=dict)
 
     # The library turns this class into a strict dataclass: it checks types, then calls the `validate_*` methods.
@@ -205,6 +216,8 @@ class ScGPTConfig(PreTrainedConfig):
         for name in ("dropout", "attention_dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected a rate in [0, 1)")
+        if self.cls_shortcut and self.cell_pooling != "cls":
+            raise ValueError(f"cls_shortcut needs cell_pooling='cls', found {self.cell_pooling!r}")
         if not -1 <= self.ecs_threshold <= 1:
             raise ValueError(f"ecs_threshold is {self.ecs_threshold}; expected a cosine similarity, from -1 to 1")
         if not 0 < self.cce_temperature < math.inf:

@@ -30,6 +30,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .attention_scgpt import VARLEN, build_mask, cell_offsets, eager_attention, find_cells, make_packing
 from .configuration_scgpt import ScGPTConfig
+from .counts_scgpt import CountHead
 from .embeddings_scgpt import DomainNorm, TableEncoder, make_input_norm, make_value_encoder
 from .heads_scgpt import CellToGeneHead, ClassHead, ExpressionHead, ScGPTForPreTrainingOutput
 from .objectives_scgpt import (
@@ -41,6 +42,7 @@ from .objectives_scgpt import (
     masked_mse,
     share_of_batch,
 )
+from .shortcut_scgpt import STATE_WEIGHT, CellShortcut
 
 
 class OutputOptions(TypedDict, total=False):
@@ -176,6 +178,14 @@ class ScGPTPreTrainedModel(PreTrainedModel):
             init.zeros_(module.running_mean)
             init.ones_(module.running_var)
             init.zeros_(module.num_batches_tracked)
+        elif isinstance(module, CellShortcut):
+            init.constant_(module.state_weight, STATE_WEIGHT)
+        elif isinstance(module, CountHead):
+            init.zeros_(module.domain_hidden)
+            init.zeros_(module.bias)
+            init.ones_(module.measured)
+            if module.log_dispersion is not None:
+                init.zeros_(module.log_dispersion)
 
     def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
         """Select the attention function: `scgpt_varlen`, which supports packed input, unless another is requested."""
@@ -202,6 +212,7 @@ class ScGPTModel(ScGPTPreTrainedModel):
         self.gene_encoder = TableEncoder(config, config.vocab_size, config.pad_token_id)
         self.value_encoder = make_value_encoder(config)
         self.input_norm = make_input_norm(config)
+        self.shortcut = CellShortcut(config) if config.cls_shortcut else None
         self.layers = nn.ModuleList(ScGPTLayer(config, layer_idx) for layer_idx in range(config.num_hidden_layers))
         has_final_norm = config.norm_scheme == "pre"  # the original's pre-norm has none
         self.final_norm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps) if has_final_norm else None
@@ -258,15 +269,23 @@ class ScGPTModel(ScGPTPreTrainedModel):
         hidden = self._add_values(gene_embedding, values, optional=input_cell_embedding is not None)
         hidden = self._normalise_input(hidden, domain_ids)
         offsets = cell_offsets(input_ids, cu_seq_lens_q)
+        cls_positions = offsets[:-1].long()  # in the flattened input
         if input_cell_embedding is not None:
-            flat = hidden.flatten(0, 1).index_copy(0, offsets[:-1].long(), input_cell_embedding.to(hidden.dtype))
-            hidden = flat.view_as(hidden)
+            hidden = _replace_rows(hidden, cls_positions, input_cell_embedding)
+        shortcut = None
+        if self.shortcut is not None and values is not None and input_cell_embedding is None:
+            shortcut = self.shortcut(input_ids, values, offsets)
+            states = hidden.flatten(0, 1).index_select(0, cls_positions)
+            hidden = _replace_rows(hidden, cls_positions, states + shortcut)
         mask = build_mask(self.config._attn_implementation, attention_mask, packing, hidden)
         for layer in self.layers:
             hidden = layer(hidden, mask, packing=packing, **kwargs)  # positional: hooks of the library require it
         if self.final_norm is not None:
             hidden = self.final_norm(hidden)
-        return ScGPTModelOutput(hidden, self._pool_cells(hidden, values, offsets), gene_embedding)
+        cell_embedding = self._pool_cells(hidden, values, offsets)
+        if self.shortcut is not None and shortcut is not None:
+            cell_embedding = shortcut + self.shortcut.state_weight * cell_embedding
+        return ScGPTModelOutput(hidden, cell_embedding, gene_embedding)
 
     def _add_values(self, gene_embedding: Tensor, values: Tensor | None, *, optional: bool) -> Tensor:
         """Add the embedded values to the gene embedding, or multiply by the values if the encoder is "scaling"."""
@@ -328,6 +347,7 @@ class ScGPTForPreTraining(ScGPTPreTrainedModel):
         self.domain_encoder = TableEncoder(config, config.n_domains) if config.domain_embedding else None
         self.domain_head = ClassHead(config, config.n_domains, adversarial=True) if config.domain_head else None
         self.class_head = ClassHead(config, config.num_labels) if config.has_objective("cls") else None
+        self.count_head = CountHead(config) if config.has_objective("counts") else None
         self.post_init()
 
     @can_return_tuple
@@ -344,7 +364,11 @@ class ScGPTForPreTraining(ScGPTPreTrainedModel):
         label_positions: Tensor | None = None,
         domain_ids: Tensor | None = None,
         class_labels: Tensor | None = None,
+        count_ids: Tensor | None = None,
+        count_values: Tensor | None = None,
+        count_cells: Tensor | None = None,
         num_items_in_batch: Tensor | int | None = None,
+        num_cells_in_batch: Tensor | int | None = None,
         **kwargs: Unpack[OutputOptions],
     ) -> ScGPTForPreTrainingOutput:
         """Compute predictions and, if labels are passed, the loss and its parts.
@@ -363,8 +387,12 @@ class ScGPTForPreTraining(ScGPTPreTrainedModel):
                 compute predictions at these positions only.
             domain_ids: see `input_ids`.
             class_labels: class of each cell, int64 (cells,), for the objective "cls".
+            count_ids: vocabulary id of each non-zero count of all cells, int64 (entries,), for the objective "counts".
+            count_values: the raw count, float32 (entries,).
+            count_cells: position of its cell in this input, int64 (entries,), ascending.
             num_items_in_batch: number of labels of the complete batch, over all accumulation steps and processes, if
                 this is a part of it.
+            num_cells_in_batch: number of cells of the complete batch; used with `num_items_in_batch` only.
             **kwargs: see `OutputOptions`.
 
         Raises:
@@ -390,6 +418,10 @@ class ScGPTForPreTraining(ScGPTPreTrainedModel):
                     share * contrastive_cells(encoded.cell_embedding, encode().cell_embedding, config.cce_temperature)
                 ),
                 "dar": lambda: share * domain_cross_entropy(predicted["dar"], _require(domain_ids, "domain_ids")),
+                "counts": lambda: _mean_over_cells(
+                    self._count_loss(encoded.cell_embedding, domain_ids, count_ids, count_values, count_cells),
+                    None if n_labels is None else num_cells_in_batch,
+                ),
                 "cls": lambda: (
                     share * class_cross_entropy(predicted["class_logits"], _require(class_labels, "class_labels"))
                 ),
@@ -405,6 +437,15 @@ class ScGPTForPreTraining(ScGPTPreTrainedModel):
             hidden_states=encoded.hidden_states,
             attentions=encoded.attentions,
         )
+
+    def _count_loss(self, cells: Tensor, domain_ids: Tensor | None, *entries: Tensor | None) -> Tensor:
+        """Return the negative log-likelihood of each cell's raw counts, (cells,)."""
+        assert self.count_head is not None
+        names = ("count_ids", "count_values", "count_cells")
+        ids, counts, cell_of_entry = (_require(entry, name) for entry, name in zip(entries, names, strict=True))
+        if self.config.n_domains > 1:
+            domain_ids = _require(domain_ids, "domain_ids")
+        return self.count_head.loss(cells, domain_ids, ids, counts, cell_of_entry)
 
     def _predict(
         self,
@@ -505,6 +546,16 @@ class ScGPTForSequenceClassification(ScGPTPreTrainedModel):
                 labels=labels, pooled_logits=logits, config=self.config, num_items_in_batch=num_items_in_batch
             )
         return SequenceClassifierOutput(loss, logits, encoded.hidden_states, encoded.attentions)
+
+
+def _replace_rows(hidden: Tensor, positions: Tensor, rows: Tensor) -> Tensor:
+    """Return hidden states whose rows at these positions of the flattened input are replaced."""
+    return hidden.flatten(0, 1).index_copy(0, positions, rows.to(hidden.dtype)).view_as(hidden)
+
+
+def _mean_over_cells(terms: Tensor, n_cells: Tensor | int | None) -> Tensor:
+    """Return the mean of a term per cell; or this part's share of the mean over a batch of `n_cells`."""
+    return terms.mean() if n_cells is None else terms.sum() / torch.as_tensor(n_cells, device=terms.device)
 
 
 def _require(tensor: Tensor | None, name: str) -> Tensor:
