@@ -30,7 +30,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .attention_scgpt import VARLEN, build_mask, cell_offsets, eager_attention, find_cells, make_packing
 from .configuration_scgpt import ScGPTConfig
-from .counts_scgpt import CountHead
+from .count_decoder_scgpt import CountHead
 from .embeddings_scgpt import DomainNorm, TableEncoder, make_input_norm, make_value_encoder
 from .heads_scgpt import CellToGeneHead, ClassHead, ExpressionHead, ScGPTForPreTrainingOutput
 from .objectives_scgpt import (

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from scgpt_hf.model.counts_scgpt import multinomial_nll, negative_binomial_nll
+from scgpt_hf.model.count_decoder_scgpt import multinomial_nll, negative_binomial_nll
 
 WITH_COUNTS = {
     "loss_weights": {"gep": 1.0, "counts": 1.0},
