@@ -11,7 +11,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from .randomness_scgpt import Int64Array, SparseCounts
+from .counts_scgpt import SparseCounts
+from .randomness_scgpt import Int64Array
 
 
 @dataclass(frozen=True, eq=False)
