@@ -38,6 +38,7 @@ from scgpt_hf.pipeline.genes import match_columns
 from scgpt_hf.tokens.binning_scgpt import Ties
 from scgpt_hf.tokens.packing_scgpt import Tokens, bucket, pack, pad
 from scgpt_hf.tokens.processing_scgpt import ScGPTProcessor
+from scgpt_hf.tokens.targets_scgpt import CountTargets, count_targets
 
 logger = logging.getLogger(__name__)
 
@@ -73,6 +74,7 @@ class StreamConfig:
             a batch has no cell left, because every rank needs a batch in every step. "skip" leaves out such batches
             too. "raise" raises an error that lists the cells.
         with_cell_ids: add `cell_ids` to each batch, int64 (cells,): which cells it holds.
+        with_counts: add the raw counts of all known genes of each cell, the targets of the objective "counts".
     """
 
     seed: int
@@ -88,6 +90,7 @@ class StreamConfig:
     key_by: Literal["cell_id", "content"] = "cell_id"
     empty_cells: Literal["drop", "skip", "raise"] = "drop"
     with_cell_ids: bool = False
+    with_counts: bool = False
 
 
 class WindowTask(NamedTuple):
@@ -113,12 +116,14 @@ class _Window:
         block: the cells of all steps, in that order.
         categories: batch key → class id of each cell of the block, int64 (cells,).
         epoch: epoch of the plan.
+        batch_size: cells of a global step of the plan.
     """
 
     steps: list[Int64Array]
     block: CellBlock
     categories: dict[str, Int64Array]
     epoch: int
+    batch_size: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -130,12 +135,16 @@ class TokenizedCells:
         block: the window that the cells were read with.
         rows: position of each of these cells in `block`, int64 (cells,).
         categories: batch key → class id of each of these cells, int64 (cells,).
+        targets: raw counts of these cells, if the config asks for them.
+        n_cells_of_step: cells of the global step, over all ranks and micro-batches.
     """
 
     tokens: Tokens
     block: CellBlock
     rows: Int64Array
     categories: dict[str, Int64Array]
+    targets: CountTargets | None = None
+    n_cells_of_step: int = 0
 
     @property
     def cell_ids(self) -> Int64Array:
@@ -283,7 +292,7 @@ class CellStream:
         columns = sorted({column for column, _ in config.categories.values()})
         block = self.source.read(np.concatenate(steps), columns)
         categories = {key: self._class_ids(block, key) for key in config.categories}
-        return _Window(steps, block, categories, plan.epoch)
+        return _Window(steps, block, categories, plan.epoch, plan.batch_size)
 
     def _cut(self, window: _Window, finish: Callable[[TokenizedCells], Result]) -> Iterator[Result]:
         """Yield the micro-batches of a window in order."""
@@ -324,12 +333,17 @@ class CellStream:
             kept = self.processor.count_known(counts, self.gene_ids) > 0
             self._report_empty(cell_ids, kept)
             rows = rows[kept]
+        targets = count_targets(counts, self.gene_ids) if config.with_counts else None
+        if targets is not None and len(rows) < len(targets):
+            targets = targets.keep(kept)
         results = []
         for start, stop in pairwise(np.searchsorted(rows, bounds).tolist()):
             if start < stop:
                 own = rows[start:stop]
                 classes = {key: ids[own] for key, ids in window.categories.items()}
-                results.append(finish(TokenizedCells(tokens[start:stop], block, own, classes)))
+                counted = None if targets is None else targets[start:stop]
+                cells = TokenizedCells(tokens[start:stop], block, own, classes, counted, window.batch_size)
+                results.append(finish(cells))
             elif config.empty_cells != "skip":
                 raise ValueError(
                     f"no cell of a batch of epoch {epoch} expresses a gene of the vocabulary; first cell ids: "
@@ -372,6 +386,8 @@ def make_batch(cells: TokenizedCells, *, processor: ScGPTProcessor, config: Stre
         if config.bucketed:
             batch = bucket(batch, pad_id=processor.pad_id, pad_value=processor.pad_value)
     batch |= {key: torch.from_numpy(ids) for key, ids in cells.categories.items()}
+    if cells.targets is not None:
+        batch |= cells.targets.as_batch() | {"num_cells_in_batch": cells.n_cells_of_step}
     if config.with_cell_ids:
         batch["cell_ids"] = torch.from_numpy(cells.cell_ids)
     return batch

@@ -243,3 +243,25 @@ def test_tokens_can_be_read_with_the_counts_that_they_come_from(source, processo
         counts = part.block.counts[part.rows].toarray()
         assert np.array_equal((counts > 0).sum(axis=1) + 1, np.diff(part.tokens.indptr))
         assert np.array_equal(part.categories["domain_ids"], part.cell_ids % 3)
+
+
+def test_a_stream_with_counts_yields_the_complete_counts_of_each_cell(source, processor):
+    config = StreamConfig(
+        seed=0, mask_ratios=(0.5,), max_tokens=6, with_counts=True, with_cell_ids=True, micro_batches=2
+    )
+    counts = torch.from_numpy(make_counts())
+    for batch in stream_cells(source, plans_of(1), processor, config):
+        dense = torch.zeros(len(batch["cell_ids"]), processor.vocab_size)
+        dense[batch["count_cells"], batch["count_ids"]] = batch["count_values"]
+        assert torch.equal(dense[:, :N_GENES], counts[batch["cell_ids"]])
+        assert batch["num_cells_in_batch"] == BATCH
+
+
+def test_counts_belong_to_the_cells_that_are_left_where_some_are_empty(source_with_empty_cells, processor):
+    config = StreamConfig(seed=0, with_counts=True, empty_cells="skip")
+    plan = plan_validation(np.arange(8), batch_size=3)
+    batches = list(stream_cells(source_with_empty_cells, [plan], processor, config))
+    assert [len(lengths_of(batch)) for batch in batches] == [2, 2]
+    for batch in batches:
+        assert batch["count_cells"].tolist() == [0] * 5 + [1] * 5
+        assert (batch["count_values"] == 2).all()
