@@ -5,8 +5,8 @@ Example:
     python benchmarks/quality.py --data DIR --arms seed counts --seeds 1
 
 DIR contains the .h5ad files of the shared blood sets. Each arm is one run of `scripts/pretrain.py` on the nine
-training sets, with the same cells, genes and number of steps; only the listed flags differ. The embedding of the model is
-then scored on sets and donors that were never trained on, beside two kinds of PCA:
+training sets, with the same cells, genes and number of steps; only the listed flags differ. The embedding of the
+model is then scored on sets and donors that were never trained on, beside two kinds of PCA:
 
     within    kNN macro-F1, the mean of NMI, ARI and ASW label, on pbmc3k, pbmc4k, OneK1K and lupus T cells
     transfer  macro-F1 of kNN and of logistic regression: from FACS-sorted cells and PBMC 8k to PBMC 3k

@@ -560,5 +560,6 @@ def _mean_over_cells(terms: Tensor, n_cells: Tensor | int | None) -> Tensor:
 
 def _require(tensor: Tensor | None, name: str) -> Tensor:
     if tensor is None:
-        raise ValueError(f"{name} are missing; a head or objective of this config needs them, int64 (cells,)")
+        hint = "pass with_counts=True to the stream" if name.startswith("count_") else "pass them, int64 (cells,)"
+        raise ValueError(f"{name} are missing; a head or objective of this config needs them: {hint}")
     return tensor
