@@ -73,7 +73,7 @@ COMMON = {
     "load_best_model_at_end": "false",
     "cpu_threads": 1,
 }
-COUNTS = {"batch_key": "dataset_id", "loss_weights": '{"gep": 0.5, "counts": 1.0}'}
+COUNTS = {"batch_key": "dataset_id", "loss_weights": '{"gep": 0.005, "counts": 1.0}'}
 ARMS: dict[str, dict[str, Any]] = {
     "seed": {},
     "counts": COUNTS,

@@ -19,7 +19,7 @@ from scgpt_hf.tokens.processing_scgpt import ScGPTProcessor
 from scgpt_hf.training.data_module import DataModule
 from scgpt_hf.training.dry_run import describe_run
 from scgpt_hf.training.fault_tolerance.signals import StopSignal
-from scgpt_hf.training.recipe import build_model, build_processor, check_settings, make_trainer
+from scgpt_hf.training.recipe import build_model, build_processor, check_settings, make_trainer, start_at_frequencies
 from scgpt_hf.training.run_folder import (
     CARD,
     OnTrainBegin,
@@ -159,6 +159,8 @@ def prepare_run(settings: Settings) -> PreparedRun:
     processor = build_processor(selection.genes, data, source)
     set_seed(args.seed)
     model = build_model(processor, settings.model, selection.domains, data.batch_key)
+    if checkpoint is None and not args.dry_run:
+        start_at_frequencies(model, source, selection)
     data_module = DataModule(
         source,
         selection,

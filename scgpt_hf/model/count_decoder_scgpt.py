@@ -54,15 +54,16 @@ class CountHead(nn.Module):
 
         Args:
             totals: sum of the counts of each gene in each domain, (domains, genes). A gene without a count in any
-                training cell of a domain is taken as not measured there.
+                training cell of a domain is taken as not measured there. A domain without any counts, which only
+                validation cells have, gets the frequencies of all domains together.
 
         Raises:
-            ValueError: a domain has no counts at all.
+            ValueError: there are no counts at all.
         """
         totals = totals.to(self.bias.device, torch.float64)
-        if not bool((totals.sum(1) > 0).all()):
-            empty = (totals.sum(1) == 0).nonzero().flatten().tolist()
-            raise ValueError(f"domains {empty[:5]} have no counts in the training cells; leave them out (--obs_filter)")
+        if not bool(totals.sum() > 0):
+            raise ValueError("expected the counts of the training cells, found none; choose other cells or genes")
+        totals = torch.where(totals.sum(1, keepdim=True) > 0, totals, totals.sum(0, keepdim=True))
         self.measured.copy_(totals > 0)
         frequency = totals / totals.sum(1, keepdim=True)
         self.bias.copy_(frequency.clamp(min=1e-12).log().to(self.bias.dtype))

@@ -82,6 +82,7 @@ class DataModule:
             padded=bool(config.padding_dependent_settings),
             bucketed=args.torch_compile,
             categories={} if config.batch_key is None else {"domain_ids": (config.batch_key, domains)},
+            with_counts=config.has_objective("counts"),
         )
         self.caching = None if cache_dir is None else self._open_cache(cache_dir, config.batch_key)
         cell_ids = selection.parts["train"]
@@ -143,7 +144,9 @@ class DataModule:
 
     def unmasked(self) -> Any:
         """Return training batches without masks, in the order of a first epoch."""
-        stream_config = replace(self.stream_config, micro_batches=1, mask_ratios=None, bucketed=False)
+        stream_config = replace(
+            self.stream_config, micro_batches=1, mask_ratios=None, bucketed=False, with_counts=False
+        )
         return stream_cells(self.caching or self.source, [self.epoch], self.processor, stream_config)
 
 

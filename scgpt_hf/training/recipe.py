@@ -7,9 +7,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pandas as pd
 import torch
 from huggingface_hub.errors import StrictDataclassError
 
+from scgpt_hf.cells.selection.counts import sums_per_batch
 from scgpt_hf.cells.source import CellSource
 from scgpt_hf.model.configuration_scgpt import ScGPTConfig
 from scgpt_hf.model.modeling_scgpt import ScGPTForPreTraining
@@ -18,6 +21,7 @@ from scgpt_hf.training.baselines import measure_baselines
 from scgpt_hf.training.data_module import DataModule
 from scgpt_hf.training.fault_tolerance.signals import StopSignal
 from scgpt_hf.training.run_folder import MetricsFile, require_space
+from scgpt_hf.training.selection import Selection
 from scgpt_hf.training.settings import TOKEN_SETTINGS, DataSettings, ModelSettings, Settings, TrainingSettings
 from scgpt_hf.training.trainer import ScGPTTrainer, over_ranks
 
@@ -74,6 +78,26 @@ def start_at_mean(model: ScGPTForPreTraining, processor: ScGPTProcessor) -> None
     if processor.input_style == "binned" and model.expression_head is not None:
         last: Any = model.expression_head.value[-1]
         torch.nn.init.constant_(last.bias, processor.n_bins / 2)
+
+
+def start_at_frequencies(model: ScGPTForPreTraining, source: CellSource, selection: Selection) -> None:
+    """Let a new count decoder start at the gene frequencies of each experimental batch, from the training cells.
+
+    It then has to learn only how cells differ from the mean of their batch. Reads the training cells once. Does nothing
+    if the model has no count decoder.
+    """
+    if model.count_head is None:
+        return
+    train, key = selection.parts["train"], model.config.batch_key
+    domain_of_cell = np.zeros(len(train), np.int64)
+    if key is not None:
+        ids = {domain: index for index, domain in enumerate(selection.domains)}
+        domain_of_cell = np.asarray(source.obs([key]).loc[train, key].astype(str).map(ids), dtype=np.int64)
+    genes = pd.Index(source.genes["feature_id"]).get_indexer(pd.Index(selection.genes))
+    totals = np.zeros((max(len(selection.domains), 1), model.config.vocab_size))
+    found = sums_per_batch(source, train, genes, domain_of_cell)[0]
+    totals[: len(found), : len(genes)] = found  # domains after the last one of the training cells have no counts
+    model.count_head.set_statistics(torch.from_numpy(totals))
 
 
 def make_trainer(

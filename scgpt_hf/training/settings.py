@@ -161,7 +161,10 @@ class CellSettings:
     mask_ratios: list[float] = setting(
         [0.25, 0.5, 0.75], "shares of a cell's genes to mask; one is drawn for each cell and epoch"
     )
-    batch_key: str | None = setting(None, "obs column of the experimental batch, for heads and norms that use it")
+    batch_key: str | None = setting(
+        None,
+        "obs column of the experimental batch, for heads and norms that use it; with the objective 'counts' dataset_id",
+    )
     cache_dir: str | None = setting(
         None,
         "write the cells to this folder during the first epoch, and read and shuffle all of them from there in later "

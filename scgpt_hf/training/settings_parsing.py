@@ -71,6 +71,8 @@ def parse_settings(arguments: list[str], description: str = "") -> Settings:
         raise ValueError(f"unknown setting {unknown[0]!r}{_suggest(unknown[0].lstrip('-'), _all_names())}")
     given = vars(parser.parse_known_args(flags)[0])
     settings = Settings(data, model, training, _requested(given, library_defaults))
+    if data.batch_key is None and (model.loss_weights or {}).get("counts"):
+        data.batch_key = "dataset_id"  # the count decoder has a bias for each experimental batch
     if data.batch_key is None and (model.domain_embedding or model.domain_head):
         raise ValueError("domain_embedding and domain_head need --batch_key, the obs column of the experimental batch")
     return settings

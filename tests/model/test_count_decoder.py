@@ -104,9 +104,18 @@ def test_statistics_initialise_the_decoder_at_the_frequencies_of_each_domain(mod
     torch.testing.assert_close(shares, totals / totals.sum(1, keepdim=True))
 
 
-def test_a_domain_without_counts_is_refused(model):
-    with pytest.raises(ValueError, match="domains"):
-        model(**WITH_COUNTS, n_domains=2).count_head.set_statistics(torch.eye(2, 20) * torch.tensor([[1.0], [0.0]]))
+def test_a_domain_without_training_cells_gets_the_frequencies_of_all(model):
+    head = model(**WITH_COUNTS, n_domains=3).count_head
+    totals = torch.zeros(3, 20)
+    totals[0, :2], totals[1, 1:3] = 1.0, 3.0
+    head.set_statistics(totals)
+    assert head.measured[2].nonzero().flatten().tolist() == [0, 1, 2]
+    torch.testing.assert_close(head.bias[2, :3].exp(), torch.tensor([1.0, 4, 3]) / 8)
+
+
+def test_no_counts_at_all_are_refused(model):
+    with pytest.raises(ValueError, match="counts"):
+        model(**WITH_COUNTS).count_head.set_statistics(torch.zeros(1, 20))
 
 
 def test_counts_that_are_missing_are_named(model, padded):
