@@ -1,0 +1,79 @@
+"""Pretraining with the objective "counts": its losses, accumulation, exact resume, and what it leaves behind."""
+
+import shutil
+
+import numpy as np
+import pytest
+import torch
+
+from scgpt_hf import embed_anndata
+from scgpt_hf.cells.source import open_source
+from tests.support.training import EVERY_4, QUIET, prepare, read_metrics, weights_of
+
+COUNTS = ("--loss_weights", '{"gep": 0.01, "counts": 1.0}', "--cls_shortcut", "true")
+
+
+@pytest.fixture(scope="module")
+def trained(small_census, tmp_path_factory):
+    """A finished run of two epochs."""
+    folder = tmp_path_factory.mktemp("counts") / "run"
+    trainer, data_module, _ = prepare(small_census, folder, *COUNTS, *EVERY_4)
+    trainer.train()
+    return trainer, data_module, folder
+
+
+def test_the_loss_falls_below_that_of_the_frequencies_of_each_batch(trained):
+    trainer, *_ = trained
+    learned, out = trainer.validate()["counts"], trainer.model.count_head.out.weight
+    kept = out.detach().clone()
+    with torch.no_grad():
+        out.zero_()  # leaves the biases, which do not depend on the cell
+        frequencies = trainer.validate()["counts"]
+        out.copy_(kept)
+    assert learned < frequencies
+
+
+def test_the_decoder_starts_at_the_frequencies_of_the_training_cells(small_census, tmp_path):
+    trainer, data_module, _ = prepare(small_census, tmp_path / "run", *COUNTS)
+    head, selection = trainer.model.count_head, data_module.selection
+    assert selection.domains == ["first", "second"]  # dataset_id, by default
+    source = open_source(small_census)
+    block = source.read(selection.parts["train"], ["dataset_id"])
+    columns = source.genes.reset_index().set_index("feature_id")["index"][selection.genes].to_numpy()
+    for index, dataset in enumerate(selection.domains):
+        totals = np.asarray(block.counts[(block.obs["dataset_id"] == dataset).to_numpy()].sum(axis=0)).ravel()[columns]
+        shares = head.bias[index, : len(columns)].exp().detach().numpy()
+        np.testing.assert_allclose(shares[totals > 0], (totals / totals.sum())[totals > 0], rtol=1e-4)
+        np.testing.assert_array_equal(head.measured[index, : len(columns)].numpy(), totals > 0)
+    assert not head.measured[:, len(columns) :].any()  # special tokens have no counts
+
+
+def test_one_batch_of_32_equals_four_of_8_accumulated(small_census, tmp_path):
+    losses, weights = [], []
+    for name, sizes in {"one": ("32", "1"), "four": ("8", "4")}.items():
+        flags = ("--per_device_train_batch_size", sizes[0], "--gradient_accumulation_steps", sizes[1], "--dropout", "0")
+        trainer, *_ = prepare(small_census, tmp_path / name, *COUNTS, *QUIET, *flags)
+        trainer.train()
+        losses.append([line["counts"] for line in read_metrics(tmp_path / name) if "counts" in line])
+        weights.append(weights_of(trainer))
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    for name, weight in weights[0].items():
+        torch.testing.assert_close(weight, weights[1][name], rtol=2e-3, atol=2e-4, msg=name)
+
+
+def test_resumed_equals_uninterrupted(small_census, trained, tmp_path):
+    uninterrupted, _, run = trained
+    folder = shutil.copytree(run, tmp_path / "run")
+    flags = (*QUIET, "--resume_from_checkpoint", str(folder / "checkpoint-4"))
+    resumed, _, checkpoint = prepare(small_census, folder, *COUNTS, *flags)
+    resumed.train(resume_from_checkpoint=checkpoint)
+    for name, value in resumed.model.state_dict().items():
+        assert torch.equal(value, uninterrupted.model.state_dict()[name]), name
+
+
+def test_a_new_batch_needs_nothing_at_inference(trained, small_cells):
+    trainer, data_module, _ = trained
+    cells = small_cells[0].copy()
+    cells.obs = cells.obs.drop(columns="dataset_id")
+    embed_anndata(cells, trainer.model.eval(), data_module.processor, progress=False)
+    assert np.isfinite(cells.obsm["X_scgpt"]).all()
