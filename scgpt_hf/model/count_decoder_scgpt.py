@@ -146,6 +146,11 @@ def negative_binomial_nll(
 
 
 def _sum_by_cell(terms: Tensor, cells: Tensor, n_cells: int) -> Tensor:
-    """Return the sum of each cell's terms; `cells` ascends, so the result does not depend on the order of additions."""
-    lengths = torch.bincount(cells, minlength=n_cells)
-    return torch.segment_reduce(terms, "sum", lengths=lengths, initial=0)
+    """Return the sum of each cell's terms, given that `cells` ascends.
+
+    A bag of one-dimensional vectors: unlike `index_add` it adds in a fixed order on a GPU, and unlike `bincount` it has
+    no shape that depends on the data.
+    """
+    offsets = torch.searchsorted(cells, torch.arange(n_cells, device=cells.device))
+    rows = torch.arange(len(terms), device=terms.device)
+    return F.embedding_bag(rows, terms[:, None], offsets, mode="sum").squeeze(1)

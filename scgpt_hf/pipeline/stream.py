@@ -36,7 +36,7 @@ from scgpt_hf.cells.source import CellSource
 from scgpt_hf.cells.threads import JOIN_TIMEOUT_S, DaemonThreadPool, in_order, n_cores
 from scgpt_hf.pipeline.genes import match_columns
 from scgpt_hf.tokens.binning_scgpt import Ties
-from scgpt_hf.tokens.packing_scgpt import Tokens, bucket, pack, pad
+from scgpt_hf.tokens.packing_scgpt import Tokens, bucket, bucket_size, pack, pad
 from scgpt_hf.tokens.processing_scgpt import ScGPTProcessor
 from scgpt_hf.tokens.targets_scgpt import CountTargets, count_targets
 
@@ -387,7 +387,8 @@ def make_batch(cells: TokenizedCells, *, processor: ScGPTProcessor, config: Stre
             batch = bucket(batch, pad_id=processor.pad_id, pad_value=processor.pad_value)
     batch |= {key: torch.from_numpy(ids) for key, ids in cells.categories.items()}
     if cells.targets is not None:
-        batch |= cells.targets.as_batch() | {"num_cells_in_batch": cells.n_cells_of_step}
+        n_entries = bucket_size(len(cells.targets.ids)) if config.bucketed else None
+        batch |= cells.targets.as_batch(n_entries) | {"num_cells_in_batch": cells.n_cells_of_step}
     if config.with_cell_ids:
         batch["cell_ids"] = torch.from_numpy(cells.cell_ids)
     return batch

@@ -46,6 +46,7 @@ _OBJECTIVES = {
     "cce": "contrastive cell embedding, CCE",
     "dar": "domain adaptation, DAR",
     "cls": "classification",
+    "counts": "raw counts of all genes from the cell embedding",
 }
 _COMPOSITION = {"Tissues": "tissue_general", "Assays": "assay", "Diseases": "disease", "Data sets": "dataset_id"}
 _DEMO = "demo: 700 blood cells of one donor that come with scanpy; its eight sequencing wells stand in for donors"

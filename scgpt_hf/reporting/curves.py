@@ -18,7 +18,7 @@ from scgpt_hf.reporting.plots import GREY, PALETTE, SMALL, FloatArray
 Curves = dict[str, tuple[FloatArray, FloatArray]]
 
 # The names under which the trainer logs the losses of the objectives, in the order of the palette.
-OBJECTIVES = ("gep", "gepc", "ecs", "cce", "dar", "gep_zero", "gepc_zero", "cls")
+OBJECTIVES = ("gep", "gepc", "ecs", "cce", "dar", "gep_zero", "gepc_zero", "cls", "counts")
 # Short names of the baselines; `publishing/run_summary.py` explains them.
 BASELINES = {"eval_constant_mse": "constant", "eval_gene_mean_mse": "gene mean", "eval_tie_floor_mse": "tie floor"}
 _LABEL_GAP = 0.085  # between the labels of two lines, as a share of the height of the axes

@@ -44,13 +44,18 @@ class CountTargets:
         entries = np.repeat(cells, lengths)
         return CountTargets(self.ids[entries], self.counts[entries], _offsets(lengths[cells]))
 
-    def as_batch(self) -> dict[str, Any]:
-        """Return `count_ids`, `count_values` and `count_cells`, as `ScGPTForPreTraining.forward` takes them."""
+    def as_batch(self, n_entries: int | None = None) -> dict[str, Any]:
+        """Return `count_ids`, `count_values` and `count_cells`, as `ScGPTForPreTraining.forward` takes them.
+
+        Args:
+            n_entries: lengthen the tensors to this number of entries by counts of 0 in the last cell.
+        """
+        n_added = 0 if n_entries is None else n_entries - len(self.ids)
         cells = np.repeat(np.arange(len(self)), np.diff(self.indptr))
         return {
-            "count_ids": torch.from_numpy(self.ids),
-            "count_values": torch.from_numpy(self.counts),
-            "count_cells": torch.from_numpy(cells),
+            "count_ids": torch.from_numpy(np.pad(self.ids, (0, n_added))),
+            "count_values": torch.from_numpy(np.pad(self.counts, (0, n_added))),
+            "count_cells": torch.from_numpy(np.pad(cells, (0, n_added), constant_values=len(self) - 1)),
         }
 
 

@@ -9,6 +9,7 @@ import torch
 from scgpt_hf.model.configuration_scgpt import ScGPTConfig
 from scgpt_hf.model.modeling_scgpt import ScGPTForPreTraining
 from scgpt_hf.model.objectives_scgpt import IGNORE
+from tests.support.models import count_targets
 
 LENGTHS = (5, 9, 1, 7)
 GENES, PAD, CLS = 17, 17, 18
@@ -49,6 +50,7 @@ def padded() -> dict[str, torch.Tensor]:
         "labels": true.masked_fill(~masked, IGNORE),
         "domain_ids": torch.tensor([0, 1, 0, 2]),
         "class_labels": torch.tensor([2, 0, 1, 1]),
+        **count_targets(len(LENGTHS), GENES),
     }
 
 
@@ -59,7 +61,7 @@ def packed(padded: dict[str, torch.Tensor]) -> dict[str, Any]:
     offsets = torch.tensor([0, *LENGTHS]).cumsum(0).to(torch.int32)
     return {
         **{name: padded[name][real][None] for name in ("input_ids", "values", "labels")},
-        **{name: padded[name] for name in ("domain_ids", "class_labels")},
+        **{name: padded[name] for name in ("domain_ids", "class_labels", "count_ids", "count_values", "count_cells")},
         **{"cu_seq_lens_q": offsets, "cu_seq_lens_k": offsets},
         **{"max_length_q": max(LENGTHS), "max_length_k": max(LENGTHS)},
     }

@@ -42,7 +42,8 @@ AUTO_CLASSES = {
 
 
 def encoder_input(batch: Batch) -> Batch:
-    return {name: value for name, value in batch.items() if name not in ("labels", "class_labels")}
+    targets = ("labels", "class_labels", "count_ids", "count_values", "count_cells")
+    return {name: value for name, value in batch.items() if name not in targets}
 
 
 def fit_values(batch: Batch, variant: Batch) -> Batch:

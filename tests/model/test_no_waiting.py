@@ -50,7 +50,8 @@ def test_a_training_step_needs_no_value_from_the_device(
             **{"labels": torch.zeros(1, 64), "label_positions": torch.zeros(16, dtype=torch.int64)},
             **{"cu_seq_lens_q": offsets, "cu_seq_lens_k": offsets, "max_length_q": 32, "max_length_k": 32},
             **{"domain_ids": torch.zeros(4, dtype=torch.int64), "class_labels": torch.zeros(4, dtype=torch.int64)},
-            "num_items_in_batch": torch.zeros(()),
+            **{name: torch.zeros(30, dtype=torch.int64) for name in ("count_ids", "count_cells")},
+            **{"count_values": torch.zeros(30), "num_items_in_batch": torch.zeros(())},
         }
         optimizer = torch.optim.AdamW(network.parameters(), fused=True)
         output = network(**batch)

@@ -17,13 +17,16 @@ from scgpt_hf.tokens.packing_scgpt import IGNORE, Tokens
 N_GENES = 1000  # of `small_model`; `<pad>` and `<cls>` have the next two ids
 PAD_ID, CLS_ID = N_GENES, N_GENES + 1
 
-# A configuration with every head and every objective; batches need `domain_ids` and `class_labels`.
+# Every head and every objective; batches need `domain_ids`, `class_labels` and `count_targets`.
 EVERY_OBJECTIVE: dict[str, Any] = {
     "n_domains": 3,
     "domain_embedding": True,
     "domain_head": True,
     "explicit_zero_prob": True,
     "loss_weights": dict.fromkeys(OBJECTIVES, 1.0),
+    "cls_shortcut": True,
+    "shortcut_size": 8,
+    "count_head_size": 8,
 }
 
 
@@ -37,6 +40,14 @@ def random_cells(n_cells: int, mean_tokens: int, n_genes: int, seed: int = 0) ->
     masked = (rng.random(indptr[-1]) < 0.5) & (input_ids != n_genes + 1)
     values, labels = np.where(masked, np.float32(-1), bins), np.where(masked, bins, np.float32(IGNORE))
     return Tokens(input_ids, values, labels, indptr, np.arange(n_cells))
+
+
+def count_targets(n_cells: int, n_genes: int, seed: int = 0) -> dict[str, torch.Tensor]:
+    """Return random raw counts of each cell as a batch carries them for the objective "counts"."""
+    counts = torch.poisson(torch.full((n_cells, n_genes), 0.7), generator=torch.Generator().manual_seed(seed))
+    counts[:, 0] += 1  # every cell expresses a gene
+    cells, ids = counts.nonzero(as_tuple=True)
+    return {"count_ids": ids, "count_values": counts[cells, ids], "count_cells": cells}
 
 
 def small_model(
