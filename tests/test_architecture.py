@@ -1,9 +1,13 @@
 """Rules of the code: what each package may import, how long a function may be, how docstrings read."""
 
 import ast
+import re
 import subprocess
 import sys
+import tokenize
+from io import StringIO
 from pathlib import Path
+from tokenize import COMMENT
 
 import pytest
 
@@ -31,6 +35,12 @@ EVERYTHING = {"cli", "__init__"}
 # `save_pretrained` uploads the files of these packages with the weights, and users load them without scgpt_hf. They may
 # therefore import only what comes with transformers, and other libraries inside a `try:`.
 CLOSED = {"tokens": {"numpy", "torch", "transformers", "scipy"}, "model": {"torch", "transformers", "huggingface_hub"}}
+# Words of earlier versions of this package that a newcomer would not understand.
+PRIVATE_WORDS = re.compile(
+    r"\b(the course|courses|corridors?|lanes?|soundness|refusals?|giv(e|es|ing) way|outlives?|anew|riddles?)\b",
+    re.IGNORECASE,
+)
+UNCLEAR_START = re.compile(r"(What|Return what|Whether|That)\b")
 FORBIDDEN_NAMES = {"utils.py", "helpers.py", "common.py", "misc.py"}
 MAX_MODULES = 12  # in one folder
 MAX_LINES = 60  # of a function, without its docstring; ruff's C901 limits its complexity
@@ -58,6 +68,13 @@ def imports_of(path: Path) -> list[tuple[int, str, bool]]:
         elif isinstance(node, ast.ImportFrom):
             found.append((node.level, node.module or "", id(node) in guarded))
     return found
+
+
+def docstrings_of(text: str) -> list[str]:
+    """Return all docstrings of a file."""
+    kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    nodes = [node for node in ast.walk(ast.parse(text)) if isinstance(node, kinds)]
+    return [docstring for node in nodes if (docstring := ast.get_docstring(node))]
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
@@ -138,6 +155,19 @@ def test_public_names_have_docstrings_and_functions_are_short(path: Path) -> Non
             documented = ast.get_docstring(node) or ""
             length = node.end_lineno - node.lineno + 1 - len(documented.splitlines())
             assert length <= MAX_LINES, f"{path.name}: {node.name} has {length} lines without its docstring"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_docstrings_and_comments_use_common_terms(path: Path) -> None:
+    """The first line of a docstring is a sentence that makes sense in an index of the API."""
+    text = path.read_text()
+    for docstring in docstrings_of(text):
+        first = docstring.splitlines()[0]
+        assert not UNCLEAR_START.match(first), f"{path.name}: start with a verb or a noun: {first}"
+        assert first.endswith((".", "?", ":")), f"{path.name}: the first line is not a sentence: {first}"
+    comments = [token.string for token in tokenize.generate_tokens(StringIO(text).readline) if token.type == COMMENT]
+    words = {match[0] for prose in [*docstrings_of(text), *comments] for match in PRIVATE_WORDS.finditer(prose)}
+    assert not words, f"{path.name}: replace {sorted(words)} by the term that PyTorch, scverse or Hugging Face use"
 
 
 @pytest.mark.parametrize("script", sorted((ROOT / "scripts").glob("*.py")), ids=lambda path: path.name)

@@ -185,7 +185,7 @@ def describe_embedding(
     processor: ScGPTProcessor,
     settings: EmbedSettings,
 ) -> dict[str, Any]:
-    """Return what is needed to reproduce an embedding, as `embed_anndata` writes it to `uns`."""
+    """Return the settings that reproduce an embedding, as `embed_anndata` writes them to `uns`."""
     return {
         "model": model.name_or_path,
         "scgpt_hf": version("scgpt_hf"),

@@ -231,7 +231,7 @@ def _assumed_settings(
 
 
 def _notes(files: OriginalFiles, inferred: dict[str, Any]) -> tuple[str, ...]:
-    """Return what a user of this model should know besides its settings."""
+    """Return notes for the user about properties of the model that its settings do not show."""
     notes = []
     if "num_labels" in inferred:
         notes.append("the checkpoint has a class head: load it with AutoModelForSequenceClassification")

@@ -10,7 +10,7 @@ from scgpt_hf.tokens.processing_scgpt import ScGPTProcessor
 
 @dataclass(frozen=True)
 class ConversionReport:
-    """What was converted, and how. `print(report)` gives a summary.
+    """The parts of a checkpoint that were converted, and how. `print(report)` prints a summary.
 
     Attributes:
         source: name of the original checkpoint's folder.

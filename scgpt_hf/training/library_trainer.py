@@ -89,7 +89,7 @@ class LibraryTrainer(Trainer):
         return loss
 
     def reported_loss(self, loss: torch.Tensor) -> torch.Tensor:
-        """Return what a micro-batch adds to the library's running mean of the loss, after the backward pass."""
+        """Return the loss of a micro-batch that the library adds to its running mean, after the backward pass."""
         return loss
 
     def process_gradient_norm(self, norm: Any) -> Any:

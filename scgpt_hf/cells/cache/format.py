@@ -50,7 +50,7 @@ def cache_schema(n_genes: int, obs_types: Mapping[str, pa.DataType]) -> pa.Schem
         ValueError: an obs column has the name of one of `CELL_COLUMNS`.
     """
     if taken := sorted(set(obs_types) & set(CELL_COLUMNS)):
-        raise ValueError(f"a cache has columns {taken} of its own; rename these obs columns, or leave them out")
+        raise ValueError(f"a cache uses the names {taken} for other columns; rename these obs columns, or omit them")
     gene = pa.uint16() if n_genes <= 2**16 else pa.uint32()
     lists = {"gene": gene, "count": pa.uint8(), "large_count": pa.uint32()}
     fields = [("cell_id", pa.int64()), *((name, pa.list_(item)) for name, item in lists.items()), *obs_types.items()]
@@ -134,7 +134,7 @@ def write_shard(
     Raises:
         OSError: writing failed. If the disk is full, the message says how much space is free.
     """
-    # Several jobs may write the same shard at the same time: each has a temporary file of its own.
+    # Several jobs may write the same shard at the same time: each writes another temporary file.
     temporary = scratch / f"{path.name}.{uuid4().hex[:8]}"
     scratch.mkdir(exist_ok=True)
     try:

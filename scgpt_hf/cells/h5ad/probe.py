@@ -87,7 +87,7 @@ def _unreadable(paths: Sequence[str], last_step: str, ended_by: signal.Signals) 
 
 
 def _version(path: str) -> tuple[str, int, int, int]:
-    """Return what changes when a file is replaced or written to."""
+    """Return a path, inode, size and time that change when a file is replaced or written to."""
     found = os.stat(path)
     return os.path.realpath(path), found.st_ino, found.st_size, found.st_mtime_ns
 

@@ -70,7 +70,7 @@ class RunSchedule:
 
     @property
     def changes_batch_size(self) -> bool:
-        """Whether the global batch size differs between steps of the run."""
+        """Return whether the global batch size differs between steps of the run."""
         return len(self.history(self.n_steps)) > 1
 
     def plans_from(self, step: int) -> tuple[list[EpochPlan], int]:
@@ -201,7 +201,7 @@ def _n_steps(segments: Sequence[Segment], n_epochs: float) -> int:
 def _batch_sizes(history: History, batch_size: int) -> list[tuple[int, float]]:
     """Return (cells of a step, step at which the next size takes over); the last size has no end."""
     # The step added for the current size makes `_merge` join it with the end of the history, if that has the same size:
-    # a run that resumes unchanged continues its plan, and is not cut into a segment of its own.
+    # a run that resumes unchanged continues its plan, and does not start another segment.
     sizes = _merge([*history, (batch_size, 1)])
     ends = list(accumulate(n for _, n in sizes))
     return [*((size, end) for (size, _), end in zip(sizes[:-1], ends[:-1], strict=True)), (batch_size, math.inf)]

@@ -5,7 +5,7 @@ Reading a shuffle window takes these steps:
 
 1. `read` receives cell ids in any order, sorts them and splits them by chunk.
 2. A few threads read one chunk each (`_read_chunk`): of a local Census by the native reader (package `native`), else
-   through TileDB, where each thread has a context and handles of its own. `remote.py` retries reads of a remote Census.
+   through TileDB, with a separate context and handles for each thread. `remote.py` retries reads of a remote Census.
 3. `chunks.py` packs the entries of a chunk into words of 4 bytes.
 4. `read` checks that the counts are raw and adds the requested obs columns.
 5. It returns a `ChunkedBlock`. Its counts stay packed until the pipeline takes a few hundred cells at a time.
@@ -267,7 +267,7 @@ class CensusSource:
     def _handle(self, name: str) -> Any:
         """Return this thread's handle of X or obs.
 
-        Each thread has a context of its own, which is faster than one for all threads (measured).
+        Each thread has a separate context, which is faster than one for all threads (measured).
         """
         if not hasattr(self._local, name):
             kind: Any = soma.SparseNDArray if name == "X" else soma.DataFrame

@@ -63,7 +63,7 @@ class Chunk(NamedTuple):
 
     @property
     def has_raw_counts(self) -> bool:
-        """Whether all counts are whole, finite and > 0."""
+        """Return whether all counts are finite integers above 0."""
         if self.words.dtype == np.uint32:  # only such counts fit 16 bits
             return True
         counts = (self.words >> np.uint64(32)).astype(np.uint32).view(np.float32)

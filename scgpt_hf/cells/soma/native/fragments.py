@@ -1,6 +1,6 @@
 """Find the bytes that hold the entries of some cells in the files of a sparse array of TileDB.
 
-An array is a folder. Each write adds a fragment, a folder of its own:
+An array is a folder. Each write adds a fragment, which is another folder:
 
     __schema/                                    one file for each version of the schema
     __commits/T1_T2_ID_VERSION.wrt               an empty file for each complete fragment
