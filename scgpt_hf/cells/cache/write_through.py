@@ -97,7 +97,7 @@ class CachingSource:
 
     @property
     def chunk_size(self) -> int:
-        """That of the source, because in the first epoch cells are read from there."""
+        """The chunk size of the source, because in the first epoch cells are read from there."""
         return self._source.chunk_size
 
     def obs(self, columns: Sequence[str] = ()) -> pd.DataFrame:
