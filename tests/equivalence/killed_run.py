@@ -10,7 +10,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
-from kill_resume import begin_anew, finish, require_same, start, traced, train_whole, warm_up
+from kill_resume import finish, remove_unresumable, require_same, start, traced, train_uninterrupted, warm_up
 
 from scgpt_hf.training.fault_tolerance.checkpoints import newest_valid
 
@@ -19,7 +19,7 @@ BATCH, SAVE_EVERY = 8, 3
 
 def kill_after(step: int, pause_s: float, flags: list[str], folder: Path) -> dict[str, int]:
     """Train and send SIGKILL some time after a step; return the last step done and the newest checkpoint's step."""
-    begin_anew(folder)
+    remove_unresumable(folder)
     trace = folder.with_suffix(".trace")
     n_before = len(traced(trace, 0))
     children = start(1, flags, folder, trace)
@@ -39,7 +39,7 @@ def main(census: str, scratch: Path, seed: int) -> None:
     flags = ["--data", census, "--per_device_train_batch_size", str(BATCH), "--save_steps", str(SAVE_EVERY)]
     flags += ["--min_gene_counts", "1", "--validation_fraction", "0.3", "--num_train_epochs", "2"]
     warm_up()
-    expected = train_whole(flags, 1, scratch / "uninterrupted")
+    expected = train_uninterrupted(flags, 1, scratch / "uninterrupted")
     n_steps = len(expected[0])
     epoch, chance, folder = n_steps // 2, random.Random(seed), scratch / "killed"
     kills = []
