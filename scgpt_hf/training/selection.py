@@ -193,7 +193,7 @@ def _select_genes(source: CellSource, train: Int64Array, data: DataSettings) -> 
 
 
 def _run_record(source: CellSource, settings: Settings) -> dict[str, Any]:
-    """Return what a resumed run must keep: the source of its cells, and the settings of their order, masks and tokens.
+    """Return the record that a resumed run must match: its source, and the settings of order, masks and tokens.
 
     The batch size is not part of it: `RunSchedule` continues an epoch with another one.
     """
