@@ -94,7 +94,7 @@ def convert_scgpt(
     with torch.device("meta"):
         model = ScGPTForPreTraining(_build_config(files, inferred, {**unrecorded}))
     model.load_state_dict(rename_weights(weights, converted, model, files.weights_path), assign=True)
-    # The class head was built above because `infer_settings` gives its objective a weight; now the weight goes.
+    # `infer_settings` gave the class objective a weight so that the class head is built; it is not trained by default.
     loss_weights = {name: weight for name, weight in inferred["loss_weights"].items() if name != "cls"}
     inferred["loss_weights"] = model.config.loss_weights = loss_weights or inferred["loss_weights"]
     processor = _build_processor(files, cls_value)

@@ -184,8 +184,8 @@ class ValidationPlan:
     def steps(self, index: int, *, rank: int = 0, world_size: int = 1) -> list[Int64Array]:
         """Return the cells of each step of a window that belongs to one rank.
 
-        Steps are dealt out in turn: rank r takes the steps r, r + world_size, r + 2 * world_size and so on, counted
-        through all windows. One rank may have a step more than another.
+        Steps are distributed round-robin: rank r takes the steps r, r + world_size, r + 2 * world_size and so on,
+        counted through all windows. One rank may have a step more than another.
 
         Args:
             index: number of the window, in [0, n_windows).

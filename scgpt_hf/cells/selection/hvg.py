@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 MIN_CELLS_PER_BATCH = 100
 # Share of the genes that each local fit uses. Source: scanpy and Seurat.
 _SPAN = 0.3
-# Noise added to log means, tried in turn: when many means are equal, the fit is singular.
+# Scales of the noise added to log means, smallest first: when many means are equal, the fit is singular.
 # Source: cellxgene_census.experimental.pp (max_loess_jitter), where the noise is unseeded.
 _JITTERS = (0.0, 1e-12, 1e-9, 1e-6)
 # Fewest genes for a fit. Below 15 the fit is singular, and with 2 or 3 genes scikit-misc crashes the process.
