@@ -7,7 +7,7 @@ The inputs are sources, caches, settings, run folders, models and checkpoints, d
 `tests/support/damage.py`. Every failure is printed with the seed that repeats it. A run over all cases writes
 results/fuzz.json. The examples run in child processes, because a crash of the process and an example that does not
 end are failures as well. A hang of the HDF5 library (`--only h5ad --seed 12`) must end with the error of
-`scgpt_hf/cells/h5ad/probe.py`.
+`scgpt_hf/cells/files/probe.py`.
 """
 
 import argparse

@@ -23,8 +23,8 @@ import pandas as pd
 from measuring import alternate, print_medians, write_result
 from scipy.sparse import csr_matrix
 
-from scgpt_hf.cells.h5ad import probe
-from scgpt_hf.cells.h5ad.reader import H5adSource
+from scgpt_hf.cells.files import probe
+from scgpt_hf.cells.files.reader import AnnDataSource
 
 COUNTS_PER_CELL, N_GENES = 8, 30_000
 CATEGORIES = {  # columns of obs in the CELLxGENE schema, with a usual number of categories
@@ -61,7 +61,7 @@ def check(path: Path, cpu_seconds: list[float]) -> None:
 def open_unchecked(path: Path, cpu_seconds: list[float]) -> None:
     """Open the file without the check; append the processor time to a list."""
     before = time.process_time()
-    with patch("scgpt_hf.cells.h5ad.reader.require_readable"), H5adSource(path):
+    with patch("scgpt_hf.cells.files.reader.require_readable"), AnnDataSource(path):
         cpu_seconds.append(time.process_time() - before)
 
 

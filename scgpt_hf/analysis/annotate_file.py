@@ -16,8 +16,8 @@ from transformers import PreTrainedModel
 
 from scgpt_hf.analysis.annotate import transfer_labels
 from scgpt_hf.analysis.embed import embed_anndata
-from scgpt_hf.cells.h5ad.probe import require_readable
-from scgpt_hf.cells.h5ad.validation import translate_read_errors
+from scgpt_hf.cells.files.probe import require_readable
+from scgpt_hf.cells.files.validation import translate_read_errors
 from scgpt_hf.tokens.processing_scgpt import ScGPTProcessor
 
 

@@ -13,7 +13,7 @@ from anndata.io import write_elem
 from transformers import PreTrainedModel
 
 from scgpt_hf.analysis.embed import KEY, EmbedSettings, describe_embedding, embed_batches, validate_free_key
-from scgpt_hf.cells.h5ad.validation import translate_read_errors
+from scgpt_hf.cells.files.validation import translate_read_errors
 from scgpt_hf.cells.source import open_source
 from scgpt_hf.pipeline.genes import match_columns
 from scgpt_hf.pretrained import load_model

@@ -1,7 +1,7 @@
 """`CellBlock`: the raw counts, obs rows and ids of some cells, as every source returns them.
 
 This module also defines what valid raw counts and valid cell ids are. It reads nothing: `source.py` opens a source, and
-the packages `soma`, `h5ad` and `cache` read it.
+the packages `soma`, `files` and `cache` read it.
 """
 
 from collections.abc import Iterable, Mapping, Sequence

@@ -1,6 +1,6 @@
 """`CellSource`, the interface of all sources of cells, and `open_source`, which opens the source of an address.
 
-The sources are in the packages `soma` (the Census and local SOMAs), `h5ad` (files and AnnData) and `cache` (caches of
+The sources are in the packages `soma` (the Census and local SOMAs), `files` (files and AnnData) and `cache` (caches of
 either). They are imported when they are needed, because importing tiledbsoma and anndata is slow.
 """
 
@@ -112,9 +112,9 @@ def open_source(
 
         return open_census(address, **settings)
     if not isinstance(address, str | Path | Sequence):
-        from scgpt_hf.cells.h5ad.reader import H5adSource
+        from scgpt_hf.cells.files.reader import AnnDataSource
 
-        return H5adSource(address, **settings)
+        return AnnDataSource(address, **settings)
     paths = [Path(path) for path in ([address] if isinstance(address, str | Path) else address)]
     return _open_paths(paths, settings)
 
@@ -129,9 +129,9 @@ def _open_paths(paths: Sequence[Path], settings: dict[str, Any]) -> CellSource:
             "as *.h5ad. The public Census is census://VERSION/ORGANISM, a cache on the Hub hf://datasets/OWNER/NAME"
         )
     if all(path.suffix == ".h5ad" and path.is_file() for path in paths):
-        from scgpt_hf.cells.h5ad.reader import H5adSource
+        from scgpt_hf.cells.files.reader import AnnDataSource
 
-        return H5adSource(paths, **settings)
+        return AnnDataSource(paths, **settings)
     if len(paths) == 1 and paths[0].is_dir():
         from scgpt_hf.cells.cache.manifest import is_cache
         from scgpt_hf.cells.cache.reader import CacheSource

@@ -22,7 +22,7 @@ from transformers import BertConfig, BertModel
 from scgpt_hf.analysis import inference
 from scgpt_hf.analysis.embed import EmbedSettings, embed_anndata, embed_cells, umap_of
 from scgpt_hf.analysis.embed_file import embed_file
-from scgpt_hf.cells.h5ad.reader import H5adSource
+from scgpt_hf.cells.files.reader import AnnDataSource
 from scgpt_hf.cells.source import open_source
 from scgpt_hf.model.configuration_scgpt import ScGPTConfig
 from scgpt_hf.model.modeling_scgpt import ScGPTForPreTraining, ScGPTModel
@@ -119,7 +119,7 @@ def test_a_part_of_the_cells_is_embedded_as_with_all_cells(
 def test_windows_are_small_and_do_not_change_the_result(
     model: ScGPTModel, processor: ScGPTProcessor, expected: np.ndarray, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    source = H5adSource(make_cells(), primary_only=False)
+    source = AnnDataSource(make_cells(), primary_only=False)
     read, sizes = source.read, []
 
     def record_size(cell_ids: Any, columns: Any) -> Any:

@@ -10,7 +10,7 @@ import numpy as np
 import psutil
 import pytest
 
-from scgpt_hf.cells.h5ad.reader import H5adSource
+from scgpt_hf.cells.files.reader import AnnDataSource
 from scgpt_hf.cells.schedule.epoch import plan_epoch
 from scgpt_hf.cells.source import open_source
 from scgpt_hf.cells.threads import prefetch
@@ -27,7 +27,7 @@ def source(request, small_census, small_cells, tmp_path):
             yield source
     else:
         small_cells[0].write_h5ad(tmp_path / "cells.h5ad")
-        with H5adSource(tmp_path / "cells.h5ad") as source:
+        with AnnDataSource(tmp_path / "cells.h5ad") as source:
             yield source
 
 
@@ -67,9 +67,9 @@ def test_files_are_closed_with_their_source_and_when_opening_fails(small_cells, 
     def open_h5ad_files() -> list[str]:
         return [file.path for file in process.open_files() if file.path.endswith(".h5ad")]
 
-    with H5adSource(paths[0]):
+    with AnnDataSource(paths[0]):
         assert open_h5ad_files() == [str(paths[0])]
     assert not open_h5ad_files()
     with pytest.raises(ValueError, match="expected raw counts"):
-        H5adSource(paths)
+        AnnDataSource(paths)
     assert not open_h5ad_files()

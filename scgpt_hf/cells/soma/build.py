@@ -1,6 +1,6 @@
 """Build a local SOMA in the layout of the CELLxGENE Census from .h5ad files.
 
-The package `h5ad` opens the files, joins their genes and checks their counts; `layout.py` has the storage options.
+The package `files` opens the files, joins their genes and checks their counts; `layout.py` has the storage options.
 `census.py` reads the result, and so does every other program that reads a Census.
 
 X has to be written in the order in which TileDB stores it: tile after tile. `_order_by_tile` sorts each block of cells
@@ -29,8 +29,8 @@ from numpy.typing import NDArray
 from scipy.sparse import csr_matrix
 from tqdm.auto import tqdm
 
+from scgpt_hf.cells.files.reader import AnnDataPart, AnnDataSource
 from scgpt_hf.cells.genes import join_genes
-from scgpt_hf.cells.h5ad.reader import H5adPart, H5adSource
 from scgpt_hf.cells.obs import require_columns
 from scgpt_hf.cells.soma.context import TILEDB_CONFIG
 from scgpt_hf.cells.soma.layout import OBS_LABELS, OBS_NUMBERS, TILE, table_storage, x_storage
@@ -80,7 +80,7 @@ def build_census(
     folder = Path(folder)
     if folder.exists():
         raise FileExistsError(f"{str(folder)!r} exists; choose another folder or remove it")
-    source = H5adSource(list(paths), layer=layer, primary_only=False)
+    source = AnnDataSource(list(paths), layer=layer, primary_only=False)
     dataset_ids = _name_datasets(source.parts)
     labels = _label_cells(source, dataset_ids, keep_obs)
     _compare_space(source.parts, folder)
@@ -100,7 +100,7 @@ def build_census(
     return folder
 
 
-def _compare_space(parts: Sequence[H5adPart], folder: Path) -> None:
+def _compare_space(parts: Sequence[AnnDataPart], folder: Path) -> None:
     """Warn if the disk has less free space than the files take; the Census may still fit, as it is compressed."""
     size = sum(Path(part.name).stat().st_size for part in parts)
     free = shutil.disk_usage(next(parent for parent in folder.absolute().parents if parent.exists())).free
@@ -123,7 +123,7 @@ def _write_error(error: soma.SOMAError, folder: Path) -> OSError:
     )
 
 
-def _name_datasets(parts: Sequence[H5adPart]) -> list[str]:
+def _name_datasets(parts: Sequence[AnnDataPart]) -> list[str]:
     """Return the dataset id of each file after checking that all cells have a donor and all ids differ."""
     names = []
     for part in parts:
@@ -141,7 +141,7 @@ def _name_datasets(parts: Sequence[H5adPart]) -> list[str]:
     return names
 
 
-def _label_cells(source: H5adSource, dataset_ids: Sequence[str], keep_obs: Sequence[str]) -> pd.DataFrame:
+def _label_cells(source: AnnDataSource, dataset_ids: Sequence[str], keep_obs: Sequence[str]) -> pd.DataFrame:
     """Return the obs columns taken from the files, with "unknown" where they lack a column of the Census."""
     found = source.obs(source.columns)
     require_columns(keep_obs, source.columns)
@@ -161,13 +161,15 @@ def _label_cells(source: H5adSource, dataset_ids: Sequence[str], keep_obs: Seque
     return labels
 
 
-def write_soma(uri: str, organism: str, source: H5adSource, labels: pd.DataFrame, dataset_ids: Sequence[str]) -> None:
+def write_soma(
+    uri: str, organism: str, source: AnnDataSource, labels: pd.DataFrame, dataset_ids: Sequence[str]
+) -> None:
     """Write a SOMA in the Census layout; the source is read a few thousand cells at a time.
 
     Args:
         uri: the address to write to; must not exist.
         organism: name of the experiment.
-        source: anything with `genes`, `read` and `parts` (`name`, `obs`, `genes`) as `H5adSource` has them.
+        source: anything with `genes`, `read` and `parts` (`name`, `obs`, `genes`) as `AnnDataSource` has them.
         labels: obs without the columns that are computed here from the counts. Shape (cells, columns).
         dataset_ids: one id for each part.
     """
@@ -194,7 +196,7 @@ def write_soma(uri: str, organism: str, source: H5adSource, labels: pd.DataFrame
         _write_table(info, "summary", _summary_table(labels, organism))
 
 
-def _write_counts(raw: soma.SparseNDArray, source: H5adSource) -> tuple[pd.DataFrame, NDArray[np.int64]]:
+def _write_counts(raw: soma.SparseNDArray, source: AnnDataSource) -> tuple[pd.DataFrame, NDArray[np.int64]]:
     """Write all counts; return the computed obs columns, and the number of cells that express each gene, for var."""
     n_cells, n_genes = raw.shape
 
@@ -304,7 +306,7 @@ def _arrow_type(column: pd.Series, dictionary: bool) -> pa.DataType:
     return pa.dictionary(pa.int32(), pa.large_string()) if dictionary else pa.large_string()
 
 
-def _datasets_table(parts: Sequence[H5adPart], dataset_ids: Sequence[str]) -> pd.DataFrame:
+def _datasets_table(parts: Sequence[AnnDataPart], dataset_ids: Sequence[str]) -> pd.DataFrame:
     return pd.DataFrame(
         {
             "dataset_id": dataset_ids,

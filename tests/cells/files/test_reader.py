@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from scipy.sparse import csc_matrix, csr_matrix
 
-from scgpt_hf.cells.h5ad.reader import H5adSource
+from scgpt_hf.cells.files.reader import AnnDataSource
 from scgpt_hf.cells.source import open_source
 from tests.support.source_contract import SourceContract
 
@@ -61,7 +61,7 @@ def test_counts_are_read_from_every_matrix_format(tmp_path, cells, form):
     cells.write_h5ad(tmp_path / "cells.h5ad")
     order = np.random.default_rng(0).permutation(30)
     for data in (cells, tmp_path / "cells.h5ad"):
-        assert (H5adSource(data).read(order).counts.toarray() == expected[order]).all()
+        assert (AnnDataSource(data).read(order).counts.toarray() == expected[order]).all()
     assert (form(csr_matrix(expected)) != cells.X).sum() == 0, "reading changed the AnnData"
 
 
@@ -71,15 +71,15 @@ def test_any_rows_of_a_file_are_read_correctly(tmp_path, small_cells, rows):
     path = tmp_path / "first.h5ad"
     if not path.exists():
         AnnData(csr_matrix(np.arange(600, dtype=np.float32).reshape(300, 2))).write_h5ad(path)
-    counts = H5adSource(path).read(np.array(rows, dtype=np.int64)).counts.toarray()
+    counts = AnnDataSource(path).read(np.array(rows, dtype=np.int64)).counts.toarray()
     assert counts.tolist() == [[2 * row, 2 * row + 1] for row in rows]
 
 
 @pytest.mark.parametrize("wrong", [np.nan, -1, 0.5])
 def test_wrong_counts_beyond_the_first_cells_raise_when_they_are_read(cells, wrong, monkeypatch):
-    monkeypatch.setattr("scgpt_hf.cells.h5ad.reader.CELLS_CHECKED", 10)
+    monkeypatch.setattr("scgpt_hf.cells.files.reader.CELLS_CHECKED", 10)
     cells.X.data[cells.X.indptr[25]] = wrong
-    source = H5adSource(cells)
+    source = AnnDataSource(cells)
     source.read(np.arange(20))
     with pytest.raises(ValueError, match="AnnData"):
         source.read(np.arange(30))
@@ -90,10 +90,10 @@ def test_a_log_layer_raises_and_the_error_suggests_raw_layers(cells):
     cells.raw = cells.copy()
     cells.X = cells.X.log1p()
     with pytest.raises(ValueError, match=r"layer 'X' of AnnData.*--layer='umi' or --layer='.raw'"):
-        H5adSource(cells)
+        AnnDataSource(cells)
     del cells.layers["umi"], cells.raw
     with pytest.raises(ValueError, match=r"layer 'X' of AnnData.*no other layer"):
-        H5adSource(cells)
+        AnnDataSource(cells)
 
 
 @pytest.mark.parametrize("layer", ["raw", ".raw", "umi"])
@@ -105,7 +105,7 @@ def test_counts_are_read_from_the_requested_layer(tmp_path, cells, layer):
     cells.X = cells.X.log1p()
     cells.write_h5ad(tmp_path / "cells.h5ad")
     for data in (cells, tmp_path / "cells.h5ad"):
-        source = H5adSource(data, layer=layer)
+        source = AnnDataSource(data, layer=layer)
         assert len(source.genes) == 5
         assert (source.read(np.arange(30)).counts.toarray() == counts).all()
 
@@ -113,14 +113,14 @@ def test_counts_are_read_from_the_requested_layer(tmp_path, cells, layer):
 def test_is_primary_data_may_be_text_or_missing(cells):
     without = cells.copy()
     cells.obs["is_primary_data"] = pd.Categorical(["True", "False"] * 15)
-    assert len(H5adSource(cells).obs()) == 15
-    assert len(H5adSource(without).obs()) == 30
+    assert len(AnnDataSource(cells).obs()) == 15
+    assert len(AnnDataSource(without).obs()) == 30
 
 
 def test_cells_of_a_file_without_is_primary_data_count_as_primary(tmp_path, small_cells):
     first, second = small_cells[0].copy(), small_cells[1].copy()
     del second.obs["is_primary_data"]
-    assert len(H5adSource(write(tmp_path, [first, second])).obs()) == 144 + 140
+    assert len(AnnDataSource(write(tmp_path, [first, second])).obs()) == 144 + 140
 
 
 def test_files_and_anndata_without_cells_raise(tmp_path, cells):
@@ -128,7 +128,7 @@ def test_files_and_anndata_without_cells_raise(tmp_path, cells):
     with pytest.raises(ValueError, match=r"text\.h5ad"):
         open_source(tmp_path / "text.h5ad")
     with pytest.raises(ValueError, match="AnnData has no cells"):
-        H5adSource(cells[:0].copy())
+        AnnDataSource(cells[:0].copy())
 
 
 def test_addresses_without_data_raise(tmp_path):
@@ -149,6 +149,6 @@ def test_a_file_without_read_permission_raises_a_permission_error(tmp_path, monk
     def refuse(path, *_):
         raise PermissionError(errno.EACCES, "unable to open file", str(path))
 
-    monkeypatch.setattr("scgpt_hf.cells.h5ad.reader.h5py.File", refuse)
+    monkeypatch.setattr("scgpt_hf.cells.files.reader.h5py.File", refuse)
     with pytest.raises(PermissionError, match=r"cells\.h5ad"):
         open_source(tmp_path / "cells.h5ad")

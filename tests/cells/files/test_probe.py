@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from scgpt_hf.analysis.annotate_file import open_backed
-from scgpt_hf.cells.h5ad import probe
-from scgpt_hf.cells.h5ad.probe import require_readable
+from scgpt_hf.cells.files import probe
+from scgpt_hf.cells.files.probe import require_readable
 from scgpt_hf.cells.source import open_source
 
 HEADER = 16  # bytes before the first entry of a heap of HDF5, and of each entry

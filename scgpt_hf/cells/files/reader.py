@@ -1,4 +1,4 @@
-"""`H5adSource`: the cells of `.h5ad` files, read from disk on demand, or of an AnnData in memory.
+"""`AnnDataSource`: the cells of `.h5ad` files, read from disk on demand, or of an AnnData in memory.
 
 This module finds the raw counts of a file, and joins several files by gene id. Counts stay on disk: memory holds `obs`
 and the cells of one read. To train on millions of cells, build a SOMA (`soma/build.py`) or a cache of the files first.
@@ -18,9 +18,9 @@ from anndata.io import read_elem, sparse_dataset
 from scipy.sparse import csr_matrix, issparse, vstack
 
 from scgpt_hf.cells.block import CellBlock, Int64Array, gene_hash, name_layers, require_cell_ids, require_counts
+from scgpt_hf.cells.files.probe import require_readable
+from scgpt_hf.cells.files.validation import translate_read_errors, validate_sparse
 from scgpt_hf.cells.genes import find_gene_ids, join_genes
-from scgpt_hf.cells.h5ad.probe import require_readable
-from scgpt_hf.cells.h5ad.validation import translate_read_errors, validate_sparse
 from scgpt_hf.cells.obs import drop_unused_categories, full_filter, require_columns, select_rows
 from scgpt_hf.cells.soma.layout import TILE
 
@@ -32,7 +32,7 @@ MOST_GAP = 16  # up to this many unwanted rows, reading through them is faster t
 
 
 @dataclass(frozen=True)
-class H5adPart:
+class AnnDataPart:
     """One open file, or one AnnData.
 
     Attributes:
@@ -79,7 +79,7 @@ class H5adPart:
             return csr_matrix(validate_sparse(self.counts[start:stop], self.name))
 
 
-class H5adSource:
+class AnnDataSource:
     """The cells of one or several `.h5ad` files, or of one AnnData; see `CellSource` for the members.
 
     The cell ids are 0, 1, 2, … over all files in order, before filtering.
@@ -115,7 +115,7 @@ class H5adSource:
             "layer": layer,
             "primary_only": primary_only,
         }
-        self.parts: list[H5adPart] = []
+        self.parts: list[AnnDataPart] = []
         try:
             self._open(data, layer)
         except BaseException:
@@ -137,7 +137,7 @@ class H5adSource:
         self._selected = np.zeros(len(obs), dtype=np.bool_)
         self._selected[rows] = True
 
-    def __enter__(self) -> "H5adSource":
+    def __enter__(self) -> "AnnDataSource":
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -193,12 +193,12 @@ class H5adSource:
         }
 
 
-def open_parts(data: AnnData | str | Path | Sequence[str | Path], layer: str | None) -> Iterator[H5adPart]:
+def open_parts(data: AnnData | str | Path | Sequence[str | Path], layer: str | None) -> Iterator[AnnDataPart]:
     """Open files, or an AnnData, one after the other.
 
     Args:
         data: an AnnData, or one or several paths.
-        layer: the layer with the raw counts; see `H5adSource`.
+        layer: the layer with the raw counts; see `AnnDataSource`.
 
     Yields:
         Each file with its raw counts and gene ids.
@@ -225,7 +225,7 @@ def open_parts(data: AnnData | str | Path | Sequence[str | Path], layer: str | N
             raise
 
 
-def _open_part(file: h5py.File, name: str, layer: str | None) -> H5adPart:
+def _open_part(file: h5py.File, name: str, layer: str | None) -> AnnDataPart:
     with translate_read_errors(name):
         frames = {"X": read_elem(file["var"]), RAW: read_elem(file["raw/var"]) if "raw/var" in file else None}
         obs = read_elem(file["obs"])
@@ -239,7 +239,7 @@ def _open_part(file: h5py.File, name: str, layer: str | None) -> H5adPart:
 
 def _make_part(
     name: str, matrices: Mapping[str, Any], obs: pd.DataFrame, frames: Mapping[str, pd.DataFrame], layer: str | None
-) -> H5adPart:
+) -> AnnDataPart:
     """Return a file with its chosen layer, after checking that the first cells of the layer are raw counts.
 
     Args:
@@ -267,7 +267,7 @@ def _make_part(
     except ValueError as error:
         others = {other: _looks_raw(matrix) for other, matrix in matrices.items() if other != chosen}
         raise name_layers(error, others) from error
-    return H5adPart(name, matrix, obs, find_gene_ids(var, name))
+    return AnnDataPart(name, matrix, obs, find_gene_ids(var, name))
 
 
 def _on_disk(matrix: h5py.Group | h5py.Dataset) -> Any:

@@ -1,0 +1,1 @@
+"""Files of cells, such as .h5ad, and AnnData."""

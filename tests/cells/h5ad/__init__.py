@@ -1,1 +1,0 @@
-"""Tests of h5ad."""
