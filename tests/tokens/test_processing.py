@@ -326,7 +326,7 @@ def test_a_vocabulary_that_differs_from_the_saved_model_raises(
 
 def test_return_tensors_accepts_pytorch_only() -> None:
     processor = ScGPTProcessor.from_genes(GENES)
-    asked, plain = processor(_counts(), GENES, return_tensors="pt"), processor(_counts(), GENES)
-    assert all(torch.equal(asked[key], plain[key]) for key in plain)
+    explicit, plain = processor(_counts(), GENES, return_tensors="pt"), processor(_counts(), GENES)
+    assert all(torch.equal(explicit[key], plain[key]) for key in plain)
     with pytest.raises(ValueError, match=r"return_tensors='np': .* PyTorch tensors; leave it out, or pass 'pt'"):
         processor(_counts(), GENES, return_tensors="np")
