@@ -18,6 +18,7 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from scgpt_hf.analysis.embed import KEY
 from scgpt_hf.analysis.inference import RunSettings, run_model
+from scgpt_hf.cells.missing import has_label
 from scgpt_hf.cells.source import open_source
 from scgpt_hf.pipeline.genes import match_columns
 from scgpt_hf.pipeline.stream import Batch
@@ -141,7 +142,7 @@ def transfer_labels(
         n_neighbors: number of reference cells that vote.
         threshold: lowest share of the votes with which a cell gets its type, in [0, 1].
         max_distance: mean distance to the neighbours beyond which a cell is "unassigned".
-        ignore: values of `labels_key` that are not labels; missing values are always ignored.
+        ignore: further values of `labels_key` that are not labels, besides missing values and "unknown".
         key_added: name of the columns, and of the report in `query.uns`.
         overwrite: replace columns of that name.
 
@@ -251,14 +252,14 @@ def _reference_labels(
     """
     if labels_key not in reference.obs:
         raise ValueError(f"the reference has no obs[{labels_key!r}]; its columns are {list(reference.obs)}")
-    text = reference.obs[labels_key].astype(object)
-    labelled = (text.notna() & ~text.astype(str).isin(["", *ignore])).to_numpy(bool) & np.isfinite(vectors).all(axis=1)
+    column = reference.obs[labels_key]
+    labelled = has_label(column, ignore) & np.isfinite(vectors).all(axis=1)
     if labelled.sum() <= n_neighbors:
         raise ValueError(
-            f"{labelled.sum():,} of {len(text):,} cells of the reference have a label in obs[{labels_key!r}], expected "
-            f"more than the {n_neighbors} neighbours that vote; choose another column, or fewer neighbours"
+            f"{labelled.sum():,} of {len(column):,} cells of the reference have a label in obs[{labels_key!r}], "
+            f"expected more than the {n_neighbors} neighbours that vote; choose another column, or fewer neighbours"
         )
-    labels = text[labelled].astype(str).to_numpy(str)
+    labels = column[labelled].astype(object).astype(str).to_numpy(str)
     if (labels == labels[0]).all():
         raise ValueError(
             f"all {len(labels):,} labelled cells of the reference have {str(labels[0])!r} in obs[{labels_key!r}], so "

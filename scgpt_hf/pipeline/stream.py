@@ -31,6 +31,7 @@ import numpy as np
 import torch
 
 from scgpt_hf.cells.block import CellBlock, Int64Array
+from scgpt_hf.cells.missing import has_value
 from scgpt_hf.cells.schedule.epoch import Plan, list_windows
 from scgpt_hf.cells.source import CellSource
 from scgpt_hf.cells.threads import JOIN_TIMEOUT_S, DaemonThreadPool, in_order, n_cores
@@ -365,8 +366,14 @@ class CellStream:
     def _class_ids(self, block: CellBlock, key: str) -> Int64Array:
         """Return the class id of each cell of the block, from its value in the obs column of a category. (cells,)."""
         column, id_of_value = self.config.categories[key]
-        values = block.obs[column].astype(str)
-        ids = values.map(id_of_value)
+        values = block.obs[column].astype(object).astype(str)
+        known = has_value(block.obs[column])
+        ids = values.where(known).map(id_of_value)
+        if n_missing := int((~known).sum()):
+            raise ValueError(
+                f"{n_missing:,} of the cells {block.cell_ids.min():,} to {block.cell_ids.max():,} have no value in "
+                f"obs[{column!r}]; leave these cells out"
+            )
         if ids.isna().any():
             unknown = sorted(set(values) - set(id_of_value))
             what = "experimental batches" if key == "domain_ids" else f"values ({key})"

@@ -20,6 +20,8 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 from matplotlib.textpath import TextPath
 
+from scgpt_hf.cells.missing import has_value
+
 FloatArray = npt.NDArray[np.floating[Any]]
 
 # The first eight can be told apart with every common kind of colour blindness (Okabe & Ito 2008,
@@ -169,7 +171,8 @@ def _require_map(coordinates: FloatArray, panels: Mapping[str, Sequence[str]]) -
 
 def _colours(categories: Sequence[str]) -> tuple[npt.NDArray[np.str_], dict[str, str]]:
     """Return the colour of each cell, and the legend: name with the number of cells → colour."""
-    names = pd.Series(np.asarray(categories, dtype=object)).astype("string").fillna("unlabelled")
+    values = pd.Series(list(categories), dtype=object)
+    names = values.where(has_value(values), "unlabelled").astype(str)
     sizes = names.value_counts()
     ordered = sorted(set(sizes.index) - set(UNLABELLED), key=lambda name: (-sizes[name], name))
     shown = ordered if len(ordered) <= len(PALETTE) else ordered[: len(PALETTE) - 1]

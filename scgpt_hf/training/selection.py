@@ -13,6 +13,7 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
 from scgpt_hf.cells.block import Int64Array
+from scgpt_hf.cells.missing import fill_missing
 from scgpt_hf.cells.selection.filters import (
     cells_expressing,
     cells_with_value,
@@ -98,8 +99,9 @@ def select_or_resume(source: CellSource, settings: Settings) -> tuple[Selection,
 def select_cells_and_genes(source: CellSource, data: DataSettings, seed: int) -> Selection:
     """Select the cells and genes of a new run.
 
-    Donors are sampled, cells with few genes are dropped, donors are split into training and validation, and genes are
-    chosen on the training cells alone, so that nothing of the validation cells enters the model.
+    Cells without a donor or a batch are dropped, donors are sampled, cells with few genes are dropped, donors are split
+    into training and validation, and genes are chosen on the training cells alone, so that nothing of the validation
+    cells enters the model.
 
     Args:
         source: of the cells.
@@ -110,7 +112,8 @@ def select_cells_and_genes(source: CellSource, data: DataSettings, seed: int) ->
         ValueError: a step leaves too few cells, donors or genes. The message names what was found and how to fix it.
     """
     obs = source.obs(sorted({data.donor_key, *([data.batch_key] if data.batch_key else [])}))
-    obs = obs.loc[cells_with_value(obs, data.donor_key)]
+    for column in dict.fromkeys([data.donor_key, *([data.batch_key] if data.batch_key else [])]):
+        obs = obs.loc[cells_with_value(obs, column)]
     if data.max_cells is not None:
         obs = obs.loc[sample_donors(obs, data.max_cells, seed=seed, donor_key=data.donor_key)]
     obs = obs.loc[filter_cells(source, obs.index.to_numpy(np.int64), data.min_genes)]
@@ -134,11 +137,14 @@ def composition_of(source: CellSource, parts: dict[str, Int64Array]) -> dict[str
         parts: part → cell ids. Shape (cells of the part,).
 
     Returns:
-        obs column → value → number of cells, over all parts.
+        obs column → value → number of cells, over all parts. Missing values are counted as "unknown".
     """
     columns = [column for column in ("tissue_general", "assay", "disease", "dataset_id") if column in source.columns]
-    obs = source.obs(columns).loc[np.concatenate(list(parts.values()))].astype(str)
-    return {column: {str(value): int(n) for value, n in obs[column].value_counts().items()} for column in columns}
+    obs = source.obs(columns).loc[np.concatenate(list(parts.values()))]
+    return {
+        column: {str(value): int(n) for value, n in fill_missing(obs[column]).value_counts().items()}
+        for column in columns
+    }
 
 
 def save_selection(selection: Selection, source: CellSource, settings: Settings) -> None:

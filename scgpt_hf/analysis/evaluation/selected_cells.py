@@ -12,6 +12,7 @@ import numpy.typing as npt
 import pandas as pd
 
 from scgpt_hf.analysis.evaluation.metrics import FloatArray, Labels, require_embedding
+from scgpt_hf.cells.missing import fill_missing, has_label, has_value
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -61,7 +62,8 @@ def select_cells(
         embedding_keys: keys of obsm.
         labels_key: obs column with cell types.
         batch_key: obs column with batches, usually donors.
-        unlabeled_categories: values of `labels_key` that mean a cell has no label. Missing and empty values always do.
+        unlabeled_categories: values of `labels_key` that mean a cell has no label. Missing values and "unknown" always
+            do.
         max_cells: highest number of cells; if there are more, they are sampled with `sample_cells`.
         seed: seed of the sample.
 
@@ -81,13 +83,13 @@ def select_cells(
         raise ValueError(
             f"obsm has no {unknown[0]!r}; its keys are {sorted(adata.obsm)}; compute embeddings with scripts/embed.py"
         )
-    labels, batches = (adata.obs[column].astype(object) for column in (labels_key, batch_key))
-    if n_missing := int(batches.isna().sum()):
+    labels, batches = adata.obs[labels_key], adata.obs[batch_key]
+    if n_missing := int((~has_value(batches)).sum()):
         raise ValueError(
             f"{n_missing:,} of {adata.n_obs:,} cells have no value in {batch_key!r}; set one, or leave these cells out"
         )
-    labelled = (labels.notna() & ~labels.astype(str).isin(["", *unlabeled_categories])).to_numpy()
-    names = labels.astype(str).to_numpy(str)
+    labelled = has_label(labels, unlabeled_categories)
+    names = fill_missing(labels).to_numpy(str)
     sizes = pd.Series(names[labelled]).value_counts()
     single = labelled & np.isin(names, sizes.index[sizes == 1].to_numpy(str))
     rows = np.flatnonzero(labelled & ~single)
@@ -95,7 +97,7 @@ def select_cells(
         raise ValueError(
             f"no label in {labels_key!r} has two cells: {labelled.sum():,} of {adata.n_obs:,} cells have a label"
         )
-    groups = batches.astype(str).to_numpy(str)
+    groups = fill_missing(batches).to_numpy(str)
     chosen = rows[sample_cells(names[rows], groups[rows], max_cells, seed)]
     left_out = {
         "without a label": int((~labelled).sum()),

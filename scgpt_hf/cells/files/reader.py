@@ -302,9 +302,12 @@ def _looks_raw(matrix: Any) -> bool:
 
 def _join_obs(tables: Sequence[pd.DataFrame]) -> pd.DataFrame:
     """Return the obs of all files, indexed by cell id, with text as categories."""
-    obs = pd.concat(tables, ignore_index=True).rename_axis("cell_id")
+    names = dict.fromkeys(name for table in tables for name in table)
+    # A column without any value has no type of its own: it takes the type that the column has in the other files.
+    filled = [table.dropna(axis="columns", how="all") for table in tables] if len(tables) > 1 else tables
+    obs = pd.concat(filled, ignore_index=True).reindex(columns=list(names)).rename_axis("cell_id")
     obs.index = obs.index.astype(np.int64)
-    for name in obs.select_dtypes(object):
+    for name in obs.select_dtypes(["object", "string"]):
         obs[name] = obs[name].astype("category")
     if "is_primary_data" in obs:
         primary = obs["is_primary_data"]

@@ -12,6 +12,7 @@ import numpy.typing as npt
 import pandas as pd
 
 from scgpt_hf.cells.block import Int64Array
+from scgpt_hf.cells.missing import has_value
 from scgpt_hf.cells.selection.counts import counts_per_gene, genes_per_cell
 from scgpt_hf.cells.selection.splits import find_donors
 
@@ -26,7 +27,7 @@ def cells_with_value(obs: pd.DataFrame, column: str = "donor_id") -> Int64Array:
 
     Args:
         obs: one row for each cell, index = cell ids. Shape (cells, columns).
-        column: column of `obs`. A value is missing if it is null or an empty string.
+        column: column of `obs`. `has_value` decides which values are missing.
 
     Returns:
         int64 cell ids, in the order of `obs`.
@@ -36,7 +37,7 @@ def cells_with_value(obs: pd.DataFrame, column: str = "donor_id") -> Int64Array:
     """
     if column not in obs:
         raise ValueError(f"obs has no column {column!r}; its columns are {list(obs.columns)}")
-    kept = (obs[column].notna() & (obs[column].astype(str) != "")).to_numpy()
+    kept = has_value(obs[column])
     _log_dropped("cells", kept, f"no {column}")
     return obs.index.to_numpy(np.int64)[kept]
 

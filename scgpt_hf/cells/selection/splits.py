@@ -25,6 +25,7 @@ import numpy.typing as npt
 import pandas as pd
 
 from scgpt_hf.cells.block import Int64Array
+from scgpt_hf.cells.missing import has_value
 
 # How many times the donors are placed at random; the placement closest to the fractions is kept.
 _N_PLACEMENTS = 300
@@ -110,8 +111,7 @@ def find_donors(obs: pd.DataFrame, donor_key: str) -> tuple[npt.NDArray[np.intp]
         raise ValueError("found no cells to take donors from; widen the filter (--obs_filter)")
     if donor_key not in obs:
         raise ValueError(f"obs has no column {donor_key!r} with the donors; its columns are {list(obs.columns)}")
-    missing = int(obs[donor_key].isna().sum())
-    if missing:
+    if missing := int((~has_value(obs[donor_key])).sum()):
         raise ValueError(
             f"{missing:,} of {len(obs):,} cells have no {donor_key}; choose a column that every cell has "
             "(--donor_key, --hvg_batch_key), or leave these cells out (--obs_filter; `cells_with_value` in Python)"

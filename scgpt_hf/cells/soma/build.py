@@ -31,6 +31,7 @@ from tqdm.auto import tqdm
 
 from scgpt_hf.cells.files.reader import AnnDataPart, AnnDataSource
 from scgpt_hf.cells.genes import join_genes
+from scgpt_hf.cells.missing import UNKNOWN, fill_missing, has_value
 from scgpt_hf.cells.obs import require_columns
 from scgpt_hf.cells.soma.context import TILEDB_CONFIG
 from scgpt_hf.cells.soma.layout import OBS_LABELS, OBS_NUMBERS, TILE, table_storage, x_storage
@@ -54,9 +55,10 @@ def build_census(
     """Build a SOMA in the Census layout with the cells of all files and the union of their genes.
 
     Each file becomes one dataset. Its name is the `dataset_id` in obs if there is exactly one, else the name of the
-    file. Columns of the Census that the files lack are filled with "unknown", and `is_primary_data` with True; columns
-    that the Census does not have are dropped, unless you keep them. Both are logged. The folder is created at the end:
-    a failed build leaves nothing behind.
+    file. Columns of the Census that the files lack are filled with "unknown", and `is_primary_data` with True; so are
+    missing values in these columns. Columns that the Census does not have are dropped, unless you keep them; there,
+    missing values stay missing (null). All of this is logged. The folder is created at the end: a failed build leaves
+    nothing behind.
 
     Args:
         paths: .h5ad files with raw counts and an obs column `donor_id`.
@@ -128,11 +130,12 @@ def _name_datasets(parts: Sequence[AnnDataPart]) -> list[str]:
     names = []
     for part in parts:
         require_columns(["donor_id"], [str(name) for name in part.obs])
-        if n_missing := int(part.obs["donor_id"].isna().sum()):
+        if n_missing := int((~has_value(part.obs["donor_id"])).sum()):
             raise ValueError(
                 f"{part.name}: {n_missing:,} of {len(part.obs):,} cells have no donor_id, by which cells are split"
             )
-        given = list(part.obs["dataset_id"].unique()) if "dataset_id" in part.obs else []
+        ids = part.obs["dataset_id"] if "dataset_id" in part.obs else pd.Series(dtype=object)
+        given = list(ids[has_value(ids)].unique())
         names.append(str(given[0]) if len(given) == 1 else Path(part.name).stem)
     if repeated := sorted({name for name in names if names.count(name) > 1}):
         raise ValueError(
@@ -151,13 +154,13 @@ def _label_cells(source: AnnDataSource, dataset_ids: Sequence[str], keep_obs: Se
     sizes = [len(part.obs) for part in source.parts]
     labels = pd.DataFrame({"dataset_id": np.repeat(np.array(dataset_ids, dtype=object), sizes)})
     for name in OBS_LABELS[1:]:
-        labels[name] = (
-            found[name].astype(object).where(found[name].notna(), "unknown").to_numpy() if name in found else "unknown"
-        )
+        labels[name] = fill_missing(found[name]).to_numpy(object) if name in found else UNKNOWN
     labels["is_primary_data"] = found["is_primary_data"].to_numpy() if "is_primary_data" in found else True
     for name in keep_obs:
         if name not in labels:
-            labels[name] = found[name].to_numpy()
+            labels[name] = found[name].array
+    if filled := {name: int((~has_value(found[name])).sum()) for name in OBS_LABELS if name in found}:
+        logger.info("cells without a value: %s", {name: n for name, n in filled.items() if n} or "none")
     return labels
 
 
@@ -286,8 +289,9 @@ def _write_table(parent: Any, name: str, table: pd.DataFrame, dictionaries: Sequ
         dictionaries: text columns to store as dictionaries, like categoricals.
     """
     table = table.assign(soma_joinid=np.arange(len(table), dtype=np.int64))
-    for column in table.select_dtypes(["object", "category"]):
-        table[column] = table[column].astype(str)
+    for column in table:
+        if not _is_number(table[column]):  # text and mixed columns; a missing value becomes null
+            table[column] = table[column].astype(object).where(has_value(table[column]), None).map(str, "ignore")
     fields = [pa.field(column, _arrow_type(table[column], column in dictionaries)) for column in table]
     schema = pa.schema(fields)
     parent.add_new_dataframe(
@@ -300,9 +304,13 @@ def _write_table(parent: Any, name: str, table: pd.DataFrame, dictionaries: Sequ
         frame.write(pa.Table.from_pandas(table, schema=schema, preserve_index=False))
 
 
+def _is_number(column: pd.Series) -> bool:
+    return column.dtype.kind in "biuf"
+
+
 def _arrow_type(column: pd.Series, dictionary: bool) -> pa.DataType:
-    if column.dtype != object:
-        return pa.from_numpy_dtype(column.dtype)
+    if _is_number(column):
+        return pa.from_numpy_dtype(getattr(column.dtype, "numpy_dtype", column.dtype))
     return pa.dictionary(pa.int32(), pa.large_string()) if dictionary else pa.large_string()
 
 

@@ -12,6 +12,7 @@ import numpy.typing as npt
 import pandas as pd
 
 from scgpt_hf.cells.block import Int64Array
+from scgpt_hf.cells.missing import has_label, has_value
 from scgpt_hf.cells.selection.splits import split_cells
 
 logger = logging.getLogger(__name__)
@@ -69,22 +70,22 @@ def select_labelled(
         donor_key: column whose values stay together; None for `donor_id` if obs has it.
         validation_fraction: share of the labelled cells to hold out, in (0, 1).
         label_fraction: share of the training cells of each label to keep, at least one cell each; in (0, 1].
-        ignore_labels: values that are not labels. Missing and empty values never are.
+        ignore_labels: further values that are not labels, besides missing values and "unknown"; see `has_label`.
         min_cells: leave out labels with fewer cells; at least 2.
         seed: determines the split and the cells that `label_fraction` keeps.
 
     Raises:
         ValueError: fewer than two labels are left, or a cell has no value in `donor_key`.
     """
-    values = obs[labels_key].astype(object)
-    labelled = (values.notna() & ~values.astype(str).isin(["", *ignore_labels])).to_numpy()
-    label_of = values[labelled].astype(str)
+    labelled = has_label(obs[labels_key], ignore_labels)
+    label_of = obs[labels_key][labelled].astype(object).astype(str)
     n_cells = label_of.value_counts().sort_index()
     rare = {str(name): int(n) for name, n in n_cells[n_cells < min_cells].items()}
     label_of = label_of[~label_of.isin(list(rare)).to_numpy()]
     _require_labels(label_of, labels_key, len(obs), ignore_labels, rare, min_cells)
-    if donor_key is None and "donor_id" in obs and obs.loc[label_of.index, "donor_id"].nunique() > 1:
-        donor_key = "donor_id"
+    if donor_key is None and "donor_id" in obs:
+        donors = obs.loc[label_of.index, "donor_id"]
+        donor_key = "donor_id" if donors[has_value(donors)].nunique() > 1 else None
     parts = _split(obs.loc[label_of.index], label_of, donor_key, validation_fraction, seed)
     learned = set(label_of.reindex(parts["train"]))
     unseen = ~label_of.reindex(parts["validation"]).isin(learned).to_numpy()

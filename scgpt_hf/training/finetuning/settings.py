@@ -29,7 +29,7 @@ class AnnotateSettings(FinetuneSettings):
     """The settings of `finetune_classifier`: a class head on labelled cells."""
 
     labels_key: str = required("obs column with the labels to learn, e.g. cell_type")
-    ignore_labels: list[str] = setting(["unknown"], "values that are not labels; missing values never are")
+    ignore_labels: list[str] = setting(["unknown"], "values that are not labels; missing values and unknown never are")
     min_cells: int = setting(2, "leave out labels with fewer cells; the summary counts them")
     train: Literal["head", "lora", "full"] = setting(
         "full",
