@@ -18,9 +18,9 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 import pandas as pd
-from numba import njit
 
 from scgpt_hf.cells.block import CellBlock
+from scgpt_hf.cells.compiled import compiled
 from scgpt_hf.cells.soma.build import write_soma
 from scgpt_hf.cells.soma.layout import OBS_LABELS
 
@@ -150,7 +150,7 @@ def gene_tables(n_genes: int, seed: int) -> tuple[np.ndarray, np.ndarray, np.nda
     return np.stack(genes), np.stack(thresholds), np.stack(guides)
 
 
-@njit(nogil=True, cache=True)
+@compiled
 def sample_cells(libraries, kinds, by_rank, thresholds, guides, seed, first):
     """Return the number of expressed genes of each cell, and the genes (ascending) and counts of all cells."""
     n_genes, n_most = by_rank.shape[1], int(libraries.sum())

@@ -7,7 +7,12 @@ This module also defines how kernels are compiled. Without numba `COMPILED` is F
 caller gives the same results, more slowly.
 """
 
+import os
+import stat
 from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from tempfile import gettempdir
 from typing import Any, TypeVar, cast
 
 import numpy as np
@@ -15,7 +20,7 @@ import numpy as np
 from .randomness_scgpt import GOLDEN_GAMMA, mix_bits
 
 try:
-    from numba import njit
+    from numba import config, njit
 
     COMPILED = True
 except ImportError:
@@ -30,8 +35,10 @@ _F = TypeVar("_F", bound=Callable[..., Any])
 def compiled(function: _F) -> _F:
     """Compile a function with numba at its first call; it then runs without the GIL.
 
-    The machine code is cached on disk if there is a writable folder. numba renews the cache when the file of the
-    function changes, but not when a kernel in another file does: after changing this file, delete `__pycache__`.
+    numba caches the machine code in `NUMBA_CACHE_DIR`, next to this file, or in the user's cache folder. If none of
+    them is writable, it is cached in a private folder for temporary files, and without that not at all. numba renews
+    the cache when the file of the function changes, but not when a kernel in another file does: after changing this
+    file, delete `__pycache__`.
 
     Returns:
         The compiled function, or the function itself if numba is not installed.
@@ -39,10 +46,27 @@ def compiled(function: _F) -> _F:
     if not COMPILED:
         return function
     try:
-        kernel: Any = njit(nogil=True, cache=True)(function)
+        return cast(_F, njit(nogil=True, cache=True)(function))
     except RuntimeError:  # numba found no writable folder for its cache
-        kernel = njit(nogil=True)(function)
-    return cast(_F, kernel)
+        config.CACHE_DIR = _temporary_cache() or config.CACHE_DIR  # type: ignore[attr-defined]
+    try:
+        return cast(_F, njit(nogil=True, cache=True)(function))
+    except RuntimeError:
+        return cast(_F, njit(nogil=True)(function))
+
+
+@cache
+def _temporary_cache() -> str | None:
+    """Return a folder for temporary files to which no other user can write, or None; as in `cells/compiled.py`."""
+    try:
+        folder = Path(gettempdir(), f"scgpt_hf-numba-{os.getuid()}")
+        folder.mkdir(mode=0o700, exist_ok=True)
+        found = folder.lstat()
+    except OSError:
+        return None
+    # numba unpickles the files of its cache, so a folder that another user made in advance must not be used.
+    private = stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid() and not found.st_mode & 0o022
+    return str(folder) if private else None
 
 
 _mix_bits = compiled(mix_bits)

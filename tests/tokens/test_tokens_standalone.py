@@ -61,21 +61,29 @@ def test_a_saved_processor_loads_without_the_package(tmp_path: Path, absent: tup
     assert saved == again
 
 
-def test_kernels_compile_without_a_writable_folder(tmp_path: Path) -> None:
+@pytest.mark.parametrize("temporary", [True, False])
+def test_kernels_compile_without_a_writable_folder(tmp_path: Path, temporary: bool) -> None:
     source = Path(sys.modules[ScGPTProcessor.__module__].__file__ or "").parent
     package = tmp_path / "copied"
     shutil.copytree(source, package, ignore=shutil.ignore_patterns("__pycache__"))
     (package / "__pycache__").write_text("a file where numba expects a folder")
     code = """
+import os
 import numpy as np
 from copied.sampling_scgpt import COMPILED, random_word
 assert COMPILED
-assert type(random_word._cache).__name__ == "NullCache"
 assert random_word(np.uint64(1234567), 0) == 6457827717110365317
+print(type(random_word._cache).__name__, random_word._cache.cache_path)
 """
     no_folder = tmp_path / "file"
     no_folder.write_text("")
+    folder = tmp_path / f"scgpt_hf-numba-{os.getuid()}"
+    if not temporary:
+        folder.write_text("a file that is in the way")
     variables = os.environ | {"HOME": str(no_folder), "XDG_CACHE_HOME": str(no_folder), "NUMBA_CACHE_DIR": ""}
     command = [sys.executable, "-c", code]
+    variables["TMPDIR"] = str(tmp_path)
     done = subprocess.run(command, cwd=tmp_path, env=variables, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+    kind, path = done.stdout.split()
+    assert (kind == "NullCache", path.startswith(str(folder))) == (not temporary, temporary)

@@ -12,11 +12,11 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pyarrow as pa
-from numba import njit
 
 from scgpt_hf.cells.block import CellBlock, CsrArrays, Int64Array
 from scgpt_hf.cells.cache.format import CELL_COLUMNS, ESCAPE, Array, cache_schema
 from scgpt_hf.cells.cache.manifest import REMEDY, CacheError
+from scgpt_hf.cells.compiled import compiled
 from scgpt_hf.cells.soma.layout import TILE
 
 _CELLS, _IDS, _OFFSETS, _GENES, _COUNTS, _LARGE_OFFSETS, _LARGE = range(7)  # columns of `Shard.batches`
@@ -255,7 +255,7 @@ def _find_buffers(batch: pa.RecordBatch, address: int) -> tuple[int, ...]:
     return n_cells, ids, offsets, genes, counts, large_offsets, large
 
 
-@njit(nogil=True, cache=True)
+@compiled
 def _find_cells(longs, ints, batches, chunks, cell_ids, places, lengths):  # type: ignore[no-untyped-def]
     """Find cells of a shard; fill `places` and `lengths`.
 
@@ -291,7 +291,7 @@ def _find_cells(longs, ints, batches, chunks, cell_ids, places, lengths):  # typ
         places[i, 2] = -1 if large == no_large else batch[_LARGE] + large
 
 
-@njit(nogil=True, cache=True)
+@compiled
 def _touch_cells(all_genes, all_counts, places, lengths):  # type: ignore[no-untyped-def]
     """Read one byte of every page of the cells, so that the system loads them; return the sum of the bytes.
 
@@ -309,7 +309,7 @@ def _touch_cells(all_genes, all_counts, places, lengths):  # type: ignore[no-unt
     return total
 
 
-@njit(nogil=True, cache=True)
+@compiled
 def _copy_cells(all_genes, all_counts, all_large, cells, places, indptr, genes, counts):  # type: ignore[no-untyped-def]
     """Copy the genes and counts of cells into the arrays of a CSR matrix; return how many counts exceed 16 bits."""
     n_misfits = 0

@@ -24,11 +24,11 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 import tiledbsoma as soma
-from numba import njit
 from numpy.typing import NDArray
 from scipy.sparse import csr_matrix
 from tqdm.auto import tqdm
 
+from scgpt_hf.cells.compiled import compiled
 from scgpt_hf.cells.files.reader import AnnDataPart, AnnDataSource
 from scgpt_hf.cells.genes import join_genes
 from scgpt_hf.cells.missing import UNKNOWN, fill_missing, has_value
@@ -231,7 +231,7 @@ def _entries_by_tile(counts: csr_matrix, first_cell: int) -> pa.Table:
     return pa.table(dict(zip(("soma_dim_0", "soma_dim_1", "soma_data"), entries, strict=True)))
 
 
-@njit(nogil=True, cache=True)
+@compiled
 def _order_by_tile(indptr, indices, data, first_cell, n_tiles):  # type: ignore[no-untyped-def]
     """Return cells, genes and counts tile by tile, and cell by cell within a tile.
 
@@ -264,7 +264,7 @@ def _count_numbers(counts: csr_matrix) -> pd.DataFrame:
     return pd.DataFrame({"raw_sum": total, "nnz": nnz, "raw_mean_nnz": mean, "raw_variance_nnz": variance})
 
 
-@njit(nogil=True, cache=True)
+@compiled
 def _moments(indptr, data):  # type: ignore[no-untyped-def]
     """Return sum, mean and variance of the entries of each row, 0 for an empty row. float64, shape (rows,) each."""
     total, mean, variance = np.zeros(len(indptr) - 1), np.zeros(len(indptr) - 1), np.zeros(len(indptr) - 1)

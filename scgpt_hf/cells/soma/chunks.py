@@ -29,10 +29,10 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 import tiledbsoma as soma
-from numba import njit
 from numpy.typing import NDArray
 
 from scgpt_hf.cells.block import CellBlock, CsrArrays, Int64Array
+from scgpt_hf.cells.compiled import compiled
 from scgpt_hf.cells.soma.layout import TILE
 from scgpt_hf.cells.soma.native import NativeArray
 
@@ -228,7 +228,7 @@ def _widen_words(words: NDArray[np.uint32]) -> NDArray[np.uint64]:
 # loop that does several things at once, or one with offsets in its indices, stays scalar and is slower.
 
 
-@njit(nogil=True, cache=True)
+@compiled
 def _find_runs(ids, row_of_id, first_id, rows, starts, stops):  # type: ignore[no-untyped-def]
     """Fill the row, start and stop of each run of entries of a wanted cell; return the number of runs."""
     n_runs = entry = 0
@@ -243,7 +243,7 @@ def _find_runs(ids, row_of_id, first_id, rows, starts, stops):  # type: ignore[n
     return n_runs
 
 
-@njit(nogil=True, cache=True)
+@compiled
 def _pack_words(genes, counts, starts, stops, words):  # type: ignore[no-untyped-def]
     """Fill words of 32 bits; return the number of counts that are 0, and of those that do not fit 16 bits.
 
@@ -269,7 +269,7 @@ def _pack_words(genes, counts, starts, stops, words):  # type: ignore[no-untyped
     return n_zeros, n_misfits
 
 
-@njit(nogil=True, cache=True)
+@compiled
 def _place_runs(part, rows, lengths, indptr, next_place, words, gene_mask):  # type: ignore[no-untyped-def]
     """Copy each run of a part behind the last one of its cell; return whether genes of a cell do not ascend.
 
@@ -289,7 +289,7 @@ def _place_runs(part, rows, lengths, indptr, next_place, words, gene_mask):  # t
     return unsorted
 
 
-@njit(nogil=True, cache=True)
+@compiled
 def _unpack_words(indptr, words, rows, starts, genes, counts):  # type: ignore[no-untyped-def]
     """Fill genes and counts of these rows of a chunk, each from its start on, from words of 32 bits."""
     for cell in range(len(rows)):
@@ -301,7 +301,7 @@ def _unpack_words(indptr, words, rows, starts, genes, counts):  # type: ignore[n
             row_counts[i] = row_words[i] >> _COUNT_SHIFT
 
 
-@njit(nogil=True, cache=True)
+@compiled
 def _unpack_wide_words(indptr, words, rows, starts, genes, counts):  # type: ignore[no-untyped-def]
     """Fill genes and the bits of counts of these rows of a chunk, each from its start on, from words of 64 bits."""
     for cell in range(len(rows)):

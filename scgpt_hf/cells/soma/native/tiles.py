@@ -18,10 +18,10 @@ from typing import Any, TypeAlias
 
 import numpy as np
 import pyarrow as pa
-from numba import njit
 from numpy.typing import NDArray
 
 from scgpt_hf.cells.block import Int64Array
+from scgpt_hf.cells.compiled import compiled
 from scgpt_hf.cells.soma.native.fragments import Field
 
 Array: TypeAlias = NDArray[Any]
@@ -77,7 +77,7 @@ def _to_numbers(content: Bytes, chunk_sizes: Int64Array, field: Field) -> Array:
     return numbers.view(np.float32) if field.dtype == np.float32 else numbers
 
 
-@njit(nogil=True, cache=True)
+@compiled
 def _find_all_frames(parts, shuffled, widths, frames, sizes, n_chunks):  # type: ignore[no-untyped-def]
     """Call `_find_frames` for each field; fill the number of chunks of each, and return the number of bytes copied.
 
@@ -92,7 +92,7 @@ def _find_all_frames(parts, shuffled, widths, frames, sizes, n_chunks):  # type:
     return n_bytes
 
 
-@njit(nogil=True, cache=True)
+@compiled
 def _find_frames(stored, shuffled, width, frames, sizes):  # type: ignore[no-untyped-def]
     """Copy the Zstandard frames of all chunks of a field behind one another, and fill the decompressed size of each.
 
@@ -134,7 +134,7 @@ def _find_frames(stored, shuffled, width, frames, sizes):  # type: ignore[no-unt
     return (n_chunks if n_left == 0 else -1), n_bytes
 
 
-@njit(nogil=True, cache=True)
+@compiled
 def _read_uint32(stored, at):  # type: ignore[no-untyped-def]
     """Return the little-endian number of 4 bytes at an offset; beyond the end a number that no size can equal."""
     if at + 4 > len(stored):
@@ -142,7 +142,7 @@ def _read_uint32(stored, at):  # type: ignore[no-untyped-def]
     return stored[at] | stored[at + 1] << 8 | stored[at + 2] << 16 | np.int64(stored[at + 3]) << 24
 
 
-@njit(nogil=True, cache=True)
+@compiled
 def _unshuffle(content, chunk_sizes, width, numbers):  # type: ignore[no-untyped-def]
     """Fill the lower 4 bytes of numbers of `width` bytes, which are stored apart in each chunk, all lowest ones first.
 
