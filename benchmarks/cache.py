@@ -32,7 +32,7 @@ from scgpt_hf.cells.schedule.epoch import plan_epoch
 from scgpt_hf.cells.selection.hvg import highly_variable_genes
 from scgpt_hf.cells.source import open_source
 from scgpt_hf.cli.process import tune_process
-from scgpt_hf.pipeline.genes import match_columns
+from scgpt_hf.pipeline.genes import match_source_genes
 from scgpt_hf.tokens.processing_scgpt import ScGPTProcessor
 
 BLOCK = 32_768  # cells read together
@@ -136,7 +136,7 @@ def main() -> None:
     }
     arms = {f"raw, {n} threads": partial(read, source, cell_ids, n, do_nothing) for n, source in sources.items()}
     for name, processor in processors.items():
-        work = partial(tokenize, processor, match_columns(sources[1].genes, processor)[0])
+        work = partial(tokenize, processor, match_source_genes(sources[1].genes, processor)[0])
         for n, source in sources.items():
             arms[f"tokenised, {name}, {n} threads"] = partial(read, source, cell_ids, n, work)
     arms["datasets, map-style, 1 thread"] = partial(read_map_style, options.out, BLOCK)

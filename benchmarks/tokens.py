@@ -22,7 +22,7 @@ from scgpt_hf.cells.block import CellBlock
 from scgpt_hf.cells.source import open_source
 from scgpt_hf.cells.threads import n_cores
 from scgpt_hf.cli.process import tune_process
-from scgpt_hf.pipeline.genes import match_columns
+from scgpt_hf.pipeline.genes import match_source_genes
 from scgpt_hf.tokens.binning_scgpt import bin_cell
 from scgpt_hf.tokens.counts_scgpt import slice_cells
 from scgpt_hf.tokens.masking_scgpt import sample_mask_ratios
@@ -126,7 +126,7 @@ def main() -> None:
     n_cells = min(arguments.cells, len(offered)) // CELLS_PER_CALL * CELLS_PER_CALL
     block = source.read(np.random.default_rng(0).permutation(offered)[:n_cells])
     processor = ScGPTProcessor.from_genes(source.genes["feature_id"].tolist())
-    gene_ids, _ = match_columns(source.genes, processor)
+    gene_ids, _ = match_source_genes(source.genes, processor)
     numpy_arm = partial(cell_by_cell, block, gene_ids, processor)
     compiled_arm = partial(compiled, block.take(np.arange(n_cells)), block.cell_ids, gene_ids, processor)
     for one, other in zip(compiled_arm(0), numpy_arm(0), strict=True):

@@ -115,7 +115,6 @@ def load_pretrained(name: str | Path, model_class: Any, **changes: Any) -> Pretr
     loading = {"config": config, "output_loading_info": True, "ignore_mismatched_sizes": True}
     with _translate_load_errors(name), _without_load_report():
         model, report = model_class.from_pretrained(name, use_safetensors=True, **loading)
-    validate_pair(model, processor)
     return Pretrained(model, processor, _find_new_parts(name, model, report))
 
 

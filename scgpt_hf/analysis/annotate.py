@@ -17,10 +17,10 @@ from sklearn.neighbors import KNeighborsClassifier
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from scgpt_hf.analysis.embed import KEY
-from scgpt_hf.analysis.inference import RunSettings, run_model
+from scgpt_hf.analysis.inference import InferenceSettings, iterate_outputs
 from scgpt_hf.cells.missing import has_label
 from scgpt_hf.cells.source import open_source
-from scgpt_hf.pipeline.genes import match_columns
+from scgpt_hf.pipeline.genes import match_source_genes
 from scgpt_hf.pipeline.stream import Batch
 from scgpt_hf.pretrained import load_model
 from scgpt_hf.tokens.processing_scgpt import ScGPTProcessor
@@ -49,7 +49,7 @@ def predict_cell_types(
     key_added: str = PREDICTED,
     layer: str | None = None,
     overwrite: bool = False,
-    **settings: Unpack[RunSettings],
+    **settings: Unpack[InferenceSettings],
 ) -> dict[str, Any]:
     """Predict the type of each cell with a fine-tuned classifier and write it to `adata.obs[key_added]`.
 
@@ -65,7 +65,7 @@ def predict_cell_types(
         key_added: name of the columns, and of the report in `adata.uns`.
         layer: layer with the raw counts, `X` by default.
         overwrite: replace columns of that name.
-        settings: see `RunSettings`.
+        settings: see `InferenceSettings`.
 
     Returns:
         The report that is also written to `adata.uns[key_added]`: the model, the threshold, the number of cells of each
@@ -93,15 +93,15 @@ def predict_cell_types(
         return torch.softmax(classifier(**batch).logits.float(), dim=-1)
 
     cell_ids = source.obs().index.to_numpy(np.int64)
-    genes = match_columns(source.genes, processor)
+    genes = match_source_genes(source.genes, processor)
     probabilities = np.full((len(cell_ids), len(names)), np.nan, np.float32)
-    batches = run_model(
+    batches = iterate_outputs(
         compute_probabilities,
         source,
         cell_ids,
         model,
         processor,
-        gene_ids=genes.gene_ids,
+        gene_match=genes,
         description="annotating",
         **settings,
     )

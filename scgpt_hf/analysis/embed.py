@@ -13,10 +13,10 @@ import numpy.typing as npt
 import torch
 from transformers import PreTrainedModel
 
-from scgpt_hf.analysis.inference import Float32Array, RunSettings, run_model
+from scgpt_hf.analysis.inference import Float32Array, InferenceSettings, iterate_outputs
 from scgpt_hf.cells.block import Int64Array
 from scgpt_hf.cells.source import CellSource, open_source
-from scgpt_hf.pipeline.genes import GeneMatch, match_columns
+from scgpt_hf.pipeline.genes import GeneMatch, match_source_genes
 from scgpt_hf.pipeline.stream import Batch
 from scgpt_hf.pretrained import load_model
 from scgpt_hf.tokens.processing_scgpt import ScGPTProcessor
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 KEY = "X_scgpt"
 
 
-class EmbedSettings(RunSettings, total=False):
+class EmbedSettings(InferenceSettings, total=False):
     """How cells are embedded.
 
     Attributes:
@@ -74,9 +74,9 @@ def embed_anndata(
     validate_free_key(key_added, adata.obsm, overwrite)
     source = open_source(adata, layer=layer, primary_only=False)
     model, processor = load_model(model, processor)
-    genes = match_columns(source.genes, processor)
+    genes = match_source_genes(source.genes, processor)
     cell_ids = source.obs().index.to_numpy(np.int64)
-    embedding = _embed(source, cell_ids, model, processor, gene_ids=genes.gene_ids, **settings)
+    embedding = embed_cells(source, cell_ids, model, processor, gene_match=genes, **settings)
     n_empty = int(np.isnan(embedding[:, 0]).sum())
     report = describe_embedding(source, genes, model, processor, settings) | {"empty_cells": n_empty}
     adata.obsm[key_added], adata.uns[key_added] = embedding, report
@@ -88,6 +88,8 @@ def embed_cells(
     cell_ids: Int64Array,
     model: PreTrainedModel,
     processor: ScGPTProcessor,
+    *,
+    gene_match: GeneMatch | None = None,
     **settings: Unpack[EmbedSettings],
 ) -> Float32Array:
     """Embed some cells of a source and return their vectors in the order of the ids.
@@ -97,6 +99,7 @@ def embed_cells(
         cell_ids: which cells, in any order, no repeats. Shape (cells,).
         model: any scGPT model; only its encoder runs, in evaluation mode, on the device where it is.
         processor: the processor of the model.
+        gene_match: what `match_source_genes` returns, for callers that have called it; by default it is called.
         settings: see `EmbedSettings`.
 
     Returns:
@@ -111,7 +114,12 @@ def embed_cells(
         >>> embed_cells(source, cell_ids, model, processor).shape
         (1000, 512)
     """
-    return _embed(source, cell_ids, model, processor, **settings)
+    order = np.argsort(cell_ids)
+    embedding = np.full((len(cell_ids), model.config.hidden_size), np.nan, np.float32)
+    batches = embed_batches(source, cell_ids[order], model, processor, gene_match=gene_match, **settings)
+    for positions, vectors in batches:
+        embedding[order[positions]] = vectors
+    return embedding
 
 
 def embed_batches(
@@ -131,7 +139,7 @@ def embed_batches(
         model: see `embed_cells`.
         processor: see `embed_cells`.
         normalize: see `EmbedSettings`.
-        settings: further arguments of `run_model`.
+        settings: further arguments of `iterate_outputs`.
     """
     encoder = model.base_model
 
@@ -139,7 +147,7 @@ def embed_batches(
         vectors = encoder(**batch).cell_embedding.float()
         return torch.nn.functional.normalize(vectors, dim=-1) if normalize else vectors
 
-    return run_model(embed, source, cell_ids, model, processor, **settings)
+    return iterate_outputs(embed, source, cell_ids, model, processor, **settings)
 
 
 def umap_of(embedding: npt.NDArray[np.floating[Any]], seed: int) -> Float32Array:
@@ -195,18 +203,3 @@ def describe_embedding(
         "genes": genes.coverage,
         **{name: getattr(processor, name) for name in ("cls_value", "n_bins", "max_tokens", "input_style")},
     }
-
-
-def _embed(
-    source: CellSource,
-    cell_ids: Int64Array,
-    model: PreTrainedModel,
-    processor: ScGPTProcessor,
-    **settings: Any,
-) -> Float32Array:
-    """Do what `embed_cells` does, with genes that were matched before if `gene_ids` is given."""
-    order = np.argsort(cell_ids)
-    embedding = np.full((len(cell_ids), model.config.hidden_size), np.nan, np.float32)
-    for positions, vectors in embed_batches(source, cell_ids[order], model, processor, **settings):
-        embedding[order[positions]] = vectors
-    return embedding

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from scgpt_hf.analysis.embed import KEY, EmbedSettings, describe_embedding, embed_batches, validate_free_key
 from scgpt_hf.cells.files.validation import translate_read_errors
 from scgpt_hf.cells.source import open_source
-from scgpt_hf.pipeline.genes import match_columns
+from scgpt_hf.pipeline.genes import match_source_genes
 from scgpt_hf.pretrained import load_model
 from scgpt_hf.tokens.processing_scgpt import ScGPTProcessor
 
@@ -65,7 +65,7 @@ def embed_file(
         existing = list(file.get("obsm", {}))
     validate_free_key(key_added, existing, overwrite)
     model, processor = load_model(model, processor)
-    genes = match_columns(source.genes, processor)
+    genes = match_source_genes(source.genes, processor)
     # In the same folder, because a file can be renamed in one step only within a file system.
     temporary = out.with_name(f".{out.name}.part")
     try:
@@ -76,9 +76,7 @@ def embed_file(
             cell_ids = source.obs().index.to_numpy(np.int64)
             rows = _create_rows(file, f"obsm/{key_added}", (len(cell_ids), model.config.hidden_size))
             n_embedded = 0
-            for positions, vectors in embed_batches(
-                source, cell_ids, model, processor, gene_ids=genes.gene_ids, **settings
-            ):
+            for positions, vectors in embed_batches(source, cell_ids, model, processor, gene_match=genes, **settings):
                 rows[positions] = vectors
                 n_embedded += len(positions)
             report = describe_embedding(source, genes, model, processor, settings)

@@ -27,7 +27,7 @@ from scgpt_hf.cells.block import Int64Array
 from scgpt_hf.cells.schedule.epoch import CHUNK_SIZE, plan_validation
 from scgpt_hf.cells.source import CellSource, open_source
 from scgpt_hf.cells.threads import prefetch
-from scgpt_hf.pipeline.genes import match_columns
+from scgpt_hf.pipeline.genes import GeneMatch, match_source_genes
 from scgpt_hf.pipeline.stream import CellStream, StreamConfig, TokenizedCells
 from scgpt_hf.pretrained import load_model
 from scgpt_hf.tokens.packing_scgpt import Tokens, pack
@@ -95,13 +95,14 @@ def predict_expression(
     source = open_source(adata, layer=layer, primary_only=False)
     heads = tuple(HEADS.values())
     model, processor = load_model(model, processor, AutoModelForPreTraining, heads=heads)
-    gene_ids, coverage = match_columns(source.genes, processor)
+    gene_match = match_source_genes(source.genes, processor)
+    gene_ids = gene_match.gene_ids
     var = _requested_genes(genes, source.genes, gene_ids, processor)
     columns = var.pop("input_id").to_numpy(np.int64)
     cell_ids = source.obs().index.to_numpy(np.int64)
     parts: list[Layers] = []
     with (
-        closing(_read_tokens(source, cell_ids, gene_ids, processor)) as chunks,
+        closing(_read_tokens(source, cell_ids, gene_match, processor)) as chunks,
         tqdm(total=len(cell_ids), unit="cell", desc="predicting", disable=not progress) as bar,
     ):
         for cells in chunks:
@@ -118,7 +119,7 @@ def predict_expression(
         "model": model.name_or_path,
         "scgpt_hf": version("scgpt_hf"),
         "layer": source.describe()["layer"],
-        "genes": coverage,
+        "genes": gene_match.coverage,
         "masked_share": masked_share,
         "max_tokens": processor.max_tokens,
     }
@@ -126,14 +127,14 @@ def predict_expression(
 
 
 def _read_tokens(
-    source: CellSource, cell_ids: Int64Array, gene_ids: Int64Array, processor: ScGPTProcessor
+    source: CellSource, cell_ids: Int64Array, gene_match: GeneMatch, processor: ScGPTProcessor
 ) -> Generator[TokenizedCells, None, None]:
     """Read cells with every known gene that they express, ties in the middle of their bins, a chunk at a time."""
     config = StreamConfig(
         seed=0, ties="midpoint", max_tokens=processor.vocab_size, key_by="content", empty_cells="raise"
     )
     plan = plan_validation(cell_ids, CHUNK_SIZE, cells_per_window=CHUNK_SIZE)
-    stream = CellStream(source, [plan], processor, config, gene_ids=gene_ids)
+    stream = CellStream(source, [plan], processor, config, gene_match=gene_match)
     return prefetch(stream.tokenized(), depth=1)
 
 

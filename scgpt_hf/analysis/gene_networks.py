@@ -13,7 +13,7 @@ import pandas as pd
 import torch
 from transformers import PreTrainedModel
 
-from scgpt_hf.analysis.inference import Float32Array, run_model
+from scgpt_hf.analysis.inference import Float32Array, iterate_outputs
 from scgpt_hf.cells.source import open_source
 from scgpt_hf.pipeline.stream import Batch
 from scgpt_hf.pretrained import validate_pair
@@ -157,7 +157,7 @@ def attention_maps(
     source = open_source(adata, layer=layer, primary_only=False)
     cell_ids = source.obs().index.to_numpy(np.int64)
     with _eager_attention(model):
-        cells = run_model(
+        cells = iterate_outputs(
             compute, source, cell_ids, model, processor, batch_size=1, progress=progress, description="attention"
         )
         return np.concatenate([attention for _, attention in cells])

@@ -20,6 +20,7 @@ from scgpt_hf.cells.schedule.epoch import CHUNK_SIZE, plan_validation
 from scgpt_hf.cells.source import CellSource
 from scgpt_hf.cells.threads import prefetch
 from scgpt_hf.model.configuration_scgpt import ScGPTConfig
+from scgpt_hf.pipeline.genes import GeneMatch
 from scgpt_hf.pipeline.stream import Batch, CellStream, StreamConfig
 from scgpt_hf.pretrained import domain_classes, validate_pair
 from scgpt_hf.tokens.processing_scgpt import ScGPTProcessor
@@ -27,7 +28,7 @@ from scgpt_hf.tokens.processing_scgpt import ScGPTProcessor
 Float32Array = npt.NDArray[np.float32]
 
 
-class RunSettings(TypedDict, total=False):
+class InferenceSettings(TypedDict, total=False):
     """How a model runs over cells.
 
     Attributes:
@@ -46,8 +47,8 @@ def inference_config(config: ScGPTConfig, empty: Literal["raise", "nan"] = "rais
     """Return how the pipeline makes batches for inference.
 
     Args:
-        config: of the model, which may count padding and may need the domain of each cell.
-        empty: see `RunSettings`.
+        config: config of the model, which may count padding and may need the domain of each cell.
+        empty: see `InferenceSettings`.
 
     Raises:
         ValueError: the encoder needs domains, and the config does not list them.
@@ -64,14 +65,14 @@ def inference_config(config: ScGPTConfig, empty: Literal["raise", "nan"] = "rais
 
 
 @torch.inference_mode()
-def run_model(
+def iterate_outputs(
     compute: Callable[[Batch], torch.Tensor],
     source: CellSource,
     cell_ids: Int64Array,
     model: PreTrainedModel,
     processor: ScGPTProcessor,
     *,
-    gene_ids: Int64Array | None = None,
+    gene_match: GeneMatch | None = None,
     batch_size: int = 64,
     empty: Literal["raise", "nan"] = "raise",
     progress: bool = True,
@@ -85,10 +86,10 @@ def run_model(
         cell_ids: which cells to read, ascending, no repeats. Shape (cells,).
         model: the model that `compute` runs; it is in evaluation mode until the last batch.
         processor: the processor of the model.
-        gene_ids: see `CellStream`.
-        batch_size: see `RunSettings`.
-        empty: see `RunSettings`.
-        progress: see `RunSettings`.
+        gene_match: see `CellStream`.
+        batch_size: see `InferenceSettings`.
+        empty: see `InferenceSettings`.
+        progress: see `InferenceSettings`.
         description: label of the progress bar.
 
     Yields:
@@ -102,7 +103,7 @@ def run_model(
         return
     config: Any = model.config
     plan = plan_validation(cell_ids, batch_size, cells_per_window=CHUNK_SIZE)
-    stream = CellStream(source, [plan], processor, inference_config(config, empty), gene_ids=gene_ids)
+    stream = CellStream(source, [plan], processor, inference_config(config, empty), gene_match=gene_match)
     with (
         evaluation_mode(model),
         closing(prefetch(stream.batches())) as batches,

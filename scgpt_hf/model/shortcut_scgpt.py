@@ -42,18 +42,18 @@ class CellShortcut(nn.Module):
         )
         self.state_weight = nn.Parameter(torch.tensor(STATE_WEIGHT))
 
-    def forward(self, input_ids: Tensor, values: Tensor, boundaries: Tensor) -> Tensor:
+    def forward(self, input_ids: Tensor, values: Tensor, offsets: Tensor) -> Tensor:
         """Return one vector per cell, (cells, hidden).
 
         Args:
             input_ids: vocabulary ids, packed or padded.
             values: what the model reads of each gene, same shape.
-            boundaries: offsets of the cells in the flattened input, (cells + 1,).
+            offsets: offsets of the cells in the flattened input, (cells + 1,).
         """
         table = self.genes.weight
         weights = values.flatten().to(table.dtype).relu()
         # A bag is summed without a (tokens, size) intermediate. The last bag also holds what follows the last cell of a
         # bucketed row: padding, whose weight is 0.
-        offsets = boundaries[:-1].long()
-        bags = F.embedding_bag(input_ids.flatten(), table, offsets, mode="sum", per_sample_weights=weights)
+        starts = offsets[:-1].long()
+        bags = F.embedding_bag(input_ids.flatten(), table, starts, mode="sum", per_sample_weights=weights)
         return self.mlp(bags)

@@ -27,7 +27,7 @@ class GeneMatch(NamedTuple):
     coverage: dict[str, int]
 
 
-def match_columns(genes: pd.DataFrame, processor: ScGPTProcessor) -> GeneMatch:
+def match_source_genes(genes: pd.DataFrame, processor: ScGPTProcessor) -> GeneMatch:
     """Match each gene of a source to the vocabulary of a processor.
 
     A gene is looked up by its id, then by its name, which may be a gene id of the model or a symbol. Where several

@@ -4,7 +4,7 @@ It counts the batches that were consumed. An exact resume needs nothing else.
 """
 
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from itertools import pairwise
 
 from scgpt_hf.cells.threads import prefetch
@@ -18,7 +18,8 @@ class StreamLoader:
     validates.
 
     Attributes:
-        consumed: batches handed out since the start of the run; the trainer derives it from its step number.
+        consumed: batches handed out since the start of the run, without those that were read ahead. The trainer derives
+            it from its step number.
         waited_s: seconds that the consumer waited for batches that were not ready.
     """
 
@@ -62,14 +63,10 @@ class StreamLoader:
             self.consumed += 1
             yield batch
 
-    def state_dict(self) -> dict[str, int]:
-        """Return the position in the run: batches consumed, not batches that were read ahead."""
-        return {"consumed": self.consumed}
-
-    def load_state_dict(self, state: Mapping[str, int]) -> None:
-        """Continue after the number of batches that `state_dict` recorded."""
+    def seek(self, n_batches: int) -> None:
+        """Continue after the first `n_batches` of the run, as if these had been handed out."""
         self.close()
-        self.consumed = state["consumed"]
+        self.consumed = n_batches
 
     def close(self) -> None:
         """Stop the background thread that reads ahead."""

@@ -8,11 +8,11 @@ tokens are (`tokens`). A stream works in six steps:
    stands for one window, or for the rest of it when training resumes in the middle.
 2. **Read the next window ahead** (`_take_window`). One thread reads a window from the source in a single call, in the
    order of its steps, while the window before it is tokenized. So memory holds two windows, however large the source.
-3. **Cut the window into micro-batches** (`_cut`). A step of a rank is one batch, or several with gradient accumulation.
-   Neighbouring batches, together about 512 cells, are one unit of work for a thread.
-4. **Tokenize and mask in threads** (`_tokenize`). Random numbers depend on the seed, the epoch, the cell and the gene
-   only, so the result does not depend on the number of threads, ranks or batches. Cells that express no gene of the
-   vocabulary have no tokens and are dropped, skipped or refused.
+3. **Cut the window into micro-batches** (`_tokenize_window`). A step of a rank is one batch, or several with gradient
+   accumulation. Neighbouring batches, together about 512 cells, are one unit of work for a thread.
+4. **Tokenize and mask in threads** (`_tokenize_batches`). Random numbers depend on the seed, the epoch, the cell and
+   the gene only, so the result does not depend on the number of threads, ranks or batches. Cells that express no gene
+   of the vocabulary have no tokens and are dropped, skipped or refused.
 5. **Pack or pad** (`make_batch`). The tokens of a batch become tensors: one packed row, or one padded row per cell.
 6. **Hand over.** Batches come out in the order of the plan. `stream_cells` wraps them as a `datasets.IterableDataset`;
    `prefetch` prepares a few of them in the background; `StreamLoader` feeds them to a trainer, one epoch at a time.
@@ -35,11 +35,11 @@ from scgpt_hf.cells.missing import has_value
 from scgpt_hf.cells.schedule.epoch import Plan, list_windows
 from scgpt_hf.cells.source import CellSource
 from scgpt_hf.cells.threads import JOIN_TIMEOUT_S, DaemonThreadPool, in_order, n_cores
-from scgpt_hf.pipeline.genes import match_columns
+from scgpt_hf.pipeline.genes import GeneMatch, match_source_genes
 from scgpt_hf.tokens.binning_scgpt import Ties
 from scgpt_hf.tokens.packing_scgpt import Tokens, bucket, bucket_size, pack, pad
 from scgpt_hf.tokens.processing_scgpt import ScGPTProcessor
-from scgpt_hf.tokens.targets_scgpt import CountTargets, count_targets
+from scgpt_hf.tokens.targets_scgpt import CountTargets, gather_count_targets
 
 logger = logging.getLogger(__name__)
 
@@ -127,6 +127,18 @@ class _Window:
     batch_size: int
 
 
+class _ReadAhead(NamedTuple):
+    """The window that is read ahead.
+
+    Attributes:
+        task_number: index of its task.
+        future: its result; None if nothing is being read.
+    """
+
+    task_number: int = 0
+    future: Future[_Window | None] | None = None
+
+
 @dataclass(frozen=True, eq=False)
 class TokenizedCells:
     """The cells of one micro-batch, tokenized and not yet turned into tensors.
@@ -205,7 +217,7 @@ class CellStream:
         config: StreamConfig,
         *,
         start_step: int = 0,
-        gene_ids: Int64Array | None = None,
+        gene_match: GeneMatch | None = None,
     ) -> None:
         """List the windows and match the genes; nothing is read yet.
 
@@ -215,20 +227,19 @@ class CellStream:
             processor: see `stream_cells`.
             config: see `stream_cells`.
             start_step: see `stream_cells`.
-            gene_ids: vocabulary id of each gene of the source, as `match_columns` returns them; matched if not given.
+            gene_match: what `match_source_genes` returns, for callers that have called it; by default it is called.
 
         Raises:
             ValueError: see `stream_cells`.
         """
         self.source, self.plans, self.processor, self.config = source, plans, processor, config
         self.tasks = _list_tasks(plans, start_step)
-        self.gene_ids = match_columns(source.genes, processor).gene_ids if gene_ids is None else gene_ids
+        self.gene_ids = (gene_match or match_source_genes(source.genes, processor)).gene_ids
         # Two, because the read of the next window is submitted before that of the current one has returned.
         self._readers = DaemonThreadPool(2, "scgpt-read-window")
         self._n_tokenizing = min(_MAX_TOKENIZING_THREADS, n_cores())
         self._tokenizers = DaemonThreadPool(self._n_tokenizing, "scgpt-tokenize")
-        # The task that is read ahead and its result; None where there is no next task.
-        self._ahead: tuple[int, Future[_Window | None] | None] = (0, None)
+        self._read_ahead = _ReadAhead()
 
     def __getstate__(self) -> dict[str, Any]:
         # `IterableDataset.from_generator` pickles the generator to derive the dataset's cache name from its bytes. A
@@ -250,23 +261,23 @@ class CellStream:
         return self._run(range(len(self.tasks)), lambda cells: cells)
 
     def _run(
-        self, task_numbers: Sequence[int], finish: Callable[[TokenizedCells], Result]
+        self, task_numbers: Sequence[int], make_result: Callable[[TokenizedCells], Result]
     ) -> Generator[Result, None, None]:
-        """Yield what `finish` makes of each micro-batch; the tokenizing threads call it."""
+        """Yield what `make_result` returns for each micro-batch; the tokenizing threads call it."""
         try:
             for number in task_numbers:
                 if (window := self._take_window(number)) is not None:
-                    yield from self._cut(window, finish)
+                    yield from self._tokenize_window(window, make_result)
         except BaseException:  # an error, or the consumer closed the generator
             self._stop_reading()
             raise
 
     def _stop_reading(self) -> None:
         """Cancel the read ahead, or wait a moment for it: the consumer may close the source next."""
-        _, ahead = self._ahead
-        self._ahead = (0, None)
-        if ahead is not None and not ahead.cancel():
-            wait([ahead], JOIN_TIMEOUT_S)
+        future = self._read_ahead.future
+        self._read_ahead = _ReadAhead()
+        if future is not None and not future.cancel():
+            wait([future], JOIN_TIMEOUT_S)
 
     def _take_window(self, number: int) -> _Window | None:
         """Return the window of a task, which may have been read ahead, and start to read the next one.
@@ -274,14 +285,15 @@ class CellStream:
         The next read starts while this one waits for its last chunks. Only the first window is read without
         competition, because the consumer waits for it.
         """
-        expected, reading = self._ahead
-        if reading is None or expected != number:
-            reading = self._readers.submit(self._read, number)
-            self._ahead = (number, reading)
-            reading.result()
+        task_number, current = self._read_ahead
+        if current is None or task_number != number:
+            current = self._readers.submit(self._read, number)
+            self._read_ahead = _ReadAhead(number, current)
+            current.result()
         following = number + 1
-        self._ahead = (following, self._readers.submit(self._read, following) if following < len(self.tasks) else None)
-        return reading.result()
+        has_next = following < len(self.tasks)
+        self._read_ahead = _ReadAhead(following, self._readers.submit(self._read, following) if has_next else None)
+        return current.result()
 
     def _read(self, number: int) -> _Window | None:
         """Read the window of a task; None if no step of it falls to this rank."""
@@ -295,23 +307,24 @@ class CellStream:
         categories = {key: self._class_ids(block, key) for key in config.categories}
         return _Window(steps, block, categories, plan.epoch, plan.batch_size)
 
-    def _cut(self, window: _Window, finish: Callable[[TokenizedCells], Result]) -> Iterator[Result]:
-        """Yield the micro-batches of a window in order."""
+    def _tokenize_window(self, window: _Window, make_result: Callable[[TokenizedCells], Result]) -> Iterator[Result]:
+        """Yield the results of the micro-batches of a window in order."""
         parts = [part for step in window.steps for part in np.array_split(step, self.config.micro_batches)]
         ends = np.cumsum([len(part) for part in parts])
-        tasks = (partial(self._tokenize, window, bounds, finish) for bounds in _group_batches(ends, _CELLS_PER_TASK))
+        groups = _group_batches(ends, _CELLS_PER_TASK)
+        tasks = (partial(self._tokenize_batches, window, bounds, make_result) for bounds in groups)
         for results in in_order(self._tokenizers, tasks, n_ahead=self._n_tokenizing):
             yield from results
 
-    def _tokenize(
-        self, window: _Window, bounds: Int64Array, finish: Callable[[TokenizedCells], Result]
+    def _tokenize_batches(
+        self, window: _Window, bounds: Int64Array, make_result: Callable[[TokenizedCells], Result]
     ) -> list[Result]:
         """Tokenize neighbouring micro-batches.
 
         Args:
             window: the window that holds them.
             bounds: row of the block at which the first one starts, and rows at which each of them ends.
-            finish: see `_run`.
+            make_result: see `_run`.
 
         Returns:
             One result for each micro-batch that has a cell left.
@@ -334,17 +347,17 @@ class CellStream:
             kept = self.processor.count_known(counts, self.gene_ids) > 0
             self._report_empty(cell_ids, kept)
             rows = rows[kept]
-        targets = count_targets(counts, self.gene_ids) if config.with_counts else None
+        targets = gather_count_targets(counts, self.gene_ids) if config.with_counts else None
         if targets is not None and len(rows) < len(targets):
             targets = targets.keep(kept)
         results = []
         for start, stop in pairwise(np.searchsorted(rows, bounds).tolist()):
             if start < stop:
-                own = rows[start:stop]
-                classes = {key: ids[own] for key, ids in window.categories.items()}
+                batch_rows = rows[start:stop]
+                classes = {key: ids[batch_rows] for key, ids in window.categories.items()}
                 counted = None if targets is None else targets[start:stop]
-                cells = TokenizedCells(tokens[start:stop], block, own, classes, counted, window.batch_size)
-                results.append(finish(cells))
+                cells = TokenizedCells(tokens[start:stop], block, batch_rows, classes, counted, window.batch_size)
+                results.append(make_result(cells))
             elif config.empty_cells != "skip":
                 raise ValueError(
                     f"no cell of a batch of epoch {epoch} expresses a gene of the vocabulary; first cell ids: "
@@ -403,9 +416,9 @@ def make_batch(cells: TokenizedCells, *, processor: ScGPTProcessor, config: Stre
 
 def lengths_of(batch: Batch) -> torch.Tensor:
     """Return the number of tokens of each cell of a packed or padded batch, with `<cls>`. Shape (cells,)."""
-    bounds, mask = batch.get("cu_seq_lens_q"), batch.get("attention_mask")
-    assert isinstance(bounds, torch.Tensor) or isinstance(mask, torch.Tensor)
-    return bounds.diff() if isinstance(bounds, torch.Tensor) else mask.sum(1)  # type: ignore[union-attr]
+    cu_seq_lens, mask = batch.get("cu_seq_lens_q"), batch.get("attention_mask")
+    assert isinstance(cu_seq_lens, torch.Tensor) or isinstance(mask, torch.Tensor)
+    return cu_seq_lens.diff() if isinstance(cu_seq_lens, torch.Tensor) else mask.sum(1)  # type: ignore[union-attr]
 
 
 def _list_tasks(plans: Sequence[Plan], start_step: int) -> list[WindowTask]:

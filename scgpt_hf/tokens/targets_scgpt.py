@@ -59,7 +59,7 @@ class CountTargets:
         }
 
 
-def count_targets(counts: SparseCounts, gene_ids: Int64Array) -> CountTargets:
+def gather_count_targets(counts: SparseCounts, gene_ids: Int64Array) -> CountTargets:
     """Return the counts of the known genes of each cell, in the order of the columns.
 
     Args:

@@ -77,8 +77,8 @@ class LibraryTrainer(Trainer):
         """Return the micro-batches of one optimizer step: `n_batches`, or fewer at the end of the epoch."""
         return list(islice(batches, n_batches))
 
-    def count_targets(self, batches: Sequence[Batch], device: torch.device) -> torch.Tensor | int | None:
-        """Return the number by which the summed loss of a step is divided, over all processes."""
+    def n_labels_of_step(self, batches: Sequence[Batch], device: torch.device) -> torch.Tensor | int | None:
+        """Return the number of labels of a step over all processes, by which its summed loss is divided."""
         return super()._get_num_items_in_batch(list(batches), device)
 
     def before_forward(self) -> None:
@@ -198,7 +198,7 @@ class LibraryTrainer(Trainer):
 
     def _get_num_items_in_batch(self, batch_samples: list[Batch], device: torch.device) -> torch.Tensor | int | None:
         # The library counts labels that differ from -100, and waits for the copy of the number to the GPU.
-        return self.count_targets(batch_samples, device)
+        return self.n_labels_of_step(batch_samples, device)
 
     def _prepare_input(self, data: Any) -> Any:
         # The library copies to the device and waits. From page-locked memory no wait is needed; what is already on the

@@ -109,12 +109,12 @@ class ScGPTTrainer(FaultTolerantTrainer):
         # The step number determines the position in the data. The loader is elsewhere at the first step after a resume.
         consumed = self.state.global_step * self.args.gradient_accumulation_steps
         if self.loader.consumed != consumed:
-            self.loader.load_state_dict({"consumed": consumed})
+            self.loader.seek(consumed)
         taken = super().read_step(batches, n_batches)
         self.throughput.count(taken)
         return taken
 
-    def count_targets(self, batches: Sequence[Batch], device: torch.device) -> torch.Tensor:
+    def n_labels_of_step(self, batches: Sequence[Batch], device: torch.device) -> torch.Tensor:
         """Return the number of masked positions of a step, over its micro-batches and all processes.
 
         Losses are sums divided by this number. So the result does not depend on how the cells of a step are split: one

@@ -9,7 +9,7 @@ import torch
 from anndata import AnnData
 from scipy.sparse import csr_matrix
 
-from scgpt_hf.analysis.inference import inference_config, run_model
+from scgpt_hf.analysis.inference import inference_config, iterate_outputs
 from scgpt_hf.cells.schedule.epoch import CHUNK_SIZE, plan_validation
 from scgpt_hf.cells.source import CellSource, open_source
 from scgpt_hf.model.configuration_scgpt import ScGPTConfig
@@ -57,7 +57,7 @@ def test_a_model_gets_the_batches_of_a_stream_with_the_same_plan_and_config(
     cell_ids = np.setdiff1d(np.arange(N_CELLS), [0, 17])
     positions = [
         positions
-        for positions, _ in run_model(
+        for positions, _ in iterate_outputs(
             record, source, cell_ids, model, processor, batch_size=4, empty="nan", progress=False
         )
     ]
@@ -73,7 +73,7 @@ def test_a_model_gets_the_batches_of_a_stream_with_the_same_plan_and_config(
 
 
 def test_cells_without_a_known_gene_raise_by_default(source: CellSource, processor: ScGPTProcessor) -> None:
-    batches = run_model(
+    batches = iterate_outputs(
         lambda batch: batch["input_ids"], source, np.arange(N_CELLS), model_for(processor), processor, progress=False
     )
     with pytest.raises(ValueError, match=r"5 of the cells 0 to 39 .*first ids: \[3, 8, 9, 10, 11\]"):
@@ -90,7 +90,7 @@ def test_a_model_is_in_evaluation_mode_while_it_runs_even_if_the_caller_stops_ea
         modes.append(model.training)
         return torch.zeros(1)
 
-    batches = run_model(record, source, np.arange(3), model, processor, batch_size=1, progress=False)
+    batches = iterate_outputs(record, source, np.arange(3), model, processor, batch_size=1, progress=False)
     next(batches)
     batches.close()
     assert modes == [False]
@@ -99,4 +99,4 @@ def test_a_model_is_in_evaluation_mode_while_it_runs_even_if_the_caller_stops_ea
 
 def test_no_cells_give_no_batches(source: CellSource, processor: ScGPTProcessor) -> None:
     no_cells = np.empty(0, np.int64)
-    assert not list(run_model(lambda batch: batch["values"], source, no_cells, model_for(processor), processor))
+    assert not list(iterate_outputs(lambda batch: batch["values"], source, no_cells, model_for(processor), processor))

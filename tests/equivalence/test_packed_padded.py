@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from scgpt_hf.model.configuration_scgpt import ScGPTConfig
 from scgpt_hf.model.modeling_scgpt import ScGPTForPreTraining
 from scgpt_hf.model.objectives_scgpt import IGNORE
-from tests.support.models import count_targets
+from tests.support.models import random_count_targets
 
 GENES, PAD, CLS = 30, 30, 31
 
@@ -47,17 +47,17 @@ def cells_of(lengths: list[int], extra: int = 0) -> dict[str, Any]:
         "labels": true.masked_fill(~hidden, IGNORE),
         "domain_ids": torch.arange(len(lengths)) % 3,
         "class_labels": torch.arange(len(lengths)) % 3,
-        **count_targets(len(lengths), GENES),
+        **random_count_targets(len(lengths), GENES),
     }
 
 
 def packed_of(padded: dict[str, Any]) -> dict[str, Any]:
     real = padded["attention_mask"]
-    boundaries = torch.nn.functional.pad(real.sum(1).cumsum(0), (1, 0)).to(torch.int32)
+    offsets = torch.nn.functional.pad(real.sum(1).cumsum(0), (1, 0)).to(torch.int32)
     return {
         **{name: padded[name][real][None] for name in ("input_ids", "values", "labels")},
         **{name: padded[name] for name in ("domain_ids", "class_labels", "count_ids", "count_values", "count_cells")},
-        **{"cu_seq_lens_q": boundaries, "cu_seq_lens_k": boundaries},
+        **{"cu_seq_lens_q": offsets, "cu_seq_lens_k": offsets},
         **{"max_length_q": int(real.sum(1).max()), "max_length_k": int(real.sum(1).max())},
     }
 

@@ -9,7 +9,7 @@ import torch
 from scgpt_hf.model.configuration_scgpt import ScGPTConfig
 from scgpt_hf.model.modeling_scgpt import ScGPTForPreTraining
 from scgpt_hf.model.objectives_scgpt import IGNORE
-from tests.support.models import count_targets
+from tests.support.models import random_count_targets
 
 LENGTHS = (5, 9, 1, 7)
 GENES, PAD, CLS = 17, 17, 18
@@ -50,7 +50,7 @@ def padded() -> dict[str, torch.Tensor]:
         "labels": true.masked_fill(~masked, IGNORE),
         "domain_ids": torch.tensor([0, 1, 0, 2]),
         "class_labels": torch.tensor([2, 0, 1, 1]),
-        **count_targets(len(LENGTHS), GENES),
+        **random_count_targets(len(LENGTHS), GENES),
     }
 
 

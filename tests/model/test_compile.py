@@ -9,7 +9,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from scgpt_hf.model.modeling_scgpt import ScGPTForPreTraining
 from scgpt_hf.tokens.packing_scgpt import IGNORE, bucket, pack
-from tests.support.models import EVERY_OBJECTIVE, count_targets, loss_and_gradients, random_cells
+from tests.support.models import EVERY_OBJECTIVE, loss_and_gradients, random_cells, random_count_targets
 
 GENES, PAD = 17, 17
 
@@ -25,7 +25,7 @@ def masked_batch(n_cells: int, mean_tokens: int, seed: int) -> dict[str, Any]:
     """Return a packed batch with everything that `EVERY_OBJECTIVE` needs."""
     tokens = random_cells(n_cells, mean_tokens, GENES, seed)
     classes = {"domain_ids": torch.arange(n_cells) % 3, "class_labels": torch.arange(n_cells) % 3}
-    classes |= count_targets(n_cells, GENES, seed)
+    classes |= random_count_targets(n_cells, GENES, seed)
     return pack(tokens) | classes | {"num_items_in_batch": torch.tensor(float((tokens.labels != IGNORE).sum()))}
 
 

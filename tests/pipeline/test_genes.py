@@ -3,7 +3,7 @@
 import pandas as pd
 import pytest
 
-from scgpt_hf.pipeline.genes import match_columns
+from scgpt_hf.pipeline.genes import match_source_genes
 from scgpt_hf.tokens.processing_scgpt import ScGPTProcessor
 
 
@@ -16,7 +16,7 @@ def test_genes_are_matched_by_id_then_by_symbol_and_each_gene_once() -> None:
         ("ENSG00000000001.4", "A"), ("x1", "TP53"), ("x2", "TP53"), ("x3", "CD3D"), ("CD3D", "other"), ("x4", "none")
     )
     processor = ScGPTProcessor.from_genes(["ENSG00000000001", "CD3D", "TP53", "LYZ"])
-    match = match_columns(genes, processor)
+    match = match_source_genes(genes, processor)
     assert match.gene_ids.tolist() == [0, 2, -1, -1, 1, -1]
     assert match.coverage == {"by_id": 2, "by_symbol": 1, "duplicates": 2, "unknown": 1, "vocabulary": 4}
 
@@ -26,7 +26,7 @@ def test_a_symbol_that_the_model_knows_finds_its_gene_once() -> None:
         ("CD3D", "CD3D"), ("x1", "LYZ"), ("ENSG2", "LYZ"), ("x2", "TP53"), ("x3", "TP53"), ("TP53", "none")
     )
     processor = ScGPTProcessor.from_genes(["ENSG1", "ENSG2", "ENSG3"], symbols=["CD3D", "LYZ", "TP53"])
-    match = match_columns(genes, processor)
+    match = match_source_genes(genes, processor)
     assert match.gene_ids.tolist() == [0, -1, 1, 2, -1, -1]
     assert match.coverage == {"by_id": 1, "by_symbol": 2, "duplicates": 2, "unknown": 1, "vocabulary": 3}
 
@@ -41,4 +41,4 @@ def test_a_symbol_that_the_model_knows_finds_its_gene_once() -> None:
 )
 def test_the_error_points_out_mouse_genes(genes: pd.DataFrame) -> None:
     with pytest.raises(ValueError, match="mouse genes, e.g. .*" + genes["feature_name"].iloc[0]):
-        match_columns(genes, ScGPTProcessor.from_genes(["ENSG00000000001", "ENSG00000000002"]))
+        match_source_genes(genes, ScGPTProcessor.from_genes(["ENSG00000000001", "ENSG00000000002"]))

@@ -32,19 +32,19 @@ def test_prefetch_keeps_the_order_raises_errors_of_its_thread_and_stops_it():
     assert not [thread for thread in own if thread.is_alive()]
 
 
-def test_the_state_counts_batches_that_were_consumed_not_those_that_were_read():
+def test_the_loader_counts_batches_that_were_consumed_not_those_that_were_read():
     loader = StreamLoader(numbers_from, epoch_ends=(10, 20, 30))
     assert [batch["number"] for batch in loader] == list(range(10))
     batches = iter(loader)
     assert [next(batches)["number"] for _ in range(3)] == [10, 11, 12]
     time.sleep(0.05)  # the background thread reads more
-    assert loader.state_dict() == {"consumed": 13}
+    assert loader.consumed == 13
     loader.close()
 
 
 def test_a_loader_resumes_in_the_middle_of_an_epoch():
     loader = StreamLoader(numbers_from, epoch_ends=(10, 20, 30))
-    loader.load_state_dict({"consumed": 13})
+    loader.seek(13)
     assert [batch["number"] for batch in loader] == list(range(13, 20))
     assert [batch["number"] for batch in loader] == list(range(20, 30))
     assert not list(loader)

@@ -17,7 +17,7 @@ from scgpt_hf.tokens.packing_scgpt import IGNORE, Tokens
 N_GENES = 1000  # of `small_model`; `<pad>` and `<cls>` have the next two ids
 PAD_ID, CLS_ID = N_GENES, N_GENES + 1
 
-# Every head and every objective; batches need `domain_ids`, `class_labels` and `count_targets`.
+# Every head and every objective; batches need `domain_ids`, `class_labels` and count targets.
 EVERY_OBJECTIVE: dict[str, Any] = {
     "n_domains": 3,
     "domain_embedding": True,
@@ -42,7 +42,7 @@ def random_cells(n_cells: int, mean_tokens: int, n_genes: int, seed: int = 0) ->
     return Tokens(input_ids, values, labels, indptr, np.arange(n_cells))
 
 
-def count_targets(n_cells: int, n_genes: int, seed: int = 0) -> dict[str, torch.Tensor]:
+def random_count_targets(n_cells: int, n_genes: int, seed: int = 0) -> dict[str, torch.Tensor]:
     """Return random raw counts of each cell as a batch carries them for the objective "counts"."""
     counts = torch.poisson(torch.full((n_cells, n_genes), 0.7), generator=torch.Generator().manual_seed(seed))
     counts[:, 0] += 1  # every cell expresses a gene

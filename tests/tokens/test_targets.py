@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.sparse import csr_matrix
 
-from scgpt_hf.tokens.targets_scgpt import count_targets
+from scgpt_hf.tokens.targets_scgpt import gather_count_targets
 
 
 @given(seed=st.integers(0, 2**32 - 1), n_cells=st.integers(0, 6), n_genes=st.integers(1, 8))
@@ -15,7 +15,7 @@ def test_count_targets_are_the_counts_of_the_known_genes(seed, n_cells, n_genes)
     dense = rng.poisson(0.7, size=(n_cells, n_genes)).astype(np.float32)
     gene_ids = rng.permutation(n_genes + 3)[:n_genes].astype(np.int64)
     gene_ids[rng.random(n_genes) < 0.3] = -1
-    targets = count_targets(csr_matrix(dense), gene_ids)
+    targets = gather_count_targets(csr_matrix(dense), gene_ids)
     expected = np.zeros((n_cells, n_genes + 3), np.float32)
     expected[:, gene_ids[gene_ids >= 0]] = dense[:, gene_ids >= 0]
     for cell in range(n_cells):
@@ -27,7 +27,7 @@ def test_count_targets_are_the_counts_of_the_known_genes(seed, n_cells, n_genes)
 
 def test_kept_cells_and_slices_are_numbered_from_zero_in_a_batch():
     counts = csr_matrix(np.array([[1, 0, 2], [0, 0, 0], [0, 3, 0], [4, 0, 0]], np.uint16))
-    targets = count_targets(counts, np.array([5, 6, 7])).keep(np.array([True, False, True, True]))
+    targets = gather_count_targets(counts, np.array([5, 6, 7])).keep(np.array([True, False, True, True]))
     batch = targets[1:3].as_batch()
     assert batch["count_cells"].tolist() == [0, 1]
     assert batch["count_ids"].tolist() == [6, 5]

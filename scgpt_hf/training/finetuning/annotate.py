@@ -20,7 +20,7 @@ from scgpt_hf.cells.schedule.epoch import plan_epoch, plan_validation
 from scgpt_hf.cells.selection.filters import cells_expressing
 from scgpt_hf.cells.source import Address, CellSource, open_source
 from scgpt_hf.model.modeling_scgpt import ScGPTForSequenceClassification
-from scgpt_hf.pipeline.genes import match_columns
+from scgpt_hf.pipeline.genes import match_source_genes
 from scgpt_hf.pipeline.stream import StreamConfig, stream_cells
 from scgpt_hf.pretrained import domain_classes, load_pretrained, load_processor
 from scgpt_hf.tokens.processing_scgpt import ScGPTProcessor
@@ -106,7 +106,7 @@ def _select_cells(source: CellSource, processor: ScGPTProcessor, settings: Annot
     donor_key = settings.donor_key
     donors = [donor_key or "donor_id"] if donor_key or "donor_id" in source.columns else []
     obs = source.obs(list(dict.fromkeys([settings.labels_key, *donors])))
-    known = np.flatnonzero(match_columns(source.genes, processor)[0] >= 0)
+    known = np.flatnonzero(match_source_genes(source.genes, processor)[0] >= 0)
     obs = obs.loc[cells_expressing(source, obs.index.to_numpy(np.int64), known)]
     return select_labelled(
         obs,

@@ -15,7 +15,7 @@ from transformers import set_seed
 from scgpt_hf.cells.selection.filters import cells_expressing, cells_with_value
 from scgpt_hf.cells.source import Address, CellSource, open_source
 from scgpt_hf.model.modeling_scgpt import ScGPTForPreTraining
-from scgpt_hf.pipeline.genes import match_columns
+from scgpt_hf.pipeline.genes import match_source_genes
 from scgpt_hf.pretrained import Pretrained, load_pretrained, load_processor
 from scgpt_hf.tokens.processing_scgpt import ScGPTProcessor
 from scgpt_hf.training.data_module import DataModule
@@ -121,7 +121,7 @@ def _domains(source: CellSource, processor: ScGPTProcessor, batch_key: str) -> "
         ValueError: there are fewer than two batches.
     """
     obs = source.obs([batch_key])
-    known = np.flatnonzero(match_columns(source.genes, processor)[0] >= 0)
+    known = np.flatnonzero(match_source_genes(source.genes, processor)[0] >= 0)
     domain_of = obs.loc[cells_expressing(source, cells_with_value(obs, batch_key), known), batch_key].astype(str)
     if domain_of.nunique() < 2:
         raise ValueError(
