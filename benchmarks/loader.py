@@ -28,7 +28,8 @@ import tiledbsoma as soma
 from measuring import alternate, peak_memory_gb, print_medians, ratios, write_result
 from tiledbsoma_ml import ExperimentDataset
 
-from scgpt_hf.cells.schedule.epoch import CHUNK_SIZE, EpochPlan, plan_epoch
+from scgpt_hf.cells.block import CHUNK_SIZE
+from scgpt_hf.cells.schedule.epoch import EpochPlan, plan_epoch
 from scgpt_hf.cells.soma.census import CensusSource
 from scgpt_hf.cells.soma.context import TILEDB_CONFIG, open_context
 from scgpt_hf.cells.source import open_source

@@ -23,8 +23,8 @@ from transformers import AutoModelForPreTraining, PreTrainedModel
 from scgpt_hf.analysis.inference import evaluation_mode, move_batch
 from scgpt_hf.analysis.inverse_binning import bins_to_counts, log1p_to_counts
 from scgpt_hf.analysis.masked_views import join_tokens, make_masked_views
-from scgpt_hf.cells.block import Int64Array
-from scgpt_hf.cells.schedule.epoch import CHUNK_SIZE, plan_validation
+from scgpt_hf.cells.block import CHUNK_SIZE, Int64Array
+from scgpt_hf.cells.schedule.epoch import plan_validation
 from scgpt_hf.cells.source import CellSource, open_source
 from scgpt_hf.cells.threads import prefetch
 from scgpt_hf.pipeline.genes import GeneMatch, match_source_genes

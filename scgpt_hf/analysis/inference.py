@@ -15,8 +15,8 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from scgpt_hf.cells.block import Int64Array
-from scgpt_hf.cells.schedule.epoch import CHUNK_SIZE, plan_validation
+from scgpt_hf.cells.block import CHUNK_SIZE, Int64Array
+from scgpt_hf.cells.schedule.epoch import plan_validation
 from scgpt_hf.cells.source import CellSource
 from scgpt_hf.cells.threads import prefetch
 from scgpt_hf.model.configuration_scgpt import ScGPTConfig

@@ -15,6 +15,13 @@ import pandas as pd
 from numpy.typing import NDArray
 from scipy.sparse import csr_matrix, issparse
 
+# Cells of one chunk: the rows of one tile of X in a Census. The row of a cell crosses about 30 tiles, and TileDB
+# decompresses all of them, however few of their rows are read. Measured on a local Census (4 cores, 8,192 cells to a
+# query): 51,000 cells/s in aligned runs of 2,048 cells, 12,000 in runs of 256, 6,500 in runs of 16.
+CHUNK_SIZE = 2048
+
+AnyArray: TypeAlias = NDArray[Any]
+Float64Array: TypeAlias = NDArray[np.float64]
 Int64Array: TypeAlias = NDArray[np.int64]
 # data, indices and indptr of a CSR matrix, in scipy's order
 CsrArrays: TypeAlias = tuple[NDArray[Any], NDArray[Any], NDArray[Any]]

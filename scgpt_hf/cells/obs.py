@@ -1,4 +1,4 @@
-"""Select rows of `obs`: from a SOMA dataframe through TileDB, or from a pandas table.
+"""Find the cells that match an obs filter: in a SOMA dataframe through TileDB, or in a pandas table.
 
 `obs_filter.py` parses and checks the filter, so one syntax holds for the Census, `.h5ad` files, AnnData and caches.
 """
@@ -19,8 +19,8 @@ logger = logging.getLogger(__name__)
 PRIMARY = "is_primary_data == True"
 
 
-def full_filter(obs_filter: str | None, columns: Sequence[str], *, primary_only: bool) -> str | None:
-    """Return a filter with `is_primary_data == True` added, if wanted and if `obs` has that column.
+def add_primary_filter(obs_filter: str | None, columns: Sequence[str], *, primary_only: bool) -> str | None:
+    """Add `is_primary_data == True` to a filter, if requested and if `obs` has that column.
 
     Args:
         obs_filter: the user's SOMA value filter, or None for all cells.
@@ -50,12 +50,12 @@ def require_columns(columns: Sequence[str], found: Sequence[str]) -> None:
         raise ValueError(f"obs has no column {missing}; its columns are {sorted(found)}")
 
 
-def select_obs(frame: Any, value_filter: str | None, columns: Sequence[str]) -> pd.DataFrame:
-    """Return the rows of a SOMA dataframe that match the filter, by ascending cell id.
+def read_matching_obs(frame: Any, obs_filter: str | None, columns: Sequence[str]) -> pd.DataFrame:
+    """Read the rows of a SOMA dataframe that match a filter, by ascending cell id.
 
     Args:
         frame: an open `tiledbsoma.DataFrame` indexed by `soma_joinid`.
-        value_filter: SOMA value filter, or None for all rows.
+        obs_filter: SOMA value filter, or None for all rows.
         columns: columns to return besides the index.
 
     Returns:
@@ -67,10 +67,10 @@ def select_obs(frame: Any, value_filter: str | None, columns: Sequence[str]) -> 
     """
     types = {field.name: field.type for field in frame.schema}
     require_columns(columns, [name for name in types if name != CELL_ID])
-    soma_filter = None if value_filter is None else ObsFilter(value_filter).to_soma(types)
+    soma_filter = None if obs_filter is None else ObsFilter(obs_filter).to_soma(types)
     rows = frame.read(value_filter=soma_filter, column_names=[CELL_ID, *columns])
     obs = rows.concat().to_pandas().set_index(CELL_ID).rename_axis("cell_id")[list(columns)]
-    _require_matches(len(obs), value_filter, frame.count)
+    _require_matches(len(obs), obs_filter, frame.count)
     return drop_unused_categories(obs if obs.index.is_monotonic_increasing else obs.sort_index())
 
 
@@ -82,23 +82,23 @@ def drop_unused_categories(obs: pd.DataFrame) -> pd.DataFrame:
     return obs
 
 
-def select_rows(obs: pd.DataFrame, value_filter: str | None) -> Int64Array:
-    """Return the row numbers of a pandas table that match a SOMA value filter, ascending.
+def find_matching_rows(obs: pd.DataFrame, obs_filter: str | None) -> Int64Array:
+    """Return the row numbers of a pandas table that match a filter, ascending.
 
     Args:
         obs: all columns that a filter may use, indexed by cell id.
-        value_filter: SOMA value filter, or None for all rows.
+        obs_filter: SOMA value filter, or None for all rows.
 
     Raises:
         ValueError: the filter cannot be applied, or no cell matches it.
     """
-    if value_filter is None:
+    if obs_filter is None:
         return np.arange(len(obs), dtype=np.int64)
-    rows = np.flatnonzero(ObsFilter(value_filter).matches(obs))
-    _require_matches(len(rows), value_filter, len(obs))
+    rows = np.flatnonzero(ObsFilter(obs_filter).matches(obs))
+    _require_matches(len(rows), obs_filter, len(obs))
     return rows
 
 
-def _require_matches(n_matching: int, value_filter: str | None, n_cells: int) -> None:
+def _require_matches(n_matching: int, obs_filter: str | None, n_cells: int) -> None:
     if not n_matching:
-        raise ValueError(f"the obs filter {value_filter!r} matches none of the {n_cells:,} cells")
+        raise ValueError(f"the obs filter {obs_filter!r} matches none of the {n_cells:,} cells")

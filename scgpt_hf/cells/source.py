@@ -33,7 +33,7 @@ class CellSource(Protocol):
         """
 
     @property
-    def columns(self) -> list[str]:
+    def obs_columns(self) -> list[str]:
         """The names of the obs columns; no column is read for them."""
 
     @property

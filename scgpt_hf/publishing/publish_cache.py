@@ -113,7 +113,7 @@ def cache_card(folder: Path, repo_id: str) -> DatasetCard:
         title=repo_id.split("/")[-1],
         repo_id=repo_id,
         table=markdown_table(_facts(identity, shards, source)),
-        columns=", ".join(f"`{name}`" for name in identity.columns) or "none",
+        columns=", ".join(f"`{name}`" for name in identity.obs_columns) or "none",
         gene=pa.ipc.open_stream(folder / shards[0].file).schema.field("gene").type.value_type,
     )
     return DatasetCard(f"---\n{metadata.to_yaml()}\n---\n\n{text}")

@@ -50,7 +50,7 @@ def write_run_figures(
         chosen = np.random.default_rng(seed).permutation(np.concatenate(list(parts.values())))[:UMAP_CELLS]
         embedding = embed_cells(source, chosen, model, processor, empty="nan", progress=False)
         embedded = np.isfinite(embedding).all(axis=1)  # cells without an expressed gene of the vocabulary are NaN
-        columns = [column for column in dict.fromkeys(("cell_type", donor_key)) if column in source.columns]
+        columns = [column for column in dict.fromkeys(("cell_type", donor_key)) if column in source.obs_columns]
         obs = source.read(chosen[embedded], columns).obs
         panels = {column.replace("_", " ").removesuffix(" id"): obs[column].tolist() for column in columns}
         title = f"{embedded.sum():,} cells embedded by the model"

@@ -15,9 +15,10 @@ from typing import Any
 import numpy as np
 from accelerate import PartialState
 
+from scgpt_hf.cells.block import CHUNK_SIZE
 from scgpt_hf.cells.cache.reader import uniform_chunk_size
 from scgpt_hf.cells.cache.write_through import CachingSource
-from scgpt_hf.cells.schedule.epoch import CHUNK_SIZE, plan_epoch, plan_validation
+from scgpt_hf.cells.schedule.epoch import plan_epoch, plan_validation
 from scgpt_hf.cells.schedule.run import RunSchedule, plan_run
 from scgpt_hf.cells.source import CellSource
 from scgpt_hf.model.configuration_scgpt import ScGPTConfig

@@ -139,7 +139,9 @@ def composition_of(source: CellSource, parts: dict[str, Int64Array]) -> dict[str
     Returns:
         obs column → value → number of cells, over all parts. Missing values are counted as "unknown".
     """
-    columns = [column for column in ("tissue_general", "assay", "disease", "dataset_id") if column in source.columns]
+    columns = [
+        column for column in ("tissue_general", "assay", "disease", "dataset_id") if column in source.obs_columns
+    ]
     obs = source.obs(columns).loc[np.concatenate(list(parts.values()))]
     return {
         column: {str(value): int(n) for value, n in fill_missing(obs[column]).value_counts().items()}

@@ -10,7 +10,8 @@ from anndata import AnnData
 from scipy.sparse import csr_matrix
 
 from scgpt_hf.analysis.inference import inference_config, iterate_outputs
-from scgpt_hf.cells.schedule.epoch import CHUNK_SIZE, plan_validation
+from scgpt_hf.cells.block import CHUNK_SIZE
+from scgpt_hf.cells.schedule.epoch import plan_validation
 from scgpt_hf.cells.source import CellSource, open_source
 from scgpt_hf.model.configuration_scgpt import ScGPTConfig
 from scgpt_hf.model.modeling_scgpt import ScGPTModel

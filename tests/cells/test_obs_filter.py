@@ -10,7 +10,7 @@ import tiledbsoma as soma
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from scgpt_hf.cells.obs import full_filter, select_obs, select_rows
+from scgpt_hf.cells.obs import add_primary_filter, find_matching_rows, read_matching_obs
 from scgpt_hf.cells.obs_filter import ObsFilter
 from scgpt_hf.cells.soma.context import TILEDB_CONFIG
 
@@ -172,7 +172,7 @@ OBS = pd.DataFrame(
 def test_a_filter_that_does_not_fit_its_columns_raises_alike_for_a_table_and_a_soma(write, obs_filter, named):
     messages = []
     with write(OBS) as frame:
-        for select in (lambda: select_rows(OBS, obs_filter), lambda: select_obs(frame, obs_filter, ())):
+        for select in (lambda: find_matching_rows(OBS, obs_filter), lambda: read_matching_obs(frame, obs_filter, ())):
             with pytest.raises(ValueError, match=named) as raised:
                 select()
             messages.append(str(raised.value))
@@ -218,15 +218,15 @@ def test_a_category_that_no_cell_has_is_neither_below_nor_above_the_others():
 
 def test_the_cell_id_can_be_filtered_on():
     obs = OBS.set_index(pd.Index([10, 20, 30], name="cell_id"))
-    assert select_rows(obs, "soma_joinid in [10, 30]").tolist() == [0, 2]
+    assert find_matching_rows(obs, "soma_joinid in [10, 30]").tolist() == [0, 2]
 
 
 def test_a_filter_without_matches_raises(write):
     with write(OBS) as frame:
-        for select in (lambda: select_rows(OBS, "age == 31"), lambda: select_obs(frame, "age == 31", ())):
+        for select in (lambda: find_matching_rows(OBS, "age == 31"), lambda: read_matching_obs(frame, "age == 31", ())):
             with pytest.raises(ValueError, match="none of the 3 cells"):
                 select()
-    assert select_rows(OBS, None).tolist() == [0, 1, 2]
+    assert find_matching_rows(OBS, None).tolist() == [0, 1, 2]
 
 
 @pytest.mark.parametrize(
@@ -240,6 +240,6 @@ def test_a_filter_without_matches_raises(write):
     ],
 )
 def test_the_filter_on_primary_data_is_added_to_the_users_filter(text, expected):
-    found = full_filter(text, ["age", "is_primary_data"], primary_only=True)
+    found = add_primary_filter(text, ["age", "is_primary_data"], primary_only=True)
     assert found == expected
     ObsFilter(found)

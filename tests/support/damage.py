@@ -173,7 +173,7 @@ def read_source(path: Path) -> None:
     source = open_source(path)
     try:
         source.describe()
-        block = source.read(source.obs(source.columns).index.to_numpy(np.int64), source.columns)
+        block = source.read(source.obs(source.obs_columns).index.to_numpy(np.int64), source.obs_columns)
         assert block.counts.indices.max(initial=0) < len(source.genes)
     finally:
         getattr(source, "close", lambda: None)()

@@ -57,9 +57,9 @@ class SourceContract:
         assert list(source.obs().columns) == []
 
     def test_columns_are_those_that_obs_returns(self, source, small_cells):
-        assert set(small_cells[0].obs) <= set(source.columns)
-        assert list(source.obs(source.columns)) == source.columns
-        assert pickle.loads(pickle.dumps(source)).columns == source.columns
+        assert set(small_cells[0].obs) <= set(source.obs_columns)
+        assert list(source.obs(source.obs_columns)) == source.obs_columns
+        assert pickle.loads(pickle.dumps(source)).obs_columns == source.obs_columns
 
     @pytest.mark.parametrize("seed", range(4))
     def test_read_returns_any_cells_in_the_requested_order_and_twice_the_same(self, source, small_cells, seed):

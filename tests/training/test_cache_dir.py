@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from scgpt_hf.cells.block import CHUNK_SIZE
 from scgpt_hf.cells.cache.jobs import write_cache
 from scgpt_hf.cells.cache.reader import CacheSource
-from scgpt_hf.cells.schedule.epoch import CHUNK_SIZE
 from scgpt_hf.pipeline.stream import stream_cells
 from scgpt_hf.training.data_module import DataModule
 from tests.support.training import prepare, weights_of

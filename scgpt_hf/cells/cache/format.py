@@ -22,8 +22,7 @@ import pandas as pd
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from scgpt_hf.cells.block import CellBlock, Int64Array
-from scgpt_hf.cells.soma.layout import TILE
+from scgpt_hf.cells.block import CHUNK_SIZE, CellBlock, Int64Array
 
 ESCAPE = 255  # in `count`: the value is the next entry of `large_count`
 MAX_COUNT = 2**32 - 1  # the largest value of `large_count`
@@ -78,7 +77,7 @@ def encode_chunks(block: CellBlock, schema: pa.Schema, rows: Int64Array | None =
     """
     rows = np.arange(len(block)) if rows is None else rows
     rows = rows[np.argsort(block.cell_ids[rows])]
-    edges = np.flatnonzero(np.diff(block.cell_ids[rows] // TILE)) + 1
+    edges = np.flatnonzero(np.diff(block.cell_ids[rows] // CHUNK_SIZE)) + 1
     for chunk in np.split(rows, edges) if len(rows) else []:
         yield encode_cells(block.take(chunk), schema)
 

@@ -21,7 +21,7 @@ import numpy as np
 import pyarrow as pa
 from tqdm.auto import tqdm
 
-from scgpt_hf.cells.block import CellBlock, Int64Array
+from scgpt_hf.cells.block import CHUNK_SIZE, CellBlock, Int64Array
 from scgpt_hf.cells.cache.format import WrittenFile, cache_schema, encode_chunks, obs_type, write_shard
 from scgpt_hf.cells.cache.manifest import (
     JOBS,
@@ -38,7 +38,6 @@ from scgpt_hf.cells.cache.manifest import (
     write_text,
 )
 from scgpt_hf.cells.obs import require_columns
-from scgpt_hf.cells.soma.layout import TILE
 from scgpt_hf.cells.source import CellSource
 from scgpt_hf.cells.threads import DaemonThreadPool, in_order
 
@@ -49,8 +48,8 @@ COLUMNS = (
     *("dataset_id", "donor_id", "assay", "cell_type", "tissue", "tissue_general", "disease", "development_stage"),
     *("sex", "suspension_type", "is_primary_data"),
 )
-CELLS_PER_SHARD = 32 * TILE  # about 300 MB
-_CELLS_PER_READ = 8 * TILE  # about 100 MB
+CELLS_PER_SHARD = 32 * CHUNK_SIZE  # about 300 MB
+_CELLS_PER_READ = 8 * CHUNK_SIZE  # about 100 MB
 _READS_AHEAD = 2  # a source reads the chunks of one read in parallel; the second read keeps its threads busy at the end
 _PLAN = "plan.json"  # in `.jobs`: the identity of a cache that is not complete
 
@@ -85,7 +84,7 @@ class CacheJobs:
     @cached_property
     def schema(self) -> pa.Schema:
         """The Arrow schema of the shards."""
-        columns = self.identity.columns
+        columns = self.identity.obs_columns
         obs = self.source.read(self.cell_ids[:1], columns).obs  # one cell shows the types of all
         return cache_schema(len(self.source.genes), {name: obs_type(obs[name]) for name in columns})
 
@@ -158,7 +157,7 @@ class CacheJobs:
 
     def _read(self, shard: int, cell_ids: Int64Array) -> tuple[int, CellBlock]:
         """Return the number of a shard and some of its cells."""
-        return shard, self.source.read(cell_ids, self.identity.columns)
+        return shard, self.source.read(cell_ids, self.identity.obs_columns)
 
     def _verify(self, shard: int, rewrite: bool, on_progress: Callable[[int], object]) -> bool:
         """Return whether a shard exists and is correct; raise if it is corrupt, unless it is to be rewritten."""
@@ -253,18 +252,18 @@ def plan_cache(
     Raises:
         ValueError: there are no cells, the ids do not ascend, a column does not exist, or the shards are too small.
     """
-    if cells_per_shard < TILE:
-        raise ValueError(f"expected at least {TILE:,} cells per shard, found {cells_per_shard:,}")
+    if cells_per_shard < CHUNK_SIZE:
+        raise ValueError(f"expected at least {CHUNK_SIZE:,} cells per shard, found {cells_per_shard:,}")
     cell_ids = source.obs().index.to_numpy(np.int64) if cell_ids is None else cell_ids
     if not len(cell_ids) or (np.diff(cell_ids) <= 0).any():
         raise ValueError(
             f"expected at least one cell id, ascending and without repeats, found {len(cell_ids):,}: {cell_ids[:5]}"
         )
-    columns = [name for name in COLUMNS if name in source.columns] if columns is None else list(columns)
-    require_columns(columns, source.columns)
+    columns = [name for name in COLUMNS if name in source.obs_columns] if columns is None else list(columns)
+    require_columns(columns, source.obs_columns)
     identity = CacheIdentity(source.describe(), len(cell_ids), hash_cells(cell_ids), columns, cells_per_shard)
     # A shard starts with the first chunk at or behind each multiple of `cells_per_shard`, so chunks are never split.
-    chunks = np.flatnonzero(np.diff(cell_ids // TILE, prepend=-1))  # offsets of the chunks in `cell_ids`
+    chunks = np.flatnonzero(np.diff(cell_ids // CHUNK_SIZE, prepend=-1))  # offsets of the chunks in `cell_ids`
     first = np.flatnonzero(np.diff(chunks // cells_per_shard, prepend=-1))  # chunks with which a shard starts
     return CacheJobs(source, Path(folder), cell_ids, identity, [*chunks[first].tolist(), len(cell_ids)])
 

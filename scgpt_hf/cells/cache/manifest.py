@@ -59,14 +59,14 @@ class CacheIdentity:
         source: the origin of the cells, as `CellSource.describe` returns it.
         cells: number of cells.
         cells_hash: hash of the cell ids, from `hash_cells`.
-        columns: names of the obs columns.
+        obs_columns: names of the obs columns.
         cells_per_shard: least number of cells of a shard. A chunk of ids is never split over two shards.
     """
 
     source: dict[str, Any]
     cells: int
     cells_hash: str
-    columns: list[str]
+    obs_columns: list[str]
     cells_per_shard: int
 
 
@@ -197,7 +197,7 @@ def _require_consistent(identity: CacheIdentity, shards: list[ShardRecord]) -> N
         kinds = get_type_hints(type(record))
         _require_types(vars(record), {name: get_origin(kind) or kind for name, kind in kinds.items()})
     _require_types(identity.source, {"obs_filter": str | None, "layer": str, "gene_hash": str})
-    _require_types(dict(enumerate(identity.columns)), dict.fromkeys(range(len(identity.columns)), str))
+    _require_types(dict(enumerate(identity.obs_columns)), dict.fromkeys(range(len(identity.obs_columns)), str))
     edges = [0, *(cell for shard in shards for cell in (shard.first_cell, shard.last_cell + 1))]
     if edges != sorted(edges) or not 0 < identity.cells == sum(shard.n_cells for shard in shards):
         raise ValueError(f"the shards do not hold {identity.cells:,} cells by ascending id")

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from scgpt_hf.cells.block import CellBlock, Int64Array, require_cell_ids
 from scgpt_hf.cells.cache.manifest import MANIFEST, REMEDY, CacheError, read_genes, read_manifest, verify_shard
 from scgpt_hf.cells.cache.shards import Shard, find_cells
-from scgpt_hf.cells.obs import PRIMARY, drop_unused_categories, full_filter, require_columns, select_rows
+from scgpt_hf.cells.obs import PRIMARY, add_primary_filter, drop_unused_categories, find_matching_rows, require_columns
 
 logger = logging.getLogger(__name__)
 
@@ -83,10 +83,10 @@ class CacheSource:
         source = self.identity.source
         if layer not in (None, source["layer"]):
             raise ValueError(f"{folder} has no layer {layer!r}; its only layer is {source['layer']!r}")
-        self.columns = list(self.identity.columns)
+        self.obs_columns = list(self.identity.obs_columns)
         if PRIMARY in (source["obs_filter"] or ""):
             primary_only = False  # all cells of the cache are primary, even if it has no such column
-        self._filter = full_filter(obs_filter, self.columns, primary_only=primary_only)
+        self._filter = add_primary_filter(obs_filter, self.obs_columns, primary_only=primary_only)
         small = sum(record.n_bytes for record in self._records) <= VERIFIED_BYTES
         self._unverified = (small if verify is None else verify) and bool(self._records)
         self._pool = ThreadPoolExecutor(n_threads, thread_name_prefix="cache-find")
@@ -109,7 +109,7 @@ class CacheSource:
 
     def obs(self, columns: Sequence[str] = ()) -> pd.DataFrame:
         """Return the cells that match the filter; see `CellSource.obs`."""
-        require_columns(columns, self.columns)
+        require_columns(columns, self.obs_columns)
         rows = np.flatnonzero(self._selected[self._cell_ids])
         index = pd.Index(self._cell_ids[rows], name="cell_id")
         table = {name: self._column(name)[rows] for name in columns}
@@ -123,7 +123,7 @@ class CacheSource:
             ValueError: see `CellSource.read`.
         """
         cell_ids = require_cell_ids(cell_ids, self._selected)
-        require_columns(columns, self.columns)
+        require_columns(columns, self.obs_columns)
         shard_of_cell = np.searchsorted([record.last_cell for record in self._records], cell_ids)
         obs = pd.DataFrame(index=pd.Index(cell_ids, name="cell_id"))
         for name in columns:
@@ -183,8 +183,8 @@ class CacheSource:
         """True at the id of each cell that matches the filter. Shape (last cell id + 1,)."""
         matching = self._cell_ids
         if self._filter is not None:
-            obs = pd.DataFrame({name: self._column(name) for name in self.columns}, index=self._cell_ids)
-            matching = matching[select_rows(obs, self._filter)]
+            obs = pd.DataFrame({name: self._column(name) for name in self.obs_columns}, index=self._cell_ids)
+            matching = matching[find_matching_rows(obs, self._filter)]
         offered = np.zeros(int(self._cell_ids[-1]) + 1, dtype=np.bool_)
         offered[matching] = True
         return offered

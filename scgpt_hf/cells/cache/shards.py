@@ -13,11 +13,10 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 
-from scgpt_hf.cells.block import CellBlock, CsrArrays, Int64Array
+from scgpt_hf.cells.block import CHUNK_SIZE, CellBlock, CsrArrays, Int64Array
 from scgpt_hf.cells.cache.format import CELL_COLUMNS, ESCAPE, Array, cache_schema
 from scgpt_hf.cells.cache.manifest import REMEDY, CacheError
 from scgpt_hf.cells.compiled import compiled
-from scgpt_hf.cells.soma.layout import TILE
 
 _CELLS, _IDS, _OFFSETS, _GENES, _COUNTS, _LARGE_OFFSETS, _LARGE = range(7)  # columns of `Shard.batches`
 _PAGE = 4096  # bytes; the smallest page of memory, which the system reads from the disk at once
@@ -63,7 +62,7 @@ class Shard:
         )
         places = [_find_buffers(batch, content.address) for batch in self.table.to_batches()]
         self.batches = np.array(places, np.int64).reshape(-1, 7)
-        self.chunks = self.longs[self.batches[:, _IDS]] // TILE
+        self.chunks = self.longs[self.batches[:, _IDS]] // CHUNK_SIZE
 
     @property
     def cell_ids(self) -> Int64Array:
@@ -226,7 +225,7 @@ def _validate_shard(table: pa.Table, content: pa.Buffer, n_genes: int) -> None:
         buffers = [buffer for column in batch.columns for buffer in column.buffers() if buffer]
         if not all(0 <= buffer.address - content.address <= content.size - buffer.size for buffer in buffers):
             raise ValueError("it is compressed, or has another byte order")
-        if ids.null_count or (np.diff(ids) <= 0).any() or ids[0].as_py() // TILE != ids[-1].as_py() // TILE:
+        if ids.null_count or (np.diff(ids) <= 0).any() or ids[0].as_py() // CHUNK_SIZE != ids[-1].as_py() // CHUNK_SIZE:
             raise ValueError("the cell ids of a record batch do not ascend within one chunk")
         if not genes.offsets.equals(counts.offsets):
             raise ValueError("the number of genes of a cell differs from the number of its counts")
@@ -274,7 +273,7 @@ def _find_cells(longs, ints, batches, chunks, cell_ids, places, lengths):  # typ
         lengths: is filled with the number of genes. Shape (cells,).
     """
     for i in range(len(cell_ids)):
-        batch = batches[np.searchsorted(chunks, cell_ids[i] // TILE)]
+        batch = batches[np.searchsorted(chunks, cell_ids[i] // CHUNK_SIZE)]
         ids = longs[batch[_IDS] : batch[_IDS] + batch[_CELLS]]
         last = len(ids) - 1
         low, high = max(0, last - (ids[last] - cell_ids[i])), min(last, cell_ids[i] - ids[0])

@@ -70,7 +70,7 @@ class CachingSource:
         if source.describe()["kind"] == "cache":
             raise ValueError("the data are already a cache; train on them without --cache_dir")
         self._source, self._folder, self._job, self._wait = source, Path(folder), job, wait
-        kept = [name for name in COLUMNS if name in source.columns]
+        kept = [name for name in COLUMNS if name in source.obs_columns]
         kept += [name for name in columns if name not in kept]
         self._jobs = plan_cache(source, folder, cell_ids=cell_ids, columns=kept, cells_per_shard=cells_per_shard)
         self._cache = self._open_cache(columns) if (self._folder / MANIFEST).exists() else None
@@ -91,9 +91,9 @@ class CachingSource:
         return self._source.genes
 
     @property
-    def columns(self) -> list[str]:
+    def obs_columns(self) -> list[str]:
         """The obs columns of the source."""
-        return self._source.columns
+        return self._source.obs_columns
 
     @property
     def chunk_size(self) -> int:
@@ -148,7 +148,7 @@ class CachingSource:
 
     def _read_source(self, cell_ids: Int64Array, columns: Sequence[str]) -> CellBlock:
         """Return cells of the source and start storing them; the part is written while the next cells are read."""
-        block = self._source.read(cell_ids, self._jobs.identity.columns)
+        block = self._source.read(cell_ids, self._jobs.identity.obs_columns)
         with self._submit_lock:
             # Wait for the last part: at most one block is held in memory, and an error of writing is raised here.
             self._last_store.result()
@@ -195,7 +195,7 @@ class CachingSource:
         """Return the complete cache in the folder, after checking that it holds the cells and columns of the run."""
         cache, jobs = CacheSource(self._folder, primary_only=False), self._jobs
         require_same_source(self._folder, cache.identity, jobs.identity)
-        if missing_columns := [name for name in columns if name not in cache.columns]:
+        if missing_columns := [name for name in columns if name not in cache.obs_columns]:
             raise CacheError(
                 f"{self._folder} does not have the obs columns {missing_columns}; remove it, or choose another "
                 "--cache_dir"

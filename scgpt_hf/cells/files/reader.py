@@ -17,12 +17,19 @@ from anndata import AnnData
 from anndata.io import read_elem, sparse_dataset
 from scipy.sparse import csr_matrix, issparse, vstack
 
-from scgpt_hf.cells.block import CellBlock, Int64Array, gene_hash, name_layers, require_cell_ids, require_counts
+from scgpt_hf.cells.block import (
+    CHUNK_SIZE,
+    CellBlock,
+    Int64Array,
+    gene_hash,
+    name_layers,
+    require_cell_ids,
+    require_counts,
+)
 from scgpt_hf.cells.files.probe import require_readable
 from scgpt_hf.cells.files.validation import translate_read_errors, validate_sparse
 from scgpt_hf.cells.genes import find_gene_ids, join_genes
-from scgpt_hf.cells.obs import drop_unused_categories, full_filter, require_columns, select_rows
-from scgpt_hf.cells.soma.layout import TILE
+from scgpt_hf.cells.obs import add_primary_filter, drop_unused_categories, find_matching_rows, require_columns
 
 logger = logging.getLogger(__name__)
 
@@ -85,7 +92,7 @@ class AnnDataSource:
     The cell ids are 0, 1, 2, … over all files in order, before filtering.
     """
 
-    chunk_size = TILE
+    chunk_size = CHUNK_SIZE
 
     def __init__(
         self,
@@ -128,11 +135,11 @@ class AnnDataSource:
         self.genes = genes[["feature_id", "feature_name"]]
         self._starts = np.cumsum([0, *(len(part.obs) for part in self.parts)])
         obs = _join_obs([part.obs for part in self.parts])
-        self.columns = [str(name) for name in obs]
-        self._filter = full_filter(
-            self._settings["obs_filter"], self.columns, primary_only=self._settings["primary_only"]
+        self.obs_columns = [str(name) for name in obs]
+        self._filter = add_primary_filter(
+            self._settings["obs_filter"], self.obs_columns, primary_only=self._settings["primary_only"]
         )
-        rows = select_rows(obs, self._filter)
+        rows = find_matching_rows(obs, self._filter)
         self._obs = drop_unused_categories(obs.iloc[rows])
         self._selected = np.zeros(len(obs), dtype=np.bool_)
         self._selected[rows] = True
@@ -157,13 +164,13 @@ class AnnDataSource:
 
     def obs(self, columns: Sequence[str] = ()) -> pd.DataFrame:
         """Return the cells that match the filter; see `CellSource.obs`."""
-        require_columns(columns, self.columns)
+        require_columns(columns, self.obs_columns)
         return self._obs[list(columns)].copy()
 
     def read(self, cell_ids: Int64Array, columns: Sequence[str] = ()) -> CellBlock:
         """Return the given cells in the given order; see `CellSource.read`."""
         cell_ids = require_cell_ids(cell_ids, self._selected)
-        require_columns(columns, self.columns)
+        require_columns(columns, self.obs_columns)
         order = np.argsort(cell_ids)  # each file is read once, by ascending row
         edges = np.searchsorted(cell_ids[order], self._starts)
         blocks = []

@@ -38,13 +38,8 @@ from itertools import pairwise
 
 import numpy as np
 
-from scgpt_hf.cells.block import Int64Array
-from scgpt_hf.cells.soma.layout import TILE
+from scgpt_hf.cells.block import CHUNK_SIZE, Int64Array
 
-# Cells of one chunk: the rows of one tile of X in a Census. The row of a cell crosses about 30 tiles, and TileDB
-# decompresses all of them, however few of their rows are read. Measured on a local Census (4 cores, 8,192 cells to a
-# query): 51,000 cells/s in aligned runs of 2,048 cells, 12,000 in runs of 256, 6,500 in runs of 16.
-CHUNK_SIZE = TILE
 # Ids scanned together when chunks are located, so that a memory map of any size needs 32 MiB of int64.
 _IDS_PER_SCAN = 1 << 22
 

@@ -11,8 +11,7 @@ import numpy.typing as npt
 from scipy.sparse import csr_matrix
 from tqdm import tqdm
 
-from scgpt_hf.cells.block import CellBlock, Int64Array
-from scgpt_hf.cells.schedule.epoch import CHUNK_SIZE
+from scgpt_hf.cells.block import CHUNK_SIZE, CellBlock, Int64Array
 
 if TYPE_CHECKING:
     from scgpt_hf.cells.source import CellSource

@@ -1,4 +1,4 @@
-"""Find the experiment of one organism from the address of a SOMA or of a release of the public Census.
+"""Open the SOMA of an address: a release of the Census, a folder, or one organism.
 
 `census.py` reads its cells.
 """
@@ -38,15 +38,15 @@ def open_census(
         >>> source = open_census("census://2025-11-08/homo_sapiens", obs_filter="tissue == 'blood'")  # doctest: +SKIP
     """
     require_no_credentials(address)
-    version = None
+    release_date = None
     if address.startswith("census://"):
         version, _, organism = address.removeprefix("census://").strip("/").partition("/")
-        version, address = _find_release(version)
+        release_date, address = _find_release(version)
         uri = _find_organism(address, organism or None)
     else:
         uri = _find_organism(address, None)
     return CensusSource(
-        uri, obs_filter=obs_filter, layer=layer, primary_only=primary_only, census_version=version, native=native
+        uri, obs_filter=obs_filter, layer=layer, primary_only=primary_only, census_version=release_date, native=native
     )
 
 
@@ -78,8 +78,6 @@ def _find_organism(uri: str, organism: str | None) -> str:
         if is_remote(uri) and not isinstance(error, FileNotFoundError):
             raise
         raise ValueError(f"cannot open {uri!r} as a SOMA in the Census layout: {error}") from error
-    if isinstance(found, str):
-        return found
     if organism is None and len(found) == 1:
         return next(iter(found.values()))
     if organism not in found:
@@ -88,12 +86,13 @@ def _find_organism(uri: str, organism: str | None) -> str:
     return found[organism]
 
 
-def _list_organisms(uri: str) -> dict[str, str] | str:
-    """Return the URI of each organism of a SOMA by its name, or the URI itself if it is that of an organism."""
+def _list_organisms(uri: str) -> dict[str, str]:
+    """Return the URI of each organism of a SOMA by its name, also if it is the SOMA of one organism."""
     root: Any = soma.open(uri, context=open_context(is_remote(uri), n_threads=1))
     with root:
         if isinstance(root, soma.Experiment):
-            return str(root.uri)
+            organism = str(root.uri).rstrip("/").rsplit("/", 1)[-1]
+            return {organism: str(root.uri)}
         if "census_data" not in root:
             raise ValueError(f"{uri!r} is a SOMA but not in the Census layout: no 'census_data' among {sorted(root)}")
         return {name: str(root["census_data"][name].uri) for name in root["census_data"]}

@@ -146,10 +146,10 @@ def _name_datasets(parts: Sequence[AnnDataPart]) -> list[str]:
 
 def _label_cells(source: AnnDataSource, dataset_ids: Sequence[str], keep_obs: Sequence[str]) -> pd.DataFrame:
     """Return the obs columns taken from the files, with "unknown" where they lack a column of the Census."""
-    found = source.obs(source.columns)
-    require_columns(keep_obs, source.columns)
+    found = source.obs(source.obs_columns)
+    require_columns(keep_obs, source.obs_columns)
     absent = [name for name in (*OBS_LABELS, "is_primary_data") if name not in found and name != "dataset_id"]
-    dropped = sorted(set(source.columns) - {*OBS_LABELS, *OBS_NUMBERS, "is_primary_data", *keep_obs})
+    dropped = sorted(set(source.obs_columns) - {*OBS_LABELS, *OBS_NUMBERS, "is_primary_data", *keep_obs})
     logger.info("filled with 'unknown', because no file has them: %s; dropped columns: %s", absent, dropped)
     sizes = [len(part.obs) for part in source.parts]
     labels = pd.DataFrame({"dataset_id": np.repeat(np.array(dataset_ids, dtype=object), sizes)})

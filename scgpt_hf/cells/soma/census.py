@@ -4,8 +4,9 @@ A Census stores X in tiles of 2,048 cells, so the cheapest unit to read is a chu
 Reading a shuffle window takes these steps:
 
 1. `read` receives cell ids in any order, sorts them and splits them by chunk.
-2. A few threads read one chunk each (`_read_chunk`): of a local Census by the native reader (package `native`), else
-   through TileDB, with a separate context and handles for each thread. `remote.py` retries reads of a remote Census.
+2. A few threads read one chunk each (`_read_chunk_with_retries`): of a local Census by the native reader (package
+   `native`), else through TileDB, with a separate context and handles for each thread. `remote.py` retries reads of a
+   remote Census.
 3. `chunks.py` packs the entries of a chunk into words of 4 bytes.
 4. `read` checks that the counts are raw and adds the requested obs columns.
 5. It returns a `ChunkedBlock`. Its counts stay packed until the pipeline takes a few hundred cells at a time.
@@ -24,9 +25,16 @@ import pyarrow as pa
 import tiledbsoma as soma
 from numpy.typing import NDArray
 
-from scgpt_hf.cells.block import CellBlock, Int64Array, gene_hash, name_layers, require_cell_ids, require_counts
-from scgpt_hf.cells.obs import full_filter, require_columns, select_obs
-from scgpt_hf.cells.schedule.epoch import CHUNK_SIZE
+from scgpt_hf.cells.block import (
+    CHUNK_SIZE,
+    CellBlock,
+    Int64Array,
+    gene_hash,
+    name_layers,
+    require_cell_ids,
+    require_counts,
+)
+from scgpt_hf.cells.obs import add_primary_filter, read_matching_obs, require_columns
 from scgpt_hf.cells.soma.chunks import Chunk, ChunkedBlock, read_chunk
 from scgpt_hf.cells.soma.context import open_context
 from scgpt_hf.cells.soma.native import NativeArray, open_native
@@ -90,8 +98,8 @@ class CensusSource:
         self._handles: list[soma.SparseNDArray | soma.DataFrame] = []
         self._pool: DaemonThreadPool | None = None
         self._selected: NDArray[np.bool_] | None = None
-        self._uris, self.columns, self._n_rows = self._retry_policy.read(uri, self._inspect)
-        self._filter = full_filter(obs_filter, self.columns, primary_only=primary_only)
+        self._uris, self.obs_columns, self._n_rows = self._retry_policy.read(uri, self._inspect)
+        self._filter = add_primary_filter(obs_filter, self.obs_columns, primary_only=primary_only)
 
     def _inspect(self) -> tuple[dict[str, str], list[str], int]:
         """Return the URIs of X, obs and var, the obs columns, and the number of rows of X."""
@@ -147,7 +155,7 @@ class CensusSource:
 
         def read() -> pd.DataFrame:
             with soma.DataFrame.open(self._uris["obs"], context=self._context(self._n_threads)) as frame:
-                return select_obs(frame, self._filter, columns)
+                return read_matching_obs(frame, self._filter, columns)
 
         obs = self._retry_policy.read(self._uris["obs"], read)
         if self._selected is None:  # computed once, because scanning 100 million ids is slow
@@ -157,13 +165,13 @@ class CensusSource:
     def read(self, cell_ids: Int64Array, columns: Sequence[str] = ()) -> CellBlock:
         """Return these cells in this order; see `CellSource.read`."""
         cell_ids = require_cell_ids(cell_ids, self._selected_cells())
-        require_columns(columns, self.columns)
+        require_columns(columns, self.obs_columns)
         order = np.argsort(cell_ids)
         ascending = cell_ids[order]
         edges = np.flatnonzero(np.diff(ascending // CHUNK_SIZE)) + 1  # where the next chunk begins
         # The native array is opened here: the threads would each open it, or wait for each other.
-        read_chunk = partial(self._read_chunk, self._native_array)
-        chunks = list(self._threads().map(read_chunk, np.split(ascending, edges))) if len(order) else []
+        read = partial(self._read_chunk_with_retries, self._native_array)
+        chunks = list(self._threads().map(read, np.split(ascending, edges))) if len(order) else []
         positions = np.split(order, edges) if chunks else []
         obs = self._read_obs(cell_ids, columns)
         block = ChunkedBlock(chunks, positions, obs, cell_ids, n_genes=len(self.genes))
@@ -277,7 +285,7 @@ class CensusSource:
                 self._handles.append(handle)
         return getattr(self._local, name)
 
-    def _read_chunk(self, native: NativeArray | None, cell_ids: Int64Array) -> Chunk:
+    def _read_chunk_with_retries(self, native: NativeArray | None, cell_ids: Int64Array) -> Chunk:
         """Read ascending cells of one chunk, natively if possible."""
         return self._retry_policy.read(self._uris["X"], lambda: read_chunk(native or self._handle("X"), cell_ids))
 

@@ -8,6 +8,8 @@ from typing import Any
 
 import pyarrow as pa
 
+from scgpt_hf.cells.block import CHUNK_SIZE
+
 ONTOLOGIES = (
     *("assay", "cell_type", "development_stage", "disease", "self_reported_ethnicity", "sex", "tissue"),
     "tissue_general",
@@ -17,7 +19,7 @@ OBS_LABELS = (
     *(column for name in ONTOLOGIES for column in (name, f"{name}_ontology_term_id")),
 )
 OBS_NUMBERS = ("raw_sum", "nnz", "raw_mean_nnz", "raw_variance_nnz", "n_measured_vars")
-TILE = 2048  # cells and genes of a tile; a chunk, the unit of reading, has the cells of one row of tiles
+TILE = CHUNK_SIZE  # cells and genes of a tile; a chunk, the unit of reading, has the cells of one row of tiles
 
 _ZSTD = {"_type": "ZstdFilter", "level": 9}
 _NUMBER = ["ByteShuffleFilter", _ZSTD]

@@ -104,7 +104,7 @@ def finetune_classifier(data: Address, settings: AnnotateSettings) -> dict[str, 
 def _select_cells(source: CellSource, processor: ScGPTProcessor, settings: AnnotateSettings) -> LabelledCells:
     """Return the labelled cells that express a gene of the vocabulary, split into training and validation."""
     donor_key = settings.donor_key
-    donors = [donor_key or "donor_id"] if donor_key or "donor_id" in source.columns else []
+    donors = [donor_key or "donor_id"] if donor_key or "donor_id" in source.obs_columns else []
     obs = source.obs(list(dict.fromkeys([settings.labels_key, *donors])))
     known = np.flatnonzero(match_source_genes(source.genes, processor)[0] >= 0)
     obs = obs.loc[cells_expressing(source, obs.index.to_numpy(np.int64), known)]

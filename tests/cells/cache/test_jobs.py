@@ -77,7 +77,7 @@ def test_shards_are_ranges_of_cells_that_do_not_split_chunks(source, chosen, cel
 class _Renumbered:
     """Stand-in for a source with more cells. Planning a cache reads no cells."""
 
-    columns = ()
+    obs_columns = ()
 
     def __init__(self, source: CellSource) -> None:
         self.describe = source.describe
@@ -126,7 +126,7 @@ def test_a_shard_is_not_replaced_if_the_counts_of_the_source_have_changed(source
     ("keywords", "message"),
     [
         ({"cell_ids": np.arange(5000)}, "cells: expected 5000, found 9000"),
-        ({"columns": []}, r"columns: expected \[\], found \['donor_id'\]"),
+        ({"columns": []}, r"obs_columns: expected \[\], found \['donor_id'\]"),
         ({"cells_per_shard": 4096}, "cells_per_shard: expected 4096, found 2048"),
     ],
 )

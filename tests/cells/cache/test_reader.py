@@ -25,7 +25,7 @@ from tests.support.source_contract import SourceContract
 def everything(small_census: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """All 300 cells of the small Census and all its columns, cached."""
     folder, source = tmp_path_factory.mktemp("cache") / "all", open_source(small_census, primary_only=False)
-    assert write_cache(source, folder, columns=source.columns)
+    assert write_cache(source, folder, columns=source.obs_columns)
     return folder
 
 
@@ -308,7 +308,7 @@ def test_a_cell_with_a_gene_that_the_cache_does_not_have_raises(copied):
     [
         (("cells",), "4490"),
         (("cells",), 4491),
-        (("columns",), [None]),
+        (("obs_columns",), [None]),
         (("source", "layer"), None),
         (("source", "gene_hash"), 3),
         (("source", "obs_filter"), ["a"]),

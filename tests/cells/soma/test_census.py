@@ -142,8 +142,8 @@ def test_a_local_census_is_read_by_at_most_one_thread_more_than_cores(small_cens
 
 def test_the_filter_is_evaluated_once(small_census, monkeypatch):
     evaluated = []
-    select = census.select_obs
-    monkeypatch.setattr(census, "select_obs", lambda *args: evaluated.append(args[1]) or select(*args))
+    select = census.read_matching_obs
+    monkeypatch.setattr(census, "read_matching_obs", lambda *args: evaluated.append(args[1]) or select(*args))
     with open_source(small_census, obs_filter="donor_id == 'donor_4'") as source:
         cell_ids = source.obs(["cell_type"]).index.to_numpy()
         source.read(cell_ids[:3])
