@@ -136,7 +136,7 @@ def spread_labels(heights: FloatArray, gap: float) -> FloatArray:
     """Move labels apart until none overlap, and by as little as possible (least squares).
 
     Args:
-        heights: of the labels. Shape (labels,).
+        heights: heights of the labels. Shape (labels,).
         gap: smallest distance between two labels.
 
     Returns:

@@ -12,9 +12,9 @@ from scgpt_hf.reporting.evaluation_results import GROUPS, SCORES, TABLE
 from scgpt_hf.reporting.page import (
     Html,
     collapsed,
-    embed_image,
     figures,
     format_value,
+    inline_png,
     key_numbers,
     page,
     paragraph,
@@ -62,7 +62,7 @@ def evaluation_report(folder: Path) -> str:
             _first_numbers(record["settings"]["embedding_keys"], methods),
             _scores(methods),
             section(
-                "Figures", figures(*[embed_image(folder / one["file"], one["caption"]) for one in record["figures"]])
+                "Figures", figures(*[inline_png(folder / one["file"], one["caption"]) for one in record["figures"]])
             ),
             section("Prediction of cell types", _predictions(methods)),
             _cells(record),
@@ -97,7 +97,7 @@ def _scores(methods: dict[str, Any]) -> Html:
     return section(
         "Scores",
         paragraph("Higher is better. A dash means that the score does not apply to the method or cannot be computed."),
-        table(rows, ("score", *methods), numbers=range(1, len(methods) + 1)),
+        table(rows, ("score", *methods), numeric_columns=range(1, len(methods) + 1)),
         _causes(methods),
         collapsed("What the scores mean", table([(metric, _MEANING.get(metric, "")) for metric in metrics])),
         paragraph(
@@ -126,8 +126,8 @@ def _predictions(methods: dict[str, Any]) -> Html:
             left_out = ", ".join(f"{label} ({number:,})" for label, number in one["left_out"].items()) or "none"
             numbers = (f"{method['scores'][metric]:.3f}", f"{one['accuracy']:.3f}", f"{one['calibration_error']:.3f}")
             rows.append((name, metric.removesuffix(" macro-F1"), *numbers, one["protocol"], left_out))
-    head = ("method", "classifier", "macro-F1", "accuracy", "calibration error", "protocol", "types left out (cells)")
-    return table(rows, head, numbers=(2, 3, 4)) if rows else Html("")
+    header = ("method", "classifier", "macro-F1", "accuracy", "calibration error", "protocol", "types left out (cells)")
+    return table(rows, header, numeric_columns=(2, 3, 4)) if rows else Html("")
 
 
 def _cells(record: dict[str, Any]) -> Html:

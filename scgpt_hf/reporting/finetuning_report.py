@@ -17,10 +17,10 @@ from scgpt_hf.reporting.page import (
     Html,
     code_block,
     collapsed,
-    embed_figure,
-    embed_image,
     figures,
     format_value,
+    inline_png,
+    inline_svg,
     key_numbers,
     page,
     paragraph,
@@ -50,7 +50,7 @@ def finetuning_report(run: Path) -> str:
     else:
         purpose = f"An encoder fine-tuned to integrate the batches in {summary.text('batch_key')!r}"
     lead = f"{purpose}, on {summary.number('train_cells')} cells. Pretrained model: {summary.text('model')}."
-    umap = embed_image(run / "umap.png", "UMAP of the cells, embedded by the model.")
+    umap = inline_png(run / "umap.png", "UMAP of the cells, embedded by the model.")
     details = {key: value for key, value in summary.content.items() if key not in _SHOWN}
     return page(
         run.resolve().name,
@@ -96,8 +96,8 @@ def _predictions(summary: RunRecord) -> Html:
     true, predicted = np.repeat(names[true], repeats), np.repeat(names[predicted], repeats)
     mean = np.mean(list(f1_by_type(true, predicted).values()))
     drawn = [
-        embed_figure(plot_confusion(true, predicted), "Confusion matrix of the held-out cells."),
-        embed_figure(
+        inline_svg(plot_confusion(true, predicted), "Confusion matrix of the held-out cells."),
+        inline_svg(
             plot_f1(true, {"model": predicted}), f"F1 score of each type among the held-out cells; mean {mean:.3f}."
         ),
     ]
@@ -108,7 +108,7 @@ def _predictions(summary: RunRecord) -> Html:
         )
         confidence = np.repeat(np.asarray(bins["confidence"], dtype=float), cells)
         caption = "Calibration: share of correct predictions by confidence. The dashed line is perfect calibration."
-        drawn.append(embed_figure(plot_calibration(confidence, correct), caption))
+        drawn.append(inline_svg(plot_calibration(confidence, correct), caption))
     text = (
         f"The held-out cells (held out by {summary.text('held_out')}) were also used to choose the epoch and to "
         "calibrate the confidence, so these scores are slightly optimistic."
@@ -121,20 +121,20 @@ def _curves(run: Path) -> list[Html]:
     panels = {"training": "loss", "validation": "eval_gep_mse"}
     captions = {"training": "Loss on training cells.", "validation": "Error on masked genes of held-out cells."}
     drawn = [panel for panel, key in panels.items() if any(key in line for line in metrics)]
-    return [embed_figure(plot_loss(metrics, [panel]), captions[panel]) for panel in drawn]
+    return [inline_svg(plot_loss(metrics, [panel]), captions[panel]) for panel in drawn]
 
 
 def _errors(summary: RunRecord) -> Html:
     """Return the errors on masked genes; only integration has them."""
     rows = [(row.name, row.meaning, f"{row.value:.2f}") for row in error_rows(summary) if row.value is not None]
-    head = ("prediction of masked genes", "what it uses", "mean squared error (bins²)")
-    return table(rows, head, numbers=[2]) if rows else Html("")
+    header = ("prediction of masked genes", "what it uses", "mean squared error (bins²)")
+    return table(rows, header, numeric_columns=[2]) if rows else Html("")
 
 
 def _labels(summary: RunRecord) -> Html:
     rows = [(label, f"{train:,}", f"{held_out:,}", *shares) for label, train, held_out, *shares in label_rows(summary)]
-    head = ("label", "training cells", "held-out cells", "recall", "precision")
-    return table(rows, head, numbers=range(1, len(head))) if rows else Html("")
+    header = ("label", "training cells", "held-out cells", "recall", "precision")
+    return table(rows, header, numeric_columns=range(1, len(header))) if rows else Html("")
 
 
 def _how_to_use(run: Path, task: str) -> Html:

@@ -1,4 +1,4 @@
-"""Build a self-contained HTML page: styles and figures are embedded, and there are no scripts.
+"""Build a self-contained HTML page: it contains its styles and figures, and no scripts.
 
 Text is escaped where it enters an element (`tag`); only values of type `Html` are inserted unchanged. The content of
 the pages is decided in `pretraining_report.py`, `finetuning_report.py` and `evaluation_report.py`.
@@ -68,7 +68,7 @@ def tag(name: str, /, *children: str | Iterable[str], **attributes: str) -> Html
     """Return an element; children are escaped unless they are `Html`.
 
     Args:
-        name: of the element.
+        name: name of the element.
         children: texts and elements inside it.
         attributes: escaped; `class_` stands for `class`, which is a keyword of Python.
 
@@ -79,17 +79,17 @@ def tag(name: str, /, *children: str | Iterable[str], **attributes: str) -> Html
     opening = "".join(f' {key.strip("_")}="{html.escape(value)}"' for key, value in attributes.items())
     if name in _VOID:
         return Html(f"<{name}{opening}>")
-    inside = "".join(join(child) for child in children)
+    inside = "".join(to_html(child) for child in children)
     return Html(f"<{name}{opening}>{inside}</{name}>")
 
 
-def join(children: str | Iterable[str]) -> Html:
-    """Return children as HTML; text is escaped unless it is `Html`, and `Code` becomes an element."""
+def to_html(children: str | Iterable[str]) -> Html:
+    """Join texts and elements to HTML. Text is escaped unless it is `Html`, and `Code` becomes an element."""
     if isinstance(children, Code):
         return tag("code", str(children))
     if isinstance(children, str):
         return children if isinstance(children, Html) else Html(html.escape(children))
-    return Html("".join(join(child) for child in children))
+    return Html("".join(to_html(child) for child in children))
 
 
 def page(title: str, lead: str, *sections: Html) -> str:
@@ -97,7 +97,7 @@ def page(title: str, lead: str, *sections: Html) -> str:
 
     Args:
         title: heading of the page, and title of its window.
-        lead: first sentence.
+        lead: introduction below the heading.
         sections: see `section`.
     """
     head = [
@@ -112,7 +112,7 @@ def page(title: str, lead: str, *sections: Html) -> str:
 
 def section(heading: str, *blocks: str | Iterable[str]) -> Html:
     """Return a section with a heading, or nothing if all blocks are empty."""
-    inside = join([join(block) for block in blocks])
+    inside = to_html([to_html(block) for block in blocks])
     return tag("section", tag("h2", heading), inside) if inside else Html("")
 
 
@@ -132,22 +132,22 @@ def key_numbers(numbers: Mapping[str, str]) -> Html:
     return tag("div", cards, class_="key-numbers")
 
 
-def table(rows: Sequence[Sequence[str]], head: Sequence[str] = (), numbers: Sequence[int] = ()) -> Html:
+def table(rows: Sequence[Sequence[str]], header: Sequence[str] = (), numeric_columns: Sequence[int] = ()) -> Html:
     """Return a table; one that is wider than the page scrolls.
 
     Args:
         rows: texts of each row.
-        head: names of the columns.
-        numbers: positions of the columns to align right, because they hold numbers.
+        header: names of the columns.
+        numeric_columns: positions of the columns that hold numbers, which are aligned right.
     """
 
     def cells(name: str, texts: Sequence[str]) -> list[Html]:
         return [
-            tag(name, text, class_="number" if column in numbers else "long" if column else "name")
+            tag(name, text, class_="number" if column in numeric_columns else "long" if column else "name")
             for column, text in enumerate(texts)
         ]
 
-    top = tag("thead", tag("tr", cells("th", head))) if head else Html("")
+    top = tag("thead", tag("tr", cells("th", header))) if header else Html("")
     body = tag("tbody", [tag("tr", cells("td", row)) for row in rows])
     return tag("div", tag("table", top, body), class_="wide")
 
@@ -177,8 +177,8 @@ def figures(*blocks: Html) -> Html:
     return tag("div", blocks, class_="figures") if any(blocks) else Html("")
 
 
-def embed_figure(figure: Figure, caption: str) -> Html:
-    """Return a figure as SVG.
+def inline_svg(figure: Figure, caption: str) -> Html:
+    """Return a figure as an SVG image inside the page.
 
     Letters are saved as outlines, so the figure looks the same whatever fonts are installed. There is no date and no
     random id in it, so the same figure gives the same bytes.
@@ -189,8 +189,8 @@ def embed_figure(figure: Figure, caption: str) -> Html:
     return _figure(buffer.getvalue(), "svg+xml", float(figure.get_figwidth()), caption)
 
 
-def embed_image(path: Path, caption: str) -> Html:
-    """Return a PNG file as a figure, or nothing if the file does not exist.
+def inline_png(path: Path, caption: str) -> Html:
+    """Return a PNG file as an image inside the page, or nothing if the file does not exist.
 
     Raises:
         ValueError: the file is not a PNG.

@@ -35,10 +35,27 @@ OTHER = "#BDBDBD"
 UNLABELLED = ("unknown", "unlabelled")  # the Census writes "unknown" for cells without a type
 GREY = "#6B6B6B"
 SMALL = 7.5  # points
+_SMALLER = 7  # points, of legends and of the scores in a table, which have to fit their cells
 DPI = 200  # of figures saved as PNG
 UMAP_CELLS = 5_000  # to draw at most: with more cells a UMAP looks the same, but takes minutes to compute
-_MAP = 2.7  # inches, width and height of a UMAP without its legend; with one, it still fits the screen of a phone
-_CELL_WIDTH, _CELL_HEIGHT, _GROUP_GAP = 0.52, 0.27, 0.12  # inches, in a table of scores
+
+# Inches of a figure of UMAPs. With a legend of usual width, the figure still fits the screen of a phone.
+_UMAP_INCHES = 2.7  # width and height of a UMAP without its legend
+_UMAP_LEFT = 0.3  # room for the label of the vertical axis
+_UMAP_BOTTOM = 0.25  # room for the label of the horizontal axis
+_UMAP_TOP = 0.3  # room for the heading of the panel
+_LEGEND_MARGINS = 0.45  # room for the markers of a legend, and for the gaps on both of its sides
+_SUPTITLE_HEIGHT = 0.3  # room for one line of 10 points
+
+# Inches of a table of scores
+_CELL_WIDTH, _CELL_HEIGHT, _GROUP_GAP = 0.52, 0.27, 0.12
+_TEXT_LEFT = 0.08  # between the left edge and the names of methods, as the text would otherwise touch the edge
+_METHOD_MARGINS = 0.25  # gaps on both sides of the names of methods
+_NAME_GAP = 0.05  # between the name of a metric and the scores below it, also below the last row
+_HEADING_HEIGHT = 0.3  # room for the heading of a group of metrics
+_RULE_GAP = 0.04  # between that heading and the rule below it
+_RULE_TO_NAMES = 0.16  # between that rule and the longest name of a metric
+_TITLE_HEIGHT, _NO_TITLE_HEIGHT = 0.35, 0.1  # room above the table, with and without a title
 
 
 def plot_umap(coordinates: FloatArray, panels: Mapping[str, Sequence[str]], *, title: str | None = None) -> Figure:
@@ -63,18 +80,20 @@ def plot_umap(coordinates: FloatArray, panels: Mapping[str, Sequence[str]], *, t
         ['cell type']
     """
     coordinates = np.asarray(coordinates)
-    _require_map(coordinates, panels)
+    _require_coordinates(coordinates, panels)
     legends = [_colours(categories) for categories in panels.values()]
-    width = 0.3 + _MAP + 0.45 + max(text_width(name) for _, legend in legends for name in legend)
-    height = (_MAP + 0.55) * len(panels) + (0.3 if title else 0)
+    legend_width = max(text_width(name, _SMALLER) for _, legend in legends for name in legend)
+    width = _UMAP_LEFT + _UMAP_INCHES + _LEGEND_MARGINS + legend_width
+    panel_height = _UMAP_BOTTOM + _UMAP_INCHES + _UMAP_TOP
+    height = panel_height * len(panels) + (_SUPTITLE_HEIGHT if title else 0)
     figure = Figure(figsize=(width, height))
     for row, heading, (colours, legend) in zip(reversed(range(len(panels))), panels, legends, strict=True):
-        bottom = row * (_MAP + 0.55) + 0.25
-        axes = figure.add_axes((0.3 / width, bottom / height, _MAP / width, _MAP / height))
-        _draw_map(axes, coordinates, colours, legend)
+        bottom = row * panel_height + _UMAP_BOTTOM
+        axes = figure.add_axes((_UMAP_LEFT / width, bottom / height, _UMAP_INCHES / width, _UMAP_INCHES / height))
+        _draw_umap(axes, coordinates, colours, legend)
         axes.set_title(heading, fontsize=9, loc="left")
     if title:
-        figure.suptitle(title, fontsize=10, x=0.3 / width, ha="left", y=1 - 0.1 / height, va="top")
+        figure.suptitle(title, fontsize=10, x=_UMAP_LEFT / width, ha="left", y=1 - 0.1 / height, va="top")
     return figure
 
 
@@ -95,39 +114,44 @@ def plot_scores(
     """
     shown = {}
     for heading, group in groups.items():
-        if known := [metric for metric in group if any(metric in one for one in scores.values())]:
+        if known := [metric for metric in group if any(metric in method_scores for method_scores in scores.values())]:
             shown[heading] = known
     if not shown:
         metrics = [metric for group in groups.values() for metric in group]
         raise ValueError(f"none of {len(scores)} methods has a score for any of {metrics}")
     columns = [metric for group in shown.values() for metric in group]
-    # A heading can be wider than the columns below it; its font is a little larger than that of text_width.
-    widths = [max(_CELL_WIDTH * len(group), 1.1 * text_width(heading)) for heading, group in shown.items()]
-    left = max(map(text_width, scores)) + 0.25
-    head = 1.1 * max(map(text_width, columns)) + 0.55
+    # A heading can be wider than the columns below it.
+    widths = [max(_CELL_WIDTH * len(group), text_width(heading, SMALL)) for heading, group in shown.items()]
+    left = max(text_width(method, SMALL) for method in scores) + _METHOD_MARGINS
+    names_height = max(text_width(metric, SMALL) for metric in columns)  # the names are written upwards
+    header_height = _HEADING_HEIGHT + _RULE_GAP + _RULE_TO_NAMES + names_height + _NAME_GAP
     width = left + sum(widths) + _GROUP_GAP * len(shown)
-    height = head + _CELL_HEIGHT * len(scores) + (0.35 if title else 0.1)
+    height = header_height + _CELL_HEIGHT * len(scores) + (_TITLE_HEIGHT if title else _NO_TITLE_HEIGHT)
     figure = Figure(figsize=(width, height))
     axes = figure.add_axes((0, 0, 1, 1), xlim=(0, width), ylim=(height, 0))  # inches from the top left
     axes.axis("off")
-    top = height - _CELL_HEIGHT * len(scores) - 0.05
+    top = height - _CELL_HEIGHT * len(scores) - _NAME_GAP
+    heading_bottom = top - header_height + _HEADING_HEIGHT
+    rule = heading_bottom + _RULE_GAP
     start = left
     for (heading, group), group_width in zip(shown.items(), widths, strict=True):
         x = start
-        axes.text(x, top - head + 0.3, heading, fontsize=SMALL, color=GREY, va="bottom")
-        axes.plot([x, x + group_width], [top - head + 0.34] * 2, color=GREY, linewidth=0.6)
+        axes.text(x, heading_bottom, heading, fontsize=SMALL, color=GREY, va="bottom")
+        axes.plot([x, x + group_width], [rule] * 2, color=GREY, linewidth=0.6)
         for metric in group:
-            axes.text(x + _CELL_WIDTH / 2, top - 0.05, metric, fontsize=SMALL, rotation=90, ha="center", va="bottom")
-            values = np.array([one.get(metric, np.nan) for one in scores.values()])
+            axes.text(
+                x + _CELL_WIDTH / 2, top - _NAME_GAP, metric, fontsize=SMALL, rotation=90, ha="center", va="bottom"
+            )
+            values = np.array([method_scores.get(metric, np.nan) for method_scores in scores.values()])
             for row, value in enumerate(values):
                 best = bool(np.isfinite(value)) and round(float(value), 3) == round(float(np.nanmax(values)), 3)
                 _draw_score(axes, x, top + _CELL_HEIGHT * row, value, bold=best and len(values) > 1)
             x += _CELL_WIDTH
         start += group_width + _GROUP_GAP
     for row, method in enumerate(scores):
-        axes.text(0.08, top + _CELL_HEIGHT * (row + 0.5), method, fontsize=SMALL, va="center")
+        axes.text(_TEXT_LEFT, top + _CELL_HEIGHT * (row + 0.5), method, fontsize=SMALL, va="center")
     if title:
-        axes.text(0.08, 0.2, title, fontsize=9, va="center")
+        axes.text(_TEXT_LEFT, 0.2, title, fontsize=9, va="center")
     return figure
 
 
@@ -137,7 +161,7 @@ def save_figure(figure: Figure, path: str | Path) -> None:
     The figure is written to a temporary file first, so an interruption leaves the old file.
 
     Args:
-        figure: to save.
+        figure: the figure.
         path: ending in .png, .svg or .pdf.
 
     Raises:
@@ -155,7 +179,7 @@ def save_figure(figure: Figure, path: str | Path) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def _require_map(coordinates: FloatArray, panels: Mapping[str, Sequence[str]]) -> None:
+def _require_coordinates(coordinates: FloatArray, panels: Mapping[str, Sequence[str]]) -> None:
     if coordinates.ndim != 2 or coordinates.shape[1] != 2 or not len(coordinates):
         raise ValueError(f"expected coordinates of shape (cells, 2) with at least one cell, found {coordinates.shape}")
     if n_wrong := int((~np.isfinite(coordinates)).any(axis=1).sum()):
@@ -184,12 +208,12 @@ def _colours(categories: Sequence[str]) -> tuple[npt.NDArray[np.str_], dict[str,
     return names.map(colour_of).fillna(OTHER).to_numpy(dtype=str), legend
 
 
-def text_width(name: str) -> float:
-    """Return the width in inches of a name in a legend or at an axis."""
-    return float(TextPath((0, 0), name, size=7).get_extents().width) / 72
+def text_width(text: str, points: float) -> float:
+    """Return the width in inches of a text in a font of this size."""
+    return float(TextPath((0, 0), text, size=points).get_extents().width) / 72
 
 
-def _draw_map(axes: Axes, coordinates: FloatArray, colours: npt.NDArray[np.str_], legend: dict[str, str]) -> None:
+def _draw_umap(axes: Axes, coordinates: FloatArray, colours: npt.NDArray[np.str_], legend: dict[str, str]) -> None:
     shuffled = np.random.default_rng(0).permutation(len(coordinates))  # so that no category hides another
     size = float(np.clip(9_000 / len(coordinates), 0.6, 9))  # square points: small enough not to merge
     axes.scatter(
@@ -207,7 +231,7 @@ def _draw_map(axes: Axes, coordinates: FloatArray, colours: npt.NDArray[np.str_]
         loc="center left",
         bbox_to_anchor=(1.02, 0.5),
         frameon=False,
-        fontsize=7,
+        fontsize=_SMALLER,
         handletextpad=0.1,
         labelspacing=0.35,
         borderaxespad=0,
@@ -223,5 +247,7 @@ def _draw_score(axes: Axes, x: float, y: float, value: float, *, bold: bool) -> 
     )
     ink = "white" if known and value > 0.7 else "black" if known else GREY
     text = f"{value:.3f}" if known else "–"
-    place = (x + _CELL_WIDTH / 2, y + _CELL_HEIGHT / 2)
-    axes.text(*place, text, fontsize=7, ha="center", va="center", color=ink, weight="bold" if bold else "normal")
+    middle = (x + _CELL_WIDTH / 2, y + _CELL_HEIGHT / 2)
+    axes.text(
+        *middle, text, fontsize=_SMALLER, ha="center", va="center", color=ink, weight="bold" if bold else "normal"
+    )

@@ -18,6 +18,7 @@ from scgpt_hf.training.finetuning.calibration import calibration_error, reliabil
 
 _MARKERS = "oDs^vPX*"
 _ROW = 0.21  # inches per cell type
+_SQUARE = 0.27  # inches, side of a square of a confusion matrix that is large enough for a percentage
 _MAX_WRITTEN = 20  # cell types; in a larger matrix, the percentages would not fit their squares
 
 
@@ -39,12 +40,12 @@ def plot_confusion(true: npt.ArrayLike, predicted: npt.ArrayLike, *, title: str 
     sizes = counts.sum(axis=1)
     shares = counts / sizes[:, None]
     rows = [f"{name} ({size:,})" for name, size in zip(types, sizes, strict=True)]
-    side = _ROW if len(types) > _MAX_WRITTEN else 0.27
+    side = _ROW if len(types) > _MAX_WRITTEN else _SQUARE
     # Of matplotlib's layouts, only "compressed" keeps all labels of square axes inside the figure.
     figure = Figure(
         figsize=(
-            side * len(columns) + max(map(text_width, rows)) + 1.2,
-            max(side * len(rows), 1.6) + max(map(text_width, columns)) + 0.7,
+            side * len(columns) + max(text_width(name, SMALL) for name in rows) + 1.2,
+            max(side * len(rows), 1.6) + max(text_width(name, SMALL) for name in columns) + 0.7,
         ),
         layout="compressed",
     )
@@ -91,14 +92,14 @@ def plot_f1(true: npt.ArrayLike, predicted: Mapping[str, npt.ArrayLike], *, titl
     order = np.argsort(-sizes, kind="stable")
     types = names[order]
     rows = [f"{name} ({size:,})" for name, size in zip(types, sizes[order], strict=True)]
-    width = 3.2 + max(map(text_width, rows))
+    width = 3.2 + max(text_width(name, SMALL) for name in rows)
     figure = Figure(figsize=(width, _ROW * len(rows) + 0.75 + 0.16 * len(scores)), layout="constrained")
     axes = figure.add_subplot()
     axes.hlines(range(len(rows)), 0, 1, color="#E6E6E6", linewidth=0.8, zorder=0)
     for (method, score), colour, marker in zip(scores.items(), PALETTE, _MARKERS, strict=False):
-        name = f"{method} (mean {np.mean(list(score.values())):.3f})"
+        legend = f"{method} (mean {np.mean(list(score.values())):.3f})"
         style: dict[str, Any] = {"markersize": 4.5, "alpha": 0.85, "clip_on": False, "linestyle": ""}
-        axes.plot([score[one] for one in types], range(len(rows)), marker, color=colour, label=name, **style)
+        axes.plot([score[name] for name in types], range(len(rows)), marker, color=colour, label=legend, **style)
     axes.set_yticks(range(len(rows)), rows, fontsize=SMALL)
     axes.set(xlim=(0, 1), ylim=(len(rows) - 0.5, -0.5))
     axes.set_xlabel("F1 score", fontsize=SMALL)

@@ -13,10 +13,10 @@ from scgpt_hf.reporting.page import (
     bar,
     code_block,
     collapsed,
-    embed_figure,
-    embed_image,
     figures,
     format_value,
+    inline_png,
+    inline_svg,
     key_numbers,
     page,
     paragraph,
@@ -57,7 +57,7 @@ def pretraining_report(run: Path) -> str:
         section(
             "UMAP of the cells",
             figures(
-                embed_image(run / "umap.png", "Cells of the run, embedded by the model; coloured by type and donor.")
+                inline_png(run / "umap.png", "Cells of the run, embedded by the model; coloured by type and donor.")
             ),
         ),
         section(
@@ -95,7 +95,7 @@ def _learning(run: Path, summary: RunRecord) -> Html:
         ),
     ):
         if any(key in line for line in metrics):
-            drawn.append(embed_figure(plot_loss(metrics, [panel]), caption))
+            drawn.append(inline_svg(plot_loss(metrics, [panel]), caption))
     errors = [(row.name, row.meaning, row.value) for row in error_rows(summary) if row.value is not None]
     highest = max((value for _, _, value in errors), default=1.0)
     rows = [(name, meaning, f"{value:.2f}", bar(value / highest)) for name, meaning, value in errors]
@@ -105,7 +105,7 @@ def _learning(run: Path, summary: RunRecord) -> Html:
         figures(*drawn),
         [
             paragraph(_ERRORS_EXPLAINED),
-            table(rows, ("prediction", "what it uses", "mean squared error", ""), numbers=[2]),
+            table(rows, ("prediction", "what it uses", "mean squared error", ""), numeric_columns=[2]),
             paragraph(best),
         ]
         if rows

@@ -38,7 +38,7 @@ def write_run_figures(
         source: source of the cells.
         parts: name of each part → ids of its cells. Shape (cells,).
         model: embeds the cells.
-        processor: of the model.
+        processor: processor of the model.
         donor_key: obs column that colours the second panel of the UMAP.
         seed: for the choice of the cells, and for UMAP.
     """

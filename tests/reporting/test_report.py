@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from matplotlib.figure import Figure
 
 from scgpt_hf.publishing.run_summary import Code
-from scgpt_hf.reporting.page import Html, bar, embed_figure, embed_image, key_numbers, page, section, table, tag
+from scgpt_hf.reporting.page import Html, bar, inline_png, inline_svg, key_numbers, page, section, table, tag
 from scgpt_hf.reporting.plots import save_figure
 from scgpt_hf.reporting.report import write_report
 from tests.support import ROOT
@@ -75,7 +75,9 @@ def test_html_is_not_escaped_and_code_becomes_an_element() -> None:
 
 
 def test_blocks_escape_text_and_empty_sections_are_left_out() -> None:
-    text = page(EVIL, EVIL, section(EVIL, key_numbers({EVIL: EVIL}), table([(EVIL, EVIL)], (EVIL, EVIL), numbers=[1])))
+    text = page(
+        EVIL, EVIL, section(EVIL, key_numbers({EVIL: EVIL}), table([(EVIL, EVIL)], (EVIL, EVIL), numeric_columns=[1]))
+    )
     reader = require_self_contained(text)
     assert reader.texts.count(EVIL) == 10
     assert section("Empty", "", [], Html("")) == ""
@@ -89,19 +91,19 @@ def test_bars_are_between_zero_and_full_width(share: float, width: str) -> None:
 def test_images_are_embedded_and_must_be_png(tmp_path: Path) -> None:
     save_figure(Figure(figsize=(4, 2)), tmp_path / "small.png")
     save_figure(Figure(figsize=(7, 2)), tmp_path / "wide.png")
-    assert "min-width" not in embed_image(tmp_path / "small.png", "x")
-    assert "min-width:640px" in embed_image(tmp_path / "wide.png", "x")
-    assert embed_image(tmp_path / "missing.png", "x") == ""
+    assert "min-width" not in inline_png(tmp_path / "small.png", "x")
+    assert "min-width:640px" in inline_png(tmp_path / "wide.png", "x")
+    assert inline_png(tmp_path / "missing.png", "x") == ""
     (tmp_path / "false.png").write_bytes(b"GIF89a")
     with pytest.raises(ValueError, match="is not a PNG"):
-        embed_image(tmp_path / "false.png", "x")
+        inline_png(tmp_path / "false.png", "x")
 
 
 def test_embedded_figures_are_reproducible() -> None:
     def draw() -> Html:
         figure = Figure(figsize=(2, 2))
         figure.add_subplot().plot([0, 1])
-        return embed_figure(figure, EVIL)
+        return inline_svg(figure, EVIL)
 
     assert draw() == draw()
     assert "".join(Reader(draw()).texts) == EVIL
