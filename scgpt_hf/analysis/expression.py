@@ -147,6 +147,7 @@ def _requested_genes(
         ValueError: there is none, or a gene is unknown or repeated.
     """
     columns = np.flatnonzero(gene_ids >= 0)
+    columns = columns[np.sort(np.unique(gene_ids[columns], return_index=True)[1])]  # the first column of each gene
     symbols = dict(zip(gene_ids[columns].tolist(), known["feature_name"].iloc[columns].astype(str), strict=True))
     if genes is None:
         ids, names = gene_ids[columns], known["feature_id"].iloc[columns].tolist()
@@ -228,6 +229,9 @@ def _to_counts(
 ) -> csr_matrix:
     """Return the counts that predicted values correspond to, cell by cell. Shape (cells, requested genes)."""
     known = csr_matrix(counts[:, gene_ids >= 0])
+    ids = gene_ids[gene_ids >= 0][known.indices]
+    known = csr_matrix((known.data, ids, known.indptr), shape=(counts.shape[0], processor.vocab_size))
+    known.sum_duplicates()  # of columns of one gene
     totals = np.asarray(counts.sum(axis=1)).ravel()
     result = predicted.copy()
     for cell, (start, stop) in enumerate(pairwise(predicted.indptr)):  # the edges of the bins differ between cells

@@ -10,6 +10,8 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from scgpt_hf.cells.missing import has_value
+
 logger = logging.getLogger(__name__)
 
 ENSEMBL = r"^ENS[A-Z]*G\d+"  # of any species, e.g. ENSG00000141510 and ENSMUSG00000059552
@@ -23,7 +25,7 @@ def find_gene_ids(var: pd.DataFrame, where: str) -> pd.DataFrame:
 
     The ids are the index if more than half of it are Ensembl ids. Otherwise they are the first such column among
     `ID_COLUMNS`, or, if there is none, the index. Version suffixes (`ENSG00000141510.18`) are removed and counted in
-    the log.
+    the log. An id may occur several times: sources sum the counts of these columns.
 
     Args:
         var: one row for each gene.
@@ -32,9 +34,6 @@ def find_gene_ids(var: pd.DataFrame, where: str) -> pd.DataFrame:
     Returns:
         Columns `feature_id`, `feature_name` (the id where a name is missing) and `feature_length` (0 if unknown).
         Shape (genes, 3).
-
-    Raises:
-        ValueError: a gene id occurs more than once.
 
     Example:
         >>> find_gene_ids(pd.DataFrame({"gene_ids": ["ENSG00000141510.18"]}, index=["TP53"]), "example")
@@ -50,14 +49,14 @@ def find_gene_ids(var: pd.DataFrame, where: str) -> pd.DataFrame:
     stripped = ids.str.replace(rf"({ENSEMBL})\.\d+$", r"\1", regex=True)
     if n_stripped := int((stripped != ids).sum()):
         logger.info("%s: removed the version from %d Ensembl ids", where, n_stripped)
-    repeated = stripped[stripped.duplicated()].unique()
+    repeated = stripped[stripped.duplicated()]
     if len(repeated):
-        raise ValueError(
-            f"expected each gene id once, found {len(repeated):,} repeated ids in {where}, e.g. {list(repeated[:5])}; "
-            "sum the counts of these genes, or rename all but one of each (adata.var_names_make_unique())"
+        logger.warning(
+            "%s: %d columns have the gene id of an earlier column, e.g. %s; their counts are summed",
+            *(where, len(repeated), list(repeated.unique()[:5])),
         )
     names = next((_filled(var[name], index) for name in NAME_COLUMNS if name in var), index)
-    lengths = var["feature_length"].to_numpy(np.int64) if "feature_length" in var else 0
+    lengths = _lengths(var["feature_length"], where) if "feature_length" in var else 0
     return pd.DataFrame({"feature_id": stripped, "feature_name": names, "feature_length": lengths})
 
 
@@ -69,7 +68,7 @@ def join_genes(tables: Sequence[pd.DataFrame]) -> tuple[pd.DataFrame, list[NDArr
 
     Returns:
         The genes in the order in which they first occur, shape (all genes, 3); and for each table the position of each
-        of its genes among them, shape (genes of the table,).
+        of its rows among them, shape (genes of the table,). Rows of one id have the same position.
     """
     union = pd.concat(tables).drop_duplicates("feature_id", ignore_index=True)
     place = pd.Index(union["feature_id"])
@@ -79,4 +78,13 @@ def join_genes(tables: Sequence[pd.DataFrame]) -> tuple[pd.DataFrame, list[NDArr
 def _filled(column: pd.Series, index: pd.Series) -> pd.Series:
     """Return a column of var as strings, filled from the index where values are missing."""
     values = column.astype(object).reset_index(drop=True)
-    return values.where(values.notna(), index).astype(str)
+    return values.where(has_value(values), index).astype(str)
+
+
+def _lengths(column: pd.Series, where: str) -> NDArray[np.int64]:
+    """Return the lengths of genes, 0 where one is missing or is no positive number, as in a Census."""
+    lengths = pd.to_numeric(column.astype(object), errors="coerce").to_numpy(np.float64)
+    missing = ~(np.isfinite(lengths) & (lengths > 0))
+    if n_missing := int(missing.sum()):
+        logger.info("%s: %d of %d genes have no feature_length; it is set to 0", where, n_missing, len(lengths))
+    return np.where(missing, 0, lengths).astype(np.int64)

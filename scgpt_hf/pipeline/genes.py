@@ -3,6 +3,7 @@
 import logging
 from typing import NamedTuple
 
+import numpy as np
 import pandas as pd
 
 from scgpt_hf.cells.block import Int64Array
@@ -19,8 +20,9 @@ class GeneMatch(NamedTuple):
 
     Attributes:
         gene_ids: vocabulary id of each gene of the source, −1 where unknown; int64 (genes,), read-only.
-        coverage: number of genes matched `by_id` and `by_symbol`, of `duplicates` that were left out, of `unknown`
-            genes, and of genes in the `vocabulary`.
+        coverage: number of genes of the vocabulary matched `by_id` and `by_symbol`, of `duplicates`, of `unknown`
+            genes, and of genes in the `vocabulary`. Duplicates are columns with the symbol of another column: their
+            counts are added to it, or left out if the other one is matched by id.
     """
 
     gene_ids: Int64Array
@@ -31,7 +33,8 @@ def match_source_genes(genes: pd.DataFrame, processor: ScGPTProcessor) -> GeneMa
     """Match each gene of a source to the vocabulary of a processor.
 
     A gene is looked up by its id, then by its name, which may be a gene id of the model or a symbol. Where several
-    genes share a name, the first one is used, unless another gene is matched by id.
+    genes share a name, they have the same vocabulary id, so that the processor sums their counts. If a gene is matched
+    by id, others that only share its name are left out: they have other ids.
 
     Args:
         genes: table with `feature_id` and `feature_name`, one row per column of the counts, as `CellSource.genes`.
@@ -46,9 +49,10 @@ def match_source_genes(genes: pd.DataFrame, processor: ScGPTProcessor) -> GeneMa
     others = symbols[~by_id]
     named = pd.Series(processor.resolve_symbols(others), others.index, dtype=object)
     named = named[named.isin(vocabulary)]
-    repeated = named.isin(ids[by_id]) | named.duplicated()
+    others_of_known = named.isin(ids[by_id])
+    repeated = others_of_known | named.duplicated()
     names = ids.copy()
-    names.update(named[~repeated])
+    names.update(named[~others_of_known])
     try:
         gene_ids = processor.match_genes(list(names))
     except ValueError as error:
@@ -59,7 +63,7 @@ def match_source_genes(genes: pd.DataFrame, processor: ScGPTProcessor) -> GeneMa
                 "their human orthologs first"
             ) from error
         raise
-    n_known, n_repeated = int((gene_ids >= 0).sum()), int(repeated.sum())
+    n_known, n_repeated = len(np.unique(gene_ids[gene_ids >= 0])), int(repeated.sum())
     n_symbols = len(named) - n_repeated
     coverage = {
         "by_id": n_known - n_symbols,

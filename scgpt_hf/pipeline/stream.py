@@ -347,7 +347,9 @@ class CellStream:
             kept = self.processor.count_known(counts, self.gene_ids) > 0
             self._report_empty(cell_ids, kept)
             rows = rows[kept]
-        targets = gather_count_targets(counts, self.gene_ids) if config.with_counts else None
+        targets = None
+        if config.with_counts:
+            targets = gather_count_targets(self.processor.sum_repeated_genes(counts, self.gene_ids), self.gene_ids)
         if targets is not None and len(rows) < len(targets):
             targets = targets.keep(kept)
         results = []

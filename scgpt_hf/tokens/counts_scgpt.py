@@ -128,6 +128,35 @@ def log_normalize(counts: SparseCounts, target_sum: float) -> SparseCounts:
     return _CsrArrays(values.astype(np.float32), counts.indices, counts.indptr, counts.shape)
 
 
+def sum_repeated_genes(counts: SparseCounts, gene_ids: Int64Array, repeated: npt.NDArray[np.bool_]) -> SparseCounts:
+    """Sum the counts of the columns that have one gene, so that no cell has a gene twice.
+
+    In each cell the sum takes the place of the first of these columns that is expressed; the other entries are removed.
+
+    Args:
+        counts: as `validate_counts` returns them. Shape (cells, genes).
+        gene_ids: vocabulary id of each column, −1 where unknown. Shape (genes,).
+        repeated: whether another column has the same id. Shape (genes,).
+
+    Returns:
+        The counts with the same columns.
+    """
+    entries = np.flatnonzero(repeated[counts.indices])
+    cells = np.searchsorted(counts.indptr, entries, side="right") - 1
+    genes = gene_ids[counts.indices[entries]]
+    _, first, group = np.unique(cells * (gene_ids.max() + 1) + genes, return_index=True, return_inverse=True)
+    sums = np.bincount(group, counts.data[entries], minlength=len(first))
+    data, columns = counts.data.copy(), counts.indices
+    if data.dtype == np.uint16 and sums.max(initial=0) > np.iinfo(np.uint16).max:
+        data, columns = data.astype(np.float32), columns.astype(np.int32)
+    kept = np.ones(len(data), np.bool_)
+    kept[entries] = False
+    kept[entries[first]] = True
+    data[entries[first]] = sums
+    n_before: Int64Array = np.concatenate([[0], np.cumsum(kept)])
+    return _CsrArrays(data[kept], columns[kept], n_before[counts.indptr], counts.shape)
+
+
 def count_known_genes(counts: SparseCounts, gene_ids: Int64Array) -> Int64Array:
     """Count the genes of the vocabulary that each cell expresses. Shape (cells,).
 

@@ -17,7 +17,15 @@ import numpy.typing as npt
 from transformers import BatchFeature, PreTrainedConfig, PreTrainedTokenizerFast, ProcessorMixin
 
 from .binning_scgpt import Ties
-from .counts_scgpt import SparseCounts, content_ids, count_known_genes, log_normalize, to_csr, validate_counts
+from .counts_scgpt import (
+    SparseCounts,
+    content_ids,
+    count_known_genes,
+    log_normalize,
+    sum_repeated_genes,
+    to_csr,
+    validate_counts,
+)
 from .kernels_scgpt import TIE_CODES
 from .masking_scgpt import mask_tokens, sample_mask_ratios
 from .packing_scgpt import Tokens, pack, pad
@@ -100,7 +108,8 @@ class ScGPTProcessor(ProcessorMixin):
         self._vocab = tokenizer.get_vocab()  # kept, because the library builds this dictionary at every call
         check_vocab(self._vocab)
         self._gene_of = map_symbols(self.genes, self.symbols) if self.symbols else {}
-        self._checked: Int64Array | None = None  # the last read-only `gene_ids` that passed `check_gene_ids`
+        # The last read-only `gene_ids` that passed `check_gene_ids`, and its result
+        self._checked: tuple[Int64Array | None, npt.NDArray[np.bool_] | None] = None, None
 
     @classmethod
     def from_genes(cls, genes: Sequence[str], **settings: Any) -> "ScGPTProcessor":
@@ -196,16 +205,28 @@ class ScGPTProcessor(ProcessorMixin):
         """Return the vocabulary id of each gene, −1 where unknown; int64 (genes,).
 
         Args:
-            genes: names of the columns of the data. The version of an Ensembl id is ignored.
+            genes: names of the columns of the data. The version of an Ensembl id is ignored. Columns of one gene have
+                the same id; `tokenize` sums their counts.
 
         Raises:
-            ValueError: names are repeated, or too few are known; see `vocabulary_scgpt.match_genes`.
+            ValueError: too few genes are known; see `vocabulary_scgpt.match_genes`.
         """
         return match_genes(self._vocab, genes)
 
     def count_known(self, counts: SparseCounts, gene_ids: Int64Array) -> Int64Array:
         """Count the genes of the vocabulary that each cell expresses, int64 (cells,); `tokenize` drops cells with 0."""
-        return count_known_genes(validate_counts(counts), self._check_gene_ids(counts, gene_ids))
+        return count_known_genes(*self._prepare(counts, gene_ids))
+
+    def sum_repeated_genes(self, counts: SparseCounts, gene_ids: Int64Array) -> SparseCounts:
+        """Return counts in which no cell has a gene of the vocabulary in two columns: their counts are summed.
+
+        `tokenize` and `count_known` do so themselves.
+
+        Args:
+            counts: see `tokenize`. Shape (cells, genes).
+            gene_ids: see `tokenize`. Shape (genes,).
+        """
+        return self._prepare(counts, gene_ids)[0]
 
     def tokenize(
         self,
@@ -223,7 +244,8 @@ class ScGPTProcessor(ProcessorMixin):
         Args:
             counts: raw counts: a CSR matrix with sorted columns, or any object with its `data`, `indices`, `indptr`
                 and `shape`. Shape (cells, genes).
-            gene_ids: ids from `match_genes`, checked at every call, or once if the array is read-only. Shape (genes,).
+            gene_ids: ids from `match_genes`, checked at every call, or once if the array is read-only. The counts of
+                columns with the same id are summed. Shape (genes,).
             cell_ids: id of each cell, int64 (cells,). Ties, sampling and masks of a cell depend on it. By default the
                 id is a hash of the cell's genes and counts (`content_ids`), so a cell gives the same tokens in any
                 file, order or batch.
@@ -233,10 +255,10 @@ class ScGPTProcessor(ProcessorMixin):
             max_tokens: overrides the processor's `max_tokens` in this call.
 
         Raises:
-            ValueError: a value is negative or not finite, shapes disagree, columns are unsorted, two columns have one
-                id, or `ties` or `max_tokens` is out of range.
+            ValueError: a value is negative or not finite, shapes disagree, columns are unsorted, or `ties` or
+                `max_tokens` is out of range.
         """
-        counts, gene_ids = validate_counts(counts), self._check_gene_ids(counts, gene_ids)
+        counts, gene_ids = self._prepare(counts, gene_ids)
         cell_ids = content_ids(counts, gene_ids) if cell_ids is None else np.asarray(cell_ids, np.int64)
         if cell_ids.shape != counts.shape[:1]:
             raise ValueError(
@@ -333,15 +355,19 @@ class ScGPTProcessor(ProcessorMixin):
         n_bins = self.n_bins if self.input_style == "binned" else None
         return TokenSettings(self.vocab_size, self.cls_id, self.cls_value, max_tokens, n_bins, ties, self.include_zeros)
 
-    def _check_gene_ids(self, counts: SparseCounts, gene_ids: Int64Array) -> Int64Array:
-        gene_ids = np.asarray(gene_ids, np.int64)
+    def _prepare(self, counts: SparseCounts, gene_ids: Int64Array) -> tuple[SparseCounts, Int64Array]:
+        """Return validated counts in which no cell has a gene twice, and validated ids."""
+        counts, gene_ids = validate_counts(counts), np.asarray(gene_ids, np.int64)
         # Training tokenizes a few hundred cells per call, and checking 60,000 ids would take longer than that. An array
         # that cannot be changed is therefore checked once.
         read_only = gene_ids.base is None and not gene_ids.flags.writeable
-        if not read_only or gene_ids is not self._checked or gene_ids.shape != counts.shape[1:]:
-            check_gene_ids(gene_ids, counts.shape[1], self.vocab_size)
-            self._checked = gene_ids if read_only else None
-        return gene_ids
+        checked, repeated = self._checked
+        if not read_only or gene_ids is not checked or gene_ids.shape != counts.shape[1:]:
+            repeated = check_gene_ids(gene_ids, counts.shape[1], self.vocab_size)
+            self._checked = (gene_ids, repeated) if read_only else (None, None)
+        if repeated is not None:
+            counts = sum_repeated_genes(counts, gene_ids, repeated)
+        return counts, gene_ids
 
     def _check_model(self, config: Mapping[str, Any], where: Any) -> None:
         """Check that the model has the same vocabulary, as far as its config records it."""

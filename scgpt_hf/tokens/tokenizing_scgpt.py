@@ -57,26 +57,29 @@ class TokenSettings:
     include_zeros: bool
 
 
-def check_gene_ids(gene_ids: Int64Array, n_columns: int, n_vocab: int) -> None:
-    """Check that there is one valid vocabulary id for each column of the counts.
+def check_gene_ids(gene_ids: Int64Array, n_columns: int, n_vocab: int) -> npt.NDArray[np.bool_] | None:
+    """Check that there is one valid vocabulary id for each column of the counts, and find genes with several columns.
 
     Args:
         gene_ids: vocabulary id of each column, −1 where unknown.
         n_columns: number of columns of the counts.
         n_vocab: size of the vocabulary.
 
+    Returns:
+        Whether each column has a gene that another column has, too; None if there is no such column. Shape (columns,).
+
     Raises:
-        ValueError: the number of ids is wrong, an id is outside the vocabulary, or two columns have the same id.
+        ValueError: the number of ids is wrong, or an id is outside the vocabulary.
     """
     if gene_ids.shape != (n_columns,):
         raise ValueError(f"found {gene_ids.shape} gene ids for {n_columns:,} columns; pass one per column")
     if (largest := gene_ids.max(initial=-1)) >= n_vocab:
         raise ValueError(f"gene id {largest} is outside the vocabulary of {n_vocab:,}; use ids from match_genes")
-    known = gene_ids[gene_ids >= 0]
-    found = np.zeros(n_vocab, np.bool_)
-    found[known] = True
-    if np.count_nonzero(found) < len(known):
-        raise ValueError(f"two columns have gene id {np.bincount(known).argmax()}; each gene may have one column")
+    n_columns_of = np.bincount(gene_ids[gene_ids >= 0], minlength=n_vocab)
+    if n_columns_of.max() <= 1:
+        return None
+    repeated: npt.NDArray[np.bool_] = (gene_ids >= 0) & (n_columns_of[gene_ids] > 1)
+    return repeated
 
 
 def tokenize_counts(
@@ -89,7 +92,7 @@ def tokenize_counts(
 
     Args:
         counts: as `validate_counts` returns them. Shape (cells, genes).
-        gene_ids: vocabulary id of each column, each at most once, −1 where unknown. Shape (genes,).
+        gene_ids: vocabulary id of each column, −1 where unknown; no cell may have a gene twice. Shape (genes,).
         settings: settings of the processor.
         cell_ids: keys of ties and sampling. Shape (cells,).
         seed: seed of ties and sampling.
@@ -101,7 +104,7 @@ def tokenize_counts(
     Source: bowang-lab/scGPT:scgpt/data_collator.py (bin first, then sample). The order of the genes is ours; the model
         does not depend on it.
     """
-    zero_genes = np.sort(gene_ids[gene_ids >= 0]) if settings.include_zeros else np.empty(0, np.int64)
+    zero_genes = np.unique(gene_ids[gene_ids >= 0]) if settings.include_zeros else np.empty(0, np.int64)
     tie_keys = cell_keys(cell_ids, seed=seed, epoch=epoch, purpose=TIES)
     sampling_keys = cell_keys(cell_ids, seed=seed, epoch=epoch, purpose=SAMPLING)
     # Allocate for the largest possible number of tokens; the kernels cannot grow an array.

@@ -102,7 +102,9 @@ def vocab_of_genes(genes: Sequence[str]) -> dict[str, int]:
         {'CD3D': 0, 'CD8A': 1, '<pad>': 2, '<cls>': 3, '<eoc>': 4}
     """
     names = [str(gene) for gene in genes]
-    _require_unique(names, "genes of the vocabulary")
+    repeated = [name for name, n in Counter(names).items() if n > 1]
+    if repeated:
+        raise ValueError(f"{len(repeated):,} genes of the vocabulary are repeated, e.g. {repeated[:5]}; list each once")
     reserved = sorted({PAD, CLS, EOC} & set(names))
     if reserved:
         raise ValueError(f"{reserved} are special tokens, not genes; leave them out, they are added automatically")
@@ -116,7 +118,8 @@ def match_genes(vocab: Mapping[str, int], genes: Sequence[str]) -> Int64Array:
     covers few of the 60,000 genes of a data set, and a panel of 400 genes covers little of a vocabulary of 60,000. So
     two shares are computed, known genes of the data and covered genes of the vocabulary, and the larger one counts.
     Below one tenth the function raises: the names are of another kind or species. Below one half it logs a warning: the
-    model reads little of each cell.
+    model reads little of each cell. Columns with one name, or with versions of one id, have the same id: the processor
+    sums their counts. This is logged, too.
 
     Args:
         vocab: id of each token.
@@ -126,17 +129,15 @@ def match_genes(vocab: Mapping[str, int], genes: Sequence[str]) -> Int64Array:
         int64 ids, shape (genes,).
 
     Raises:
-        ValueError: names are repeated, two names are versions of one gene, or too few genes are known.
+        ValueError: too few genes are known.
     """
     names = [str(gene) for gene in genes]
-    _require_unique(names, "gene names of the data")
     targets = {token: index for token, index in vocab.items() if token not in (PAD, CLS, EOC)}
     bare = {name: hit[1] for name in names if name not in targets and (hit := _VERSIONED.fullmatch(name))}
     ids = np.fromiter((targets.get(bare.get(name, name), -1) for name in names), np.int64, len(names))
     found = [bare.get(name, name) for name, index in zip(names, ids, strict=True) if index >= 0]
-    _require_unique(found, "genes after dropping versions")
-    n_known = len(found)
-    share = max(n_known / max(len(names), 1), n_known / len(targets))
+    n_known, n_present = len(found), len(set(found))
+    share = max(n_known / max(len(names), 1), n_present / len(targets))
     if share < 0.1:
         unknown = [name for name, index in zip(names, ids, strict=True) if index < 0]
         raise ValueError(
@@ -148,8 +149,13 @@ def match_genes(vocab: Mapping[str, int], genes: Sequence[str]) -> Int64Array:
     logger.log(
         logging.WARNING if share < 0.5 else logging.INFO,
         "%d of %d genes of the data are known, %d of %d genes of the vocabulary present; ignored %d version suffixes",
-        n_known, len(names), n_known, len(targets), sum(name in targets for name in bare.values()),
+        n_known, len(names), n_present, len(targets), sum(name in targets for name in bare.values()),
     )  # fmt: skip
+    if n_known > n_present:
+        logger.warning(
+            "%d genes of the data have the name of another one, e.g. %s; their counts are summed",
+            n_known - n_present, [name for name, n in Counter(found).items() if n > 1][:5],
+        )  # fmt: skip
     return ids
 
 
@@ -199,13 +205,3 @@ def choose_gene_names(adata: Any, vocab: Mapping[str, int], symbols: Collection[
     best = max(found, key=n_known)  # the first of equals, so `var_names` if no column is better
     logger.info("reading gene names from %s", best)
     return found[best]
-
-
-def _require_unique(names: Sequence[str], what: str) -> None:
-    seen: set[str] = set()
-    repeated = [name for name in names if name in seen or seen.add(name)]  # type: ignore[func-returns-value]
-    if repeated:
-        raise ValueError(
-            f"{len(repeated):,} {what} are repeated, e.g. {list(dict.fromkeys(repeated))[:5]}; keep one of each, for "
-            "example with adata[:, ~adata.var_names.duplicated()], or use unique names such as Ensembl ids"
-        )

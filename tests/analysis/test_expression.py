@@ -138,6 +138,25 @@ def test_log1p_predictions_are_mapped_to_counts_by_the_total_of_the_cell() -> No
     assert log1p_to_counts(np.array([-0.3]), total, 100.0).tolist() == [0.0]
 
 
+def test_columns_of_one_symbol_are_predicted_as_their_sum() -> None:
+    adata = make_cells()
+    processor = ScGPTProcessor.from_genes([f"GENE{number}" for number in range(28)], n_bins=11, max_tokens=40)
+    adata.var["feature_name"] = [f"GENE{number % 28}" for number in range(30)]
+    summed = adata[:, :28].copy()
+    counts = adata.X.toarray()
+    counts[:, :2] += counts[:, 28:]
+    summed.X = csr_matrix(counts[:, :28])
+    model = model_for(processor)
+    for genes in (None, ["GENE0", "GENE5"]):
+        found = predict_expression(adata, model, processor, genes=genes, progress=False)
+        expected = predict_expression(summed, model, processor, genes=genes, progress=False)
+        assert found.var_names.tolist() == expected.var_names.tolist()
+        for layer in expected.layers:
+            np.testing.assert_array_equal(
+                csr_matrix(found.layers[layer]).toarray(), csr_matrix(expected.layers[layer]).toarray(), err_msg=layer
+            )
+
+
 def test_a_saved_checkpoint_predicts_as_the_loaded_model(processor: ScGPTProcessor, tmp_path: Path) -> None:
     model = model_for(processor)
     model.save_pretrained(tmp_path)

@@ -33,12 +33,37 @@ def test_versions_are_removed_and_counted_in_the_log(caplog):
 
 
 @pytest.mark.parametrize("index", [["ENSG1", "ENSG1"], ["ENSG1.1", "ENSG1.2"], ["CD4", "CD4"]])
-def test_repeated_gene_ids_raise(index):
-    with pytest.raises(ValueError, match=f"1 repeated ids in X.*{index[0].split('.')[0]}"):
-        find_gene_ids(pd.DataFrame(index=index), "X")
+def test_repeated_gene_ids_are_kept_and_logged(index, caplog):
+    assert find_gene_ids(pd.DataFrame(index=index), "X")["feature_id"].nunique() == 1
+    assert f"X: 1 columns have the gene id of an earlier column, e.g. ['{index[0].split('.')[0]}']" in caplog.text
 
 
-@given(st.lists(st.lists(st.sampled_from("abcdefgh"), unique=True), min_size=1, max_size=4))
+def test_empty_ids_are_filled_from_the_index_not_taken_for_one_gene():
+    var = pd.DataFrame({"gene_ids": ["ENSG1", "ENSG2", "ENSG3", "ENSG4", "", "nan", None]}, index=list("ABCDEFG"))
+    assert find_gene_ids(var, "X")["feature_id"].tolist() == ["ENSG1", "ENSG2", "ENSG3", "ENSG4", "E", "F", "G"]
+
+
+@pytest.mark.parametrize(
+    "lengths",
+    [
+        pd.array([1200, None], dtype="Int64"),
+        [1200.0, float("nan")],
+        [1200.0, float("inf")],
+        [1200, -1],
+        ["1200", "unknown"],
+        pd.Categorical(["1200", None]),
+        pd.array(["1200", None], dtype="string"),
+    ],
+    ids=str,
+)
+def test_missing_lengths_are_zero_and_counted_in_the_log(lengths, caplog):
+    with caplog.at_level(logging.INFO):
+        genes = find_gene_ids(pd.DataFrame({"feature_length": lengths}, index=["ENSG1", "ENSG2"]), "X")
+    assert genes["feature_length"].tolist() == [1200, 0]
+    assert "X: 1 of 2 genes have no feature_length" in caplog.text
+
+
+@given(st.lists(st.lists(st.sampled_from("abcdefgh")), min_size=1, max_size=4))
 def test_join_genes_returns_the_position_of_every_gene_of_every_table(tables):
     frames = [pd.DataFrame({"feature_id": pd.Series(table, dtype=object), "feature_name": "x"}) for table in tables]
     union, positions = join_genes(frames)

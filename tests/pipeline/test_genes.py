@@ -11,23 +11,23 @@ def genes_of(*rows: tuple[str, str]) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["feature_id", "feature_name"])
 
 
-def test_genes_are_matched_by_id_then_by_symbol_and_each_gene_once() -> None:
+def test_genes_are_matched_by_id_then_by_symbol() -> None:
     genes = genes_of(
         ("ENSG00000000001.4", "A"), ("x1", "TP53"), ("x2", "TP53"), ("x3", "CD3D"), ("CD3D", "other"), ("x4", "none")
     )
     processor = ScGPTProcessor.from_genes(["ENSG00000000001", "CD3D", "TP53", "LYZ"])
     match = match_source_genes(genes, processor)
-    assert match.gene_ids.tolist() == [0, 2, -1, -1, 1, -1]
+    assert match.gene_ids.tolist() == [0, 2, 2, -1, 1, -1]
     assert match.coverage == {"by_id": 2, "by_symbol": 1, "duplicates": 2, "unknown": 1, "vocabulary": 4}
 
 
-def test_a_symbol_that_the_model_knows_finds_its_gene_once() -> None:
+def test_genes_of_one_symbol_have_one_id_unless_another_is_matched_by_id() -> None:
     genes = genes_of(
         ("CD3D", "CD3D"), ("x1", "LYZ"), ("ENSG2", "LYZ"), ("x2", "TP53"), ("x3", "TP53"), ("TP53", "none")
     )
     processor = ScGPTProcessor.from_genes(["ENSG1", "ENSG2", "ENSG3"], symbols=["CD3D", "LYZ", "TP53"])
     match = match_source_genes(genes, processor)
-    assert match.gene_ids.tolist() == [0, -1, 1, 2, -1, -1]
+    assert match.gene_ids.tolist() == [0, -1, 1, 2, 2, -1]
     assert match.coverage == {"by_id": 1, "by_symbol": 2, "duplicates": 2, "unknown": 1, "vocabulary": 3}
 
 

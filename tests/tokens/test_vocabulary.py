@@ -89,11 +89,14 @@ def test_special_tokens_are_not_genes() -> None:
     assert match_genes(VOCAB, [*ENSEMBL, "<cls>"]).tolist() == [*range(20), -1]
 
 
-def test_repeated_names_raise() -> None:
-    with pytest.raises(ValueError, match=rf"1 gene names of the data are repeated, e.g. \['{ENSEMBL[0]}'\]"):
-        match_genes(VOCAB, [*ENSEMBL, ENSEMBL[0]])
-    with pytest.raises(ValueError, match=rf"1 genes after dropping versions are repeated, e.g. \['{ENSEMBL[0]}'\]"):
-        match_genes(VOCAB, [*ENSEMBL, f"{ENSEMBL[0]}.2"])
+def test_names_and_versions_of_one_gene_have_one_id_and_are_logged(caplog: pytest.LogCaptureFixture) -> None:
+    assert match_genes(VOCAB, [*ENSEMBL, ENSEMBL[0], f"{ENSEMBL[0]}.2", "other", "other"])[-4:].tolist() == [
+        0,
+        0,
+        -1,
+        -1,
+    ]
+    assert f"2 genes of the data have the name of another one, e.g. ['{ENSEMBL[0]}']" in caplog.text
 
 
 def test_few_known_genes_raise_only_if_few_of_the_vocabulary_are_present_too() -> None:

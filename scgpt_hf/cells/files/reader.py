@@ -113,8 +113,8 @@ class AnnDataSource:
 
         Raises:
             FileNotFoundError: a file does not exist.
-            ValueError: a file is no valid `.h5ad` file, has no raw counts in the layer, or repeats a gene id; or no
-                cell matches the filter.
+            ValueError: a file is no valid `.h5ad` file, has or no raw counts in the layer; or no cell matches the
+                filter.
         """
         self._settings: dict[str, Any] = {
             "data": data,
@@ -181,7 +181,7 @@ class AnnDataSource:
             shape = (len(rows), len(self.genes))
             blocks.append(csr_matrix((counts.data, place[counts.indices], counts.indptr), shape=shape))
         counts = vstack(blocks, format="csr")[np.argsort(order)]
-        counts.sort_indices()
+        counts.sum_duplicates()  # sorts the genes, and sums columns of a file that have the same id
         return CellBlock.from_scipy(counts, self._obs.loc[cell_ids, list(columns)], cell_ids)
 
     def describe(self) -> dict[str, Any]:
@@ -212,8 +212,7 @@ def open_parts(data: AnnData | str | Path | Sequence[str | Path], layer: str | N
 
     Raises:
         FileNotFoundError: a file does not exist.
-        ValueError: a file is no valid `.h5ad` file, has no cells, no such layer, no raw counts in it, or repeats a gene
-            id.
+        ValueError: a file is no valid `.h5ad` file, has no cells, no such layer, or no raw counts in it.
     """
     if isinstance(data, AnnData):
         raw = {} if data.raw is None else {RAW: data.raw.X}

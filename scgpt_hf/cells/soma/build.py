@@ -73,7 +73,7 @@ def build_census(
     Raises:
         FileExistsError: the folder exists.
         OSError: writing failed, most often because the disk is full.
-        ValueError: a file has no raw counts, repeats a gene or lacks donors; or two files have the same name.
+        ValueError: a file has no raw counts or lacks donors; or two files have the same name.
 
     Example:
         >>> build_census(["first.h5ad", "second.h5ad"], "my_census")  # doctest: +SKIP
@@ -189,7 +189,7 @@ def write_soma(
         )
         numbers, gene_nnz = _write_counts(raw, source)
         sizes = [len(part.obs) for part in source.parts]
-        numbers["n_measured_vars"] = np.repeat([len(place) for place in places], sizes)
+        numbers["n_measured_vars"] = np.repeat([len(np.unique(place)) for place in places], sizes)
         measured = np.zeros(len(genes), dtype=np.int64)
         for place, size in zip(places, sizes, strict=True):
             measured[place] += size

@@ -65,6 +65,26 @@ def test_counts_are_read_from_every_matrix_format(tmp_path, cells, form):
     assert (form(csr_matrix(expected)) != cells.X).sum() == 0, "reading changed the AnnData"
 
 
+@pytest.mark.parametrize("names", [["ENSG1", "ENSG2", "ENSG1", "ENSG3", "ENSG2"], ["A", "B", "A", "C", "B"]])
+@pytest.mark.parametrize("form", [csr_matrix, csc_matrix, lambda counts: counts.toarray()])
+@pytest.mark.filterwarnings("ignore:Variable names are not unique")
+def test_columns_of_one_gene_are_summed(tmp_path, cells, names, form, caplog):
+    cells.var_names = names
+    counts = cells.X.toarray()
+    counts[:, 0] = 0  # the first column of a gene is empty, and another one holds its counts
+    cells.X = form(csr_matrix(counts))
+    expected = np.stack([counts[:, 2], counts[:, 1] + counts[:, 4], counts[:, 3]], axis=1)
+    cells.write_h5ad(tmp_path / "cells.h5ad")
+    for data in (cells, tmp_path / "cells.h5ad"):
+        source, order = AnnDataSource(data), np.random.default_rng(0).permutation(30)
+        assert source.genes["feature_id"].tolist() == list(dict.fromkeys(names))
+        block = source.read(order)
+        assert (block.counts.toarray() == expected[order]).all()
+        assert csr_matrix((block.data, block.indices, block.indptr), block.shape).has_canonical_format
+        assert f"2 columns have the gene id of an earlier column, e.g. {names[:2]}" in caplog.text
+        caplog.clear()
+
+
 @settings(deadline=None, max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(rows=st.lists(st.integers(0, 299), unique=True, max_size=40))
 def test_any_rows_of_a_file_are_read_correctly(tmp_path, small_cells, rows):
