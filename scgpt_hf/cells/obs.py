@@ -3,7 +3,6 @@
 `obs_filter.py` parses and checks the filter, so one syntax holds for the Census, `.h5ad` files, AnnData and caches.
 """
 
-import ast
 import logging
 from collections.abc import Sequence
 from typing import Any
@@ -12,7 +11,7 @@ import numpy as np
 import pandas as pd
 
 from scgpt_hf.cells.block import Int64Array
-from scgpt_hf.cells.obs_filter import CELL_ID, ObsFilter
+from scgpt_hf.cells.obs_filter import CELL_ID, ObsFilter, in_one_line
 
 logger = logging.getLogger(__name__)
 
@@ -34,9 +33,7 @@ def add_primary_filter(obs_filter: str | None, columns: Sequence[str], *, primar
     if obs_filter is not None:
         # Checked alone, because "a == 1) or (b == 2" would also be complete within the parentheses added below.
         ObsFilter(obs_filter)
-        # A comment would swallow the closing parenthesis; unparsing drops it.
-        text = ast.unparse(ast.parse(obs_filter.strip(), mode="eval")) if "#" in obs_filter else obs_filter.strip()
-        clauses.append(f"({text})")
+        clauses.append(f"({in_one_line(obs_filter)})")  # a comment would swallow the closing parenthesis
     if primary_only and "is_primary_data" in columns:
         clauses.append(PRIMARY)
     elif primary_only:

@@ -98,7 +98,7 @@ class ObsFilter:
         """
         self.text = text
         try:
-            self._condition = _parse(ast.parse(text.strip(), mode="eval").body, negated=False)
+            self._condition = _parse(_syntax_tree(text), negated=False)
         except (SyntaxError, ValueError) as error:
             reason = error.msg if isinstance(error, SyntaxError) else error
             raise ValueError(
@@ -169,6 +169,27 @@ class ObsFilter:
                     f"{_value_type(types[name])}, {error}"
                 ) from error
         return converted
+
+
+def in_one_line(text: str) -> str:
+    """Return a valid filter in one line and without comments, so that it can be put in parentheses.
+
+    Raises:
+        SyntaxError, ValueError: the text is not one complete filter.
+    """
+    text = text.strip()
+    return ast.unparse(_syntax_tree(text)) if "#" in text or "\n" in text else text
+
+
+def _syntax_tree(text: str) -> ast.expr:
+    """Return the syntax tree of an expression, which may have several lines, with comments.
+
+    In parentheses, Python accepts several lines, but also `a == 1) or (b == 2`. In brackets, that is not a list.
+    """
+    in_brackets = ast.parse(f"[{text.strip()}\n]", mode="eval").body if "\n" in text.strip() else None
+    if isinstance(in_brackets, ast.List) and len(in_brackets.elts) == 1:
+        return in_brackets.elts[0]
+    return ast.parse(text.strip(), mode="eval").body
 
 
 def _parse(node: ast.expr, *, negated: bool) -> _Condition:
@@ -285,6 +306,11 @@ def _convert(constant: Any, kind: pa.DataType) -> Any:
     if pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_null(kind):
         if not isinstance(constant, str):
             raise ValueError(f"holds text and cannot be compared with {constant!r}; put the value into quotes")
+        # Python passes bytes of the command line that are not UTF-8 on as lone surrogates, which Arrow and TileDB reject
+        if constant.encode(errors="replace").decode() != constant:
+            raise ValueError(
+                f"cannot be compared with {constant!r}, which is not valid UTF-8; check the terminal's locale"
+            )
         return constant
     if isinstance(constant, str):
         raise ValueError(f"cannot be compared with the text {constant!r}")

@@ -122,6 +122,8 @@ class SourceContract:
             ("disease", "disease"),
             ("disease > 'gout'", "disease"),
             ("is_primary_data > 'x'", "is_primary_data"),
+            ("disease == 'caf\udce9'", "UTF-8"),
+            ("disease == 'normal')\n or (disease == 'gout'", "gout"),
         ],
     )
     def test_a_filter_that_cannot_be_applied_raises(self, open_it, obs_filter, named):
@@ -133,6 +135,10 @@ class SourceContract:
         [
             "donor_id in ['donor_4', 'donor_5'] and not cell_type == 'T cell' or assay != \"10x 3' v3\"",
             "not (donor_id not in ['donor_4', 'donor_5'] or cell_type in ['T cell'])  # a comment",
+            """
+            donor_id in ['donor_4', 'donor_5']  # of both data sets
+            and not cell_type == 'T cell'
+            """,
         ],
     )
     def test_a_filter_may_use_the_full_syntax(self, open_it, obs_filter):

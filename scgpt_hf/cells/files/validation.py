@@ -10,28 +10,27 @@ from typing import Any
 import numpy as np
 from scipy.sparse import issparse
 
+from scgpt_hf.cells.files.read_errors import explain_read_error
+
 
 @contextmanager
-def translate_read_errors(name: str) -> Iterator[None]:
-    """Turn the errors of h5py and anndata on a damaged file into a ValueError that names the file.
+def translate_read_errors(name: str, what: str = "an .h5ad file") -> Iterator[None]:
+    """Turn the errors of h5py, zarr, anndata and scanpy into an error that names the file and explains the cause.
 
     Args:
         name: the path of the file. An error that contains it already passes unchanged.
+        what: what the file is read as.
 
     Raises:
-        PermissionError: you may not read the file.
-        ValueError: the file cannot be read as an .h5ad file.
+        OSError: the operating system denies reading, e.g. because another program has locked the file.
+        ValueError: the file is of another kind, or damaged.
     """
     try:
         yield
     except Exception as error:  # on damaged files, h5py and anndata raise many unrelated types; the cause is kept
         if isinstance(error, ValueError | PermissionError) and name in str(error):
             raise
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(
-            f"cannot read {name!r} as an .h5ad file: {reason}; if it is damaged or incomplete, copy it again, or write "
-            "it again with anndata"
-        ) from error
+        raise explain_read_error(error, name, what) from error
 
 
 def validate_sparse(matrix: Any, where: str) -> Any:
