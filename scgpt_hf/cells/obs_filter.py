@@ -306,7 +306,7 @@ def _convert(constant: Any, kind: pa.DataType) -> Any:
     if pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_null(kind):
         if not isinstance(constant, str):
             raise ValueError(f"holds text and cannot be compared with {constant!r}; put the value into quotes")
-        # Python passes bytes of the command line that are not UTF-8 on as lone surrogates, which Arrow and TileDB reject
+        # Lone surrogates, which TileDB rejects. Python reads bytes of the command line that are not UTF-8 as such.
         if constant.encode(errors="replace").decode() != constant:
             raise ValueError(
                 f"cannot be compared with {constant!r}, which is not valid UTF-8; check the terminal's locale"

@@ -122,7 +122,7 @@ class SourceContract:
             ("disease", "disease"),
             ("disease > 'gout'", "disease"),
             ("is_primary_data > 'x'", "is_primary_data"),
-            ("disease == 'caf\udce9'", "UTF-8"),
+            ("disease == '\\udce9'", "UTF-8"),
             ("disease == 'normal')\n or (disease == 'gout'", "gout"),
         ],
     )
