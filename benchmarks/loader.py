@@ -36,7 +36,7 @@ from scgpt_hf.cells.source import open_source
 from scgpt_hf.cells.threads import in_order, prefetch
 from scgpt_hf.cli.process import tune_process
 from scgpt_hf.pipeline.stream import StreamConfig, stream_cells
-from scgpt_hf.tokens.counts_scgpt import SparseCounts, slice_cells
+from scgpt_hf.tokens.counts_scgpt import SparseCounts
 from scgpt_hf.tokens.processing_scgpt import ScGPTProcessor
 
 BATCH = 32
@@ -80,9 +80,9 @@ def raw_rows(source: CensusSource, plan: EpochPlan) -> Iterator[SparseCounts]:
     with ThreadPoolExecutor(2) as readers:
         for block in in_order(readers, reads, n_ahead=1):
             for start in range(0, len(block), CELLS_PER_TAKE):
-                counts = block.take(np.arange(start, min(start + CELLS_PER_TAKE, len(block))))
-                for first in range(0, counts.shape[0], BATCH):
-                    yield slice_cells(counts, first, min(first + BATCH, counts.shape[0]))
+                cells = block.take(np.arange(start, min(start + CELLS_PER_TAKE, len(block))))
+                for first in range(0, len(cells), BATCH):
+                    yield cells.take(np.arange(first, min(first + BATCH, len(cells))))
             del block  # otherwise two blocks would be in memory while the next one is taken
 
 

@@ -24,7 +24,6 @@ from scgpt_hf.cells.threads import n_cores
 from scgpt_hf.cli.process import tune_process
 from scgpt_hf.pipeline.genes import match_source_genes
 from scgpt_hf.tokens.binning_scgpt import bin_cell
-from scgpt_hf.tokens.counts_scgpt import slice_cells
 from scgpt_hf.tokens.masking_scgpt import sample_mask_ratios
 from scgpt_hf.tokens.packing_scgpt import IGNORE, Tokens, pack
 from scgpt_hf.tokens.processing_scgpt import ScGPTProcessor
@@ -38,7 +37,7 @@ def compiled(
 ) -> list[dict]:
     """Return the batches of `CELLS_PER_CALL` cells from `first` on, as the pipeline makes them."""
     cells = slice(first, min(first + CELLS_PER_CALL, len(cell_ids)))
-    part = slice_cells(counts, cells.start, cells.stop)
+    part = counts.take(np.arange(cells.start, cells.stop))
     tokens = processor.tokenize(part, gene_ids, cell_ids=cell_ids[cells], seed=SEED, epoch=EPOCH)
     tokens = processor.mask(tokens, seed=SEED, epoch=EPOCH, ratios=RATIOS)
     return [pack(tokens[start : start + BATCH]) for start in range(0, len(tokens), BATCH)]

@@ -157,7 +157,10 @@ def validate_shard_names(name: str | Path) -> None:
 
 
 def validate_pair(model: PreTrainedModel, processor: ScGPTProcessor) -> None:
-    """Raise an error unless the model is an scGPT model with as many genes and special tokens as the processor.
+    """Raise an error unless the model is an scGPT model that reads the tokens of the processor.
+
+    Both must have the same number of genes and special tokens. A model with a table of bins (`value_encoder`
+    "category") must also have the same number of bins.
 
     Raises:
         ValueError: it is another kind of model, or the two come from different folders.
@@ -168,6 +171,11 @@ def validate_pair(model: PreTrainedModel, processor: ScGPTProcessor) -> None:
         raise ValueError(
             f"the model {model.name_or_path} has {model.config.vocab_size:,} genes and special tokens, the processor "
             f"{processor.vocab_size:,}; load both from one folder"
+        )
+    if model.config.value_encoder == "category" and model.config.n_bins != processor.n_bins:
+        raise ValueError(
+            f"the model {model.name_or_path} has a table of {model.config.n_bins} bins, the processor makes "
+            f"{processor.n_bins}; load both from one folder"
         )
 
 

@@ -35,7 +35,7 @@ MAY_IMPORT: dict[str, set[str]] = {
 EVERYTHING = {"cli", "__init__"}
 # `save_pretrained` uploads the files of these packages with the weights, and users load them without scgpt_hf. They may
 # therefore import only what comes with transformers, and other libraries inside a `try:`.
-CLOSED = {"tokens": {"numpy", "torch", "transformers", "scipy"}, "model": {"torch", "transformers", "huggingface_hub"}}
+CLOSED = {"tokens": {"numpy", "torch", "transformers"}, "model": {"torch", "transformers", "huggingface_hub"}}
 # Words of earlier versions of this package that a newcomer would not understand.
 PRIVATE_WORDS = re.compile(
     r"\b(the course|courses|corridors?|lanes?|soundness|refusals?|giv(e|es|ing) way|outlives?|anew|riddles?)\b",

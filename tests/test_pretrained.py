@@ -72,6 +72,16 @@ def test_a_checkpoint_that_cannot_be_used_raises_an_error(
         load_model(checkpoint, device="cpu", **arguments)
 
 
+def test_a_model_with_a_table_of_bins_needs_as_many_bins_as_the_processor(processor: ScGPTProcessor) -> None:
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    config = ScGPTConfig(
+        vocab_size=processor.vocab_size, pad_token_id=processor.pad_id, value_encoder="category", n_bins=11, **sizes
+    )
+    with pytest.raises(ValueError, match=r"11 bins.* 51"):
+        load_model(ScGPTModel(config), processor)
+    assert load_model(ScGPTModel(config), ScGPTProcessor.from_genes(GENES, n_bins=11))
+
+
 def test_parts_that_a_checkpoint_lacks_are_listed(checkpoint: Path) -> None:
     loaded = load_pretrained(checkpoint, AutoModelForSequenceClassification, num_labels=3)
     assert loaded.new_parts == ["class_head"]

@@ -37,7 +37,6 @@ from .objectives_scgpt import (
     bernoulli_nll,
     class_cross_entropy,
     contrastive_cells,
-    domain_cross_entropy,
     elastic_cell_similarity,
     masked_mse,
     share_of_batch,
@@ -417,7 +416,7 @@ class ScGPTForPreTraining(ScGPTPreTrainedModel):
                 "cce": lambda: (
                     share * contrastive_cells(encoded.cell_embedding, encode().cell_embedding, config.cce_temperature)
                 ),
-                "dar": lambda: share * domain_cross_entropy(predicted["dar"], _require(domain_ids, "domain_ids")),
+                "dar": lambda: share * class_cross_entropy(predicted["dar"], _require(domain_ids, "domain_ids")),
                 "counts": lambda: _mean_over_cells(
                     self._count_loss(encoded.cell_embedding, domain_ids, count_ids, count_values, count_cells),
                     None if n_labels is None else num_cells_in_batch,

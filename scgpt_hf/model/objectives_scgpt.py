@@ -12,9 +12,13 @@
   fine-tuning on data with clear cell types.
 - **cce**, contrastive cell embedding (`contrastive_cells`): two passes of one cell must be closer to each other than to
   other cells. It doubles the forward passes.
-- **dar**, domain adaptation by reverse back-propagation (`domain_cross_entropy`): removes the experimental batch from
-  the cell embedding. For integration of several batches.
+- **dar**, domain adaptation by reverse back-propagation (`class_cross_entropy` over domains): removes the experimental
+  batch from the cell embedding. For integration of several batches. The head that predicts the domain minimises the
+  cross entropy. `ClassHead` reverses the gradient on the way to the encoder, so the encoder maximises it and removes
+  what identifies the domain. Source: bowang-lab/scGPT:scgpt/model/grad_reverse.py; Ganin and Lempitsky 2015,
+  arXiv:1409.7495.
 - **cls**, cell type classification (`class_cross_entropy`): for labelled cells.
+- **counts**, the likelihood of the raw counts of all genes given the cell embedding; see `count_decoder_scgpt`.
 
 Every reduction is float32, under any autocast, and returns 0 if there is nothing to reduce. The original divides by
 zero there and returns NaN, which ends the training.
@@ -44,17 +48,6 @@ def masked_mse(predicted: Tensor, labels: Tensor, num_items: Tensor | int | None
     """
     error = (predicted.float() - labels.float()).square()
     return _mean_where(labels != IGNORE, error, num_items)
-
-
-def masked_relative_error(predicted: Tensor, labels: Tensor) -> Tensor:
-    """Compute the mean of |error| / (label + 1e-6) over the positions with a label. A metric, not an objective.
-
-    At a label of 0 the error counts a million times, so mask expressed genes only.
-
-    Source: bowang-lab/scGPT:scgpt/loss.py:26.
-    """
-    error = (predicted.float() - labels.float()).abs() / (labels.float() + 1e-6)
-    return _mean_where(labels != IGNORE, error)
 
 
 def bernoulli_nll(logits: Tensor, labels: Tensor, num_items: Tensor | int | None = None) -> Tensor:
@@ -123,21 +116,6 @@ def class_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     known = labels != int(IGNORE)
     nll = F.cross_entropy(logits.float(), labels, ignore_index=int(IGNORE), reduction="none")
     return _mean_where(known, nll)
-
-
-def domain_cross_entropy(logits: Tensor, domain_ids: Tensor) -> Tensor:
-    """Compute the cross entropy of predicting each cell's domain, its experimental batch (DAR).
-
-    The head that predicts the domain minimises this loss. `ClassHead` reverses the gradient on the way to the encoder,
-    so the encoder maximises it and removes what identifies the domain from the cell embedding.
-
-    Args:
-        logits: shape (cells, domains).
-        domain_ids: int64 domain of each cell, shape (cells,).
-
-    Source: bowang-lab/scGPT:scgpt/model/grad_reverse.py; Ganin and Lempitsky 2015, arXiv:1409.7495.
-    """
-    return class_cross_entropy(logits, domain_ids)
 
 
 def share_of_batch(labels: Tensor, num_items: Tensor | int | None) -> Tensor:

@@ -20,15 +20,12 @@ This module states the rule in plain numpy, one cell at a time. `kernels_scgpt` 
 for many cells. `tokenizing_scgpt` decides which genes are binned.
 """
 
-from itertools import pairwise
 from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
-from .kernels_scgpt import TIE_CODES, bin_cells
 from .randomness_scgpt import Int64Array, UInt64Array, random_words
-from .sampling_scgpt import COMPILED
 
 Ties = Literal["random", "midpoint", "upper", "lower"]
 Values = npt.NDArray[Any]  # uint16, float32 or float64; never converted, to save a copy
@@ -74,7 +71,23 @@ def bin_ranges(values: Values, n_bins: int) -> tuple[Int64Array, Int64Array]:
 
 
 def bin_cell(values: Values, genes: npt.NDArray[np.integer], key: UInt64Array, n_bins: int, ties: Ties) -> Values:
-    """Bin the values of one cell; arguments as in `bin_counts`, `key` of shape (1,)."""
+    """Replace each expressed value of one cell by its quantile bin.
+
+    Bins are relative: bin 5 of two cells is the same rank, not the same count. A monotone transform of a cell's values,
+    such as normalising and taking the logarithm, does not change its bins.
+
+    Args:
+        values: expressed values of one cell, > 0. Shape (genes,), genes ≥ 1.
+        genes: vocabulary ids. They select the random numbers of the ties. Shape (genes,).
+        key: `cell_keys(..., purpose=TIES)` of the cell. Shape (1,).
+        n_bins: number of bins, including the zero bin, so results lie in [1, n_bins − 1].
+        ties: how to choose a bin where edges coincide. `midpoint` rounds down, because bins are integers.
+
+    Returns:
+        float32 bins in the order of `values`. Shape (genes,).
+
+    Source: Cui et al. 2024, Nature Methods 21:1470 (value binning); `upper` is scGPT's one-sided variant.
+    """
     lowest, highest = bin_ranges(values, n_bins)
     if ties == "random":
         n_choices = (highest - lowest + 1).astype(np.uint64)
@@ -83,43 +96,3 @@ def bin_cell(values: Values, genes: npt.NDArray[np.integer], key: UInt64Array, n
     else:
         bins = {"midpoint": (lowest + highest) // 2, "upper": highest, "lower": lowest}[ties]
     return bins.astype(np.float32)
-
-
-def bin_counts(
-    values: Values, indptr: Int64Array, *, genes: Int64Array, keys: UInt64Array, n_bins: int, ties: Ties
-) -> npt.NDArray[np.float32]:
-    """Replace each expressed value by its quantile bin within its cell.
-
-    Bins are relative: bin 5 of two cells is the same rank, not the same count. A monotone transform of a cell's values,
-    such as normalising and taking the logarithm, does not change its bins.
-
-    Args:
-        values: expressed values of all cells, > 0. Shape (tokens,).
-        indptr: offsets of the cells. Shape (cells + 1,).
-        genes: vocabulary ids. They select the random numbers of the ties. Shape (tokens,).
-        keys: `cell_keys(..., purpose=TIES)`. Shape (cells,).
-        n_bins: number of bins, including the zero bin, so results lie in [1, n_bins − 1].
-        ties: how to choose a bin where edges coincide. `midpoint` rounds down, because bins are integers.
-
-    Returns:
-        float32 bins in the order of `values`, shape (tokens,).
-
-    Raises:
-        ValueError: a value is not > 0, `n_bins` < 2, or `ties` is unknown.
-
-    Source: Cui et al. 2024, Nature Methods 21:1470 (value binning); `upper` is scGPT's one-sided variant.
-    """
-    if ties not in TIE_CODES:
-        raise ValueError(f"unknown ties {ties!r}; choose one of {', '.join(TIE_CODES)}")
-    if n_bins < 2:
-        raise ValueError(f"found n_bins={n_bins}; at least 2 are needed, one for zero and one for expressed genes")
-    if values.size and not values.min() > 0:
-        raise ValueError(f"expressed values must be > 0, found {values.min()}; drop unexpressed genes before binning")
-    bins = np.empty(len(values), np.float32)
-    if COMPILED:
-        bin_cells(values, indptr, genes.astype(np.int32), keys, quantile_levels(n_bins), TIE_CODES[ties], bins)
-        return bins
-    for cell, (start, stop) in enumerate(pairwise(indptr)):  # a slow loop, only for machines without numba
-        if stop > start:
-            bins[start:stop] = bin_cell(values[start:stop], genes[start:stop], keys[cell : cell + 1], n_bins, ties)
-    return bins

@@ -74,13 +74,6 @@ def to_csr(counts: Any) -> SparseCounts:
     return _CsrArrays(dense[cell_of_entry, columns], columns, indptr, dense.shape)
 
 
-def slice_cells(counts: SparseCounts, first: int, stop: int) -> SparseCounts:
-    """Return the consecutive cells `first` to `stop` − 1 as views; slicing a scipy matrix would copy them."""
-    start, end = counts.indptr[first], counts.indptr[stop]
-    indptr = counts.indptr[first : stop + 1] - start
-    return _CsrArrays(counts.data[start:end], counts.indices[start:end], indptr, (stop - first, counts.shape[1]))
-
-
 def validate_counts(counts: SparseCounts) -> SparseCounts:
     """Check the values and convert the arrays to the types that the kernels are compiled for.
 

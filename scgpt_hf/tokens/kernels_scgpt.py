@@ -154,9 +154,9 @@ def _find_edges(values: Array, levels: Array, workspace: Any) -> bool:
 
 
 @compiled
-def _pack_range(lowest: Any, n_bins: Any) -> Any:
-    """Pack a range of `n_bins` bins starting at `lowest` into one word: number above, lowest bin below."""
-    return (np.uint64(n_bins) << _HALF_WORD) | np.uint64(lowest)
+def _pack_range(lowest: Any, n_choices: Any) -> Any:
+    """Pack a range of `n_choices` bins starting at `lowest` into one word: number above, lowest bin below."""
+    return (np.uint64(n_choices) << _HALF_WORD) | np.uint64(lowest)
 
 
 @compiled
@@ -198,20 +198,6 @@ def _assign_bins(
     for i in range(len(values)):
         lowest, last = np.int64(np.uint32(ranges[i])), np.int64(ranges[i] >> _HALF_WORD) - 1
         bins[i] = lowest + (last // 2 if ties == 1 else last if ties == 2 else 0)
-
-
-@compiled
-def bin_cells(values: Array, indptr: Array, genes: Array, keys: Array, levels: Array, ties: int, bins: Array) -> None:
-    """Fill `bins` as `binning_scgpt.bin_counts` describes; `ties` is one of `TIE_CODES`."""
-    widest = 0
-    for cell in range(len(indptr) - 1):
-        widest = max(widest, indptr[cell + 1] - indptr[cell])
-    workspace = _make_workspace(widest, len(levels))
-    for cell in range(len(indptr) - 1):
-        own = slice(indptr[cell], indptr[cell + 1])
-        if own.stop > own.start:
-            tabulated = _find_edges(values[own], levels, workspace)
-            _assign_bins(values[own], genes[own], keys[cell], ties, tabulated, workspace, bins[own])
 
 
 @compiled

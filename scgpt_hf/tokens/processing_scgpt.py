@@ -370,12 +370,14 @@ class ScGPTProcessor(ProcessorMixin):
         return counts, gene_ids
 
     def _check_model(self, config: Mapping[str, Any], where: Any) -> None:
-        """Check that the model has the same vocabulary, as far as its config records it."""
+        """Check that the model has the same vocabulary and bins, as far as its config records them."""
         own = {"vocab_size": self.vocab_size, "pad_token_id": self.pad_id}
+        if config.get("value_encoder") == "category":  # its table has one row per bin
+            own["n_bins"] = self.n_bins
         if wrong := {name: config[name] for name in own if config.get(name) not in (None, own[name])}:
             raise ValueError(
-                f"the vocabulary in {where} has {own}, but the model there has {wrong}; "
-                "copy tokenizer.json and config.json from the same folder"
+                f"the processor in {where} has {own}, but the model there has {wrong}; copy tokenizer.json, "
+                "processor_config.json and config.json from the same folder"
             )
 
     def _check_settings(self) -> None:

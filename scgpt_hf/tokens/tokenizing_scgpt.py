@@ -44,7 +44,7 @@ class TokenSettings:
         cls_value: value of `<cls>`.
         max_tokens: largest number of tokens per cell, including `<cls>`.
         n_bins: number of bins, including the zero bin, or None to keep values as they are.
-        ties: how `bin_counts` chooses a bin where edges coincide.
+        ties: how `bin_cell` chooses a bin where edges coincide.
         include_zeros: whether known genes that are not expressed become tokens with value 0.
     """
 

@@ -77,7 +77,8 @@ def start_at_mean(model: ScGPTForPreTraining, processor: ScGPTProcessor) -> None
     """
     if processor.input_style == "binned" and model.expression_head is not None:
         last: Any = model.expression_head.value[-1]
-        torch.nn.init.constant_(last.bias, processor.n_bins / 2)
+        mean_bin = processor.n_bins / 2
+        torch.nn.init.constant_(last.bias, mean_bin)
 
 
 def start_at_frequencies(model: ScGPTForPreTraining, source: CellSource, selection: Selection) -> None:

@@ -36,8 +36,6 @@ _DATA_RANGES: dict[str, tuple[float, float]] = {
     "max_cells": (1, 2**53),
     "min_genes": (0, 2**31),
     "min_gene_counts": (0, 2**53),
-    "n_bins": (2, 2**31),
-    "max_tokens": (2, 2**31),
     "chunks_per_window": (1, 2**31),
 }
 _TRAINING_RANGES: dict[str, tuple[float, float]] = {
@@ -175,6 +173,9 @@ class CellSettings:
     )
 
 
+# The base class `_TokenFields` has a field for each argument of `ScGPTProcessor.__init__` that is not derived from the
+# data: n_bins, max_tokens, cls_value, pad_value, mask_value, ties, input_style, target_sum and include_zeros. Their
+# values are checked by the processor, which `check_settings` builds before any data are read.
 @dataclass
 class DataSettings(_TokenFields, CellSettings):  # type: ignore[misc]
     """Which cells and genes a run reads, and how they become tokens. The token settings belong to `ScGPTProcessor`."""
@@ -228,7 +229,7 @@ class TrainingSettings(TrainingArguments):
     warmup_steps: float = setting(0.05, "steps of linear warm-up; a value below 1 is a share of all steps")
     weight_decay: float = setting(0.0, "weight decay")
     max_grad_norm: float = setting(1.0, "clip gradients to this norm")
-    logging_steps: float = setting(20, "log every so many steps")
+    logging_steps: float = setting(20, "number of steps between two log lines")
     logging_nan_inf_filter: bool = setting(
         False, "leave losses that are not finite out of the log; waits for the GPU at every step"
     )

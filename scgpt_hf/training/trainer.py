@@ -131,7 +131,7 @@ class ScGPTTrainer(FaultTolerantTrainer):
     def learning_rate_factor(self, n_steps: int) -> Callable[[int], float] | None:
         """Return the schedule of `lr_decay_per_epoch`: warm-up, then a step down after each epoch.
 
-        It is the schedule of the seed recipe, with a factor of 0.9.
+        It is the schedule of scGPT's recipe, which uses a factor of 0.9.
         """
         decay = self.args.lr_decay_per_epoch
         if decay is None:

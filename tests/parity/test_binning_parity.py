@@ -6,9 +6,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
+from scipy.sparse import csr_matrix
 
-from scgpt_hf.tokens.binning_scgpt import Ties, bin_counts, bin_ranges, quantile_edges
-from scgpt_hf.tokens.randomness_scgpt import TIES, Int64Array, cell_keys
+from scgpt_hf.tokens.binning_scgpt import Ties, bin_ranges, quantile_edges
+from scgpt_hf.tokens.randomness_scgpt import Int64Array
+from tests.support.binning import bin_cells
 
 Fixture = tuple[dict[str, np.ndarray], dict[str, list[object]]]
 
@@ -21,13 +23,7 @@ def fixture(fixtures: Path) -> Fixture:
 
 def _bins_of_rows(rows: np.ndarray, n_bins: int, ties: Ties, seed: int = 0) -> Int64Array:
     """Bin all rows in one call; genes that are not expressed get 0."""
-    expressed = rows > 0
-    indptr = np.concatenate([[0], np.cumsum(expressed.sum(1))])
-    keys = cell_keys(np.arange(len(rows)), seed=seed, epoch=0, purpose=TIES)
-    genes = np.broadcast_to(np.arange(rows.shape[1]), rows.shape)[expressed]
-    bins = np.zeros(rows.shape, np.int64)
-    bins[expressed] = bin_counts(rows[expressed], indptr, genes=genes, keys=keys, n_bins=n_bins, ties=ties)
-    return bins
+    return bin_cells(csr_matrix(rows), n_bins=n_bins, ties=ties, seed=seed).toarray().astype(np.int64)
 
 
 def test_edges_equal_the_originals_to_the_last_digit(fixture: Fixture) -> None:

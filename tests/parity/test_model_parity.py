@@ -20,7 +20,6 @@ from scgpt_hf.model.objectives_scgpt import (
     contrastive_cells,
     elastic_cell_similarity,
     masked_mse,
-    masked_relative_error,
 )
 from tests.support.parity import CASES, assert_matches, switches_of
 
@@ -149,9 +148,6 @@ def test_label_positions_give_the_same_losses(fixtures: Path, name: str) -> None
     output = case.model(**case.batch, label_positions=positions)
     check_losses(case, output)
     assert_matches(output.gep, case.expected["mlm_output"].flatten()[positions])
-    assert_matches(
-        masked_relative_error(output.gep, case.inputs["target_values"].flatten()[positions]), case.expected["mre_gep"]
-    )
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -227,13 +223,9 @@ def test_objectives_equal_the_original(fixtures: Path) -> None:
     assert_matches(loss, given["neg_log_bernoulli"])
     assert_matches(probability.grad, given["neg_log_bernoulli_grad"])
 
-    nonzero = given["target"].masked_fill(~given["mask_nonzero"], IGNORE)
-    assert_matches(masked_relative_error(given["pred"], nonzero), given["mre_nonzero_targets"])
-    assert_matches(masked_relative_error(given["pred"], labels), given["mre_all_masked"])
     for threshold in ("0.0", "0.3", "0.8"):
         assert_matches(elastic_cell_similarity(given["ecs_cell_emb"], float(threshold)), given[f"ecs_{threshold}"])
     assert_matches(contrastive_cells(given["cce_cell_emb_1"], given["cce_cell_emb_2"], 0.5), given["cce_loss"])
 
     with_cls = given["target_cls_zero"].masked_fill(~given["mask_cls_included"], IGNORE)
     assert_matches(masked_mse(given["pred"], with_cls), given["masked_mse_cls_included"])
-    assert_matches(masked_relative_error(given["pred"], with_cls), given["mre_cls_included"])

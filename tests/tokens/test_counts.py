@@ -10,7 +10,6 @@ from scgpt_hf.tokens.counts_scgpt import (
     content_ids,
     count_known_genes,
     log_normalize,
-    slice_cells,
     to_csr,
     validate_counts,
 )
@@ -27,16 +26,6 @@ def test_count_known_genes_counts_expressed_known_genes(seed: int) -> None:
     counts, gene_ids = _counts(seed), np.random.default_rng(seed).integers(-1, 1, 70)
     expected = ((counts.toarray() > 0) & (gene_ids >= 0)).sum(1)
     assert count_known_genes(validate_counts(counts), gene_ids).tolist() == expected.tolist()
-
-
-@given(seed=st.integers(0, 2**32 - 1), first=st.integers(0, 8), n_rows=st.integers(0, 8))
-def test_slice_cells_returns_views_of_the_rows(seed: int, first: int, n_rows: int) -> None:
-    counts = _counts(seed)
-    stop = min(first + n_rows, 8)
-    rows, expected = slice_cells(counts, first, max(first, stop)), counts[first : max(first, stop)]
-    assert rows.shape == expected.shape
-    assert all(np.array_equal(getattr(rows, name), getattr(expected, name)) for name in ("data", "indices", "indptr"))
-    assert not rows.data.size or np.shares_memory(rows.data, counts.data)
 
 
 @pytest.mark.parametrize(

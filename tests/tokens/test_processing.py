@@ -331,17 +331,21 @@ def test_an_unknown_saved_setting_raises(tmp_path: Path) -> None:
             {"vocab_size": 63, "pad_token_id": 0},
             "has {'vocab_size': 63, 'pad_token_id': 60}, but the model there has {'pad_token_id': 0}",
         ),
+        (
+            {"vocab_size": 63, "pad_token_id": 60, "value_encoder": "category", "n_bins": 11},
+            "'n_bins': 51}, but the model there has {'n_bins': 11}",
+        ),
     ],
 )
-def test_a_vocabulary_that_differs_from_the_saved_model_raises(
-    tmp_path: Path, config: dict[str, int], message: str
+def test_a_vocabulary_or_number_of_bins_that_differs_from_the_saved_model_raises(
+    tmp_path: Path, config: dict[str, Any], message: str
 ) -> None:
     ScGPTProcessor.from_genes(GENES).save_pretrained(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "scgpt", **config}))
     for load in (ScGPTProcessor, AutoProcessor):
-        with pytest.raises(ValueError, match=rf"{message}; copy tokenizer.json and config.json from the same folder"):
+        with pytest.raises(ValueError, match=rf"{message}; copy .* from the same folder"):
             load.from_pretrained(tmp_path)
-    for fits in ({"vocab_size": 63, "pad_token_id": 60}, {"vocab_size": 63, "pad_token_id": None}, {}):
+    for fits in ({"vocab_size": 63, "pad_token_id": 60, "n_bins": 11}, {"vocab_size": 63, "pad_token_id": None}, {}):
         (tmp_path / "config.json").write_text(json.dumps(fits))
         assert ScGPTProcessor.from_pretrained(tmp_path).vocab_size == 63
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from scipy.sparse import csr_matrix
 
 from scgpt_hf.tokens import tokenizing_scgpt
-from scgpt_hf.tokens.binning_scgpt import bin_counts
+from scgpt_hf.tokens.binning_scgpt import bin_cell
 from scgpt_hf.tokens.counts_scgpt import SparseCounts, validate_counts
 from scgpt_hf.tokens.packing_scgpt import Tokens
 from scgpt_hf.tokens.randomness_scgpt import SAMPLING, TIES, cell_keys, random_words
@@ -63,8 +63,7 @@ def _reference(
         return []
     genes, values = np.array(sorted(cell)), np.array([cell[gene] for gene in sorted(cell)])
     if options.n_bins is not None:
-        ends = np.array([0, len(genes)])
-        values = bin_counts(values, ends, genes=genes, keys=keys[TIES], n_bins=options.n_bins, ties=options.ties)
+        values = bin_cell(values, genes, keys[TIES], options.n_bins, options.ties)
     tokens = dict(zip(genes.tolist(), values.tolist(), strict=True))
     if options.include_zeros:
         tokens = {int(gene): 0.0 for gene in gene_ids if gene >= 0} | tokens

@@ -134,7 +134,7 @@ def test_credentials_are_not_saved():
     assert "secret-token-value" not in settings_yaml(settings)
 
 
-def test_the_seed_recipe_has_the_values_of_the_paper():
+def test_the_config_of_scgpts_recipe_has_the_values_of_the_paper():
     seed = parse(str(CONFIGS / "blood_300k.yaml"))
     assert (seed.data.max_cells, seed.data.n_hvg, seed.data.n_bins, seed.data.max_tokens) == (300_000, 1200, 51, 1201)
     assert seed.data.mask_ratios == [0.25, 0.5, 0.75]

@@ -104,7 +104,7 @@ def test_one_batch_of_32_equals_four_of_8_accumulated(small_census, tmp_path):
         torch.testing.assert_close(weight, weights[1][name], atol=1e-5, rtol=1e-4)
 
 
-def test_the_learning_rate_of_the_seed_recipe_steps_down_after_each_epoch(small_census, tmp_path):
+def test_the_learning_rate_of_scgpts_recipe_steps_down_after_each_epoch(small_census, tmp_path):
     trainer, data_module, _ = prepare(
         small_census, tmp_path / "run", "--lr_decay_per_epoch", "0.5", "--warmup_steps", "0", "--learning_rate", "1e-3"
     )
