@@ -169,7 +169,7 @@ def prepare_run(settings: Settings) -> PreparedRun:
         args,
         mask_ratios=data.mask_ratios,
         chunks_per_window=data.chunks_per_window,
-        cache_dir=data.cache_dir,
+        cache_dir=None if args.dry_run else data.cache_dir,  # opening a cache may create its folder
         checkpoint=checkpoint,
     )
     return PreparedRun(source, selection, processor, model, data_module, checkpoint)

@@ -110,6 +110,8 @@ class RunRecord:
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     """Return the lines of a run's `metrics.jsonl`, each with at least `step` and `epoch`.
 
+    The last line is left out if a crash has cut it off.
+
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: a line is not a JSON object with a step and an epoch; the message gives its number.
@@ -118,16 +120,16 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     if not path.is_file():
         raise FileNotFoundError(f"no metrics at {str(path)!r}; a run writes metrics.jsonl with its first log line")
     metrics = []
-    for number, text in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), start=1):
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
+    for number, text in enumerate(lines, start=1):
         try:
             line = json.loads(text)
-        except ValueError as error:
-            raise ValueError(
-                f"line {number} of {path} is not JSON: {text[:60]!r}; delete the line if the run was killed while "
-                "writing it"
-            ) from error
+        except (ValueError, RecursionError) as error:
+            if not text.endswith("\n"):  # only the last line can lack its end
+                break
+            raise ValueError(f"line {number} of {path} is not JSON: {text[:60]!r}; delete the line") from error
         if not isinstance(line, dict) or not {"step", "epoch"} <= line.keys():
-            raise ValueError(f"line {number} of {path} has no step and epoch: {text[:60]!r}")
+            raise ValueError(f"line {number} of {path} has no step and epoch: {text[:60]!r}; delete the line")
         metrics.append(line)
     return metrics
 

@@ -55,7 +55,7 @@ def measure_baselines(data_module: DataModule, sum_over_ranks: Callable[[torch.T
     """
     processor = data_module.processor
     with closing(prefetch(data_module.unmasked())) as batches:
-        first = islice(batches, math.ceil(BASELINE_CELLS / data_module.epoch.batch_size))
+        first = islice(batches, math.ceil(BASELINE_CELLS / data_module.first_plan.batch_size))
         bin_sums = sum_bins(first, processor.vocab_size)
     bin_sums[:, processor.tokenizer.all_special_ids] = 0
     low = high = processor.ties

@@ -38,7 +38,7 @@ class DataModule:
     Attributes:
         schedule: which cells each step of the run trains on.
         caching: writes the cells to `cache_dir` while the first epoch reads them; None without `cache_dir`.
-        epoch: the plan of a first epoch with the present global batch size.
+        first_plan: the plan of a first epoch with the present global batch size.
         n_validation_steps: batches of one validation, over all processes.
     """
 
@@ -92,7 +92,7 @@ class DataModule:
         if self.caching is not None:
             later_epochs = _shuffle_windows(uniform_chunk_size(len(cell_ids)), chunks_per_window)
         steps: dict[str, Any] = {"seed": args.seed, "batch_size": args.global_batch_size}
-        self.epoch = plan_epoch(cell_ids, epoch=0, **steps, **first_epoch)
+        self.first_plan = plan_epoch(cell_ids, epoch=0, **steps, **first_epoch)
         past = manifest_of(Path(checkpoint)) if checkpoint else Manifest(0, args.world_size, [])
         self.schedule = plan_run(
             cell_ids,
@@ -148,7 +148,7 @@ class DataModule:
         stream_config = replace(
             self.stream_config, micro_batches=1, mask_ratios=None, bucketed=False, with_counts=False
         )
-        return stream_cells(self.caching or self.source, [self.epoch], self.processor, stream_config)
+        return stream_cells(self.caching or self.source, [self.first_plan], self.processor, stream_config)
 
 
 def format_resume(past: Manifest, schedule: RunSchedule, args: TrainingSettings) -> str:

@@ -1,4 +1,4 @@
-"""Describe a run without doing it: cells, size, time and memory. Time and memory are measured on a few steps."""
+"""Describe a run without running it: cells, size, time and memory. Time and memory are measured on a few steps."""
 
 import resource
 import sys
@@ -25,37 +25,37 @@ def describe_run(data_module: DataModule, model: ScGPTForPreTraining, args: Trai
     """Return a table that describes the run. A few steps are done to measure time and memory.
 
     Args:
-        data_module: of the run.
-        model: of the run, new. The measured steps leave gradients in it, but do not change its weights.
-        args: of the run.
+        data_module: batches and schedule of the run.
+        model: new model of the run. The measured steps leave gradients in it, but do not change its weights.
+        args: training settings.
     """
-    parts, donors, plan = data_module.selection.parts, data_module.selection.n_donors, data_module.epoch
+    parts, donors, plan = data_module.selection.parts, data_module.selection.n_donors, data_module.first_plan
     with closing(prefetch(data_module.train(0))) as stream:
         batches = list(islice(stream, _TIMED_STEPS + 1))
     lengths = np.concatenate([lengths_of(batch).numpy() for batch in batches])
     n_steps = data_module.schedule.n_steps
     low, high = np.quantile(lengths, [0.25, 0.75])
     mean_tokens = float(np.square(lengths).sum() / lengths.sum())  # over tokens, as attention sees it
-    flops = training_flops_per_token(model.config, mean_tokens) * lengths.mean() * plan.batch_size
-    seconds = _time_step(model, batches, args) * args.gradient_accumulation_steps
+    flops_per_step = training_flops_per_token(model.config, mean_tokens) * lengths.mean() * plan.batch_size
+    seconds_per_step = _time_micro_batch(model, batches, args) * args.gradient_accumulation_steps
     lines = {
         "cells": f"{len(parts['train']):,} of {donors['train']:,} donors for training, "
         f"{len(parts['validation']):,} of {donors['validation']:,} other donors for validation",
         "genes": f"{len(data_module.selection.genes):,} of {len(data_module.source.genes):,}",
-        "tokens per cell": f"mean {lengths.mean():.0f}, middle half {low:.0f} to {high:.0f}, maximum {lengths.max()} "
+        "tokens per cell": f"mean {lengths.mean():.0f}, interquartile range {low:.0f} to {high:.0f}, maximum {lengths.max()} "
         f"(first {len(lengths):,} cells)",
         "steps": f"{n_steps:,} of {plan.batch_size:,} cells; {plan.n_steps:,} per epoch, "
         f"which leaves {plan.n_dropped:,} cells out",
         "parameters": f"{model.num_parameters():,}",
-        "arithmetic": f"{flops / 1e9:,.1f} GFLOP per step, {flops * n_steps / 1e15:,.3g} PFLOP in total",
-        "time": f"about {_duration(seconds * n_steps)} on {device_name(args.device)} x {args.world_size}, without "
-        f"validation ({seconds * 1e3:,.0f} ms per step, measured)",
+        "compute": f"{flops_per_step / 1e9:,.1f} GFLOP per step, {flops_per_step * n_steps / 1e15:,.3g} PFLOP in total",
+        "time": f"about {_duration(seconds_per_step * n_steps)} on {device_name(args.device)} x {args.world_size}, without "
+        f"validation ({seconds_per_step * 1e3:,.0f} ms per step, measured)",
         "memory": f"about {_peak_memory(args.device) / 2**30:.1f} GiB per process, measured",
     }
     return "\n".join(f"{name:>16}  {line}" for name, line in lines.items()) + "\nNothing was written (--dry_run)."
 
 
-def _time_step(model: ScGPTForPreTraining, batches: list[Batch], args: TrainingSettings) -> float:
+def _time_micro_batch(model: ScGPTForPreTraining, batches: list[Batch], args: TrainingSettings) -> float:
     """Return the mean seconds of a micro-batch: forward pass, backward pass and optimiser."""
     model.train().to(args.device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.0)

@@ -15,7 +15,14 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 
 from scgpt_hf.cells.schedule.run import RunSchedule
 from scgpt_hf.model.modeling_scgpt import ScGPTForPreTraining
-from scgpt_hf.training.fault_tolerance.checkpoints import CheckpointError, checkpoints_in, newest_valid, verify
+from scgpt_hf.publishing.record import read_metrics
+from scgpt_hf.training.fault_tolerance.checkpoints import (
+    CheckpointError,
+    checkpoints_in,
+    flush_to_disk,
+    newest_valid,
+    verify,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -84,10 +91,12 @@ def require_space(folder: Path, n_bytes: int) -> None:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Write a text file, or leave the old one untouched if writing fails."""
+    """Write a text file to the disk, or leave the old one untouched if writing fails or the machine crashes."""
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(text, encoding="utf-8")
+    flush_to_disk([temporary])
     os.replace(temporary, path)
+    flush_to_disk([path.parent])  # the new name is stored in the parent folder
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
@@ -141,26 +150,6 @@ def finished_summary(folder: Path, schedule: RunSchedule) -> dict[str, Any] | No
     if not isinstance(steps, int) or steps < schedule.n_steps:
         return None
     return summary if (folder / BEST_MODEL).is_dir() and (folder / CARD).is_file() else None
-
-
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Return the lines of metrics.jsonl, without a last line that a crash left incomplete.
-
-    Raises:
-        ValueError: another line is not a JSON object with a step. The message names the line.
-    """
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    metrics: list[dict[str, Any]] = []
-    for number, text in enumerate(lines, start=1):
-        try:
-            line = json.loads(text)
-            metrics.append({"step": line["step"], **line})
-        except (ValueError, TypeError, KeyError, RecursionError) as error:
-            if number < len(lines):
-                raise ValueError(
-                    f"line {number} of {path} is no JSON object with a step: {text[:60]!r}; remove the line"
-                ) from error
-    return metrics
 
 
 class MetricsFile(TrainerCallback):

@@ -12,10 +12,10 @@ import torch
 from transformers import Trainer
 from transformers.trainer_pt_utils import get_model_param_count
 
-from scgpt_hf.publishing.record import RunRecord
+from scgpt_hf.publishing.record import RunRecord, read_metrics
 from scgpt_hf.publishing.run_summary import error_rows
 from scgpt_hf.training.data_module import DataModule
-from scgpt_hf.training.run_folder import BEST_MODEL, METRICS, SUMMARY, read_metrics, write_json
+from scgpt_hf.training.run_folder import BEST_MODEL, METRICS, SUMMARY, write_json
 from scgpt_hf.training.selection import composition_of
 from scgpt_hf.training.trainer import ScGPTTrainer
 
@@ -37,7 +37,7 @@ def summarize(trainer: ScGPTTrainer, data_module: DataModule) -> dict[str, Any]:
         "genes": len(data_module.selection.genes),
         "steps": trainer.state.global_step,
         "epochs": trainer.state.epoch,
-        "global_batch_size": data_module.epoch.batch_size,
+        "global_batch_size": data_module.first_plan.batch_size,
         "train_seconds": read_metrics(Path(args.output_dir) / METRICS)[-1]["seconds"],
         **training_of(trainer),
         "cells_per_second": round(float(np.median(rates)), 1) if rates else None,

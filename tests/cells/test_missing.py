@@ -100,7 +100,7 @@ def test_missing_values_are_missing_in_every_source_and_never_labels(source: Cel
     for column in ("label", "text", "string", "cell_type"):
         options = {"donor_key": None, "validation_fraction": 0.3, "label_fraction": 1.0, "min_cells": 2, "seed": 0}
         labelled = select_labelled(obs[[column]], column, ignore_labels=[], **options)
-        assert labelled.labels == ["B cell", "NK cell", "T cell", "monocyte"], column
+        assert labelled.class_names == ["B cell", "NK cell", "T cell", "monocyte"], column
         assert labelled.left_out["unlabelled"] == third.sum()
     assert len(cells_with_value(obs, "batch")) == (~third).sum()
     with pytest.raises(ValueError, match=f"{third.sum()} of {len(obs)} cells have no text"):

@@ -107,12 +107,22 @@ def test_read_metrics_returns_the_logged_lines(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("text", "line"),
-    [('{"step": 1, "epoch": 0.1}\n{"step": 2, "ep', 2), ('{"step": 1}\n', 1), ("[1, 2]\n", 1)],
+    [
+        ('{"step": 1, "epoch": 0.1}\n{"step": 2, "ep\n', 2),
+        *((f'{{"step": 1, "epoch": 0.1}}\n{line}\n', 2) for line in ("junk", "{}", "3", "[" * 100_000)),
+        ('{"step": 1}\n', 1),
+        ("[1, 2]\n", 1),
+    ],
 )
 def test_malformed_metrics_raise_with_the_line(tmp_path: Path, text: str, line: int) -> None:
     (tmp_path / "metrics.jsonl").write_text(text)
     with pytest.raises(ValueError, match=f"line {line} of "):
         read_metrics(tmp_path / "metrics.jsonl")
+
+
+def test_a_last_line_that_a_crash_has_cut_off_is_left_out(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "epoch": 0.1}\n{"step": 2, "ep')
+    assert read_metrics(tmp_path / "metrics.jsonl") == [{"step": 1, "epoch": 0.1}]
 
 
 def test_missing_metrics_raise(tmp_path: Path) -> None:

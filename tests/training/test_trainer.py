@@ -108,7 +108,7 @@ def test_the_learning_rate_of_scgpts_recipe_steps_down_after_each_epoch(small_ce
     trainer, data_module, _ = prepare(
         small_census, tmp_path / "run", "--lr_decay_per_epoch", "0.5", "--warmup_steps", "0", "--learning_rate", "1e-3"
     )
-    n_steps = data_module.epoch.n_steps
+    n_steps = data_module.first_plan.n_steps
     trainer.create_optimizer_and_scheduler(2 * n_steps)
     rates = []
     for _ in range(2 * n_steps):
@@ -187,10 +187,21 @@ def test_a_second_run_in_the_same_folder_raises(small_census, trained):
 
 def test_a_dry_run_reports_sizes_and_time_and_writes_nothing(small_census, tmp_path):
     settings = parse_settings(
-        [*TINY, "--data", str(small_census), "--output_dir", str(tmp_path / "run"), "--dry_run", "true"], "test"
+        [
+            *TINY,
+            "--data",
+            str(small_census),
+            "--output_dir",
+            str(tmp_path / "run"),
+            "--dry_run",
+            "true",
+            "--cache_dir",
+            str(tmp_path / "cache"),
+        ],
+        "test",
     )
     words = describe_pretraining(settings)
-    for name in ("cells", "genes", "tokens per cell", "steps", "parameters", "arithmetic", "time", "memory"):
+    for name in ("cells", "genes", "tokens per cell", "steps", "parameters", "compute", "time", "memory"):
         assert f"{name}  " in words
     assert 0 < float(re.search(r"\(([\d,]+) ms per step", words)[1].replace(",", "")) < 60_000
     assert not list(tmp_path.iterdir())

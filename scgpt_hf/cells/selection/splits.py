@@ -1,7 +1,8 @@
 """Split cells into training and validation by donor, and save the split as a manifest, split.json.
 
 No donor is in two parts: cells of one donor resemble each other, so a loss on other cells of the same donors says
-nothing about new donors. `filters.py` decides which cells are considered at all.
+nothing about new donors. `split_within` is for data without donors: it holds out single cells of each group. `filters.py`
+decides which cells are considered at all.
 
 The manifest is JSON, so it can be read without this package:
 
@@ -187,6 +188,24 @@ def load_split(path: str | Path) -> Split:
     donor_key = _require_key(manifest, "donor_key", str | None, path)
     seed = _require_key(manifest, "seed", int, path)
     return Split(parts, donors, donor_key, seed, _require_key(manifest, "source", dict, path))
+
+
+def split_within(groups: pd.Series, fraction: float, seed: int) -> dict[str, Int64Array]:
+    """Hold out a share of each group: at least one cell, and never all of them.
+
+    Args:
+        groups: group of each cell, indexed by cell id. Shape (cells,).
+        fraction: share to hold out, in (0, 1).
+        seed: determines which cells.
+
+    Returns:
+        "train" and "validation" → cell ids, ascending.
+    """
+    order = groups.iloc[np.random.default_rng([seed, 0]).permutation(len(groups))]
+    rank, size = order.groupby(order).cumcount(), order.groupby(order).transform("size")
+    held_out = (rank < np.clip(np.rint(fraction * size), 1, size - 1)).to_numpy()
+    ids = order.index.to_numpy(np.int64)
+    return {"train": np.sort(ids[~held_out]), "validation": np.sort(ids[held_out])}
 
 
 def _require_fractions(fractions: Mapping[str, float]) -> None:

@@ -96,7 +96,7 @@ def write_checkpoint(folder: Path, manifest: Manifest, ranks: Ranks) -> Iterator
     if not ranks.all_reduce_max(problem is not None) and ranks.is_first:
         try:
             _write_manifest(staging, manifest)
-            _fsync([*staging.rglob("*"), staging])
+            flush_to_disk([*staging.rglob("*"), staging])
             _replace(staging, target)
         except OSError as error:
             problem = error
@@ -192,6 +192,16 @@ def supersede_later(folder: Path, step: int) -> None:
             logger.warning("renamed %s to %s: the run resumes from step %d", checkpoint, renamed.name, step)
 
 
+def flush_to_disk(paths: Iterable[Path]) -> None:
+    """Write files and folders to the disk; until then, they may only be in the memory of the operating system."""
+    for path in paths:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
 def _write_manifest(folder: Path, manifest: Manifest) -> None:
     paths = sorted(path for path in folder.rglob("*") if path.is_file())
     files = {
@@ -231,16 +241,6 @@ def _is_inside(name: str) -> bool:
     return max(map(len, path.parts)) <= _MAX_NAME_LENGTH
 
 
-def _fsync(paths: Iterable[Path]) -> None:
-    """Write files and folders to the disk; until then, they may only be in the memory of the operating system."""
-    for path in paths:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
-
 def _replace(staging: Path, target: Path) -> None:
     """Rename a finished checkpoint to its final name, and delete a checkpoint of that name."""
     replaced = staging.with_name(f"{target.name}.replaced")
@@ -248,7 +248,7 @@ def _replace(staging: Path, target: Path) -> None:
         shutil.rmtree(replaced, ignore_errors=True)
         os.replace(target, replaced)
     os.replace(staging, target)
-    _fsync([target.parent])  # the new name is stored in the parent folder
+    flush_to_disk([target.parent])  # the new name is stored in the parent folder
     shutil.rmtree(staging.parent)
 
 

@@ -71,9 +71,9 @@ def finetune_classifier(data: Address, settings: AnnotateSettings) -> dict[str, 
     processor = load_processor(settings.model)
     cells = _select_cells(source, processor, settings)
     set_seed(settings.seed)
-    model = _load_classifier(cells.labels, settings)
+    model = _load_classifier(cells.class_names, settings)
     trainer = _make_trainer(source, processor, cells, model, settings)
-    save_inputs(folder, source, cells.parts, cells.donor_key, settings, {"labels": cells.labels})
+    save_inputs(folder, source, cells.parts, cells.donor_key, settings, {"labels": cells.class_names})
     trainer.train()
     trained: Any = trainer.accelerator.unwrap_model(trainer.model)
     n_trained = trained.num_parameters(only_trainable=True)
@@ -158,7 +158,7 @@ def _make_trainer(
         metric_for_best_model="eval_macro_f1",
         greater_is_better=True,
     )
-    classes = {label: index for index, label in enumerate(cells.labels)}
+    classes = {label: index for index, label in enumerate(cells.class_names)}
     # Every process validates all cells, with the ties that cells are predicted with.
     validation_config = StreamConfig(
         seed=settings.seed,
@@ -171,7 +171,7 @@ def _make_trainer(
     plans = [plan_epoch(cells.parts["train"], epoch=epoch, **order) for epoch in range(settings.epochs)]
     validation_plan = plan_validation(cells.parts["validation"], args.per_device_eval_batch_size)
     validation = stream_cells(source, [validation_plan], processor, validation_config)
-    weights = balanced_weights(cells.classes("train"), len(cells.labels))
+    weights = balanced_weights(cells.classes("train"), len(cells.class_names))
     return ClassifierTrainer(
         model=model,
         args=args,
@@ -185,7 +185,9 @@ def _make_trainer(
 
 def _describe_cells(source: CellSource, cells: LabelledCells, settings: AnnotateSettings) -> dict[str, Any]:
     """Return the number of cells of each label and part, and the number of cells that were left out."""
-    n_cells = {part: np.bincount(cells.classes(part), minlength=len(cells.labels)).tolist() for part in cells.parts}
+    n_cells = {
+        part: np.bincount(cells.classes(part), minlength=len(cells.class_names)).tolist() for part in cells.parts
+    }
     donors = {}
     if cells.donor_key is not None:
         donor_of = source.obs([cells.donor_key])[cells.donor_key]
@@ -198,7 +200,7 @@ def _describe_cells(source: CellSource, cells: LabelledCells, settings: Annotate
         **donors,
         "labels": {
             label: dict(zip(n_cells, counts, strict=True))
-            for label, *counts in zip(cells.labels, *n_cells.values(), strict=True)
+            for label, *counts in zip(cells.class_names, *n_cells.values(), strict=True)
         },
         "left_out": cells.left_out,
         "rare_labels": cells.rare,
@@ -219,15 +221,15 @@ def _describe_scores(cells: LabelledCells, logits: Logits, classes: Int64Array, 
     predicted = logits.argmax(axis=1)
     before, after = (softmax(scaled, axis=1).max(axis=1) for scaled in (logits, logits / temperature))
     correct = predicted == classes
-    confusion = confusion_matrix(classes, predicted, labels=range(len(cells.labels)))
+    confusion = confusion_matrix(classes, predicted, labels=range(len(cells.class_names)))
     return {
         "validation": score((logits / temperature).astype(np.float32), classes),
         "majority_baseline": {
-            "label": cells.labels[majority],
+            "label": cells.class_names[majority],
             **agreement(classes, np.full_like(classes, majority)),
         },
         "temperature": temperature,
         "calibration_error": {"before": calibration_error(before, correct), "after": calibration_error(after, correct)},
         "reliability": reliability(after, correct).to_dict("list"),
-        "confusion": {"labels": cells.labels, "counts": confusion.tolist()},
+        "confusion": {"labels": cells.class_names, "counts": confusion.tolist()},
     }

@@ -13,13 +13,13 @@ import pandas as pd
 from transformers import set_seed
 
 from scgpt_hf.cells.selection.filters import cells_expressing, cells_with_value
+from scgpt_hf.cells.selection.splits import split_within
 from scgpt_hf.cells.source import Address, CellSource, open_source
 from scgpt_hf.model.modeling_scgpt import ScGPTForPreTraining
 from scgpt_hf.pipeline.genes import match_source_genes
 from scgpt_hf.pretrained import Pretrained, load_pretrained, load_processor
 from scgpt_hf.tokens.processing_scgpt import ScGPTProcessor
 from scgpt_hf.training.data_module import DataModule
-from scgpt_hf.training.finetuning.labels import split_within
 from scgpt_hf.training.finetuning.run_folder import require_new_folder, save_inputs, save_results
 from scgpt_hf.training.finetuning.settings import IntegrateSettings, training_settings
 from scgpt_hf.training.recipe import make_trainer, start_at_mean

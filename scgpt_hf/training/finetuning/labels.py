@@ -13,12 +13,14 @@ import pandas as pd
 
 from scgpt_hf.cells.block import Int64Array
 from scgpt_hf.cells.missing import has_label, has_value
-from scgpt_hf.cells.selection.splits import split_cells
+from scgpt_hf.cells.selection.splits import split_cells, split_within
 
 logger = logging.getLogger(__name__)
 
 # Splits of whole donors to try. With few donors, a random split often leaves a label on one side only.
 _N_SPLITS = 20
+# Subtracted before rounding up, so that the rounding error of a product (0.07 * 100 > 7) does not add a cell.
+_ROUNDING_TOLERANCE = 1e-9
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,23 +29,25 @@ class LabelledCells:
 
     Attributes:
         parts: "train" and "validation" → cell ids, ascending. Shape (cells of the part,).
-        labels: names of the classes, sorted, in the order of their ids.
-        label_of: name of each cell's label, indexed by cell id. Cells that were left out are missing.
+        class_names: labels, sorted; the position of a label is its class id.
+        label_of_cell: name of each cell's label, indexed by cell id. Cells that were left out are missing.
         donor_key: obs column whose values were held out completely; None if single cells were held out.
         left_out: reason → number of cells.
         rare: labels that were left out because they have too few cells → number of their cells.
     """
 
     parts: dict[str, Int64Array]
-    labels: list[str]
-    label_of: pd.Series
+    class_names: list[str]
+    label_of_cell: pd.Series
     donor_key: str | None
     left_out: dict[str, int]
     rare: dict[str, int]
 
     def classes(self, part: str) -> Int64Array:
         """Return the class id of each cell of a part, in the order of its cell ids. Shape (cells,)."""
-        return np.searchsorted(self.labels, self.label_of.reindex(self.parts[part]).to_numpy(str)).astype(np.int64)
+        return np.searchsorted(self.class_names, self.label_of_cell.reindex(self.parts[part]).to_numpy(str)).astype(
+            np.int64
+        )
 
 
 def select_labelled(
@@ -78,67 +82,48 @@ def select_labelled(
         ValueError: fewer than two labels are left, or a cell has no value in `donor_key`.
     """
     labelled = has_label(obs[labels_key], ignore_labels)
-    label_of = obs[labels_key][labelled].astype(object).astype(str)
-    n_cells = label_of.value_counts().sort_index()
+    label_of_cell = obs[labels_key][labelled].astype(object).astype(str)
+    n_cells = label_of_cell.value_counts().sort_index()
     rare = {str(name): int(n) for name, n in n_cells[n_cells < min_cells].items()}
-    label_of = label_of[~label_of.isin(list(rare)).to_numpy()]
-    _require_labels(label_of, labels_key, len(obs), ignore_labels, rare, min_cells)
+    label_of_cell = label_of_cell[~label_of_cell.isin(list(rare)).to_numpy()]
+    _require_labels(label_of_cell, labels_key, len(obs), ignore_labels, rare, min_cells)
     if donor_key is None and "donor_id" in obs:
-        donors = obs.loc[label_of.index, "donor_id"]
+        donors = obs.loc[label_of_cell.index, "donor_id"]
         donor_key = "donor_id" if donors[has_value(donors)].nunique() > 1 else None
-    parts = _split(obs.loc[label_of.index], label_of, donor_key, validation_fraction, seed)
-    learned = set(label_of.reindex(parts["train"]))
-    unseen = ~label_of.reindex(parts["validation"]).isin(learned).to_numpy()
+    parts = _split(obs.loc[label_of_cell.index], label_of_cell, donor_key, validation_fraction, seed)
+    learned = set(label_of_cell.reindex(parts["train"]))
+    unseen = ~label_of_cell.reindex(parts["validation"]).isin(learned).to_numpy()
     parts["validation"], unseen_cells = parts["validation"][~unseen], parts["validation"][unseen]
     n_train = len(parts["train"])
-    parts["train"] = keep_share(label_of.reindex(parts["train"]), label_fraction, seed)
+    parts["train"] = keep_share(label_of_cell.reindex(parts["train"]), label_fraction, seed)
     left_out = {
         "unlabelled": int((~labelled).sum()),
         "rare label": sum(rare.values()),
         "label of held-out donors only": len(unseen_cells),
-        "label not used (label_fraction)": n_train - len(parts["train"]),
+        "training cells dropped by label_fraction": n_train - len(parts["train"]),
     }
     if len(learned) < 2:
         raise ValueError(
             f"of {labels_key!r}, the training cells have only {sorted(learned)}; hold out other cells (--donor_key)"
         )
-    _log_left_out(left_out, rare, sorted(set(label_of.reindex(unseen_cells))), donor_key)
-    label_of = label_of.reindex(np.concatenate(list(parts.values())))
-    return LabelledCells(parts, sorted(learned), label_of, donor_key, left_out, rare)
+    _log_left_out(left_out, rare, sorted(set(label_of_cell.reindex(unseen_cells))), donor_key)
+    label_of_cell = label_of_cell.reindex(np.concatenate(list(parts.values())))
+    return LabelledCells(parts, sorted(learned), label_of_cell, donor_key, left_out, rare)
 
 
-def keep_share(label_of: pd.Series, share: float, seed: int) -> Int64Array:
+def keep_share(label_of_cell: pd.Series, share: float, seed: int) -> Int64Array:
     """Return the ids of a random share of the cells of each label, rounded up, ascending. Shape (kept cells,).
 
     With the same seed, a smaller share is a subset of a larger one.
 
     Args:
-        label_of: label of each cell, indexed by cell id. Shape (cells,).
+        label_of_cell: label of each cell, indexed by cell id. Shape (cells,).
         share: share to keep, in (0, 1].
         seed: determines which cells.
     """
-    order = label_of.iloc[np.random.default_rng([seed, 1]).permutation(len(label_of))]
+    order = label_of_cell.iloc[np.random.default_rng([seed, 1]).permutation(len(label_of_cell))]
     rank, size = order.groupby(order).cumcount(), order.groupby(order).transform("size")
-    # The small number keeps rounding errors of share * size from adding a cell.
-    return np.sort(order.index.to_numpy(np.int64)[(rank < np.ceil(share * size - 1e-9)).to_numpy()])
-
-
-def split_within(groups: pd.Series, fraction: float, seed: int) -> dict[str, Int64Array]:
-    """Hold out a share of each group: at least one cell, and never all of them.
-
-    Args:
-        groups: group of each cell, indexed by cell id. Shape (cells,).
-        fraction: share to hold out, in (0, 1).
-        seed: determines which cells.
-
-    Returns:
-        "train" and "validation" → cell ids, ascending.
-    """
-    order = groups.iloc[np.random.default_rng([seed, 0]).permutation(len(groups))]
-    rank, size = order.groupby(order).cumcount(), order.groupby(order).transform("size")
-    held_out = (rank < np.clip(np.rint(fraction * size), 1, size - 1)).to_numpy()
-    ids = order.index.to_numpy(np.int64)
-    return {"train": np.sort(ids[~held_out]), "validation": np.sort(ids[held_out])}
+    return np.sort(order.index.to_numpy(np.int64)[(rank < np.ceil(share * size - _ROUNDING_TOLERANCE)).to_numpy()])
 
 
 def balanced_weights(classes: Int64Array, n_classes: int) -> npt.NDArray[np.float32]:
@@ -157,16 +142,16 @@ def balanced_weights(classes: Int64Array, n_classes: int) -> npt.NDArray[np.floa
 
 
 def _require_labels(
-    label_of: pd.Series,
+    label_of_cell: pd.Series,
     labels_key: str,
     n_cells: int,
     ignore_labels: Sequence[str],
     rare: dict[str, int],
     min_cells: int,
 ) -> None:
-    names = sorted(set(label_of))
+    names = sorted(set(label_of_cell))
     if len(names) < 2:
-        found = f"only {names[0]!r} ({len(label_of):,} cells)" if names else "none"
+        found = f"only {names[0]!r} ({len(label_of_cell):,} cells)" if names else "none"
         few = f"; too few cells (fewer than min_cells {min_cells}) have {rare}" if rare else ""
         raise ValueError(
             f"a classifier needs two or more labels; of {n_cells:,} cells, obs[{labels_key!r}] has {found}, not "
@@ -175,19 +160,19 @@ def _require_labels(
 
 
 def _split(
-    obs: pd.DataFrame, label_of: pd.Series, donor_key: str | None, fraction: float, seed: int
+    obs: pd.DataFrame, label_of_cell: pd.Series, donor_key: str | None, fraction: float, seed: int
 ) -> dict[str, Int64Array]:
     if donor_key is None:
-        return split_within(label_of, fraction, seed)
+        return split_within(label_of_cell, fraction, seed)
     fractions = {"train": 1 - fraction, "validation": fraction}
     best: dict[str, Int64Array] = {}
     most_shared = -1
     for attempt in range(_N_SPLITS):
         parts = split_cells(obs, fractions, donor_key=donor_key, seed=seed + attempt)
-        n_shared = len(set(label_of.reindex(parts["train"])) & set(label_of.reindex(parts["validation"])))
+        n_shared = len(set(label_of_cell.reindex(parts["train"])) & set(label_of_cell.reindex(parts["validation"])))
         if n_shared > most_shared:
             best, most_shared = parts, n_shared
-        if most_shared == label_of.nunique():
+        if most_shared == label_of_cell.nunique():
             break
     return best
 

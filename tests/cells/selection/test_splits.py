@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from scgpt_hf.cells.selection import splits
-from scgpt_hf.cells.selection.splits import load_split, save_split, split_cells
+from scgpt_hf.cells.selection.splits import load_split, save_split, split_cells, split_within
 
 FRACTIONS = {"train": 0.97, "validation": 0.03}
 
@@ -217,3 +217,9 @@ def test_a_file_that_is_not_json_or_does_not_exist_raises(tmp_path):
         load_split(tmp_path / "split.json")
     with pytest.raises(FileNotFoundError):
         load_split(tmp_path / "absent.json")
+
+
+def test_a_group_of_one_cell_is_never_held_out() -> None:
+    parts = split_within(pd.Series(["a", "b", "b"], index=[3, 5, 9]), 0.9, seed=0)
+    assert 3 in parts["train"]
+    assert len(parts["validation"]) == 1

@@ -120,7 +120,7 @@ def test_the_same_seed_gives_the_same_weights(cells: AnnData, base: Path, tmp_pa
             **QUIET,
         )
         summary = finetune_classifier(cells, settings)
-        assert summary["left_out"]["label not used (label_fraction)"] > 0.6 * summary["train_cells"]
+        assert summary["left_out"]["training cells dropped by label_fraction"] > 0.6 * summary["train_cells"]
         weights.append(load_file(tmp_path / name / "best_model" / "model.safetensors"))
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
     assert not torch.equal(weights[0]["class_head.out.weight"], weights[2]["class_head.out.weight"])
