@@ -42,14 +42,14 @@ def describe_run(data_module: DataModule, model: ScGPTForPreTraining, args: Trai
         "cells": f"{len(parts['train']):,} of {donors['train']:,} donors for training, "
         f"{len(parts['validation']):,} of {donors['validation']:,} other donors for validation",
         "genes": f"{len(data_module.selection.genes):,} of {len(data_module.source.genes):,}",
-        "tokens per cell": f"mean {lengths.mean():.0f}, interquartile range {low:.0f} to {high:.0f}, maximum {lengths.max()} "
-        f"(first {len(lengths):,} cells)",
+        "tokens per cell": f"mean {lengths.mean():.0f}, interquartile range {low:.0f} to {high:.0f}, "
+        f"maximum {lengths.max()} (first {len(lengths):,} cells)",
         "steps": f"{n_steps:,} of {plan.batch_size:,} cells; {plan.n_steps:,} per epoch, "
         f"which leaves {plan.n_dropped:,} cells out",
         "parameters": f"{model.num_parameters():,}",
         "compute": f"{flops_per_step / 1e9:,.1f} GFLOP per step, {flops_per_step * n_steps / 1e15:,.3g} PFLOP in total",
-        "time": f"about {_duration(seconds_per_step * n_steps)} on {device_name(args.device)} x {args.world_size}, without "
-        f"validation ({seconds_per_step * 1e3:,.0f} ms per step, measured)",
+        "time": f"about {_duration(seconds_per_step * n_steps)} on {device_name(args.device)} x {args.world_size}, "
+        f"without validation ({seconds_per_step * 1e3:,.0f} ms per step, measured)",
         "memory": f"about {_peak_memory(args.device) / 2**30:.1f} GiB per process, measured",
     }
     return "\n".join(f"{name:>16}  {line}" for name, line in lines.items()) + "\nNothing was written (--dry_run)."

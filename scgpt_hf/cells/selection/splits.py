@@ -1,8 +1,8 @@
 """Split cells into training and validation by donor, and save the split as a manifest, split.json.
 
 No donor is in two parts: cells of one donor resemble each other, so a loss on other cells of the same donors says
-nothing about new donors. `split_within` is for data without donors: it holds out single cells of each group. `filters.py`
-decides which cells are considered at all.
+nothing about new donors. `split_within` holds out single cells of each group instead, for data without donors.
+`filters.py` decides which cells are considered at all.
 
 The manifest is JSON, so it can be read without this package:
 
