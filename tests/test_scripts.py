@@ -180,7 +180,7 @@ def test_an_interrupted_cache_reports_how_to_continue(small_census, tmp_path, mo
     def interrupt(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("scgpt_hf.cells.cache.jobs.write_shards", interrupt)
+    monkeypatch.setattr("scgpt_hf.cli.cache.write_shards", interrupt)
     with pytest.raises(SystemExit) as ended:
         runpy.run_path(script("cache_census"))["main"]([str(small_census), str(tmp_path / "cache")])
     assert ended.value.code == 130

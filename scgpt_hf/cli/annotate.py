@@ -11,28 +11,28 @@ disk.
 """
 
 import argparse
-import sys
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 from scgpt_hf.analysis.annotate import CLASSIFIER, PREDICTED, predict_cell_types
 from scgpt_hf.analysis.annotate_file import annotate_file, embed_and_transfer, open_backed
-from scgpt_hf.cli.process import tune_process
+from scgpt_hf.cli.process import exit_with_error, tune_process
 from scgpt_hf.pretrained import load_model
+from scgpt_hf.training.settings_parsing import ExampleHelpFormatter
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     """Parse the command line, annotate the file, and print a summary."""
     tune_process()
     parser = _make_parser()
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     if options.model is None and options.reference is None:
         parser.error("give --model, a fine-tuned one, or --reference")
     try:
         report = annotate_file(options.query, options.out, _make_annotate(options), overwrite=options.overwrite)
     except (OSError, ValueError) as error:
-        sys.exit(f"annotate.py: {error}")
+        exit_with_error(error)
     types = dict(zip(report["types"]["name"], report["types"]["cells"], strict=True))
     print(f"Annotated {report['cells']:,} cells in {options.out}, {report['unassigned']:,} unassigned: {types}")
     if "usual_distance" in report:
@@ -43,7 +43,7 @@ def main() -> None:
 
 
 def _make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=ExampleHelpFormatter)
     parser.add_argument("query", help=".h5ad file with raw counts")
     parser.add_argument("--out", required=True, help="file to write: the query with the types added")
     parser.add_argument("--model", help="folder of a saved model, or its repository on the Hub")

@@ -13,16 +13,16 @@ is_primary_data, with True if not. All files are checked; a build that fails lea
 
 import argparse
 import logging
-import sys
 
 from scgpt_hf.cells.soma.build import build_census
-from scgpt_hf.cli.process import tune_process
+from scgpt_hf.cli.process import exit_with_error, tune_process
+from scgpt_hf.training.settings_parsing import ExampleHelpFormatter
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Build the Census given on the command line."""
     tune_process()
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=ExampleHelpFormatter)
     parser.add_argument("files", nargs="+", metavar="FILE.h5ad", help="one or more .h5ad files")
     parser.add_argument("--out", required=True, metavar="DIR", help="folder to create; it must not exist yet")
     parser.add_argument("--organism", default="homo_sapiens", help="name of the organism (default: %(default)s)")
@@ -45,7 +45,7 @@ def main(arguments: list[str] | None = None) -> None:
             keep_obs=settings.keep_obs,
         )
     except (ValueError, OSError) as error:
-        sys.exit(f"build_census.py: {error}")
+        exit_with_error(error)
     print(f"wrote {folder}; train on it with: accelerate launch scripts/pretrain.py --data {folder}")
 
 

@@ -26,14 +26,15 @@ from pathlib import Path
 
 from scgpt_hf.cells.cache.jobs import CELLS_PER_SHARD, plan_cache, write_shards
 from scgpt_hf.cells.source import open_source
-from scgpt_hf.cli.process import tune_process
+from scgpt_hf.cli.process import exit_with_error, program_name, tune_process
 from scgpt_hf.publishing.publish_cache import check_dataset, publish_cache
+from scgpt_hf.training.settings_parsing import ExampleHelpFormatter
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Parse the command line, write the files of this job, and print whether the cache is complete."""
     tune_process()
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=ExampleHelpFormatter)
     add = parser.add_argument
     add("source", nargs="+", metavar="CENSUS", help="census://VERSION/ORGANISM, a local SOMA, or .h5ad files")
     add("out", metavar="DIR", help="folder of the cache; created if it does not exist")
@@ -82,9 +83,9 @@ def main(arguments: list[str] | None = None) -> None:
             url = publish_cache(Path(options.out), options.push_to_hub, private=options.private or None)
             print(f"Published at {url}")
     except (ImportError, OSError, RuntimeError, ValueError) as error:
-        sys.exit(f"cache_census.py: {error}")
+        exit_with_error(error)
     except KeyboardInterrupt:
-        print("\ncache_census.py: interrupted; run the same command again to continue", file=sys.stderr)
+        print(f"\n{program_name()}: interrupted; run the same command again to continue", file=sys.stderr)
         sys.exit(130)
 
 

@@ -15,15 +15,16 @@ you leave out take their values in the published checkpoints, and are printed as
 """
 
 import argparse
-import sys
 from typing import Any
 
+from scgpt_hf.cli.process import exit_with_error
 from scgpt_hf.conversion.checkpoint import convert_scgpt, save_converted
+from scgpt_hf.training.settings_parsing import ExampleHelpFormatter
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     """Convert the checkpoint given on the command line, and print the report."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=ExampleHelpFormatter)
     parser.add_argument("folder", metavar="FOLDER", help="folder with args.json, vocab.json and best_model.pt")
     parser.add_argument("--out", required=True, metavar="DIR", help="folder to create; it must not exist yet")
     parser.add_argument(
@@ -58,13 +59,13 @@ def main() -> None:
         help="value of the token <cls>; 0 for a model trained with the original's fine-tuning tokeniser "
         "(default: pad_value of args.json, which is -2 in the published checkpoints)",
     )
-    options = vars(parser.parse_args())
+    options = vars(parser.parse_args(arguments))
     folder, out = options.pop("folder"), options.pop("out")
     try:
         model, processor, report = convert_scgpt(folder, **{k: v for k, v in options.items() if v is not None})
         save_converted(model, processor, report, out)
     except (OSError, ValueError) as error:
-        sys.exit(f"convert.py: {error}")
+        exit_with_error(error)
     print(report)
     print(f"value of <cls>: {processor.cls_value:g}")
     print(f"wrote {out}; load it with AutoModel, AutoModelForPreTraining and AutoProcessor")

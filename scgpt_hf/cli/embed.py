@@ -12,18 +12,18 @@ adata.uns["X_scgpt"] records the model and how many genes of the data are in its
 """
 
 import argparse
-import sys
 
 from scgpt_hf.analysis.embed import KEY
 from scgpt_hf.analysis.embed_file import embed_file
-from scgpt_hf.cli.process import tune_process
+from scgpt_hf.cli.process import exit_with_error, tune_process
 from scgpt_hf.pretrained import load_model
+from scgpt_hf.training.settings_parsing import ExampleHelpFormatter
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     """Parse the command line, embed the file, and print a summary."""
     tune_process()
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=ExampleHelpFormatter)
     parser.add_argument("data", help=".h5ad file with raw counts")
     parser.add_argument("--model", required=True, help="folder of a saved model, or its repository on the Hub")
     parser.add_argument("--out", required=True, help="file to write: the data with the embedding added")
@@ -39,12 +39,12 @@ def main() -> None:
         "(default: %(default)s)",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace OUT, and an embedding of that name")
-    options = vars(parser.parse_args())
+    options = vars(parser.parse_args(arguments))
     try:
         model, processor = load_model(options.pop("model"), device=options.pop("device"))
         report = embed_file(options.pop("data"), options.pop("out"), model, processor, **options)
     except (OSError, ValueError) as error:
-        sys.exit(f"embed.py: {error}")
+        exit_with_error(error)
     genes = report["genes"]
     print(
         f"Embedded {report['cells'] - report['empty_cells']:,} of {report['cells']:,} cells with {report['model']}.\n"

@@ -20,7 +20,6 @@ The output folder gets scores.csv, scores.json, figures and report.html.
 """
 
 import argparse
-import sys
 from pathlib import Path
 
 from scgpt_hf.analysis.annotate_file import open_backed
@@ -32,13 +31,15 @@ from scgpt_hf.analysis.evaluation.evaluate import (
     Evaluation,
     evaluate_embeddings,
 )
+from scgpt_hf.cli.process import exit_with_error
 from scgpt_hf.reporting.evaluation_results import require_free_folder, tabulate, write_evaluation
 from scgpt_hf.reporting.report import write_report
+from scgpt_hf.training.settings_parsing import ExampleHelpFormatter
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     """Score the embeddings given on the command line, write the folder, and print the scores."""
-    options = vars(_build_parser().parse_args())
+    options = vars(_build_parser().parse_args(arguments))
     data, out, reference, vector = (options.pop(name) for name in ("data", "out", "reference", "vector"))
     keys, labels_key, batch_key = (options.pop(name) for name in ("embedding", "labels_key", "batch_key"))
     try:
@@ -50,13 +51,13 @@ def main() -> None:
         write_evaluation(evaluation, out, vector=vector, extra=extra)
         write_report(out)
     except (OSError, ValueError, ModuleNotFoundError) as error:
-        sys.exit(f"evaluate.py: {error}")
+        exit_with_error(error)
     _print_scores(evaluation)
     print(f"wrote scores, figures and report.html to {out}")
 
 
 def _build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=ExampleHelpFormatter)
     add = parser.add_argument
     add("data", help=".h5ad file with labels, embeddings in obsm and, for the baselines, raw counts")
     add("--embedding", action="append", required=True, metavar="KEY",

@@ -10,13 +10,12 @@ OUT/best_model is the model; report.html, summary.json, metrics, split and setti
 """
 
 import logging
-import sys
 from argparse import ArgumentParser
 from typing import Any
 
 from transformers import HfArgumentParser
 
-from scgpt_hf.cli.process import tune_process
+from scgpt_hf.cli.process import exit_with_error, tune_process
 from scgpt_hf.reporting.report import write_report
 from scgpt_hf.training.finetuning.annotate import finetune_classifier
 from scgpt_hf.training.finetuning.integrate import finetune_integration
@@ -29,12 +28,12 @@ TASKS: dict[str, Any] = {
 }
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     """Parse the command line, fine-tune the model, and print a summary."""
     tune_process()
     task_parser = ArgumentParser(add_help=False, allow_abbrev=False)
     task_parser.add_argument("--task", choices=TASKS, default="annotate", help="what to fine-tune for")
-    task, arguments = task_parser.parse_known_args()
+    task, flags = task_parser.parse_known_args(arguments)
     settings_class, finetune = TASKS[task.task]
     parser = HfArgumentParser(
         settings_class,
@@ -45,13 +44,13 @@ def main() -> None:
     )
     parser.add_argument("data", nargs="+", help=".h5ad files with raw counts, or one SOMA")
     try:
-        settings, others = parser.parse_args_into_dataclasses(arguments, look_for_args_file=False)
+        settings, others = parser.parse_args_into_dataclasses(flags, look_for_args_file=False)
         logging.basicConfig(format="%(message)s")
         logging.getLogger("scgpt_hf").setLevel(logging.INFO)
         summary = finetune(others.data, settings)
         write_report(settings.out)
     except (OSError, ValueError, ImportError, FloatingPointError) as error:
-        sys.exit(f"finetune.py: {error}")
+        exit_with_error(error)
     print(_format_annotation(summary) if task.task == "annotate" else _format_integration(summary))
     print(f"Everything is in {settings.out}: best_model/ report.html summary.json metrics.jsonl split.json")
 

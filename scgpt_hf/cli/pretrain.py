@@ -16,7 +16,7 @@ import accelerate
 import torch
 
 from scgpt_hf.cells.threads import n_cores
-from scgpt_hf.cli.process import tune_process
+from scgpt_hf.cli.process import exit_with_error, program_name, tune_process
 from scgpt_hf.pretraining import describe_pretraining, pretrain
 from scgpt_hf.training.fault_tolerance.signals import StopSignal, TrainingInterrupted
 from scgpt_hf.training.settings import TrainingSettings
@@ -27,11 +27,11 @@ logger = logging.getLogger(__name__)
 _SET_BY_LAUNCHERS = {"LOCAL_WORLD_SIZE", "ACCELERATE_MIXED_PRECISION"}  # by torchrun, and by accelerate launch
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     """Read the settings, train, and turn errors into exit codes."""
     tune_process()
     try:
-        settings = parse_settings(sys.argv[1:], __doc__)
+        settings = parse_settings(sys.argv[1:] if arguments is None else arguments, __doc__)
         args = settings.training
         logging.basicConfig(format="%(message)s")
         logging.getLogger("scgpt_hf").setLevel(logging.INFO if args.process_index == 0 else logging.WARNING)
@@ -44,12 +44,12 @@ def main() -> None:
         pretrain(settings, stop_signal=StopSignal(), report=print)
     except TrainingInterrupted as interruption:
         if args.process_index == 0:
-            print(f"pretrain.py: {interruption}", file=sys.stderr, flush=True)
+            print(f"{program_name()}: {interruption}", file=sys.stderr, flush=True)
         accelerate.PartialState().destroy_process_group()
         # The checkpoint is complete. An orderly exit would join threads, and a read that hangs would keep it waiting.
         os._exit(interruption.exit_code)
     except (ValueError, OSError, FloatingPointError, ImportError) as error:
-        sys.exit(f"pretrain.py: {error}")
+        exit_with_error(error)
     accelerate.PartialState().destroy_process_group()
 
 

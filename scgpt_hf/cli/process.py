@@ -1,8 +1,14 @@
-"""Process-wide settings that make reading faster. Only commands change them, never an import or a library call."""
+"""The process of a command: settings that make reading faster, and the exit after an error.
+
+Only commands change the state of the process, never an import or a library call.
+"""
 
 import ctypes
 import platform
+import sys
 from functools import cache
+from pathlib import Path
+from typing import NoReturn
 
 from scgpt_hf.cells.threads import set_background_priority
 
@@ -25,6 +31,16 @@ def tune_process() -> None:
     """
     _keep_freed_memory()
     set_background_priority(True)
+
+
+def program_name() -> str:
+    """Return the name under which the user started this command: `embed.py`, or `scgpt-hf embed`."""
+    return Path(sys.argv[0]).name
+
+
+def exit_with_error(error: Exception) -> NoReturn:
+    """End the process with exit code 1 and one line: the name of the command and the message of the error."""
+    sys.exit(f"{program_name()}: {error}")
 
 
 def _keep_freed_memory() -> None:

@@ -10,22 +10,23 @@ again sends only what changed, or what is missing after an interruption. To publ
 """
 
 import argparse
-import sys
 from pathlib import Path
 
 from scgpt_hf.cells.cache.manifest import GENES
+from scgpt_hf.cli.process import exit_with_error
 from scgpt_hf.publishing.publish_cache import publish_cache
 from scgpt_hf.publishing.publish_run import publish
+from scgpt_hf.training.settings_parsing import ExampleHelpFormatter
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     """Parse the command line, publish the folder, and print its address."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=ExampleHelpFormatter)
     parser.add_argument("folder", type=Path, help="folder of a finished run, or of a cache")
     parser.add_argument("repo_id", metavar="ORG/NAME", help="repository on the Hub")
     parser.add_argument("--private", action="store_true", default=None, help="make a new repository private")
     parser.add_argument("--revision", help="branch, created if it does not exist; for runs only (default: main)")
-    settings = parser.parse_args()
+    settings = parser.parse_args(arguments)
     folder, repo_id, private, revision = vars(settings).values()
     try:
         if not folder.is_dir():
@@ -37,7 +38,7 @@ def main() -> None:
         else:
             raise ValueError(f"{folder} is a cache, and caches are always published on main; remove --revision")
     except (OSError, ValueError) as error:
-        sys.exit(f"publish.py: {error}")
+        exit_with_error(error)
     print(f"Published at {address}")
 
 

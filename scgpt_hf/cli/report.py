@@ -8,19 +8,20 @@ The page is self-contained: it needs no other file and no network, and is readab
 """
 
 import argparse
-import sys
 
+from scgpt_hf.cli.process import exit_with_error
 from scgpt_hf.reporting.report import write_report
+from scgpt_hf.training.settings_parsing import ExampleHelpFormatter
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     """Parse the command line, write the page, and print its path."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=ExampleHelpFormatter)
     parser.add_argument("run", help="folder written by pretrain.py, finetune.py or evaluate.py")
     try:
-        print(write_report(parser.parse_args().run))
+        print(write_report(parser.parse_args(arguments).run))
     except (OSError, ValueError) as error:
-        sys.exit(f"report.py: {error}")
+        exit_with_error(error)
 
 
 if __name__ == "__main__":

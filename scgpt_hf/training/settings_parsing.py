@@ -7,7 +7,7 @@ values of `configs/demo.yaml` apply, so that a command without arguments trains 
 import dataclasses
 import difflib
 import types
-from argparse import ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
+from argparse import Action, ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
 from collections.abc import Iterable
 from enum import Enum
 from pathlib import Path
@@ -31,7 +31,12 @@ _TYPE_NAMES: dict[Any, str] = {
 
 
 class ExampleHelpFormatter(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):
-    """Show the examples of a command as they are written, and the default of every flag."""
+    """Show the examples of a command as they are written, and the default of every flag that has one."""
+
+    def _get_help_string(self, action: Action) -> str | None:
+        # A switch without a value is off by default, and "None" would say nothing.
+        no_default = action.nargs == 0 or action.default in (None, [], ())
+        return action.help if no_default or "(default" in (action.help or "") else super()._get_help_string(action)
 
 
 def parse_settings(arguments: list[str], description: str = "") -> Settings:

@@ -1,0 +1,48 @@
+"""The console command `scgpt-hf`: list the commands, or run one of them.
+
+This module is outside of the package because importing the package imports torch, which takes seconds. So
+`scgpt-hf --help` answers at once. Each command is a module of `scgpt_hf.cli`.
+"""
+
+import sys
+from importlib import import_module
+
+# Name → module of `scgpt_hf.cli`, and what the command does.
+COMMANDS = {
+    "pretrain": ("pretrain", "pretrain a gene transformer, from a Census query to a checkpoint"),
+    "finetune": ("finetune", "fine-tune a pretrained model to predict cell types, or to integrate batches"),
+    "embed": ("embed", "embed the cells of an .h5ad file with a pretrained model"),
+    "annotate": ("annotate", "annotate the cells of an .h5ad file with their types"),
+    "evaluate": ("evaluate", "score the embeddings of labelled cells, and baselines on the same cells"),
+    "convert": ("convert", "convert a checkpoint of scGPT to a folder that transformers can load"),
+    "build-census": ("build_census", "build a local SOMA in the layout of the Census from .h5ad files"),
+    "cache": ("cache", "copy the cells of a Census into a cache that is read in any order"),
+    "report": ("report", "write report.html into the folder of a run"),
+    "publish": ("publish", "publish a run as a model on the Hub, or a cache as a dataset"),
+}
+
+
+def main() -> None:
+    """Run the command that the first argument names, with the other arguments."""
+    if len(sys.argv) < 2 or sys.argv[1] in ("-h", "--help"):
+        print(help_text())
+        return
+    name, arguments = sys.argv[1], sys.argv[2:]
+    if name not in COMMANDS:
+        sys.exit(f"scgpt-hf: unknown command {name!r}; expected one of {', '.join(COMMANDS)}")
+    # Commands take the name in their help and errors from here.
+    sys.argv = [f"scgpt-hf {name}", *arguments]
+    import_module(f"scgpt_hf.cli.{COMMANDS[name][0]}").main(arguments)
+
+
+def help_text() -> str:
+    """Return the commands, one on each line, and how to go on."""
+    commands = "\n".join(f"  {name:14}{summary}" for name, (_, summary) in COMMANDS.items())
+    return (
+        f"usage: scgpt-hf COMMAND ...\n\n{commands}\n\n`scgpt-hf COMMAND --help` shows examples and all options of a "
+        "command.\nTo train on several GPUs: accelerate launch -m scgpt_hf.cli.pretrain ..."
+    )
+
+
+if __name__ == "__main__":
+    main()
