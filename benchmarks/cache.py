@@ -1,10 +1,10 @@
-"""Measure a cache: write it from a SOMA, read it in uniformly random order (raw and tokenised), and plan an epoch.
+"""Measure a cache: write it from a SOMA, read it in uniformly random order (raw and tokenized), and plan an epoch.
 
   python benchmarks/synthetic_census.py census100k --cells 100000
   python benchmarks/cache.py census100k --out cache100k
 
 Reading is warm: each arm has read the cache once before. The raw arms build the CSR arrays of 512 cells at a time, as
-the pipeline does. The tokenised arms read, bin, and sample up to 1,200 genes per cell, from all genes and from 1,200
+the pipeline does. The tokenized arms read, bin, and sample up to 1,200 genes per cell, from all genes and from 1,200
 highly variable genes as in scGPT's recipe; worker threads take 512 cells of a block at a time. For comparison, the
 library `datasets` reads the same rows of the same folder as NumPy arrays, map-style. Medians are printed.
 """
@@ -36,7 +36,7 @@ from scgpt_hf.pipeline.genes import match_source_genes
 from scgpt_hf.tokens.processing_scgpt import ScGPTProcessor
 
 BLOCK = 32_768  # cells read together
-PIECE = 512  # cells that a thread takes and tokenises at a time, as in the pipeline
+PIECE = 512  # cells that a thread takes and tokenizes at a time, as in the pipeline
 HVG_CELLS = 10_000  # cells from which the variable genes are chosen
 CENSUS_CELLS = 160_000_000
 
@@ -74,7 +74,7 @@ def do_nothing(counts: CellBlock, cell_ids: np.ndarray) -> None:
 
 
 def tokenize(processor: ScGPTProcessor, columns: np.ndarray, counts: CellBlock, cell_ids: np.ndarray) -> None:
-    """Tokenise the cells."""
+    """Tokenize the cells."""
     processor.tokenize(counts, columns, cell_ids=cell_ids, seed=0, epoch=0)
 
 
@@ -138,7 +138,7 @@ def main() -> None:
     for name, processor in processors.items():
         work = partial(tokenize, processor, match_source_genes(sources[1].genes, processor)[0])
         for n, source in sources.items():
-            arms[f"tokenised, {name}, {n} threads"] = partial(read, source, cell_ids, n, work)
+            arms[f"tokenized, {name}, {n} threads"] = partial(read, source, cell_ids, n, work)
     arms["datasets, map-style, 1 thread"] = partial(read_map_style, options.out, BLOCK)
     for arm in arms.values():
         arm()

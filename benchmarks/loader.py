@@ -103,7 +103,7 @@ def ours_raw(path: Path, n_threads: int, obs_filter: str | None = None, *, nativ
 
 @contextmanager
 def token_batches(path: Path, n_threads: int) -> Iterator[Iterator[dict]]:
-    """Open an iterator over the batches of an epoch, tokenised, masked, packed and prefetched."""
+    """Open an iterator over the batches of an epoch, tokenized, masked, packed and prefetched."""
     with CensusSource(f"{path}/census_data/homo_sapiens", n_threads=n_threads) as source:
         plan, processor = plan_of(source), processor_of(source)
         batches = stream_cells(source, [plan], processor, StreamConfig(seed=0, mask_ratios=(0.25, 0.5, 0.75)))

@@ -1,4 +1,4 @@
-"""Measure how much the data threads slow down a busy main thread, while they read and tokenise cells.
+"""Measure how much the data threads slow down a busy main thread, while they read and tokenize cells.
 
   python benchmarks/synthetic_census.py blood_100k --cells 100000
   python benchmarks/threads.py blood_100k [--cache CACHE]

@@ -1,4 +1,4 @@
-"""Compare the speed of the compiled tokeniser (bin, sample, mask, pack) with NumPy that works cell by cell.
+"""Compare the speed of the compiled tokenizer (bin, sample, mask, pack) with NumPy that works cell by cell.
 
   python benchmarks/synthetic_census.py blood_20k --cells 20000
   python benchmarks/tokens.py blood_20k

@@ -40,10 +40,10 @@ class PreparedRun:
     """Everything that a run needs before its trainer is made.
 
     Attributes:
-        source: of the cells.
+        source: source of the cells.
         selection: cells and genes.
-        processor: over the selected genes.
-        model: with new weights.
+        processor: processor whose vocabulary is the selected genes.
+        model: model with new weights.
         data_module: the batches.
         checkpoint: folder of the checkpoint that the run resumes from; None for a new run.
     """
@@ -65,7 +65,7 @@ def pretrain(
     alone; the command line sets that.
 
     Args:
-        settings: of the run, from `parse_settings`.
+        settings: settings of the run, from `parse_settings`.
         stop_signal: saves a checkpoint and stops at the first SIGTERM or SIGINT, as the command line does. None leaves
             the signal handlers of the process alone.
         report: receives the text at the end of the run, on the first process.
@@ -136,10 +136,10 @@ def describe_pretraining(settings: Settings) -> str:
     """Return a table of what `pretrain` would do: cells, size, time and memory. Nothing is written.
 
     Args:
-        settings: of the run, with `dry_run`.
+        settings: settings of the run, with `dry_run`.
 
     Raises:
-        ValueError: as `pretrain`.
+        ValueError: see `pretrain`.
     """
     run = prepare_run(settings)
     return describe_run(run.data_module, run.model, settings.training)
@@ -149,7 +149,7 @@ def prepare_run(settings: Settings) -> PreparedRun:
     """Select cells and genes, build processor and model, and plan every epoch. Nothing is written to the run folder.
 
     Raises:
-        FileExistsError, FileNotFoundError, ConnectionError, ValueError: as `pretrain`.
+        FileExistsError, FileNotFoundError, ConnectionError, ValueError: see `pretrain`.
     """
     data, args = settings.data, settings.training
     check_settings(settings)

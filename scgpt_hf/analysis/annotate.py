@@ -72,7 +72,7 @@ def predict_cell_types(
         type, the genes that were matched.
 
     Raises:
-        ValueError: a column exists, the model has no trained classes, or as `embed_anndata`.
+        ValueError: a column exists, the model has no trained classes; see also `embed_anndata`.
 
     Example:
         >>> report = predict_cell_types(adata, "runs/types/best_model", threshold=0.7)

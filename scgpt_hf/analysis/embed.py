@@ -106,7 +106,7 @@ def embed_cells(
         Vectors, float32 (cells, hidden); NaN for empty cells with `empty="nan"`.
 
     Raises:
-        ValueError: as `embed_anndata`.
+        ValueError: see `embed_anndata`.
 
     Example:
         >>> source = open_source("census://2025-11-08/homo_sapiens", obs_filter="tissue_general == 'blood'")

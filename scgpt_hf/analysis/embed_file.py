@@ -51,7 +51,7 @@ def embed_file(
 
     Raises:
         FileExistsError: `out` exists and `overwrite` is false.
-        ValueError: as `embed_anndata`, or the file cannot be read as h5ad.
+        ValueError: see `embed_anndata`; or the file cannot be read as h5ad.
 
     Example:
         >>> embed_file("cells.h5ad", "embedded.h5ad", "runs/demo/best_model", batch_size=256)["cells"]

@@ -202,7 +202,7 @@ def _to_layers(outputs: Outputs, tokens: Tokens, columns: Int64Array) -> Layers:
     """Arrange the outputs of `_run_views`, and the measured `bins`, as matrices of cells × requested genes.
 
     Args:
-        outputs: as `_run_views` returns them.
+        outputs: outputs that `_run_views` has returned.
         tokens: all genes of the cells, unmasked.
         columns: vocabulary ids of the requested genes. Shape (genes,).
     """

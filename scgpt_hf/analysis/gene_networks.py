@@ -139,7 +139,7 @@ def attention_maps(
         not sampled.
 
     Raises:
-        ValueError: a gene is not in the vocabulary; or as `embed_anndata`.
+        ValueError: a gene is not in the vocabulary; see also `embed_anndata`.
         IndexError: there is no such layer.
     """
     known = processor.tokenizer.get_vocab()  # gene → id
@@ -167,7 +167,7 @@ def mean_attention(maps: Float32Array, genes: Sequence[str], groups: Sequence[st
     """Average attention maps over groups of cells.
 
     Args:
-        maps: as `attention_maps` returns them. Shape (cells, genes, genes).
+        maps: maps that `attention_maps` has returned. Shape (cells, genes, genes).
         genes: names of the rows and columns of a map.
         groups: group of each cell, e.g. its type. Shape (cells,).
 

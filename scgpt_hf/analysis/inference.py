@@ -96,7 +96,7 @@ def iterate_outputs(
         Positions in `cell_ids` of the cells of a batch, int64 (cells,), and what `compute` returned, on the CPU.
 
     Raises:
-        ValueError: as `embed_anndata`.
+        ValueError: see `embed_anndata`.
     """
     validate_pair(model, processor)
     if not len(cell_ids):

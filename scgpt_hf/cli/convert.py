@@ -56,7 +56,7 @@ def main(arguments: list[str] | None = None) -> None:
     add(
         "--cls_value",
         type=float,
-        help="value of the token <cls>; 0 for a model trained with the original's fine-tuning tokeniser "
+        help="value of the token <cls>; 0 for a model trained with the original's fine-tuning tokenizer "
         "(default: pad_value of args.json, which is -2 in the published checkpoints)",
     )
     options = vars(parser.parse_args(arguments))

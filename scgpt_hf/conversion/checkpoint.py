@@ -40,7 +40,7 @@ class UnrecordedSettings(TypedDict, total=False):
         gepc_detach: true for the original's `mvc_decoder_style` "inner product, detach".
         ecs_threshold: similarity threshold of the ECS objective; 0.3 by default, as in the original.
         cls_value: value of the token `<cls>`. By default `pad_value` of args.json (-2 in published checkpoints), as in
-            the original's pretraining and `embed_data`. Pass 0 for models trained with its fine-tuning tokeniser.
+            the original's pretraining and `embed_data`. Pass 0 for models trained with its fine-tuning tokenizer.
     """
 
     norm_scheme: Literal["post", "scgpt_pre"]

@@ -59,7 +59,7 @@ Weights of an original [scGPT](https://github.com/bowang-lab/scGPT) checkpoint, 
 scgpt_hf {version("scgpt_hf")}: {config.num_hidden_layers} layers x {config.hidden_size}, {config.n_bins} bins,
 {processor.vocab_size:,} genes and special tokens.
 
-**The value of the token `<cls>` is {processor.cls_value:g}.** The processor sets it; other tokenisers must do the same.
+**The value of the token `<cls>` is {processor.cls_value:g}.** The processor sets it; other tokenizers must do the same.
 
 ```python
 import scanpy as sc, scgpt_hf

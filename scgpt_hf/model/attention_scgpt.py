@@ -156,7 +156,7 @@ def varlen_attention(
         query: (cells, heads, tokens, width), or (1, heads, tokens, width) when packed.
         key: same shape as `query`.
         value: same shape as `query`.
-        attention_mask: as `build_mask` returns it; None when packed.
+        attention_mask: mask that `build_mask` returns; None when packed.
         scaling: factor of the scores.
         dropout: share of attention probabilities to drop.
         packing: positions of the cells, for packed input.

@@ -250,7 +250,7 @@ class ScGPTModel(ScGPTPreTrainedModel):
             attention_mask: true at real tokens, (cells, tokens); for padded input only.
             cu_seq_lens_q: offsets of packed cells, int32 (cells + 1,).
             cu_seq_lens_k: the same tensor; the library passes it for keys.
-            max_length_q: at least the number of tokens of the longest packed cell and of the padding after the last.
+            max_length_q: length of the longest packed cell or of the padding after the last, or any larger number.
             max_length_k: the same number.
             domain_ids: domain (experimental batch) of each cell, int64 (cells,).
             input_cell_embedding: replaces the embedded `<cls>` token of each cell, to generate expression from a cell
@@ -350,7 +350,7 @@ class ScGPTForPreTraining(ScGPTPreTrainedModel):
         self.post_init()
 
     @can_return_tuple
-    def forward(
+    def forward(  # noqa: D417
         self,
         input_ids: Tensor,
         values: Tensor | None = None,
@@ -373,18 +373,11 @@ class ScGPTForPreTraining(ScGPTPreTrainedModel):
         """Compute predictions and, if labels are passed, the loss and its parts.
 
         Args:
-            input_ids: see `ScGPTModel.forward`, also for `values`, `attention_mask`, `cu_seq_lens_q`, `cu_seq_lens_k`,
-                `max_length_q`, `max_length_k` and `domain_ids`.
-            values: see `input_ids`.
-            attention_mask: see `input_ids`.
-            cu_seq_lens_q: see `input_ids`.
-            cu_seq_lens_k: see `input_ids`.
-            max_length_q: see `input_ids`.
-            max_length_k: see `input_ids`.
+            input_ids, values, attention_mask, cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k, domain_ids:
+                see `ScGPTModel.forward`.
             labels: true value of each masked token, `IGNORE` elsewhere; float32, shaped like `values`.
             label_positions: positions of the masked tokens in the flattened input, int64 (masked,). The heads then
                 compute predictions at these positions only.
-            domain_ids: see `input_ids`.
             class_labels: class of each cell, int64 (cells,), for the objective "cls".
             count_ids: vocabulary id of each non-zero count of all cells, int64 (entries,), for the objective "counts".
             count_values: the raw count, float32 (entries,).
@@ -506,7 +499,7 @@ class ScGPTForSequenceClassification(ScGPTPreTrainedModel):
         self.post_init()
 
     @can_return_tuple
-    def forward(
+    def forward(  # noqa: D417
         self,
         input_ids: Tensor,
         values: Tensor | None = None,
@@ -523,17 +516,10 @@ class ScGPTForSequenceClassification(ScGPTPreTrainedModel):
         """Compute logits, (cells, labels), and the loss if labels are passed; `problem_type` selects the loss.
 
         Args:
-            input_ids: see `ScGPTModel.forward`, also for `values`, `attention_mask`, `cu_seq_lens_q`, `cu_seq_lens_k`,
-                `max_length_q`, `max_length_k` and `domain_ids`.
-            values: see `input_ids`.
-            attention_mask: see `input_ids`.
-            cu_seq_lens_q: see `input_ids`.
-            cu_seq_lens_k: see `input_ids`.
-            max_length_q: see `input_ids`.
-            max_length_k: see `input_ids`.
+            input_ids, values, attention_mask, cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k, domain_ids:
+                see `ScGPTModel.forward`.
             labels: class of each cell, int64 (cells,), or float (cells, labels) for several classes or numbers per
                 cell.
-            domain_ids: see `input_ids`.
             num_items_in_batch: number of cells of the complete batch, if this is a part of it.
             **kwargs: see `OutputOptions`.
         """

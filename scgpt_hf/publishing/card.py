@@ -94,7 +94,7 @@ def card_metadata(
     """Return the metadata that the Hub reads: library, task, licence, and the results it can list.
 
     Args:
-        summary: of the run.
+        summary: summary of the run.
         title: name of the model.
         task_type: the Hub's name for what the model does, e.g. "feature-extraction".
         task_name: what the results measure.

@@ -34,7 +34,7 @@ def publish_cache(folder: str | Path, repo_id: str, *, private: bool | None = No
         folder: the folder of the cache.
         repo_id: ORGANISATION/NAME; created if it does not exist.
         private: whether a new repository is private; the owner's default when not given.
-        token: with write access; that of `hf auth login` when not given.
+        token: token with write access; that of `hf auth login` when not given.
 
     Returns:
         The address of the dataset.
@@ -75,9 +75,9 @@ def check_dataset(repo_id: str, *, private: bool | None = None, token: str | Non
     Creates the repository if it does not exist: only that shows that it can be created.
 
     Args:
-        repo_id: as for `publish_cache`.
-        private: as for `publish_cache`.
-        token: as for `publish_cache`.
+        repo_id: see `publish_cache`.
+        private: see `publish_cache`.
+        token: see `publish_cache`.
 
     Raises:
         HubError: the Hub cannot be reached, or would not accept the cache.

@@ -34,10 +34,10 @@ def check_repository(
     Creates the repository if it does not exist: only that shows that it can be created.
 
     Args:
-        repo_id: as for `publish`; None raises.
-        private: as for `publish`.
-        token: as for `publish`.
-        revision: as for `publish`.
+        repo_id: see `publish`; None raises.
+        private: see `publish`.
+        token: see `publish`.
+        revision: see `publish`.
 
     Raises:
         ValueError: the id is missing or malformed.
@@ -68,7 +68,7 @@ def publish(
         run: the run folder.
         repo_id: ORGANISATION/NAME; created if it does not exist.
         private: whether a new repository is private; the owner's default when not given.
-        token: with write access; that of `hf auth login` when not given.
+        token: token with write access; that of `hf auth login` when not given.
         revision: branch to publish on, created from main if it does not exist; main when not given.
         weights: folder inside the run with model and processor, e.g. checkpoint-500 while training is in progress.
 

@@ -64,7 +64,7 @@ class ErrorRow(NamedTuple):
     """The mean squared error of one predictor of masked expression values, in bins squared.
 
     Attributes:
-        name: of the predictor.
+        name: name of the predictor.
         value: its error, None if not recorded.
         meaning: what the predictor uses, in one sentence.
     """
@@ -115,7 +115,7 @@ def error_rows(summary: RunRecord) -> list[ErrorRow]:
     positions, give it a scale. See `training/baselines.py`.
 
     Args:
-        summary: of a run, with `best` (validation metrics) and `baselines`.
+        summary: summary of a run, with `best` (validation metrics) and `baselines`.
 
     Raises:
         ValueError: an error is not a number.
@@ -131,7 +131,7 @@ def source_name(summary: RunRecord, requested: list[Any] | None = None) -> str:
     """Return where the cells come from.
 
     Args:
-        summary: with the description of the source at `data`.
+        summary: summary of a run, with the description of the source at `data`.
         requested: the setting `data` of a pretraining run, which names the demo and caches of the Hub.
     """
     if summary.get("data.census_version", str):

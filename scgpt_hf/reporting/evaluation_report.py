@@ -47,7 +47,7 @@ def evaluation_report(folder: Path) -> str:
     """Return the report page of an evaluation.
 
     Args:
-        folder: with scores.json and the figures that it lists.
+        folder: folder with scores.json and the figures that it lists.
 
     Raises:
         ValueError: scores.json is malformed or incomplete.

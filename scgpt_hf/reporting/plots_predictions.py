@@ -121,7 +121,7 @@ def plot_calibration(
     80 % are predicted correctly. The title shows the expected calibration error; see `calibration_error`.
 
     Args:
-        confidence: of each prediction, in [0, 1]. Shape (cells,).
+        confidence: confidence of each prediction, in [0, 1]. Shape (cells,).
         correct: whether each prediction is correct. Shape (cells,).
         n_bins: number of bins of equal width.
         title: before the error.

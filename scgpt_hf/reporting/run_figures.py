@@ -40,7 +40,7 @@ def write_run_figures(
         model: embeds the cells.
         processor: processor of the model.
         donor_key: obs column that colours the second panel of the UMAP.
-        seed: for the choice of the cells, and for UMAP.
+        seed: seed of the choice of the cells, and of UMAP.
     """
     save_figure(plot_loss(read_metrics(folder / "metrics.jsonl")), folder / "loss.png")
     if cause := model.config.padding_dependent_settings:

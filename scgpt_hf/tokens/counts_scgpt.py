@@ -110,7 +110,7 @@ def log_normalize(counts: SparseCounts, target_sum: float) -> SparseCounts:
     """Compute log(1 + count · target_sum / total of the cell), in float32.
 
     Args:
-        counts: as `validate_counts` returns them. Shape (cells, genes).
+        counts: counts that `validate_counts` has returned. Shape (cells, genes).
         target_sum: counts per cell after normalising. The total of a cell includes the genes that are not in the
             vocabulary.
     """
@@ -127,7 +127,7 @@ def sum_repeated_genes(counts: SparseCounts, gene_ids: Int64Array, repeated: npt
     In each cell the sum takes the place of the first of these columns that is expressed; the other entries are removed.
 
     Args:
-        counts: as `validate_counts` returns them. Shape (cells, genes).
+        counts: counts that `validate_counts` has returned. Shape (cells, genes).
         gene_ids: vocabulary id of each column, −1 where unknown. Shape (genes,).
         repeated: whether another column has the same id. Shape (genes,).
 
@@ -154,7 +154,7 @@ def count_known_genes(counts: SparseCounts, gene_ids: Int64Array) -> Int64Array:
     """Count the genes of the vocabulary that each cell expresses. Shape (cells,).
 
     Args:
-        counts: as `validate_counts` returns them. Shape (cells, genes).
+        counts: counts that `validate_counts` has returned. Shape (cells, genes).
         gene_ids: vocabulary id of each column, −1 where unknown. Shape (genes,).
     """
     known = (gene_ids[counts.indices] >= 0) & (counts.data > 0)

@@ -101,7 +101,7 @@ def bucket(batch: dict[str, Any], *, pad_id: int, pad_value: float) -> dict[str,
     a `<cls>` without a label, so losses and their divisors do not change.
 
     Args:
-        batch: as `pack` returns it.
+        batch: batch that `pack` has returned.
         pad_id: vocabulary id of `<pad>`.
         pad_value: value at padding.
 

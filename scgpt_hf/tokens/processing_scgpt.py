@@ -278,7 +278,7 @@ class ScGPTProcessor(ProcessorMixin):
         """Mask a share of each cell's genes and set their labels.
 
         Args:
-            tokens: as `tokenize` returns them.
+            tokens: tokens that `tokenize` has returned.
             seed: seed of the masks.
             epoch: epoch of the masks.
             ratios: shares in [0, 1]; one of them is drawn for each cell.

@@ -91,7 +91,7 @@ def tokenize_counts(
     with the lowest random words stay. This is a uniform sample, and it is the same wherever the cell is read.
 
     Args:
-        counts: as `validate_counts` returns them. Shape (cells, genes).
+        counts: counts that `validate_counts` has returned. Shape (cells, genes).
         gene_ids: vocabulary id of each column, −1 where unknown; no cell may have a gene twice. Shape (genes,).
         settings: settings of the processor.
         cell_ids: keys of ties and sampling. Shape (cells,).

@@ -32,10 +32,11 @@ class Baselines:
     """Mean squared errors of three predictors, in squared bins, over the masked positions of the validation cells.
 
     Attributes:
-        constant_mse: of the mean bin of the training cells.
-        gene_mean_mse: of each gene's mean bin over the training cells that express it. A gene that no training cell
-            expresses gets the constant.
-        tie_floor_mse: of the middle of the bins that a count can fall into. No model can do better except by chance.
+        constant_mse: error of the mean bin of the training cells.
+        gene_mean_mse: error of each gene's mean bin over the training cells that express it. A gene that no training
+            cell expresses gets the constant.
+        tie_floor_mse: error of the middle of the bins that a count can fall into. No model can do better except by
+            chance.
     """
 
     constant_mse: float
@@ -47,7 +48,7 @@ def measure_baselines(data_module: DataModule, sum_over_ranks: Callable[[torch.T
     """Measure the baselines on the validation masks of a run, over all processes.
 
     Args:
-        data_module: of the run.
+        data_module: batches of the run.
         sum_over_ranks: adds up a float64 tensor over all processes.
 
     Raises:
@@ -93,7 +94,7 @@ def sum_errors(
         batches: validation batches with labels, ties broken at random.
         lowest: the same batches, with every tied count in the lowest of its bins.
         highest: the same batches, with every tied count in the highest of its bins.
-        bin_sums: of the training cells, from `sum_bins`, with 0 for special tokens. Shape (2, vocab_size).
+        bin_sums: result of `sum_bins` for the training cells, with 0 for special tokens. Shape (2, vocab_size).
 
     Returns:
         Squared errors of constant, gene mean and middle of the bins, then the number of positions. Shape (4,).

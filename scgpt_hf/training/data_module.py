@@ -58,10 +58,10 @@ class DataModule:
         """Plan every epoch. Nothing is read yet.
 
         Args:
-            source: of the cells.
+            source: source of the cells.
             selection: cells and genes of the run.
             processor: turns counts into tokens.
-            config: of the model. It determines whether batches are padded and which domains they carry.
+            config: config of the model. It determines whether batches are padded and which domains they carry.
             args: seed, batch sizes, epochs and processes.
             mask_ratios: shares of a cell's genes to mask; one is drawn for each cell and epoch.
             chunks_per_window: chunks whose cells are shuffled together.
@@ -156,7 +156,7 @@ def format_resume(past: Manifest, schedule: RunSchedule, args: TrainingSettings)
 
     Args:
         past: metadata of the checkpoint.
-        schedule: of the run.
+        schedule: schedule of the run.
         args: the present settings.
     """
     line = f"resumed after step {past.step:,} of {schedule.n_steps:,} ({schedule.epochs_done(past.step):.2f} epochs)"

@@ -70,7 +70,7 @@ class LibraryTrainer(Trainer):
         """Return the number of epochs and of steps in the whole run, or None for the library's numbers.
 
         Args:
-            steps_per_epoch: by which the library divides the step number to find the epoch to resume in.
+            steps_per_epoch: number by which the library divides the step to find the epoch to resume in.
         """
 
     def read_step(self, batches: Iterator[Batch], n_batches: int) -> list[Batch]:

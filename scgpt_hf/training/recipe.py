@@ -60,7 +60,7 @@ def build_model(
     """Return a new model for the vocabulary of a processor. Its weights depend on torch's random seed.
 
     Args:
-        processor: of the model.
+        processor: processor of the model.
         model: size and objectives.
         domains: experimental batches, in the order of their ids.
         batch_key: obs column of the experimental batches.
@@ -111,8 +111,8 @@ def make_trainer(
 
     Args:
         data_module: batches and schedule of the run.
-        model: to train.
-        args: of the run.
+        model: model to train.
+        args: training settings.
         stop_signal: handles SIGTERM and SIGINT during training; None leaves the signal handlers alone.
 
     Raises:

@@ -104,7 +104,7 @@ def select_cells_and_genes(source: CellSource, data: DataSettings, seed: int) ->
     cells enters the model.
 
     Args:
-        source: of the cells.
+        source: source of the cells.
         data: the settings of the selection.
         seed: determines which donors are sampled and how they are split.
 
@@ -133,7 +133,7 @@ def composition_of(source: CellSource, parts: dict[str, Int64Array]) -> dict[str
     """Count the cells of each tissue, assay, disease and data set, for those columns that the source has.
 
     Args:
-        source: of the cells.
+        source: source of the cells.
         parts: part → cell ids. Shape (cells of the part,).
 
     Returns:

@@ -81,7 +81,7 @@ def format_summary(summary: dict[str, Any], folder: Path) -> str:
     """Return the text at the end of a run: what was trained, its validation errors beside the baselines, and the files.
 
     Args:
-        summary: as `summarize` returns it.
+        summary: summary that `summarize` returns.
         folder: the run folder.
     """
     best, errors = summary["best"], error_rows(RunRecord(summary, SUMMARY))

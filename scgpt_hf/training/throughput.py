@@ -31,7 +31,7 @@ class Throughput:
         """Create the counters and start the clock.
 
         Args:
-            config: of the model, from which its FLOPs per token follow.
+            config: config of the model, from which its FLOPs per token follow.
             device: that this process trains on.
             world_size: number of processes.
         """

@@ -225,8 +225,8 @@ class ScGPTTrainer(FaultTolerantTrainer):
         """Return the metrics of a validation.
 
         Args:
-            sums: over all cells: for each objective the sum of its loss, then for each objective the number of terms,
-                then the number of cells. Shape (2 * objectives + 1,).
+            sums: sums over all cells: for each objective the sum of its loss, then for each objective the number of
+                terms, then the number of cells. Shape (2 * objectives + 1,).
 
         Returns:
             `loss`, the weighted sum; the mean of each objective; `cells`; and, if they are known, the baselines and

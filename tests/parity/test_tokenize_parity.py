@@ -1,4 +1,4 @@
-"""Tokens and masks equal the original's: its fine-tuning tokeniser, inference collator, masking and embed_data."""
+"""Tokens and masks equal the original's: its fine-tuning tokenizer, inference collator, masking and embed_data."""
 
 import json
 from pathlib import Path

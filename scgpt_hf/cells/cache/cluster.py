@@ -24,7 +24,7 @@ def write_on_ray(jobs: CacheJobs, *, rewrite: bool = False, set_up: Callable[[],
         set_up: called in each worker process before it writes a shard, e.g. to tune the process for reading.
 
     Raises:
-        CacheError, OSError, ValueError: as `CacheJobs.write`; the first error of a shard.
+        CacheError, OSError, ValueError: see `CacheJobs.write`; the first error of a shard.
         ConnectionError: there is no cluster.
         ImportError: Ray is not installed.
         RuntimeError: the worker of a shard died more than `RETRIES` times.

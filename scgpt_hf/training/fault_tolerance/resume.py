@@ -36,7 +36,7 @@ def translate_load_errors(checkpoint: str | Path) -> Iterator[None]:
     """Raise one kind of error for everything that can go wrong while a checkpoint is loaded.
 
     Raises:
-        CheckpointError: with the name of the checkpoint and the original error as its cause.
+        CheckpointError: loading failed. The message names the checkpoint, and the cause is the original error.
     """
     try:
         yield

@@ -213,8 +213,8 @@ def _describe_scores(cells: LabelledCells, logits: Logits, classes: Int64Array, 
 
     Args:
         cells: training and held-out cells.
-        logits: of the held-out cells, not calibrated. Shape (cells, classes).
-        classes: of the held-out cells. Shape (cells,).
+        logits: logits of the held-out cells, not calibrated. Shape (cells, classes).
+        classes: class ids of the held-out cells. Shape (cells,).
         temperature: calibrates the logits.
     """
     majority = int(np.bincount(cells.classes("train")).argmax())

@@ -24,8 +24,8 @@ def fit_temperature(logits: Logits, classes: Int64Array) -> float:
     because with a few cells that are all predicted correctly the best temperature would be 0 and the confidence 1.
 
     Args:
-        logits: of held-out cells. Shape (cells, classes).
-        classes: of the same cells. Shape (cells,).
+        logits: logits of held-out cells. Shape (cells, classes).
+        classes: class ids of the same cells. Shape (cells,).
 
     Returns:
         The temperature, in [0.05, 20]; above 1 if the model is overconfident.
@@ -46,7 +46,7 @@ def reliability(confidence: npt.ArrayLike, correct: npt.ArrayLike, n_bins: int =
     """Return the reliability diagram as a table: one row for each bin of confidence that holds a cell.
 
     Args:
-        confidence: of each prediction, in [0, 1]. Shape (cells,).
+        confidence: confidence of each prediction, in [0, 1]. Shape (cells,).
         correct: whether the prediction is correct. Shape (cells,).
         n_bins: number of bins of equal width, closed on the right.
 
@@ -74,12 +74,12 @@ def calibration_error(confidence: npt.ArrayLike, correct: npt.ArrayLike, n_bins:
     """Return the expected calibration error: the mean of |accuracy − confidence| over bins, weighted by their cells.
 
     Args:
-        confidence: of each prediction, in [0, 1]. Shape (cells,).
+        confidence: confidence of each prediction, in [0, 1]. Shape (cells,).
         correct: whether the prediction is correct. Shape (cells,).
         n_bins: number of bins of equal width.
 
     Raises:
-        ValueError: as `reliability`.
+        ValueError: see `reliability`.
 
     Source: Naeini et al. 2015, AAAI 29:2901; Guo et al. 2017, eq. 3.
     """

@@ -42,10 +42,10 @@ def save_inputs(
 
     Args:
         folder: the run folder; made if it does not exist.
-        source: of the cells.
+        source: source of the cells.
         parts: "train" and "validation" → cell ids. Shape (cells of the part,).
         donor_key: obs column whose values were kept together, if any.
-        settings: of the run.
+        settings: fine-tuning settings.
         classes: what the model distinguishes, by name, e.g. {"labels": ["B cell", "T cell"]}. It is recorded with the
             source.
     """

@@ -102,7 +102,7 @@ def training_settings(settings: FinetuneSettings, **training: Any) -> TrainingSe
     Checkpoints go to a subfolder of the run folder, which is removed at the end.
 
     Args:
-        settings: of the run.
+        settings: fine-tuning settings.
         training: arguments that differ from those of a fine-tuning run.
     """
     return TrainingSettings(

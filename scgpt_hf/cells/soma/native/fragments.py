@@ -57,7 +57,7 @@ class Field(NamedTuple):
     Attributes:
         file: name of its file in each fragment.
         place: its index among the fields of a footer.
-        dtype: of the stored numbers.
+        dtype: dtype of the stored numbers.
         shuffled: whether the bytes of the numbers are stored apart: all lowest bytes of a chunk first, then all second
             ones, and so on. Similar bytes compress better.
     """
@@ -75,7 +75,7 @@ class Fragment(NamedTuple):
     minimum below ascend, so a binary search finds the tiles of a range.
 
     Attributes:
-        folder: of its files.
+        folder: folder of its files.
         highest: the highest cell id in this tile and all before it. Shape (tiles,).
         lowest: the lowest cell id in this tile and all after it. Shape (tiles,).
         offsets: for each field, the offset of each tile in its file, and the size of the file. Shape (tiles + 1,) each.
@@ -127,8 +127,8 @@ def list_fragments(folder: Path, fields: list[Field], *, until_ms: int) -> list[
     """Return the fragments of an array, the oldest first.
 
     Args:
-        folder: of the array.
-        fields: as `list_fields` returns them.
+        folder: folder of the array.
+        fields: fields that `list_fields` has returned.
         until_ms: time at which the array was opened, in milliseconds since 1970.
 
     Raises:

@@ -36,7 +36,7 @@ class NativeArray:
     Attributes:
         shape: number of cells and of genes.
         fields: how cell ids, genes and counts are stored, in this order.
-        fragments: in the order in which they were written.
+        fragments: fragments in the order in which they were written.
     """
 
     shape: tuple[int, ...]
