@@ -61,7 +61,7 @@ def check(path: Path, cpu_seconds: list[float]) -> None:
 def open_unchecked(path: Path, cpu_seconds: list[float]) -> None:
     """Open the file without the check; append the processor time to a list."""
     before = time.process_time()
-    with patch("scgpt_hf.cells.files.reader.require_readable"), AnnDataSource(path):
+    with patch("scgpt_hf.cells.files.contents.require_readable"), AnnDataSource(path):
         cpu_seconds.append(time.process_time() - before)
 
 

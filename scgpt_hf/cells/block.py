@@ -158,12 +158,13 @@ def _as_slice(positions: Int64Array) -> slice | Int64Array:
     return positions
 
 
-def require_counts(counts: Any, where: str) -> None:
+def require_counts(counts: Any, where: str, *, whole: bool = True) -> None:
     """Raise unless every count is finite, whole and at least zero.
 
     Args:
         counts: sparse or dense matrix. Shape (cells, genes).
         where: names the matrix in the message, e.g. `"layer 'raw'"`.
+        whole: require whole numbers.
 
     Raises:
         ValueError: a count is NaN or infinite, negative, or fractional.
@@ -175,7 +176,7 @@ def require_counts(counts: Any, where: str) -> None:
     for what, wrong in (
         ("not finite", ~np.isfinite(stored)),
         ("negative", stored < 0),
-        ("fractional", stored != np.floor(stored)),
+        ("fractional", (stored != np.floor(stored)) & whole),
     ):
         if n_wrong := int(np.count_nonzero(wrong)):
             raise ValueError(

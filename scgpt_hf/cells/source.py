@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 import pandas as pd
 
 from scgpt_hf.cells.block import CellBlock, Int64Array
+from scgpt_hf.cells.files.formats import SUPPORTED, find_format
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -73,7 +74,12 @@ class CellSource(Protocol):
 
 
 def open_source(
-    address: Address, *, obs_filter: str | None = None, layer: str | None = None, primary_only: bool = True
+    address: Address,
+    *,
+    obs_filter: str | None = None,
+    layer: str | None = None,
+    primary_only: bool = True,
+    round_counts: bool = False,
 ) -> CellSource:
     """Open the source of cells at an address.
 
@@ -83,11 +89,15 @@ def open_source(
             - `census://VERSION/ORGANISM`: a release of the public Census;
             - a folder: a SOMA in the Census layout, one organism of it, or a cache;
             - `hf://datasets/OWNER/NAME`: a cache on the Hub, which is downloaded once;
-            - one or several `.h5ad` files;
+            - one or several files: `.h5ad` (also `.gz`), `.zarr`, `.h5` of 10x, folders of 10x with `matrix.mtx`;
             - an AnnData, which is not copied.
         obs_filter: SOMA value filter, e.g. `tissue_general == 'blood' and disease == 'normal'`.
-        layer: layer with the raw counts; `.raw` for that of an AnnData. By default "raw" of a Census, `X` of a file.
+        layer: layer with the raw counts; `.raw` for that of an AnnData. By default "raw" of a Census. Of a file or an
+            AnnData it is `X`, or, if `X` does not hold raw counts, the only one of `.raw`, "counts", "raw_counts" and
+            the like that does.
         primary_only: whether to keep only cells with `is_primary_data == True`; ignored if obs has no such column.
+        round_counts: round fractional counts of files and AnnData, instead of raising. The counts of a Census and of a
+            cache are whole.
 
     Raises:
         FileNotFoundError: the path does not exist.
@@ -114,24 +124,25 @@ def open_source(
     if not isinstance(address, str | Path | Sequence):
         from scgpt_hf.cells.files.reader import AnnDataSource
 
-        return AnnDataSource(address, **settings)
+        return AnnDataSource(address, **settings, round_counts=round_counts)
     paths = [Path(path) for path in ([address] if isinstance(address, str | Path) else address)]
-    return _open_paths(paths, settings)
+    return _open_paths(paths, settings, round_counts)
 
 
-def _open_paths(paths: Sequence[Path], settings: dict[str, Any]) -> CellSource:
-    """Return the source of one folder or of one or several .h5ad files."""
+def _open_paths(paths: Sequence[Path], settings: dict[str, Any], round_counts: bool) -> CellSource:
+    """Return the source of one folder or of one or several files."""
     if not paths:
-        raise ValueError("no address given; expected one or several .h5ad files, or the folder of a SOMA or of a cache")
+        raise ValueError("no address given; expected one or several files, or the folder of a SOMA or of a cache")
     if absent := [str(path) for path in paths if not path.exists()]:
         raise FileNotFoundError(
             f"{len(absent)} of {len(paths)} paths do not exist, e.g. {absent[0]!r}; only a shell expands patterns such "
             "as *.h5ad. The public Census is census://VERSION/ORGANISM, a cache on the Hub hf://datasets/OWNER/NAME"
         )
-    if all(path.suffix == ".h5ad" and path.is_file() for path in paths):
+    wrong = [str(path) for path in paths if find_format(path) is None]
+    if not wrong:
         from scgpt_hf.cells.files.reader import AnnDataSource
 
-        return AnnDataSource(paths, **settings)
+        return AnnDataSource(paths, **settings, round_counts=round_counts)
     if len(paths) == 1 and paths[0].is_dir():
         from scgpt_hf.cells.cache.manifest import is_cache
         from scgpt_hf.cells.cache.reader import CacheSource
@@ -140,8 +151,7 @@ def _open_paths(paths: Sequence[Path], settings: dict[str, Any]) -> CellSource:
         if is_cache(paths[0]):
             return CacheSource(paths[0], **settings)
         return open_census(str(paths[0]), **settings)
-    wrong = [str(path) for path in paths if path.is_dir() or path.suffix != ".h5ad"]
     raise ValueError(
-        f"cannot open {wrong[0]!r}; expected .h5ad files, or one folder with a SOMA in the Census layout "
-        "(scripts/build_census.py builds one from .h5ad files) or with a cache (scripts/cache_census.py)"
+        f"cannot open {wrong[0]!r}; expected files ({SUPPORTED}), or one folder with a SOMA in the Census layout "
+        "(scripts/build_census.py builds one from files) or with a cache (scripts/cache_census.py)"
     )

@@ -30,13 +30,14 @@ MOST_STRINGS_PER_BYTE = 65
 _checked: set[tuple[str, int, int, int]] = set()
 
 
-def require_readable(paths: Sequence[str]) -> None:
+def require_readable(paths: Sequence[str], names: Sequence[str] | None = None) -> None:
     """Raise if the HDF5 library crashes or hangs on a file.
 
     One child process checks all files. Files that this process has checked before are skipped, unless they changed.
 
     Args:
         paths: HDF5 files.
+        names: their names in errors; by default the paths.
 
     Raises:
         ChildProcessError: the child process cannot start or work.
@@ -44,6 +45,7 @@ def require_readable(paths: Sequence[str]) -> None:
         ValueError: HDF5 crashes or hangs on a file.
     """
     versions = {path: _version(path) for path in paths}
+    name_of = dict(zip(paths, names or paths, strict=True))
     new = [path for path, version in versions.items() if version not in _checked]
     if not new:
         return
@@ -59,14 +61,14 @@ def require_readable(paths: Sequence[str]) -> None:
         )
     except OSError as error:
         raise ChildProcessError(
-            f"cannot check {new[0]!r} before opening it: starting Python as {sys.executable!r} failed: {error}"
+            f"cannot check {name_of[new[0]]!r} before opening it: starting Python as {sys.executable!r} failed: {error}"
         ) from error
     if child.returncode > 0:
         reason = child.stderr.decode(errors="replace").strip().rpartition("\n")[2]
-        raise ChildProcessError(f"cannot check {new[0]!r} before opening it: {reason}")
+        raise ChildProcessError(f"cannot check {name_of[new[0]]!r} before opening it: {reason}")
     if child.returncode < 0:
         last_step = child.stdout.decode(errors="replace").strip().rpartition("\n")[2]
-        raise _unreadable(new, last_step, signal.Signals(-child.returncode))
+        raise _unreadable([name_of[path] for path in new], last_step, signal.Signals(-child.returncode))
     _checked.update(versions.values())
 
 

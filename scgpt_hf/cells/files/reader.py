@@ -1,41 +1,26 @@
-"""`AnnDataSource`: the cells of `.h5ad` files, read from disk on demand, or of an AnnData in memory.
+"""`AnnDataSource`: the cells of files, read from disk on demand, or of an AnnData in memory.
 
-This module finds the raw counts of a file, and joins several files by gene id. Counts stay on disk: memory holds `obs`
-and the cells of one read. To train on millions of cells, build a SOMA (`soma/build.py`) or a cache of the files first.
+This module joins several files by gene id. `contents.py` opens a file, `layers.py` finds its raw counts. Counts of
+`.h5ad` and `.zarr` files stay on disk: memory holds `obs` and the cells of one read. To train on millions of cells,
+build a SOMA (`soma/build.py`) or a cache of the files first.
 """
 
-import logging
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import h5py
 import numpy as np
 import pandas as pd
 from anndata import AnnData
-from anndata.io import read_elem, sparse_dataset
-from scipy.sparse import csr_matrix, issparse, vstack
+from scipy.sparse import csr_matrix, vstack
 
-from scgpt_hf.cells.block import (
-    CHUNK_SIZE,
-    CellBlock,
-    Int64Array,
-    gene_hash,
-    name_layers,
-    require_cell_ids,
-    require_counts,
-)
-from scgpt_hf.cells.files.probe import require_readable
-from scgpt_hf.cells.files.validation import translate_read_errors, validate_sparse
+from scgpt_hf.cells.block import CHUNK_SIZE, CellBlock, Int64Array, gene_hash, require_cell_ids, require_counts
+from scgpt_hf.cells.files.contents import Contents, contents_of, open_contents, require_readable_files
+from scgpt_hf.cells.files.layers import choose_layer
+from scgpt_hf.cells.files.matrices import read_rows
 from scgpt_hf.cells.genes import find_gene_ids, join_genes
 from scgpt_hf.cells.obs import add_primary_filter, drop_unused_categories, find_matching_rows, require_columns
-
-logger = logging.getLogger(__name__)
-
-RAW = ".raw"  # the name of AnnData's `.raw` among the layers
-CELLS_CHECKED = 1000  # first cells of a layer, by which it is checked for raw counts when a file is opened
-MOST_GAP = 16  # up to this many unwanted rows, reading through them is faster than a second read
 
 
 @dataclass(frozen=True)
@@ -44,17 +29,23 @@ class AnnDataPart:
 
     Attributes:
         name: the path of the file, or "AnnData".
+        kind: "anndata", "h5ad", "zarr" or "10x".
+        layer: the layer with the raw counts.
         counts: raw counts, in memory or on disk. Shape (cells, genes).
         obs: all columns of all cells. Shape (cells, columns).
         genes: `feature_id`, `feature_name`, `feature_length`; row i describes column i of the counts.
-        file: the HDF5 file that the counts are read from, or None for an AnnData.
+        close: closes the file.
+        round_counts: whether fractional counts are rounded.
     """
 
     name: str
+    kind: str
+    layer: str
     counts: Any
     obs: pd.DataFrame
     genes: pd.DataFrame
-    file: h5py.File | None = None
+    close: Callable[[], None]
+    round_counts: bool
 
     def read(self, rows: Int64Array) -> csr_matrix:
         """Return the raw counts of some rows as float32.
@@ -68,26 +59,17 @@ class AnnDataPart:
         Raises:
             ValueError: a value is no raw count, or the file is damaged.
         """
-        if issparse(self.counts) or isinstance(self.counts, np.ndarray):
-            in_memory: Any = self.counts
-            counts = csr_matrix(in_memory[rows], dtype=np.float32)
-        else:
-            runs = np.split(rows, np.flatnonzero(np.diff(rows) > MOST_GAP) + 1)
-            read = [self._read_run(int(run[0]), int(run[-1]) + 1)[run - run[0]] for run in runs if len(run)]
-            counts = vstack(read or [csr_matrix((0, self.counts.shape[1]))], format="csr", dtype=np.float32)
-        require_counts(counts, self.name)
+        counts = read_rows(self.counts, rows, self.name)
+        require_counts(counts, self.name, whole=not self.round_counts)
         counts.sum_duplicates()
+        if self.round_counts:
+            np.rint(counts.data, out=counts.data)
         counts.eliminate_zeros()
         return counts
 
-    def _read_run(self, start: int, stop: int) -> csr_matrix:
-        """Return consecutive rows of a file."""
-        with translate_read_errors(self.name):
-            return csr_matrix(validate_sparse(self.counts[start:stop], self.name))
-
 
 class AnnDataSource:
-    """The cells of one or several `.h5ad` files, or of one AnnData; see `CellSource` for the members.
+    """The cells of one or several files, or of one AnnData; see `CellSource` for the members.
 
     The cell ids are 0, 1, 2, … over all files in order, before filtering.
     """
@@ -101,36 +83,39 @@ class AnnDataSource:
         obs_filter: str | None = None,
         layer: str | None = None,
         primary_only: bool = True,
+        round_counts: bool = False,
     ) -> None:
         """Open the files, join their genes, and select the cells that match the filter.
 
         Args:
-            data: an AnnData, which is not copied, or one or several paths.
+            data: an AnnData, which is not copied, or one or several paths of files; see `formats.py`.
             obs_filter: SOMA value filter.
-            layer: the layer with the raw counts, or `.raw` for those of `AnnData.raw`. The default is `X`.
+            layer: the layer with the raw counts, or `.raw` for those of `AnnData.raw`. By default it is found; see
+                `choose_layer`.
             primary_only: keep only cells with `is_primary_data == True`. The cells of a file without that column are
                 kept.
+            round_counts: round fractional counts to the nearest whole number, half to even, instead of raising.
 
         Raises:
             FileNotFoundError: a file does not exist.
-            ValueError: a file is no valid `.h5ad` file, has or no raw counts in the layer; or no cell matches the
-                filter.
+            ValueError: a file is not valid, or has no raw counts in the layer; or no cell matches the filter.
         """
         self._settings: dict[str, Any] = {
             "data": data,
             "obs_filter": obs_filter,
             "layer": layer,
             "primary_only": primary_only,
+            "round_counts": round_counts,
         }
         self.parts: list[AnnDataPart] = []
         try:
-            self._open(data, layer)
+            self._open(data)
         except BaseException:
             self.close()
             raise
 
-    def _open(self, data: AnnData | str | Path | Sequence[str | Path], layer: str | None) -> None:
-        self.parts.extend(open_parts(data, layer))
+    def _open(self, data: AnnData | str | Path | Sequence[str | Path]) -> None:
+        self.parts.extend(open_parts(data, self._settings["layer"], round_counts=self._settings["round_counts"]))
         genes, self._columns = join_genes([part.genes for part in self.parts])
         self.genes = genes[["feature_id", "feature_name"]]
         self._starts = np.cumsum([0, *(len(part.obs) for part in self.parts)])
@@ -153,8 +138,7 @@ class AnnDataSource:
     def close(self) -> None:
         """Close the files; the source cannot be read afterwards."""
         for part in self.parts:
-            if part.file is not None:
-                part.file.close()
+            part.close()
 
     def __getstate__(self) -> dict[str, Any]:
         return self._settings
@@ -186,13 +170,14 @@ class AnnDataSource:
 
     def describe(self) -> dict[str, Any]:
         """Return the origin of the cells as JSON; see `CellSource.describe`."""
-        names = [part.name for part in self.parts]
+        rounded = {"round_counts": True} if self._settings["round_counts"] else {}
         return {
-            "kind": "anndata" if isinstance(self._settings["data"], AnnData) else "h5ad",
-            "paths": names,
+            "kind": "+".join(dict.fromkeys(part.kind for part in self.parts)),
+            "paths": [part.name for part in self.parts],
             "census_version": None,
             "organism": None,
-            "layer": self._settings["layer"] or "X",
+            "layer": ", ".join(dict.fromkeys(part.layer for part in self.parts)),
+            **rounded,
             "obs_filter": self._filter,
             "n_cells": len(self._obs),
             "n_genes": len(self.genes),
@@ -200,110 +185,52 @@ class AnnDataSource:
         }
 
 
-def open_parts(data: AnnData | str | Path | Sequence[str | Path], layer: str | None) -> Iterator[AnnDataPart]:
+def open_parts(
+    data: AnnData | str | Path | Sequence[str | Path], layer: str | None, *, round_counts: bool = False
+) -> Iterator[AnnDataPart]:
     """Open files, or an AnnData, one after the other.
 
     Args:
         data: an AnnData, or one or several paths.
         layer: the layer with the raw counts; see `AnnDataSource`.
+        round_counts: round fractional counts.
 
     Yields:
         Each file with its raw counts and gene ids.
 
     Raises:
         FileNotFoundError: a file does not exist.
-        ValueError: a file is no valid `.h5ad` file, has no cells, no such layer, or no raw counts in it.
+        ValueError: a file is not valid, has no cells, no such layer, or no raw counts in it.
     """
     if isinstance(data, AnnData):
-        raw = {} if data.raw is None else {RAW: data.raw.X}
-        var = data.var if data.raw is None else data.raw.var
-        yield _make_part("AnnData", {"X": data.X, **data.layers, **raw}, data.obs, {"X": data.var, RAW: var}, layer)
+        yield _make_part(contents_of(data), layer, round_counts=round_counts)
         return
-    paths = [str(path) for path in ([data] if isinstance(data, str | Path) else data)]
-    require_readable(paths)
+    paths = [Path(path) for path in ([data] if isinstance(data, str | Path) else data)]
+    require_readable_files(paths)
     for path in paths:
-        with translate_read_errors(path):
-            file = h5py.File(path, "r")
+        contents = open_contents(path)
         try:
-            yield _open_part(file, path, layer)
+            yield _make_part(contents, layer, round_counts=round_counts)
         except BaseException:
-            file.close()
+            contents.close()
             raise
 
 
-def _open_part(file: h5py.File, name: str, layer: str | None) -> AnnDataPart:
-    with translate_read_errors(name):
-        frames = {"X": read_elem(file["var"]), RAW: read_elem(file["raw/var"]) if "raw/var" in file else None}
-        obs = read_elem(file["obs"])
-        for table, what in ((obs, "obs"), (frames["X"], "var")):
-            if not isinstance(table, pd.DataFrame):
-                raise ValueError(f"expected a dataframe at {what!r}, found {type(table).__name__}")
-        found = {"X": file.get("X"), **file.get("layers", {}), RAW: file.get("raw/X")}
-        matrices = {name: _on_disk(matrix) for name, matrix in found.items() if matrix is not None}
-        return replace(_make_part(name, matrices, obs, frames, layer), file=file)
-
-
-def _make_part(
-    name: str, matrices: Mapping[str, Any], obs: pd.DataFrame, frames: Mapping[str, pd.DataFrame], layer: str | None
-) -> AnnDataPart:
-    """Return a file with its chosen layer, after checking that the first cells of the layer are raw counts.
-
-    Args:
-        name: the path, for errors.
-        matrices: the layers by name, with `X` and `RAW`.
-        obs: the cells.
-        frames: the genes of `X`, which are those of all layers, and of `RAW`.
-        layer: the requested layer, or None for `X`.
-    """
-    chosen = layer or "X"
-    if chosen not in matrices and chosen == "raw":
-        chosen = RAW
-    if matrices.get(chosen) is None:
-        raise ValueError(f"{name} has no layer {chosen!r}; its layers are {list(matrices)}")
-    if not len(obs):
-        raise ValueError(f"{name} has no cells")
-    matrix, var = matrices[chosen], frames[RAW if chosen == RAW else "X"]
-    if tuple(matrix.shape) != (len(obs), len(var)) or matrix.dtype.kind not in "biuf":
-        raise ValueError(
-            f"{name}: expected a numeric matrix of shape (cells, genes) = ({len(obs)}, {len(var)}) in layer "
-            f"{chosen!r}, found {matrix.dtype} of shape {tuple(matrix.shape)}"
-        )
-    try:
-        require_counts(_head(matrices[chosen]), f"layer {chosen!r} of {name}")
-    except ValueError as error:
-        others = {other: _looks_raw(matrix) for other, matrix in matrices.items() if other != chosen}
-        raise name_layers(error, others) from error
-    return AnnDataPart(name, matrix, obs, find_gene_ids(var, name))
-
-
-def _on_disk(matrix: h5py.Group | h5py.Dataset) -> Any:
-    """Return a matrix of a file that can be sliced by rows; read one that is stored by columns into memory."""
-    if isinstance(matrix, h5py.Dataset):
-        return matrix
-    sparse = sparse_dataset(matrix)
-    if sparse.format == "csr":
-        return sparse
-    logger.warning(
-        "%s%s is stored by gene (CSC) and is read into memory; store it by cell (CSR) to leave it on disk",
-        *(matrix.file.filename, matrix.name),
+def _make_part(contents: Contents, layer: str | None, *, round_counts: bool) -> AnnDataPart:
+    """Return a file with its layer of raw counts."""
+    if not len(contents.obs):
+        raise ValueError(f"{contents.name} has no cells")
+    chosen = choose_layer(contents, layer, round_counts=round_counts)
+    return AnnDataPart(
+        name=contents.name,
+        kind=contents.kind,
+        layer=chosen,
+        counts=contents.matrices[chosen],
+        obs=contents.obs,
+        genes=find_gene_ids(contents.genes_of(chosen), contents.name),
+        close=contents.close,
+        round_counts=round_counts,
     )
-    return validate_sparse(sparse.to_memory(), matrix.file.filename).tocsr()
-
-
-def _head(matrix: Any) -> Any:
-    """Return the first cells of a layer."""
-    return matrix[: min(CELLS_CHECKED, matrix.shape[0])]
-
-
-def _looks_raw(matrix: Any) -> bool:
-    """Return whether a layer can be suggested in the error for one that does not hold raw counts."""
-    if len(matrix.shape) != 2 or matrix.dtype.kind not in "biuf":
-        return False
-    try:
-        require_counts(_head(matrix), "")
-    except ValueError:
-        return False
-    return True
 
 
 def _join_obs(tables: Sequence[pd.DataFrame]) -> pd.DataFrame:

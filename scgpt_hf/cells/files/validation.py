@@ -1,4 +1,4 @@
-"""Validate what is read from an .h5ad file, and turn the errors of other libraries into ours.
+"""Validate what is read from a file, and turn the errors of other libraries into ours.
 
 `reader.py` decides which parts of a file are read.
 """

@@ -97,7 +97,7 @@ def test_any_rows_of_a_file_are_read_correctly(tmp_path, small_cells, rows):
 
 @pytest.mark.parametrize("wrong", [np.nan, -1, 0.5])
 def test_wrong_counts_beyond_the_first_cells_raise_when_they_are_read(cells, wrong, monkeypatch):
-    monkeypatch.setattr("scgpt_hf.cells.files.reader.CELLS_CHECKED", 10)
+    monkeypatch.setattr("scgpt_hf.cells.files.layers.CELLS_CHECKED", 10)
     cells.X.data[cells.X.indptr[25]] = wrong
     source = AnnDataSource(cells)
     source.read(np.arange(20))
@@ -169,6 +169,6 @@ def test_a_file_without_read_permission_raises_a_permission_error(tmp_path, monk
     def refuse(path, *_):
         raise PermissionError(errno.EACCES, "unable to open file", str(path))
 
-    monkeypatch.setattr("scgpt_hf.cells.files.reader.h5py.File", refuse)
+    monkeypatch.setattr("scgpt_hf.cells.files.contents.h5py.File", refuse)
     with pytest.raises(PermissionError, match=r"cells\.h5ad"):
         open_source(tmp_path / "cells.h5ad")

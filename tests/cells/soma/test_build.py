@@ -152,7 +152,7 @@ def test_unusable_files_raise_and_leave_nothing_behind(tmp_path, small_cells, sp
 
 
 def test_a_wrong_count_in_the_middle_raises_and_leaves_nothing_behind(tmp_path, small_cells, monkeypatch):
-    monkeypatch.setattr("scgpt_hf.cells.files.reader.CELLS_CHECKED", 10)
+    monkeypatch.setattr("scgpt_hf.cells.files.layers.CELLS_CHECKED", 10)
     monkeypatch.setattr(build, "CELLS_PER_WRITE", 32)
     cells = small_cells[0].copy()
     cells.X.data[cells.X.indptr[150]] = 0.5

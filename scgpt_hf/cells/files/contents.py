@@ -1,0 +1,210 @@
+"""Open files of cells, and describe their contents in one form, whatever the format.
+
+`formats.py` decides how a path is read. `layers.py` chooses one of the matrices that are found here, and `reader.py`
+reads cells.
+"""
+
+import gzip
+import logging
+import shutil
+import warnings
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import anndata
+import h5py
+import pandas as pd
+from anndata import AnnData
+from anndata.io import read_elem
+
+from scgpt_hf.cells.files.formats import SUPPORTED, find_format
+from scgpt_hf.cells.files.matrices import native, open_matrix
+from scgpt_hf.cells.files.probe import require_readable
+from scgpt_hf.cells.files.tenx import read_10x_folder, read_10x_hdf5
+from scgpt_hf.cells.files.validation import translate_read_errors
+
+logger = logging.getLogger(__name__)
+
+RAW = ".raw"  # the name of AnnData's `.raw` among the layers
+
+
+def _nothing() -> None:
+    pass
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What one file, or one AnnData, contains. The matrices are in memory or on disk; all can be sliced by rows.
+
+    Attributes:
+        name: the path of the file, or "AnnData".
+        kind: "anndata", "h5ad", "zarr" or "10x".
+        matrices: the layers by name, with "X" and `.raw`; those that the file does not have are absent.
+        obs: all columns of all cells. Shape (cells, columns).
+        var: the genes of "X" and of the layers. Shape (genes, columns).
+        raw_var: the genes of `.raw`, or None.
+        close: closes the file.
+    """
+
+    name: str
+    kind: str
+    matrices: Mapping[str, Any]
+    obs: pd.DataFrame
+    var: pd.DataFrame
+    raw_var: pd.DataFrame | None
+    close: Callable[[], None] = _nothing
+
+    def genes_of(self, layer: str) -> pd.DataFrame:
+        """Return the genes of the columns of a layer."""
+        return self.raw_var if layer == RAW and self.raw_var is not None else self.var
+
+
+def require_readable_files(paths: Sequence[Path]) -> None:
+    """Raise if the HDF5 library crashes or hangs on a file; one child process checks all that are not compressed.
+
+    Raises:
+        ChildProcessError, FileNotFoundError, ValueError: see `require_readable`.
+    """
+    plain = [path for path in paths if path.suffix.lower() != ".gz" and find_format(path) == "hdf5"]
+    require_readable([str(path) for path in plain])
+
+
+def open_contents(path: str | Path) -> Contents:
+    """Open a file of any supported format.
+
+    Raises:
+        OSError: the file does not exist, or there is no space to decompress it.
+        ValueError: the format is not supported, or the file is not valid.
+    """
+    path = Path(path)
+    found = find_format(path)
+    if found is None:
+        raise ValueError(f"cannot read {str(path)!r}; expected {SUPPORTED}")
+    if found == "zarr":
+        import zarr
+
+        with translate_read_errors(str(path), "an AnnData in zarr format"):
+            group = zarr.open_group(path, mode="r")
+        return _open_groups(group, str(path), "zarr")
+    if found == "10x matrix":
+        return contents_of(read_10x_folder(path), str(path), "10x")
+    with decompressed(path) as plain:
+        require_readable([str(plain)], [str(path)])
+        if _is_10x(plain, str(path)):
+            return contents_of(read_10x_hdf5(plain, str(path)), str(path), "10x")
+        with translate_read_errors(str(path)):
+            file = h5py.File(plain, "r")
+        try:
+            return _open_groups(file, str(path), "h5ad")
+        except BaseException:
+            file.close()
+            raise
+
+
+def open_anndata(path: str | Path) -> AnnData:
+    """Open a file of any supported format as an AnnData; `X` and the layers stay on disk where the format allows it.
+
+    Raises:
+        OSError: the file does not exist, or there is no space to decompress it.
+        ValueError: the format is not supported, or the file is not valid.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"there is no file {path}")
+    found = find_format(path)
+    if found == "zarr":
+        import zarr
+
+        with translate_read_errors(str(path), "an AnnData in zarr format"):
+            group: Any = zarr.open_group(path, mode="r")
+            parts = {name: read_elem(group[name]) for name in ("obs", "var", "obsm", "uns") if name in group}
+            layers = {name: open_matrix(group[f"layers/{name}"]) for name in group.get("layers", {})}
+            raw = {"X": open_matrix(group["raw/X"]), "var": read_elem(group["raw/var"])} if "raw/X" in group else None
+            return AnnData(open_matrix(group["X"]) if "X" in group else None, layers=layers, raw=raw, **parts)
+    if found == "10x matrix":
+        return read_10x_folder(path)
+    with decompressed(path) as plain:
+        require_readable([str(plain)], [str(path)])
+        if found == "hdf5" and _is_10x(plain, str(path)):
+            return read_10x_hdf5(plain, str(path))
+        with translate_read_errors(str(path)), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # on files of old versions, which are read all the same
+            return anndata.read_h5ad(plain, backed="r")
+
+
+def contents_of(adata: AnnData, name: str = "AnnData", kind: str = "anndata") -> Contents:
+    """Return the contents of an AnnData, which is not copied."""
+    found = {"X": adata.X, **adata.layers, RAW: None if adata.raw is None else adata.raw.X}
+    matrices = {layer: open_matrix(matrix) for layer, matrix in found.items() if matrix is not None}
+    raw_var = None if adata.raw is None else adata.raw.var
+    return Contents(name, kind, matrices, native(adata.obs), native(adata.var), raw_var)
+
+
+@contextmanager
+def decompressed(path: Path) -> Iterator[Path]:
+    """Give a plain file for a path; a `.gz` file is decompressed for the duration of the context.
+
+    On POSIX, a file that was opened within the context can be read after it.
+
+    Raises:
+        OSError: there is no space.
+        ValueError: the file is not a complete gzip file.
+    """
+    if path.suffix.lower() != ".gz":
+        yield path
+        return
+    with TemporaryDirectory(prefix="scgpt_hf-") as scratch:
+        plain = Path(scratch) / path.stem
+        logger.info("decompressing %s into %s", path, scratch)
+        try:
+            with gzip.open(path) as source, plain.open("wb") as target:
+                shutil.copyfileobj(source, target, 2**20)
+        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+            raise ValueError(f"cannot decompress {str(path)!r}: {error}; download it again") from error
+        except OSError as error:
+            raise OSError(
+                error.errno, f"cannot decompress {str(path)!r} into {scratch} ({error}); set TMPDIR to a larger disk"
+            ) from error
+        yield plain
+
+
+def _open_groups(file: Any, name: str, kind: str) -> Contents:
+    """Return the contents of an AnnData on disk, whose groups are those of HDF5 or of zarr."""
+    with translate_read_errors(name, "an .h5ad file" if kind == "h5ad" else "an AnnData in zarr format"):
+        old = any(isinstance(file.get(table), h5py.Dataset) for table in ("obs", "var"))
+        obs, var, raw_var = _read_old_tables(file.filename) if old else _read_tables(file)
+        for table, what in ((obs, "obs"), (var, "var")):
+            if not isinstance(table, pd.DataFrame):
+                raise ValueError(f"expected a dataframe at {what!r}, found {type(table).__name__}")
+        found = {"X": file.get("X"), **file.get("layers", {}), RAW: file.get("raw.X" if "raw.X" in file else "raw/X")}
+        matrices = {layer: open_matrix(matrix) for layer, matrix in found.items() if matrix is not None}
+        return Contents(name, kind, matrices, native(obs), native(var), raw_var, getattr(file, "close", _nothing))
+
+
+def _read_tables(file: Any) -> tuple[Any, Any, Any]:
+    """Return obs, var and the var of `.raw`, or None."""
+    return read_elem(file["obs"]), read_elem(file["var"]), read_elem(file["raw/var"]) if "raw/var" in file else None
+
+
+def _read_old_tables(path: str) -> tuple[Any, Any, Any]:
+    """Return the same of a file of anndata 0.6, which stored tables as compound arrays and their categories in uns."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # advises to write the file again
+        adata = anndata.read_h5ad(path, backed="r")
+    try:
+        return adata.obs, adata.var, None if adata.raw is None else adata.raw.var
+    finally:
+        adata.file.close()
+
+
+def _is_10x(path: Path, name: str) -> bool:
+    """Return whether an HDF5 file is one of 10x, and not an AnnData."""
+    if path.suffix.lower() == ".h5ad":
+        return False
+    with translate_read_errors(name, "an HDF5 file"), h5py.File(path, "r") as file:
+        return "obs" not in file

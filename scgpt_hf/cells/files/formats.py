@@ -1,0 +1,43 @@
+"""Decide from a path how the file is read. This module is imported for every source, so it imports no library.
+
+| path | format | reader | counts |
+| --- | --- | --- | --- |
+| `.h5ad`, also of anndata 0.6 | hdf5 | anndata | stay on disk |
+| `.h5ad.gz` | hdf5 | anndata, after decompressing it to a temporary file | stay on disk |
+| folder `.zarr` | zarr | anndata | stay on disk |
+| `.h5` of 10x, also `.h5.gz` | hdf5 | `scanpy.read_10x_h5` | in memory |
+| folder with `matrix.mtx`, or that file, plain or `.gz` | 10x matrix | `scanpy.read_10x_mtx` | in memory |
+
+Letter case does not matter in suffixes. `contents.py` opens files, with `tenx.py` for those of 10x.
+"""
+
+from pathlib import Path
+from typing import Literal, TypeAlias
+
+Format: TypeAlias = Literal["hdf5", "zarr", "10x matrix"]
+
+SUPPORTED = ".h5ad (also .gz), .zarr, .h5 of 10x, or a 10x folder with matrix.mtx"
+MATRIX = "matrix.mtx"
+_HDF5 = (".h5ad", ".h5", ".hdf5")
+
+
+def find_format(path: Path) -> Format | None:
+    """Return how a path is read, or None if it is no file of cells. Contents are not read.
+
+    Example:
+        >>> find_format(Path("CELLS.H5AD.gz"))
+        'hdf5'
+    """
+    name = path.name.lower()
+    if path.is_dir():
+        if name.endswith(".zarr") or any((path / file).exists() for file in ("zarr.json", ".zgroup", ".zattrs")):
+            return "zarr"
+        return "10x matrix" if matrix_files(path) else None
+    if name.removesuffix(".gz").endswith(_HDF5):
+        return "hdf5"
+    return "10x matrix" if name.removesuffix(".gz").endswith(MATRIX) else None
+
+
+def matrix_files(folder: Path) -> list[str]:
+    """Return the names of the files `matrix.mtx` in a folder, which may have prefixes."""
+    return sorted(path.name for path in folder.iterdir() if path.name.lower().endswith((MATRIX, f"{MATRIX}.gz")))
