@@ -39,7 +39,7 @@ def _nothing() -> None:
 
 @dataclass(frozen=True)
 class Contents:
-    """What one file, or one AnnData, contains. The matrices are in memory or on disk; all can be sliced by rows.
+    """The tables and matrices of one file or one AnnData. Matrices are in memory or on disk; all can be sliced by rows.
 
     Attributes:
         name: the path of the file, or "AnnData".
