@@ -188,7 +188,8 @@ def _open_groups(file: Any, name: str, kind: str) -> Contents:
 
 def _read_tables(file: Any) -> tuple[Any, Any, Any]:
     """Return obs, var and the var of `.raw`, or None."""
-    return read_elem(file["obs"]), read_elem(file["var"]), read_elem(file["raw/var"]) if "raw/var" in file else None
+    var, raw_var = read_elem(file["var"]), read_elem(file["raw/var"]) if "raw/var" in file else None
+    return read_elem(file["obs"]), var, raw_var
 
 
 def _read_old_tables(path: str) -> tuple[Any, Any, Any]:

@@ -78,7 +78,7 @@ def test_every_format_is_read_as_the_same_cells(tmp_path, small_cells, name):
         assert source.genes["feature_id"].tolist() == cells.var_names.tolist()
         assert source.genes["feature_name"].tolist() == cells.var["feature_name"].tolist()
         assert (read.counts.toarray() == cells.X.toarray()[rows]).all()
-        if "cell_type" in source.columns:
+        if "cell_type" in source.obs_columns:
             assert (
                 source.read(rows, ["cell_type"]).obs["cell_type"].tolist() == cells.obs["cell_type"].iloc[rows].tolist()
             )
