@@ -4,7 +4,7 @@
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -45,6 +45,23 @@ def require_columns(columns: Sequence[str], found: Sequence[str]) -> None:
     """Raise a ValueError that lists the columns of obs if a requested column does not exist."""
     if missing := [column for column in columns if column not in found]:
         raise ValueError(f"obs has no column {missing}; its columns are {sorted(found)}")
+
+
+def require_named_columns(options: Mapping[str, str | None], found: Sequence[str]) -> None:
+    """Raise unless obs has the column that each option of the command line names.
+
+    Args:
+        options: option → the column that it names, or None. The error names the option.
+        found: the columns of obs.
+
+    Raises:
+        ValueError: a column does not exist.
+    """
+    for option, column in options.items():
+        if column is not None and column not in found:
+            raise ValueError(
+                f"obs has no column {column!r}; name another one with {option}; its columns are {sorted(found)}"
+            )
 
 
 def read_matching_obs(frame: Any, obs_filter: str | None, columns: Sequence[str]) -> pd.DataFrame:

@@ -11,6 +11,7 @@ OUT/best_model is the model; report.html, summary.json, metrics, split and setti
 
 import logging
 from argparse import ArgumentParser
+from pathlib import Path
 from typing import Any
 
 from transformers import HfArgumentParser
@@ -20,6 +21,7 @@ from scgpt_hf.reporting.report import write_report
 from scgpt_hf.training.finetuning.annotate import finetune_classifier
 from scgpt_hf.training.finetuning.integrate import finetune_integration
 from scgpt_hf.training.finetuning.settings import AnnotateSettings, IntegrateSettings
+from scgpt_hf.training.run_folder import list_results
 from scgpt_hf.training.settings_parsing import ExampleHelpFormatter
 
 TASKS: dict[str, Any] = {
@@ -52,7 +54,7 @@ def main(arguments: list[str] | None = None) -> None:
     except (OSError, ValueError, ImportError, FloatingPointError) as error:
         exit_with_error(error)
     print(_format_annotation(summary) if task.task == "annotate" else _format_integration(summary))
-    print(f"Everything is in {settings.out}: best_model/ report.html summary.json metrics.jsonl split.json")
+    print(list_results(Path(settings.out)))
 
 
 def _format_annotation(summary: dict[str, Any]) -> str:

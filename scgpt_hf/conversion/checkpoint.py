@@ -127,7 +127,7 @@ def save_converted(
     """
     out = Path(out)
     if out.exists():
-        raise FileExistsError(f"{out} exists already; choose a new folder, or delete it")
+        raise FileExistsError(f"{out} exists already; choose a new folder")
     out.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as temporary:
         folder = Path(temporary, out.name)

@@ -41,7 +41,8 @@ def match_source_genes(genes: pd.DataFrame, processor: ScGPTProcessor) -> GeneMa
         processor: holds the vocabulary.
 
     Raises:
-        ValueError: too few genes are known; see `ScGPTProcessor.match_genes`. The message points out mouse genes.
+        ValueError: too few genes are known; see `ScGPTProcessor.match_genes`. The message points out mouse
+            genes, and names that differ in letter case.
     """
     vocabulary = processor.genes
     ids, symbols = genes["feature_id"].astype(str), genes["feature_name"].astype(str)
@@ -62,6 +63,11 @@ def match_source_genes(genes: pd.DataFrame, processor: ScGPTProcessor) -> GeneMa
                 f"know: its genes are such as {vocabulary[:3]}; use a model of mouse cells, or rename the genes to "
                 "their human orthologs first"
             ) from error
+        if example := _differing_only_in_case(pd.concat([ids, symbols]), processor):
+            raise ValueError(
+                f"{error}. The names differ from those of the vocabulary in letter case: {example[0]!r} is its "
+                f"{example[1]!r}; write them alike, e.g. adata.var_names = adata.var_names.str.upper()"
+            ) from error
         raise
     n_known, n_repeated = len(np.unique(gene_ids[gene_ids >= 0])), int(repeated.sum())
     n_symbols = len(named) - n_repeated
@@ -81,3 +87,13 @@ def match_source_genes(genes: pd.DataFrame, processor: ScGPTProcessor) -> GeneMa
 def _are_mouse_genes(ids: pd.Series, symbols: pd.Series) -> bool:
     """Return whether most ids are Ensembl ids of the mouse, or most symbols are written as mouse symbols (Cd3d)."""
     return bool(ids.str.match(MOUSE_ID).mean() > 0.5 or symbols.str.match(MOUSE_SYMBOL).mean() > 0.5)
+
+
+def _differing_only_in_case(names: pd.Series, processor: ScGPTProcessor) -> tuple[str, str] | None:
+    """Return a name of the data and the same one in the vocabulary, if more than a tenth differ only in letter case."""
+    in_vocabulary = {name.casefold(): name for name in (*processor.genes, *(processor.symbols or ()))}
+    spelled = names.str.casefold().map(in_vocabulary)
+    differing = spelled.notna() & (spelled != names)
+    if differing.mean() < 0.05:  # each gene is given twice, by its id and by its symbol
+        return None
+    return str(names[differing].iloc[0]), str(spelled[differing].iloc[0])

@@ -45,7 +45,7 @@ def require_free_folder(folder: Path) -> None:
         FileExistsError: it is a file, or is not empty.
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise FileExistsError(f"{folder} exists and is not empty; choose a new folder with --out, or delete it")
+        raise FileExistsError(f"{folder} exists and is not empty; choose a new folder with --out")
 
 
 def write_evaluation(

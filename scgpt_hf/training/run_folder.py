@@ -46,15 +46,12 @@ def resolve_checkpoint(folder: Path, resume_from_checkpoint: str | None) -> str 
             for a new run.
 
     Raises:
-        FileExistsError: the run is new, and the folder is not empty.
+        FileExistsError: the run is new, and the folder is not empty, or a file.
         FileNotFoundError: the newest checkpoint is requested, and there is no valid one.
         ValueError: the named checkpoint belongs to another run, or is damaged.
     """
     if resume_from_checkpoint is None:
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            started = folder.is_dir() and checkpoints_in(folder)
-            remedy = "resume it with --resume_from_checkpoint latest" if started else "it has no checkpoint; remove it"
-            raise FileExistsError(f"{folder} holds an earlier run; {remedy}, or name a new folder with --output_dir")
+        require_new_folder(folder, "--output_dir")
         return None
     if resume_from_checkpoint.lower() in {"true", "latest"}:
         return str(newest_valid(folder))
@@ -68,6 +65,39 @@ def resolve_checkpoint(folder: Path, resume_from_checkpoint: str | None) -> str 
     except CheckpointError as error:
         raise CheckpointError(f"{error}; --resume_from_checkpoint latest finds the newest valid one") from error
     return resume_from_checkpoint
+
+
+def require_new_folder(folder: Path, option: str) -> None:
+    """Raise unless a run folder is absent or empty.
+
+    Args:
+        folder: the run folder.
+        option: the option of the command line that names it.
+
+    Raises:
+        FileExistsError: it is a file, or not empty. The message recommends removing it only if it holds a run.
+    """
+    advice = f"name a new folder with {option}"
+    if not folder.exists():
+        return
+    if not folder.is_dir():
+        raise FileExistsError(f"{folder} is a file, not a run folder; {advice}")
+    names = {path.name for path in folder.iterdir()}
+    if checkpoints_in(folder) and option == "--output_dir":
+        raise FileExistsError(
+            f"{folder} holds an earlier run; resume it with --resume_from_checkpoint latest, or {advice}"
+        )
+    if SPLIT in names:
+        reason = "it has no checkpoint" if option == "--output_dir" else "it cannot be resumed"
+        raise FileExistsError(f"{folder} holds an earlier run; {reason}; remove it, or {advice}")
+    if names:
+        raise FileExistsError(f"{folder} is not empty and holds no run, but e.g. {sorted(names)[:3]}; {advice}")
+
+
+def list_results(folder: Path) -> str:
+    """Return the text at the end of a run: its files that exist, the most useful ones first."""
+    candidates = (f"{BEST_MODEL}/", "report.html", CARD, METRICS, SUMMARY, SPLIT, "loss.png", "umap.png")
+    return f"Everything is in {folder}: {' '.join(name for name in candidates if (folder / name).exists())}"
 
 
 def require_space(folder: Path, n_bytes: int) -> None:

@@ -4,6 +4,7 @@ The first process selects and sends the result to the others. `split.json` keeps
 same cells.
 """
 
+import logging
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from accelerate.utils import broadcast_object_list
 
 from scgpt_hf.cells.block import Int64Array
 from scgpt_hf.cells.missing import fill_missing
+from scgpt_hf.cells.obs import require_named_columns
 from scgpt_hf.cells.selection.filters import (
     cells_expressing,
     cells_with_value,
@@ -29,6 +31,8 @@ from scgpt_hf.training.fault_tolerance.resume import changed_values, require_res
 from scgpt_hf.training.run_folder import SETTINGS, SPLIT, resolve_checkpoint, write_atomically
 from scgpt_hf.training.settings import TOKEN_SETTINGS, DataSettings, Settings
 from scgpt_hf.training.settings_parsing import settings_yaml
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,6 +115,9 @@ def select_cells_and_genes(source: CellSource, data: DataSettings, seed: int) ->
     Raises:
         ValueError: a step leaves too few cells, donors or genes. The message names what was found and how to fix it.
     """
+    hvg_batch_key = _find_hvg_batch_key(source, data) if data.gene_selection == "hvg" else None
+    named = {"--donor_key": data.donor_key, "--batch_key": data.batch_key, "--hvg_batch_key": hvg_batch_key}
+    require_named_columns(named, source.obs_columns)
     obs = source.obs(sorted({data.donor_key, *([data.batch_key] if data.batch_key else [])}))
     for column in dict.fromkeys([data.donor_key, *([data.batch_key] if data.batch_key else [])]):
         obs = obs.loc[cells_with_value(obs, column)]
@@ -119,7 +126,7 @@ def select_cells_and_genes(source: CellSource, data: DataSettings, seed: int) ->
     obs = obs.loc[filter_cells(source, obs.index.to_numpy(np.int64), data.min_genes)]
     fractions = {"train": 1 - data.validation_fraction, "validation": data.validation_fraction}
     parts = split_cells(obs, fractions, donor_key=data.donor_key, seed=seed)
-    columns = _select_genes(source, parts["train"], data)
+    columns = _select_genes(source, parts["train"], data, hvg_batch_key)
     if data.gene_selection == "hvg":
         # A cell may express none of the variable genes. With all genes, `min_genes` already excludes such cells.
         parts = {part: cells_expressing(source, ids, columns) for part, ids in parts.items()}
@@ -192,12 +199,24 @@ def load_selection(path: Path) -> tuple[Selection, Split]:
     return Selection(split.parts, split.source["genes"], split.source["domains"], n_donors), split
 
 
-def _select_genes(source: CellSource, train: Int64Array, data: DataSettings) -> Int64Array:
+def _find_hvg_batch_key(source: CellSource, data: DataSettings) -> str | None:
+    """Return the column of the batches within which variable genes are ranked.
+
+    By default they are the donors. If these are in another column than by default, so are the batches.
+    """
+    default = DataSettings.__dataclass_fields__["hvg_batch_key"].default
+    if data.hvg_batch_key != default or default in source.obs_columns or data.donor_key not in source.obs_columns:
+        return data.hvg_batch_key
+    logger.info("variable genes are ranked within each %s, because obs has no column %s", data.donor_key, default)
+    return data.donor_key
+
+
+def _select_genes(source: CellSource, train: Int64Array, data: DataSettings, hvg_batch_key: str | None) -> Int64Array:
     """Return the columns of the vocabulary's genes, ascending. Shape (genes,)."""
     frequent = filter_genes(source, train, data.min_gene_counts)
     if data.gene_selection == "all":
         return frequent
-    return highly_variable_genes(source, train, data.n_hvg, batch_key=data.hvg_batch_key, candidates=frequent)
+    return highly_variable_genes(source, train, data.n_hvg, batch_key=hvg_batch_key, candidates=frequent)
 
 
 def _run_record(source: CellSource, settings: Settings) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from transformers.trainer_pt_utils import get_model_param_count
 from scgpt_hf.publishing.record import RunRecord, read_metrics
 from scgpt_hf.publishing.run_summary import error_rows
 from scgpt_hf.training.data_module import DataModule
-from scgpt_hf.training.run_folder import BEST_MODEL, METRICS, SUMMARY, write_json
+from scgpt_hf.training.run_folder import METRICS, SUMMARY, list_results, write_json
 from scgpt_hf.training.selection import composition_of
 from scgpt_hf.training.trainer import ScGPTTrainer
 
@@ -98,5 +98,5 @@ def format_summary(summary: dict[str, Any], folder: Path) -> str:
             *[f"  {row.name:38} {row.value:8.2f}" for row in errors if row.value is not None],
             f"  share of the variance explained        {best.get('eval_variance_explained', math.nan):8.1%}",
         ]
-    lines += [f"Everything is in {folder}: {BEST_MODEL}/ README.md {METRICS} {SUMMARY} loss.png umap.png"]
+    lines += [list_results(folder)]
     return "\n".join(lines)

@@ -42,3 +42,21 @@ def test_genes_of_one_symbol_have_one_id_unless_another_is_matched_by_id() -> No
 def test_the_error_points_out_mouse_genes(genes: pd.DataFrame) -> None:
     with pytest.raises(ValueError, match="mouse genes, e.g. .*" + genes["feature_name"].iloc[0]):
         match_source_genes(genes, ScGPTProcessor.from_genes(["ENSG00000000001", "ENSG00000000002"]))
+
+
+@pytest.mark.parametrize(
+    "genes",
+    [
+        genes_of(("cd3d", "cd3d"), ("tp53", "tp53"), ("lyz", "lyz")),
+        genes_of(("ensg00000000001", "cd3d"), ("ensg00000000002", "tp53"), ("x", "x")),
+    ],
+    ids=["symbols", "ids"],
+)
+def test_the_error_points_out_names_in_another_letter_case(genes: pd.DataFrame) -> None:
+    processor = ScGPTProcessor.from_genes(["ENSG00000000001", "ENSG00000000002"], symbols=["CD3D", "TP53"])
+    first = genes["feature_id"].iloc[0]
+    with pytest.raises(ValueError, match=f"in letter case: '{first}' is its '{first.upper()}'"):
+        match_source_genes(genes, processor)
+    with pytest.raises(ValueError, match="only 0 of the 1 genes") as raised:
+        match_source_genes(genes_of(("other", "other")), processor)
+    assert "letter case" not in str(raised.value)

@@ -11,6 +11,8 @@ from scgpt_hf.training.fault_tolerance.checkpoints import CheckpointError, Manif
 from scgpt_hf.training.fault_tolerance.ranks import Ranks
 from scgpt_hf.training.run_folder import (
     MetricsFile,
+    list_results,
+    require_new_folder,
     require_space,
     resolve_checkpoint,
     write_atomically,
@@ -27,6 +29,22 @@ def test_a_new_run_rejects_a_folder_that_is_not_empty(tmp_path):
     (tmp_path / "split.json").write_text("{}")
     with pytest.raises(FileExistsError, match="it has no checkpoint; remove it"):
         resolve_checkpoint(tmp_path, None)
+
+
+def test_a_new_run_never_recommends_removing_what_is_no_run(tmp_path):
+    data = tmp_path / "cells.h5ad"
+    data.write_text("data")
+    for path, found in ((data, "is a file, not a run folder"), (tmp_path, r"holds no run, but e.g. \['cells.h5ad'\]")):
+        for option in ("--output_dir", "--out"):
+            with pytest.raises(FileExistsError, match=rf"{found}; name a new folder with {option}") as raised:
+                require_new_folder(path, option)
+            assert "remove" not in str(raised.value)
+
+
+def test_the_list_of_results_names_the_files_that_exist(tmp_path):
+    for name in ("report.html", "summary.json", "loss.png"):
+        (tmp_path / name).touch()
+    assert list_results(tmp_path) == f"Everything is in {tmp_path}: report.html summary.json loss.png"
 
 
 def test_resuming_finds_the_newest_checkpoint_or_raises(tmp_path):

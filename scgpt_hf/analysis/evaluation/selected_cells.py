@@ -13,6 +13,7 @@ import pandas as pd
 
 from scgpt_hf.analysis.evaluation.metrics import FloatArray, Labels, require_embedding
 from scgpt_hf.cells.missing import fill_missing, has_label, has_value
+from scgpt_hf.cells.obs import require_named_columns
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -76,9 +77,7 @@ def select_cells(
     """
     if not adata.n_obs:
         raise ValueError("the AnnData has no cells; expected at least two cells with the same label")
-    for column in (labels_key, batch_key):
-        if column not in adata.obs:
-            raise ValueError(f"obs has no column {column!r}; its columns are {sorted(map(str, adata.obs))}")
+    require_named_columns({"--labels_key": labels_key, "--batch_key": batch_key}, [str(name) for name in adata.obs])
     if unknown := [key for key in embedding_keys if key not in adata.obsm]:
         raise ValueError(
             f"obsm has no {unknown[0]!r}; its keys are {sorted(adata.obsm)}; compute embeddings with scripts/embed.py"

@@ -3,6 +3,7 @@
 `census.py` reads its cells.
 """
 
+from pathlib import Path
 from typing import Any
 
 import tiledbsoma as soma
@@ -77,13 +78,25 @@ def _find_organism(uri: str, organism: str | None) -> str:
     except OSError as error:
         if is_remote(uri) and not isinstance(error, FileNotFoundError):
             raise
-        raise ValueError(f"cannot open {uri!r} as a SOMA in the Census layout: {error}") from error
+        raise ValueError(f"cannot open {uri!r} as a SOMA in the Census layout: {_explain(uri, error)}") from error
     if organism is None and len(found) == 1:
         return next(iter(found.values()))
     if organism not in found:
         problem = "more than one organism" if organism is None else f"no organism {organism!r}"
         raise ValueError(f"{uri!r} has {problem}; pass the address of one of {found}")
     return found[organism]
+
+
+def _explain(uri: str, error: OSError) -> str:
+    """Return why a local folder is no SOMA: most often it is a folder of another kind, and not damaged."""
+    folder = Path(uri.removeprefix("file://"))
+    names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+    # Every SOMA is a TileDB group, with one of these folders. Without them nothing is damaged: it never was a SOMA.
+    if is_remote(uri) or {"__group", "__meta", "__tiledb_group.tdb", "__schema"} & set(names):
+        return str(error)
+    files = [name for name in names if name.lower().endswith((".h5ad", ".h5ad.gz", ".h5"))]
+    advice = f"; to train on its files, pass their paths, e.g. {folder / files[0]}" if files else ""
+    return f"it has none of the files of a SOMA, but {names[:5] or 'nothing'}{advice}"
 
 
 def _list_organisms(uri: str) -> dict[str, str]:

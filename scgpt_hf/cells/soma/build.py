@@ -81,7 +81,7 @@ def build_census(
     """
     folder = Path(folder)
     if folder.exists():
-        raise FileExistsError(f"{str(folder)!r} exists; choose another folder or remove it")
+        raise FileExistsError(f"{str(folder)!r} exists; choose another folder")
     source = AnnDataSource(list(paths), layer=layer, primary_only=False)
     dataset_ids = _name_datasets(source.parts)
     labels = _label_cells(source, dataset_ids, keep_obs)
@@ -127,21 +127,45 @@ def _write_error(error: soma.SOMAError, folder: Path) -> OSError:
 
 def _name_datasets(parts: Sequence[AnnDataPart]) -> list[str]:
     """Return the dataset id of each file after checking that all cells have a donor and all ids differ."""
-    names = []
+    names, from_obs = [], []
     for part in parts:
-        require_columns(["donor_id"], [str(name) for name in part.obs])
+        if "donor_id" not in part.obs:
+            raise ValueError(
+                f"{part.name}: obs has no column 'donor_id', by which cells are split; rename the column with the "
+                f"donors; its columns are {sorted(map(str, part.obs))}"
+            )
         if n_missing := int((~has_value(part.obs["donor_id"])).sum()):
             raise ValueError(
                 f"{part.name}: {n_missing:,} of {len(part.obs):,} cells have no donor_id, by which cells are split"
             )
         ids = part.obs["dataset_id"] if "dataset_id" in part.obs else pd.Series(dtype=object)
         given = list(ids[has_value(ids)].unique())
-        names.append(str(given[0]) if len(given) == 1 else Path(part.name).stem)
-    if repeated := sorted({name for name in names if names.count(name) > 1}):
-        raise ValueError(
-            f"expected a different name for each dataset, found several files named {repeated}; rename them"
-        )
+        from_obs.append(len(given) == 1)
+        names.append(str(given[0]) if from_obs[-1] else Path(part.name).stem)
+    _require_different(names, from_obs, [part.name for part in parts])
     return names
+
+
+def _require_different(names: Sequence[str], from_obs: Sequence[bool], paths: Sequence[str]) -> None:
+    """Raise if two files have the same dataset id.
+
+    Args:
+        names: the dataset id of each file.
+        from_obs: whether it is from the column `dataset_id` of obs, or else from the name of the file.
+        paths: the files.
+    """
+    if not (repeated := next((name for name in names if names.count(name) > 1), None)):
+        return
+    which = [index for index, name in enumerate(names) if name == repeated]
+    remedy = (
+        "set obs['dataset_id'] to another value in all but one of them"
+        if any(from_obs[index] for index in which)
+        else "rename all but one of them"
+    )
+    raise ValueError(
+        f"found {len(which)} files of one dataset {repeated!r}: {[paths[index] for index in which]}; if they hold the "
+        f"same cells, pass only one; if not, {remedy}"
+    )
 
 
 def _label_cells(source: AnnDataSource, dataset_ids: Sequence[str], keep_obs: Sequence[str]) -> pd.DataFrame:

@@ -16,6 +16,7 @@ from sklearn.metrics import confusion_matrix
 from transformers import EarlyStoppingCallback, set_seed
 
 from scgpt_hf.cells.block import Int64Array
+from scgpt_hf.cells.obs import require_named_columns
 from scgpt_hf.cells.schedule.epoch import plan_epoch, plan_validation
 from scgpt_hf.cells.selection.filters import cells_expressing
 from scgpt_hf.cells.source import Address, CellSource, open_source
@@ -27,9 +28,9 @@ from scgpt_hf.tokens.processing_scgpt import ScGPTProcessor
 from scgpt_hf.training.finetuning.calibration import Logits, calibration_error, fit_temperature, reliability
 from scgpt_hf.training.finetuning.classifier import ClassifierTrainer, agreement, score
 from scgpt_hf.training.finetuning.labels import LabelledCells, balanced_weights, select_labelled
-from scgpt_hf.training.finetuning.run_folder import require_new_folder, save_inputs, save_results
+from scgpt_hf.training.finetuning.run_folder import save_inputs, save_results
 from scgpt_hf.training.finetuning.settings import AnnotateSettings, training_settings
-from scgpt_hf.training.run_folder import MetricsFile
+from scgpt_hf.training.run_folder import MetricsFile, require_new_folder
 from scgpt_hf.training.selection import composition_of
 from scgpt_hf.training.summary import training_of
 
@@ -66,7 +67,8 @@ def finetune_classifier(data: Address, settings: AnnotateSettings) -> dict[str, 
         >>> summary["validation"]["macro_f1"]  # doctest: +SKIP
     """
     started = time.perf_counter()
-    folder = require_new_folder(settings.out)
+    folder = Path(settings.out)
+    require_new_folder(folder, "--out")
     source = open_source(data, layer=settings.layer, primary_only=False)
     processor = load_processor(settings.model)
     cells = _select_cells(source, processor, settings)
@@ -104,6 +106,7 @@ def finetune_classifier(data: Address, settings: AnnotateSettings) -> dict[str, 
 def _select_cells(source: CellSource, processor: ScGPTProcessor, settings: AnnotateSettings) -> LabelledCells:
     """Return the labelled cells that express a gene of the vocabulary, split into training and validation."""
     donor_key = settings.donor_key
+    require_named_columns({"--labels_key": settings.labels_key, "--donor_key": donor_key}, source.obs_columns)
     donors = [donor_key or "donor_id"] if donor_key or "donor_id" in source.obs_columns else []
     obs = source.obs(list(dict.fromkeys([settings.labels_key, *donors])))
     known = np.flatnonzero(match_source_genes(source.genes, processor)[0] >= 0)

@@ -6,12 +6,14 @@ The resulting model embeds each cell by its batch: `embed_anndata` reads it from
 
 import logging
 import time
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 from transformers import set_seed
 
+from scgpt_hf.cells.obs import require_named_columns
 from scgpt_hf.cells.selection.filters import cells_expressing, cells_with_value
 from scgpt_hf.cells.selection.splits import split_within
 from scgpt_hf.cells.source import Address, CellSource, open_source
@@ -20,9 +22,10 @@ from scgpt_hf.pipeline.genes import match_source_genes
 from scgpt_hf.pretrained import Pretrained, load_pretrained, load_processor
 from scgpt_hf.tokens.processing_scgpt import ScGPTProcessor
 from scgpt_hf.training.data_module import DataModule
-from scgpt_hf.training.finetuning.run_folder import require_new_folder, save_inputs, save_results
+from scgpt_hf.training.finetuning.run_folder import save_inputs, save_results
 from scgpt_hf.training.finetuning.settings import IntegrateSettings, training_settings
 from scgpt_hf.training.recipe import make_trainer, start_at_mean
+from scgpt_hf.training.run_folder import require_new_folder
 from scgpt_hf.training.selection import Selection, composition_of
 from scgpt_hf.training.summary import training_of
 
@@ -54,7 +57,8 @@ def finetune_integration(data: Address, settings: IntegrateSettings) -> dict[str
         >>> embed_anndata(adata, "runs/joined/best_model")  # doctest: +SKIP
     """
     started = time.perf_counter()
-    folder = require_new_folder(settings.out)
+    folder = Path(settings.out)
+    require_new_folder(folder, "--out")
     source = open_source(data, layer=settings.layer, primary_only=False)
     processor = load_processor(settings.model)
     domain_of = _domains(source, processor, settings.batch_key)
@@ -120,6 +124,7 @@ def _domains(source: CellSource, processor: ScGPTProcessor, batch_key: str) -> "
     Raises:
         ValueError: there are fewer than two batches.
     """
+    require_named_columns({"--batch_key": batch_key}, source.obs_columns)
     obs = source.obs([batch_key])
     known = np.flatnonzero(match_source_genes(source.genes, processor)[0] >= 0)
     domain_of = obs.loc[cells_expressing(source, cells_with_value(obs, batch_key), known), batch_key].astype(str)

@@ -18,18 +18,6 @@ from scgpt_hf.training.finetuning.settings import FinetuneSettings
 from scgpt_hf.training.run_folder import BEST_MODEL, SETTINGS, SPLIT, SUMMARY, write_atomically, write_json
 
 
-def require_new_folder(out: str) -> Path:
-    """Return the run folder, which must be absent or empty.
-
-    Raises:
-        FileExistsError: the folder is not empty.
-    """
-    folder = Path(out)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise FileExistsError(f"{folder} exists already; remove it, or name a new folder with --out")
-    return folder
-
-
 def save_inputs(
     folder: Path,
     source: CellSource,

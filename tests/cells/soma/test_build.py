@@ -118,7 +118,12 @@ def test_a_dataset_is_named_by_its_column_or_else_by_its_file(tmp_path, small_ce
     build_census([tmp_path / "mine.h5ad"], tmp_path / "soma")
     obs = table(soma.DataFrame.open(str(tmp_path / "soma" / "census_data" / "homo_sapiens" / "obs")))
     assert set(obs["dataset_id"]) == {"mine"}
-    with pytest.raises(ValueError, match=r"\['mine'\]"):
+    for folder in ("s1", "s2"):
+        (tmp_path / folder).mkdir()
+        small_cells[0].write_h5ad(tmp_path / folder / "mine.h5ad")
+    with pytest.raises(ValueError, match=r"2 files of one dataset 'first'.*s1.*s2.*set obs\['dataset_id'\]"):
+        build_census([tmp_path / folder / "mine.h5ad" for folder in ("s1", "s2")], tmp_path / "other")
+    with pytest.raises(ValueError, match=r"2 files of one dataset 'mine'.*pass only one; if not, rename"):
         build_census([tmp_path / "mine.h5ad"] * 2, tmp_path / "other")
 
 
@@ -137,7 +142,7 @@ def spoil_counts(cells):
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (spoil_donor, r"no column \['donor_id'\]"),
+        (spoil_donor, r"bad\.h5ad: obs has no column 'donor_id'.*its columns are \['assay'"),
         (spoil_one_donor, "3 of 160 cells have no donor_id"),
         (spoil_counts, "expected raw counts"),
     ],

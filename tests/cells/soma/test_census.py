@@ -272,3 +272,10 @@ def test_a_copy_without_genes_raises_with_the_address_of_var(small_census, tmp_p
     shutil.rmtree(copy / "census_data" / "homo_sapiens" / "ms" / "RNA" / "var" / "__commits")
     with pytest.raises(ValueError, match="RNA/var has 0 genes"):
         open_source(copy).genes  # noqa: B018
+
+
+def test_a_folder_that_never_was_a_soma_is_not_called_damaged(tmp_path):
+    (tmp_path / "cells.h5ad").touch()
+    with pytest.raises(ValueError, match=r"none of the files of a SOMA, but \['cells.h5ad'\]; .*cells\.h5ad") as raised:
+        open_source(tmp_path)
+    assert "damaged" not in str(raised.value)

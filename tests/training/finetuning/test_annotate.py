@@ -193,8 +193,10 @@ def test_bad_settings_raise(cells: AnnData, base: Path, tmp_path: Path, monkeypa
     for wrong in ({"validation_fraction": 1.0}, {"label_fraction": 0.0}, {"min_cells": 1}):
         with pytest.raises(ValueError, match=f"expected {next(iter(wrong))}"):
             AnnotateSettings(**{**given, **wrong})
-    with pytest.raises(ValueError, match="no_such"):
+    with pytest.raises(ValueError, match="'no_such'; name another one with --labels_key"):
         finetune_classifier(cells, AnnotateSettings(**{**given, "labels_key": "no_such"}))
+    with pytest.raises(ValueError, match="'patient'; name another one with --donor_key"):
+        finetune_classifier(cells, AnnotateSettings(**given, donor_key="patient"))
     with pytest.raises(ValueError, match="found 1 assay"):
         finetune_classifier(cells, AnnotateSettings(**given, donor_key="assay"))
     with pytest.raises(ValueError, match="is the folder of a run"):
