@@ -11,6 +11,7 @@ from transformers import set_seed
 
 from scgpt_hf.cells.source import CellSource
 from scgpt_hf.model.modeling_scgpt import ScGPTForPreTraining
+from scgpt_hf.output import require_writable_folder
 from scgpt_hf.publishing.card import model_card
 from scgpt_hf.publishing.hub import HubError
 from scgpt_hf.publishing.publish_run import check_repository
@@ -90,7 +91,9 @@ def pretrain(
     args, folder = settings.training, Path(settings.training.output_dir)
     is_first = args.process_index == 0
 
-    # 1. Fail early: a run that cannot be published should not train first.
+    # 1. Fail early: a run that cannot be written or published should not train first.
+    if is_first and settings.data.cache_dir is not None:
+        require_writable_folder(settings.data.cache_dir)
     if args.push_to_hub and is_first:
         check_repository(args.hub_model_id, private=args.hub_private_repo, token=args.hub_token)
 

@@ -16,7 +16,7 @@ import torch
 from sklearn.neighbors import KNeighborsClassifier
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
-from scgpt_hf.analysis.embed import KEY
+from scgpt_hf.analysis.embed import KEY, validate_name, validate_not_backed_view
 from scgpt_hf.analysis.inference import InferenceSettings, iterate_outputs
 from scgpt_hf.cells.missing import has_label
 from scgpt_hf.cells.source import open_source
@@ -83,6 +83,7 @@ def predict_cell_types(
         Name: count, dtype: int64
     """
     _validate_threshold(threshold)
+    validate_not_backed_view(adata)
     _validate_free_columns(key_added, adata.obs, overwrite)
     source = open_source(adata, layer=layer, primary_only=False)
     model, processor = load_model(model, processor, **CLASSIFIER)
@@ -163,6 +164,7 @@ def transfer_labels(
         >>> query.obs[["predicted_cell_type", "predicted_cell_type_confidence", "predicted_cell_type_distance"]]
     """
     _validate_threshold(threshold)
+    validate_not_backed_view(query)
     _validate_free_columns(key_added, query.obs, overwrite)
     query_vectors, reference_vectors = _comparable_vectors(query, reference, use_rep)
     labelled, labels = _reference_labels(reference, labels_key, ignore, reference_vectors, n_neighbors)
@@ -282,6 +284,7 @@ def _validate_threshold(threshold: float) -> None:
 
 
 def _validate_free_columns(key: str, obs: pd.DataFrame, overwrite: bool) -> None:
+    validate_name(key)
     existing = [name for name in (key, f"{key}_confidence", f"{key}_distance") if name in obs]
     if existing and not overwrite:
         raise ValueError(f"obs has {existing} already; choose another name, or overwrite them")

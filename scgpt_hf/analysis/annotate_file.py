@@ -3,21 +3,22 @@
 `annotate.py` decides which type a cell has.
 """
 
-import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import anndata
-import h5py
 from anndata import AnnData
 from anndata.io import write_elem
 from transformers import PreTrainedModel
 
 from scgpt_hf.analysis.annotate import transfer_labels
 from scgpt_hf.analysis.embed import embed_anndata
+from scgpt_hf.cells.files.additions import open_copy, write_columns, write_plainly
 from scgpt_hf.cells.files.probe import require_readable
 from scgpt_hf.cells.files.validation import translate_read_errors
+from scgpt_hf.output import write_beside
 from scgpt_hf.tokens.processing_scgpt import ScGPTProcessor
 
 
@@ -26,7 +27,8 @@ def annotate_file(
 ) -> dict[str, Any]:
     """Write a copy of an .h5ad file with everything that a function adds to obs, obsm and uns.
 
-    The copy is renamed to `out` once it is complete, so a failure leaves nothing behind.
+    The file is copied first, so an error of writing comes before the computation. Only what is added or changed is
+    written. The copy is renamed to `out` once it is complete; a failure of `annotate` leaves nothing behind.
 
     Args:
         path: the file.
@@ -39,6 +41,7 @@ def annotate_file(
 
     Raises:
         FileExistsError: `out` exists and `overwrite` is false.
+        OSError: `out` cannot be written. If the cells were annotated already, the message says where the results are.
         ValueError: the file cannot be read as h5ad; or what `annotate` raises.
 
     Example:
@@ -46,31 +49,28 @@ def annotate_file(
         >>> annotate_file("query.h5ad", "annotated.h5ad", annotate)["unassigned"]
         12
     """
-    out = Path(out)
-    if out.exists() and not overwrite:
-        raise FileExistsError(f"{out} exists; choose another name, or overwrite it")
-    adata = open_backed(path)
-    before = {group: dict(getattr(adata, group)) for group in ("obsm", "uns")}
-    try:
-        report = annotate(adata)
-        changed = {
-            f"{group}/{key}": value
-            for group, old in before.items()
-            for key, value in getattr(adata, group).items()
-            if value is not old.get(key)
-        }
-    finally:
-        adata.file.close()
-    # In the same folder, because a file can be renamed in one step only within a file system.
-    temporary = out.with_name(f".{out.name}.part")
-    try:
-        shutil.copyfile(path, temporary)
-        with h5py.File(temporary, "r+") as file:
-            for name, value in {"obs": adata.obs, **changed}.items():
-                write_elem(file, name, value)
-        temporary.replace(out)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with open_copy(path, out, overwrite=overwrite) as copy:
+        adata = open_backed(path)
+        obs = adata.obs.copy()
+        before = {group: dict(getattr(adata, group)) for group in ("obsm", "uns")}
+        try:
+            report = annotate(adata)
+            changed = {
+                f"{group}/{key}": value
+                for group, old in before.items()
+                for key, value in getattr(adata, group).items()
+                if value is not old.get(key)
+            }
+        finally:
+            adata.file.close()
+        columns = adata.obs[[name for name in adata.obs if name not in obs or not adata.obs[name].equals(obs[name])]]
+        try:
+            write_columns(copy, columns)
+            for name, value in changed.items():
+                write_elem(copy, name, value)
+            copy.flush()
+        except Exception as error:
+            raise write_beside(out, partial(write_plainly, additions={"obs": columns, **changed}), error) from error
     return report
 
 

@@ -71,6 +71,7 @@ def embed_anndata(
         >>> adata.obsm["X_scgpt"].shape
         (700, 64)
     """
+    validate_not_backed_view(adata)
     validate_free_key(key_added, adata.obsm, overwrite)
     source = open_source(adata, layer=layer, primary_only=False)
     model, processor = load_model(model, processor)
@@ -177,13 +178,29 @@ def umap_of(embedding: npt.NDArray[np.floating[Any]], seed: int) -> Float32Array
 
 
 def validate_free_key(key: str, obsm: Any, overwrite: bool) -> None:
-    """Raise an error if an embedding of that name exists and must not be replaced.
+    """Raise an error if an embedding cannot have this name, or exists and must not be replaced.
 
     Raises:
-        ValueError: it exists.
+        ValueError: the name has a slash, or it exists.
     """
+    validate_name(key)
     if key in obsm and not overwrite:
         raise ValueError(f"obsm has a {key!r} already, of {sorted(obsm)}; choose another key, or overwrite it")
+
+
+def validate_name(key: str) -> None:
+    """Raise a ValueError if an .h5ad file cannot hold a column or an embedding of this name."""
+    if "/" in key or not key:
+        raise ValueError(f"{key!r} cannot be the name of a column or an embedding in a file; choose one without '/'")
+
+
+def validate_not_backed_view(adata: "AnnData") -> None:
+    """Raise a ValueError if an AnnData is a view of one that is backed by a file: nothing can be added to it."""
+    if adata.is_view and adata.isbacked:
+        raise ValueError(
+            f"the AnnData is a view of {adata.filename}, which is open in backed mode; nothing can be added to such a "
+            "view; pass adata.to_memory(), or embed the file with embed_file (scripts/embed.py)"
+        )
 
 
 def describe_embedding(

@@ -18,6 +18,7 @@ from typing import Any
 from scgpt_hf.analysis.annotate import CLASSIFIER, PREDICTED, predict_cell_types
 from scgpt_hf.analysis.annotate_file import annotate_file, embed_and_transfer, open_backed
 from scgpt_hf.cli.process import exit_with_error, tune_process
+from scgpt_hf.output import require_writable_file
 from scgpt_hf.pretrained import load_model
 from scgpt_hf.training.settings_parsing import ExampleHelpFormatter
 
@@ -30,6 +31,7 @@ def main(arguments: list[str] | None = None) -> None:
     if options.model is None and options.reference is None:
         parser.error("give --model, a fine-tuned one, or --reference")
     try:
+        require_writable_file(options.out, overwrite=options.overwrite)
         report = annotate_file(options.query, options.out, _make_annotate(options), overwrite=options.overwrite)
     except (OSError, ValueError) as error:
         exit_with_error(error)

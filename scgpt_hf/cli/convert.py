@@ -18,7 +18,7 @@ import argparse
 from typing import Any
 
 from scgpt_hf.cli.process import exit_with_error
-from scgpt_hf.conversion.checkpoint import convert_scgpt, save_converted
+from scgpt_hf.conversion.checkpoint import convert_scgpt, require_new_folder, save_converted
 from scgpt_hf.training.settings_parsing import ExampleHelpFormatter
 
 
@@ -62,6 +62,7 @@ def main(arguments: list[str] | None = None) -> None:
     options = vars(parser.parse_args(arguments))
     folder, out = options.pop("folder"), options.pop("out")
     try:
+        require_new_folder(out)
         model, processor, report = convert_scgpt(folder, **{k: v for k, v in options.items() if v is not None})
         save_converted(model, processor, report, out)
     except (OSError, ValueError) as error:

@@ -16,6 +16,7 @@ import argparse
 from scgpt_hf.analysis.embed import KEY
 from scgpt_hf.analysis.embed_file import embed_file
 from scgpt_hf.cli.process import exit_with_error, tune_process
+from scgpt_hf.output import require_writable_file
 from scgpt_hf.pretrained import load_model
 from scgpt_hf.training.settings_parsing import ExampleHelpFormatter
 
@@ -41,6 +42,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace OUT, and an embedding of that name")
     options = vars(parser.parse_args(arguments))
     try:
+        require_writable_file(options["out"], overwrite=options["overwrite"])
         model, processor = load_model(options.pop("model"), device=options.pop("device"))
         report = embed_file(options.pop("data"), options.pop("out"), model, processor, **options)
     except (OSError, ValueError) as error:

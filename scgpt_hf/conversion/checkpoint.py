@@ -24,6 +24,7 @@ from scgpt_hf.conversion.keys import infer_settings, map_keys, rename_weights
 from scgpt_hf.conversion.report import ConversionReport, build_card
 from scgpt_hf.model.configuration_scgpt import ScGPTConfig
 from scgpt_hf.model.modeling_scgpt import ScGPTForPreTraining
+from scgpt_hf.output import require_writable_folder
 from scgpt_hf.tokens.processing_scgpt import ScGPTProcessor
 
 logger = logging.getLogger(__name__)
@@ -126,8 +127,7 @@ def save_converted(
         FileExistsError: `out` exists.
     """
     out = Path(out)
-    if out.exists():
-        raise FileExistsError(f"{out} exists already; choose a new folder")
+    require_new_folder(out)
     out.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as temporary:
         folder = Path(temporary, out.name)
@@ -138,6 +138,18 @@ def save_converted(
         os.rename(folder, out)
     logger.info("wrote %s, converted from %s", out, report.source)
     return out
+
+
+def require_new_folder(out: str | Path) -> None:
+    """Raise unless a folder can be created. Nothing is left behind.
+
+    Raises:
+        FileExistsError: `out` exists.
+        OSError: it cannot be created there.
+    """
+    if Path(out).exists():
+        raise FileExistsError(f"{out} exists already; choose a new folder")
+    require_writable_folder(out)
 
 
 def _require_valid(settings: dict[str, Any]) -> None:

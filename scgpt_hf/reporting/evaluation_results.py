@@ -8,6 +8,7 @@ import re
 import shutil
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from scgpt_hf.analysis.evaluation.evaluate import PREDICTION, TRANSFER, Evaluati
 from scgpt_hf.analysis.evaluation.metrics import AVERAGES, BATCH, BIO
 from scgpt_hf.analysis.evaluation.probing import Predictions
 from scgpt_hf.analysis.evaluation.selected_cells import SelectedCells
+from scgpt_hf.output import require_writable_folder, write_beside
 from scgpt_hf.reporting.plots import UMAP_CELLS, plot_scores, plot_umap, save_figure
 from scgpt_hf.reporting.plots_predictions import plot_calibration, plot_confusion, plot_f1
 from scgpt_hf.training.finetuning.calibration import calibration_error
@@ -43,9 +45,11 @@ def require_free_folder(folder: Path) -> None:
 
     Raises:
         FileExistsError: it is a file, or is not empty.
+        OSError: it cannot be written to.
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise FileExistsError(f"{folder} exists and is not empty; choose a new folder with --out")
+    require_writable_folder(folder)
 
 
 def write_evaluation(
@@ -58,30 +62,38 @@ def write_evaluation(
     Args:
         evaluation: the scores.
         folder: new, or empty.
-        vector: formats of the figures temporarys PNG: "svg", "pdf".
+        vector: formats of the figures besides PNG: "svg", "pdf".
         extra: more values for scores.json, such as the names of the scored files.
 
     Raises:
-        FileExistsError: the folder is not empty.
+        OSError: the folder is not empty, or cannot be written. The message says where the scores are.
     """
-    require_free_folder(folder)
     temporary = folder.with_name(f".{folder.name}.part")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
     try:
+        require_free_folder(folder)
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
         figures = []
         for name, caption, figure in _draw_figures(evaluation):
             for suffix in ("png", *vector):
                 save_figure(figure, temporary / f"{name}.{suffix}")
             figures.append({"file": f"{name}.png", "caption": caption})
-        tabulate(evaluation).to_csv(temporary / TABLE, index=False)
-        record = {**(extra or {}), **_describe_evaluation(evaluation), "figures": figures}
-        (temporary / SCORES).write_text(json.dumps(record, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+        _write_scores(temporary, evaluation, {**(extra or {}), "figures": figures})
         if folder.exists():
             folder.rmdir()
         temporary.rename(folder)
+    except Exception as error:
+        scores_only = partial(_write_scores, evaluation=evaluation, extra={**(extra or {}), "figures": []})
+        raise write_beside(folder, scores_only, error) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _write_scores(folder: Path, evaluation: Evaluation, extra: dict[str, Any]) -> None:
+    """Write scores.csv and scores.json, with further values in the latter."""
+    tabulate(evaluation).to_csv(folder / TABLE, index=False)
+    record = {**extra, **_describe_evaluation(evaluation)}
+    (folder / SCORES).write_text(json.dumps(record, indent=1, allow_nan=False) + "\n", encoding="utf-8")
 
 
 def tabulate(evaluation: Evaluation) -> pd.DataFrame:

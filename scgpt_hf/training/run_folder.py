@@ -15,6 +15,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 
 from scgpt_hf.cells.schedule.run import RunSchedule
 from scgpt_hf.model.modeling_scgpt import ScGPTForPreTraining
+from scgpt_hf.output import require_writable_folder
 from scgpt_hf.publishing.record import read_metrics
 from scgpt_hf.training.fault_tolerance.checkpoints import (
     CheckpointError,
@@ -76,12 +77,14 @@ def require_new_folder(folder: Path, option: str) -> None:
 
     Raises:
         FileExistsError: it is a file, or not empty. The message recommends removing it only if it holds a run.
+        OSError: nothing can be written there.
     """
     advice = f"name a new folder with {option}"
+    if folder.exists() and not folder.is_dir():
+        raise FileExistsError(f"{folder} is a file, not a run folder; {advice}")
+    require_writable_folder(folder)
     if not folder.exists():
         return
-    if not folder.is_dir():
-        raise FileExistsError(f"{folder} is a file, not a run folder; {advice}")
     names = {path.name for path in folder.iterdir()}
     if checkpoints_in(folder) and option == "--output_dir":
         raise FileExistsError(
@@ -121,12 +124,19 @@ def require_space(folder: Path, n_bytes: int) -> None:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Write a text file to the disk, or leave the old one untouched if writing fails or the machine crashes."""
+    """Write a text file to the disk, or leave the old one untouched if writing fails or the machine crashes.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    flush_to_disk([temporary])
-    os.replace(temporary, path)
-    flush_to_disk([path.parent])  # the new name is stored in the parent folder
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        flush_to_disk([temporary])
+        os.replace(temporary, path)
+        flush_to_disk([path.parent])  # the new name is stored in the parent folder
+    except OSError as error:
+        raise type(error)(error.errno, f"cannot write {path}: {error.strerror}") from error
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

@@ -212,6 +212,50 @@ def test_a_file_is_annotated_as_in_memory_and_keeps_its_other_contents(classifie
     np.testing.assert_array_equal(found.X, adata.X)
 
 
+def test_a_file_with_nullable_text_is_annotated(classifier: Path, tmp_path: Path) -> None:
+    adata = make_cells()
+    adata.obs["barcode"] = pd.array([None, *map(str, range(1, N_CELLS))], dtype="string")
+    with anndata.settings.override(allow_write_nullable_strings=True):
+        adata.write_h5ad(tmp_path / "cells.h5ad")
+    annotate_file(
+        tmp_path / "cells.h5ad", tmp_path / "out.h5ad", partial(predict_cell_types, model=classifier, progress=False)
+    )
+    found = anndata.read_h5ad(tmp_path / "out.h5ad").obs
+    assert found["barcode"].isna().tolist() == [True] + [False] * (N_CELLS - 1)
+    assert "predicted_cell_type" in found
+
+
+def test_results_that_anndata_cannot_write_are_kept_beside_the_file(classifier: Path, tmp_path: Path) -> None:
+    make_cells().write_h5ad(tmp_path / "cells.h5ad")
+
+    def annotate(adata: AnnData) -> dict[str, Any]:
+        adata.uns["odd"] = object()
+        return predict_cell_types(adata, classifier, threshold=0, progress=False)
+
+    with pytest.raises(OSError, match=r"could not be written: .* are in .*unsaved"):
+        annotate_file(tmp_path / "cells.h5ad", tmp_path / "out.h5ad", annotate)
+    (kept,) = tmp_path.glob("out.h5ad.unsaved-*")
+    assert {path.name for path in tmp_path.iterdir()} == {"cells.h5ad", kept.name}
+    adata = make_cells()
+    predict_cell_types(adata, classifier, threshold=0, progress=False)
+    table = pd.read_csv(kept / "obs.csv", index_col=0)
+    assert table["predicted_cell_type"].tolist() == adata.obs["predicted_cell_type"].tolist()
+
+
+def test_a_view_of_a_backed_file_and_names_that_files_cannot_hold_raise_before_prediction(
+    encoder: Path, tmp_path: Path
+) -> None:
+    make_cells().write_h5ad(tmp_path / "cells.h5ad")
+    backed = anndata.read_h5ad(tmp_path / "cells.h5ad", backed="r")
+    with pytest.raises(ValueError, match=r"a view of .*cells\.h5ad"):
+        predict_cell_types(backed[:10], "no/model", progress=False)
+    with pytest.raises(ValueError, match=r"a view of .*cells\.h5ad"):
+        transfer_labels(backed[:10], make_embedded(np.eye(4), list("aabb")))
+    backed.file.close()
+    with pytest.raises(ValueError, match="'a/b' cannot be the name"):
+        predict_cell_types(make_cells(), "no/model", key_added="a/b", progress=False)
+
+
 def test_a_file_that_cannot_be_annotated_leaves_nothing_behind(classifier: Path, tmp_path: Path) -> None:
     make_cells().write_h5ad(tmp_path / "cells.h5ad")
     annotate = partial(predict_cell_types, model=classifier, progress=False)

@@ -238,6 +238,31 @@ def test_an_embedding_is_replaced_only_with_overwrite(model: ScGPTModel, process
     assert adata.obsm["X_scgpt"].shape == (N_CELLS, 16)
 
 
+def test_a_view_of_a_backed_file_raises_before_it_is_embedded(tmp_path: Path) -> None:
+    make_cells().write_h5ad(tmp_path / "cells.h5ad")
+    backed = anndata.read_h5ad(tmp_path / "cells.h5ad", backed="r")
+    with pytest.raises(ValueError, match=r"a view of .*cells\.h5ad.*to_memory"):
+        embed_anndata(backed[:10], "no/model", **QUIET)
+    backed.file.close()
+    with pytest.raises(ValueError, match="'a/b' cannot be the name"):
+        embed_anndata(make_cells(), "no/model", key_added="a/b", **QUIET)
+
+
+def test_vectors_are_kept_beside_a_file_that_cannot_be_completed(
+    model: ScGPTModel, processor: ScGPTProcessor, expected: np.ndarray, tmp_path: Path
+) -> None:
+    adata = make_cells()
+    adata.write_h5ad(tmp_path / "cells.h5ad")
+    with h5py.File(tmp_path / "cells.h5ad", "r+") as file:
+        del file["uns"]
+        file["uns"] = 1.0  # an array, to which no report can be added
+    with pytest.raises(OSError, match=r"could not be written: .* are in .*unsaved"):
+        embed_file(tmp_path / "cells.h5ad", tmp_path / "out.h5ad", model, processor, **QUIET)
+    (kept,) = tmp_path.glob("out.h5ad.unsaved-*")
+    np.testing.assert_allclose(np.load(kept / "obsm-X_scgpt.npy"), expected, atol=2e-6)
+    assert {path.name for path in tmp_path.iterdir()} == {"cells.h5ad", kept.name}
+
+
 def test_a_file_that_cannot_be_embedded_leaves_nothing_behind(
     model: ScGPTModel, processor: ScGPTProcessor, tmp_path: Path
 ) -> None:

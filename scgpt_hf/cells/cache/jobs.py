@@ -40,6 +40,7 @@ from scgpt_hf.cells.cache.manifest import (
 from scgpt_hf.cells.obs import require_columns
 from scgpt_hf.cells.source import CellSource
 from scgpt_hf.cells.threads import DaemonThreadPool, in_order
+from scgpt_hf.output import require_writable_folder
 
 logger = logging.getLogger(__name__)
 
@@ -102,6 +103,7 @@ class CacheJobs:
         elif self.folder.exists() and self._holds_other_files():
             raise FileExistsError(f"{self.folder} exists and is not a cache; choose another folder, or remove this one")
         if not complete:
+            require_writable_folder(self.folder)
             with self._ignore_if_completed():
                 plan.parent.mkdir(parents=True, exist_ok=True)
                 write_text(plan, json.dumps(asdict(self.identity), indent=1))

@@ -35,6 +35,7 @@ from scgpt_hf.cells.missing import UNKNOWN, fill_missing, has_value
 from scgpt_hf.cells.obs import require_columns
 from scgpt_hf.cells.soma.context import TILEDB_CONFIG
 from scgpt_hf.cells.soma.layout import OBS_LABELS, OBS_NUMBERS, TILE, table_storage, x_storage
+from scgpt_hf.output import require_writable_folder
 
 logger = logging.getLogger(__name__)
 
@@ -82,6 +83,7 @@ def build_census(
     folder = Path(folder)
     if folder.exists():
         raise FileExistsError(f"{str(folder)!r} exists; choose another folder")
+    require_writable_folder(folder)
     source = AnnDataSource(list(paths), layer=layer, primary_only=False)
     dataset_ids = _name_datasets(source.parts)
     labels = _label_cells(source, dataset_ids, keep_obs)

@@ -93,18 +93,24 @@ def test_the_folder_has_scores_and_figures(evaluation: Evaluation, tmp_path: Pat
     assert all((tmp_path / "scores" / figure["file"]).is_file() for figure in record["figures"])
     table = pd.read_csv(tmp_path / "scores" / "scores.csv")
     assert set(table.columns) == {"method", "metric", "value", "reason"}
-    with pytest.raises(FileExistsError, match="exists and is not empty"):
+    with pytest.raises(OSError, match="exists and is not empty"):
         write_evaluation(evaluation, tmp_path / "scores")
 
 
-def test_a_failed_write_leaves_no_folder(evaluation: Evaluation, tmp_path: Path, monkeypatch) -> None:
+def test_a_failed_write_leaves_the_scores_beside_the_folder(
+    evaluation: Evaluation, tmp_path: Path, monkeypatch
+) -> None:
     def fail(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(evaluation_results, "save_figure", fail)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(OSError, match=r"No space left .* in .*scores\.unsaved"):
         write_evaluation(evaluation, tmp_path / "scores")
-    assert list(tmp_path.iterdir()) == []
+    (kept,) = tmp_path.iterdir()
+    assert {path.name for path in kept.iterdir()} == {"scores.csv", "scores.json"}
+    pd.testing.assert_frame_equal(
+        pd.read_csv(kept / "scores.csv", keep_default_na=False, na_values={"value": ""}), tabulate(evaluation)
+    )
 
 
 def test_a_metric_passed_by_name_raises_if_it_cannot_be_computed(small_cells: list[AnnData]) -> None:
