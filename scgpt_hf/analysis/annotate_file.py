@@ -4,6 +4,7 @@
 """
 
 from collections.abc import Callable
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from scgpt_hf.analysis.embed import embed_anndata
 from scgpt_hf.cells.files.additions import open_copy, write_columns, write_plainly
 from scgpt_hf.cells.files.probe import require_readable
 from scgpt_hf.cells.files.validation import translate_read_errors
-from scgpt_hf.output import write_beside
+from scgpt_hf.output import require_writable_file, write_beside
 from scgpt_hf.tokens.processing_scgpt import ScGPTProcessor
 
 
@@ -49,20 +50,18 @@ def annotate_file(
         >>> annotate_file("query.h5ad", "annotated.h5ad", annotate)["unassigned"]
         12
     """
-    with open_copy(path, out, overwrite=overwrite) as copy:
-        adata = open_backed(path)
+    require_writable_file(out, overwrite=overwrite)
+    adata = open_backed(path)
+    with closing(adata.file), open_copy(path, out, overwrite=overwrite) as copy:
         obs = adata.obs.copy()
         before = {group: dict(getattr(adata, group)) for group in ("obsm", "uns")}
-        try:
-            report = annotate(adata)
-            changed = {
-                f"{group}/{key}": value
-                for group, old in before.items()
-                for key, value in getattr(adata, group).items()
-                if value is not old.get(key)
-            }
-        finally:
-            adata.file.close()
+        report = annotate(adata)
+        changed = {
+            f"{group}/{key}": value
+            for group, old in before.items()
+            for key, value in getattr(adata, group).items()
+            if value is not old.get(key)
+        }
         columns = adata.obs[[name for name in adata.obs if name not in obs or not adata.obs[name].equals(obs[name])]]
         try:
             write_columns(copy, columns)
