@@ -64,12 +64,12 @@ def main() -> None:
     sys.path.insert(0, str(ROOT))
     warnings.simplefilter("ignore")
     from scgpt_hf.cells.soma.build import build_census
-    from tests.conftest import _synthetic_cells
     from tests.support.damage import CASES, make_inputs
+    from tests.support.synthetic import synthetic_cells
 
     names, started, counts, failures = options.only or list(CASES), time.monotonic(), Counter[str](), []
     with tempfile.TemporaryDirectory() as scratch:
-        cells = [_synthetic_cells(1, range(190), 160, ["a", "b", "c"], "first")]
+        cells = [synthetic_cells(1, range(190), 160, ["a", "b", "c"], "first")]
         cells[0].write_h5ad(Path(scratch) / "first.h5ad")
         census = build_census([Path(scratch) / "first.h5ad"], Path(scratch) / "soma")
         (Path(scratch) / "inputs").mkdir()

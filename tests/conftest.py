@@ -36,45 +36,14 @@ def shared() -> Path:
     return folder
 
 
-def _synthetic_cells(seed: int, genes: range, n_cells: int, donors: list[str], dataset_id: str) -> AnnData:
-    """Return cells of four types with ten marker genes each; a gene has the same rates in every data set."""
-    import numpy as np
-    import pandas as pd
-    from anndata import AnnData
-    from scipy.sparse import csr_matrix
-
-    rates = np.random.default_rng(0).gamma(0.4, 2.0, size=(4, 200))
-    for cell_type in range(4):
-        rates[cell_type, 10 * cell_type : 10 * cell_type + 10] += 8
-    rng = np.random.default_rng(seed)
-    columns = rng.permutation(genes)
-    cell_type = rng.integers(4, size=n_cells)
-    counts = rng.poisson(rates[cell_type][:, columns] * rng.gamma(5, 0.1, size=(n_cells, 1)))
-    obs = pd.DataFrame(
-        {
-            "cell_type": np.array(["T cell", "B cell", "monocyte", "NK cell"])[cell_type],
-            "donor_id": np.array(donors)[np.arange(n_cells) % len(donors)],
-            "dataset_id": dataset_id,
-            "assay": "10x 3' v3",
-            "tissue_general": "blood",
-            "disease": np.where(np.arange(n_cells) % len(donors) == 0, "COVID-19", "normal"),
-            "suspension_type": "cell",
-            "is_primary_data": np.arange(n_cells) % 10 != 9,
-        },
-        index=[f"{dataset_id}-{cell}" for cell in range(n_cells)],
-    )
-    var = pd.DataFrame(
-        {"feature_name": [f"GENE{gene}" for gene in columns]}, index=[f"ENSG{gene:011d}" for gene in columns]
-    )
-    return AnnData(csr_matrix(counts.astype(np.float32)), obs, var)
-
-
 @pytest.fixture(scope="session")
 def small_cells() -> list[AnnData]:
     """Two data sets of 160 and 140 blood cells. 170 of the 200 genes and one of the 7 donors occur in both."""
+    from tests.support.synthetic import synthetic_cells
+
     return [
-        _synthetic_cells(1, range(190), 160, ["donor_1", "donor_2", "donor_3", "donor_4"], "first"),
-        _synthetic_cells(2, range(20, 200), 140, ["donor_4", "donor_5", "donor_6", "donor_7"], "second"),
+        synthetic_cells(1, range(190), 160, ["donor_1", "donor_2", "donor_3", "donor_4"], "first"),
+        synthetic_cells(2, range(20, 200), 140, ["donor_4", "donor_5", "donor_6", "donor_7"], "second"),
     ]
 
 

@@ -1,1 +1,1 @@
-"""finetuning."""
+"""Fine-tune a pretrained model: to annotate cell types, or to integrate experimental batches."""
