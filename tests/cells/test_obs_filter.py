@@ -128,18 +128,6 @@ def test_a_filter_selects_the_same_cells_from_a_table_as_from_a_soma(write, tabl
             assert np.flatnonzero(parsed.matches(table)).tolist() == tiledb_rows(frame, parsed.to_soma(types)), text
 
 
-@given(table=tables(), texts=st.lists(comparisons(), min_size=1, max_size=8))
-@settings(deadline=None, max_examples=40)
-def test_a_comparison_means_what_tiledbsoma_makes_of_the_text(write, table, texts):
-    with write(table) as frame:
-        for text in texts:
-            try:
-                expected = tiledb_rows(frame, text)
-            except soma.SOMAError:  # lists of booleans, of small integers, of negative numbers
-                continue
-            assert np.flatnonzero(ObsFilter(text).matches(table)).tolist() == expected, text
-
-
 OBS = pd.DataFrame(
     {
         "tissue": pd.Categorical(["blood", "lung", None]),
