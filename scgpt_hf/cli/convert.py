@@ -25,10 +25,12 @@ from scgpt_hf.training.settings_parsing import ExampleHelpFormatter
 def main(arguments: list[str] | None = None) -> None:
     """Convert the checkpoint given on the command line, and print the report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=ExampleHelpFormatter)
-    parser.add_argument("folder", metavar="FOLDER", help="folder with args.json, vocab.json and best_model.pt")
+    parser.add_argument("folder", metavar="FOLDER", help="folder with args.json, vocab.json and the weights")
     parser.add_argument("--out", required=True, metavar="DIR", help="folder to create; it must not exist yet")
     parser.add_argument(
-        "--weights_file", default="best_model.pt", help="file name of the state dict (default: %(default)s)"
+        "--weights_file",
+        default="best_model.pt",
+        help="file name of the state dict, .pt or .safetensors (default: %(default)s, or the only .safetensors file)",
     )
     # Without argparse defaults: `convert_scgpt` knows them, and reports as assumed what is not passed.
     add: Any = parser.add_argument_group("settings that the files do not record").add_argument

@@ -65,8 +65,9 @@ def convert_scgpt(
 
     Args:
         folder: folder with args.json, vocab.json and the weights.
-        weights_file: file name of the state dict. Its attention weights may be named `in_proj_*`, `Wqkv` or
-            `_impl.Wqkv`.
+        weights_file: file name of the state dict, written by torch.save or as safetensors. By default best_model.pt,
+            or the only .safetensors file of a folder without it. Its attention weights may be named `in_proj_*`,
+            `Wqkv` or `_impl.Wqkv`. Prefixes of wrappers (`module.`, `_orig_mod.`) are removed and reported.
         unrecorded: settings that the files do not record; see `UnrecordedSettings`.
 
     Returns:
@@ -244,7 +245,9 @@ def _assumed_settings(
 
 def _notes(files: OriginalFiles, inferred: dict[str, Any]) -> tuple[str, ...]:
     """Return notes for the user about properties of the model that its settings do not show."""
-    notes = []
+    notes = [
+        f"removed the prefix {prefix!r} of a wrapper from {n_keys} keys" for prefix, n_keys in files.wrappers.items()
+    ]
     if "num_labels" in inferred:
         notes.append("the checkpoint has a class head: load it with AutoModelForSequenceClassification")
     if files.args["input_style"] == "binned" and files.args["n_bins"] != 51:

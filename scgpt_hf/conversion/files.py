@@ -13,11 +13,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor
 
+from scgpt_hf.file_kinds import describe_file
 from scgpt_hf.tokens.vocabulary_scgpt import PAD, check_vocab
 
 ARGS, VOCAB, WEIGHTS = "args.json", "vocab.json", "best_model.pt"
+SAFETENSORS = ".safetensors"
+# Parts of a key that name a wrapper around the model, or around a part of it: DataParallel and DistributedDataParallel,
+# torch.compile, FSDP, and activation checkpointing. No key of scGPT has a part of such a name.
+_WRAPPERS = frozenset({"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
 
 # Settings that args.json must contain.
 _REQUIRED = ("embsize", "nheads", "d_hid", "nlayers", "n_bins")
@@ -47,7 +54,8 @@ class OriginalFiles:
         args: settings from args.json; those that it lacks have their published values.
         missing_args: names of the settings that args.json lacks.
         vocab: token → id.
-        weights: original key → tensor on the CPU.
+        weights: original key → tensor on the CPU, without the prefixes of wrappers.
+        wrappers: prefix of a wrapper that was removed → number of keys that had it.
         weights_path: path of the weights, for error messages.
     """
 
@@ -55,6 +63,7 @@ class OriginalFiles:
     missing_args: tuple[str, ...]
     vocab: dict[str, int]
     weights: dict[str, Tensor]
+    wrappers: dict[str, int]
     weights_path: str
 
 
@@ -65,18 +74,66 @@ def read_original(folder: Path, weights_file: str) -> OriginalFiles:
         FileNotFoundError: the folder or one of the files is missing.
         ValueError: a file is invalid; the message names the file and the key.
     """
+    if folder.is_file():
+        raise FileNotFoundError(
+            f"{folder} is a file; an original checkpoint is a folder with {ARGS}, {VOCAB} and the weights: pass "
+            f"{folder.parent} and --weights_file {folder.name}"
+        )
+    weights_file = _find_weights(folder, weights_file)
     names = (ARGS, VOCAB, weights_file)
     missing = [name for name in names if not (folder / name).is_file()]
     if missing:
         found = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else "no such folder"
         raise FileNotFoundError(
             f"{folder} lacks {' and '.join(missing)} (found: {found}); an original checkpoint is a folder with "
-            f"{', '.join(names)}"
+            f"{', '.join(names)}{_advise(folder)}"
         )
     args, missing_args = read_args(folder / ARGS)
-    return OriginalFiles(
-        args, missing_args, read_vocab(folder / VOCAB), read_weights(folder / weights_file), str(folder / weights_file)
-    )
+    path = folder / weights_file
+    weights, wrappers = unwrap_keys(read_weights(path), str(path))
+    return OriginalFiles(args, missing_args, read_vocab(folder / VOCAB), weights, wrappers, str(path))
+
+
+def _find_weights(folder: Path, weights_file: str) -> str:
+    """Return the name of the weights; the only safetensors file if there is none of the default name."""
+    if weights_file != WEIGHTS or not folder.is_dir() or (folder / weights_file).is_file():
+        return weights_file
+    found = sorted(path.name for path in folder.iterdir() if path.suffix.lower() == SAFETENSORS)
+    return found[0] if len(found) == 1 else weights_file
+
+
+def _advise(folder: Path) -> str:
+    """Return what to do about a folder that is no original checkpoint, as the end of a sentence."""
+    if (folder / "config.json").is_file():
+        return "; this folder has a config.json: if it is a model of transformers, load it without converting it"
+    if folder.is_dir() and (
+        found := sorted(path.name for path in folder.iterdir() if path.suffix.lower() in (".pt", ".pth", SAFETENSORS))
+    ):
+        return f"; name the weights with --weights_file, e.g. {found[0]}"
+    return ""
+
+
+def unwrap_keys(weights: dict[str, Tensor], path: str) -> tuple[dict[str, Tensor], dict[str, int]]:
+    """Return a state dict without the prefixes that wrappers of PyTorch add to its keys, and how often each occurred.
+
+    Args:
+        weights: key → tensor.
+        path: path of the weights, for the error.
+
+    Raises:
+        ValueError: two keys differ only in such prefixes.
+    """
+    unwrapped: dict[str, Tensor] = {}
+    counts: dict[str, int] = {}
+    for key, tensor in weights.items():
+        parts = key.split(".")
+        bare = ".".join(part for part in parts if part not in _WRAPPERS)
+        if bare in unwrapped:
+            raise ValueError(f"{path}: {key!r} and another key are two names of the weights {bare!r}; keep one of them")
+        unwrapped[bare] = tensor
+        for part in _WRAPPERS.intersection(parts):
+            counts[f"{part}."] = counts.get(f"{part}.", 0) + 1
+    return unwrapped, dict(sorted(counts.items()))
 
 
 def read_args(path: Path) -> tuple[dict[str, Any], tuple[str, ...]]:
@@ -124,25 +181,15 @@ def read_vocab(path: Path) -> dict[str, int]:
 def read_weights(path: Path) -> dict[str, Tensor]:
     """Load a state dict to the CPU. Only tensors are loaded, so a pickle that contains code does not run it.
 
+    Args:
+        path: a file written by torch.save, or a safetensors file, whatever its name.
+
     Raises:
         ValueError: the file is damaged, or is not a state dict.
     """
-    try:
-        # Damaged files can look like an unusual pickle protocol, about which torch warns before it fails.
-        with path.open("rb") as file, warnings.catch_warnings(action="ignore"):
-            weights = torch.load(file, map_location="cpu", weights_only=True)
-    except PermissionError:
-        raise
-    except pickle.UnpicklingError as error:
-        refused = re.search(r"GLOBAL (\S+)", str(error))
-        found = f"contains a call of {refused[1]}" if refused else "is damaged or is not a pickle of tensors"
-        # `from None`, because PyTorch's message recommends turning this protection off.
-        raise ValueError(
-            f"{path} {found}. It was loaded with weights_only=True, because a pickle can contain code; none of it was "
-            "run. If you trust the author, ask them to save only the state dict: torch.save(model.state_dict(), path)"
-        ) from None
-    except (*_DAMAGED, struct.error) as error:
-        raise ValueError(f"{path} is damaged or was not written by torch.save: {error}; download it again") from error
+    kind = describe_file(path)
+    is_safetensors = kind == "a safetensors file" or path.suffix.lower() == SAFETENSORS
+    weights = _read_safetensors(path, kind) if is_safetensors else _read_pickle(path, kind)
     if not isinstance(weights, dict) or not weights:
         raise ValueError(f"{path} contains {_type_name(weights)}; expected a state dict, {{name: tensor}}")
     for key, value in weights.items():
@@ -152,6 +199,42 @@ def read_weights(path: Path) -> dict[str, Tensor]:
                 "is a training checkpoint, save only the weights in it"
             )
     return dict(weights)
+
+
+def _read_safetensors(path: Path, kind: str | None) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is not a complete safetensors file: {error}{_found(kind)}") from error
+
+
+def _read_pickle(path: Path, kind: str | None) -> Any:
+    """Return what torch.save wrote."""
+    try:
+        # Damaged files can look like an unusual pickle protocol, about which torch warns before it fails.
+        with path.open("rb") as file, warnings.catch_warnings(action="ignore"):
+            return torch.load(file, map_location="cpu", weights_only=True)
+    except PermissionError:
+        raise
+    except (pickle.UnpicklingError, *_DAMAGED, struct.error) as error:
+        if other := _found(kind):
+            raise ValueError(f"{path} was not written by torch.save{other}") from error
+        if not isinstance(error, pickle.UnpicklingError):
+            raise ValueError(
+                f"{path} is damaged or was not written by torch.save: {error}; download it again"
+            ) from error
+        refused = re.search(r"GLOBAL (\S+)", str(error))
+        found = f"contains a call of {refused[1]}" if refused else "is damaged or is not a pickle of tensors"
+        # `from None`, because PyTorch's message recommends turning this protection off.
+        raise ValueError(
+            f"{path} {found}. It was loaded with weights_only=True, because a pickle can contain code; none of it was "
+            "run. If you trust the author, ask them to save only the state dict: torch.save(model.state_dict(), path)"
+        ) from None
+
+
+def _found(kind: str | None) -> str:
+    """Return the kind of a file as the end of a sentence; nothing if weights are stored in such files."""
+    return "" if kind in (None, "a ZIP archive", "a Python pickle", "a safetensors file") else f": it is {kind}"
 
 
 def _type_name(value: Any) -> str:

@@ -15,6 +15,7 @@ import torch
 from anndata import AnnData
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 from scipy.sparse import csr_matrix
 from transformers import (
     AutoModel,
@@ -142,6 +143,80 @@ def test_half_precision_weights_are_converted_to_float32(tmp_path: Path) -> None
     state = model.state_dict()
     for key, target in report.converted.items():
         assert torch.equal(state[target], weights[key].float())
+
+
+@pytest.mark.parametrize(
+    ("wrap", "prefixes"),
+    [
+        (lambda key: f"module.{key}", ["module."]),
+        (lambda key: f"_orig_mod.{key}", ["_orig_mod."]),
+        (lambda key: f"_orig_mod.module.{key}", ["_orig_mod.", "module."]),
+        (lambda key: key.replace("transformer_encoder.", "transformer_encoder._orig_mod."), ["_orig_mod."]),
+    ],
+)
+def test_prefixes_of_wrappers_are_removed_and_reported(tmp_path: Path, wrap: Any, prefixes: list[str]) -> None:
+    weights = weights_of(SMALL)
+    expected = convert_scgpt(write_checkpoint(tmp_path / "plain", SMALL))[0].state_dict()
+    wrapped = {wrap(key): tensor for key, tensor in weights.items()}
+    model, _, report = convert_scgpt(write_checkpoint(tmp_path / "wrapped", SMALL, wrapped))
+    found = model.state_dict()
+    assert all(torch.equal(tensor, found[name]) for name, tensor in expected.items())
+    for prefix in prefixes:
+        n_keys = sum(prefix in key for key in wrapped)
+        assert f"removed the prefix '{prefix}' of a wrapper from {n_keys} keys" in str(report)
+
+
+def test_two_keys_that_differ_in_a_prefix_raise(tmp_path: Path) -> None:
+    weights = weights_of(SMALL)
+    weights["module.encoder.embedding.weight"] = weights["encoder.embedding.weight"] + 1
+    folder = write_checkpoint(tmp_path, SMALL, weights)
+    assert_rejected(folder, "best_model.pt", "two names of the weights 'encoder.embedding.weight'")
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("model.safetensors", {}),
+        ("MODEL.SAFETENSORS", {}),
+        ("other.safetensors", {"weights_file": "other.safetensors"}),
+        ("best_model.pt", {}),
+    ],
+)
+def test_weights_in_safetensors_are_converted(tmp_path: Path, name: str, options: dict[str, str]) -> None:
+    expected = convert_scgpt(write_checkpoint(tmp_path / "torch", SMALL))[0].state_dict()
+    folder = write_checkpoint(tmp_path / "safetensors", SMALL)
+    (folder / "best_model.pt").unlink()
+    save_file(weights_of(SMALL), folder / name)
+    found = convert_scgpt(folder, **options)[0].state_dict()  # type: ignore[arg-type]
+    assert all(torch.equal(tensor, found[key]) for key, tensor in expected.items())
+    (folder / name).write_bytes((folder / name).read_bytes()[:-5])
+    assert_rejected(folder, name, "not a complete safetensors file", **options)
+
+
+@pytest.mark.parametrize(
+    ("content", "found"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "git lfs pull"),
+        (b"<!DOCTYPE html><html>404", "a web page"),
+        (b"", "an empty file"),
+    ],
+)
+def test_weights_of_another_kind_are_named(tmp_path: Path, content: bytes, found: str) -> None:
+    folder = write_checkpoint(tmp_path, SMALL)
+    (folder / "best_model.pt").write_bytes(content)
+    assert_rejected(folder, "best_model.pt", "was not written by torch.save", found)
+
+
+def test_a_path_that_is_no_original_checkpoint_raises_with_what_to_pass(tmp_path: Path) -> None:
+    folder = write_checkpoint(tmp_path / "original", SMALL)
+    with pytest.raises(FileNotFoundError, match=r"is a file; .*original and --weights_file best_model\.pt"):
+        convert_scgpt(folder / "best_model.pt")
+    converted = save_converted(*convert_scgpt(folder), tmp_path / "converted")
+    with pytest.raises(FileNotFoundError, match=r"has a config\.json.*without converting it"):
+        convert_scgpt(converted)
+    (folder / "best_model.pt").rename(folder / "weights.pth")
+    with pytest.raises(FileNotFoundError, match=r"--weights_file, e\.g\. weights\.pth"):
+        convert_scgpt(folder)
 
 
 # The saved folder
@@ -458,8 +533,8 @@ ZEROS = torch.zeros
             ["in_proj_bias' and", "Wqkv.bias' are two names of the same weights"],
         ),
         (
-            lambda w: w.update({f"module.{key}": w.pop(key) for key in list(w)}),
-            ["53 keys, e.g. 'module.encoder", "another model"],
+            lambda w: w.update({f"scgpt.{key}": w.pop(key) for key in list(w)}),
+            ["53 keys, e.g. 'scgpt.encoder", "another model"],
         ),
     ],
 )
