@@ -8,7 +8,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from scgpt_hf.cells.block import Int64Array
+from scgpt_hf.cells.block import Int64Array, to_offsets
 from scgpt_hf.tokens.packing_scgpt import IGNORE, Tokens
 from scgpt_hf.tokens.processing_scgpt import ScGPTProcessor
 from scgpt_hf.tokens.randomness_scgpt import MASKING, cell_keys, random_words
@@ -58,6 +58,6 @@ def join_tokens(cells: Sequence[Tokens]) -> Tokens:
         np.concatenate([tokens.input_ids for tokens in cells]),
         np.concatenate([tokens.values for tokens in cells]),
         np.concatenate([tokens.labels for tokens in cells if tokens.labels is not None]),
-        np.concatenate([[0], np.cumsum(lengths)]),
+        to_offsets(lengths),
         np.concatenate([tokens.cell_ids for tokens in cells]),
     )

@@ -139,13 +139,18 @@ class CellBlock:
         """Return the CSR arrays of the cells at the given positions, in this order; compact blocks override it."""
         data, indices, indptr = self._arrays
         starts, stops = indptr[positions], indptr[positions + 1]
-        taken_indptr = np.concatenate([[0], np.cumsum(stops - starts, dtype=np.int64)])
+        taken_indptr = to_offsets(stops - starts)
         entries: Any
         if isinstance(_as_slice(positions), slice):
             entries = slice(starts[0], stops[-1])
         else:
             entries = np.repeat(starts - taken_indptr[:-1], stops - starts) + np.arange(taken_indptr[-1])
         return data[entries], indices[entries], taken_indptr
+
+
+def to_offsets(lengths: AnyArray | Sequence[int]) -> Int64Array:
+    """Return where each of several consecutive parts starts, and the end of the last one. Shape (parts + 1,)."""
+    return np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths, dtype=np.int64)])
 
 
 def _as_slice(positions: Int64Array) -> slice | Int64Array:

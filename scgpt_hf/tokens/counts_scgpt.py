@@ -45,6 +45,11 @@ class _CsrArrays(NamedTuple):
     shape: tuple[int, int]
 
 
+def to_offsets(lengths: npt.NDArray[Any]) -> Int64Array:
+    """Return where each of several consecutive parts starts, and the end of the last one. Shape (parts + 1,)."""
+    return np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths, dtype=np.int64)])
+
+
 def to_csr(counts: Any) -> SparseCounts:
     """Convert counts to CSR with sorted columns and no repeated entries.
 
@@ -146,7 +151,7 @@ def sum_repeated_genes(counts: SparseCounts, gene_ids: Int64Array, repeated: npt
     kept[entries] = False
     kept[entries[first]] = True
     data[entries[first]] = sums
-    n_before: Int64Array = np.concatenate([[0], np.cumsum(kept)])
+    n_before = to_offsets(kept)
     return _CsrArrays(data[kept], columns[kept], n_before[counts.indptr], counts.shape)
 
 
@@ -158,7 +163,7 @@ def count_known_genes(counts: SparseCounts, gene_ids: Int64Array) -> Int64Array:
         gene_ids: vocabulary id of each column, −1 where unknown. Shape (genes,).
     """
     known = (gene_ids[counts.indices] >= 0) & (counts.data > 0)
-    n_before: Int64Array = np.concatenate([[0], np.cumsum(known)])
+    n_before = to_offsets(known)
     n_known: Int64Array = np.diff(n_before[counts.indptr])
     return n_known
 

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from .counts_scgpt import SparseCounts
+from .counts_scgpt import SparseCounts, to_offsets
 from .randomness_scgpt import Int64Array
 
 
@@ -42,7 +42,7 @@ class CountTargets:
         """Return only the cells for which `cells`, bool (cells,), is true."""
         lengths = np.diff(self.indptr)
         entries = np.repeat(cells, lengths)
-        return CountTargets(self.ids[entries], self.counts[entries], _offsets(lengths[cells]))
+        return CountTargets(self.ids[entries], self.counts[entries], to_offsets(lengths[cells]))
 
     def as_batch(self, n_entries: int | None = None) -> dict[str, Any]:
         """Return `count_ids`, `count_values` and `count_cells`, as `ScGPTForPreTraining.forward` takes them.
@@ -68,10 +68,6 @@ def gather_count_targets(counts: SparseCounts, gene_ids: Int64Array) -> CountTar
     """
     ids = gene_ids[counts.indices]
     known = (ids >= 0) & (counts.data > 0)
-    n_before: Int64Array = np.concatenate([[0], np.cumsum(known)])
+    n_before = to_offsets(known)
     indptr = n_before[counts.indptr] - n_before[counts.indptr[0]]
     return CountTargets(ids[known], counts.data[known].astype(np.float32), indptr)
-
-
-def _offsets(lengths: npt.NDArray[Any]) -> Int64Array:
-    return np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)])

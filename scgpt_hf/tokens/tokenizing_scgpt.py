@@ -24,7 +24,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .binning_scgpt import Ties, bin_cell, quantile_levels
-from .counts_scgpt import SparseCounts
+from .counts_scgpt import SparseCounts, to_offsets
 from .kernels_scgpt import TIE_CODES, tokenize_cells
 from .packing_scgpt import Tokens
 from .randomness_scgpt import SAMPLING, TIES, Int64Array, UInt64Array, cell_keys, random_words
@@ -116,7 +116,7 @@ def tokenize_counts(
     unsorted = fill(counts, gene_ids, zero_genes, settings, (tie_keys, sampling_keys), (n_tokens, input_ids, values))
     if unsorted >= 0:
         raise ValueError(f"row {unsorted} has unsorted or repeated columns; call counts.sum_duplicates() first")
-    indptr = np.concatenate([[0], np.cumsum(n_tokens[n_tokens > 0])])
+    indptr = to_offsets(n_tokens[n_tokens > 0])
     input_ids, values = _trim(input_ids, indptr[-1]), _trim(values, indptr[-1])
     input_ids[indptr[:-1]], values[indptr[:-1]] = settings.cls_id, settings.cls_value
     return Tokens(input_ids, values, None, indptr, cell_ids[n_tokens > 0])

@@ -73,7 +73,6 @@ class DataModule:
                 not fit the run.
         """
         self.source, self.processor, self.selection = source, processor, selection
-        domains = {domain: index for index, domain in enumerate(selection.domains)}
         self.stream_config = StreamConfig(
             seed=args.seed,
             mask_ratios=tuple(mask_ratios),
@@ -82,7 +81,7 @@ class DataModule:
             micro_batches=args.gradient_accumulation_steps,
             padded=bool(config.padding_dependent_settings),
             bucketed=args.torch_compile,
-            categories={} if config.batch_key is None else {"domain_ids": (config.batch_key, domains)},
+            categories={} if config.batch_key is None else {"domain_ids": (config.batch_key, selection.domain_ids)},
             with_counts=config.has_objective("counts"),
         )
         self.caching = None if cache_dir is None else self._open_cache(cache_dir, config.batch_key)

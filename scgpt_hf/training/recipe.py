@@ -92,8 +92,9 @@ def start_at_frequencies(model: ScGPTForPreTraining, source: CellSource, selecti
     train, key = selection.parts["train"], model.config.batch_key
     domain_of_cell = np.zeros(len(train), np.int64)
     if key is not None:
-        ids = {domain: index for index, domain in enumerate(selection.domains)}
-        domain_of_cell = np.asarray(source.obs([key]).loc[train, key].astype(str).map(ids), dtype=np.int64)
+        domain_of_cell = np.asarray(
+            source.obs([key]).loc[train, key].astype(str).map(selection.domain_ids), dtype=np.int64
+        )
     genes = pd.Index(source.genes["feature_id"]).get_indexer(pd.Index(selection.genes))
     totals = np.zeros((max(len(selection.domains), 1), model.config.vocab_size))
     found = sums_per_batch(source, train, genes, domain_of_cell)[0]

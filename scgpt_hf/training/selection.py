@@ -51,6 +51,11 @@ class Selection:
     domains: list[str]
     n_donors: dict[str, int]
 
+    @property
+    def domain_ids(self) -> dict[str, int]:
+        """Id of each experimental batch."""
+        return {domain: index for index, domain in enumerate(self.domains)}
+
 
 def open_cells(settings: Settings) -> CellSource:
     """Open the source that the settings name.

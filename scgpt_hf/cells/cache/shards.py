@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 
-from scgpt_hf.cells.block import CHUNK_SIZE, CellBlock, CsrArrays, Int64Array
+from scgpt_hf.cells.block import CHUNK_SIZE, CellBlock, CsrArrays, Int64Array, to_offsets
 from scgpt_hf.cells.cache.format import CELL_COLUMNS, ESCAPE, Array, cache_schema
 from scgpt_hf.cells.cache.manifest import REMEDY, CacheError
 from scgpt_hf.cells.compiled import compiled
@@ -118,7 +118,7 @@ class MappedBlock(CellBlock):
         Raises:
             CacheError: a cell has a gene that the cache does not have.
         """
-        indptr, n_genes = np.concatenate([[0], np.cumsum(self._lengths[positions])]), self.shape[1]
+        indptr, n_genes = to_offsets(self._lengths[positions]), self.shape[1]
         genes = np.empty(indptr[-1], np.uint16 if n_genes <= 2**16 else np.int32)
         counts: Array = np.empty(indptr[-1], np.uint16)
         if self._copy(positions, indptr, genes, counts):  # large counts are rare: copy the cells a second time

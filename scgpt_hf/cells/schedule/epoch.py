@@ -38,7 +38,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from scgpt_hf.cells.block import CHUNK_SIZE, Int64Array
+from scgpt_hf.cells.block import CHUNK_SIZE, Int64Array, to_offsets
 
 # Ids scanned together when chunks are located, so that a memory map of any size needs 32 MiB of int64.
 _IDS_PER_SCAN = 1 << 22
@@ -266,7 +266,7 @@ def plan_epoch(
     order = np.random.default_rng([seed, epoch]).permutation(len(starts))
     lengths = np.diff(starts, append=len(cell_ids))[order]
     steps_per_window = max(1, chunks_per_window * chunk_size // batch_size)
-    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    offsets = to_offsets(lengths)
     return EpochPlan(cell_ids, seed, epoch, batch_size, steps_per_window, rank_groups, starts[order], offsets)
 
 

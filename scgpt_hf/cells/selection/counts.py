@@ -11,7 +11,7 @@ import numpy.typing as npt
 from scipy.sparse import csr_matrix
 from tqdm import tqdm
 
-from scgpt_hf.cells.block import CHUNK_SIZE, CellBlock, Int64Array
+from scgpt_hf.cells.block import CHUNK_SIZE, CellBlock, Int64Array, to_offsets
 
 if TYPE_CHECKING:
     from scgpt_hf.cells.source import CellSource
@@ -60,7 +60,7 @@ def genes_per_cell(source: "CellSource", cell_ids: Int64Array, genes: Int64Array
         counted[genes] = True
     n_genes = [np.empty(0, np.int64)]
     for block in stream_blocks(source, cell_ids, "counting expressed genes"):
-        n_before = np.concatenate([[0], np.cumsum(counted[block.indices])])  # (entries + 1,)
+        n_before = to_offsets(counted[block.indices])  # (entries + 1,)
         n_genes.append(np.diff(n_before[block.indptr]))
     return np.concatenate(n_genes)
 

@@ -31,7 +31,7 @@ import pyarrow as pa
 import tiledbsoma as soma
 from numpy.typing import NDArray
 
-from scgpt_hf.cells.block import CellBlock, CsrArrays, Int64Array
+from scgpt_hf.cells.block import CellBlock, CsrArrays, Int64Array, to_offsets
 from scgpt_hf.cells.compiled import compiled
 from scgpt_hf.cells.soma.layout import TILE
 from scgpt_hf.cells.soma.native import NativeArray
@@ -103,7 +103,7 @@ class ChunkedBlock(CellBlock):
 
     def _gather(self, positions: Int64Array) -> CsrArrays:
         """Unpack the cells at the given positions, chunk by chunk; see `CellBlock._gather`."""
-        indptr = np.concatenate([[0], np.cumsum(self._length[positions])])
+        indptr = to_offsets(self._length[positions])
         counts, genes = (np.empty(indptr[-1], dtype) for dtype in self._dtypes)
         chunk_of_cell = self._chunk_of_cell[positions]
         by_chunk = np.argsort(chunk_of_cell, kind="stable")
