@@ -6,6 +6,7 @@ It needs no network.
 """
 
 import logging
+from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -30,6 +31,8 @@ def demo_census(folder: str | Path) -> Path:
     "pbmc68k_well_1" to "pbmc68k_well_8"), so that the demo can be split by donor like any other run. So its validation
     loss says nothing about new people. The dataset has gene symbols only, and `feature_id` is the symbol.
 
+    If several processes need the folder at the same time, one builds it and the others wait.
+
     Args:
         folder: folder of the Census.
 
@@ -46,15 +49,17 @@ def demo_census(folder: str | Path) -> Path:
 
     Source: scanpy `datasets/_datasets.py:pbmc68k_reduced`; Zheng et al. 2017, Nature Communications 8:14049.
     """
+    from scgpt_hf.cells.locking import exclusive
     from scgpt_hf.cells.soma.build import build_census
     from scgpt_hf.cells.source import open_source
 
     folder = Path(folder)
     if not folder.exists():
-        with TemporaryDirectory() as scratch:
-            path = Path(scratch) / "pbmc68k_reduced.h5ad"
-            demo_cells().write_h5ad(path)
-            build_census([path], folder)
+        with exclusive(folder, wait=True), TemporaryDirectory() as scratch, suppress(FileExistsError):
+            if not folder.exists():
+                path = Path(scratch) / "pbmc68k_reduced.h5ad"
+                demo_cells().write_h5ad(path)
+                build_census([path], folder)  # raises FileExistsError if there are no locks and another one was faster
     if (n_cells := len(open_source(folder).obs())) != N_CELLS:
         raise ValueError(
             f"{str(folder)!r} has {n_cells:,} cells, expected the {N_CELLS} of the demo; choose another folder"

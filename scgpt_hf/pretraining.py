@@ -25,6 +25,7 @@ from scgpt_hf.training.run_folder import (
     CARD,
     OnTrainBegin,
     finished_summary,
+    own_run_folder,
     save_best_model,
     unsharded_model,
     write_atomically,
@@ -75,7 +76,7 @@ def pretrain(
         The content of summary.json on the first process, None on the others.
 
     Raises:
-        FileExistsError: the run is new, and its folder is not empty.
+        FileExistsError: the run is new, and its folder is not empty; or another run is writing to it.
         FileNotFoundError, ConnectionError: the data or the checkpoint cannot be read.
         ValueError: settings, data or checkpoint cannot be used. The message names what was found and how to fix it.
         FloatingPointError: the run has diverged.
@@ -88,6 +89,14 @@ def pretrain(
         >>> summary = pretrain(settings)  # doctest: +SKIP
         >>> summary["best"]["eval_gep_mse"]  # doctest: +SKIP
     """
+    with own_run_folder(Path(settings.training.output_dir)):
+        return _pretrain(settings, stop_signal, report)
+
+
+def _pretrain(
+    settings: Settings, stop_signal: StopSignal | None, report: Callable[[str], object]
+) -> dict[str, Any] | None:
+    """Do what `pretrain` describes, in a folder that no other run writes to."""
     args, folder = settings.training, Path(settings.training.output_dir)
     is_first = args.process_index == 0
 

@@ -1,5 +1,8 @@
 """The demo data: raw counts that are recovered exactly, with sequencing wells as donors."""
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -24,6 +27,22 @@ def test_the_demo_is_built_once_and_opens_as_a_census(tmp_path, caplog):
     assert counts.shape == (700, 765)
     assert (counts.data == np.rint(counts.data)).all()
     assert np.median(counts.data) == 1
+
+
+def test_processes_that_start_at_the_same_time_build_the_demo_once(tmp_path):
+    code = """
+import logging, sys
+logging.basicConfig(level=logging.INFO, format="%(message)s")
+from scgpt_hf.demo import demo_census
+demo_census(sys.argv[1])
+"""
+    command = [sys.executable, "-c", code, str(tmp_path / "demo")]
+    runs = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for _ in range(3)]
+    logs = [run.communicate()[1] for run in runs]
+    assert [run.returncode for run in runs] == [0, 0, 0], logs
+    assert sum(f"built {tmp_path / 'demo'}" in log for log in logs) == 1
+    assert not any("earlier build" in log for log in logs)
+    assert [path.name for path in tmp_path.iterdir()] == ["demo"]
 
 
 def test_a_folder_with_other_data_raises(small_census):

@@ -136,7 +136,12 @@ def save_converted(
         processor.save_pretrained(folder)
         (folder / "conversion.json").write_text(json.dumps(asdict(report), indent=1) + "\n", encoding="utf-8")
         (folder / "README.md").write_text(build_card(model.config, processor, report), encoding="utf-8")
-        os.rename(folder, out)
+        try:
+            os.rename(folder, out)
+        except OSError as error:
+            if out.exists():
+                raise FileExistsError(f"{out} was written by another process meanwhile; it was not replaced") from error
+            raise
     logger.info("wrote %s, converted from %s", out, report.source)
     return out
 

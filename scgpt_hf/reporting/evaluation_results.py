@@ -12,6 +12,7 @@ from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import numpy as np
 import pandas as pd
@@ -23,6 +24,7 @@ from scgpt_hf.analysis.evaluation.evaluate import PREDICTION, TRANSFER, Evaluati
 from scgpt_hf.analysis.evaluation.metrics import AVERAGES, BATCH, BIO
 from scgpt_hf.analysis.evaluation.probing import Predictions
 from scgpt_hf.analysis.evaluation.selected_cells import SelectedCells
+from scgpt_hf.cells.locking import rename_new
 from scgpt_hf.output import require_writable_folder, write_beside
 from scgpt_hf.reporting.plots import UMAP_CELLS, plot_scores, plot_umap, save_figure
 from scgpt_hf.reporting.plots_predictions import plot_calibration, plot_confusion, plot_f1
@@ -57,7 +59,8 @@ def write_evaluation(
 ) -> None:
     """Write scores.csv, scores.json and figures to a folder.
 
-    They are written to a temporary folder first, so `folder` is never incomplete.
+    They are written to a temporary folder first, so `folder` is never incomplete. If another process writes to `folder`
+    at the same time, the scores are kept beside it.
 
     Args:
         evaluation: the scores.
@@ -68,10 +71,10 @@ def write_evaluation(
     Raises:
         OSError: the folder is not empty, or cannot be written. The message says where the scores are.
     """
-    temporary = folder.with_name(f".{folder.name}.part")
+    # A folder of this process alone: another one may write to the same folder.
+    temporary = folder.with_name(f".{folder.name}.{uuid4().hex[:8]}.part")
     try:
         require_free_folder(folder)
-        shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
         figures = []
         for name, caption, figure in _draw_figures(evaluation):
@@ -79,9 +82,7 @@ def write_evaluation(
                 save_figure(figure, temporary / f"{name}.{suffix}")
             figures.append({"file": f"{name}.png", "caption": caption})
         _write_scores(temporary, evaluation, {**(extra or {}), "figures": figures})
-        if folder.exists():
-            folder.rmdir()
-        temporary.rename(folder)
+        rename_new(temporary, folder)
     except Exception as error:
         scores_only = partial(_write_scores, evaluation=evaluation, extra={**(extra or {}), "figures": []})
         raise write_beside(folder, scores_only, error) from error

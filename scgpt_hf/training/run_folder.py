@@ -6,13 +6,15 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from scgpt_hf.cells.locking import exclusive
 from scgpt_hf.cells.schedule.run import RunSchedule
 from scgpt_hf.model.modeling_scgpt import ScGPTForPreTraining
 from scgpt_hf.output import require_writable_folder
@@ -101,6 +103,19 @@ def list_results(folder: Path) -> str:
     """Return the text at the end of a run: its files that exist, the most useful ones first."""
     candidates = (f"{BEST_MODEL}/", "report.html", CARD, METRICS, SUMMARY, SPLIT, "loss.png", "umap.png")
     return f"Everything is in {folder}: {' '.join(name for name in candidates if (folder / name).exists())}"
+
+
+@contextmanager
+def own_run_folder(folder: Path) -> Iterator[None]:
+    """Keep other runs from writing to a run folder, on the first process of a run.
+
+    Two runs that start at the same time both find the folder empty, and would write their checkpoints over each other.
+
+    Raises:
+        FileExistsError: another run is writing to the folder.
+    """
+    with exclusive(folder) if os.environ.get("RANK", "0") == "0" else nullcontext():
+        yield
 
 
 def require_space(folder: Path, n_bytes: int) -> None:

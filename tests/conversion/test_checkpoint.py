@@ -281,6 +281,24 @@ def test_an_existing_folder_is_not_overwritten_and_no_temporary_folder_is_left(t
     assert sorted(path.name for path in tmp_path.iterdir()) == ["converted", "original"]
 
 
+def test_a_folder_that_another_process_has_written_meanwhile_is_not_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, processor, report = convert_scgpt(write_checkpoint(tmp_path / "original", SMALL))
+    save = processor.save_pretrained
+
+    def save_slowly(folder: Path) -> None:
+        save(folder)
+        (tmp_path / "converted").mkdir()
+        (tmp_path / "converted" / "kept").write_text("by the other process")
+
+    monkeypatch.setattr(processor, "save_pretrained", save_slowly)
+    with pytest.raises(FileExistsError, match="converted was written by another process meanwhile"):
+        save_converted(model, processor, report, tmp_path / "converted")
+    assert [path.name for path in (tmp_path / "converted").iterdir()] == ["kept"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["converted", "original"]
+
+
 def test_a_failed_write_leaves_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, processor, report = convert_scgpt(write_checkpoint(tmp_path / "original", SMALL))
 

@@ -1,14 +1,19 @@
 """The run folder: no run overwrites another one, and no file is left incomplete."""
 
+import fcntl
 import json
 from copy import deepcopy
 
 import pytest
 from transformers import TrainerControl, TrainerState
 
+from scgpt_hf.pretraining import pretrain
 from scgpt_hf.publishing.record import read_metrics
 from scgpt_hf.training.fault_tolerance.checkpoints import CheckpointError, Manifest, write_checkpoint
 from scgpt_hf.training.fault_tolerance.ranks import Ranks
+from scgpt_hf.training.finetuning.annotate import finetune_classifier
+from scgpt_hf.training.finetuning.integrate import finetune_integration
+from scgpt_hf.training.finetuning.settings import AnnotateSettings, IntegrateSettings
 from scgpt_hf.training.run_folder import (
     MetricsFile,
     list_results,
@@ -18,6 +23,8 @@ from scgpt_hf.training.run_folder import (
     write_atomically,
     write_json,
 )
+from scgpt_hf.training.settings_parsing import parse_settings
+from tests.support.training import TINY
 
 
 def test_a_new_run_accepts_an_absent_or_empty_folder(tmp_path):
@@ -117,3 +124,19 @@ def test_write_atomically_replaces_the_file(tmp_path):
     for text in ("one", "two"):
         write_atomically(tmp_path / "file", text)
     assert [path.read_text() for path in tmp_path.iterdir()] == ["two"]
+
+
+def test_a_second_run_in_the_same_folder_raises_before_it_writes_anything(tmp_path):
+    settings = parse_settings([*TINY, "--output_dir", str(tmp_path / "run")], "test")
+    tuning = {"model": "no model", "out": str(tmp_path / "run")}
+    runs = (
+        lambda: pretrain(settings),
+        lambda: finetune_classifier([], AnnotateSettings(**tuning, labels_key="cell_type")),
+        lambda: finetune_integration([], IntegrateSettings(**tuning, batch_key="assay")),
+    )
+    with (tmp_path / ".run.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        for run in runs:
+            with pytest.raises(FileExistsError, match=r"another process is writing .*run; wait until it has finished"):
+                run()
+    assert not (tmp_path / "run").exists()

@@ -104,12 +104,12 @@ class CacheJobs:
             raise FileExistsError(f"{self.folder} exists and is not a cache; choose another folder, or remove this one")
         if not complete:
             require_writable_folder(self.folder)
-            with self._ignore_if_completed():
+            with self.ignore_if_completed():
                 plan.parent.mkdir(parents=True, exist_ok=True)
                 write_text(plan, json.dumps(asdict(self.identity), indent=1))
 
     @contextmanager
-    def _ignore_if_completed(self) -> Iterator[None]:
+    def ignore_if_completed(self) -> Iterator[None]:
         """Ignore that `.jobs` is missing if another job has completed the cache, and removed it, meanwhile."""
         try:
             yield
@@ -188,7 +188,7 @@ class CacheJobs:
                     f"{written.sha256[:16]}…: the source, or the version of pyarrow, has changed; write a new cache"
                 )
 
-        with self._ignore_if_completed():
+        with self.ignore_if_completed():
             batches, scratch = self._batches(blocks, on_progress), self.folder / JOBS
             written = write_shard(path, self.schema, batches, scratch=scratch, check=require_same)
             new = ShardRecord(path.name, *written, len(ids), int(ids[0]), int(ids[-1]))

@@ -163,10 +163,11 @@ class CachingSource:
             return
         self._jobs.prepare_folder()
         folder = self._folder / JOBS / PARTS
-        folder.mkdir(exist_ok=True)
         path, schema = folder / f"new-{uuid4().hex}", self._jobs.schema
-        written = write_shard(path, schema, encode_chunks(block, schema, rows), scratch=folder)
-        self._add(path.rename(folder / f"{written.sha256}.arrow"))
+        with self._jobs.ignore_if_completed():  # another run may complete the same cache, which removes the parts
+            folder.mkdir(exist_ok=True)
+            written = write_shard(path, schema, encode_chunks(block, schema, rows), scratch=folder)
+            self._add(path.rename(folder / f"{written.sha256}.arrow"))
 
     def _find_parts(self, cell_ids: Int64Array) -> Any:
         """Return the part that holds each cell, −1 for none. Shape (cells,)."""

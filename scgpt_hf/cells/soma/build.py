@@ -31,6 +31,7 @@ from tqdm.auto import tqdm
 from scgpt_hf.cells.compiled import compiled
 from scgpt_hf.cells.files.reader import AnnDataPart, AnnDataSource
 from scgpt_hf.cells.genes import join_genes
+from scgpt_hf.cells.locking import exclusive, rename_new
 from scgpt_hf.cells.missing import UNKNOWN, fill_missing, has_value
 from scgpt_hf.cells.obs import require_columns
 from scgpt_hf.cells.soma.context import TILEDB_CONFIG
@@ -72,7 +73,7 @@ def build_census(
         The folder.
 
     Raises:
-        FileExistsError: the folder exists.
+        FileExistsError: the folder exists, or another process is building it.
         OSError: writing failed, most often because the disk is full.
         ValueError: a file has no raw counts or lacks donors; or two files have the same name.
 
@@ -88,18 +89,19 @@ def build_census(
     dataset_ids = _name_datasets(source.parts)
     labels = _label_cells(source, dataset_ids, keep_obs)
     _compare_space(source.parts, folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    if left := sorted(folder.parent.glob(f".{glob.escape(folder.name)}-*")):
-        logger.warning(
-            "an earlier build left %s: it was killed or is still running; remove them if no build runs", left
-        )
-    with TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as scratch:
-        root = Path(scratch) / "soma"
-        try:
-            write_soma(str(root), organism, source, labels, dataset_ids)
-        except soma.SOMAError as error:
-            raise _write_error(error, folder) from error
-        os.rename(root, folder)
+    with exclusive(folder):
+        if folder.exists():  # another process has built it since the first look
+            raise FileExistsError(f"{str(folder)!r} exists; choose another folder or remove it")
+        # No other process is building this folder, so these are of builds that were killed.
+        if left := [str(path) for path in sorted(folder.parent.glob(f".{glob.escape(folder.name)}-*"))]:
+            logger.warning("an earlier build of %s was killed and left %s; you can remove them", folder, left)
+        with TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as scratch:
+            root = Path(scratch) / "soma"
+            try:
+                write_soma(str(root), organism, source, labels, dataset_ids)
+            except soma.SOMAError as error:
+                raise _write_error(error, folder) from error
+            rename_new(root, folder)
     logger.info("built %s: %d cells, %d genes, %d datasets", folder, len(labels), len(source.genes), len(dataset_ids))
     return folder
 

@@ -30,7 +30,7 @@ from scgpt_hf.training.finetuning.classifier import ClassifierTrainer, agreement
 from scgpt_hf.training.finetuning.labels import LabelledCells, balanced_weights, select_labelled
 from scgpt_hf.training.finetuning.run_folder import save_inputs, save_results
 from scgpt_hf.training.finetuning.settings import AnnotateSettings, training_settings
-from scgpt_hf.training.run_folder import MetricsFile, require_new_folder
+from scgpt_hf.training.run_folder import MetricsFile, own_run_folder, require_new_folder
 from scgpt_hf.training.selection import composition_of
 from scgpt_hf.training.summary import training_of
 
@@ -56,7 +56,7 @@ def finetune_classifier(data: Address, settings: AnnotateSettings) -> dict[str, 
         The content of summary.json: cells, labels, scores beside those of a majority baseline, calibration.
 
     Raises:
-        FileExistsError: the run folder is not empty.
+        FileExistsError: the run folder is not empty, or another run is writing to it.
         ImportError: `train` is "lora", and `peft` is not installed.
         OSError: the model or a file does not exist.
         ValueError: data, labels or model cannot be used. The message names what was found and how to fix it.
@@ -66,6 +66,12 @@ def finetune_classifier(data: Address, settings: AnnotateSettings) -> dict[str, 
         >>> summary = finetune_classifier(adata, settings)  # doctest: +SKIP
         >>> summary["validation"]["macro_f1"]  # doctest: +SKIP
     """
+    with own_run_folder(Path(settings.out)):
+        return _finetune(data, settings)
+
+
+def _finetune(data: Address, settings: AnnotateSettings) -> dict[str, Any]:
+    """Do what `finetune_classifier` describes, in a folder that no other run writes to."""
     started = time.perf_counter()
     folder = Path(settings.out)
     require_new_folder(folder, "--out")

@@ -25,7 +25,7 @@ from scgpt_hf.training.data_module import DataModule
 from scgpt_hf.training.finetuning.run_folder import save_inputs, save_results
 from scgpt_hf.training.finetuning.settings import IntegrateSettings, training_settings
 from scgpt_hf.training.recipe import make_trainer, start_at_mean
-from scgpt_hf.training.run_folder import require_new_folder
+from scgpt_hf.training.run_folder import own_run_folder, require_new_folder
 from scgpt_hf.training.selection import Selection, composition_of
 from scgpt_hf.training.summary import training_of
 
@@ -47,7 +47,7 @@ def finetune_integration(data: Address, settings: IntegrateSettings) -> dict[str
         The content of summary.json: cells of each batch, new parts of the model, best validation.
 
     Raises:
-        FileExistsError: the run folder is not empty.
+        FileExistsError: the run folder is not empty, or another run is writing to it.
         OSError: the model or a file does not exist.
         ValueError: data, batches or model cannot be used. The message names what was found and how to fix it.
 
@@ -56,6 +56,12 @@ def finetune_integration(data: Address, settings: IntegrateSettings) -> dict[str
         >>> summary = finetune_integration(["a.h5ad", "b.h5ad"], settings)  # doctest: +SKIP
         >>> embed_anndata(adata, "runs/joined/best_model")  # doctest: +SKIP
     """
+    with own_run_folder(Path(settings.out)):
+        return _finetune(data, settings)
+
+
+def _finetune(data: Address, settings: IntegrateSettings) -> dict[str, Any]:
+    """Do what `finetune_integration` describes, in a folder that no other run writes to."""
     started = time.perf_counter()
     folder = Path(settings.out)
     require_new_folder(folder, "--out")

@@ -97,6 +97,21 @@ def test_the_folder_has_scores_and_figures(evaluation: Evaluation, tmp_path: Pat
         write_evaluation(evaluation, tmp_path / "scores")
 
 
+def test_scores_are_kept_beside_a_folder_that_another_process_has_written(
+    evaluation: Evaluation, tmp_path: Path, monkeypatch
+) -> None:
+    def save_slowly(*args: object) -> None:
+        (tmp_path / "scores").mkdir(exist_ok=True)
+        (tmp_path / "scores" / "kept").write_text("by the other process")
+
+    monkeypatch.setattr(evaluation_results, "umap_of", lambda embedding, seed: embedding[:, :2])
+    monkeypatch.setattr(evaluation_results, "save_figure", save_slowly)
+    with pytest.raises(OSError, match=r"another process has written .* not lost: they are in .*scores\.unsaved"):
+        write_evaluation(evaluation, tmp_path / "scores")
+    assert [path.name for path in (tmp_path / "scores").iterdir()] == ["kept"]
+    assert len(list(tmp_path.glob("scores.unsaved-*/scores.json"))) == len(list(tmp_path.iterdir())) - 1 == 1
+
+
 def test_a_failed_write_leaves_the_scores_beside_the_folder(
     evaluation: Evaluation, tmp_path: Path, monkeypatch
 ) -> None:

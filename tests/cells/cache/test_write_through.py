@@ -5,7 +5,7 @@ import threading
 import numpy as np
 import pytest
 
-from scgpt_hf.cells.cache.jobs import write_cache
+from scgpt_hf.cells.cache.jobs import CacheJobs, write_cache
 from scgpt_hf.cells.cache.manifest import CacheError
 from scgpt_hf.cells.cache.write_through import CachingSource
 from scgpt_hf.cells.schedule.epoch import plan_epoch
@@ -147,6 +147,22 @@ def test_a_cache_without_the_cells_or_columns_of_the_run_raises(source, tmp_path
         CachingSource(open_source(make_cells()[:, ::-1].copy()), tmp_path / "some", CELLS[:50])
     with pytest.raises(ValueError, match="already a cache"):
         CachingSource(open_source(tmp_path / "some"), tmp_path / "other", CELLS[:50])
+
+
+def test_another_run_may_complete_the_same_cache_while_this_one_stores_cells(source, complete, tmp_path, monkeypatch):
+    caching, first = CachingSource(source, tmp_path / "cache", CELLS, **SHARD), blocks()[0]
+    prepare = CacheJobs.prepare_folder
+
+    def complete_meanwhile(jobs: CacheJobs) -> None:
+        prepare(jobs)
+        monkeypatch.undo()
+        write_cache(source, tmp_path / "cache", cell_ids=CELLS, **SHARD)
+
+    monkeypatch.setattr(CacheJobs, "prepare_folder", complete_meanwhile)
+    for ids in blocks():
+        assert same(caching.read(ids), source.read(ids))
+    assert same(caching.finish().read(first), source.read(first))
+    assert contents(tmp_path / "cache") == complete
 
 
 def test_an_error_of_writing_is_raised_by_the_next_read(source, tmp_path):

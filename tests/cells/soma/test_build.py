@@ -1,6 +1,7 @@
 """`build_census`: the result is readable by cellxgene_census, equals the files, and is never left incomplete."""
 
 import errno
+import fcntl
 import logging
 import runpy
 import subprocess
@@ -224,6 +225,29 @@ def test_a_donor_id_in_two_datasets_counts_as_two_donors(small_census):
     with soma.DataFrame.open(str(small_census / "census_info" / "summary")) as frame:
         summary = pd.Series(dict(table(frame)[["label", "value"]].itertuples(index=False)))
     assert summary["number_donors_homo_sapiens"] == "8"
+
+
+def test_a_folder_that_another_process_is_building_raises_and_is_not_called_left_over(tmp_path, files, caplog):
+    (tmp_path / ".census-abc123").mkdir()
+    with (tmp_path / ".census.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(FileExistsError, match=r"another process is writing .*census; wait until it has finished"):
+            build_census(files, tmp_path / "census")
+    assert "earlier build" not in caplog.text
+    assert not (tmp_path / "census").exists()
+
+
+def test_a_build_does_not_replace_what_another_process_has_built(tmp_path, files, monkeypatch):
+    def write_slowly(*args):
+        (tmp_path / "census").mkdir()
+        (tmp_path / "census" / "kept").write_text("by the other process")
+        write_soma(*args)
+
+    write_soma = build.write_soma
+    monkeypatch.setattr(build, "write_soma", write_slowly)
+    with pytest.raises(FileExistsError, match="another process has written"):
+        build_census(files, tmp_path / "census")
+    assert [path.name for path in (tmp_path / "census").iterdir()] == ["kept"]
 
 
 def test_folders_of_killed_builds_are_reported(tmp_path, files, caplog):
