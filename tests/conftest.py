@@ -27,6 +27,19 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Use the text type of pandas 3 if SCGPT_HF_INFER_STRING is set: SCGPT_HF_INFER_STRING=1 pytest tests/cells."""
+    if not os.environ.get("SCGPT_HF_INFER_STRING"):
+        return
+    import anndata
+    import pandas as pd
+
+    pd.options.future.infer_string = True
+    anndata.settings.allow_write_nullable_strings = True  # fixtures write text, which anndata refuses by default
+    # anndata makes an Index of objects, whose type pandas 2 still infers.
+    config.addinivalue_line("filterwarnings", "ignore:Dtype inference on a pandas object:FutureWarning")
+
+
 @pytest.fixture(scope="session")
 def shared() -> Path:
     """The folder with `data/blood` and `fixtures/scgpt_parity`; tests that need it are skipped if it does not exist."""

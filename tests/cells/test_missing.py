@@ -23,6 +23,9 @@ from scgpt_hf.training.settings import DataSettings
 MISSING: dict[str, Any] = {
     "object": pd.Series(["a", None, np.nan, pd.NA, "b", "", " ", "nan", "<NA>", "None", "NaT"], dtype=object),
     "string": pd.Series(["a", None, None, None, "b", "", " ", "nan", "<NA>", "None", "NaT"], dtype="string"),
+    "str of pandas 3": pd.Series(
+        ["a", None, None, None, "b", "", " ", "nan", "<NA>", "None", "NaT"], dtype=pd.StringDtype(na_value=np.nan)
+    ),
     "category": pd.Series(pd.Categorical(["a", None, None, None, "b", "", " ", "nan", "<NA>", "None", "NaT"])),
 }
 NUMBERS: dict[str, Any] = {
