@@ -103,7 +103,7 @@ def _find_weights(folder: Path, weights_file: str) -> str:
 
 
 def _advise(folder: Path) -> str:
-    """Return what to do about a folder that is no original checkpoint, as the end of a sentence."""
+    """Return advice on a folder that is no original checkpoint, as the end of a sentence."""
     if (folder / "config.json").is_file():
         return "; this folder has a config.json: if it is a model of transformers, load it without converting it"
     if folder.is_dir() and (
