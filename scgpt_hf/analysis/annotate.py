@@ -48,6 +48,7 @@ def predict_cell_types(
     threshold: float = 0.5,
     key_added: str = PREDICTED,
     layer: str | None = None,
+    round_counts: bool = False,
     overwrite: bool = False,
     **settings: Unpack[InferenceSettings],
 ) -> dict[str, Any]:
@@ -63,7 +64,8 @@ def predict_cell_types(
         processor: the processor of a loaded model.
         threshold: lowest confidence with which a cell gets its type, in [0, 1].
         key_added: name of the columns, and of the report in `adata.uns`.
-        layer: layer with the raw counts, `X` by default.
+        layer: layer with the raw counts; by default `X`, or the only other one that has them, see `open_source`.
+        round_counts: round fractional counts.
         overwrite: replace columns of that name.
         settings: see `InferenceSettings`.
 
@@ -85,7 +87,7 @@ def predict_cell_types(
     _validate_threshold(threshold)
     validate_not_backed_view(adata)
     _validate_free_columns(key_added, adata.obs, overwrite)
-    source = open_source(adata, layer=layer, primary_only=False)
+    source = open_source(adata, layer=layer, primary_only=False, round_counts=round_counts)
     model, processor = load_model(model, processor, **CLASSIFIER)
     classifier: Any = model
     names = [str(name) for _, name in sorted(classifier.config.id2label.items())]
@@ -108,7 +110,8 @@ def predict_cell_types(
     )
     for positions, rows in batches:
         probabilities[positions] = rows
-    report = {"model": model.name_or_path, "genes": genes.coverage}
+    origin = {name: value for name, value in source.describe().items() if name in ("layer", "round_counts")}
+    report = {"model": model.name_or_path, **origin, "genes": genes.coverage}
     return _write_types(adata, key_added, names, probabilities, threshold, report)
 
 

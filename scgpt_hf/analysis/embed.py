@@ -44,6 +44,7 @@ def embed_anndata(
     *,
     key_added: str = KEY,
     layer: str | None = None,
+    round_counts: bool = False,
     overwrite: bool = False,
     **settings: Unpack[EmbedSettings],
 ) -> dict[str, Any]:
@@ -54,7 +55,8 @@ def embed_anndata(
         model: folder or Hub repository, or a loaded model, which runs on the device where it is.
         processor: the processor of a loaded model.
         key_added: name of the embedding in `obsm`, and of the report in `uns`.
-        layer: layer with the raw counts, `X` by default.
+        layer: layer with the raw counts; by default `X`, or the only other one that has them, see `open_source`.
+        round_counts: round fractional counts.
         overwrite: replace an embedding of that name.
         settings: see `EmbedSettings`.
 
@@ -73,7 +75,7 @@ def embed_anndata(
     """
     validate_not_backed_view(adata)
     validate_free_key(key_added, adata.obsm, overwrite)
-    source = open_source(adata, layer=layer, primary_only=False)
+    source = open_source(adata, layer=layer, primary_only=False, round_counts=round_counts)
     model, processor = load_model(model, processor)
     genes = match_source_genes(source.genes, processor)
     cell_ids = source.obs().index.to_numpy(np.int64)
@@ -216,7 +218,7 @@ def describe_embedding(
         "scgpt_hf": version("scgpt_hf"),
         "cells": len(source.obs()),
         "normalized": settings.get("normalize", True),
-        "layer": source.describe()["layer"],
+        **{name: value for name, value in source.describe().items() if name in ("layer", "round_counts")},
         "genes": genes.coverage,
         **{name: getattr(processor, name) for name in ("cls_value", "n_bins", "max_tokens", "input_style")},
     }

@@ -30,6 +30,7 @@ def embed_file(
     *,
     key_added: str = KEY,
     layer: str | None = None,
+    round_counts: bool = False,
     overwrite: bool = False,
     **settings: Unpack[EmbedSettings],
 ) -> dict[str, Any]:
@@ -46,6 +47,7 @@ def embed_file(
         processor: see `embed_anndata`.
         key_added: see `embed_anndata`.
         layer: see `embed_anndata`.
+        round_counts: see `embed_anndata`.
         overwrite: replace `out`, and an embedding of that name.
         settings: see `EmbedSettings`.
 
@@ -62,7 +64,7 @@ def embed_file(
         700
     """
     require_writable_file(out, overwrite=overwrite)
-    source = open_source(path, layer=layer, primary_only=False)
+    source = open_source(path, layer=layer, primary_only=False, round_counts=round_counts)
     with translate_read_errors(str(path)), h5py.File(path) as file:
         existing = list(file.get("obsm", {}))
     validate_free_key(key_added, existing, overwrite)

@@ -50,6 +50,7 @@ def predict_expression(
     *,
     genes: Sequence[str] | None = None,
     layer: str | None = None,
+    round_counts: bool = False,
     masked_share: float = 0.25,
     batch_size: int = 64,
     progress: bool = True,
@@ -66,7 +67,8 @@ def predict_expression(
         processor: the processor of a loaded model.
         genes: genes to predict in every cell, by the model's name or by the symbol in the data; the data need not have
             them. By default the genes that each cell expresses, to compare with the measurement.
-        layer: layer with the raw counts, `X` by default.
+        layer: layer with the raw counts; by default `X`, or the only other one that has them, see `open_source`.
+        round_counts: round fractional counts.
         masked_share: number of genes masked together, as a share of the genes that the model can see of the cell. 0.25
             is the smallest share in pretraining.
         batch_size: masked views of cells per batch; changes speed and memory, not the result.
@@ -92,7 +94,7 @@ def predict_expression(
     """
     if not 0 < masked_share <= 1:
         raise ValueError(f"expected masked_share in (0, 1], found {masked_share}; pretraining masks 0.25, 0.5 or 0.75")
-    source = open_source(adata, layer=layer, primary_only=False)
+    source = open_source(adata, layer=layer, primary_only=False, round_counts=round_counts)
     heads = tuple(HEADS.values())
     model, processor = load_model(model, processor, AutoModelForPreTraining, heads=heads)
     gene_match = match_source_genes(source.genes, processor)
@@ -118,7 +120,7 @@ def predict_expression(
     provenance = {
         "model": model.name_or_path,
         "scgpt_hf": version("scgpt_hf"),
-        "layer": source.describe()["layer"],
+        **{name: value for name, value in source.describe().items() if name in ("layer", "round_counts")},
         "genes": gene_match.coverage,
         "masked_share": masked_share,
         "max_tokens": processor.max_tokens,

@@ -117,6 +117,7 @@ def attention_maps(
     genes: Sequence[str],
     *,
     layer: str | None = None,
+    round_counts: bool = False,
     encoder_layer: int = -1,
     progress: bool = True,
 ) -> Float32Array:
@@ -129,7 +130,8 @@ def attention_maps(
         model: any scGPT model; it runs on the device where it is.
         processor: the processor of the model.
         genes: names in the model's vocabulary.
-        layer: layer with the raw counts, `X` by default.
+        layer: layer with the raw counts; by default `X`, or the only other one that has them, see `open_source`.
+        round_counts: round fractional counts.
         encoder_layer: index of the layer of the encoder, by default the last.
         progress: show a progress bar.
 
@@ -154,7 +156,7 @@ def attention_maps(
         token, present = matches.int().argmax(dim=1), matches.any(dim=1)  # position of each gene; 0 if absent
         return attention[token][:, token].masked_fill(~(present[:, None] & present), torch.nan)[None]
 
-    source = open_source(adata, layer=layer, primary_only=False)
+    source = open_source(adata, layer=layer, primary_only=False, round_counts=round_counts)
     cell_ids = source.obs().index.to_numpy(np.int64)
     with _eager_attention(model):
         cells = iterate_outputs(

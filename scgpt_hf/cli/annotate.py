@@ -46,7 +46,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 def _make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=ExampleHelpFormatter)
-    parser.add_argument("query", help=".h5ad file with raw counts")
+    parser.add_argument("query", help="file with raw counts: .h5ad, .zarr, .h5 of 10x, or a 10x folder")
     parser.add_argument("--out", required=True, help="file to write: the query with the types added")
     parser.add_argument("--model", help="folder of a saved model, or its repository on the Hub")
     parser.add_argument("--reference", help=".h5ad file with labelled cells, whose labels are transferred")
@@ -58,7 +58,8 @@ def _make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--max_distance", type=float, help="cells farther from their neighbours are unassigned")
     parser.add_argument("--threshold", type=float, default=0.5, help="lowest confidence (default: %(default)s)")
     parser.add_argument("--key_added", default=PREDICTED, help="name of the new columns (default: %(default)s)")
-    parser.add_argument("--layer", help="layer with the raw counts (default: X)")
+    parser.add_argument("--layer", help="layer with the raw counts (default: the one that has them)")
+    parser.add_argument("--round_counts", action="store_true", help="round fractional counts instead of stopping")
     parser.add_argument("--batch_size", type=int, default=64, help="cells per batch (default: %(default)s)")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, … (default: a GPU if there is one)")
     parser.add_argument(
@@ -74,7 +75,7 @@ def _make_parser() -> argparse.ArgumentParser:
 
 def _make_annotate(options: argparse.Namespace) -> Callable[..., dict[str, Any]]:
     """Return the function that annotates an AnnData as the options say, its model loaded."""
-    run = {name: getattr(options, name) for name in ("batch_size", "empty", "layer", "overwrite")}
+    run = {name: getattr(options, name) for name in ("batch_size", "empty", "layer", "round_counts", "overwrite")}
     if options.reference is None:
         model, processor = load_model(options.model, device=options.device, **CLASSIFIER)
         named = {name: getattr(options, name) for name in ("threshold", "key_added")}

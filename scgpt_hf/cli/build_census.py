@@ -1,14 +1,16 @@
-"""Build a local SOMA in the layout of the CELLxGENE Census from your own .h5ad files.
+"""Build a local SOMA in the layout of the CELLxGENE Census from your own files.
 
 Examples:
   python scripts/build_census.py data/*.h5ad --out my_census
+  python scripts/build_census.py */outs/filtered_feature_bc_matrix.h5 --donor_key dataset_id --out my_census
   accelerate launch scripts/pretrain.py --data my_census
 
-Each file becomes one dataset. A file needs raw counts (whole numbers) and an obs column donor_id, because training and
-validation cells are split by donor. Genes of different files are matched by Ensembl id, from the index of var or from a
-column such as feature_id or gene_ids. The other obs columns of the Census (cell_type, assay, tissue_general, disease,
-suspension_type, is_primary_data and more) are copied if a file has them, and filled with "unknown" or, for
-is_primary_data, with True if not. All files are checked; a build that fails leaves no folder.
+Each file becomes one dataset, named by the file or, where files share a name, by the folder. Formats: .h5ad (also .gz),
+.zarr, .h5 of 10x, and 10x folders with matrix.mtx. A file needs raw counts and an obs column with donors, because
+training and validation cells are split by donor. Genes of different files are matched by Ensembl id, from the index of
+var or from a column such as feature_id or gene_ids. The other obs columns of the Census (cell_type, assay,
+tissue_general, disease, suspension_type, is_primary_data and more) are copied if a file has them, and filled with
+"unknown" or, for is_primary_data, with True if not. All files are checked; a build that fails leaves no folder.
 """
 
 import argparse
@@ -23,10 +25,19 @@ def main(arguments: list[str] | None = None) -> None:
     """Build the Census given on the command line."""
     tune_process()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=ExampleHelpFormatter)
-    parser.add_argument("files", nargs="+", metavar="FILE.h5ad", help="one or more .h5ad files")
+    parser.add_argument("files", nargs="+", metavar="FILE", help="one or more files")
     parser.add_argument("--out", required=True, metavar="DIR", help="folder to create; it must not exist yet")
     parser.add_argument("--organism", default="homo_sapiens", help="name of the organism (default: %(default)s)")
-    parser.add_argument("--layer", help="layer with the raw counts, or .raw for AnnData.raw (default: X)")
+    parser.add_argument(
+        "--layer", help="layer with the raw counts, or .raw for AnnData.raw (default: the one with them)"
+    )
+    parser.add_argument("--round_counts", action="store_true", help="round fractional counts instead of stopping")
+    parser.add_argument(
+        "--donor_key",
+        default="donor_id",
+        metavar="COLUMN",
+        help="obs column with the donors; dataset_id if each file is one donor (default: %(default)s)",
+    )
     parser.add_argument(
         "--keep_obs",
         nargs="*",
@@ -42,6 +53,8 @@ def main(arguments: list[str] | None = None) -> None:
             settings.out,
             organism=settings.organism,
             layer=settings.layer,
+            round_counts=settings.round_counts,
+            donor_key=settings.donor_key,
             keep_obs=settings.keep_obs,
         )
     except (ValueError, OSError) as error:

@@ -36,10 +36,11 @@ def main(arguments: list[str] | None = None) -> None:
     tune_process()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=ExampleHelpFormatter)
     add = parser.add_argument
-    add("source", nargs="+", metavar="CENSUS", help="census://VERSION/ORGANISM, a local SOMA, or .h5ad files")
+    add("source", nargs="+", metavar="CENSUS", help="census://VERSION/ORGANISM, a local SOMA, or files such as .h5ad")
     add("out", metavar="DIR", help="folder of the cache; created if it does not exist")
     add("--obs_filter", help="SOMA value filter on obs, e.g. \"tissue_general == 'blood'\"")
-    add("--layer", help="layer with the raw counts (default: raw of a SOMA, X of a file)")
+    add("--layer", help="layer with the raw counts (default: raw of a SOMA, of a file the one that has them)")
+    add("--round_counts", action="store_true", help="round fractional counts of files instead of stopping")
     add("--all_cells", action="store_true", help="also keep cells with is_primary_data == False, which are duplicates")
     add("--columns", nargs="*", metavar="COLUMN", help="obs columns to keep (default: donor_id, cell_type, …)")
     add(
@@ -64,7 +65,11 @@ def main(arguments: list[str] | None = None) -> None:
         parser.error(f"expected --shard I/N, e.g. 0/4, found {options.shard!r}")
     try:
         source = open_source(
-            options.source, obs_filter=options.obs_filter, layer=options.layer, primary_only=not options.all_cells
+            options.source,
+            obs_filter=options.obs_filter,
+            layer=options.layer,
+            primary_only=not options.all_cells,
+            round_counts=options.round_counts,
         )
         if options.push_to_hub:
             check_dataset(options.push_to_hub, private=options.private or None)

@@ -25,11 +25,12 @@ def main(arguments: list[str] | None = None) -> None:
     """Parse the command line, embed the file, and print a summary."""
     tune_process()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=ExampleHelpFormatter)
-    parser.add_argument("data", help=".h5ad file with raw counts")
+    parser.add_argument("data", help="file with raw counts: .h5ad, .zarr, .h5 of 10x, or a 10x folder")
     parser.add_argument("--model", required=True, help="folder of a saved model, or its repository on the Hub")
     parser.add_argument("--out", required=True, help="file to write: the data with the embedding added")
     parser.add_argument("--key_added", default=KEY, help="name in obsm and uns (default: %(default)s)")
-    parser.add_argument("--layer", help="layer with the raw counts (default: X)")
+    parser.add_argument("--layer", help="layer with the raw counts (default: the one that has them)")
+    parser.add_argument("--round_counts", action="store_true", help="round fractional counts instead of stopping")
     parser.add_argument("--batch_size", type=int, default=64, help="cells per batch (default: %(default)s)")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, … (default: a GPU if there is one)")
     parser.add_argument(

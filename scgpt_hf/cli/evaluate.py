@@ -72,7 +72,8 @@ def _build_parser() -> argparse.ArgumentParser:
         help=f"metrics to compute, of: {', '.join(METRICS)} (default: all)")  # fmt: skip
     add("--baselines", nargs="*", choices=BASELINES, default=DEFAULTS["baselines"], metavar="NAME",
         help=f"baselines to compute, of: {', '.join(BASELINES)} (default: the first two)")  # fmt: skip
-    add("--layer", help="layer with the raw counts (default: X)")
+    add("--layer", help="layer with the raw counts (default: the one that has them)")
+    add("--round_counts", action="store_true", help="round fractional counts instead of stopping")
     add("--unlabeled_categories", nargs="*", default=DEFAULTS["unlabeled_categories"], metavar="NAME",
         help="values of the labels column that mean a cell has no label (default: unknown)")  # fmt: skip
     add("--max_cells", type=int, default=DEFAULTS["max_cells"],

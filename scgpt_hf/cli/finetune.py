@@ -44,7 +44,7 @@ def main(arguments: list[str] | None = None) -> None:
         formatter_class=ExampleHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("data", nargs="+", help=".h5ad files with raw counts, or one SOMA")
+    parser.add_argument("data", nargs="+", help="files with raw counts, such as .h5ad, or one SOMA")
     try:
         settings, others = parser.parse_args_into_dataclasses(flags, look_for_args_file=False)
         logging.basicConfig(format="%(message)s")

@@ -71,7 +71,13 @@ def open_cells(settings: Settings) -> CellSource:
     address: Any = data.data[0] if len(data.data) == 1 else data.data
     if address == "demo":
         address = demo_cells() if settings.training.dry_run else demo_census(demo_folder(settings))
-    return open_source(address, obs_filter=data.obs_filter, layer=data.layer, primary_only=data.primary_only)
+    return open_source(
+        address,
+        obs_filter=data.obs_filter,
+        layer=data.layer,
+        primary_only=data.primary_only,
+        round_counts=data.round_counts,
+    )
 
 
 def demo_folder(settings: Settings) -> Path:

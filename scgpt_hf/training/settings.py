@@ -141,7 +141,10 @@ class CellSettings:
     )
     obs_filter: str | None = setting(None, "SOMA value filter on obs, e.g. \"tissue_general == 'blood'\"")
     primary_only: bool = setting(True, "keep only cells with is_primary_data == True, so that no cell occurs twice")
-    layer: str | None = setting(None, "layer with the raw counts; by default X of an .h5ad file and 'raw' of a SOMA")
+    layer: str | None = setting(
+        None, "layer with the raw counts; by default 'raw' of a SOMA, and of a file the one that has them"
+    )
+    round_counts: bool = setting(False, "round fractional counts of files instead of stopping")
     max_cells: int | None = setting(None, "sample whole donors at random up to this many cells; by default all cells")
     donor_key: str = setting("donor_id", "obs column of the donor; no donor is in both training and validation")
     validation_fraction: float = setting(0.2, "share of the cells held out for validation, in whole donors")

@@ -56,7 +56,8 @@ class EvaluationSettings(TypedDict, total=False):
         metrics: names from `METRICS`. If you pass names, a metric that cannot be computed raises an error. By default
             all metrics are tried, and those that cannot be computed are reported with the cause.
         baselines: names from `BASELINES`. By default variable genes with PCA, and with logistic regression.
-        layer: layer with the raw counts, which the baselines need; by default `X`.
+        layer: layer with the raw counts, which the baselines need; by default `X`, or the only other one that has them.
+        round_counts: round fractional counts; by default false.
         unlabeled_categories: values of `labels_key` that mean a cell has no label; by default "unknown".
         max_cells: if there are more cells, they are sampled; by default 50,000. See `sample_cells`.
         seed: seed of samples, folds and baselines; by default 0.
@@ -66,6 +67,7 @@ class EvaluationSettings(TypedDict, total=False):
     metrics: Sequence[str] | None
     baselines: Sequence[str]
     layer: str | None
+    round_counts: bool
     unlabeled_categories: Sequence[str]
     max_cells: int
     seed: int
@@ -76,6 +78,7 @@ DEFAULTS: EvaluationSettings = {
     "metrics": None,
     "baselines": (PCA, LOGISTIC),
     "layer": None,
+    "round_counts": False,
     "unlabeled_categories": ("unknown",),
     "max_cells": MAX_CELLS,
     "seed": 0,
@@ -196,13 +199,14 @@ def _compute_features(
     features, pairs = dict(cells.embeddings), {}
     if reference_cells is not None:
         pairs = {key: (reference_cells.embeddings[key], features[key]) for key in features}
-    baselines, seed, layer = settings["baselines"], settings["seed"], settings["layer"]
+    baselines, seed = settings["baselines"], settings["seed"]
+    reading = {name: settings[name] for name in ("layer", "round_counts")}
     if not baselines:
         return features, pairs
-    counts, genes = _read_counts(adata, cells, layer)
+    counts, genes = _read_counts(adata, cells, **reading)
     features |= baseline_features(counts, cells.batches, baselines, seed, progress=settings["progress"])
     if reference is not None and reference_cells is not None:
-        reference_counts, reference_genes = _read_counts(reference, reference_cells, layer)
+        reference_counts, reference_genes = _read_counts(reference, reference_cells, **reading)
         shared = genes.intersection(reference_genes, sort=False)
         if not len(shared):
             raise ValueError(
@@ -215,9 +219,9 @@ def _compute_features(
     return features, pairs
 
 
-def _read_counts(adata: "AnnData", cells: SelectedCells, layer: str | None) -> tuple[csr_matrix, pd.Index]:
+def _read_counts(adata: "AnnData", cells: SelectedCells, **reading: Any) -> tuple[csr_matrix, pd.Index]:
     """Return the raw counts of the cells, shape (cells, genes), and the gene ids."""
-    source = open_source(adata, layer=layer, primary_only=False)
+    source = open_source(adata, primary_only=False, **reading)
     return source.read(cells.rows).counts, pd.Index(source.genes["feature_id"])
 
 

@@ -11,6 +11,9 @@
 Letter case does not matter in suffixes. `contents.py` opens files, with `tenx.py` for those of 10x.
 """
 
+import os
+import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, TypeAlias
 
@@ -41,3 +44,28 @@ def find_format(path: Path) -> Format | None:
 def matrix_files(folder: Path) -> list[str]:
     """Return the names of the files `matrix.mtx` in a folder, which may have prefixes."""
     return sorted(path.name for path in folder.iterdir() if path.name.lower().endswith((MATRIX, f"{MATRIX}.gz")))
+
+
+def name_files(paths: Sequence[str | Path]) -> list[str]:
+    """Return a name for each file: its name without suffix, or the name of its folder where several files share it.
+
+    The folder is the nearest one that differs between these files. If no single folder does, all folders that are not
+    common to them are joined.
+
+    Args:
+        paths: the files.
+
+    Example:
+        >>> name_files(["s1/outs/filtered.h5ad", "s2/outs/filtered.h5ad", "blood.h5ad.gz"])
+        ['s1', 's2', 'blood']
+    """
+    names = [re.sub(r"(?i)(\.(h5ad|h5|hdf5|zarr|mtx))?(\.gz)?$", "", Path(path).name) for path in paths]
+    for name in {name for name in names if names.count(name) > 1}:
+        same = [index for index, other in enumerate(names) if other == name]
+        parents = [Path(paths[index]).absolute().parent for index in same]
+        levels = zip(*(reversed(parent.parts) for parent in parents), strict=False)
+        distinct = next((level for level in levels if len(set(level)) == len(level)), None)
+        common = os.path.commonpath(parents)
+        for place, index in enumerate(same):
+            names[index] = distinct[place] if distinct else "_".join(parents[place].relative_to(common).parts) or name
+    return names

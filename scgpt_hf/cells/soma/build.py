@@ -1,4 +1,4 @@
-"""Build a local SOMA in the layout of the CELLxGENE Census from .h5ad files.
+"""Build a local SOMA in the layout of the CELLxGENE Census from files, such as .h5ad.
 
 The package `files` opens the files, joins their genes and checks their counts; `layout.py` has the storage options.
 `census.py` reads the result, and so does every other program that reads a Census.
@@ -29,6 +29,7 @@ from scipy.sparse import csr_matrix
 from tqdm.auto import tqdm
 
 from scgpt_hf.cells.compiled import compiled
+from scgpt_hf.cells.files.formats import name_files
 from scgpt_hf.cells.files.reader import AnnDataPart, AnnDataSource
 from scgpt_hf.cells.genes import join_genes
 from scgpt_hf.cells.locking import exclusive, rename_new
@@ -52,21 +53,25 @@ def build_census(
     *,
     organism: str = "homo_sapiens",
     layer: str | None = None,
+    round_counts: bool = False,
+    donor_key: str = "donor_id",
     keep_obs: Sequence[str] = (),
 ) -> Path:
     """Build a SOMA in the Census layout with the cells of all files and the union of their genes.
 
     Each file becomes one dataset. Its name is the `dataset_id` in obs if there is exactly one, else the name of the
-    file. Columns of the Census that the files lack are filled with "unknown", and `is_primary_data` with True; so are
-    missing values in these columns. Columns that the Census does not have are dropped, unless you keep them; there,
-    missing values stay missing (null). All of this is logged. The folder is created at the end: a failed build leaves
-    nothing behind.
+    file, or of its folder where files in several folders have the same name. Columns of the Census that the files lack
+    are filled with "unknown", and `is_primary_data` with True; so are missing values in these columns. Columns that the
+    Census does not have are dropped, unless you keep them; there, missing values stay missing (null). All of this is
+    logged. The folder is created at the end: a failed build leaves nothing behind.
 
     Args:
-        paths: .h5ad files with raw counts and an obs column `donor_id`.
+        paths: files with raw counts and an obs column with donors; `cells/files/formats.py` lists the formats.
         folder: the folder to create.
         organism: name of the experiment.
-        layer: layer of the files with the raw counts; `X` by default.
+        layer: layer of the files with the raw counts; by default it is found, see `choose_layer`.
+        round_counts: round fractional counts.
+        donor_key: obs column with the donors, which becomes `donor_id`; "dataset_id" if each file is one donor.
         keep_obs: obs columns to keep in addition to those of the Census.
 
     Returns:
@@ -85,9 +90,10 @@ def build_census(
     if folder.exists():
         raise FileExistsError(f"{str(folder)!r} exists; choose another folder")
     require_writable_folder(folder)
-    source = AnnDataSource(list(paths), layer=layer, primary_only=False)
+    source = AnnDataSource(list(paths), layer=layer, primary_only=False, round_counts=round_counts)
+    _require_donors(source.parts, donor_key)
     dataset_ids = _name_datasets(source.parts)
-    labels = _label_cells(source, dataset_ids, keep_obs)
+    labels = _label_cells(source, dataset_ids, donor_key, keep_obs)
     _compare_space(source.parts, folder)
     with exclusive(folder):
         if folder.exists():  # another process has built it since the first look
@@ -108,7 +114,7 @@ def build_census(
 
 def _compare_space(parts: Sequence[AnnDataPart], folder: Path) -> None:
     """Warn if the disk has less free space than the files take; the Census may still fit, as it is compressed."""
-    size = sum(Path(part.name).stat().st_size for part in parts)
+    size = sum(file.stat().st_size for part in parts for file in (Path(part.name), *Path(part.name).rglob("*")))
     free = shutil.disk_usage(next(parent for parent in folder.absolute().parents if parent.exists())).free
     if free < size:
         logger.warning(
@@ -129,23 +135,34 @@ def _write_error(error: soma.SOMAError, folder: Path) -> OSError:
     )
 
 
-def _name_datasets(parts: Sequence[AnnDataPart]) -> list[str]:
-    """Return the dataset id of each file after checking that all cells have a donor and all ids differ."""
-    names, from_obs = [], []
+def _require_donors(parts: Sequence[AnnDataPart], donor_key: str) -> None:
+    """Raise unless all cells have a donor."""
+    if donor_key == "dataset_id":
+        return
+    lacking = [part.name for part in parts if donor_key not in part.obs]
     for part in parts:
-        if "donor_id" not in part.obs:
+        if part.name in lacking:
+            others = f"; nor have {lacking[1:6]}" if lacking[1:] else ""
             raise ValueError(
-                f"{part.name}: obs has no column 'donor_id', by which cells are split; rename the column with the "
-                f"donors; its columns are {sorted(map(str, part.obs))}"
+                f"{part.name}: obs has no column {donor_key!r}, by which cells are split{others}; name the column with "
+                "the donors (--donor_key COLUMN, or dataset_id if each file is one donor); its columns are "
+                f"{sorted(map(str, part.obs))}"
             )
-        if n_missing := int((~has_value(part.obs["donor_id"])).sum()):
+        if n_missing := int((~has_value(part.obs[donor_key])).sum()):
             raise ValueError(
-                f"{part.name}: {n_missing:,} of {len(part.obs):,} cells have no donor_id, by which cells are split"
+                f"{part.name}: {n_missing:,} of {len(part.obs):,} cells have no {donor_key}, by which cells are split"
             )
+
+
+def _name_datasets(parts: Sequence[AnnDataPart]) -> list[str]:
+    """Return the dataset id of each file after checking that all ids differ."""
+    names, from_obs = name_files([part.name for part in parts]), []
+    for index, part in enumerate(parts):
         ids = part.obs["dataset_id"] if "dataset_id" in part.obs else pd.Series(dtype=object)
         given = list(ids[has_value(ids)].unique())
         from_obs.append(len(given) == 1)
-        names.append(str(given[0]) if from_obs[-1] else Path(part.name).stem)
+        if from_obs[-1]:
+            names[index] = str(given[0])
     _require_different(names, from_obs, [part.name for part in parts])
     return names
 
@@ -172,15 +189,18 @@ def _require_different(names: Sequence[str], from_obs: Sequence[bool], paths: Se
     )
 
 
-def _label_cells(source: AnnDataSource, dataset_ids: Sequence[str], keep_obs: Sequence[str]) -> pd.DataFrame:
+def _label_cells(
+    source: AnnDataSource, dataset_ids: Sequence[str], donor_key: str, keep_obs: Sequence[str]
+) -> pd.DataFrame:
     """Return the obs columns taken from the files, with "unknown" where they lack a column of the Census."""
     found = source.obs(source.obs_columns)
     require_columns(keep_obs, source.obs_columns)
     absent = [name for name in (*OBS_LABELS, "is_primary_data") if name not in found and name != "dataset_id"]
-    dropped = sorted(set(source.obs_columns) - {*OBS_LABELS, *OBS_NUMBERS, "is_primary_data", *keep_obs})
+    dropped = sorted(set(source.obs_columns) - {*OBS_LABELS, *OBS_NUMBERS, "is_primary_data", donor_key, *keep_obs})
     logger.info("filled with 'unknown', because no file has them: %s; dropped columns: %s", absent, dropped)
     sizes = [len(part.obs) for part in source.parts]
     labels = pd.DataFrame({"dataset_id": np.repeat(np.array(dataset_ids, dtype=object), sizes)})
+    found["donor_id"] = labels["dataset_id"].array if donor_key == "dataset_id" else found[donor_key]
     for name in OBS_LABELS[1:]:
         labels[name] = fill_missing(found[name]).to_numpy(object) if name in found else UNKNOWN
     labels["is_primary_data"] = found["is_primary_data"].to_numpy() if "is_primary_data" in found else True

@@ -75,7 +75,7 @@ def _finetune(data: Address, settings: AnnotateSettings) -> dict[str, Any]:
     started = time.perf_counter()
     folder = Path(settings.out)
     require_new_folder(folder, "--out")
-    source = open_source(data, layer=settings.layer, primary_only=False)
+    source = open_source(data, layer=settings.layer, primary_only=False, round_counts=settings.round_counts)
     processor = load_processor(settings.model)
     cells = _select_cells(source, processor, settings)
     set_seed(settings.seed)

@@ -65,7 +65,7 @@ def _finetune(data: Address, settings: IntegrateSettings) -> dict[str, Any]:
     started = time.perf_counter()
     folder = Path(settings.out)
     require_new_folder(folder, "--out")
-    source = open_source(data, layer=settings.layer, primary_only=False)
+    source = open_source(data, layer=settings.layer, primary_only=False, round_counts=settings.round_counts)
     processor = load_processor(settings.model)
     domain_of = _domains(source, processor, settings.batch_key)
     parts = split_within(domain_of, settings.validation_fraction, settings.seed)

@@ -17,7 +17,10 @@ class FinetuneSettings:
 
     model: str = required("folder of a pretrained model, or its repository on the Hub")
     out: str = required("run folder: best_model, settings, split, metrics, summary; every new run needs a new one")
-    layer: str | None = setting(None, "layer with the raw counts; by default X of an .h5ad file and 'raw' of a SOMA")
+    layer: str | None = setting(
+        None, "layer with the raw counts; by default 'raw' of a SOMA, and of a file the one that has them"
+    )
+    round_counts: bool = setting(False, "round fractional counts of files instead of stopping")
     batch_size: int = setting(32, "cells per step and device")
     seed: int = setting(42, "random seed of the split, the new weights, the order of the cells, ties and dropout")
     use_cpu: bool = setting(False, "train on the CPU even if there is a GPU")

@@ -13,12 +13,14 @@ import numpy as np
 import pandas as pd
 import pytest
 import tiledbsoma as soma
+from anndata import AnnData
 
 from scgpt_hf.cells.soma import build
 from scgpt_hf.cells.soma.build import build_census
 from scgpt_hf.cells.soma.layout import OBS_LABELS
 from scgpt_hf.cells.source import open_source
 from tests.support import ROOT
+from tests.support.formats import write_10x_folder
 from tests.support.source_contract import expected_counts
 
 
@@ -134,6 +136,45 @@ def spoil_donor(cells):
 
 def spoil_one_donor(cells):
     cells.obs["donor_id"] = cells.obs["donor_id"].astype(object).where(np.arange(cells.n_obs) > 2, None)
+
+
+def test_the_donors_may_have_another_name_and_files_are_named_by_their_folder(tmp_path, small_cells):
+    paths = [tmp_path / folder / "outs" / "filtered.h5ad" for folder in ("s1", "s2")]
+    for path, part in zip(paths, small_cells, strict=True):
+        path.parent.mkdir(parents=True)
+        AnnData(part.X, part.obs[["donor_id"]].rename(columns={"donor_id": "patient"}), part.var).write_h5ad(path)
+    with pytest.raises(ValueError, match=r"s1/outs/filtered\.h5ad: obs has no column 'donor_id'.*--donor_key"):
+        build_census(paths, tmp_path / "soma")
+    for donor_key, donors in (("patient", 7), ("dataset_id", 2)):
+        folder = build_census(paths, tmp_path / donor_key, donor_key=donor_key)
+        obs = table(soma.DataFrame.open(str(folder / "census_data" / "homo_sapiens" / "obs")))
+        assert obs["dataset_id"].tolist() == ["s1"] * 160 + ["s2"] * 140
+        assert obs["donor_id"].nunique() == donors
+        assert "patient" not in obs
+
+
+def test_the_file_that_lacks_the_donors_is_named(tmp_path, small_cells):
+    for name, part in zip(("good", "bad"), small_cells, strict=True):
+        AnnData(part.X, part.obs[["donor_id"] if name == "good" else ["assay"]], part.var).write_h5ad(
+            tmp_path / f"{name}.h5ad"
+        )
+    with pytest.raises(ValueError, match=r"/bad\.h5ad: obs has no column 'donor_id'"):
+        build_census([tmp_path / "good.h5ad", tmp_path / "bad.h5ad"], tmp_path / "soma")
+
+
+def test_10x_folders_are_built_with_fractional_counts_rounded(tmp_path, small_cells):
+    for folder, part in zip(("s1", "s2"), small_cells, strict=True):
+        write_10x_folder(part, tmp_path / folder / "filtered_feature_bc_matrix")
+    paths = [tmp_path / folder / "filtered_feature_bc_matrix" for folder in ("s1", "s2")]
+    part = small_cells[0].copy()
+    part.X = part.X + part.X.sign() * 0.25
+    part.write_h5ad(tmp_path / "part.h5ad")
+    folder = build_census([*paths, tmp_path / "part.h5ad"], tmp_path / "s", donor_key="dataset_id", round_counts=True)
+    with open_source(folder, primary_only=False) as source:
+        assert set(source.obs(["dataset_id"])["dataset_id"]) == {"s1", "s2", "first"}
+        counts = source.read(np.arange(460)).counts.toarray()
+        assert (counts[:160] == counts[300:]).all()
+        assert (counts[:160] == expected_counts(small_cells, source.genes["feature_id"].tolist())[:160]).all()
 
 
 def spoil_counts(cells):
