@@ -191,6 +191,34 @@ def require_counts(counts: Any, where: str, *, whole: bool = True) -> None:
             )
 
 
+def to_float32(counts: NDArray[Any], where: str, *, whole: bool = True) -> NDArray[np.float32]:
+    """Return counts as float32 after checking that none is rounded to another whole number.
+
+    float32 holds all whole numbers up to 2**24 = 16,777,216, and only some of the larger ones.
+
+    Args:
+        counts: counts of any numeric type, of any shape. float32 counts are returned as they are.
+        where: names the array in the message.
+        whole: whether fractions are checked, too.
+
+    Raises:
+        ValueError: float32 rounds a larger count, or a fraction, to a whole number.
+    """
+    narrow = counts.astype(np.float32, copy=False)
+    if narrow is counts:
+        return narrow
+    rounded = (narrow != counts) & (narrow == np.floor(narrow)) & np.isfinite(narrow)
+    if not whole:
+        rounded &= counts == np.floor(counts)
+    if n_rounded := int(np.count_nonzero(rounded)):
+        before, after = counts[rounded][0], narrow[rounded][0]
+        raise ValueError(
+            f"{where}: float32 rounds {n_rounded:,} of {counts.size:,} counts to another whole number, e.g. {before!s} "
+            f"to {after:.0f}; expected raw counts, whole numbers of up to 16,777,216"
+        )
+    return narrow
+
+
 def name_layers(error: ValueError, others: Mapping[str, bool]) -> ValueError:
     """Return the error of `require_counts` with the names of the other layers added, and which of them look raw.
 

@@ -14,7 +14,7 @@ from anndata.abc import CSCDataset, CSRDataset
 from anndata.io import sparse_dataset
 from scipy.sparse import csr_matrix, issparse, vstack
 
-from scgpt_hf.cells.block import Int64Array
+from scgpt_hf.cells.block import Int64Array, to_float32
 from scgpt_hf.cells.files.validation import translate_read_errors, validate_sparse
 
 logger = logging.getLogger(__name__)
@@ -73,26 +73,31 @@ def open_matrix(matrix: Any) -> Any:
     return validate_sparse(sparse.to_memory(), name).tocsr()
 
 
-def read_rows(matrix: Any, rows: Int64Array, name: str) -> csr_matrix:
+def read_rows(matrix: Any, rows: Int64Array, name: str, *, whole: bool = True) -> csr_matrix:
     """Return some rows of a matrix as float32.
 
     Args:
         matrix: as `open_matrix` returns it, or in memory. Shape (all rows, columns).
         rows: row numbers, ascending. Shape (rows,).
         name: the file, for errors.
+        whole: raise where float32 would make a fraction a whole number.
 
     Returns:
         The rows, shape (rows, columns). Entries may be repeated, or zero.
 
     Raises:
-        ValueError: the file is damaged.
+        ValueError: the file is damaged, or float32 would round a count.
     """
     if isinstance(matrix, np.ndarray):
-        return csr_matrix(np.asarray(matrix[rows], dtype=np.float32))
+        return csr_matrix(to_float32(matrix[rows], name, whole=whole))
     if issparse(matrix):
-        return csr_matrix(matrix[rows], dtype=np.float32)
+        return _as_float32(csr_matrix(matrix[rows]), name, whole=whole)
     runs = np.split(rows, np.flatnonzero(np.diff(rows) > MOST_GAP) + 1)
-    read = [_read_run(matrix, int(run[0]), int(run[-1]) + 1, name)[run - run[0]] for run in runs if len(run)]
+    read = [
+        _as_float32(_read_run(matrix, int(run[0]), int(run[-1]) + 1, name)[run - run[0]], name, whole=whole)
+        for run in runs
+        if len(run)
+    ]
     return vstack(read or [csr_matrix((0, matrix.shape[1]))], format="csr", dtype=np.float32)
 
 
@@ -101,8 +106,14 @@ def _read_run(matrix: Any, start: int, stop: int, name: str) -> csr_matrix:
     with translate_read_errors(name):
         found = matrix[start:stop]
         if not issparse(found):
-            found = np.asarray(found, dtype=np.float32)
+            found = native(np.asarray(found))
         return csr_matrix(validate_sparse(found, name))
+
+
+def _as_float32(counts: csr_matrix, name: str, *, whole: bool) -> csr_matrix:
+    """Return a CSR matrix as float32; see `to_float32`."""
+    data = to_float32(counts.data, name, whole=whole)
+    return csr_matrix((data, counts.indices, counts.indptr), shape=counts.shape)
 
 
 def native(values: Any) -> Any:

@@ -5,8 +5,10 @@ This module joins several files by gene id. `contents.py` opens a file, `layers.
 build a SOMA (`soma/build.py`) or a cache of the files first.
 """
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,8 @@ from scgpt_hf.cells.files.layers import choose_layer
 from scgpt_hf.cells.files.matrices import read_rows
 from scgpt_hf.cells.genes import find_gene_ids, join_genes
 from scgpt_hf.cells.obs import add_primary_filter, drop_unused_categories, find_matching_rows, require_columns
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -59,9 +63,12 @@ class AnnDataPart:
         Raises:
             ValueError: a value is no raw count, or the file is damaged.
         """
-        counts = read_rows(self.counts, rows, self.name)
+        counts = read_rows(self.counts, rows, self.name, whole=not self.round_counts)
         require_counts(counts, self.name, whole=not self.round_counts)
+        n_stored = counts.nnz
         counts.sum_duplicates()
+        if counts.nnz < n_stored:
+            _warn_of_repeats(self.name)
         if self.round_counts:
             np.rint(counts.data, out=counts.data)
         counts.eliminate_zeros()
@@ -183,6 +190,12 @@ class AnnDataSource:
             "n_genes": len(self.genes),
             "gene_hash": gene_hash(self.genes["feature_id"]),
         }
+
+
+@cache
+def _warn_of_repeats(name: str) -> None:
+    """Log a warning, once for a file in a process."""
+    logger.warning("%s has repeated entries: counts of the same cell and gene are added up, as by SciPy", name)
 
 
 def open_parts(

@@ -8,12 +8,15 @@ Reading a shuffle window takes these steps:
    `native`), else through TileDB, with a separate context and handles for each thread. `remote.py` retries reads of a
    remote Census.
 3. `chunks.py` packs the entries of a chunk into words of 4 bytes.
-4. `read` checks that the counts are raw and adds the requested obs columns.
-5. It returns a `ChunkedBlock`. Its counts stay packed until the pipeline takes a few hundred cells at a time.
+4. `totals.py` compares the counts of each cell with the totals in obs, if obs has them.
+5. `read` checks that the counts are raw and adds the requested obs columns.
+6. It returns a `ChunkedBlock`. Its counts stay packed until the pipeline takes a few hundred cells at a time.
 
 `address.py` finds the SOMA of an address; `schedule/epoch.py` decides which chunks are read together.
 """
 
+import errno
+import logging
 import threading
 from collections.abc import Sequence
 from functools import cached_property, partial
@@ -39,7 +42,10 @@ from scgpt_hf.cells.soma.chunks import Chunk, ChunkedBlock, read_chunk
 from scgpt_hf.cells.soma.context import open_context
 from scgpt_hf.cells.soma.native import NativeArray, open_native
 from scgpt_hf.cells.soma.remote import RetryPolicy, is_remote
+from scgpt_hf.cells.soma.totals import ObsTotals, has_totals
 from scgpt_hf.cells.threads import DaemonThreadPool, n_cores
+
+logger = logging.getLogger(__name__)
 
 
 class CensusSource:
@@ -98,16 +104,17 @@ class CensusSource:
         self._handles: list[soma.SparseNDArray | soma.DataFrame] = []
         self._pool: DaemonThreadPool | None = None
         self._selected: NDArray[np.bool_] | None = None
-        self._uris, self.obs_columns, self._n_rows = self._retry_policy.read(uri, self._inspect)
+        self._warned_of_repeats = False
+        self._uris, self.obs_columns, self._n_rows, self._has_totals = self._retry_policy.read(uri, self._inspect)
         self._filter = add_primary_filter(obs_filter, self.obs_columns, primary_only=primary_only)
 
-    def _inspect(self) -> tuple[dict[str, str], list[str], int]:
-        """Return the URIs of X, obs and var, the obs columns, and the number of rows of X."""
+    def _inspect(self) -> tuple[dict[str, str], list[str], int, bool]:
+        """Return the URIs of X, obs and var, the obs columns, the number of rows of X, and if obs has its totals."""
         with self._experiment() as experiment:
             uris = _find_arrays(experiment, self._layer)
             layer: Any = experiment.ms["RNA"].X[self._layer]
             columns = [str(name) for name in experiment.obs.schema.names if name != "soma_joinid"]
-            return uris, columns, layer.shape[0]
+            return uris, columns, layer.shape[0], has_totals(experiment.obs.schema, self._layer)
 
     def __getstate__(self) -> dict[str, Any]:
         return self._settings
@@ -129,7 +136,8 @@ class CensusSource:
             pool.shutdown()
         with self._lock:
             handles, self._handles, self._local = self._handles, [], threading.local()
-            self.__dict__.pop("_native_array", None)  # the files may change while the source is closed
+            for name in ("_native_array", "_totals"):  # the files may change while the source is closed
+                self.__dict__.pop(name, None)
         for handle in handles:
             handle.close()
 
@@ -169,14 +177,20 @@ class CensusSource:
         order = np.argsort(cell_ids)
         ascending = cell_ids[order]
         edges = np.flatnonzero(np.diff(ascending // CHUNK_SIZE)) + 1  # where the next chunk begins
-        # The native array is opened here: the threads would each open it, or wait for each other.
-        read = partial(self._read_chunk_with_retries, self._native_array)
-        chunks = list(self._threads().map(read, np.split(ascending, edges))) if len(order) else []
+        chunks = self._read_chunks(np.split(ascending, edges)) if len(order) else []
         positions = np.split(order, edges) if chunks else []
         obs = self._read_obs(cell_ids, columns)
         block = ChunkedBlock(chunks, positions, obs, cell_ids, n_genes=len(self.genes))
         if not all(chunk.has_raw_counts for chunk in chunks):
             self._raise_not_raw(block, ascending)
+        n_repeated = sum(chunk.n_repeated for chunk in chunks)
+        if n_repeated and not self._warned_of_repeats:
+            self._warned_of_repeats = True
+            logger.warning(
+                "%s has repeated entries, %d in the %d cells read now: counts of the same cell and gene are added up, "
+                "as by SciPy and tiledbsoma; this is logged once",
+                *(self._uris["X"], n_repeated, len(cell_ids)),
+            )
         return block
 
     def describe(self) -> dict[str, Any]:
@@ -205,6 +219,11 @@ class CensusSource:
 
         return self._retry_policy.read(self._uris["X"], open_x)
 
+    @cached_property
+    def _totals(self) -> ObsTotals:
+        """The totals in obs of the cells up to the last selected one."""
+        return ObsTotals(self._read_rows, len(self._selected_cells()))
+
     def _selected_cells(self) -> NDArray[np.bool_]:
         """Return a mask by cell id of the cells that match the filters; one byte for each id up to the largest."""
         if self._selected is None:
@@ -229,14 +248,17 @@ class CensusSource:
 
         first, last = int(cell_ids.min()), int(cell_ids.max())
         gapless = last - first + 1 == len(cell_ids)  # a range is faster for TileDB than a list of ids
+        return self._read_rows(slice(first, last) if gapless else pa.array(np.sort(cell_ids)), columns).loc[cell_ids]
+
+    def _read_rows(self, coordinates: slice | pa.Array, columns: Sequence[str]) -> pd.DataFrame:
+        """Return these obs columns of a range or a list of cells, indexed by cell id."""
 
         def read() -> pd.DataFrame:
-            coordinates = slice(first, last) if gapless else pa.array(np.sort(cell_ids))
             rows = self._handle("obs").read((coordinates,), column_names=["soma_joinid", *columns])
             return cast(pd.DataFrame, rows.concat().to_pandas())
 
         obs = self._retry_policy.read(self._uris["obs"], read)
-        return obs.set_index("soma_joinid").rename_axis("cell_id").loc[cell_ids]
+        return obs.set_index("soma_joinid").rename_axis("cell_id")
 
     def _raise_not_raw(self, block: CellBlock, cell_ids: Int64Array) -> None:
         """Raise the ValueError of counts that are not raw, with the other layers and which of them look raw."""
@@ -253,7 +275,7 @@ class CensusSource:
             measurement: Any = experiment.ms["RNA"]
             others = {name: layer for name, layer in measurement.X.items() if name != self._layer}
             return {
-                name: isinstance(layer, soma.SparseNDArray) and read_chunk(layer, cell_ids).has_raw_counts
+                name: isinstance(layer, soma.SparseNDArray) and _looks_raw(layer, cell_ids)
                 for name, layer in others.items()
             }
 
@@ -285,9 +307,49 @@ class CensusSource:
                 self._handles.append(handle)
         return getattr(self._local, name)
 
-    def _read_chunk_with_retries(self, native: NativeArray | None, cell_ids: Int64Array) -> Chunk:
-        """Read ascending cells of one chunk, natively if possible."""
-        return self._retry_policy.read(self._uris["X"], lambda: read_chunk(native or self._handle("X"), cell_ids))
+    def _read_chunks(self, cell_ids: Sequence[Int64Array]) -> list[Chunk]:
+        """Read ascending cells of several chunks, in several threads."""
+        threads = self._threads()
+        if self._has_totals:
+            list(threads.map(self._totals.load, self._totals.missing_blocks(np.concatenate(cell_ids))))
+        # Genes and the native array are opened here: the threads would each open them, or wait for each other.
+        return list(threads.map(partial(self._read_chunk_with_retries, self._native_array, len(self.genes)), cell_ids))
+
+    def _read_chunk_with_retries(self, native: NativeArray | None, n_genes: int, cell_ids: Int64Array) -> Chunk:
+        """Read ascending cells of one chunk, natively if possible, and compare them with their totals in obs."""
+        chunk = self._retry_policy.read(
+            self._uris["X"], lambda: read_chunk(native or self._handle("X"), cell_ids, n_genes=n_genes)
+        )
+        # counts that are not raw have other totals; `read` raises the error for them
+        if self._has_totals and chunk.has_raw_counts and len(wrong := self._totals.find_wrong(chunk, cell_ids)):
+            self._raise_wrong_totals(chunk, cell_ids, wrong)
+        return chunk
+
+    def _raise_wrong_totals(self, chunk: Chunk, cell_ids: Int64Array, wrong: Int64Array) -> None:
+        """Raise the OSError of cells with other counts than obs states, unless obs describes more genes than var."""
+        if "n_measured_vars" in self.obs_columns:
+            n_measured = int(self._read_rows(pa.array(cell_ids[wrong]), ["n_measured_vars"]).max().iloc[0])
+            if n_measured > len(self.genes):
+                self._has_totals = False
+                logger.info(
+                    "obs of %s describes %d genes (n_measured_vars), but var has only %d of them; counts are not "
+                    "compared with nnz and raw_sum",
+                    *(self._uri, n_measured, len(self.genes)),
+                )
+                return
+        raise OSError(
+            errno.EIO,
+            f"{self._uris['X']}: {self._totals.explain(chunk, cell_ids, wrong)}; X is damaged or incomplete: copy it "
+            "again. If obs describes other counts than X, remove its columns nnz and raw_sum",
+        )
+
+
+def _looks_raw(layer: soma.SparseNDArray, cell_ids: Int64Array) -> bool:
+    """Return whether a layer can be suggested in the error for one that does not hold raw counts."""
+    try:
+        return read_chunk(layer, cell_ids).has_raw_counts
+    except ValueError:
+        return False
 
 
 def _find_arrays(experiment: soma.Experiment, layer: str) -> dict[str, str]:

@@ -8,7 +8,7 @@ therefore becomes one word of 4 bytes, or of 8 where they do not suffice, and th
     uint32      count, whole, 1 to 65,535       gene, below 65,536      where all entries of the chunk fit
     uint64      the bits of a float32 count     gene                    otherwise
 
-`read_chunk` works in five steps:
+`read_chunk` works in six steps:
 
 1. Read the entries in parts of some tiles each, natively or through TileDB.
 2. Pack each part as soon as it is read, so that the memory of its 20-byte entries is used again for the next part. This
@@ -16,6 +16,8 @@ therefore becomes one word of 4 bytes, or of 8 where they do not suffice, and th
 3. Count the entries of each cell over all parts; their running sum is `indptr`.
 4. Copy the words of each cell behind one another. They are in several runs, usually one for each tile with the cell.
 5. Sort, if genes do not ascend within a cell. That happens only if fragments overlap.
+6. Add up the counts of repeated entries of one cell and one gene, as SciPy, anndata and tiledbsoma do. A Census may
+   store them, but has none if it was built from valid files.
 
 `ChunkedBlock` is the block that `CensusSource.read` returns: it keeps the chunks and unpacks the rows that are taken.
 
@@ -31,7 +33,7 @@ import pyarrow as pa
 import tiledbsoma as soma
 from numpy.typing import NDArray
 
-from scgpt_hf.cells.block import CellBlock, CsrArrays, Int64Array, to_offsets
+from scgpt_hf.cells.block import CellBlock, CsrArrays, Int64Array, to_float32, to_offsets
 from scgpt_hf.cells.compiled import compiled
 from scgpt_hf.cells.soma.layout import TILE
 from scgpt_hf.cells.soma.native import NativeArray
@@ -42,6 +44,9 @@ MIN_RANGE_DENSITY = 1 / 64
 
 # `_pack_words` goes over its entries twice: up to this many (32 KiB) stay in the L1 cache in between.
 _ENTRIES_PER_PASS = 2048
+
+_TILE_BITS = TILE.bit_length() - 1
+_OUT_OF_ORDER = "entries are not in the order in which TileDB stores them"
 
 _COUNT_SHIFT, _GENE_MASK, _MAX_COUNT = 16, 2**16 - 1, 2**16 - 1  # of a word of 32 bits
 
@@ -56,18 +61,31 @@ class Chunk(NamedTuple):
         indptr: offsets of the cells, int64. Shape (cells + 1,).
         words: gene and count of each entry, genes ascending within a cell, counts not 0. Shape (entries,). uint32 or
             uint64; see the module's docstring.
+        n_stored: number of entries of each cell in the array, without zeros but with repeated ones. Shape (cells,).
     """
 
     indptr: Int64Array
     words: Array
+    n_stored: Int64Array
+
+    @property
+    def n_repeated(self) -> int:
+        """Return the number of entries that were added to another one of the same cell and gene."""
+        return int(self.n_stored.sum()) - len(self.words)
 
     @property
     def has_raw_counts(self) -> bool:
         """Return whether all counts are finite integers above 0."""
         if self.words.dtype == np.uint32:  # only such counts fit 16 bits
             return True
-        counts = (self.words >> np.uint64(32)).astype(np.uint32).view(np.float32)
+        counts = _counts_of_words(self.words)
         return bool((np.isfinite(counts) & (counts > 0) & (counts == np.floor(counts))).all())
+
+    def sum_counts(self) -> NDArray[np.float64]:
+        """Return the sum of the counts of each cell. Shape (cells,)."""
+        if self.words.dtype == np.uint32:
+            return _sum_words(self.indptr, self.words)  # type: ignore[no-any-return]
+        return _sum_rows(self.indptr, _counts_of_words(self.words))  # type: ignore[no-any-return]
 
 
 class ChunkedBlock(CellBlock):
@@ -118,41 +136,68 @@ class ChunkedBlock(CellBlock):
         return counts, genes, indptr
 
 
-def read_chunk(array: soma.SparseNDArray | NativeArray, cell_ids: Int64Array) -> Chunk:
+def read_chunk(array: soma.SparseNDArray | NativeArray, cell_ids: Int64Array, *, n_genes: int | None = None) -> Chunk:
     """Read cells of one chunk and pack their counts.
 
     Args:
         array: cells by genes.
         cell_ids: cells of one chunk, ascending. Shape (cells,).
+        n_genes: number of genes of var; that of the array by default. An array may have room for more.
+
+    Raises:
+        ValueError: an entry has no count or a gene that var does not have, or float32 cannot hold its count.
     """
+    n_genes = array.shape[1] if n_genes is None else n_genes
     # The row of each cell id, or -1 if the cell is not wanted. The table has one more place at each end, with -1: ids
     # outside the range are clipped to these places, so that every lookup is valid.
     first_id = int(cell_ids[0]) - 1
     row_of_id = np.full(int(cell_ids[-1]) - first_id + 2, -1, dtype=np.int32)
     row_of_id[cell_ids - first_id] = np.arange(len(cell_ids), dtype=np.int32)
-    genes_fit = array.shape[1] <= 2**16
     if isinstance(array, NativeArray):
         entries = array.read_entries(int(cell_ids[0]), int(cell_ids[-1]))
     else:
         entries = _read_through_tiledb(array, cell_ids)
-    parts = [_pack_part(part, row_of_id, first_id, genes_fit) for part in entries]
+    parts = [_pack_part(part, row_of_id, first_id, n_genes, array) for part in entries]
 
     indptr = np.zeros(len(cell_ids) + 1, np.int64)
     for part in parts:
         indptr[1:] += np.bincount(part.rows, part.lengths, len(cell_ids)).astype(np.int64)
+    n_stored = indptr[1:].copy()
     np.cumsum(indptr, out=indptr)
     # one part with wide words makes all wide
-    dtype = np.result_type(np.uint32 if genes_fit else np.uint64, *(part.words for part in parts))
+    dtype = np.result_type(np.uint32 if n_genes <= 2**16 else np.uint64, *(part.words for part in parts))
     words: Array = np.empty(indptr[-1], dtype)
     next_place, gene_mask = indptr[:-1].copy(), words.dtype.type(2 ** (4 * words.itemsize) - 1)
-    unsorted = False
+    ascending = True
     for part in parts:
         part_words = part.words if part.words.dtype == dtype else _widen_words(part.words)
-        unsorted |= _place_runs(part_words, part.rows, part.lengths, indptr, next_place, words, gene_mask)
-    if unsorted:
-        cell_of_word = np.repeat(np.arange(len(cell_ids)), np.diff(indptr))
-        words = words[np.lexsort((words & gene_mask, cell_of_word))]
-    return Chunk(indptr, words)
+        ascending &= _place_runs(part_words, part.rows, part.lengths, indptr, next_place, words, gene_mask)
+    if not ascending:
+        for part in parts if isinstance(array, NativeArray) else []:
+            _require_ascending_runs(part)
+        indptr, words = _join_words(indptr, words, gene_mask, array.uri)
+    return Chunk(indptr, words, n_stored)
+
+
+def _join_words(indptr: Int64Array, words: Array, gene_mask: Any, where: str) -> tuple[Int64Array, Array]:
+    """Sort the words of each cell by gene, and add up the counts of a repeated gene; return offsets and words.
+
+    Counts that are not raw are not added up: whoever reads them raises, and must see each of them.
+    """
+    cells = np.repeat(np.arange(len(indptr) - 1), np.diff(indptr))
+    words = words[np.lexsort((words & gene_mask, cells))]
+    genes = words & gene_mask
+    is_first = np.append(True, (np.diff(genes) != 0) | (np.diff(cells) != 0))
+    chunk = Chunk(indptr, words, np.diff(indptr))
+    if is_first.all() or not chunk.has_raw_counts:
+        return indptr, words
+    sums = np.add.reduceat(_counts_of_words(words), np.flatnonzero(is_first), dtype=np.float64)
+    counts = to_float32(sums, where)
+    indptr = np.concatenate([[0], np.cumsum(is_first)])[indptr]
+    wide = _pack_wide_words(genes[is_first], counts)
+    if words.dtype == np.uint32 and counts.max() <= _MAX_COUNT:
+        return indptr, counts.astype(np.uint32) << _COUNT_SHIFT | genes[is_first]
+    return indptr, wide
 
 
 def _read_through_tiledb(array: soma.SparseNDArray, cell_ids: Int64Array) -> Iterator[Entries]:
@@ -168,8 +213,14 @@ def _read_through_tiledb(array: soma.SparseNDArray, cell_ids: Int64Array) -> Ite
         coordinates = slice(first, last)
     for table in array.read((coordinates,)).tables():
         for batch in table.to_batches():
-            ids, genes, counts = (column.to_numpy() for column in batch.columns)
-            yield ids, genes, counts
+            # by name: an array of another program may have its dimensions in another order, or further attributes
+            ids, genes, counts = (batch.column(name) for name in ("soma_dim_0", "soma_dim_1", "soma_data"))
+            if counts.null_count:
+                raise ValueError(
+                    f"{array.uri}: {counts.null_count:,} of {len(counts):,} stored counts are missing (null); expected "
+                    "a count for each entry; write the array again without them"
+                )
+            yield ids.to_numpy(), genes.to_numpy(), counts.to_numpy()
 
 
 class _Part(NamedTuple):
@@ -188,30 +239,55 @@ class _Part(NamedTuple):
     lengths: Array
 
 
-def _pack_part(entries: Entries, row_of_id: Array, first_id: int, genes_fit: bool) -> _Part:
+def _pack_part(
+    entries: Entries, row_of_id: Array, first_id: int, n_genes: int, array: soma.SparseNDArray | NativeArray
+) -> _Part:
     """Pack the entries of the wanted cells, without zeros.
 
     Args:
         entries: cell ids, genes and counts. Shape (entries,) each.
         row_of_id: row of each cell id from `first_id` on, −1 if it is not wanted, as at both ends.
         first_id: cell id of the first place of `row_of_id`.
-        genes_fit: whether all genes of the array fit 16 bits.
+        n_genes: number of genes of var.
+        array: the array that the entries are from.
+
+    Raises:
+        OSError: entries of a native array are not in the order in which TileDB stores them.
+        ValueError: see `read_chunk`.
     """
     ids, genes, values = entries
-    counts = values.astype(np.float32, copy=False)
+    counts = to_float32(values, array.uri)
+    if genes.dtype == np.int64:
+        genes = genes.view(np.uint64)  # so that one comparison finds negative genes, too
     rows, starts, stops = (np.empty(len(ids), np.int32) for _ in range(3))
-    n_runs = _find_runs(ids, row_of_id, first_id, rows, starts, stops)
+    n_runs, in_order = _find_runs(ids, genes, row_of_id, first_id, rows, starts, stops)
+    if isinstance(array, NativeArray) and not in_order:  # TileDB may return entries of several fragments one by one
+        raise OSError(_OUT_OF_ORDER)
     rows, starts, stops = rows[:n_runs].copy(), starts[:n_runs], stops[:n_runs]
     lengths = stops - starts
     words: Array = np.empty(lengths.sum(), np.uint32)
-    n_zeros, n_misfits = _pack_words(genes, counts, starts, stops, words)
+    n_zeros, n_misfits, n_unknown = _pack_words(genes, counts, starts, stops, words, genes.dtype.type(n_genes))
+    if n_unknown:
+        raise ValueError(
+            f"{array.uri}: {n_unknown:,} entries have genes that var does not have, e.g. gene {genes.max():,}; var has "
+            f"{n_genes:,} genes; is the copy complete?"
+        )
     if n_zeros:  # rare: a Census stores none, so they are only looked for while packing
         ids, genes, counts = (column[counts != 0] for column in (ids, genes, counts))
-        return _pack_part((ids, genes, counts), row_of_id, first_id, genes_fit)
-    if n_misfits or not genes_fit:  # rare, too: discard the words and pack again
+        return _pack_part((ids, genes, counts), row_of_id, first_id, n_genes, array)
+    if n_misfits or n_genes > 2**16:  # rare, too: discard the words and pack again
         wanted = row_of_id[(ids - first_id).clip(0, len(row_of_id) - 1)] >= 0
         words = _pack_wide_words(genes[wanted], counts[wanted])
     return _Part(words, rows, lengths)
+
+
+def _require_ascending_runs(part: _Part) -> None:
+    """Raise an OSError if the genes of a run descend, which they do in no fragment."""
+    genes = part.words & (_GENE_MASK if part.words.dtype == np.uint32 else np.uint64(2**32 - 1))
+    descends = genes[1:] < genes[:-1]
+    descends[np.cumsum(part.lengths)[:-1] - 1] = False  # where the next run begins
+    if descends.any():
+        raise OSError(_OUT_OF_ORDER)
 
 
 def _pack_wide_words(genes: Array, counts: NDArray[np.float32]) -> NDArray[np.uint64]:
@@ -224,32 +300,49 @@ def _widen_words(words: NDArray[np.uint32]) -> NDArray[np.uint64]:
     return _pack_wide_words(words & _GENE_MASK, (words >> _COUNT_SHIFT).astype(np.float32))
 
 
+def _counts_of_words(words: Array) -> NDArray[np.float32]:
+    """Return the counts of words of 32 or 64 bits."""
+    if words.dtype == np.uint32:
+        return (words >> _COUNT_SHIFT).astype(np.float32)
+    return (words >> np.uint64(32)).astype(np.uint32).view(np.float32)
+
+
 # The inner loops below are short and run over slices from 0 to their length. The compiler vectorises such loops; one
 # loop that does several things at once, or one with offsets in its indices, stays scalar and is slower.
 
 
 @compiled
-def _find_runs(ids, row_of_id, first_id, rows, starts, stops):  # type: ignore[no-untyped-def]
-    """Fill the row, start and stop of each run of entries of a wanted cell; return the number of runs."""
+def _find_runs(ids, genes, row_of_id, first_id, rows, starts, stops):  # type: ignore[no-untyped-def]
+    """Fill the row, start and stop of each run of entries of a wanted cell.
+
+    Returns:
+        The number of runs, and whether all runs are in the order in which TileDB stores the entries of a fragment: by
+        row and column of tiles, then by cell, then by gene.
+    """
     n_runs = entry = 0
+    in_order, cell_before, gene_before = True, np.int64(-1), np.int64(-1)
     while entry < len(ids):
         start, cell = entry, ids[entry]
         while entry < len(ids) and ids[entry] == cell:
             entry += 1
+        down = (cell >> _TILE_BITS) - (cell_before >> _TILE_BITS)
+        right = (np.int64(genes[start]) >> _TILE_BITS) - (gene_before >> _TILE_BITS)
+        in_order &= (down > 0) | ((down == 0) & ((right > 0) | ((right == 0) & (cell > cell_before))))
+        cell_before, gene_before = cell, np.int64(genes[entry - 1])
         row = row_of_id[min(max(cell - first_id, 0), len(row_of_id) - 1)]
         if row >= 0:
             rows[n_runs], starts[n_runs], stops[n_runs] = row, start, entry
             n_runs += 1
-    return n_runs
+    return n_runs, in_order
 
 
 @compiled
-def _pack_words(genes, counts, starts, stops, words):  # type: ignore[no-untyped-def]
-    """Fill words of 32 bits; return the number of counts that are 0, and of those that do not fit 16 bits.
+def _pack_words(genes, counts, starts, stops, words, n_genes):  # type: ignore[no-untyped-def]
+    """Fill words of 32 bits; return the numbers of zeros, of counts that do not fit 16 bits, and of unknown genes.
 
     Neighbouring runs are packed together, as long as their entries stay in the L1 cache for the second pass.
     """
-    n_zeros = n_misfits = place = run = 0
+    n_zeros = n_misfits = n_unknown = place = run = 0
     while run < len(starts):
         start = starts[run]
         while run + 1 < len(starts) and starts[run + 1] == stops[run] and stops[run] - start < _ENTRIES_PER_PASS:
@@ -258,6 +351,8 @@ def _pack_words(genes, counts, starts, stops, words):  # type: ignore[no-untyped
         some_words = words[place : place + len(some_genes)]
         for i in range(len(some_genes)):
             some_words[i] = (np.int32(some_counts[i]) << _COUNT_SHIFT) | np.int32(some_genes[i])
+        for i in range(len(some_genes)):
+            n_unknown += some_genes[i] >= n_genes
         for i in range(len(some_counts)):
             n_zeros += some_counts[i] == 0
             # every comparison with NaN is false, so NaN is a misfit
@@ -266,27 +361,50 @@ def _pack_words(genes, counts, starts, stops, words):  # type: ignore[no-untyped
             )
         place += len(some_genes)
         run += 1
-    return n_zeros, n_misfits
+    return n_zeros, n_misfits, n_unknown
 
 
 @compiled
 def _place_runs(part, rows, lengths, indptr, next_place, words, gene_mask):  # type: ignore[no-untyped-def]
-    """Copy each run of a part behind the last one of its cell; return whether genes of a cell do not ascend.
+    """Copy each run of a part behind the last one of its cell; return whether the genes of each cell ascend.
 
-    `next_place` is the place in `words` of the next run of each cell; it is moved on.
+    They do not if a gene is repeated. `next_place` is the place in `words` of the next run of each cell; it is moved
+    on.
     """
-    unsorted, start = False, 0
+    descending, start = False, 0
     for run in range(len(rows)):
         run_words, place = part[start : start + lengths[run]], next_place[rows[run]]
         target = words[place : place + len(run_words)]
         target[0] = run_words[0]
         for i in range(1, len(run_words)):
             target[i] = run_words[i]
-            unsorted |= (run_words[i] & gene_mask) < (run_words[i - 1] & gene_mask)
-        unsorted |= place > indptr[rows[run]] and (run_words[0] & gene_mask) < (words[place - 1] & gene_mask)
+            descending |= (run_words[i] & gene_mask) <= (run_words[i - 1] & gene_mask)
+        descending |= place > indptr[rows[run]] and (run_words[0] & gene_mask) <= (words[place - 1] & gene_mask)
         next_place[rows[run]] = place + len(run_words)
         start += len(run_words)
-    return unsorted
+    return not descending
+
+
+@compiled
+def _sum_words(indptr, words):  # type: ignore[no-untyped-def]
+    """Return the sum of the counts of each cell from words of 32 bits."""
+    sums = np.empty(len(indptr) - 1, np.float64)
+    for cell in range(len(sums)):
+        total = np.uint64(0)
+        for word in words[indptr[cell] : indptr[cell + 1]]:
+            total += word >> _COUNT_SHIFT
+        sums[cell] = total
+    return sums
+
+
+@compiled
+def _sum_rows(indptr, counts):  # type: ignore[no-untyped-def]
+    """Return the sum of the counts of each cell from float32 counts."""
+    sums = np.zeros(len(indptr) - 1, np.float64)
+    for cell in range(len(sums)):
+        for count in counts[indptr[cell] : indptr[cell + 1]]:
+            sums[cell] += count
+    return sums
 
 
 @compiled

@@ -9,8 +9,9 @@ An array is a folder. Each write adds a fragment, which is another folder:
         __fragment_metadata.tdb                  where each tile begins, and which cells and genes it spans
 
 Reading takes three steps. `list_fields` checks that the schema is that of a Census. `list_fragments` finds the complete
-fragments and reads the metadata of each. `Fragment.find_tiles` then tells which tiles hold the entries of a range of
-cells. Whatever differs from what a Census has raises `UnsupportedArrayError`, and the array is left to TileDB.
+fragments, reads the metadata of each and checks that they agree. `Fragment.find_tiles` then tells which tiles hold the
+entries of a range of cells. Whatever differs from what a Census has raises `UnsupportedArrayError`, and the array is
+left to TileDB.
 
 Source: the format specification of TileDB, https://github.com/TileDB-Inc/TileDB/tree/main/format_spec:
 `array_file_hierarchy.md`, `fragment.md`, `generic_tile.md`, `array_format_history.md`.
@@ -33,7 +34,16 @@ from scgpt_hf.cells.soma.layout import TILE
 # tests/fixtures has an array of each.
 FORMAT_VERSIONS = (20, 21, 22)
 
-_MAX_GENES = 2**31  # `tiles.py` decodes only the lower half of the 8 bytes of a gene
+# `tiles.py` decodes only the lower half of the 8 bytes of a gene, and requires that the upper half is 0.
+_MAX_GENES = 2**31
+
+# Names, types and order of the dimensions and the attribute of a Census. None may have missing values: TileDB stores
+# which values are missing in one more file, which this package does not read.
+_COLUMNS = [
+    ("soma_dim_0", pa.int64(), False),
+    ("soma_dim_1", pa.int64(), False),
+    ("soma_data", pa.float32(), False),
+]
 
 # The footer of a fragment: version and length of the schema's name, the name, then these fixed fields (dense, no
 # non-empty domain, first and last cell and gene, number of tiles, entries of the last tile, has timestamps, has
@@ -79,12 +89,16 @@ class Fragment(NamedTuple):
         highest: the highest cell id in this tile and all before it. Shape (tiles,).
         lowest: the lowest cell id in this tile and all after it. Shape (tiles,).
         offsets: for each field, the offset of each tile in its file, and the size of the file. Shape (tiles + 1,) each.
+        boxes: lowest and highest cell id, lowest and highest gene of each tile. Shape (tiles, 4).
+        sizes: number of entries of each tile. Shape (tiles,).
     """
 
     folder: Path
     highest: Int64Array
     lowest: Int64Array
     offsets: list[Int64Array]
+    boxes: Int64Array
+    sizes: Int64Array
 
     def find_tiles(self, first: int, last: int) -> range:
         """Return the tiles with all entries of cells `first` to `last`; entries of other cells may be among them."""
@@ -106,11 +120,16 @@ def list_fields(array: soma.SparseNDArray) -> list[Field]:
     expected = [True, "row-major", "row-major", str(TILE), str(TILE)]
     if layout != expected:
         raise UnsupportedArrayError(f"duplicates, cell order, tile order and tile sizes are {layout}, not {expected}")
-    if array.type != pa.float32() or array.shape[1] > _MAX_GENES:
-        raise UnsupportedArrayError(f"it holds {array.type} of {array.shape[1]:,} genes, not float of up to 2**31")
+    columns = [(field.name, field.type, field.nullable) for field in array.schema]
+    if columns != _COLUMNS or array.shape[1] > _MAX_GENES:
+        found = str(array.schema).replace("\n", ", ")
+        raise UnsupportedArrayError(
+            f"it holds {found} of {array.shape[1]:,} genes, not int64 cell ids, int64 genes of up to 2**31 and float "
+            "counts, without missing values"
+        )
 
-    def make_field(file: str, place: int, dtype: type, filters: list[dict[str, Any]]) -> Field:
-        names = [step["name"] for step in filters]
+    def make_field(file: str, place: int, dtype: type, filters: list[dict[str, Any]] | None) -> Field:
+        names = [step["name"] for step in filters or []]  # None: there are no filters
         # cell ids use all 8 bytes and are never shuffled in a Census, so `tiles.py` does not decode that
         if names != ["ZSTD"] and (names != ["BYTESHUFFLE", "ZSTD"] or file == "d0.tdb"):
             raise UnsupportedArrayError(f"the filters of {file} are {names}")
@@ -123,21 +142,25 @@ def list_fields(array: soma.SparseNDArray) -> list[Field]:
     ]
 
 
-def list_fragments(folder: Path, fields: list[Field], *, until_ms: int) -> list[Fragment]:
-    """Return the fragments of an array, the oldest first.
+def list_fragments(array: soma.SparseNDArray, fields: list[Field]) -> list[Fragment]:
+    """Return the fragments of a local array, the oldest first.
 
     Args:
-        folder: folder of the array.
+        array: an array opened for reading.
         fields: fields that `list_fields` has returned.
-        until_ms: time at which the array was opened, in milliseconds since 1970.
 
     Raises:
         UnsupportedArrayError: a fragment is not stored as a Census stores them, or there may be others elsewhere.
         OSError, ValueError, ArithmeticError, LookupError, struct.error, zlib.error: files are missing or damaged.
     """
+    folder = Path(array.uri.removeprefix("file://"))
     _require_current_layout(folder)
-    names = _list_committed(folder / "__commits", until_ms)
-    return [_open_fragment(folder / "__fragments" / name, fields) for name in names]
+    names = _list_committed(folder / "__commits", array.tiledb_timestamp_ms)
+    capacity = array.schema_config_options().capacity
+    fragments = [_open_fragment(folder / "__fragments" / name, fields, capacity) for name in names]
+    for fragment in fragments:
+        _require_consistent(fragment, array.shape)
+    return fragments
 
 
 def _require_current_layout(folder: Path) -> None:
@@ -169,14 +192,17 @@ def _list_committed(folder: Path, until_ms: int) -> list[str]:
     return sorted(times, key=lambda name: (times[name][0], name))
 
 
-def _open_fragment(folder: Path, fields: list[Field]) -> Fragment:
-    """Read the metadata of a fragment: its footer, the offsets of its tiles and their bounding boxes."""
+def _open_fragment(folder: Path, fields: list[Field], capacity: int) -> Fragment:
+    """Read the metadata of a fragment: its footer, the offsets of its tiles and their bounding boxes.
+
+    `capacity` is the number of entries of each tile but the last.
+    """
     data = (folder / "__fragment_metadata.tdb").read_bytes()
     # the last 8 bytes of the file are the size of the footer before them
     footer = data[len(data) - 8 - int.from_bytes(data[-8:], "little") : -8]
     version, n_letters = _FOOTER_START.unpack_from(footer)
     at = _FOOTER_START.size + n_letters
-    *_, has_timestamps, has_deletions = _FOOTER_FIXED.unpack_from(footer, at)
+    *_, n_tiles, n_last, has_timestamps, has_deletions = _FOOTER_FIXED.unpack_from(footer, at)
     if version not in FORMAT_VERSIONS:
         raise UnsupportedArrayError(f"{folder.name} is of format version {version}, not one of {FORMAT_VERSIONS}")
     if has_deletions:
@@ -197,8 +223,27 @@ def _open_fragment(folder: Path, fields: list[Field]) -> Fragment:
         np.append(np.frombuffer(_read_generic_tile(data, tables_at[place]), "<i8", offset=8), sizes[place])
         for place in (field.place for field in fields)
     ]
-    lowest, highest, *_ = _read_boxes(_read_generic_tile(data, tree_at)).T
-    return Fragment(folder, np.maximum.accumulate(highest), np.minimum.accumulate(lowest[::-1])[::-1].copy(), offsets)
+    boxes = _read_boxes(_read_generic_tile(data, tree_at))
+    if not len(boxes) == n_tiles == len(offsets[0]) - 1 or not 0 < n_last <= capacity:
+        raise UnsupportedArrayError(
+            f"{folder.name} has {n_tiles:,} tiles, {len(boxes):,} bounding boxes, {len(offsets[0]) - 1:,} offsets, and "
+            f"{n_last:,} entries in its last tile, of up to {capacity:,}"
+        )
+    sizes = np.full(n_tiles, capacity, np.int64)
+    sizes[-1] = n_last
+    lowest, highest = boxes[:, 0], boxes[:, 1]
+    return Fragment(
+        folder, np.maximum.accumulate(highest), np.minimum.accumulate(lowest[::-1])[::-1].copy(), offsets, boxes, sizes
+    )
+
+
+def _require_consistent(fragment: Fragment, shape: tuple[int, ...]) -> None:
+    """Raise unless the tiles are one after the other in each file, and their bounding boxes within the array."""
+    if any((np.diff(of_field) <= 0).any() or of_field[0] != 0 for of_field in fragment.offsets):
+        raise UnsupportedArrayError(f"the offsets of the tiles of {fragment.folder.name} do not ascend from 0")
+    lowest, highest = fragment.boxes[:, ::2], fragment.boxes[:, 1::2]
+    if (lowest < 0).any() or (lowest > highest).any() or (highest >= shape).any():
+        raise UnsupportedArrayError(f"{fragment.folder.name} has tiles outside an array of shape {shape}")
 
 
 def _read_generic_tile(data: bytes, at: int) -> bytes:

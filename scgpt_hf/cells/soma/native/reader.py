@@ -34,11 +34,13 @@ class NativeArray:
     It holds offsets, not open files, so several threads may read at the same time.
 
     Attributes:
+        uri: of the array, for error messages.
         shape: number of cells and of genes.
         fields: how cell ids, genes and counts are stored, in this order.
         fragments: fragments in the order in which they were written.
     """
 
+    uri: str
     shape: tuple[int, ...]
     fields: list[Field]
     fragments: list[Fragment]
@@ -56,7 +58,7 @@ class NativeArray:
             Cell ids (int64), genes (uint32 or uint64) and counts (float32). Shape (entries,) each.
 
         Raises:
-            OSError: a file is damaged or cannot be read.
+            OSError: a file is damaged or cannot be read, or a tile holds entries that contradict its metadata.
         """
         for fragment in self.fragments:
             tiles = fragment.find_tiles(first, last)
@@ -71,15 +73,16 @@ class NativeArray:
             for tile in range(0, len(tiles), _TILES_PER_STEP):
                 edges = [of_field[tile : tile + _TILES_PER_STEP + 1] - of_field[0] for of_field in offsets]
                 parts = [content[edge[0] : edge[-1]] for content, edge in zip(stored, edges, strict=True)]
-                yield decode_tiles(parts, self.fields, self.shape[1])
+                these = slice(tiles.start + tile, min(tiles.start + tile + _TILES_PER_STEP, tiles.stop))
+                yield decode_tiles(parts, self.fields, fragment.boxes[these], fragment.sizes[these])
 
 
 def open_native(array: soma.SparseNDArray, *, enabled: bool = True) -> NativeArray | None:
     """Return a native reader of a local array, or None, with an INFO line, if TileDB has to read it.
 
     An array qualifies if it is on a local disk, laid out as a Census is (`layout.x_storage`), written in one of
-    `fragments.FORMAT_VERSIONS`, and neither deleted from nor evolved. Set the environment variable
-    `SCGPT_HF_NATIVE_READER=0` to have TileDB read every array.
+    `fragments.FORMAT_VERSIONS`, without missing values, and neither deleted from nor evolved. Set the environment
+    variable `SCGPT_HF_NATIVE_READER=0` to have TileDB read every array.
 
     Args:
         array: an array opened for reading.
@@ -87,14 +90,14 @@ def open_native(array: soma.SparseNDArray, *, enabled: bool = True) -> NativeArr
     """
     try:
         _require_enabled(enabled)
-        folder = Path(array.uri.removeprefix("file://"))
         fields = list_fields(array)
-        fragments = list_fragments(folder, fields, until_ms=array.tiledb_timestamp_ms)
-    # Damaged metadata fail in many ways. TileDB gets the array then, and reports the damage if there is any.
-    except (OSError, ValueError, ArithmeticError, LookupError, struct.error, zlib.error) as error:
+        fragments = list_fragments(array, fields)
+    # Damaged metadata and options that this package does not know fail in many ways. TileDB gets the array then, and
+    # reports the damage if there is any.
+    except (OSError, ValueError, TypeError, ArithmeticError, LookupError, struct.error, zlib.error) as error:
         logger.info("TileDB reads %s, not the faster native reader: %s", array.uri, error)
         return None
-    return NativeArray(array.shape, fields, fragments)
+    return NativeArray(array.uri, array.shape, fields, fragments)
 
 
 def _require_enabled(enabled: bool) -> None:

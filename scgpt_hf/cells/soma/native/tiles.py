@@ -1,11 +1,14 @@
 """Decode tiles of TileDB: from their compressed bytes to cell ids, genes and counts.
 
-A field of a tile is a sequence of chunks of up to 64 KiB, each compressed by Zstandard on its own. Decoding takes three
+A field of a tile is a sequence of chunks of up to 64 KiB, each compressed by Zstandard on its own. Decoding takes four
 steps, each for a few tiles and all three fields at once:
 
 1. `_find_all_frames` walks over the chunk headers and copies the Zstandard frames behind one another.
 2. One call of `pyarrow.decompress` decompresses them all: a decoder continues with the next frame where one ends.
 3. `_unshuffle` puts the bytes of shuffled numbers together again.
+4. `_find_outside` checks that the entries of each tile are within its bounding box. The frames have no checksum, so a
+   flipped bit that still decompresses is found only by such checks: this one, that of `chunks.py` that entries ascend,
+   and that of `totals.py` with the totals in obs.
 
 The loops are compiled and release the GIL. They check every size that they use, because a damaged file would otherwise
 make them read or write out of bounds.
@@ -32,20 +35,21 @@ _HEADER = 12  # bytes: three sizes at the beginning of a chunk, see `_find_frame
 _FILTER_DATA = 16  # bytes that the filters add behind the header, at least; 8 more if the numbers are shuffled
 
 
-def decode_tiles(parts: Sequence[Bytes], fields: Sequence[Field], n_genes: int) -> Entries:
+def decode_tiles(parts: Sequence[Bytes], fields: Sequence[Field], boxes: Int64Array, n_entries: Int64Array) -> Entries:
     """Return the entries of some neighbouring tiles.
 
     Args:
         parts: the stored bytes of each field.
         fields: how cell ids, genes and counts are stored.
-        n_genes: number of genes of the array.
+        boxes: lowest and highest cell id, lowest and highest gene of each tile. Shape (tiles, 4).
+        n_entries: number of entries of each tile. Shape (tiles,).
 
     Returns:
         Cell ids (int64), genes (uint32, or uint64 if they are not shuffled) and counts (float32).
         Shape (entries,) each.
 
     Raises:
-        OSError: the bytes are damaged.
+        OSError: the bytes are damaged, or contradict the bounding boxes or the numbers of entries.
     """
     n_stored = [len(part) for part in parts]
     frames, n_chunks = np.empty(sum(n_stored), np.uint8), np.zeros(len(fields), np.int64)
@@ -60,11 +64,16 @@ def decode_tiles(parts: Sequence[Bytes], fields: Sequence[Field], n_genes: int) 
     content = pa.decompress(pa.py_buffer(frames[:n_bytes]), int(ends[-1]), codec="zstd", asbytes=False)
     contents = np.split(np.frombuffer(content, np.uint8), ends[:-1])
     cell_ids, genes, counts = (_to_numbers(*of_field) for of_field in zip(contents, chunk_sizes, fields, strict=True))
-    if not len(cell_ids) == len(genes) == len(counts):
-        raise OSError(f"found {len(cell_ids):,} cell ids, {len(genes):,} genes and {len(counts):,} counts of entries")
-    # a gene beyond the last would make the loops of `chunks.py` and the tokenizer write out of bounds
-    if (largest := genes.max(initial=0)) >= n_genes:
-        raise OSError(f"found gene {largest:,} in an array of {n_genes:,} genes")
+    if not len(cell_ids) == len(genes) == len(counts) == n_entries.sum():
+        raise OSError(
+            f"found {len(cell_ids):,} cell ids, {len(genes):,} genes and {len(counts):,} counts of "
+            f"{n_entries.sum():,} entries"
+        )
+    if (tile := _find_outside(cell_ids, genes, np.cumsum(n_entries), boxes)) >= 0:
+        first, last, first_gene, last_gene = boxes[tile].tolist()
+        raise OSError(
+            f"a tile of cells {first:,} to {last:,} and genes {first_gene:,} to {last_gene:,} has an entry of another"
+        )
     return cell_ids, genes, counts
 
 
@@ -73,7 +82,8 @@ def _to_numbers(content: Bytes, chunk_sizes: Int64Array, field: Field) -> Array:
     if not field.shuffled:
         return content.view(field.dtype)
     numbers = np.empty(len(content) // field.dtype.itemsize, np.uint32)
-    _unshuffle(content, chunk_sizes, field.dtype.itemsize, numbers)
+    if _unshuffle(content, chunk_sizes, field.dtype.itemsize, numbers):
+        raise OSError(f"{field.file} has numbers of 2**32 or more, which no gene has")
     return numbers.view(np.float32) if field.dtype == np.float32 else numbers
 
 
@@ -146,9 +156,11 @@ def _read_uint32(stored, at):  # type: ignore[no-untyped-def]
 def _unshuffle(content, chunk_sizes, width, numbers):  # type: ignore[no-untyped-def]
     """Fill the lower 4 bytes of numbers of `width` bytes, which are stored apart in each chunk, all lowest ones first.
 
-    The upper bytes are never needed: genes have 8 bytes but are below 2**31 (see `fragments.py`), counts have only 4.
+    Return the union of the bits of all upper bytes, which genes have (8 bytes, but they are below 2**31, see
+    `fragments.py`) and counts have not.
     """
     at = done = 0
+    upper = np.uint8(0)
     for size in chunk_sizes:
         n = size // width
         chunk, filled = content[at : at + size], numbers[done : done + n]
@@ -156,4 +168,28 @@ def _unshuffle(content, chunk_sizes, width, numbers):  # type: ignore[no-untyped
         for i in range(n):
             low = np.uint32(lowest[i]) | np.uint32(second[i]) << 8
             filled[i] = low | np.uint32(third[i]) << 16 | np.uint32(fourth[i]) << 24
+        for byte in chunk[4 * n :]:
+            upper |= byte
         at, done = at + size, done + n
+    return upper
+
+
+@compiled
+def _find_outside(cell_ids, genes, stops, boxes):  # type: ignore[no-untyped-def]
+    """Return the first tile with an entry outside its bounding box, or −1.
+
+    The loops count instead of ending early, so that the compiler vectorises them.
+    """
+    start = n_outside = 0
+    for tile in range(len(stops)):
+        tile_ids, tile_genes = cell_ids[start : stops[tile]], genes[start : stops[tile]]
+        first_cell, last_cell = boxes[tile, 0], boxes[tile, 1]
+        first_gene, last_gene = genes.dtype.type(boxes[tile, 2]), genes.dtype.type(boxes[tile, 3])
+        for i in range(len(tile_ids)):
+            n_outside += (tile_ids[i] < first_cell) | (tile_ids[i] > last_cell)
+        for i in range(len(tile_genes)):
+            n_outside += (tile_genes[i] < first_gene) | (tile_genes[i] > last_gene)
+        if n_outside:
+            return tile
+        start = stops[tile]
+    return -1
