@@ -6,12 +6,15 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import tiledbsoma as soma
+import tiledbsoma.pytiledbsoma as core
 from scipy.sparse import csr_matrix
+from tiledbsoma.options._util import build_clib_platform_config
 
 from scgpt_hf.cells.soma.chunks import read_chunk
 from scgpt_hf.cells.soma.layout import TILE, x_storage
 from scgpt_hf.cells.soma.native import open_native
 
+DIMS = ("soma_dim_0", "soma_dim_1")
 N_CELLS, N_GENES = 5000, 3000  # shape of the arrays: cells of three chunks, genes of two tiles
 
 
@@ -23,6 +26,32 @@ def create_array(
     config["tiledb"]["create"].update(storage)
     arrow_type = pa.type_for_alias(dtype)
     soma.SparseNDArray.create(str(folder), type=arrow_type, shape=shape, platform_config=config).close()
+    return str(folder)
+
+
+def create_odd_array(folder: Path, attributes: list[pa.Field], *, dims: tuple[str, str] = DIMS) -> str:
+    """Write a `SparseNDArray` as only other programs write them, with two entries, and return its URI.
+
+    Args:
+        folder: must not exist.
+        attributes: the attributes; `soma_data` of the second entry is null if it may be.
+        dims: the dimensions in their order.
+    """
+    columns = [pa.field(name, pa.int64(), nullable=False) for name in dims]
+    ends = {name: [0, 2**40, TILE, 0, size - 1] for name, size in zip(DIMS, (N_CELLS, N_GENES), strict=True)}
+    index = pa.RecordBatch.from_pydict({name: ends[name] for name in dims}, schema=pa.schema(columns))
+    context, schema = soma.SOMATileDBContext().native_context, pa.schema([*columns, *attributes])
+    config = build_clib_platform_config(x_storage())  # type: ignore[arg-type]
+    core.SOMADataFrame.create(
+        str(folder), schema=schema, index_column_info=index, ctx=context, platform_config=config, timestamp=(0, 1)
+    )
+    table = {"soma_dim_0": [3, 4], "soma_dim_1": [5, 6]}
+    table |= {field.name: [1.0, None if field.nullable else 2.0] for field in attributes}
+    with soma.DataFrame.open(str(folder), "w") as frame:
+        frame.write(pa.table(table, schema=schema))
+    handle = core.SOMADataFrame.open(str(folder), mode=core.OpenMode.soma_write, context=context)
+    handle.set_metadata("soma_object_type", np.array([b"SOMASparseNDArray"]), True)
+    handle.close()
     return str(folder)
 
 

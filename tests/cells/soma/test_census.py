@@ -17,7 +17,7 @@ from scipy.sparse import random as random_sparse
 from scgpt_hf.cells.soma import census, chunks
 from scgpt_hf.cells.soma.census import CensusSource
 from scgpt_hf.cells.source import open_source
-from tests.support.soma_arrays import write_experiment
+from tests.support.soma_arrays import create_array, write_entries, write_experiment
 from tests.support.source_contract import SourceContract
 
 
@@ -35,13 +35,101 @@ class TestCensus(SourceContract):
             source.close()
 
 
-def test_float64_counts_that_underflow_to_0_in_float32_are_dropped():
-    values = np.array([3.0, 1e-60, 2.0])
-    ids, genes = np.zeros(3, np.int64), np.arange(3)
-    words, rows, lengths = chunks._pack_part((ids, genes, values), np.zeros(1, np.int32), 0, True)
-    assert (words & 0xFFFF).tolist() == [0, 2]
-    assert (words >> 16).tolist() == [3, 2]
-    assert (rows.tolist(), lengths.tolist()) == ([0], [2])
+@pytest.mark.parametrize(
+    ("dtype", "largest"), [("int32", 2**24), ("int64", 2**24), ("uint16", 65_535), ("float64", 2**24)]
+)
+def test_counts_of_other_types_are_read_exactly_or_not_at_all(tmp_path, dtype, largest):
+    for excess in (0, 1):
+        uri = create_array(tmp_path / f"x{excess}", dtype={"float64": "double"}.get(dtype, dtype))
+        write_entries(uri, [1, 1], [5, 6], np.array([7, largest], dtype) + np.array([0, excess], dtype))
+        with soma.SparseNDArray.open(uri) as array:
+            if excess and largest == 2**24:
+                with pytest.raises(ValueError, match=r"x1: float32 rounds 1 of 2 counts .* 16777217.* to 16777216"):
+                    chunks.read_chunk(array, np.arange(10))
+            elif not excess:
+                assert chunks.read_chunk(array, np.arange(10)).sum_counts()[1] == 7 + largest
+
+
+@pytest.mark.parametrize("fraction", [1e-60, 3 + 1e-12])
+def test_fractions_that_float32_would_round_to_whole_numbers_raise(tmp_path, fraction):
+    uri = create_array(tmp_path / "x", dtype="double")
+    write_entries(uri, [1, 1], [5, 6], np.array([7, fraction]))
+    with soma.SparseNDArray.open(uri) as array, pytest.raises(ValueError, match="float32 rounds 1 of 2 counts"):
+        chunks.read_chunk(array, np.arange(10))
+
+
+@pytest.fixture
+def census_copy(small_census, tmp_path):
+    return shutil.copytree(small_census, tmp_path / "census") / "census_data" / "homo_sapiens"
+
+
+@pytest.mark.parametrize("native", [True, False])
+@pytest.mark.parametrize("change", ["another count", "a missing fragment"])
+def test_counts_that_contradict_the_totals_in_obs_raise(census_copy, native, change):
+    x = census_copy / "ms" / "RNA" / "X" / "raw"
+    with CensusSource(str(census_copy)) as source:
+        cell_ids = source.obs().index.to_numpy()
+        cell = int(cell_ids[4])
+        total = source.read(cell_ids[4:5]).counts.sum()
+    if change == "another count":
+        write_entries(str(x), [cell], [0], np.array([3], np.float32))
+        message = (
+            rf"X/raw: 1 of {len(cell_ids)} cells .* cell {cell}: .* {total + 3:,.0f} counts, .* raw_sum {total:,.0f};"
+        )
+    else:
+        shutil.rmtree(x / "__fragments")
+        shutil.rmtree(x / "__commits")
+        (x / "__fragments").mkdir()
+        (x / "__commits").mkdir()
+        message = rf"X/raw: {len(cell_ids)} of {len(cell_ids)} cells .* 0 genes with 0 counts"
+    with CensusSource(str(census_copy), native=native) as source, pytest.raises(OSError, match=message):
+        source.read(cell_ids)
+
+
+def test_totals_of_more_genes_than_var_has_are_not_compared(census_copy, caplog):
+    x = census_copy / "ms" / "RNA" / "X" / "raw"
+    obs = str(census_copy / "obs")
+    with soma.DataFrame.open(obs) as frame:
+        table = frame.read().concat()
+    place = table.schema.get_field_index("n_measured_vars")
+    measured = pa.array(np.full(len(table), 60_000), table.schema.field(place).type)
+    with soma.DataFrame.open(obs, "d") as frame:
+        frame.delete_cells((slice(0, len(table) - 1),))
+    with soma.DataFrame.open(obs, "w") as frame:
+        frame.write(table.set_column(place, table.schema.field(place), measured))
+    write_entries(str(x), [int(table["soma_joinid"][4].as_py())], [0], np.array([3], np.float32))
+    with caplog.at_level("INFO", "scgpt_hf"), CensusSource(str(census_copy)) as source:
+        source.read(source.obs().index.to_numpy())
+    assert "describes 60000 genes (n_measured_vars)" in caplog.text
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_a_census_with_repeated_entries_is_read_with_their_sum_and_one_warning(tmp_path, caplog, native):
+    write_experiment(tmp_path / "soma", counts_with_zeros(5000))
+    layer = tmp_path / "soma" / "ms" / "RNA" / "X" / "raw"
+    shutil.rmtree(layer)
+    create_array(layer, shape=(5000, 30))
+    write_entries(str(layer), [7, 7, 7, 8], [3, 3, 9, 3], np.array([2, 4, 1, 5], np.float32))
+    with CensusSource(str(tmp_path / "soma"), native=native) as source:
+        for _ in range(2):
+            block = source.read(np.arange(5000))
+    assert block.indptr[7:10].tolist() == [0, 2, 3]
+    assert (block.indices.tolist(), block.data.tolist()) == ([3, 9, 3], [6, 1, 5])
+    assert len([record for record in caplog.records if "repeated entries" in record.getMessage()]) == 1
+
+
+def test_entries_of_genes_that_var_lacks_raise(tmp_path):
+    counts = counts_with_zeros(3000)
+    write_experiment(tmp_path / "soma", counts)
+    layer = tmp_path / "soma" / "ms" / "RNA" / "X" / "raw"
+    shutil.rmtree(layer)
+    soma.SparseNDArray.create(str(layer), type=pa.float32(), shape=(3000, 70_000)).close()
+    write_entries(str(layer), [1, 2], [29, 29], np.ones(2, np.float32))
+    with CensusSource(str(tmp_path / "soma")) as source:
+        assert source.read(np.arange(3000)).indices.tolist() == [29, 29]
+    write_entries(str(layer), [1], [65_566], np.ones(1, np.float32))
+    with CensusSource(str(tmp_path / "soma")) as source, pytest.raises(ValueError, match=r"gene 65,566; var has 30"):
+        source.read(np.arange(3000))
 
 
 def test_genes_have_two_columns(small_census):

@@ -94,7 +94,16 @@ def open_native(array: soma.SparseNDArray, *, enabled: bool = True) -> NativeArr
         fragments = list_fragments(array, fields)
     # Damaged metadata and options that this package does not know fail in many ways. TileDB gets the array then, and
     # reports the damage if there is any.
-    except (OSError, ValueError, TypeError, ArithmeticError, LookupError, struct.error, zlib.error) as error:
+    except (
+        OSError,
+        ValueError,
+        TypeError,
+        AttributeError,
+        ArithmeticError,
+        LookupError,
+        struct.error,
+        zlib.error,
+    ) as error:
         logger.info("TileDB reads %s, not the faster native reader: %s", array.uri, error)
         return None
     return NativeArray(array.uri, array.shape, fields, fragments)

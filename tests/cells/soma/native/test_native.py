@@ -8,6 +8,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import tiledbsoma as soma
 from hypothesis import given, settings
@@ -15,20 +16,24 @@ from hypothesis import strategies as st
 
 from scgpt_hf.cells.soma.address import open_census
 from scgpt_hf.cells.soma.census import CensusSource
+from scgpt_hf.cells.soma.chunks import read_chunk
 from scgpt_hf.cells.soma.layout import TILE
 from scgpt_hf.cells.soma.native import fragments, open_native
 from scgpt_hf.cells.soma.native.reader import SWITCH
 from tests.support import ROOT
 from tests.support.soma_arrays import (
+    DIMS,
     N_CELLS,
     N_GENES,
     assert_native_equals_tiledb,
     create_array,
+    create_odd_array,
     write_entries,
     write_random_entries,
 )
 
 FIXTURES = ROOT / "tests" / "fixtures"
+FLOAT = pa.field("soma_data", pa.float32(), nullable=False)
 FUTURE = datetime(2100, 1, 1, tzinfo=UTC)  # so that the fixtures open whatever the clock of the machine
 
 
@@ -258,13 +263,140 @@ def test_a_fragment_with_an_incomplete_file_is_left_to_tiledb(tmp_path, rng, cap
     check_left_to_tiledb(uri, caplog, name)
 
 
-def test_genes_beyond_the_last_raise(tmp_path, rng):
+@pytest.mark.parametrize(
+    ("attributes", "dims", "reason"),
+    [
+        ([pa.field("soma_data", pa.float32(), nullable=True)], DIMS, "without missing values"),
+        ([FLOAT, pa.field("further", pa.float32(), nullable=False)], DIMS, "further"),
+        ([FLOAT], DIMS[::-1], "soma_dim_1: int64 not null, soma_dim_0"),
+    ],
+)
+def test_other_attributes_and_dimensions_are_left_to_tiledb(tmp_path, caplog, attributes, dims, reason):
+    uri = create_odd_array(tmp_path / "x", attributes, dims=dims)
+    check_left_to_tiledb(uri, caplog, reason)
+    with soma.SparseNDArray.open(uri) as array:
+        if attributes[0].nullable:
+            with pytest.raises(ValueError, match=r"x: 1 of 2 stored counts are missing \(null\)"):
+                read_chunk(array, np.arange(TILE))
+        else:
+            chunk = read_chunk(array, np.arange(TILE))
+            assert chunk.n_stored[[3, 4]].tolist() == [1, 1]
+            assert (chunk.words & 0xFFFF).tolist() == [5, 6]
+
+
+def test_an_attribute_without_filters_is_left_to_tiledb(tmp_path, rng, caplog):
+    uri = create_array(tmp_path / "x", attrs={"soma_data": {"filters": []}})
+    write_random_entries(uri, rng, n_entries=100)
+    check_left_to_tiledb(uri, caplog, "the filters of a0.tdb are []")
+
+
+def test_schema_options_of_an_unknown_form_are_left_to_tiledb(tmp_path, rng, caplog, monkeypatch):
     uri = create_array(tmp_path / "x")
+    write_random_entries(uri, rng, n_entries=100)
+    monkeypatch.setattr(fragments.json, "loads", lambda _: None)
+    check_left_to_tiledb(uri, caplog, "NoneType")
+
+
+def test_metadata_that_contradict_each_other_are_left_to_tiledb(tmp_path, rng):
+    uri = create_array(tmp_path / "x", capacity=1000)
     write_random_entries(uri, rng)
     with soma.SparseNDArray.open(uri) as array:
         native = open_native(array)
-    with pytest.raises(OSError, match="of 100 genes"):
-        list(dataclasses.replace(native, shape=(N_CELLS, 100)).read_entries(0, 10))
+        (fragment,) = native.fragments
+        for changed in (
+            {"boxes": fragment.boxes + np.array([0, N_CELLS, 0, 0])},
+            {"boxes": fragment.boxes + np.array([0, 0, 0, N_GENES])},
+            {"boxes": fragment.boxes[:, [1, 0, 3, 2]]},
+            {"offsets": [offsets[::-1] for offsets in fragment.offsets]},
+        ):
+            with pytest.raises(fragments.UnsupportedArrayError):
+                fragments._require_consistent(fragment._replace(**changed), array.shape)
+
+
+def rewritten(uri, edit, name):
+    """Rewrite a file of the only fragment: the numbers of its only compressed chunk are changed by `edit`."""
+    (path,) = Path(uri).rglob(name)
+    data = path.read_bytes()
+    field = {"d0.tdb": (28, np.int64, False), "d1.tdb": (36, np.uint64, True)}[name]
+    n_header, dtype, shuffled = field
+    head = 8 + n_header
+    n_about = int.from_bytes(data[8 + 24 : 8 + 28], "little") if shuffled else 0
+    begin = head + n_about
+    size = int.from_bytes(data[8:12], "little")
+    content = np.frombuffer(pa.decompress(data[begin:], size, codec="zstd"), np.uint8)
+    numbers = (content.reshape(8, -1).T.copy().reshape(-1) if shuffled else content.copy()).view(dtype)
+    edit(numbers)
+    changed = numbers.view(np.uint8)
+    changed = changed.reshape(-1, 8).T.copy().reshape(-1) if shuffled else changed
+    frame = bytes(pa.compress(changed.tobytes(), "zstd", asbytes=True))
+    header = bytearray(data[:begin])
+    stored = (len(data[begin:]), len(frame))
+    header[8 + 4 : 8 + 8] = (int.from_bytes(header[12:16], "little") - stored[0] + stored[1]).to_bytes(4, "little")
+    place = head - 4
+    assert int.from_bytes(header[place : place + 4], "little") == stored[0]
+    header[place : place + 4] = stored[1].to_bytes(4, "little")
+    return path, bytes(header) + frame
+
+
+def swap(numbers):
+    numbers[[4, 5]] = numbers[[5, 4]]
+
+
+@pytest.mark.parametrize(
+    ("name", "edit", "message"),
+    [
+        ("d1.tdb", lambda genes: genes.__setitem__(7, genes[7] + 2**32), r"d1.tdb has numbers of 2\*\*32 or more"),
+        ("d1.tdb", lambda genes: genes.__setitem__(7, 2999), "genes 0 to 99 has an entry of another"),
+        ("d0.tdb", lambda cells: cells.__setitem__(7, 1999), "a tile of cells 0 to 9 .* has an entry of another"),
+        ("d1.tdb", swap, "not in the order"),
+        ("d0.tdb", lambda cells: cells.__setitem__(slice(0, 100), 1), "not in the order"),
+    ],
+)
+def test_entries_that_contradict_the_metadata_of_their_tile_raise(tmp_path, name, edit, message):
+    uri = create_array(tmp_path / "x")
+    cells, genes = np.repeat(np.arange(10), 100), np.tile(np.arange(100), 10)
+    write_entries(uri, cells, genes, np.ones(1000, np.float32))
+    check(uri)
+    with soma.SparseNDArray.open(uri) as array:
+        native = open_native(array)
+    path, content = rewritten(uri, edit, name)
+    path.write_bytes(content)
+    # the metadata state the size of the file at opening; the bytes are read later
+    grown = [
+        np.append(offsets[:-1], file.stat().st_size)
+        for offsets, file in zip(
+            native.fragments[0].offsets, (path.parent / f.file for f in native.fields), strict=True
+        )
+    ]
+    native = dataclasses.replace(native, fragments=[native.fragments[0]._replace(offsets=grown)])
+    with pytest.raises(OSError, match=message):
+        read_chunk(native, np.arange(TILE))
+
+
+@pytest.mark.parametrize("is_native", [True, False])
+def test_genes_that_var_does_not_have_raise(tmp_path, rng, is_native):
+    uri = create_array(tmp_path / "x")
+    write_entries(uri, [1, 1, 2], [5, 99, 100], np.ones(3, np.float32))
+    with soma.SparseNDArray.open(uri) as array:
+        reader = open_native(array) if is_native else array
+        assert read_chunk(reader, np.arange(TILE), n_genes=101).n_stored.sum() == 3
+        with pytest.raises(ValueError, match=r"x: 1 entries have genes .* e.g. gene 100; var has 100 genes"):
+            read_chunk(reader, np.arange(TILE), n_genes=100)
+
+
+@pytest.mark.parametrize("is_native", [True, False])
+@pytest.mark.parametrize(("n_writes", "count"), [(1, 2), (2, 60_000), (3, 70_000)])
+def test_repeated_entries_are_added_up(tmp_path, is_native, n_writes, count):
+    uri = create_array(tmp_path / "x")
+    for _ in range(n_writes):
+        write_entries(uri, [3, 3, 3, 4], [7, 7, 8, 7], np.array([count, 1, 5, 6], np.float32))
+    with soma.SparseNDArray.open(uri) as array:
+        chunk = read_chunk(open_native(array) if is_native else array, np.arange(TILE))
+    assert np.diff(chunk.indptr)[[3, 4]].tolist() == [2, 1]
+    assert chunk.n_stored[[3, 4]].tolist() == [3 * n_writes, n_writes]
+    assert chunk.n_repeated == 4 * n_writes - 3
+    assert chunk.sum_counts()[[3, 4]].tolist() == [n_writes * (count + 6), n_writes * 6]
+    assert chunk.has_raw_counts
 
 
 @pytest.fixture
@@ -346,7 +478,7 @@ def test_a_source_opened_again_after_close_finds_the_new_fragments(census):
     uri = str(census / "ms" / "RNA" / "X" / "raw")
     with CensusSource(str(census)) as source:
         cell_ids = source.obs().index.to_numpy()
-        write_entries(uri, cell_ids[:1], [0], [1.0])
+        write_entries(uri, cell_ids[:1], [0], [0.0])  # another count would contradict the totals in obs
         before = source.read(cell_ids).counts
         with soma.SparseNDArray.open(uri, "w") as array:
             array._handle.consolidate_and_vacuum(["fragments"])
