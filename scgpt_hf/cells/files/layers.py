@@ -109,7 +109,7 @@ def _log_rounding(head: csr_matrix, where: str) -> None:
 def read_head(contents: Contents, layer: str) -> csr_matrix:
     """Return the first cells of a layer as float32. Shape (cells, genes)."""
     matrix = contents.matrices[layer]
-    return read_rows(matrix, np.arange(min(CELLS_CHECKED, matrix.shape[0])), contents.name)
+    return read_rows(matrix, np.arange(min(CELLS_CHECKED, matrix.shape[0])), contents.name, whole=False)
 
 
 def _is_normalized(matrix: csr_matrix) -> bool:

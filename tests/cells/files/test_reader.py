@@ -172,3 +172,25 @@ def test_a_file_without_read_permission_raises_a_permission_error(tmp_path, monk
     monkeypatch.setattr("scgpt_hf.cells.files.contents.h5py.File", refuse)
     with pytest.raises(PermissionError, match=r"cells\.h5ad"):
         open_source(tmp_path / "cells.h5ad")
+
+
+@pytest.mark.parametrize("form", [csr_matrix, csc_matrix, lambda counts: counts.toarray()])
+@pytest.mark.parametrize("on_disk", [True, False])
+@pytest.mark.parametrize(("dtype", "wrong"), [("int32", 2**24 + 1), ("int64", 2**24 + 1), ("float64", 2**24 + 1)])
+def test_counts_that_float32_would_round_raise(tmp_path, cells, form, on_disk, dtype, wrong):
+    counts = cells.X.astype(dtype)
+    counts.data[7] = wrong
+    cells.X = form(counts)
+    cells.write_h5ad(tmp_path / "cells.h5ad")
+    with pytest.raises(ValueError, match="float32 rounds 1 of .* 16777217.* to 16777216"):
+        AnnDataSource(tmp_path / "cells.h5ad" if on_disk else cells).read(np.arange(30))
+
+
+def test_repeated_entries_are_added_up_with_one_warning(cells, caplog):
+    indices, indptr = np.array([1, 1, 3]), np.array([0, 3] + [3] * 29)
+    cells.X = csr_matrix((np.array([2, 4, 1], np.float32), indices, indptr), shape=(30, 5))
+    source = AnnDataSource(cells)
+    for _ in range(2):
+        block = source.read(np.arange(30))
+    assert (block.indices.tolist(), block.data.tolist()) == ([1, 3], [6, 1])
+    assert len([record for record in caplog.records if "repeated entries" in record.getMessage()]) == 1
