@@ -182,7 +182,7 @@ def test_counts_that_float32_would_round_raise(tmp_path, cells, form, on_disk, d
     counts.data[7] = wrong
     cells.X = form(counts)
     cells.write_h5ad(tmp_path / "cells.h5ad")
-    with pytest.raises(ValueError, match="float32 rounds 1 of .* 16777217.* to 16777216"):
+    with pytest.raises(ValueError, match=r"float32 rounds 1 of .* 16777217.* to 16777216"):
         AnnDataSource(tmp_path / "cells.h5ad" if on_disk else cells).read(np.arange(30))
 
 
