@@ -41,6 +41,26 @@ def add_primary_filter(obs_filter: str | None, columns: Sequence[str], *, primar
     return " and ".join(clauses) or None
 
 
+def name_columns_as_text(obs: pd.DataFrame, where: str) -> pd.DataFrame:
+    """Return the table with text as column names, because settings and files can name no others.
+
+    Args:
+        obs: the table; it is not changed.
+        where: the name of the file, for the error.
+
+    Raises:
+        ValueError: two columns have the same name.
+    """
+    names = pd.Index([str(name) for name in obs.columns])
+    if names.has_duplicates:
+        repeated = sorted(set(names[names.duplicated()]))
+        raise ValueError(
+            f"{where}: expected each column of obs once, found {repeated} more than once; "
+            "rename or remove the others, e.g. adata.obs = adata.obs.loc[:, ~adata.obs.columns.duplicated()]"
+        )
+    return obs.set_axis(names, axis="columns")
+
+
 def require_columns(columns: Sequence[str], found: Sequence[str]) -> None:
     """Raise a ValueError that lists the columns of obs if a requested column does not exist."""
     if missing := [column for column in columns if column not in found]:

@@ -17,7 +17,7 @@ from typing import Any
 
 from scgpt_hf.analysis.annotate import CLASSIFIER, PREDICTED, predict_cell_types
 from scgpt_hf.analysis.annotate_file import annotate_file, embed_and_transfer, open_backed
-from scgpt_hf.cli.process import exit_with_error, tune_process
+from scgpt_hf.cli.process import accept_any_locale, exit_with_error, tune_process
 from scgpt_hf.output import require_writable_file
 from scgpt_hf.pretrained import load_model
 from scgpt_hf.training.settings_parsing import ExampleHelpFormatter
@@ -25,6 +25,7 @@ from scgpt_hf.training.settings_parsing import ExampleHelpFormatter
 
 def main(arguments: list[str] | None = None) -> None:
     """Parse the command line, annotate the file, and print a summary."""
+    accept_any_locale()
     tune_process()
     parser = _make_parser()
     options = parser.parse_args(arguments)

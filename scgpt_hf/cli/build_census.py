@@ -17,12 +17,13 @@ import argparse
 import logging
 
 from scgpt_hf.cells.soma.build import build_census
-from scgpt_hf.cli.process import exit_with_error, tune_process
+from scgpt_hf.cli.process import accept_any_locale, exit_with_error, tune_process
 from scgpt_hf.training.settings_parsing import ExampleHelpFormatter
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Build the Census given on the command line."""
+    accept_any_locale()
     tune_process()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=ExampleHelpFormatter)
     parser.add_argument("files", nargs="+", metavar="FILE", help="one or more files")

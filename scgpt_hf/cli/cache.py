@@ -26,13 +26,14 @@ from pathlib import Path
 
 from scgpt_hf.cells.cache.jobs import CELLS_PER_SHARD, plan_cache, write_shards
 from scgpt_hf.cells.source import open_source
-from scgpt_hf.cli.process import exit_with_error, program_name, tune_process
+from scgpt_hf.cli.process import accept_any_locale, exit_with_error, program_name, tune_process
 from scgpt_hf.publishing.publish_cache import check_dataset, publish_cache
 from scgpt_hf.training.settings_parsing import ExampleHelpFormatter
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Parse the command line, write the files of this job, and print whether the cache is complete."""
+    accept_any_locale()
     tune_process()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=ExampleHelpFormatter)
     add = parser.add_argument

@@ -17,13 +17,14 @@ you leave out take their values in the published checkpoints, and are printed as
 import argparse
 from typing import Any
 
-from scgpt_hf.cli.process import exit_with_error
+from scgpt_hf.cli.process import accept_any_locale, exit_with_error
 from scgpt_hf.conversion.checkpoint import convert_scgpt, require_new_folder, save_converted
 from scgpt_hf.training.settings_parsing import ExampleHelpFormatter
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Convert the checkpoint given on the command line, and print the report."""
+    accept_any_locale()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=ExampleHelpFormatter)
     parser.add_argument("folder", metavar="FOLDER", help="folder with args.json, vocab.json and the weights")
     parser.add_argument("--out", required=True, metavar="DIR", help="folder to create; it must not exist yet")

@@ -15,7 +15,7 @@ import argparse
 
 from scgpt_hf.analysis.embed import KEY
 from scgpt_hf.analysis.embed_file import embed_file
-from scgpt_hf.cli.process import exit_with_error, tune_process
+from scgpt_hf.cli.process import accept_any_locale, exit_with_error, tune_process
 from scgpt_hf.output import require_writable_file
 from scgpt_hf.pretrained import load_model
 from scgpt_hf.training.settings_parsing import ExampleHelpFormatter
@@ -23,6 +23,7 @@ from scgpt_hf.training.settings_parsing import ExampleHelpFormatter
 
 def main(arguments: list[str] | None = None) -> None:
     """Parse the command line, embed the file, and print a summary."""
+    accept_any_locale()
     tune_process()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=ExampleHelpFormatter)
     parser.add_argument("data", help="file with raw counts: .h5ad, .zarr, .h5 of 10x, or a 10x folder")

@@ -31,7 +31,7 @@ from scgpt_hf.analysis.evaluation.evaluate import (
     Evaluation,
     evaluate_embeddings,
 )
-from scgpt_hf.cli.process import exit_with_error
+from scgpt_hf.cli.process import accept_any_locale, exit_with_error
 from scgpt_hf.reporting.evaluation_results import require_free_folder, tabulate, write_evaluation
 from scgpt_hf.reporting.report import write_report
 from scgpt_hf.training.settings_parsing import ExampleHelpFormatter
@@ -39,6 +39,7 @@ from scgpt_hf.training.settings_parsing import ExampleHelpFormatter
 
 def main(arguments: list[str] | None = None) -> None:
     """Score the embeddings given on the command line, write the folder, and print the scores."""
+    accept_any_locale()
     options = vars(_build_parser().parse_args(arguments))
     data, out, reference, vector = (options.pop(name) for name in ("data", "out", "reference", "vector"))
     keys, labels_key, batch_key = (options.pop(name) for name in ("embedding", "labels_key", "batch_key"))

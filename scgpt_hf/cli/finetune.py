@@ -16,7 +16,7 @@ from typing import Any
 
 from transformers import HfArgumentParser
 
-from scgpt_hf.cli.process import exit_with_error, tune_process
+from scgpt_hf.cli.process import accept_any_locale, exit_with_error, tune_process
 from scgpt_hf.reporting.report import write_report
 from scgpt_hf.training.finetuning.annotate import finetune_classifier
 from scgpt_hf.training.finetuning.integrate import finetune_integration
@@ -32,6 +32,7 @@ TASKS: dict[str, Any] = {
 
 def main(arguments: list[str] | None = None) -> None:
     """Parse the command line, fine-tune the model, and print a summary."""
+    accept_any_locale()
     tune_process()
     task_parser = ArgumentParser(add_help=False, allow_abbrev=False)
     task_parser.add_argument("--task", choices=TASKS, default="annotate", help="what to fine-tune for")

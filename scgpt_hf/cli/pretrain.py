@@ -16,7 +16,7 @@ import accelerate
 import torch
 
 from scgpt_hf.cells.threads import n_cores
-from scgpt_hf.cli.process import exit_with_error, program_name, tune_process
+from scgpt_hf.cli.process import accept_any_locale, exit_with_error, program_name, tune_process
 from scgpt_hf.pretraining import describe_pretraining, pretrain
 from scgpt_hf.training.fault_tolerance.signals import StopSignal, TrainingInterrupted
 from scgpt_hf.training.settings import TrainingSettings
@@ -29,6 +29,7 @@ _SET_BY_LAUNCHERS = {"LOCAL_WORLD_SIZE", "ACCELERATE_MIXED_PRECISION"}  # by tor
 
 def main(arguments: list[str] | None = None) -> None:
     """Read the settings, train, and turn errors into exit codes."""
+    accept_any_locale()
     tune_process()
     try:
         settings = parse_settings(sys.argv[1:] if arguments is None else arguments, __doc__)

@@ -4,9 +4,11 @@ Only commands change the state of the process, never an import or a library call
 """
 
 import ctypes
+import os
 import platform
 import sys
 from functools import cache
+from io import TextIOWrapper
 from pathlib import Path
 from typing import NoReturn
 
@@ -31,6 +33,28 @@ def tune_process() -> None:
     """
     _keep_freed_memory()
     set_background_priority(True)
+
+
+def accept_any_locale() -> None:
+    """Let a command print in every locale, and end it if the locale cannot express its arguments or the folder.
+
+    Containers and job schedulers often run with LC_ALL=C. Python then prints ASCII only, and holds paths with other
+    characters in a form that no JSON, YAML or HDF5 file can store. Call it first in a command.
+
+    Raises:
+        SystemExit: an argument, or the path of the working folder, is not valid text.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    for text in (*sys.argv, os.getcwd()):
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            sys.exit(
+                f"{program_name()}: the locale of this process cannot express {text!r}; set PYTHONUTF8=1 and run the "
+                "command again, or rename the file to ASCII characters"
+            )
 
 
 def program_name() -> str:

@@ -13,7 +13,7 @@ import argparse
 from pathlib import Path
 
 from scgpt_hf.cells.cache.manifest import GENES
-from scgpt_hf.cli.process import exit_with_error
+from scgpt_hf.cli.process import accept_any_locale, exit_with_error
 from scgpt_hf.publishing.publish_cache import publish_cache
 from scgpt_hf.publishing.publish_run import publish
 from scgpt_hf.training.settings_parsing import ExampleHelpFormatter
@@ -21,6 +21,7 @@ from scgpt_hf.training.settings_parsing import ExampleHelpFormatter
 
 def main(arguments: list[str] | None = None) -> None:
     """Parse the command line, publish the folder, and print its address."""
+    accept_any_locale()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=ExampleHelpFormatter)
     parser.add_argument("folder", type=Path, help="folder of a finished run, or of a cache")
     parser.add_argument("repo_id", metavar="ORG/NAME", help="repository on the Hub")

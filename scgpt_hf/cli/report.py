@@ -9,13 +9,14 @@ The page is self-contained: it needs no other file and no network, and is readab
 
 import argparse
 
-from scgpt_hf.cli.process import exit_with_error
+from scgpt_hf.cli.process import accept_any_locale, exit_with_error
 from scgpt_hf.reporting.report import write_report
 from scgpt_hf.training.settings_parsing import ExampleHelpFormatter
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Parse the command line, write the page, and print its path."""
+    accept_any_locale()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=ExampleHelpFormatter)
     parser.add_argument("run", help="folder written by pretrain.py, finetune.py or evaluate.py")
     try:

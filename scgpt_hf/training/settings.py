@@ -17,7 +17,8 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 import torch
 from transformers import TrainingArguments
 from transformers.integrations.integration_utils import get_available_reporting_integrations
-from transformers.trainer_utils import HubStrategy, SaveStrategy
+from transformers.optimization import get_scheduler
+from transformers.trainer_utils import HubStrategy, SaveStrategy, SchedulerType
 
 from scgpt_hf.cells.schedule.epoch import plan_epoch
 from scgpt_hf.model.configuration_scgpt import ScGPTConfig
@@ -323,6 +324,7 @@ def _validate_training(args: TrainingArguments) -> None:
         raise ValueError(
             f"torch_compile_mode is {args.torch_compile_mode!r}; choose one of {', '.join(_COMPILE_MODES)}"
         )
+    _require_scheduler(args)
     if args.average_tokens_across_devices is False:
         raise ValueError(
             "average_tokens_across_devices=False is not supported: cells would weigh differently on each process"
@@ -330,6 +332,20 @@ def _validate_training(args: TrainingArguments) -> None:
     if args.hub_strategy in {"checkpoint", "all_checkpoints"}:
         strategy = HubStrategy(args.hub_strategy).value
         raise ValueError(f"hub_strategy {strategy!r} would publish optimiser states; choose 'every_save' or 'end'")
+
+
+def _require_scheduler(args: TrainingArguments) -> None:
+    """Raise unless the learning rate schedule has all its arguments; the library finds out after the data are read."""
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    arguments = args.lr_scheduler_kwargs
+    try:
+        get_scheduler(args.lr_scheduler_type, optimizer, 1, 100, scheduler_specific_kwargs=arguments)  # type: ignore[arg-type]
+    except (TypeError, ValueError, KeyError) as error:
+        name = SchedulerType(args.lr_scheduler_type).value
+        raise ValueError(
+            f"lr_scheduler_type {name!r} does not fit lr_scheduler_kwargs {arguments}: {error}; pass all that it needs, "
+            "e.g. --lr_scheduler_kwargs '{\"num_decay_steps\": 1000}'"
+        ) from error
 
 
 def _require_in_range(settings: Any, ranges: dict[str, tuple[float, float]]) -> None:

@@ -1,11 +1,15 @@
 """Process-wide settings: commands tune their process, the library leaves it as it is."""
 
+import ast
 import json
+import os
 import platform
 import subprocess
 import sys
 
 import pytest
+
+from tests.support import ROOT
 
 LIBRARY_CALLS = """
 import ctypes, json, os, signal, sys, threading
@@ -98,3 +102,30 @@ def page_faults(process: str) -> int:
 def test_a_tuned_process_reuses_the_memory_that_it_freed():
     eight_blocks = 8 * 3 * 2**20 // 4096
     assert page_faults("tuned") < eight_blocks < page_faults("untouched")
+
+
+def run_in_ascii(*arguments):
+    """Run `scgpt-hf` in a locale that knows ASCII only, as in many containers, and return its exit code and output."""
+    ascii_only = {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0", "PYTHONIOENCODING": ""}
+    code = "import sys; from scgpt_hf.cli.report import main; sys.argv[0] = 'report.py'; main()"
+    found = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, env=os.environ | ascii_only)
+    return found.returncode, (found.stdout + found.stderr).decode("ascii")
+
+
+def test_commands_print_and_refuse_names_clearly_where_the_locale_is_ascii(tmp_path):
+    returncode, printed = run_in_ascii("--help")
+    assert returncode == 0
+    assert "report.py" in printed
+    returncode, printed = run_in_ascii(str(tmp_path / "läufe"))
+    assert returncode == 1
+    assert printed.startswith("report.py: the locale of this process cannot express")
+    assert "set PYTHONUTF8=1" in printed
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in (ROOT / "scripts").glob("*.py")))
+def test_every_command_accepts_any_locale_first(name):
+    module = {"cache_census": "cache"}.get(name, name)
+    path = ROOT / "scgpt_hf" / "cli" / f"{module}.py"
+    if path.exists():  # conformance.py is no command of the package
+        body = next(node for node in ast.parse(path.read_text()).body if getattr(node, "name", "") == "main").body
+        assert ast.unparse(body[1]) == "accept_any_locale()"

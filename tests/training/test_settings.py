@@ -219,3 +219,23 @@ def test_wrong_flags_and_absent_files_are_named(capsys):
         parse("--hiden_size", "3")
     with pytest.raises(ValueError, match=r"absent.yaml; the package has blood_300k.yaml"):
         parse("absent.yaml")
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (["warmup_stable_decay"], "num_decay_steps"),
+        (["cosine_with_min_lr"], "min_lr"),
+        (["linear", "--lr_scheduler_kwargs", '{"nonsense": 1}'], "nonsense"),
+    ],
+)
+def test_a_learning_rate_schedule_without_its_arguments_raises_before_the_data_are_read(words, named):
+    with pytest.raises(ValueError, match=f"lr_scheduler_type '{words[0]}' does not fit .*{named}"):
+        parse("--lr_scheduler_type", *words)
+
+
+@pytest.mark.parametrize(
+    "words", [["warmup_stable_decay", "--lr_scheduler_kwargs", '{"num_decay_steps": 9}'], ["polynomial"]]
+)
+def test_a_complete_learning_rate_schedule_is_accepted(words):
+    assert parse("--lr_scheduler_type", *words).training.lr_scheduler_type == words[0]

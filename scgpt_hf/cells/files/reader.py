@@ -22,7 +22,15 @@ from scgpt_hf.cells.files.contents import Contents, contents_of, open_contents, 
 from scgpt_hf.cells.files.layers import choose_layer
 from scgpt_hf.cells.files.matrices import read_rows
 from scgpt_hf.cells.genes import find_gene_ids, join_genes
-from scgpt_hf.cells.obs import add_primary_filter, drop_unused_categories, find_matching_rows, require_columns
+from scgpt_hf.cells.obs import (
+    add_primary_filter,
+    drop_unused_categories,
+    find_matching_rows,
+    name_columns_as_text,
+    require_columns,
+)
+
+logger = logging.getLogger(__name__)
 
 logger = logging.getLogger(__name__)
 
@@ -239,7 +247,7 @@ def _make_part(contents: Contents, layer: str | None, *, round_counts: bool) -> 
         kind=contents.kind,
         layer=chosen,
         counts=contents.matrices[chosen],
-        obs=contents.obs,
+        obs=name_columns_as_text(contents.obs, contents.name),
         genes=find_gene_ids(contents.genes_of(chosen), contents.name),
         close=contents.close,
         round_counts=round_counts,
@@ -254,10 +262,14 @@ def _join_obs(tables: Sequence[pd.DataFrame]) -> pd.DataFrame:
     obs = pd.concat(filled, ignore_index=True).reindex(columns=list(names)).rename_axis("cell_id")
     obs.index = obs.index.astype(np.int64)
     for name in obs.select_dtypes(["object", "string"]):
-        obs[name] = obs[name].astype("category")
+        try:
+            obs[name] = obs[name].astype("category")
+        except TypeError:  # lists and dictionaries cannot be compared
+            kind = type(obs.pop(name).dropna().iloc[0]).__name__
+            logger.warning("left out the obs column %r: its values are of type %s, not text or numbers", name, kind)
     if "is_primary_data" in obs:
         primary = obs["is_primary_data"]
         # Some files store the booleans as text. A value is missing if only other files have the column; the cells of a
         # file without it count as primary.
-        obs["is_primary_data"] = primary.isna() | primary.isin([True, "True", "true"])
+        obs["is_primary_data"] = primary.isna() | primary.isin([True, "True", "true", "TRUE"])
     return obs

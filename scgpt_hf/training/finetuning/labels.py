@@ -19,6 +19,8 @@ logger = logging.getLogger(__name__)
 
 # Splits of whole donors to try. With few donors, a random split often leaves a label on one side only.
 _N_SPLITS = 20
+
+_RARE_SHOWN = 10  # labels that messages list
 # Subtracted before rounding up, so that the rounding error of a product (0.07 * 100 > 7) does not add a cell.
 _ROUNDING_TOLERANCE = 1e-9
 
@@ -106,6 +108,11 @@ def select_labelled(
         raise ValueError(
             f"of {labels_key!r}, the training cells have only {sorted(learned)}; hold out other cells (--donor_key)"
         )
+    if not len(parts["validation"]):
+        raise ValueError(
+            f"no held-out cell has a label that the training cells have: in obs[{donor_key!r}], the labels of "
+            f"{labels_key!r} hardly occur in more than one donor; hold out the values of another column (--donor_key)"
+        )
     _log_left_out(left_out, rare, sorted(set(label_of_cell.reindex(unseen_cells))), donor_key)
     label_of_cell = label_of_cell.reindex(np.concatenate(list(parts.values())))
     return LabelledCells(parts, sorted(learned), label_of_cell, donor_key, left_out, rare)
@@ -152,7 +159,7 @@ def _require_labels(
     names = sorted(set(label_of_cell))
     if len(names) < 2:
         found = f"only {names[0]!r} ({len(label_of_cell):,} cells)" if names else "none"
-        few = f"; too few cells (fewer than min_cells {min_cells}) have {rare}" if rare else ""
+        few = f"; too few cells (fewer than min_cells {min_cells}) have {_first(rare)}" if rare else ""
         raise ValueError(
             f"a classifier needs two or more labels; of {n_cells:,} cells, obs[{labels_key!r}] has {found}, not "
             f"counting missing values and {list(ignore_labels)}{few}; choose another column (--labels_key)"
@@ -185,7 +192,13 @@ def _log_left_out(left_out: dict[str, int], rare: dict[str, int], unseen: list[s
             "another column)"
         )
     if rare:
-        logger.warning("labels with too few cells, left out: %s", rare)
+        logger.warning("labels with too few cells, left out: %s", _first(rare))
     if unseen:
         logger.warning("labels of held-out donors only, neither trained nor scored: %s", unseen)
     logger.info("cells left out: %s", left_out)
+
+
+def _first(rare: dict[str, int]) -> str:
+    """Return rare labels with their number of cells, shortened: a column of numbers has one label for each cell."""
+    first = dict(list(rare.items())[:_RARE_SHOWN])
+    return str(first) if len(first) == len(rare) else f"{first} and {len(rare) - len(first):,} more"

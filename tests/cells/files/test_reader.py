@@ -194,3 +194,33 @@ def test_repeated_entries_are_added_up_with_one_warning(cells, caplog):
         block = source.read(np.arange(30))
     assert (block.indices.tolist(), block.data.tolist()) == ([1, 3], [6, 1])
     assert len([record for record in caplog.records if "repeated entries" in record.getMessage()]) == 1
+
+
+def test_a_repeated_column_of_obs_is_named(cells):
+    cells.obs = pd.concat([cells.obs, cells.obs], axis="columns")
+    with pytest.raises(ValueError, match=r"AnnData: expected each column of obs once, found \['donor_id'\]"):
+        open_source(cells)
+
+
+def test_columns_of_obs_are_named_by_text(cells):
+    cells.obs[0] = 7
+    source = open_source(cells)
+    assert source.obs_columns == ["donor_id", "0"]
+    assert (source.obs(["0"])["0"] == 7).all()
+    cells.obs["0"] = 8
+    with pytest.raises(ValueError, match=r"found \['0'\] more than once"):
+        open_source(cells)
+
+
+@pytest.mark.parametrize(("value", "kind"), [([1, 2], "list"), ({"a": 1}, "dict")])
+def test_a_column_of_lists_or_dictionaries_is_left_out_and_logged(cells, caplog, value, kind):
+    cells.obs["clones"] = [value] * 29 + [None]
+    source = open_source(cells)
+    assert source.obs_columns == ["donor_id"]
+    assert len(source.read(np.arange(30)).cell_ids) == 30
+    assert f"left out the obs column 'clones': its values are of type {kind}" in caplog.text
+
+
+def test_primary_data_may_be_written_as_in_r(cells):
+    cells.obs["is_primary_data"] = pd.Categorical(["TRUE", "FALSE"] * 15)
+    assert len(open_source(cells).obs()) == 15

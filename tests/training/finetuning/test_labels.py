@@ -38,7 +38,7 @@ def test_every_cell_is_used_once_or_counted(
     try:
         cells = select(obs, seed=seed, label_fraction=label_fraction)
     except ValueError as error:
-        if "labels" in str(error) or "training cells have only" in str(error):  # fewer than two labels are left
+        if "labels" in str(error) or "training cells have only" in str(error):  # too few labels are left
             return
         raise
     used = np.concatenate(list(cells.parts.values()))
@@ -81,10 +81,10 @@ def test_unlabelled_and_rare_cells_are_counted(caplog: pytest.LogCaptureFixture)
 
 
 def test_labels_that_only_held_out_donors_have_are_not_scored(caplog: pytest.LogCaptureFixture) -> None:
-    obs = obs_of(["a", "b"] * 10 + ["x"] * 4, ["one"] * 10 + ["two"] * 10 + ["three"] * 4)
+    obs = obs_of(["a", "b"] * 10 + ["x"] * 3 + ["a"], ["one"] * 10 + ["two"] * 10 + ["three"] * 4)
     cells = select(obs, validation_fraction=0.15)  # donor three is the only one that small
     if "x" not in cells.class_names:
-        assert cells.left_out["label of held-out donors only"] == 4
+        assert cells.left_out["label of held-out donors only"] == 3
         assert "['x']" in caplog.text
 
 
@@ -99,6 +99,22 @@ def test_labels_that_only_held_out_donors_have_are_not_scored(caplog: pytest.Log
 def test_fewer_than_two_labels_raise(types: list[str | None], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         select(obs_of(types))
+
+
+def test_labels_that_never_occur_in_two_donors_raise() -> None:
+    obs = obs_of(["a"] * 4 + ["b"] * 4 + ["c"] * 4, ["x"] * 4 + ["y"] * 4 + ["z"] * 4)
+    with pytest.raises(ValueError, match=r"no held-out cell has a label .* in obs\['donor_id'\]"):
+        select(obs)
+
+
+def test_messages_list_few_of_many_rare_labels(caplog: pytest.LogCaptureFixture) -> None:
+    numbers = [str(number) for number in range(500)]
+    with pytest.raises(ValueError, match="and 490 more") as error:
+        select(obs_of(numbers))
+    assert len(str(error.value)) < 600
+    assert len(select(obs_of([*numbers, *"aabb"])).rare) == 500
+    assert "and 490 more" in caplog.text
+    assert "'77'" not in caplog.text
 
 
 def test_a_label_that_no_training_donor_shares_raises() -> None:
