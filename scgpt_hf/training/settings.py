@@ -343,8 +343,8 @@ def _require_scheduler(args: TrainingArguments) -> None:
     except (TypeError, ValueError, KeyError) as error:
         name = SchedulerType(args.lr_scheduler_type).value
         raise ValueError(
-            f"lr_scheduler_type {name!r} does not fit lr_scheduler_kwargs {arguments}: {error}; pass all that it needs, "
-            "e.g. --lr_scheduler_kwargs '{\"num_decay_steps\": 1000}'"
+            f"lr_scheduler_type {name!r} does not fit lr_scheduler_kwargs {arguments}: {error}; pass all that "
+            "it needs, e.g. --lr_scheduler_kwargs '{\"num_decay_steps\": 1000}'"
         ) from error
 
 

@@ -265,7 +265,7 @@ def _join_obs(tables: Sequence[pd.DataFrame]) -> pd.DataFrame:
         try:
             obs[name] = obs[name].astype("category")
         except TypeError:  # lists and dictionaries cannot be compared
-            kind = type(obs.pop(name).dropna().iloc[0]).__name__
+            kind = type(obs.pop(str(name)).dropna().iloc[0]).__name__
             logger.warning("left out the obs column %r: its values are of type %s, not text or numbers", name, kind)
     if "is_primary_data" in obs:
         primary = obs["is_primary_data"]
