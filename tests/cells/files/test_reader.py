@@ -224,11 +224,3 @@ def test_a_column_of_lists_or_dictionaries_is_left_out_and_logged(cells, caplog,
 def test_primary_data_may_be_written_as_in_r(cells):
     cells.obs["is_primary_data"] = pd.Categorical(["TRUE", "FALSE"] * 15)
     assert len(open_source(cells).obs()) == 15
-
-
-def test_dense_counts_of_half_precision_are_read(tmp_path, cells):
-    expected = cells.X.toarray()
-    cells.X = expected.astype(np.float16)
-    cells.write_h5ad(tmp_path / "half.h5ad")
-    source = open_source(tmp_path / "half.h5ad")
-    np.testing.assert_array_equal(source.read(np.arange(30)).counts.toarray(), expected)
