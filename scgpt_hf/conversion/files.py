@@ -209,7 +209,7 @@ def _read_safetensors(path: Path, kind: str | None) -> dict[str, Tensor]:
 
 
 def _read_pickle(path: Path, kind: str | None) -> Any:
-    """Return what torch.save wrote."""
+    """Return the object that torch.save wrote."""
     try:
         # Damaged files can look like an unusual pickle protocol, about which torch warns before it fails.
         with path.open("rb") as file, warnings.catch_warnings(action="ignore"):
