@@ -9,7 +9,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import anndata
 from anndata import AnnData
 from anndata.io import write_elem
 from transformers import PreTrainedModel
@@ -17,8 +16,7 @@ from transformers import PreTrainedModel
 from scgpt_hf.analysis.annotate import transfer_labels
 from scgpt_hf.analysis.embed import embed_anndata
 from scgpt_hf.cells.files.additions import open_copy, write_columns, write_plainly
-from scgpt_hf.cells.files.probe import require_readable
-from scgpt_hf.cells.files.validation import translate_read_errors
+from scgpt_hf.cells.files.contents import open_anndata
 from scgpt_hf.output import require_writable_file, write_beside
 from scgpt_hf.tokens.processing_scgpt import ScGPTProcessor
 
@@ -51,7 +49,7 @@ def annotate_file(
         12
     """
     require_writable_file(out, overwrite=overwrite)
-    adata = open_backed(path)
+    adata = open_anndata(path)
     with closing(adata.file), open_copy(path, out, overwrite=overwrite) as copy:
         obs = adata.obs.copy()
         before = {group: dict(getattr(adata, group)) for group in ("obsm", "uns")}
@@ -96,14 +94,5 @@ def embed_and_transfer(
 
 
 def open_backed(path: str | Path) -> AnnData:
-    """Open an .h5ad file with its counts left on disk.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: the file cannot be read as h5ad.
-    """
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"there is no file {path}")
-    require_readable([str(path)])
-    with translate_read_errors(str(path)):
-        return anndata.read_h5ad(path, backed="r")
+    """Open a file of cells with its counts left on disk where the format allows it; see `open_anndata`."""
+    return open_anndata(path)

@@ -7,14 +7,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Unpack
 
-import h5py
 import numpy as np
 from anndata.io import write_elem
 from transformers import PreTrainedModel
 
 from scgpt_hf.analysis.embed import KEY, EmbedSettings, describe_embedding, embed_batches, validate_free_key
 from scgpt_hf.cells.files.additions import create_rows, open_copy, write_plainly
-from scgpt_hf.cells.files.validation import translate_read_errors
 from scgpt_hf.cells.source import open_source
 from scgpt_hf.output import require_writable_file, write_beside
 from scgpt_hf.pipeline.genes import match_source_genes
@@ -34,7 +32,7 @@ def embed_file(
     overwrite: bool = False,
     **settings: Unpack[EmbedSettings],
 ) -> dict[str, Any]:
-    """Embed the cells of an .h5ad file and write a copy of the file with the vectors in `obsm`.
+    """Embed the cells of a file and write a copy of it with the vectors in `obsm`, as `.h5ad`.
 
     Memory holds a few thousand cells at a time. The file is copied first, so an error of writing comes before the
     computation. The copy is renamed to `out` once it is complete; a failure before all cells are embedded leaves
@@ -65,13 +63,11 @@ def embed_file(
     """
     require_writable_file(out, overwrite=overwrite)
     source = open_source(path, layer=layer, primary_only=False, round_counts=round_counts)
-    with translate_read_errors(str(path)), h5py.File(path) as file:
-        existing = list(file.get("obsm", {}))
-    validate_free_key(key_added, existing, overwrite)
     model, processor = load_model(model, processor)
     genes = match_source_genes(source.genes, processor)
     report = describe_embedding(source, genes, model, processor, settings)
     with open_copy(path, out, overwrite=overwrite) as file:
+        validate_free_key(key_added, file["obsm"], overwrite)
         cell_ids = source.obs().index.to_numpy(np.int64)
         rows = create_rows(file, f"obsm/{key_added}", (len(cell_ids), model.config.hidden_size))
         n_embedded = 0

@@ -4,20 +4,19 @@ What a file has may be stored in types that the installed anndata reads but does
 """
 
 import json
-import shutil
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import anndata
 import h5py
 import numpy as np
 import pandas as pd
 from anndata import OldFormatWarning
 from anndata.io import write_elem
 
+from scgpt_hf.cells.files.contents import copy_as_h5ad, open_anndata
 from scgpt_hf.output import require_writable_file
 
 _ROWS_KEPT = 2**16  # rows of an array that are in memory at the same time
@@ -25,7 +24,7 @@ _ROWS_KEPT = 2**16  # rows of an array that are in memory at the same time
 
 @contextmanager
 def open_copy(path: str | Path, out: str | Path, *, overwrite: bool) -> Iterator[h5py.File]:
-    """Copy an .h5ad file and open the copy for additions. The copy is renamed to `out` when the block ends.
+    """Copy a file of cells to an .h5ad file, and open the copy for additions. It is renamed to `out` when the block ends.
 
     The copy is made first, so a folder without permission or space raises an error before anything is computed. If the
     block raises, the copy is removed.
@@ -47,7 +46,7 @@ def open_copy(path: str | Path, out: str | Path, *, overwrite: bool) -> Iterator
     temporary = out.with_name(f".{out.name}.part")
     try:
         try:
-            shutil.copyfile(path, temporary)
+            copy_as_h5ad(Path(path), temporary)
         except OSError as error:
             raise OSError(error.errno, f"cannot copy {path} to {out}: {error.strerror}; make room there") from error
         with h5py.File(temporary, "r+") as file:
@@ -130,7 +129,7 @@ def _prepare_groups(file: h5py.File, path: str | Path) -> None:
         write_elem(file, group, {})
     if isinstance(file["obs"], h5py.Dataset):
         with warnings.catch_warnings(action="ignore", category=OldFormatWarning):
-            adata = anndata.read_h5ad(path, backed="r")
+            adata = open_anndata(path)
         adata.file.close()
         write_elem(file, "obs", adata.obs)
     if isinstance(file["obsm"], h5py.Dataset):

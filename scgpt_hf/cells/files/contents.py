@@ -20,10 +20,10 @@ import anndata
 import h5py
 import pandas as pd
 from anndata import AnnData
-from anndata.io import read_elem
+from anndata.io import read_elem, write_elem
 
 from scgpt_hf.cells.files.formats import SUPPORTED, find_format
-from scgpt_hf.cells.files.matrices import native, open_matrix
+from scgpt_hf.cells.files.matrices import copy_matrix, native, open_matrix
 from scgpt_hf.cells.files.probe import require_readable
 from scgpt_hf.cells.files.tenx import read_10x_folder, read_10x_hdf5
 from scgpt_hf.cells.files.validation import translate_read_errors
@@ -135,6 +135,48 @@ def open_anndata(path: str | Path) -> AnnData:
         with translate_read_errors(str(path)), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # on files of old versions, which are read all the same
             return anndata.read_h5ad(plain, backed="r")
+
+
+def copy_as_h5ad(path: Path, target: Path) -> None:
+    """Copy a file of any supported format to an `.h5ad` file; matrices that are on disk are copied by parts.
+
+    Raises:
+        OSError, ValueError: see `open_contents`.
+    """
+    found = find_format(path)
+    if found == "zarr":
+        import zarr
+
+        with translate_read_errors(str(path), "an AnnData in zarr format"), h5py.File(target, "w") as file:
+            _copy_group(zarr.open_group(path, mode="r"), file)
+        return
+    if found == "10x matrix":
+        read_10x_folder(path).write_h5ad(target)
+        return
+    with decompressed(path) as plain:
+        if found == "hdf5" and _is_10x(plain, str(path)):
+            read_10x_hdf5(plain, str(path)).write_h5ad(target)
+        else:
+            shutil.copyfile(plain, target)
+
+
+def _copy_group(source: Any, file: h5py.File) -> None:
+    """Copy an AnnData in zarr format to an HDF5 file."""
+    file.attrs.update({"encoding-type": "anndata", "encoding-version": "0.1.0"})
+    matrices = [
+        name for name in ("X", "raw/X", *(f"layers/{name}" for name in source.get("layers", {}))) if name in source
+    ]
+    others = [name for name in source if name not in ("X", "layers", "raw")]
+    others += [f"raw/{name}" for name in source.get("raw", {}) if name != "X"]
+    if "raw" in source:
+        write_elem(file, "raw", {})
+        file["raw"].attrs.update({"encoding-type": "raw", "encoding-version": "0.1.0"})
+    write_elem(file, "layers", {})
+    with anndata.settings.override(allow_write_nullable_strings=True):
+        for name in others:
+            write_elem(file, name, read_elem(source[name]))
+    for name in matrices:
+        copy_matrix(source[name], file, name)
 
 
 def contents_of(adata: AnnData, name: str = "AnnData", kind: str = "anndata") -> Contents:

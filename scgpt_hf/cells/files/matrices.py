@@ -8,10 +8,11 @@ import logging
 from dataclasses import dataclass
 from typing import Any
 
+import h5py
 import numpy as np
 import pandas as pd
 from anndata.abc import CSCDataset, CSRDataset
-from anndata.io import sparse_dataset
+from anndata.io import sparse_dataset, write_elem
 from scipy.sparse import csr_matrix, issparse, vstack
 
 from scgpt_hf.cells.block import Int64Array, to_float32
@@ -19,6 +20,7 @@ from scgpt_hf.cells.files.validation import translate_read_errors, validate_spar
 
 logger = logging.getLogger(__name__)
 
+ROWS_COPIED = 8192
 MOST_GAP = 16  # up to this many unwanted rows, reading through them is faster than a second read
 
 
@@ -71,6 +73,25 @@ def open_matrix(matrix: Any) -> Any:
     if unusual:  # the transposed matrix has the same arrays
         return validate_sparse(UnusualCsr(matrix, tuple(sparse.shape[::-1]))[:], name).T.tocsr()
     return validate_sparse(sparse.to_memory(), name).tocsr()
+
+
+def copy_matrix(source: Any, file: h5py.File, name: str) -> None:
+    """Copy a matrix of zarr to an HDF5 file, a few thousand rows (of CSC: columns) at a time."""
+    if not hasattr(source, "keys"):
+        write_elem(file, name, source[:ROWS_COPIED], dataset_kwargs={"maxshape": (None, *source.shape[1:])})
+        file[name].resize(source.shape)
+        for start in range(ROWS_COPIED, source.shape[0], ROWS_COPIED):
+            file[name][start : start + ROWS_COPIED] = source[start : start + ROWS_COPIED]
+        return
+    sparse = sparse_dataset(source)
+    by_row = sparse.format == "csr"
+    for start in range(0, max(sparse.shape[0 if by_row else 1], 1), ROWS_COPIED):
+        part = slice(start, start + ROWS_COPIED)
+        found = sparse[part] if by_row else sparse[:, part]
+        if start:
+            sparse_dataset(file[name]).append(found)
+        else:
+            write_elem(file, name, found)
 
 
 def read_rows(matrix: Any, rows: Int64Array, name: str, *, whole: bool = True) -> csr_matrix:

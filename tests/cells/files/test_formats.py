@@ -9,6 +9,7 @@ import zarr
 from anndata import AnnData
 from scipy.sparse import csc_matrix
 
+from scgpt_hf.cells.files.additions import create_rows, open_copy
 from scgpt_hf.cells.files.contents import open_anndata
 from scgpt_hf.cells.source import open_source
 from tests.support import formats
@@ -97,6 +98,25 @@ def test_obs_of_every_format_can_be_filtered(tmp_path, small_cells, name):
     with open_source(tmp_path / name, obs_filter="age < 30 and cell_type == 'T cell'", primary_only=False) as source:
         expected = cells.obs["cell_type"].to_numpy()[:30] == "T cell"
         assert source.obs().index.tolist() == np.flatnonzero(expected).tolist()
+
+
+@pytest.mark.filterwarnings(WARNING)
+@pytest.mark.parametrize("name", ["cells.zarr", "cells.h5ad.gz", "cells.H5AD", "hg19", "filtered_feature_bc_matrix.h5"])
+def test_results_are_added_to_an_h5ad_copy_of_every_format(tmp_path, small_cells, monkeypatch, name):
+    monkeypatch.setattr("scgpt_hf.cells.files.matrices.ROWS_COPIED", 50)
+    cells = small_cells[0].copy()
+    cells.layers.update({"dense": cells.X.toarray(), "csc": csc_matrix(cells.X)})
+    cells.raw = cells
+    FORMATS[name](cells, tmp_path / name)
+    with open_copy(tmp_path / name, tmp_path / "out.h5ad", overwrite=False) as file:
+        create_rows(file, "obsm/X_scgpt", (160, 2))
+    read = anndata.read_h5ad(tmp_path / "out.h5ad")
+    assert (read.X != cells.X).nnz == 0
+    assert read.obsm["X_scgpt"].shape == (160, 2)
+    if "matrix" not in name and name != "hg19":
+        assert (read.layers["dense"] == cells.X.toarray()).all()
+        assert (read.layers["csc"] != cells.X).nnz == (read.raw.X != cells.X).nnz == 0
+        assert read.obs["donor_id"].tolist() == cells.obs["donor_id"].tolist()
 
 
 @pytest.mark.filterwarnings(WARNING)
