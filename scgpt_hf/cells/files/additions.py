@@ -17,6 +17,7 @@ from anndata import OldFormatWarning
 from anndata.io import write_elem
 
 from scgpt_hf.cells.files.contents import copy_as_h5ad, open_anndata
+from scgpt_hf.cells.files.validation import translate_read_errors
 from scgpt_hf.output import require_writable_file
 
 _ROWS_KEPT = 2**16  # rows of an array that are in memory at the same time
@@ -24,7 +25,7 @@ _ROWS_KEPT = 2**16  # rows of an array that are in memory at the same time
 
 @contextmanager
 def open_copy(path: str | Path, out: str | Path, *, overwrite: bool) -> Iterator[h5py.File]:
-    """Copy a file of cells to an .h5ad file, and open the copy for additions. It is renamed to `out` when the block ends.
+    """Copy a file of cells to an .h5ad file, and open the copy for additions. It becomes `out` when the block ends.
 
     The copy is made first, so a folder without permission or space raises an error before anything is computed. If the
     block raises, the copy is removed.
@@ -39,6 +40,7 @@ def open_copy(path: str | Path, out: str | Path, *, overwrite: bool) -> Iterator
 
     Raises:
         OSError: `out` cannot be written; see `require_writable_file`.
+        ValueError: the file is damaged.
     """
     out = Path(out)
     require_writable_file(out, overwrite=overwrite)
@@ -50,7 +52,8 @@ def open_copy(path: str | Path, out: str | Path, *, overwrite: bool) -> Iterator
         except OSError as error:
             raise OSError(error.errno, f"cannot copy {path} to {out}: {error.strerror}; make room there") from error
         with h5py.File(temporary, "r+") as file:
-            _prepare_groups(file, path)
+            with translate_read_errors(str(path)):
+                _prepare_groups(file, path)
             yield file
         try:
             temporary.replace(out)
