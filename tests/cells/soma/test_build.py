@@ -3,6 +3,7 @@
 import errno
 import fcntl
 import logging
+import os
 import runpy
 import subprocess
 import sys
@@ -215,7 +216,8 @@ def test_a_failed_write_is_reported_in_one_line_and_leaves_nothing_behind(tmp_pa
     limited = f"import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))\n"
     limited += "sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
     arguments = [sys.executable, "-c", limited, script, *files, "--out", tmp_path / "soma"]
-    failed = subprocess.run(arguments, capture_output=True, text=True, check=False)
+    environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1"}  # the limit would truncate bytecode, too
+    failed = subprocess.run(arguments, capture_output=True, text=True, check=False, env=environment)
     assert failed.returncode == 1
     assert "Traceback" not in failed.stderr
     assert f"[Errno {errno.EIO}] writing {tmp_path / 'soma'} failed" in failed.stderr
