@@ -35,28 +35,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Parse the command line, write the files of this job, and print whether the cache is complete."""
     accept_any_locale()
     tune_process()
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=ExampleHelpFormatter)
-    add = parser.add_argument
-    add("source", nargs="+", metavar="CENSUS", help="census://VERSION/ORGANISM, a local SOMA, or files such as .h5ad")
-    add("out", metavar="DIR", help="folder of the cache; created if it does not exist")
-    add("--obs_filter", help="SOMA value filter on obs, e.g. \"tissue_general == 'blood'\"")
-    add("--layer", help="layer with the raw counts (default: raw of a SOMA, of a file the one that has them)")
-    add("--round_counts", action="store_true", help="round fractional counts of files instead of stopping")
-    add("--all_cells", action="store_true", help="also keep cells with is_primary_data == False, which are duplicates")
-    add("--columns", nargs="*", metavar="COLUMN", help="obs columns to keep (default: donor_id, cell_type, …)")
-    add(
-        "--cells_per_shard",
-        type=int,
-        default=CELLS_PER_SHARD,
-        help="least number of cells of a file (default: %(default)s)",
-    )
-    add(
-        "--shard", default="0/1", metavar="I/N", help="write every N-th file only, starting with file I, counted from 0"
-    )
-    add("--ray", action="store_true", help="write on the running Ray cluster (pip install 'scgpt_hf[cluster]')")
-    add("--rewrite", action="store_true", help="write corrupt files again instead of stopping")
-    add("--push_to_hub", metavar="ORG/NAME", help="publish the cache as a dataset when it is complete")
-    add("--private", action="store_true", help="make the dataset private")
+    parser = _make_parser()
     options = parser.parse_args(arguments)
     logging.basicConfig(format="%(message)s")
     logging.getLogger("scgpt_hf").setLevel(logging.INFO)
@@ -93,6 +72,32 @@ def main(arguments: list[str] | None = None) -> None:
     except KeyboardInterrupt:
         print(f"\n{program_name()}: interrupted; run the same command again to continue", file=sys.stderr)
         sys.exit(130)
+
+
+def _make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=ExampleHelpFormatter)
+    add = parser.add_argument
+    add("source", nargs="+", metavar="CENSUS", help="census://VERSION/ORGANISM, a local SOMA, or files such as .h5ad")
+    add("out", metavar="DIR", help="folder of the cache; created if it does not exist")
+    add("--obs_filter", help="SOMA value filter on obs, e.g. \"tissue_general == 'blood'\"")
+    add("--layer", help="layer with the raw counts (default: raw of a SOMA, of a file the one that has them)")
+    add("--round_counts", action="store_true", help="round fractional counts of files instead of stopping")
+    add("--all_cells", action="store_true", help="also keep cells with is_primary_data == False, which are duplicates")
+    add("--columns", nargs="*", metavar="COLUMN", help="obs columns to keep (default: donor_id, cell_type, …)")
+    add(
+        "--cells_per_shard",
+        type=int,
+        default=CELLS_PER_SHARD,
+        help="least number of cells of a file (default: %(default)s)",
+    )
+    add(
+        "--shard", default="0/1", metavar="I/N", help="write every N-th file only, starting with file I, counted from 0"
+    )
+    add("--ray", action="store_true", help="write on the running Ray cluster (pip install 'scgpt_hf[cluster]')")
+    add("--rewrite", action="store_true", help="write corrupt files again instead of stopping")
+    add("--push_to_hub", metavar="ORG/NAME", help="publish the cache as a dataset when it is complete")
+    add("--private", action="store_true", help="make the dataset private")
+    return parser
 
 
 if __name__ == "__main__":

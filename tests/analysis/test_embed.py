@@ -299,6 +299,12 @@ def make_normalised() -> AnnData:
     return adata
 
 
+def make_normalised_with_two_layers() -> AnnData:
+    adata = make_normalised()
+    adata.layers["umi"] = adata.layers["counts"].copy()
+    return adata
+
+
 def make_mouse_cells() -> AnnData:
     adata = make_cells()
     adata.var_names = [name.replace("ENSG", "ENSMUSG") for name in adata.var_names]
@@ -315,7 +321,7 @@ def make_cells_of_unknown_genes() -> AnnData:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (make_normalised, r"layer='counts'"),
+        (make_normalised_with_two_layers, r"layer='counts'"),
         (make_mouse_cells, "ENSMUSG00000000000"),
         (make_cells_of_unknown_genes, "0 of the 40 genes"),
         (lambda: make_cells()[:0].copy(), "no cells"),
@@ -342,7 +348,8 @@ def test_counts_are_read_from_the_requested_layer(
     model: ScGPTModel, processor: ScGPTProcessor, expected: np.ndarray
 ) -> None:
     adata = make_normalised()
-    assert embed_anndata(adata, model, processor, layer="counts", **QUIET)["layer"] == "counts"
+    for layer in ("counts", None):  # it is also found
+        assert embed_anndata(adata, model, processor, layer=layer, overwrite=True, **QUIET)["layer"] == "counts"
     np.testing.assert_allclose(adata.obsm["X_scgpt"], expected, atol=2e-6)
 
 
