@@ -18,6 +18,7 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from scgpt_hf.analysis.embed import KEY, validate_name, validate_not_backed_view
 from scgpt_hf.analysis.inference import InferenceSettings, iterate_outputs
+from scgpt_hf.cells.block import FloatArray
 from scgpt_hf.cells.missing import has_label
 from scgpt_hf.cells.source import open_source
 from scgpt_hf.pipeline.genes import match_source_genes
@@ -33,7 +34,6 @@ PREDICTED = "predicted_cell_type"
 # Arguments of `load_model` for a classifier.
 CLASSIFIER: dict[str, Any] = {"model_class": AutoModelForSequenceClassification, "heads": ("class_head",)}
 
-FloatArray = npt.NDArray[np.floating[Any]]
 
 # Cells of the reference that are sampled to measure the usual distance between neighbours; its 99th percentile does not
 # change with more, only the time.

@@ -9,17 +9,16 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from scgpt_hf.cells.block import Float64Array
 from scgpt_hf.tokens.binning_scgpt import bin_ranges
-
-Float64Array = npt.NDArray[np.float64]
 
 
 def bins_to_counts(bins: npt.NDArray[np.floating[Any]], counts: npt.NDArray[Any], n_bins: int) -> Float64Array:
-    """Map predicted bins of one cell to counts.
+    """Map predicted bins to raw counts, by interpolating between the counts observed in the same cell.
 
-    Each distinct count of the cell fills a range of bins. The middle of that range stands for the count, because that
-    is what a model trained on random ties predicts. Counts are interpolated between middles. Counts that share a bin
-    are averaged over their genes. Below the first middle and above the last, where the cell has no data, the result is
+    Each distinct count of the cell fills a range of bins. A model that was trained on random ties predicts the middle
+    of that range, so the middle is mapped to the count. Counts are interpolated between middles. Counts that share a
+    bin are averaged over their genes. Below the first middle and above the last, where the cell has no data, the result is
     the smallest and the largest count.
 
     Args:
@@ -35,8 +34,8 @@ def bins_to_counts(bins: npt.NDArray[np.floating[Any]], counts: npt.NDArray[Any]
         array([1.  , 1.46, 4.06, 7.  ])
     """
     lowest, highest = bin_ranges(counts, n_bins)
-    middles, place = np.unique((lowest + highest) / 2, return_inverse=True)
-    mean_counts = np.bincount(place, weights=counts) / np.bincount(place)
+    middles, middle_of_count = np.unique((lowest + highest) / 2, return_inverse=True)
+    mean_counts = np.bincount(middle_of_count, weights=counts) / np.bincount(middle_of_count)
     result: Float64Array = np.interp(bins, middles, mean_counts)
     return result
 

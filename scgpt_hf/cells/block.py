@@ -21,10 +21,11 @@ from scipy.sparse import csr_matrix, issparse
 CHUNK_SIZE = 2048
 
 AnyArray: TypeAlias = NDArray[Any]
+FloatArray: TypeAlias = NDArray[np.floating[Any]]  # of any precision
 Float64Array: TypeAlias = NDArray[np.float64]
 Int64Array: TypeAlias = NDArray[np.int64]
 # data, indices and indptr of a CSR matrix, in scipy's order
-CsrArrays: TypeAlias = tuple[NDArray[Any], NDArray[Any], NDArray[Any]]
+CsrArrays: TypeAlias = tuple[AnyArray, AnyArray, AnyArray]
 
 
 class CellBlock:
@@ -79,7 +80,7 @@ class CellBlock:
         return len(self.cell_ids)
 
     @property
-    def data(self) -> NDArray[Any]:
+    def data(self) -> AnyArray:
         """The counts, shape (entries,).
 
         uint16 from a Census or a cache if all counts fit, else float32. Narrow counts need half the memory, and the
@@ -88,7 +89,7 @@ class CellBlock:
         return self._arrays[0]
 
     @property
-    def indices(self) -> NDArray[Any]:
+    def indices(self) -> AnyArray:
         """The gene of each count, shape (entries,).
 
         uint16 from a Census or a cache if all genes fit (from a Census also all counts), else int32.
@@ -96,7 +97,7 @@ class CellBlock:
         return self._arrays[1]
 
     @property
-    def indptr(self) -> NDArray[Any]:
+    def indptr(self) -> AnyArray:
         """The offsets of the cells: cell i has entries `indptr[i]:indptr[i + 1]`. Shape (cells + 1,)."""
         return self._arrays[2]
 

@@ -13,7 +13,8 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import MaxNLocator
 
-from scgpt_hf.reporting.plots import GREY, PALETTE, SMALL, FloatArray
+from scgpt_hf.cells.block import FloatArray
+from scgpt_hf.reporting.plots import GREY, PALETTE, SMALL
 
 Curves = dict[str, tuple[FloatArray, FloatArray]]
 

@@ -4,7 +4,6 @@ Functions return a `matplotlib.figure.Figure` and never touch pyplot, so the sta
 Loss curves are in `curves.py`, figures of predicted cell types in `plots_predictions.py`.
 """
 
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,9 +19,9 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 from matplotlib.textpath import TextPath
 
+from scgpt_hf.cells.atomic import replace_file
+from scgpt_hf.cells.block import FloatArray
 from scgpt_hf.cells.missing import has_value
-
-FloatArray = npt.NDArray[np.floating[Any]]
 
 # The first eight can be told apart with every common kind of colour blindness (Okabe & Ito 2008,
 # jfly.uni-koeln.de/color). There are no twenty such hues, so the others also differ in lightness.
@@ -158,7 +157,7 @@ def plot_scores(
 def save_figure(figure: Figure, path: str | Path) -> None:
     """Save a figure as PNG, SVG or PDF, as the suffix of the path says.
 
-    The figure is written to a temporary file first, so an interruption leaves the old file.
+    The file is written atomically, so an interruption leaves the old file.
 
     Args:
         figure: the figure.
@@ -170,13 +169,9 @@ def save_figure(figure: Figure, path: str | Path) -> None:
     path = Path(path)
     if path.suffix not in (".png", ".svg", ".pdf"):
         raise ValueError(f"cannot write a figure as {path.suffix!r}; expected .png, .svg or .pdf, found {path.name!r}")
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        with matplotlib.rc_context({"svg.fonttype": "none", "pdf.fonttype": 42}):  # text stays text, for editing
-            figure.savefig(temporary, format=path.suffix[1:], dpi=DPI)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    editable: Any = {"svg.fonttype": "none", "pdf.fonttype": 42}  # text stays text
+    with matplotlib.rc_context(editable), replace_file(path) as temporary:
+        figure.savefig(temporary, format=path.suffix[1:], dpi=DPI)
 
 
 def _require_coordinates(coordinates: FloatArray, panels: Mapping[str, Sequence[str]]) -> None:

@@ -118,7 +118,7 @@ class DataModule:
             np.sort(np.concatenate(list(self.selection.parts.values()))),
             columns=[] if batch_key is None else [batch_key],
             job=(self.stream_config.rank, self.stream_config.world_size),
-            wait=PartialState().wait_for_everyone,
+            barrier=PartialState().wait_for_everyone,
         )
 
     def train(self, consumed: int) -> Any:

@@ -28,13 +28,13 @@ from scgpt_hf.analysis.evaluation.metrics import (
     AVERAGES,
     BATCH,
     BIO,
-    FloatArray,
     NotComputable,
     add_averages,
     integration_scorers,
 )
 from scgpt_hf.analysis.evaluation.probing import CLASSIFIERS, Classifier, Predictions, predict_held_out, predict_query
 from scgpt_hf.analysis.evaluation.selected_cells import MAX_CELLS, SelectedCells, select_cells
+from scgpt_hf.cells.block import FloatArray
 from scgpt_hf.cells.source import open_source
 
 if TYPE_CHECKING:

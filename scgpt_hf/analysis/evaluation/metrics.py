@@ -26,7 +26,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-FloatArray = npt.NDArray[np.floating[Any]]
+from scgpt_hf.cells.block import FloatArray
+
 Labels = npt.NDArray[np.str_]
 
 BIO = ("NMI", "ARI", "ASW label", "cLISI")

@@ -11,7 +11,8 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from scgpt_hf.analysis.evaluation.metrics import FloatArray, Labels, require_embedding
+from scgpt_hf.analysis.evaluation.metrics import Labels, require_embedding
+from scgpt_hf.cells.block import FloatArray
 from scgpt_hf.cells.missing import fill_missing, has_label, has_value
 from scgpt_hf.cells.obs import require_named_columns
 

@@ -10,25 +10,21 @@ of 255 or more is stored as 255, and its value is the cell's next entry of `larg
 
 import errno
 import hashlib
-import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import IO, Any, NamedTuple, TypeAlias
-from uuid import uuid4
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 import pyarrow as pa
-from numpy.typing import NDArray
 
+from scgpt_hf.cells.atomic import replace_file
 from scgpt_hf.cells.block import CHUNK_SIZE, CellBlock, Int64Array
 
 ESCAPE = 255  # in `count`: the value is the next entry of `large_count`
 MAX_COUNT = 2**32 - 1  # the largest value of `large_count`
 CELL_COLUMNS = ("cell_id", "gene", "count", "large_count")  # the first columns; those of obs follow
-
-Array: TypeAlias = NDArray[Any]
 
 
 class WrittenFile(NamedTuple):
@@ -95,16 +91,17 @@ def encode_cells(cells: CellBlock, schema: pa.Schema) -> pa.RecordBatch:
     counts, genes, indptr = cells.data, cells.indices, cells.indptr
     if (largest := counts.max(initial=0)) > MAX_COUNT:
         raise ValueError(f"found a count of {largest:,.0f}, but a cache holds counts up to {MAX_COUNT:,}")
-    offsets, is_large = indptr.astype(np.int32), np.flatnonzero(counts >= ESCAPE)
+    offsets, large = indptr.astype(np.int32), np.flatnonzero(counts >= ESCAPE)
     small = counts if counts.dtype == np.uint16 else np.minimum(counts, ESCAPE)
-    small = small.astype(np.uint8)  # of uint16 this drops the upper byte; the next line sets those
-    small[is_large] = ESCAPE
+    # Casting wraps counts above 255; the next line overwrites them with ESCAPE.
+    small = small.astype(np.uint8)
+    small[large] = ESCAPE
     genes = genes.astype(schema.field("gene").type.value_type.to_pandas_dtype(), copy=False)
     columns = [
         pa.array(cells.cell_ids),
         pa.ListArray.from_arrays(offsets, genes),
         pa.ListArray.from_arrays(offsets, small),
-        pa.ListArray.from_arrays(np.searchsorted(is_large, offsets), counts[is_large].astype(np.uint32)),
+        pa.ListArray.from_arrays(np.searchsorted(large, offsets), counts[large].astype(np.uint32)),
         *(_encode_column(cells.obs[field.name], field.type) for field in list(schema)[len(CELL_COLUMNS) :]),
     ]
     return pa.RecordBatch.from_arrays(columns, schema=schema)
@@ -115,8 +112,8 @@ def write_shard(
     schema: pa.Schema,
     batches: Iterable[pa.RecordBatch],
     *,
-    scratch: Path,
-    check: Callable[[WrittenFile], object] = lambda written: None,
+    temporary_folder: Path,
+    before_rename: Callable[[WrittenFile], object] = lambda written: None,
 ) -> WrittenFile:
     """Write record batches to a file and return its hash and size.
 
@@ -127,25 +124,22 @@ def write_shard(
         path: the file to write.
         schema: the schema of the batches.
         batches: the cells.
-        scratch: folder for the temporary file, on the same disk as `path`; created if it does not exist.
-        check: called with the hash and size before the file is renamed; if it raises, `path` is not changed.
+        temporary_folder: folder for the temporary file, on the same disk as `path`; created if it does not exist.
+        before_rename: called with the hash and size before the file is renamed; if it raises, `path` is not changed.
 
     Raises:
         OSError: writing failed. If the disk is full, the message says how much space is free.
     """
-    # Several jobs may write the same shard at the same time: each writes another temporary file.
-    temporary = scratch / f"{path.name}.{uuid4().hex[:8]}"
-    scratch.mkdir(exist_ok=True)
+    temporary_folder.mkdir(exist_ok=True)
     try:
-        with temporary.open("xb") as file:
-            hashed = _HashedFile(file)
-            with pa.ipc.new_stream(hashed, schema) as writer:
-                for batch in batches:
-                    writer.write_batch(batch)
-            file.flush()
-            os.fsync(file.fileno())
-        check(WrittenFile(hashed.sha256.hexdigest(), hashed.n_bytes))
-        os.replace(temporary, path)
+        with replace_file(path, folder=temporary_folder) as temporary:
+            with temporary.open("xb") as file:
+                hashed = _HashedFile(file)
+                with pa.ipc.new_stream(hashed, schema) as writer:
+                    for batch in batches:
+                        writer.write_batch(batch)
+            written = WrittenFile(hashed.sha256.hexdigest(), hashed.n_bytes)
+            before_rename(written)
     except OSError as error:
         if error.errno != errno.ENOSPC:
             raise
@@ -155,9 +149,7 @@ def write_shard(
             f"the disk is full: {path} was not written, {free:.2f} GB are free. Free some space, or choose another "
             "folder, then run the same command again; it writes only the missing shards",
         ) from error
-    finally:
-        temporary.unlink(missing_ok=True)
-    return WrittenFile(hashed.sha256.hexdigest(), hashed.n_bytes)
+    return written
 
 
 class _HashedFile:
@@ -176,10 +168,12 @@ class _HashedFile:
         """Do nothing: Arrow flushes after each batch, but the file is flushed once, at its end."""
 
 
-def _encode_column(column: pd.Series, kind: pa.DataType) -> pa.Array:
+def _encode_column(column: pd.Series, arrow_type: pa.DataType) -> pa.Array:
     """Return an obs column as an Arrow array, with nulls where a value is missing."""
-    if kind == pa.string():
+    if arrow_type == pa.string():
         codes, values = pd.factorize(column)  # converts each label once, not once for each cell
         return pa.array([str(value) for value in values], pa.string()).take(pa.array(codes, mask=codes < 0))
     missing = column.isna().to_numpy()
-    return pa.array(column.astype(object).to_numpy() if missing.any() else column.to_numpy(), kind, from_pandas=True)
+    return pa.array(
+        column.astype(object).to_numpy() if missing.any() else column.to_numpy(), arrow_type, from_pandas=True
+    )

@@ -21,6 +21,7 @@ import numpy as np
 import pyarrow as pa
 from tqdm.auto import tqdm
 
+from scgpt_hf.cells.atomic import write_atomically
 from scgpt_hf.cells.block import CHUNK_SIZE, CellBlock, Int64Array
 from scgpt_hf.cells.cache.format import WrittenFile, cache_schema, encode_chunks, obs_type, write_shard
 from scgpt_hf.cells.cache.manifest import (
@@ -35,7 +36,6 @@ from scgpt_hf.cells.cache.manifest import (
     require_same_identity,
     verify_shard,
     write_manifest,
-    write_text,
 )
 from scgpt_hf.cells.obs import require_columns
 from scgpt_hf.cells.source import CellSource
@@ -106,7 +106,7 @@ class CacheJobs:
             require_writable_folder(self.folder)
             with self.ignore_if_completed():
                 plan.parent.mkdir(parents=True, exist_ok=True)
-                write_text(plan, json.dumps(asdict(self.identity), indent=1))
+                write_atomically(plan, json.dumps(asdict(self.identity), indent=1))
 
     @contextmanager
     def ignore_if_completed(self) -> Iterator[None]:
@@ -189,11 +189,13 @@ class CacheJobs:
                 )
 
         with self.ignore_if_completed():
-            batches, scratch = self._batches(blocks, on_progress), self.folder / JOBS
-            written = write_shard(path, self.schema, batches, scratch=scratch, check=require_same)
+            batches, temporary_folder = self._batches(blocks, on_progress), self.folder / JOBS
+            written = write_shard(
+                path, self.schema, batches, temporary_folder=temporary_folder, before_rename=require_same
+            )
             new = ShardRecord(path.name, *written, len(ids), int(ids[0]), int(ids[-1]))
             if not (self.folder / MANIFEST).exists():
-                write_text(self.folder / JOBS / f"{path.name}.json", json.dumps(asdict(new)))
+                write_atomically(self.folder / JOBS / f"{path.name}.json", json.dumps(asdict(new)))
 
     def finish(self) -> bool:
         """Write the manifest if all shards are recorded; return whether the cache is complete."""

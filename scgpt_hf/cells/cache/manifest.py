@@ -6,15 +6,14 @@ one. The other files are `genes.csv`, and two by which `datasets.load_from_disk`
 
 import hashlib
 import json
-import os
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePath
 from typing import Any, get_origin, get_type_hints
-from uuid import uuid4
 
 import pandas as pd
 import pyarrow as pa
 
+from scgpt_hf.cells.atomic import write_atomically
 from scgpt_hf.cells.block import Int64Array, gene_hash
 
 MANIFEST, GENES = "manifest.json", "genes.csv"
@@ -130,10 +129,10 @@ def write_manifest(
         "_output_all_columns": False,
         "_split": "train",
     }
-    write_text(folder / GENES, genes[["feature_id", "feature_name"]].to_csv(index=False, lineterminator="\n"))
-    write_text(folder / "dataset_info.json", json.dumps(asdict(info), indent=1, sort_keys=True) + "\n")
-    write_text(folder / "state.json", json.dumps(state, indent=1, sort_keys=True) + "\n")
-    write_text(folder / MANIFEST, manifest)
+    write_atomically(folder / GENES, genes[["feature_id", "feature_name"]].to_csv(index=False, lineterminator="\n"))
+    write_atomically(folder / "dataset_info.json", json.dumps(asdict(info), indent=1, sort_keys=True) + "\n")
+    write_atomically(folder / "state.json", json.dumps(state, indent=1, sort_keys=True) + "\n")
+    write_atomically(folder / MANIFEST, manifest)
 
 
 def read_manifest(folder: Path) -> tuple[CacheIdentity, list[ShardRecord]]:
@@ -247,13 +246,6 @@ def hash_file(path: Path) -> str:
     """Return the SHA-256 of a file in hexadecimal digits."""
     with path.open("rb") as content:
         return hashlib.file_digest(content, "sha256").hexdigest()
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a text file under a temporary name and rename it, so that readers and other writers see a complete file."""
-    temporary = path.with_name(f".{path.name}.{uuid4().hex[:8]}")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
 
 
 def _comparable(identity: CacheIdentity) -> dict[str, Any]:

@@ -13,8 +13,8 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 
-from scgpt_hf.cells.block import CHUNK_SIZE, CellBlock, CsrArrays, Int64Array, to_offsets
-from scgpt_hf.cells.cache.format import CELL_COLUMNS, ESCAPE, Array, cache_schema
+from scgpt_hf.cells.block import CHUNK_SIZE, AnyArray, CellBlock, CsrArrays, Int64Array, to_offsets
+from scgpt_hf.cells.cache.format import CELL_COLUMNS, ESCAPE, cache_schema
 from scgpt_hf.cells.cache.manifest import REMEDY, CacheError
 from scgpt_hf.cells.compiled import compiled
 
@@ -90,7 +90,7 @@ class MappedBlock(CellBlock):
     def __init__(
         self,
         shards: Sequence[Shard],
-        shard_of_cell: Array,
+        shard_of_cell: AnyArray,
         places: tuple[Int64Array, Int64Array],
         obs: pd.DataFrame,
         cell_ids: Int64Array,
@@ -120,7 +120,7 @@ class MappedBlock(CellBlock):
         """
         indptr, n_genes = to_offsets(self._lengths[positions]), self.shape[1]
         genes = np.empty(indptr[-1], np.uint16 if n_genes <= 2**16 else np.int32)
-        counts: Array = np.empty(indptr[-1], np.uint16)
+        counts: AnyArray = np.empty(indptr[-1], np.uint16)
         if self._copy(positions, indptr, genes, counts):  # large counts are rare: copy the cells a second time
             counts = np.empty(indptr[-1], np.float32)
             self._copy(positions, indptr, genes, counts)
@@ -129,7 +129,7 @@ class MappedBlock(CellBlock):
             raise CacheError(f"{folder} has {n_genes:,} genes, but a cell has gene number {largest:,}; {REMEDY}")
         return counts, genes, indptr
 
-    def _copy(self, positions: Int64Array, indptr: Int64Array, genes: Array, counts: Array) -> int:
+    def _copy(self, positions: Int64Array, indptr: Int64Array, genes: AnyArray, counts: AnyArray) -> int:
         """Fill genes and counts; return how many counts do not fit 16 bits."""
         places, shard_of_cell = self._places[positions], self._shard_of_cell[positions]
         order = np.lexsort((places[:, 0], shard_of_cell))  # by position in the file: reading memory forwards is fastest
@@ -141,7 +141,7 @@ class MappedBlock(CellBlock):
 
 def find_cells(
     shards: Sequence[Shard],
-    shard_of_cell: Array,
+    shard_of_cell: AnyArray,
     obs: pd.DataFrame,
     cell_ids: Int64Array,
     *,
@@ -176,7 +176,7 @@ def find_cells(
 
 
 def gather_obs(
-    shards: Sequence[Shard], shard_of_cell: Array, cell_ids: Int64Array, columns: Sequence[str]
+    shards: Sequence[Shard], shard_of_cell: AnyArray, cell_ids: Int64Array, columns: Sequence[str]
 ) -> pd.DataFrame:
     """Return obs columns of cells, in the given order.
 
@@ -199,7 +199,7 @@ def gather_obs(
     return obs.set_index(pd.Index(cell_ids, name="cell_id"))
 
 
-def _by_shard(cells: Int64Array, shards: Sequence[Shard], shard_of_cell: Array) -> list[tuple[Shard, Int64Array]]:
+def _by_shard(cells: Int64Array, shards: Sequence[Shard], shard_of_cell: AnyArray) -> list[tuple[Shard, Int64Array]]:
     """Split positions of cells into runs of the same shard; return each run with its shard."""
     runs = np.split(cells, np.flatnonzero(np.diff(shard_of_cell[cells])) + 1)
     return [(shards[shard_of_cell[run[0]]], run) for run in runs if len(run)]

@@ -49,7 +49,7 @@ class CachingSource:
         *,
         columns: Sequence[str] = (),
         job: tuple[int, int] = (0, 1),
-        wait: Callable[[], object] = lambda: None,
+        barrier: Callable[[], object] = lambda: None,
         cells_per_shard: int = CELLS_PER_SHARD,
     ) -> None:
         """Open the cache if it is complete, or else the parts that an interrupted run stored. Nothing is written yet.
@@ -60,7 +60,7 @@ class CachingSource:
             cell_ids: all cells that will be read, ascending. Shape (cells,).
             columns: obs columns that will be read; they are cached in addition to the default ones.
             job: (rank of this process, number of processes). All processes must see the same folder.
-            wait: a barrier: returns when all processes have called it.
+            barrier: returns when all processes have called it.
             cells_per_shard: least number of cells of a file.
 
         Raises:
@@ -69,7 +69,7 @@ class CachingSource:
         """
         if source.describe()["kind"] == "cache":
             raise ValueError("the data are already a cache; train on them without --cache_dir")
-        self._source, self._folder, self._job, self._wait = source, Path(folder), job, wait
+        self._source, self._folder, self._job, self._barrier = source, Path(folder), job, barrier
         kept = [name for name in COLUMNS if name in source.obs_columns]
         kept += [name for name in columns if name not in kept]
         self._jobs = plan_cache(source, folder, cell_ids=cell_ids, columns=kept, cells_per_shard=cells_per_shard)
@@ -135,13 +135,13 @@ class CachingSource:
         if not self._finished:
             self._storing_enabled = False
             self._last_store.result()
-            self._wait()  # all processes have stored their parts
+            self._barrier()  # all processes have stored their parts
             if self._cache is None:
                 self._load_parts()
                 missing = int((self._part_of < 0).sum())
                 logger.info("writing the cache %s; %d of its cells still have to be read", self._folder, missing)
                 write_shards(replace(self._jobs, source=self), self._job)
-            self._wait()  # all processes have written their shards
+            self._barrier()  # all processes have written their shards
             self._cache, self._parts, self._finished = self._cache or self._open_cache(()), [], True
         assert self._cache is not None
         return self._cache
@@ -166,7 +166,7 @@ class CachingSource:
         path, schema = folder / f"new-{uuid4().hex}", self._jobs.schema
         with self._jobs.ignore_if_completed():  # another run may complete the same cache, which removes the parts
             folder.mkdir(exist_ok=True)
-            written = write_shard(path, schema, encode_chunks(block, schema, rows), scratch=folder)
+            written = write_shard(path, schema, encode_chunks(block, schema, rows), temporary_folder=folder)
             self._add(path.rename(folder / f"{written.sha256}.arrow"))
 
     def _find_parts(self, cell_ids: Int64Array) -> Any:

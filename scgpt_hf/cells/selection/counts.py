@@ -7,16 +7,14 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import numpy as np
-import numpy.typing as npt
 from scipy.sparse import csr_matrix
 from tqdm import tqdm
 
-from scgpt_hf.cells.block import CHUNK_SIZE, CellBlock, Int64Array, to_offsets
+from scgpt_hf.cells.block import CHUNK_SIZE, CellBlock, Float64Array, Int64Array, to_offsets
 
 if TYPE_CHECKING:
     from scgpt_hf.cells.source import CellSource
 
-FloatArray = npt.NDArray[np.float64]
 
 # Four chunks, because a source reads four at once. They take 100 MB with 1,500 expressed genes per cell.
 _CELLS_PER_READ = 4 * CHUNK_SIZE
@@ -87,8 +85,8 @@ def sums_per_batch(
     cell_ids: Int64Array,
     genes: Int64Array,
     batch_of_cell: Int64Array,
-    clip: FloatArray | None = None,
-) -> FloatArray:
+    clip: Float64Array | None = None,
+) -> Float64Array:
     """Sum the counts and the squared counts of each gene over the cells of each experimental batch.
 
     Args:
@@ -108,7 +106,9 @@ def sums_per_batch(
     return sums
 
 
-def add_sums(counts: csr_matrix, batch_of_cell: Int64Array, sums: FloatArray, clip: FloatArray | None = None) -> None:
+def add_sums(
+    counts: csr_matrix, batch_of_cell: Int64Array, sums: Float64Array, clip: Float64Array | None = None
+) -> None:
     """Add the counts and the squared counts of some cells to the sums of their batches, in place.
 
     The sums are of whole numbers, and so exact: they do not depend on the order in which cells are read.

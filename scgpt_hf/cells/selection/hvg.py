@@ -19,8 +19,8 @@ import numpy as np
 import pandas as pd
 from tqdm import tqdm
 
-from scgpt_hf.cells.block import Int64Array
-from scgpt_hf.cells.selection.counts import FloatArray, sums_per_batch
+from scgpt_hf.cells.block import Float64Array, Int64Array
+from scgpt_hf.cells.selection.counts import sums_per_batch
 from scgpt_hf.cells.selection.splits import find_donors
 
 if TYPE_CHECKING:
@@ -97,7 +97,7 @@ def highly_variable_genes(
     return columns[rank_genes(standardized_variances(clipped_sums, n_cells, means, std), n_genes)]
 
 
-def moments(sums: FloatArray, n_cells: Int64Array) -> tuple[FloatArray, FloatArray]:
+def moments(sums: Float64Array, n_cells: Int64Array) -> tuple[Float64Array, Float64Array]:
     """Return the mean and the unbiased variance of each gene in each batch, both of shape (batches, genes).
 
     Args:
@@ -109,7 +109,7 @@ def moments(sums: FloatArray, n_cells: Int64Array) -> tuple[FloatArray, FloatArr
     return means, (squares - total * means) / np.maximum(n_cells - 1, 1)[:, None]
 
 
-def expected_std(means: FloatArray, variances: FloatArray) -> FloatArray:
+def expected_std(means: Float64Array, variances: Float64Array) -> Float64Array:
     """Return the standard deviation that the mean of each gene predicts in one batch.
 
     A local regression (loess) of log10 variance over log10 mean, of degree 2, is fitted to the genes that vary.
@@ -157,7 +157,9 @@ def expected_std(means: FloatArray, variances: FloatArray) -> FloatArray:
     return std
 
 
-def standardized_variances(sums: FloatArray, n_cells: Int64Array, means: FloatArray, std: FloatArray) -> FloatArray:
+def standardized_variances(
+    sums: Float64Array, n_cells: Int64Array, means: Float64Array, std: Float64Array
+) -> Float64Array:
     """Return the variance of each gene's clipped counts, in units of the variance that its mean predicts.
 
     With clipped counts x, and mean and std of a gene in a batch of N cells:
@@ -176,12 +178,12 @@ def standardized_variances(sums: FloatArray, n_cells: Int64Array, means: FloatAr
     Source: scanpy, flavor "seurat_v3".
     """
     total, squares = sums
-    deviations: FloatArray = n_cells[:, None] * means**2 + squares - 2 * total * means
-    degrees: FloatArray = np.maximum(n_cells - 1, 1)[:, None] * std**2
+    deviations: Float64Array = n_cells[:, None] * means**2 + squares - 2 * total * means
+    degrees: Float64Array = np.maximum(n_cells - 1, 1)[:, None] * std**2
     return deviations / degrees
 
 
-def rank_genes(variances: FloatArray, n_genes: int) -> Int64Array:
+def rank_genes(variances: Float64Array, n_genes: int) -> Int64Array:
     """Return the `n_genes` genes with the best median rank over the batches.
 
     In each batch, only the best `n_genes` genes that vary get a rank. The median is over the batches in which a gene

@@ -14,7 +14,6 @@ cells of 100 donors take 3 kB.
 """
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations, pairwise
@@ -25,6 +24,7 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
+from scgpt_hf.cells.atomic import write_atomically
 from scgpt_hf.cells.block import Int64Array
 from scgpt_hf.cells.missing import has_value
 
@@ -133,7 +133,7 @@ def save_split(
 ) -> None:
     """Write the manifest of a split: donors and cell ids of each part, and where the cells come from.
 
-    The file is written under a temporary name and renamed, so a crash never leaves an incomplete manifest.
+    The file is written atomically, so a crash never leaves an incomplete manifest.
 
     Args:
         path: where to write; usually split.json in the run folder.
@@ -153,12 +153,7 @@ def save_split(
         for name, ids in parts.items()
     }
     manifest = {"seed": seed, "donor_key": donor_key, "source": dict(source), "parts": described}
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(json.dumps(manifest) + "\n")
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_atomically(path, json.dumps(manifest) + "\n")
 
 
 def load_split(path: str | Path) -> Split:

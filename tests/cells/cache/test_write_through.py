@@ -60,7 +60,7 @@ def test_many_processes_write_one_cache(source, complete, tmp_path, world_size):
     def rank(index: int) -> None:
         try:
             caching = CachingSource(
-                source, tmp_path / "cache", CELLS, job=(index, world_size), wait=lambda: barrier.wait(60), **SHARD
+                source, tmp_path / "cache", CELLS, job=(index, world_size), barrier=lambda: barrier.wait(60), **SHARD
             )
             for ids in blocks(index, world_size):
                 caching.read(ids)
