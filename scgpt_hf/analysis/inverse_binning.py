@@ -18,8 +18,8 @@ def bins_to_counts(bins: npt.NDArray[np.floating[Any]], counts: npt.NDArray[Any]
 
     Each distinct count of the cell fills a range of bins. A model that was trained on random ties predicts the middle
     of that range, so the middle is mapped to the count. Counts are interpolated between middles. Counts that share a
-    bin are averaged over their genes. Below the first middle and above the last, where the cell has no data, the result is
-    the smallest and the largest count.
+    bin are averaged over their genes. Below the first middle and above the last, where the cell has no data, the result
+    is the smallest and the largest count.
 
     Args:
         bins: predicted bins, any real numbers. Shape (predictions,).
