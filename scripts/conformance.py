@@ -17,7 +17,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 # Test classes that are missing from the source package. They are about export to other formats and text generation, so
-# empty classes can stand in for them.
+# empty classes replace them.
 ABSENT = {"exporters/test_export.py": "ExportTesterMixin", "generation/test_utils.py": "GenerationTesterMixin"}
 TESTER = Path(__file__).resolve().parents[1] / "tests" / "conformance" / "check_model.py"
 

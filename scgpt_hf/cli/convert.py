@@ -1,4 +1,4 @@
-"""Convert an original scGPT checkpoint to a folder that transformers can load.
+"""Convert a checkpoint of scGPT's code to a folder that transformers can load.
 
 Examples:
   python scripts/convert.py scGPT_human --out models/scgpt_human
@@ -7,7 +7,7 @@ Examples:
 Then embed the cells of an .h5ad file with raw counts:
   python scripts/embed.py cells.h5ad --model models/scgpt_human --out embedded.h5ad
 
-An original checkpoint is a folder with args.json, vocab.json and best_model.pt. Every key of best_model.pt is
+A checkpoint of scGPT's code is a folder with args.json, vocab.json and best_model.pt. Every key of best_model.pt is
 converted, or left out for a reason that is printed, or stops the conversion. Most settings are read from args.json, or
 inferred from the keys and shapes of the weights: how values are embedded, the heads, batch labels, domain-specific
 batch norm, explicit zeros, classes. A few settings are recorded nowhere. Pass them with the options below; those that
@@ -43,7 +43,7 @@ def main(arguments: list[str] | None = None) -> None:
     add(
         "--cell_pooling",
         choices=("cls", "average", "weighted"),
-        help="for the original's cell_emb_style cls, avg-pool or w-pool (default: cls)",
+        help="for scGPT's cell_emb_style cls, avg-pool or w-pool (default: cls)",
     )
     add(
         "--gepc_detach",
@@ -59,7 +59,7 @@ def main(arguments: list[str] | None = None) -> None:
     add(
         "--cls_value",
         type=float,
-        help="value of the token <cls>; 0 for a model trained with the original's fine-tuning tokenizer "
+        help="value of the token <cls>; 0 for a model trained with scGPT's fine-tuning tokenizer "
         "(default: pad_value of args.json, which is -2 in the published checkpoints)",
     )
     options = vars(parser.parse_args(arguments))

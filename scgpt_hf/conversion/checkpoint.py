@@ -31,17 +31,17 @@ logger = logging.getLogger(__name__)
 
 
 class UnrecordedSettings(TypedDict, total=False):
-    """Settings that the files of an original checkpoint do not record.
+    """Settings that the files of a checkpoint of scGPT's code do not record.
 
     A setting that you do not pass takes its value in the published checkpoints, and the report lists it as assumed.
 
     Attributes:
-        norm_scheme: "post", or "scgpt_pre" for the original's `pre_norm=True`.
-        cell_pooling: "cls", or "average" and "weighted" for the original's `cell_emb_style` "avg-pool" and "w-pool".
-        gepc_detach: true for the original's `mvc_decoder_style` "inner product, detach".
-        ecs_threshold: similarity threshold of the ECS objective; 0.3 by default, as in the original.
+        norm_scheme: "post", or "scgpt_pre" for scGPT's `pre_norm=True`.
+        cell_pooling: "cls", or "average" and "weighted" for scGPT's `cell_emb_style` "avg-pool" and "w-pool".
+        gepc_detach: true for scGPT's `mvc_decoder_style` "inner product, detach".
+        ecs_threshold: similarity threshold of the ECS objective; 0.3 by default, as in scGPT's code.
         cls_value: value of the token `<cls>`. By default `pad_value` of args.json (-2 in published checkpoints), as in
-            the original's pretraining and `embed_data`. Pass 0 for models trained with its fine-tuning tokenizer.
+            scGPT's pretraining and `embed_data`. Pass 0 for models trained with its fine-tuning tokenizer.
     """
 
     norm_scheme: Literal["post", "scgpt_pre"]
@@ -60,7 +60,7 @@ def convert_scgpt(
 ) -> tuple[ScGPTForPreTraining, ScGPTProcessor, ConversionReport]:
     """Convert an original scGPT checkpoint.
 
-    The model has every head of the original. Each head gets an objective of weight 1, except the class head, because
+    The model has every head of scGPT's code. Each head gets an objective of weight 1, except the class head, because
     most data have no labels for it. To train the class head, set its weight in `model.config.loss_weights`.
 
     Args:
@@ -193,7 +193,7 @@ def _require_value_rows(files: OriginalFiles, n_rows: int | None, cls_value: flo
     """Raise ValueError if the embedding table of values lacks a row for a value that the processor produces.
 
     Args:
-        files: the original files.
+        files: the files of the checkpoint.
         n_rows: rows of the table; None if the model embeds values without a table.
         cls_value: value of `<cls>`.
     """
@@ -215,7 +215,7 @@ def _build_config(files: OriginalFiles, inferred: dict[str, Any], unrecorded: di
         "num_attention_heads": args["nheads"],
         "n_bins": args["n_bins"],
         "dropout": args["dropout"],
-        "attention_dropout": args["dropout"],  # as in the original; see `ScGPTConfig`
+        "attention_dropout": args["dropout"],  # as in scGPT's code; see `ScGPTConfig`
     }
     chosen = {name: value for name, value in (_PUBLISHED | unrecorded).items() if name != "cls_value"}
     return ScGPTConfig(**settings, **inferred, **chosen)
@@ -240,7 +240,7 @@ def _assumed_settings(
     """Return the settings that were neither recorded nor passed and that matter for this model, with their values."""
     assumed = {name: value for name, value in _PUBLISHED.items() if name not in unrecorded}
     if any("in_proj_" in key for key in files.weights):
-        assumed.pop("norm_scheme", None)  # known: the original supports pre_norm only with flash attention (Wqkv)
+        assumed.pop("norm_scheme", None)  # known: scGPT's code supports pre_norm only with flash attention (Wqkv)
     if inferred.get("gepc_query") != "inner_product":
         assumed.pop("gepc_detach", None)
     assumed |= {} if "cls_value" in unrecorded else {"cls_value": processor.cls_value}
@@ -257,9 +257,9 @@ def _notes(files: OriginalFiles, inferred: dict[str, Any]) -> tuple[str, ...]:
         notes.append("the checkpoint has a class head: load it with AutoModelForSequenceClassification")
     if files.args["input_style"] == "binned" and files.args["n_bins"] != 51:
         notes.append(
-            f"the model was trained on {files.args['n_bins']} bins, which the processor uses; the original's "
+            f"the model was trained on {files.args['n_bins']} bins, which the processor uses; scGPT's "
             "embed_data uses 51 bins for every model: to reproduce its embeddings, load the processor with n_bins=51"
         )
     if files.args["dropout"]:
-        notes.append("attention_dropout is set as in the original; on a GPU, training is faster with 0")
+        notes.append("attention_dropout is set as in scGPT's code; on a GPU, training is faster with 0")
     return tuple(notes)

@@ -85,7 +85,7 @@ def read_original(folder: Path, weights_file: str) -> OriginalFiles:
     if missing:
         found = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else "no such folder"
         raise FileNotFoundError(
-            f"{folder} lacks {' and '.join(missing)} (found: {found}); an original checkpoint is a folder with "
+            f"{folder} lacks {' and '.join(missing)} (found: {found}); a checkpoint of scGPT's code is a folder with "
             f"{', '.join(names)}{_advise(folder)}"
         )
     args, missing_args = read_args(folder / ARGS)
@@ -142,7 +142,7 @@ def read_args(path: Path) -> tuple[dict[str, Any], tuple[str, ...]]:
     Raises:
         ValueError: the file is not a JSON object, or a setting is missing or invalid.
     """
-    # null is how the original writes an option that was not set.
+    # null is how scGPT's code writes an option that was not set.
     written = {name: value for name, value in _read_object(path).items() if value is not None}
     for name in _REQUIRED:
         if name not in written:

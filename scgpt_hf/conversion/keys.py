@@ -1,7 +1,7 @@
 """Map the keys of an original state dict to the parameters of our model, and infer settings from keys and shapes.
 
 Every key is converted, or left out for a reason that is reported, or raises an error. A target is a name in the state
-dict of our model, or one row of a tensor in it, such as `scgpt.input_norm.running_mean[2]`: the original has a batch
+dict of our model, or one row of a tensor in it, such as `scgpt.input_norm.running_mean[2]`: scGPT's code has a batch
 norm for each domain (`dsbn.bns.2.running_mean`), and our model has one tensor with a row for each domain.
 """
 
@@ -61,14 +61,14 @@ _UNSUPPORTED = (
 )
 # Why weights are left out that do not change the embedding of a cell.
 _GENERATION_FLAGS = (
-    "marks the genes to generate in the original's generative training, which scgpt_hf does not support; embedding "
+    "marks the genes to generate in scGPT's generative training, which scgpt_hf does not support; embedding "
     "cells, as embed_data does, never uses it"
 )
 _MODALITIES = (
     "the expression heads of a multi-omic model take the modality of each gene as input, which scgpt_hf does not "
     "support; the encoder and the cell embedding do not depend on it"
 )
-_NOT_RUNNABLE = "this query style does not work with batch labels or explicit zeros; it fails in the original as well"
+_NOT_RUNNABLE = "this query style does not work with batch labels or explicit zeros; it fails in scGPT's code as well"
 
 
 def map_keys(weights: Weights, path: str) -> tuple[dict[str, str], dict[str, str]]:
@@ -193,7 +193,7 @@ def _target_of(key: str) -> str | None:
 
 
 def _original_key(target: str) -> str:
-    """Return the original key of a target, with the attention weights named as in torch.nn.MultiheadAttention."""
+    """Return the key of a target in scGPT's checkpoint, its attention weights named as in torch.nn.MultiheadAttention."""
     if row := re.fullmatch(r"scgpt\.input_norm\.(\w+)\[(\d+)\]", target):
         return f"dsbn.bns.{row[2]}.{row[1]}"
     target = target.replace("self_attn.qkv_proj.", "self_attn.in_proj_")

@@ -13,7 +13,7 @@ class ConversionReport:
     """The parts of a checkpoint that were converted, and how. `print(report)` prints a summary.
 
     Attributes:
-        source: name of the original checkpoint's folder.
+        source: name of the folder of scGPT's checkpoint.
         converted: original key → name in the state dict of our model.
         left_out: original key → reason why it was not converted.
         inferred: settings inferred with certainty from keys and shapes.

@@ -363,7 +363,8 @@ class CellStream:
             elif config.empty_cells != "skip":
                 raise ValueError(
                     f"no cell of a batch of epoch {epoch} expresses a gene of the vocabulary; first cell ids: "
-                    f"{cell_ids[:5].tolist()}; drop poor cells (min_genes), choose more genes or a larger batch"
+                    f"{cell_ids[:5].tolist()}; drop cells with few genes (min_genes), choose more genes "
+                    "or a larger batch"
                 )
         return results
 

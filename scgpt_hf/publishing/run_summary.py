@@ -49,7 +49,7 @@ _OBJECTIVES = {
     "counts": "raw counts of all genes from the cell embedding",
 }
 _COMPOSITION = {"Tissues": "tissue_general", "Assays": "assay", "Diseases": "disease", "Data sets": "dataset_id"}
-_DEMO = "demo: 700 blood cells of one donor that come with scanpy; its eight sequencing wells stand in for donors"
+_DEMO = "demo: 700 blood cells of one donor that come with scanpy; its eight sequencing wells are used as donors"
 _TRAINED = {
     "head": "the classification head only",
     "lora": "the classification head, and low-rank updates of the encoder (LoRA)",

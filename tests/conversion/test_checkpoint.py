@@ -1,4 +1,4 @@
-"""Converted checkpoints of any size compute what the original does; invalid files raise errors that name the cause."""
+"""Converted checkpoints of any size compute what scGPT's code does; invalid files raise errors that name the cause."""
 
 import json
 import os
@@ -73,7 +73,7 @@ def assert_same(found: Any, expected: Tensors, real: torch.Tensor) -> None:
 
 @st.composite
 def originals(draw: st.DrawFn) -> Original:
-    """Original networks of any size, with any combination of switches that the original can run."""
+    """Networks of scGPT's code of any size, with any combination of switches that it can run."""
     n_heads = draw(st.integers(1, 3))
     query = draw(st.sampled_from(["inner_product", "concat", "sum", None]))
     inner = query in ("inner_product", None)
@@ -355,7 +355,7 @@ def test_a_gepc_head_that_fails_in_the_original_is_left_out(tmp_path: Path) -> N
     assert model.cell_to_gene_head is None
     assert model.config.loss_weights == {"gep": 1.0, "gep_zero": 1.0}
     assert all(
-        "fails in the original" in report.left_out[key] for key in weights_of(original) if key.startswith("mvc_decoder")
+        "fails in scGPT's code" in report.left_out[key] for key in weights_of(original) if key.startswith("mvc_decoder")
     )
 
 

@@ -1,4 +1,4 @@
-"""Fixtures of the parity tests, which compare our numbers with tensors that the original computed."""
+"""Fixtures of the parity tests, which compare our numbers with tensors that scGPT's code computed."""
 
 from pathlib import Path
 
@@ -7,5 +7,5 @@ import pytest
 
 @pytest.fixture(scope="session")
 def fixtures(shared: Path) -> Path:
-    """The folder with the networks and tensors of the original; its README.md describes each of them."""
+    """The folder with the networks and tensors of scGPT's code; its README.md describes each of them."""
     return shared / "fixtures" / "scgpt_parity"

@@ -1,4 +1,4 @@
-"""Bin edges and tie ranges equal the original's, and random ties are uniform on its ranges."""
+"""Bin edges and tie ranges equal scGPT's, and random ties are uniform on its ranges."""
 
 import json
 from pathlib import Path

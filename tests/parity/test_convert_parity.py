@@ -1,4 +1,4 @@
-"""Checkpoints of the original convert, save and load with the Auto classes; two kinds of them are not supported."""
+"""Checkpoints of scGPT's code convert, save and load with the Auto classes; two kinds of them are not supported."""
 
 import json
 import runpy
@@ -20,7 +20,7 @@ SCRIPT = ROOT / "scripts" / "convert.py"
 
 
 def read(folder: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """Return the arguments of the constructor, the batch for our models, and the outputs of the original."""
+    """Return the arguments of the constructor, the batch for our models, and the outputs of scGPT's code."""
     made = json.loads((folder / "case.json").read_text())["constructor"]
     inputs = load_file(folder / "inputs.safetensors")
     batch = {"input_ids": inputs["gene_ids"], "values": inputs["values"], "attention_mask": ~inputs["padding_mask"]}

@@ -1,4 +1,4 @@
-"""Converted checkpoints give the embeddings of the original's zero-shot `embed_data`."""
+"""Converted checkpoints give the embeddings of scGPT's zero-shot `embed_data`."""
 
 import json
 from pathlib import Path
@@ -22,7 +22,7 @@ Given = tuple[dict[str, Any], dict[str, np.ndarray], Path]
 
 @pytest.fixture(scope="module")
 def given(fixtures: Path) -> Given:
-    """The settings of the original's run, its expression and embeddings, and the folder of its model."""
+    """The settings of the run of scGPT's code, its expression and embeddings, and the folder of its model."""
     about = json.loads((fixtures / "embed_data" / "embed_data.json").read_text())
     return about, load_file(fixtures / "embed_data" / "embed_data.safetensors"), fixtures / about["model_dir"]
 
@@ -34,7 +34,7 @@ def test_processor_and_model_give_the_originals_vectors(given: Given, packed: bo
     model, processor, _ = convert_scgpt(folder, weights_file=weights_file)
     assert processor.cls_value == about["cls_value"]
     assert processor.max_tokens == about["max_length"]
-    processor.n_bins = about["n_bins"]  # the original's run used this number, not that of args.json
+    processor.n_bins = about["n_bins"]  # that run used this number, not that of args.json
     counts = to_csr(tensors["X"])
     tokens = processor.tokenize(counts, processor.match_genes(about["gene_names"]), seed=0, epoch=0)
     batch = pack(tokens) if packed else pad(tokens, pad_id=processor.pad_id, pad_value=processor.pad_value)

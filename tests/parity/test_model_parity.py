@@ -1,6 +1,6 @@
-"""Converted weights of the original give its outputs, losses, gradients, batch statistics and training steps.
+"""Converted weights of scGPT's code give its outputs, losses, gradients, batch statistics and training steps.
 
-The tensors come from running the original. `shared/fixtures/scgpt_parity/README.md` describes them and justifies the
+The tensors come from running scGPT's code. `shared/fixtures/scgpt_parity/README.md` describes them and justifies the
 tolerances.
 """
 
@@ -30,7 +30,7 @@ PACKABLE = tuple(case for case in CASES if case not in NEEDS_PADDING)
 
 
 class Case(NamedTuple):
-    """One network of the original, converted."""
+    """One network of scGPT's code, converted."""
 
     model: ScGPTForPreTraining
     converted: dict[str, str]
@@ -41,7 +41,7 @@ class Case(NamedTuple):
 
 
 def load_case(folder: Path, attention: str = "eager", weights_file: str = "best_model.pt") -> Case:
-    """Convert the weights of a case, and read its batch and the outputs of the original."""
+    """Convert the weights of a case, and read its batch and the outputs of scGPT's code."""
     made = json.loads((folder / "case.json").read_text())["constructor"]
     expected = load_file(folder / "outputs.safetensors")
     model, _, report = convert_scgpt(folder, weights_file=weights_file, **switches_of(made))

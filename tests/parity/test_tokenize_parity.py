@@ -1,4 +1,4 @@
-"""Tokens and masks equal the original's: its fine-tuning tokenizer, inference collator, masking and embed_data."""
+"""Tokens and masks equal those of scGPT: fine-tuning tokenizer, inference collator, masking and embed_data."""
 
 import json
 from pathlib import Path
@@ -28,14 +28,14 @@ def vocab(folder: Path) -> dict[str, int]:
 
 
 def _cells(ids: np.ndarray, values: np.ndarray, pad_id: int) -> list[dict[int, float]]:
-    """Return each row as {id: value}: the original orders genes by column, we order them by id."""
+    """Return each row as {id: value}: scGPT's code orders genes by column, we order them by id."""
     return [
         {int(i): float(v) for i, v in zip(*row, strict=True) if i != pad_id} for row in zip(ids, values, strict=True)
     ]
 
 
 @pytest.mark.parametrize(("kind", "include_zeros"), [("no_zeros", False), ("with_zeros", True)])
-def test_genes_and_values_equal_the_fine_tuning_tokeniser(
+def test_genes_and_values_equal_the_fine_tuning_tokenizer(
     folder: Path, vocab: dict[str, int], kind: str, include_zeros: bool
 ) -> None:
     tensors = load_file(folder / "tokenize" / "tokenize.safetensors")

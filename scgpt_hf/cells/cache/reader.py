@@ -137,7 +137,7 @@ class CacheSource:
         """Return the description of the source that was cached, with this folder as its address."""
         source = self.identity.source
         both = [text for text in (source["obs_filter"], self._filter) if text]
-        # Addresses of the original source may name folders of another machine.
+        # Addresses of the source of the cache may name folders of another machine.
         description = {key: value for key, value in source.items() if key not in {"uri", "paths"}}
         return description | {
             "kind": "cache",
