@@ -193,7 +193,7 @@ def _target_of(key: str) -> str | None:
 
 
 def _original_key(target: str) -> str:
-    """Return the key of a target in scGPT's checkpoint, its attention weights named as in torch.nn.MultiheadAttention."""
+    """Return the key of a target in scGPT's checkpoint, its attention weights named as in torch.nn."""
     if row := re.fullmatch(r"scgpt\.input_norm\.(\w+)\[(\d+)\]", target):
         return f"dsbn.bns.{row[2]}.{row[1]}"
     target = target.replace("self_attn.qkv_proj.", "self_attn.in_proj_")
