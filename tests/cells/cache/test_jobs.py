@@ -190,10 +190,10 @@ def test_a_job_does_not_change_a_cache_that_another_job_has_completed_meanwhile(
     folder = tmp_path / "cache"
     jobs = plan_cache(source, folder, **SHARD)
 
-    def complete_first(path: Path, schema: object, batches: object, *, scratch: Path, **_: object) -> None:
+    def complete_first(path: Path, schema: object, batches: object, *, temporary_folder: Path, **_: object) -> None:
         monkeypatch.undo()
         assert write_cache(source, folder, **SHARD)
-        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(scratch / path.name))
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(temporary_folder / path.name))
 
     monkeypatch.setattr(cache_jobs, "write_shard", complete_first)
     assert write_shards(jobs)
