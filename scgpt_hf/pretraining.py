@@ -9,6 +9,7 @@ from typing import Any
 import accelerate
 from transformers import set_seed
 
+from scgpt_hf.cells.atomic import write_atomically
 from scgpt_hf.cells.source import CellSource
 from scgpt_hf.model.modeling_scgpt import ScGPTForPreTraining
 from scgpt_hf.output import require_writable_folder
@@ -28,7 +29,6 @@ from scgpt_hf.training.run_folder import (
     own_run_folder,
     save_best_model,
     unsharded_model,
-    write_atomically,
 )
 from scgpt_hf.training.selection import Selection, open_cells, save_selection, select_or_resume
 from scgpt_hf.training.settings import Settings

@@ -11,14 +11,10 @@ from typing import Any
 
 from anndata import AnnData
 from anndata.io import write_elem
-from transformers import PreTrainedModel
 
-from scgpt_hf.analysis.annotate import transfer_labels
-from scgpt_hf.analysis.embed import embed_anndata
 from scgpt_hf.cells.files.additions import open_copy, write_columns, write_plainly
 from scgpt_hf.cells.files.contents import open_anndata
 from scgpt_hf.output import require_writable_file, write_beside
-from scgpt_hf.tokens.processing_scgpt import ScGPTProcessor
 
 
 def annotate_file(
@@ -69,30 +65,3 @@ def annotate_file(
         except Exception as error:
             raise write_beside(out, partial(write_plainly, additions={"obs": columns, **changed}), error) from error
     return report
-
-
-def embed_and_transfer(
-    query: AnnData,
-    reference: AnnData,
-    encoder: tuple[PreTrainedModel, ScGPTProcessor] | None,
-    embed_settings: dict[str, Any],
-    **settings: Any,
-) -> dict[str, Any]:
-    """Embed query and reference, if an encoder is given, and transfer labels.
-
-    Args:
-        query: see `transfer_labels`.
-        reference: see `transfer_labels`.
-        encoder: model and processor; None uses the embeddings that the data have.
-        embed_settings: further arguments of `embed_anndata`.
-        settings: further arguments of `transfer_labels`.
-    """
-    if encoder is not None:
-        for adata in (reference, query):
-            embed_anndata(adata, *encoder, **embed_settings)
-    return transfer_labels(query, reference, **settings)
-
-
-def open_backed(path: str | Path) -> AnnData:
-    """Open a file of cells with its counts left on disk where the format allows it; see `open_anndata`."""
-    return open_anndata(path)

@@ -15,11 +15,17 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from scgpt_hf.analysis.annotate import CLASSIFIER, PREDICTED, predict_cell_types
-from scgpt_hf.analysis.annotate_file import annotate_file, embed_and_transfer, open_backed
+from anndata import AnnData
+from transformers import PreTrainedModel
+
+from scgpt_hf.analysis.annotate import CLASSIFIER, PREDICTED, predict_cell_types, transfer_labels
+from scgpt_hf.analysis.annotate_file import annotate_file
+from scgpt_hf.analysis.embed import embed_anndata
+from scgpt_hf.cells.files.contents import open_anndata
 from scgpt_hf.cli.process import accept_any_locale, exit_with_error, tune_process
 from scgpt_hf.output import require_writable_file
 from scgpt_hf.pretrained import load_model
+from scgpt_hf.tokens.processing_scgpt import ScGPTProcessor
 from scgpt_hf.training.settings_parsing import ExampleHelpFormatter
 
 
@@ -83,13 +89,35 @@ def _make_annotate(options: argparse.Namespace) -> Callable[..., dict[str, Any]]
         return partial(predict_cell_types, model=model, processor=processor, **run, **named)
     names = ("labels_key", "n_neighbors", "max_distance", "key_added", "threshold", "overwrite")
     return partial(
-        embed_and_transfer,
-        reference=open_backed(options.reference),
+        _embed_and_transfer,
+        reference=open_anndata(options.reference),
         encoder=None if options.model is None else load_model(options.model, device=options.device),
         embed_settings=run,
         ignore=options.ignore_labels,
         **{name: getattr(options, name) for name in names},
     )
+
+
+def _embed_and_transfer(
+    query: AnnData,
+    reference: AnnData,
+    encoder: tuple[PreTrainedModel, ScGPTProcessor] | None,
+    embed_settings: dict[str, Any],
+    **settings: Any,
+) -> dict[str, Any]:
+    """Embed query and reference, if an encoder is given, and transfer labels.
+
+    Args:
+        query: see `transfer_labels`.
+        reference: see `transfer_labels`.
+        encoder: model and processor; None uses the embeddings that the data have.
+        embed_settings: further arguments of `embed_anndata`.
+        settings: further arguments of `transfer_labels`.
+    """
+    if encoder is not None:
+        for adata in (reference, query):
+            embed_anndata(adata, *encoder, **embed_settings)
+    return transfer_labels(query, reference, **settings)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,6 @@ The output folder gets scores.csv, scores.json, figures and report.html.
 import argparse
 from pathlib import Path
 
-from scgpt_hf.analysis.annotate_file import open_backed
 from scgpt_hf.analysis.evaluation.baseline_embeddings import BASELINES
 from scgpt_hf.analysis.evaluation.evaluate import (
     DEFAULTS,
@@ -31,6 +30,7 @@ from scgpt_hf.analysis.evaluation.evaluate import (
     Evaluation,
     evaluate_embeddings,
 )
+from scgpt_hf.cells.files.contents import open_anndata
 from scgpt_hf.cli.process import accept_any_locale, exit_with_error
 from scgpt_hf.reporting.evaluation_results import require_free_folder, tabulate, write_evaluation
 from scgpt_hf.reporting.report import write_report
@@ -45,8 +45,8 @@ def main(arguments: list[str] | None = None) -> None:
     keys, labels_key, batch_key = (options.pop(name) for name in ("embedding", "labels_key", "batch_key"))
     try:
         require_free_folder(out)
-        cells = open_backed(data)
-        reference_cells = open_backed(reference) if reference else None
+        cells = open_anndata(data)
+        reference_cells = open_anndata(reference) if reference else None
         evaluation = evaluate_embeddings(cells, keys, labels_key, batch_key, reference=reference_cells, **options)
         extra = {"data": Path(data).name} | ({"reference_data": Path(reference).name} if reference else {})
         write_evaluation(evaluation, out, vector=vector, extra=extra)

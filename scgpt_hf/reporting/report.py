@@ -5,12 +5,13 @@ This module chooses the page; `pretraining_report.py`, `finetuning_report.py` an
 
 from pathlib import Path
 
+from scgpt_hf.cells.atomic import write_atomically
 from scgpt_hf.publishing.record import RunRecord
 from scgpt_hf.reporting.evaluation_report import evaluation_report
 from scgpt_hf.reporting.evaluation_results import SCORES
 from scgpt_hf.reporting.finetuning_report import finetuning_report
 from scgpt_hf.reporting.pretraining_report import pretraining_report
-from scgpt_hf.training.run_folder import METRICS, SUMMARY, write_atomically
+from scgpt_hf.training.run_folder import METRICS, SUMMARY
 
 REPORT = "report.html"
 

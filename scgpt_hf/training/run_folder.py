@@ -14,6 +14,7 @@ from typing import Any, cast
 import torch
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from scgpt_hf.cells.atomic import write_atomically
 from scgpt_hf.cells.locking import exclusive
 from scgpt_hf.cells.schedule.run import RunSchedule
 from scgpt_hf.model.modeling_scgpt import ScGPTForPreTraining
@@ -22,7 +23,6 @@ from scgpt_hf.publishing.record import read_metrics
 from scgpt_hf.training.fault_tolerance.checkpoints import (
     CheckpointError,
     checkpoints_in,
-    flush_to_disk,
     newest_valid,
     verify,
 )
@@ -136,22 +136,6 @@ def require_space(folder: Path, n_bytes: int) -> None:
             f"the run needs {n_bytes / 1e9:,.2f} GB in {folder}, {free / 1e9:,.2f} GB are free; free some space, "
             "choose another --output_dir or keep fewer checkpoints (--save_total_limit)",
         )
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write a text file to the disk, or leave the old one untouched if writing fails or the machine crashes.
-
-    Raises:
-        OSError: the file cannot be written.
-    """
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        flush_to_disk([temporary])
-        os.replace(temporary, path)
-        flush_to_disk([path.parent])  # the new name is stored in the parent folder
-    except OSError as error:
-        raise type(error)(error.errno, f"cannot write {path}: {error.strerror}") from error
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

@@ -13,6 +13,7 @@ import numpy as np
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
+from scgpt_hf.cells.atomic import write_atomically
 from scgpt_hf.cells.block import Int64Array
 from scgpt_hf.cells.missing import fill_missing
 from scgpt_hf.cells.obs import require_named_columns
@@ -28,7 +29,7 @@ from scgpt_hf.cells.selection.splits import Split, load_split, save_split, split
 from scgpt_hf.cells.source import CellSource, open_source
 from scgpt_hf.demo import demo_cells, demo_census
 from scgpt_hf.training.fault_tolerance.resume import changed_values, require_resumable, require_same_cells
-from scgpt_hf.training.run_folder import SETTINGS, SPLIT, resolve_checkpoint, write_atomically
+from scgpt_hf.training.run_folder import SETTINGS, SPLIT, resolve_checkpoint
 from scgpt_hf.training.settings import TOKEN_SETTINGS, DataSettings, Settings
 from scgpt_hf.training.settings_parsing import settings_yaml
 

@@ -20,7 +20,6 @@ from scgpt_hf.training.run_folder import (
     require_new_folder,
     require_space,
     resolve_checkpoint,
-    write_atomically,
     write_json,
 )
 from scgpt_hf.training.settings_parsing import parse_settings
@@ -118,12 +117,6 @@ def test_an_incomplete_last_line_is_left_out_and_the_seconds_continue(tmp_path):
     log(metrics, state, 2)
     assert 60 <= read_metrics(path)[-1]["seconds"] < 70
     assert state.log_history[-1] == read_metrics(path)[-1]
-
-
-def test_write_atomically_replaces_the_file(tmp_path):
-    for text in ("one", "two"):
-        write_atomically(tmp_path / "file", text)
-    assert [path.read_text() for path in tmp_path.iterdir()] == ["two"]
 
 
 def test_a_second_run_in_the_same_folder_raises_before_it_writes_anything(tmp_path):

@@ -16,7 +16,7 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -24,6 +24,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
+from scgpt_hf.cells.atomic import flush_to_disk
 from scgpt_hf.training.fault_tolerance.ranks import Ranks
 
 logger = logging.getLogger(__name__)
@@ -190,16 +191,6 @@ def supersede_later(folder: Path, step: int) -> None:
             shutil.rmtree(renamed, ignore_errors=True)
             os.replace(checkpoint, renamed)
             logger.warning("renamed %s to %s: the run resumes from step %d", checkpoint, renamed.name, step)
-
-
-def flush_to_disk(paths: Iterable[Path]) -> None:
-    """Write files and folders to the disk; until then, they may only be in the memory of the operating system."""
-    for path in paths:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
 
 
 def _write_manifest(folder: Path, manifest: Manifest) -> None:

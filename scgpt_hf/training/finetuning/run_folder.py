@@ -10,12 +10,13 @@ from typing import Any
 import yaml
 from transformers import PreTrainedModel
 
+from scgpt_hf.cells.atomic import write_atomically
 from scgpt_hf.cells.block import Int64Array
 from scgpt_hf.cells.selection.splits import save_split
 from scgpt_hf.cells.source import CellSource
 from scgpt_hf.tokens.processing_scgpt import ScGPTProcessor
 from scgpt_hf.training.finetuning.settings import FinetuneSettings
-from scgpt_hf.training.run_folder import BEST_MODEL, SETTINGS, SPLIT, SUMMARY, write_atomically, write_json
+from scgpt_hf.training.run_folder import BEST_MODEL, SETTINGS, SPLIT, SUMMARY, write_json
 
 
 def save_inputs(

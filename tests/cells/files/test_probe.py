@@ -7,8 +7,8 @@ import h5py
 import numpy as np
 import pytest
 
-from scgpt_hf.analysis.annotate_file import open_backed
 from scgpt_hf.cells.files import probe
+from scgpt_hf.cells.files.contents import open_anndata
 from scgpt_hf.cells.files.probe import require_readable
 from scgpt_hf.cells.source import open_source
 
@@ -38,7 +38,7 @@ def children(monkeypatch):
 
 
 @pytest.mark.usefixtures("profiled")
-@pytest.mark.parametrize("read", [open_source, open_backed])
+@pytest.mark.parametrize("read", [open_source, open_anndata])
 def test_a_file_on_which_hdf5_hangs_raises(path, read, monkeypatch):
     monkeypatch.setattr(probe, "STEP_S", 0.5)
     content = bytearray(path.read_bytes())
