@@ -3,12 +3,15 @@
 What a file has may be stored in types that the installed anndata reads but does not write, such as nullable text.
 """
 
+import errno
 import json
+import os
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import h5py
 import numpy as np
@@ -39,13 +42,15 @@ def open_copy(path: str | Path, out: str | Path, *, overwrite: bool) -> Iterator
         The copy, which has the groups obs, obsm and uns.
 
     Raises:
-        OSError: `out` cannot be written; see `require_writable_file`.
+        OSError: `out` cannot be written; see `require_writable_file`. If this is found only at the end, for example
+            because another run has written `out` in the meantime, the copy is kept beside it and named in the error.
         ValueError: the file is damaged.
     """
     out = Path(out)
     require_writable_file(out, overwrite=overwrite)
     # In the same folder, because a file can be renamed in one step only within a file system.
-    temporary = out.with_name(f".{out.name}.part")
+    # Two runs may write the same file at the same time: each writes a copy of its own.
+    temporary = out.with_name(f".{out.name}.{uuid4().hex[:8]}.part")
     try:
         try:
             copy_as_h5ad(Path(path), temporary)
@@ -56,9 +61,11 @@ def open_copy(path: str | Path, out: str | Path, *, overwrite: bool) -> Iterator
                 _prepare_groups(file, path)
             yield file
         try:
+            if not overwrite and out.exists():  # written by another run since the first look
+                raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
             temporary.replace(out)
         except OSError as error:
-            kept = out.with_name(f"{out.stem}.unsaved{out.suffix}")
+            kept = out.with_name(f"{out.stem}.unsaved-{uuid4().hex[:8]}{out.suffix}")
             temporary.replace(kept)
             raise OSError(
                 error.errno, f"{out} could not be written: {error.strerror}. The result is complete in {kept}"

@@ -80,10 +80,27 @@ def test_a_copy_that_cannot_be_renamed_is_kept(tmp_path: Path) -> None:
             write_columns(file, COLUMNS)
             (tmp_path / "out.h5ad").mkdir()
 
-    with pytest.raises(OSError, match=r"complete in .*out\.unsaved\.h5ad"):
+    with pytest.raises(OSError, match=r"complete in .*out\.unsaved-\w+\.h5ad"):
         add_while_a_folder_of_that_name_appears()
-    assert anndata.read_h5ad(tmp_path / "out.unsaved.h5ad").obs["type"].tolist() == ["T", "B", "T"]
-    assert {path.name for path in tmp_path.iterdir()} == {"cells.h5ad", "out.h5ad", "out.unsaved.h5ad"}
+    (kept,) = tmp_path.glob("out.unsaved-*.h5ad")
+    assert anndata.read_h5ad(kept).obs["type"].tolist() == ["T", "B", "T"]
+    assert {path.name for path in tmp_path.iterdir()} == {"cells.h5ad", "out.h5ad", kept.name}
+
+
+def test_of_two_runs_that_write_one_file_the_later_one_keeps_its_result_beside_it(tmp_path: Path) -> None:
+    write_file(tmp_path / "cells.h5ad", pd.DataFrame(index=range(3)))
+
+    def write_while_another_run_does() -> None:
+        with open_copy(tmp_path / "cells.h5ad", tmp_path / "out.h5ad", overwrite=False) as later:
+            write_columns(later, COLUMNS)
+            with open_copy(tmp_path / "cells.h5ad", tmp_path / "out.h5ad", overwrite=False) as earlier:
+                write_columns(earlier, COLUMNS.assign(type=["first"] * 3))
+
+    with pytest.raises(FileExistsError, match=r"complete in .*out\.unsaved-\w+\.h5ad"):
+        write_while_another_run_does()
+    assert anndata.read_h5ad(tmp_path / "out.h5ad").obs["type"].tolist() == ["first"] * 3
+    (kept,) = tmp_path.glob("out.unsaved-*.h5ad")
+    assert anndata.read_h5ad(kept).obs["type"].tolist() == ["T", "B", "T"]
 
 
 def test_plain_files_have_all_that_was_added(tmp_path: Path) -> None:
