@@ -261,6 +261,14 @@ def test_malformed_value_raises_with_file_and_key(run: Path, changes: dict[str, 
 @pytest.mark.parametrize("line", ["{", "[1]", '{"step": 2, "epoch": 1.0, "eval_loss": "low"}'])
 def test_malformed_line_of_the_metrics_raises(run: Path, line: str) -> None:
     change(run, best=None)
-    (run / "metrics.jsonl").write_text('{"step": 1, "epoch": 0.5, "eval_loss": 1.0}\n' + line)
+    (run / "metrics.jsonl").write_text('{"step": 1, "epoch": 0.5, "eval_loss": 1.0}\n' + line + "\n")
     with pytest.raises(ValueError, match=r"(line 2 of .*metrics\.jsonl|metrics\.jsonl, step 2)"):
         model_card(run)
+
+
+def test_a_last_line_of_the_metrics_that_a_crash_cut_off_is_left_out(run: Path) -> None:
+    metrics = run / "metrics.jsonl"
+    metrics.write_text('{"step": 1, "epoch": 0.5, "eval_loss": 1.0}\n')
+    complete = str(model_card(run))
+    metrics.write_text(metrics.read_text() + '{"step": 99, "eval_l')
+    assert str(model_card(run)) == complete
