@@ -408,8 +408,6 @@ def test_the_script_embeds_a_file_and_prints_how_many_genes_were_matched(
     np.testing.assert_allclose(anndata.read_h5ad(tmp_path / "out.h5ad").obsm["X_scgpt"], expected, atol=2e-6)
     with pytest.raises(SystemExit, match=r"embed\.py: .*out\.h5ad exists"):
         run_script(monkeypatch, *arguments, "--layer", "counts")
-    with pytest.raises(SystemExit, match=r"embed\.py: .*layer='counts'"):
-        run_script(monkeypatch, *arguments, "--overwrite")
 
 
 def test_the_help_of_the_script_shows_how_to_go_on_in_scanpy(
