@@ -1,6 +1,7 @@
 """Native reader: the entries of a local sparse array, read from TileDB's files without TileDB.
 
-TileDB can read any array. This package reads only arrays that are stored as a Census is, but those 1.3 times as fast.
+TileDB can read any array. This package reads only arrays that are stored as a Census is, but in less CPU time.
+`benchmarks/loader.py` compares the two.
 `open_native` decides whether an array qualifies; `NativeArray.read_entries` reads it. Nothing else is public:
 
 - `reader.py`: the two names above, the log line and the switch.
