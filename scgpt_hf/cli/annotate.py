@@ -22,6 +22,7 @@ from scgpt_hf.analysis.annotate import CLASSIFIER, PREDICTED, predict_cell_types
 from scgpt_hf.analysis.annotate_file import annotate_file
 from scgpt_hf.analysis.embed import embed_anndata
 from scgpt_hf.cells.files.contents import open_anndata
+from scgpt_hf.cli.inference_arguments import add_inference_arguments
 from scgpt_hf.cli.process import accept_any_locale, exit_with_error, tune_process
 from scgpt_hf.output import require_writable_file
 from scgpt_hf.pretrained import load_model
@@ -65,18 +66,7 @@ def _make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--max_distance", type=float, help="cells farther from their neighbours are unassigned")
     parser.add_argument("--threshold", type=float, default=0.5, help="lowest confidence (default: %(default)s)")
     parser.add_argument("--key_added", default=PREDICTED, help="name of the new columns (default: %(default)s)")
-    parser.add_argument("--layer", help="layer with the raw counts (default: the one that has them)")
-    parser.add_argument("--round_counts", action="store_true", help="round fractional counts instead of stopping")
-    parser.add_argument("--batch_size", type=int, default=64, help="cells per batch (default: %(default)s)")
-    parser.add_argument("--device", help="cpu, cuda, cuda:1, … (default: a GPU if there is one)")
-    parser.add_argument(
-        "--empty",
-        choices=("raise", "nan"),
-        default="raise",
-        help="cells that express no gene of the model's vocabulary: stop with an error, or leave them unassigned "
-        "(default: %(default)s)",
-    )
-    parser.add_argument("--overwrite", action="store_true", help="replace OUT, and columns of that name")
+    add_inference_arguments(parser, empty="leave them unassigned", replaced="columns of that name")
     return parser
 
 

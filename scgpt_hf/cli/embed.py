@@ -15,6 +15,7 @@ import argparse
 
 from scgpt_hf.analysis.embed import KEY
 from scgpt_hf.analysis.embed_file import embed_file
+from scgpt_hf.cli.inference_arguments import add_inference_arguments
 from scgpt_hf.cli.process import accept_any_locale, exit_with_error, tune_process
 from scgpt_hf.output import require_writable_file
 from scgpt_hf.pretrained import load_model
@@ -30,18 +31,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--model", required=True, help="folder of a saved model, or its repository on the Hub")
     parser.add_argument("--out", required=True, help="file to write: the data with the embedding added")
     parser.add_argument("--key_added", default=KEY, help="name in obsm and uns (default: %(default)s)")
-    parser.add_argument("--layer", help="layer with the raw counts (default: the one that has them)")
-    parser.add_argument("--round_counts", action="store_true", help="round fractional counts instead of stopping")
-    parser.add_argument("--batch_size", type=int, default=64, help="cells per batch (default: %(default)s)")
-    parser.add_argument("--device", help="cpu, cuda, cuda:1, … (default: a GPU if there is one)")
-    parser.add_argument(
-        "--empty",
-        choices=("raise", "nan"),
-        default="raise",
-        help="cells that express no gene of the model's vocabulary: stop with an error, or write NaN "
-        "(default: %(default)s)",
-    )
-    parser.add_argument("--overwrite", action="store_true", help="replace OUT, and an embedding of that name")
+    add_inference_arguments(parser, empty="write NaN", replaced="an embedding of that name")
     options = vars(parser.parse_args(arguments))
     try:
         require_writable_file(options["out"], overwrite=options["overwrite"])
