@@ -35,7 +35,7 @@ from transformers import AutoModel, AutoProcessor
 from scgpt_hf import AnnotateSettings, embed_anndata, finetune_classifier, predict_cell_types
 from scgpt_hf.analysis.evaluation.baseline_embeddings import LOGISTIC, PCA, transfer_features
 from scgpt_hf.analysis.evaluation.evaluate import evaluate_embeddings
-from scgpt_hf.analysis.evaluation.probing import predict_query
+from scgpt_hf.scoring.probing import predict_query
 
 SHARES = (0.1, 0.25, 0.5, 1.0)
 EPOCHS = {0.1: 20, 0.25: 12, 0.5: 8, 1.0: 5}  # more epochs with fewer cells: 50 to 100 steps with every share

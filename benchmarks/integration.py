@@ -24,7 +24,7 @@ from measuring import write_result
 from scgpt_hf import IntegrateSettings, embed_anndata, finetune_integration
 from scgpt_hf.analysis.evaluation.baseline_embeddings import PCA
 from scgpt_hf.analysis.evaluation.evaluate import evaluate_embeddings
-from scgpt_hf.analysis.evaluation.metrics import BATCH, BIO
+from scgpt_hf.scoring.metrics import BATCH, BIO
 
 BEFORE, AFTER = "pretrained", "integrated"
 

@@ -23,14 +23,18 @@ MAY_IMPORT: dict[str, set[str]] = {
     "cells": {"file_kinds", "output"},
     "tokens": set(),
     "model": set(),
+    "scoring": {"cells", "model"},
     "pretrained": {"tokens", "model"},
     "conversion": {"file_kinds", "output", "tokens", "model"},
     "demo": {"cells"},
     "pipeline": {"cells", "tokens"},
     "publishing": {"cells"},
-    "training": {"output", "cells", "tokens", "model", "pretrained", "demo", "pipeline", "publishing"},
-    "analysis": {"output", "cells", "tokens", "model", "pretrained", "pipeline"},
-    "reporting": {"output", "cells", "tokens", "model", "pretrained", "pipeline", "publishing", "training", "analysis"},
+    "training": {"output", "cells", "tokens", "model", "scoring", "pretrained", "demo", "pipeline", "publishing"},
+    "analysis": {"output", "cells", "tokens", "model", "scoring", "pretrained", "pipeline"},
+    "reporting": {
+        *("output", "cells", "tokens", "model", "scoring", "pretrained", "pipeline"),
+        *("publishing", "training", "analysis"),
+    },
     "pretraining": {"output", "cells", "tokens", "model", "pipeline", "publishing", "training", "reporting"},
 }
 EVERYTHING = {"cli", "__init__"}

@@ -19,15 +19,15 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from scgpt_hf.analysis.embed import umap_of
-from scgpt_hf.analysis.evaluation.classification import f1_by_type
 from scgpt_hf.analysis.evaluation.evaluate import PREDICTION, TRANSFER, Evaluation, MethodScores
-from scgpt_hf.analysis.evaluation.metrics import AVERAGES, BATCH, BIO
-from scgpt_hf.analysis.evaluation.probing import Predictions
 from scgpt_hf.analysis.evaluation.selected_cells import SelectedCells
 from scgpt_hf.cells.locking import rename_new
 from scgpt_hf.output import require_writable_folder, write_beside
 from scgpt_hf.reporting.plots import UMAP_CELLS, plot_scores, plot_umap, save_figure
 from scgpt_hf.reporting.plots_predictions import plot_calibration, plot_confusion, plot_f1
+from scgpt_hf.scoring.classification import f1_by_type
+from scgpt_hf.scoring.metrics import AVERAGES, BATCH, BIO
+from scgpt_hf.scoring.probing import Predictions
 from scgpt_hf.training.finetuning.calibration import calibration_error
 
 # Headings of the metrics, in figures and reports.

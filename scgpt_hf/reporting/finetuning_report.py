@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 
-from scgpt_hf.analysis.evaluation.classification import f1_by_type
 from scgpt_hf.publishing.record import UNKNOWN, RunRecord, read_metrics
 from scgpt_hf.publishing.run_summary import error_rows, finetuning_data, finetuning_recipe, label_rows
 from scgpt_hf.reporting.curves import plot_loss
@@ -28,6 +27,7 @@ from scgpt_hf.reporting.page import (
     table,
 )
 from scgpt_hf.reporting.plots_predictions import plot_calibration, plot_confusion, plot_f1
+from scgpt_hf.scoring.classification import f1_by_type
 from scgpt_hf.training.run_folder import BEST_MODEL, METRICS, SETTINGS, SUMMARY
 
 # Long tables of the summary that the page shows as figures or tables of their own.

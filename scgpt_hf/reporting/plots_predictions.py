@@ -1,6 +1,6 @@
 """Plot predicted cell types: confusion matrix, F1 score of each type, calibration of the confidence.
 
-The numbers are computed in `analysis/evaluation/classification.py` and `training/finetuning/calibration.py`;
+The numbers are computed in `scoring/classification.py` and `training/finetuning/calibration.py`;
 `plots.py` defines the palette and saves figures.
 """
 
@@ -12,8 +12,8 @@ import numpy.typing as npt
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
-from scgpt_hf.analysis.evaluation.classification import count_confusions, f1_by_type
 from scgpt_hf.reporting.plots import GREY, PALETTE, SMALL, text_width
+from scgpt_hf.scoring.classification import count_confusions, f1_by_type
 from scgpt_hf.training.finetuning.calibration import calibration_error, reliability
 
 _MARKERS = "oDs^vPX*"

@@ -14,8 +14,8 @@ import numpy as np
 import numpy.typing as npt
 from scipy.sparse import csr_matrix
 
-from scgpt_hf.analysis.evaluation.metrics import Labels
 from scgpt_hf.cells.block import FloatArray
+from scgpt_hf.scoring.metrics import Labels
 
 PCA, LOGISTIC, SCVI = "HVG + PCA", "HVG + logistic regression", "scVI"
 BASELINES = (PCA, LOGISTIC, SCVI)

@@ -24,7 +24,10 @@ from scgpt_hf.analysis.evaluation.baseline_embeddings import (
     baseline_features,
     transfer_features,
 )
-from scgpt_hf.analysis.evaluation.metrics import (
+from scgpt_hf.analysis.evaluation.selected_cells import MAX_CELLS, SelectedCells, select_cells
+from scgpt_hf.cells.block import FloatArray
+from scgpt_hf.cells.source import open_source
+from scgpt_hf.scoring.metrics import (
     AVERAGES,
     BATCH,
     BIO,
@@ -32,10 +35,7 @@ from scgpt_hf.analysis.evaluation.metrics import (
     add_averages,
     integration_scorers,
 )
-from scgpt_hf.analysis.evaluation.probing import CLASSIFIERS, Classifier, Predictions, predict_held_out, predict_query
-from scgpt_hf.analysis.evaluation.selected_cells import MAX_CELLS, SelectedCells, select_cells
-from scgpt_hf.cells.block import FloatArray
-from scgpt_hf.cells.source import open_source
+from scgpt_hf.scoring.probing import CLASSIFIERS, Classifier, Predictions, predict_held_out, predict_query
 
 if TYPE_CHECKING:
     from anndata import AnnData

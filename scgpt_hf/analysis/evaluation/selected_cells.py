@@ -11,10 +11,10 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from scgpt_hf.analysis.evaluation.metrics import Labels, require_embedding
 from scgpt_hf.cells.block import FloatArray
 from scgpt_hf.cells.missing import fill_missing, has_label, has_value
 from scgpt_hf.cells.obs import require_named_columns
+from scgpt_hf.scoring.metrics import Labels, require_embedding
 
 if TYPE_CHECKING:
     from anndata import AnnData

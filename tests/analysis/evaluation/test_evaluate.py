@@ -14,9 +14,9 @@ from scipy.sparse import csr_matrix
 
 from scgpt_hf.analysis.evaluation.baseline_embeddings import LOGISTIC, PCA
 from scgpt_hf.analysis.evaluation.evaluate import METRICS, TRANSFER, Evaluation, evaluate_embeddings
-from scgpt_hf.analysis.evaluation.metrics import NotComputable
 from scgpt_hf.reporting import evaluation_results
 from scgpt_hf.reporting.evaluation_results import tabulate, write_evaluation
+from scgpt_hf.scoring.metrics import NotComputable
 from tests.support import ROOT
 
 SCRIPT = ROOT / "scripts" / "evaluate.py"

@@ -5,9 +5,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from scgpt_hf.analysis.evaluation import probing
-from scgpt_hf.analysis.evaluation.metrics import NotComputable
-from scgpt_hf.analysis.evaluation.probing import CLASSIFIERS, predict_held_out, predict_query
+from scgpt_hf.scoring import probing
+from scgpt_hf.scoring.metrics import NotComputable
+from scgpt_hf.scoring.probing import CLASSIFIERS, predict_held_out, predict_query
 
 rng = np.random.default_rng(0)
 types = np.tile(["T", "B", "NK"], 40)

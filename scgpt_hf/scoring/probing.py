@@ -19,9 +19,9 @@ from sklearn.neighbors import KNeighborsClassifier
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from scgpt_hf.analysis.evaluation.classification import f1_by_type
-from scgpt_hf.analysis.evaluation.metrics import Labels, NotComputable, require_embedding
 from scgpt_hf.cells.block import FloatArray
+from scgpt_hf.scoring.classification import f1_by_type
+from scgpt_hf.scoring.metrics import Labels, NotComputable, require_embedding
 
 Positions = npt.NDArray[np.int64]
 Classifier = Literal["kNN", "linear probe"]

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from sklearn.metrics import silhouette_samples
 
-from scgpt_hf.analysis.evaluation.metrics import BATCH, BIO, NotComputable, add_averages, integration_scores
+from scgpt_hf.scoring.metrics import BATCH, BIO, NotComputable, add_averages, integration_scores
 
 rng = np.random.default_rng(0)
 cell_labels = np.repeat(["a", "b", "c"], [50, 40, 30])

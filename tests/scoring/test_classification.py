@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from scgpt_hf.analysis.evaluation import classification
-from scgpt_hf.analysis.evaluation.classification import count_confusions, f1_by_type
+from scgpt_hf.scoring import classification
+from scgpt_hf.scoring.classification import count_confusions, f1_by_type
 
 types = st.sampled_from("abcd")
 pairs = st.lists(st.tuples(types, types), min_size=1, max_size=60)
