@@ -36,8 +36,8 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from scgpt_hf import embed_anndata
-from scgpt_hf.analysis.evaluation.baseline_embeddings import log_normalize, variable_genes
 from scgpt_hf.analysis.evaluation.evaluate import evaluate_embeddings
+from scgpt_hf.scoring.normalization import log_normalize, variable_genes
 
 ROOT = Path(__file__).resolve().parents[1]
 TRAINED = (
