@@ -1,9 +1,12 @@
 """Normalise raw counts and choose variable genes, as scanpy's standard recipe does."""
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from scipy.sparse import csr_matrix
 
 from scgpt_hf.scoring.metrics import Labels
@@ -12,6 +15,17 @@ N_HVG = 2_000
 _MIN_BATCH_CELLS = 20  # in smaller batches, the variance of a gene is mostly noise
 
 
+@contextmanager
+def keep_torch_threads() -> Iterator[None]:
+    """Restore torch's number of threads at the end: scanpy's compiled kernels set that of OpenMP, which torch uses."""
+    n_threads = torch.get_num_threads()
+    try:
+        yield
+    finally:
+        torch.set_num_threads(n_threads)
+
+
+@keep_torch_threads()
 def log_normalize(counts: csr_matrix) -> csr_matrix:
     """Return log1p of the counts per 10,000 as float32, shape (cells, genes). A cell without counts stays empty.
 
@@ -28,6 +42,7 @@ def log_normalize(counts: csr_matrix) -> csr_matrix:
     return adata.X
 
 
+@keep_torch_threads()
 def variable_genes(normalized: csr_matrix, batches: Labels, n_genes: int = N_HVG) -> npt.NDArray[np.int64]:
     """Return the columns of the most variable genes.
 

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import torch
 from anndata import AnnData
 from scipy.sparse import csr_matrix
 
@@ -35,3 +36,16 @@ def test_all_expressed_genes_are_taken_if_there_are_few(small_cells: list[AnnDat
     )
     with pytest.raises(ValueError, match="no gene is expressed in these 3 cells"):
         variable_genes(csr_matrix((3, 5), dtype=np.float32), np.array(["a"] * 3))
+
+
+def test_the_number_of_threads_of_torch_stays_as_it_was(small_cells: list[AnnData]) -> None:
+    """The compiled kernels of scanpy set it to the number of cores, which would change the numbers of a run."""
+    before, other = torch.get_num_threads(), 3
+    torch.set_num_threads(other)
+    try:
+        normalized = log_normalize(small_cells[0].X)
+        assert torch.get_num_threads() == other
+        variable_genes(normalized, np.array(["one"] * 160), 30)
+        assert torch.get_num_threads() == other
+    finally:
+        torch.set_num_threads(before)

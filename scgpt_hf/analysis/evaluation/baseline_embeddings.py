@@ -14,12 +14,12 @@ import numpy as np
 from scipy.sparse import csr_matrix
 
 from scgpt_hf.cells.block import FloatArray
+from scgpt_hf.scoring.fitted_pca import fit_components
 from scgpt_hf.scoring.metrics import Labels
 from scgpt_hf.scoring.normalization import log_normalize, variable_genes
 
 PCA, LOGISTIC, SCVI = "HVG + PCA", "HVG + logistic regression", "scVI"
 BASELINES = (PCA, LOGISTIC, SCVI)
-N_COMPONENTS = 50
 
 
 def baseline_features(
@@ -99,13 +99,8 @@ def principal_components(
 
     Source: scanpy.pp.pca with its defaults.
     """
-    from sklearn import decomposition
-
-    n_components = min(N_COMPONENTS, min(features.shape) - 1)
-    if n_components < 1:
-        raise ValueError(f"PCA needs at least two cells and two genes, found shape {features.shape}")
-    pca = decomposition.PCA(n_components, svd_solver="arpack", random_state=seed)
-    components = pca.fit_transform(features).astype(np.float32)
+    pca = fit_components(features, seed)
+    components = pca.transform(features).astype(np.float32)
     projected = components[:0] if query is None else pca.transform(query).astype(np.float32)
     return components, projected
 
