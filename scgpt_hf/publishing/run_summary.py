@@ -255,9 +255,14 @@ def _optimisation(summary: RunRecord, learning_rate: str) -> Rows:
     else:
         rise = f"warm-up over {summary.number('recipe.warmup', ',.0f')} steps"
     decay, max_norm = (summary.number(f"recipe.{name}", "g") for name in ("weight_decay", "clipped_at"))
+    averaged = {}
+    if summary.get("recipe.ema_decay", _NUMBER) is not None:
+        kept = summary.number("recipe.ema_decay", "g")
+        averaged = {"Validated and saved weights": f"exponential moving average, decay {kept}"}
     return {
         "Learning rate": f"at most {learning_rate}; {rise}; schedule: {summary.text('recipe.schedule')}",
         "Optimiser": f"{summary.text('recipe.optimiser')}, weight decay {decay}, gradient norm clipped at {max_norm}",
+        **averaged,
         "Seed": summary.number("recipe.seed", "d"),
     }
 

@@ -27,6 +27,7 @@ from transformers.utils.hub import PushInProgress
 from scgpt_hf.pipeline.loader import StreamLoader
 from scgpt_hf.pipeline.stream import Batch
 from scgpt_hf.training.fault_tolerance.resume import require_all_weights, translate_load_errors, translate_model_errors
+from scgpt_hf.training.optimization.optimizers import matrix_names
 
 
 class LibraryTrainer(Trainer):
@@ -99,6 +100,13 @@ class LibraryTrainer(Trainer):
     def complete_log(self, logs: dict[str, float]) -> None:
         """Change the values that are about to be logged, in place."""
 
+    def make_optimizer(self, model: torch.nn.Module) -> torch.optim.Optimizer | None:
+        """Return the optimizer, or None for the one that `optim` names in the library."""
+
+    def scheduler_arguments(self, n_steps: int) -> Any:
+        """Return the arguments of the library's learning rate schedule for a run of `n_steps`."""
+        return self.args.lr_scheduler_kwargs
+
     def learning_rate_factor(self, n_steps: int) -> Callable[[int], float] | None:
         """Return a function from a step to the factor of the learning rate, or None for the library's schedules."""
 
@@ -124,6 +132,9 @@ class LibraryTrainer(Trainer):
             load_random_state: restores the random state of this process; fails if it has none in the checkpoint.
         """
         load_random_state()
+
+    def restore_weights(self, checkpoint: Path) -> None:
+        """Restore weights that the checkpoint holds beside its model, which is loaded already."""
 
     def check_checkpoint(self, checkpoint: Path) -> None:
         """Raise if the files of a checkpoint must not be loaded."""
@@ -238,6 +249,23 @@ class LibraryTrainer(Trainer):
         self.complete_log(logs)
         super().log(logs, start_time)
 
+    def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
+        """Create the optimizer: of `make_optimizer`, or the library's."""
+        # The library knows optimizers by name, and Muon is not among them.
+        if self.optimizer is None:
+            self.optimizer = self.make_optimizer(model or self.model)
+        return super().create_optimizer(model)
+
+    def get_decay_parameter_names(self, model: torch.nn.Module) -> list[str]:
+        """Return the names of the weights that decay: those of linear layers."""
+        # The library decays all weights but norms and biases: also embedding tables, of which a step sees few rows.
+        # Without decay the groups stay as they are, because optimizer states of earlier checkpoints have their order.
+        names = super().get_decay_parameter_names(model)
+        if not self.args.weight_decay:
+            return names
+        matrices = matrix_names(model)
+        return [name for name in names if name in matrices]
+
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> LRScheduler:
         """Create the learning rate schedule: of `learning_rate_factor`, or the library's over `rescaled_steps`."""
         # The library's schedules depend on the step number only. When the batch size changes, the schedule must
@@ -251,10 +279,14 @@ class LibraryTrainer(Trainer):
             self._created_lr_scheduler = True  # so that a second call of `train` creates a new one
             return self.lr_scheduler
         rescale = self.rescaled_steps()
-        if rescale is None:
-            return super().create_scheduler(num_training_steps, optimizer)
-        scheduler = super().create_scheduler(math.ceil(rescale(num_training_steps)), optimizer)
-        if isinstance(scheduler, LambdaLR):  # all but those that react to the loss
+        n_steps = num_training_steps if rescale is None else math.ceil(rescale(num_training_steps))
+        # The library passes the arguments as they are; some of ours are shares of the run.
+        requested, self.args.lr_scheduler_kwargs = self.args.lr_scheduler_kwargs, self.scheduler_arguments(n_steps)
+        try:
+            scheduler = super().create_scheduler(n_steps, optimizer)
+        finally:
+            self.args.lr_scheduler_kwargs = requested
+        if rescale is not None and isinstance(scheduler, LambdaLR):  # all but those that react to the loss
             scheduler.lr_lambdas = [_compose(factor, rescale) for factor in scheduler.lr_lambdas]
         return scheduler
 
@@ -317,6 +349,7 @@ class LibraryTrainer(Trainer):
         # The library raises a RuntimeError that lists tensors, without the checkpoint and without what to do.
         with translate_model_errors(resume_from_checkpoint):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
+        self.restore_weights(Path(resume_from_checkpoint))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         # Damaged files raise anything, from pickle errors to KeyErrors, without the name of the checkpoint.

@@ -26,6 +26,7 @@ from scgpt_hf.training.settings import TOKEN_SETTINGS, DataSettings, ModelSettin
 from scgpt_hf.training.trainer import ScGPTTrainer, over_ranks
 
 _CHECKPOINT_BYTES = 12  # per parameter: the weight and two moments of Adam, 4 bytes each
+_AVERAGE_BYTES = 4  # per parameter, if weights are averaged
 
 
 def check_settings(settings: Settings) -> None:
@@ -126,7 +127,8 @@ def make_trainer(
     )
     # Two more: the checkpoint that is being written, and the best model.
     n_checkpoints = min(args.save_total_limit or n_saves, n_saves) + 2
-    require_space(Path(args.output_dir), n_checkpoints * _CHECKPOINT_BYTES * model.num_parameters())
+    n_bytes = _CHECKPOINT_BYTES + _AVERAGE_BYTES * (args.ema_decay is not None)
+    require_space(Path(args.output_dir), n_checkpoints * n_bytes * model.num_parameters())
     trainer = ScGPTTrainer(
         model=model,
         args=args,

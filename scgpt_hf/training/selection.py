@@ -29,6 +29,7 @@ from scgpt_hf.cells.selection.splits import Split, load_split, save_split, split
 from scgpt_hf.cells.source import CellSource, open_source
 from scgpt_hf.demo import demo_cells, demo_census
 from scgpt_hf.training.fault_tolerance.resume import changed_values, require_resumable, require_same_cells
+from scgpt_hf.training.optimization.optimizers import MUON
 from scgpt_hf.training.run_folder import SETTINGS, SPLIT, resolve_checkpoint
 from scgpt_hf.training.settings import TOKEN_SETTINGS, DataSettings, Settings
 from scgpt_hf.training.settings_parsing import settings_yaml
@@ -244,6 +245,9 @@ def _run_record(source: CellSource, settings: Settings) -> dict[str, Any]:
         "cached": data.cache_dir is not None or None,  # None, as in a record that does not have the key
         "mask_ratios": list(data.mask_ratios),
         "batch_key": data.batch_key,
+        # What a checkpoint holds depends on these two.
+        "ema_decay": args.ema_decay,
+        "optim": MUON if args.optim == MUON else None,
     }
     values = asdict(data)
     return {**source.describe(), "steps": steps, "tokens": {name: values[name] for name in TOKEN_SETTINGS}}

@@ -23,6 +23,8 @@ from transformers.trainer_utils import HubStrategy, SaveStrategy, SchedulerType
 from scgpt_hf.cells.schedule.epoch import plan_epoch
 from scgpt_hf.model.configuration_scgpt import ScGPTConfig
 from scgpt_hf.tokens.processing_scgpt import ScGPTProcessor
+from scgpt_hf.training.optimization.optimizers import MUON
+from scgpt_hf.training.optimization.schedules import scheduler_arguments
 
 # Fields of `ScGPTConfig` that are not settings of a pretraining run. The run derives the first six from the processor
 # and the data, and it has no class head.
@@ -61,6 +63,7 @@ _TRAINING_RANGES: dict[str, tuple[float, float]] = {
     "cpu_threads": (0, 1024),  # OpenMP crashes when the system refuses to start a thread
     "ddp_timeout": (1, 10**9),
     "max_bad_steps": (1, 2**31),
+    "ema_decay": (0, 1),
 }
 # Source: the documentation of `torch.compile`. torch itself reports an unknown mode only in a traceback.
 _COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
@@ -229,6 +232,10 @@ class TrainingSettings(TrainingArguments):
     per_device_train_batch_size: int = setting(32, "cells per step and device")
     per_device_eval_batch_size: int = setting(64, "cells per validation step and device")
     num_train_epochs: float = setting(6, "number of epochs")
+    optim: str = setting(
+        TrainingArguments.default_optim,
+        "an optimizer of transformers, or muon: Muon for the matrices of the encoder's layers, AdamW for the rest",
+    )
     learning_rate: float = setting(1e-4, "peak learning rate")
     warmup_steps: float = setting(0.05, "steps of linear warm-up; a value below 1 is a share of all steps")
     weight_decay: float = setting(0.0, "weight decay")
@@ -261,10 +268,17 @@ class TrainingSettings(TrainingArguments):
     max_bad_steps: int = setting(
         5, "stop after this many steps in a row whose loss or gradient is not finite; such steps are skipped"
     )
+    ema_decay: float | None = setting(
+        None, "validate and save a moving average of the weights with this decay, e.g. 0.999; by default none"
+    )
     dry_run: bool = setting(False, "report cells, size, time and memory of the run, and write nothing")
 
     def __post_init__(self) -> None:
         """Choose the precision that the device supports, and check the values."""
+        # The library knows optimizers by name, and Muon is not among them. Its default stands in while it checks.
+        uses_muon = self.optim == MUON
+        if uses_muon:
+            self.optim = TrainingArguments.default_optim
         if self.precision == "auto":
             if not (self.bf16 or self.fp16 or self.use_cpu):
                 self.bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
@@ -274,6 +288,8 @@ class TrainingSettings(TrainingArguments):
             super().__post_init__()  # type: ignore[no-untyped-call]
         except (ImportError, TypeError, AttributeError, OverflowError) as error:
             raise ValueError(f"the training settings do not fit together: {error}") from error
+        if uses_muon:
+            self.optim = MUON
         # The library reads the launcher's choice; the settings take precedence.
         self.mixed_precision = "bf16" if self.bf16 else "fp16" if self.fp16 else "no"
         if self.n_gpu > 1:
@@ -339,12 +355,13 @@ def _require_scheduler(args: TrainingArguments) -> None:
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
     arguments = args.lr_scheduler_kwargs
     try:
-        get_scheduler(args.lr_scheduler_type, optimizer, 1, 100, scheduler_specific_kwargs=arguments)  # type: ignore[arg-type]
+        arguments = scheduler_arguments(args, 100)
+        get_scheduler(args.lr_scheduler_type, optimizer, 1, 100, scheduler_specific_kwargs=arguments)
     except (TypeError, ValueError, KeyError) as error:
         name = SchedulerType(args.lr_scheduler_type).value
         raise ValueError(
             f"lr_scheduler_type {name!r} does not fit lr_scheduler_kwargs {arguments}: {error}; pass all that "
-            "it needs, e.g. --lr_scheduler_kwargs '{\"num_decay_steps\": 1000}'"
+            "it needs, e.g. --lr_scheduler_kwargs '{\"min_lr\": 1e-5}'"
         ) from error
 
 

@@ -65,6 +65,7 @@ def training_of(trainer: Trainer) -> dict[str, Any]:
             "clipped_at": args.max_grad_norm,
             "warmup": args.warmup_steps,
             "schedule": f"times {decay:g} after each epoch" if decay else str(args.lr_scheduler_type.value),
+            "ema_decay": args.ema_decay,
             "seed": args.seed,
         },
     }

@@ -9,7 +9,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
-from contextlib import closing, contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,6 @@ from huggingface_hub import HfApi
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import HubStrategy
 
-from scgpt_hf.cells.schedule.run import RunSchedule
 from scgpt_hf.cells.threads import prefetch
 from scgpt_hf.pipeline.loader import StreamLoader
 from scgpt_hf.pipeline.stream import Batch, lengths_of
@@ -30,6 +29,9 @@ from scgpt_hf.training.baselines import Baselines
 from scgpt_hf.training.fault_tolerance.checkpoints import checkpoint_at
 from scgpt_hf.training.fault_tolerance.trainer import FaultTolerantTrainer
 from scgpt_hf.training.library_trainer import copy_to
+from scgpt_hf.training.optimization.averaging import WeightAverage
+from scgpt_hf.training.optimization.optimizers import MUON, make_muon
+from scgpt_hf.training.optimization.schedules import scheduler_arguments
 from scgpt_hf.training.throughput import Throughput
 
 logger = logging.getLogger(__name__)
@@ -46,6 +48,7 @@ class ScGPTTrainer(FaultTolerantTrainer):
 
     Attributes:
         weights: weight of each objective in the loss, without those of weight 0.
+        average: moving average of the weights while `train` runs; None without `ema_decay`.
         baselines: errors of simple predictors, logged with every validation; None until they are measured.
     """
 
@@ -71,7 +74,8 @@ class ScGPTTrainer(FaultTolerantTrainer):
                 args and processing_class.
 
         Raises:
-            ValueError: the model is sharded, but there are fewer validation batches than processes.
+            ValueError: the model is sharded, but there are fewer validation batches than processes, or a setting needs
+                a model that is not sharded.
         """
         super().__init__(**trainer_arguments)
         config = trainer_arguments["model"].config
@@ -83,13 +87,18 @@ class ScGPTTrainer(FaultTolerantTrainer):
                 f"{self.args.world_size} processes share the model, so each needs a batch to validate, found "
                 f"{n_validation_steps} batches; lower --per_device_eval_batch_size or hold out more cells"
             )
+        if self.is_fsdp_enabled and (self.args.ema_decay is not None or self.args.optim == MUON):
+            raise ValueError(
+                "--ema_decay and --optim muon need complete weights on each process; do not shard the model"
+            )
         self.baselines = baselines
+        self.average: WeightAverage | None = None
         micro_batches = self.args.gradient_accumulation_steps
         train_stream = pin_batches(train_stream, self.args.device)
         epoch_ends = [end * micro_batches for end in self.schedule.epoch_ends]
         self.loader = StreamLoader(train_stream, epoch_ends, while_waiting=self.check_stop_signal)
         self.throughput = Throughput(config, self.args.device, self.args.world_size)
-        self.add_callback(_EpochCallback(self.schedule))
+        self.add_callback(_StepCallback(self))
 
     # Training
 
@@ -101,8 +110,34 @@ class ScGPTTrainer(FaultTolerantTrainer):
     def training_context(self) -> Iterator[None]:
         """Handle signals while `train` runs, and stop the reading threads at its end, also after an error."""
         self.throughput.restart(self.loader.waited_s)
-        with closing(self.loader), super().training_context():
+        with closing(self.loader), super().training_context(), self._averaging():
             yield
+
+    @contextmanager
+    def _averaging(self) -> Iterator[None]:
+        """Average the weights while `train` runs, if `ema_decay` is set; the model then ends with the average."""
+        if self.args.ema_decay is None:
+            yield
+            return
+        self.average = WeightAverage(self.accelerator.unwrap_model(self.model), self.args.ema_decay)
+        yield
+        if not (self.args.load_best_model_at_end and self.state.best_model_checkpoint):  # which holds an average too
+            self.average.apply()
+        self.average = None
+
+    def _with_average(self) -> AbstractContextManager[object]:
+        """Return a context in which the model has the averaged weights, if they are averaged."""
+        return nullcontext() if self.average is None else self.average.applied()
+
+    def make_optimizer(self, model: torch.nn.Module) -> torch.optim.Optimizer | None:
+        """Return Muon, if `optim` names it."""
+        if self.args.optim != MUON:
+            return None
+        return make_muon(self.model, self.args, set(self.get_decay_parameter_names(self.model)))
+
+    def scheduler_arguments(self, n_steps: int) -> Any:
+        """Return the arguments of the learning rate schedule, with shares of the run as numbers of steps."""
+        return scheduler_arguments(self.args, n_steps)
 
     def read_step(self, batches: Iterator[Batch], n_batches: int) -> list[Batch]:
         """Return the micro-batches of one step, and count them for the throughput."""
@@ -174,7 +209,8 @@ class ScGPTTrainer(FaultTolerantTrainer):
             FloatingPointError: the loss is not finite: the run has diverged.
         """
         started = time.perf_counter()
-        metrics = self.validate()
+        with self._with_average():
+            metrics = self.validate()
         metrics["seconds"] = time.perf_counter() - started
         self.throughput.exclude(metrics["seconds"])
         if not math.isfinite(metrics["loss"]):
@@ -248,10 +284,22 @@ class ScGPTTrainer(FaultTolerantTrainer):
     def write_checkpoint(self, write_files: Callable[[Path | None], None]) -> None:
         """Save a checkpoint and, if the run is published, publish it in the background."""
         started = time.perf_counter()
-        super().write_checkpoint(write_files)
+        with self._with_average():
+            super().write_checkpoint(write_files)
         self.throughput.exclude(time.perf_counter() - started)
         if self.args.push_to_hub:
             self._publish_checkpoint(checkpoint_at(self.folder, self.state.global_step))
+
+    def save_process_state(self, checkpoint: Path) -> None:
+        """Save what the base class saves, and the weights to continue from if the checkpoint's model is an average."""
+        super().save_process_state(checkpoint)
+        if self.average is not None and self.ranks.is_first:
+            self.average.save_trained(checkpoint)
+
+    def restore_weights(self, checkpoint: Path) -> None:
+        """Restore the average, and the weights to continue from."""
+        if self.average is not None:
+            self.average.restore(checkpoint)
 
     def check_publishing(self) -> None:
         """Raise `HubError` unless the run can be published in the end; see `check_repository`."""
@@ -321,16 +369,19 @@ def _log_failure(upload: "Future[str]") -> None:
         logger.warning("a checkpoint could not be published; training continues: %s", error)
 
 
-class _EpochCallback(TrainerCallback):
-    """Sets `state.epoch` from the schedule, and logs the last steps of a run.
+class _StepCallback(TrainerCallback):
+    """Averages the weights after each step, sets `state.epoch` from the schedule, and logs the last steps of a run.
 
     The library computes the epoch as if all epochs had the same length, and leaves the steps after the last multiple of
     `logging_steps` out of the log.
     """
 
-    def __init__(self, schedule: RunSchedule) -> None:
-        self.schedule = schedule
+    def __init__(self, trainer: ScGPTTrainer) -> None:
+        self.trainer = trainer
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        state.epoch = self.schedule.epochs_done(state.global_step)
-        control.should_log |= state.global_step == self.schedule.n_steps
+        schedule, step = self.trainer.schedule, state.global_step
+        if self.trainer.average is not None:
+            self.trainer.average.update(step)
+        state.epoch = schedule.epochs_done(step)
+        control.should_log |= step == schedule.n_steps

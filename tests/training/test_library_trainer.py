@@ -31,6 +31,8 @@ OVERRIDDEN = {
     "training_step": "model inputs num_items_in_batch",
     "_get_grad_norm": "model grad_norm",
     "log": "logs start_time",
+    "create_optimizer": "model",
+    "get_decay_parameter_names": "model",
     "create_scheduler": "num_training_steps optimizer",
     "evaluate": "eval_dataset ignore_keys metric_key_prefix",
     "_save_checkpoint": "model trial",

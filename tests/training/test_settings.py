@@ -224,7 +224,8 @@ def test_wrong_flags_and_absent_files_are_named(capsys):
 @pytest.mark.parametrize(
     ("words", "named"),
     [
-        (["warmup_stable_decay"], "num_decay_steps"),
+        (["warmup_stable_decay", "--lr_scheduler_kwargs", '{"num_decay_steps": "half"}'], "half"),
+        (["warmup_stable_decay", "--lr_scheduler_kwargs", '{"num_decay_steps": -1}'], "above 0, found -1"),
         (["cosine_with_min_lr"], "min_lr"),
         (["linear", "--lr_scheduler_kwargs", '{"nonsense": 1}'], "nonsense"),
     ],
@@ -235,7 +236,18 @@ def test_a_learning_rate_schedule_without_its_arguments_raises_before_the_data_a
 
 
 @pytest.mark.parametrize(
-    "words", [["warmup_stable_decay", "--lr_scheduler_kwargs", '{"num_decay_steps": 9}'], ["polynomial"]]
+    "words",
+    [
+        ["warmup_stable_decay"],
+        ["warmup_stable_decay", "--lr_scheduler_kwargs", '{"num_decay_steps": 9}'],
+        ["polynomial"],
+    ],
 )
 def test_a_complete_learning_rate_schedule_is_accepted(words):
     assert parse("--lr_scheduler_type", *words).training.lr_scheduler_type == words[0]
+
+
+def test_muon_is_an_optimizer_by_name_and_unknown_names_raise():
+    assert parse("--optim", "muon").training.optim == "muon"
+    with pytest.raises(ValueError, match="not a valid OptimizerNames"):
+        parse("--optim", "moun")
