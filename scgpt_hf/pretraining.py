@@ -170,7 +170,7 @@ def prepare_run(settings: Settings) -> PreparedRun:
     selection, checkpoint = select_or_resume(source, settings)
     processor = build_processor(selection.genes, data, source)
     set_seed(args.seed)
-    model = build_model(processor, settings.model, selection.domains, data.batch_key)
+    model = build_model(processor, settings.model, selection.domains, data.batch_key, selection.classes)
     if checkpoint is None and not args.dry_run:
         start_at_frequencies(model, source, selection)
     data_module = DataModule(
@@ -181,6 +181,7 @@ def prepare_run(settings: Settings) -> PreparedRun:
         args,
         mask_ratios=data.mask_ratios,
         chunks_per_window=data.chunks_per_window,
+        supervise_by=data.supervise_by,
         cache_dir=None if args.dry_run else data.cache_dir,  # opening a cache may create its folder
         checkpoint=checkpoint,
     )

@@ -368,6 +368,7 @@ class ScGPTForPreTraining(ScGPTPreTrainedModel):
         count_cells: Tensor | None = None,
         num_items_in_batch: Tensor | int | None = None,
         num_cells_in_batch: Tensor | int | None = None,
+        num_labelled_in_batch: Tensor | int | None = None,
         **kwargs: Unpack[OutputOptions],
     ) -> ScGPTForPreTrainingOutput:
         """Compute predictions and, if labels are passed, the loss and its parts.
@@ -378,13 +379,15 @@ class ScGPTForPreTraining(ScGPTPreTrainedModel):
             labels: true value of each masked token, `IGNORE` elsewhere; float32, shaped like `values`.
             label_positions: positions of the masked tokens in the flattened input, int64 (masked,). The heads then
                 compute predictions at these positions only.
-            class_labels: class of each cell, int64 (cells,), for the objective "cls".
+            class_labels: class of each cell, `IGNORE` where unknown, int64 (cells,), for the objective "cls".
             count_ids: vocabulary id of each non-zero count of all cells, int64 (entries,), for the objective "counts".
             count_values: the raw count, float32 (entries,).
             count_cells: position of its cell in this input, int64 (entries,), ascending.
             num_items_in_batch: number of labels of the complete batch, over all accumulation steps and processes, if
                 this is a part of it.
             num_cells_in_batch: number of cells of the complete batch; used with `num_items_in_batch` only.
+            num_labelled_in_batch: number of cells of the complete batch with a class; used with `num_items_in_batch`
+                only. Without it, each part counts by its share of the masked tokens.
             **kwargs: see `OutputOptions`.
 
         Raises:
@@ -415,7 +418,12 @@ class ScGPTForPreTraining(ScGPTPreTrainedModel):
                     None if n_labels is None else num_cells_in_batch,
                 ),
                 "cls": lambda: (
-                    share * class_cross_entropy(predicted["class_logits"], _require(class_labels, "class_labels"))
+                    (share if num_labelled_in_batch is None else 1.0)
+                    * class_cross_entropy(
+                        predicted["class_logits"],
+                        _require(class_labels, "class_labels"),
+                        None if n_labels is None else num_labelled_in_batch,
+                    )
                 ),
             }
             losses = {name: objective() for name, objective in objectives.items() if config.has_objective(name)}

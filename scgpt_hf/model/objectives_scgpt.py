@@ -17,7 +17,7 @@
   cross entropy. `ClassHead` reverses the gradient on the way to the encoder, so the encoder maximises it and removes
   what identifies the domain. Source: bowang-lab/scGPT:scgpt/model/grad_reverse.py; Ganin and Lempitsky 2015,
   arXiv:1409.7495.
-- **cls**, cell type classification (`class_cross_entropy`): for labelled cells.
+- **cls**, cell type classification (`class_cross_entropy`): over the cells that have a label.
 - **counts**, the likelihood of the raw counts of all genes given the cell embedding; see `count_decoder_scgpt`.
 
 Every reduction is float32, under any autocast, and returns 0 if there is nothing to reduce. The original divides by
@@ -106,16 +106,17 @@ def contrastive_cells(first: Tensor, second: Tensor, temperature: float) -> Tens
     return class_cross_entropy(similarity / temperature, torch.arange(len(first), device=first.device))
 
 
-def class_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+def class_cross_entropy(logits: Tensor, labels: Tensor, num_items: Tensor | int | None = None) -> Tensor:
     """Compute the mean cross entropy over the cells with a label.
 
     Args:
         logits: shape (cells, classes).
         labels: int64 class of each cell, `IGNORE` where unknown, shape (cells,).
+        num_items: number of labelled cells of the complete batch; see `masked_mse`.
     """
     known = labels != int(IGNORE)
     nll = F.cross_entropy(logits.float(), labels, ignore_index=int(IGNORE), reduction="none")
-    return _mean_where(known, nll)
+    return _mean_where(known, nll, num_items)
 
 
 def share_of_batch(labels: Tensor, num_items: Tensor | int | None) -> Tensor:

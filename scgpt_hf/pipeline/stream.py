@@ -37,7 +37,7 @@ from scgpt_hf.cells.source import CellSource
 from scgpt_hf.cells.threads import JOIN_TIMEOUT_S, DaemonThreadPool, in_order, n_cores
 from scgpt_hf.pipeline.genes import GeneMatch, match_source_genes
 from scgpt_hf.tokens.binning_scgpt import Ties
-from scgpt_hf.tokens.packing_scgpt import Tokens, bucket, bucket_size, pack, pad
+from scgpt_hf.tokens.packing_scgpt import IGNORE, Tokens, bucket, bucket_size, pack, pad
 from scgpt_hf.tokens.processing_scgpt import ScGPTProcessor
 from scgpt_hf.tokens.targets_scgpt import CountTargets, gather_count_targets
 
@@ -66,6 +66,8 @@ class StreamConfig:
         padded: pad the cells of a batch to one length, for models whose pooling or norm counts padding.
         bucketed: lengthen packed batches to one of few shapes, for compiled models.
         categories: batch key → (obs column, class id of each of its values), e.g. {"domain_ids": ("assay", {"v2": 0})}.
+        labels: batch key → the same for labels that a cell may lack. A cell with no value, or one that has no class,
+            gets −100.
         ties: how to bin genes with equal counts; None takes the rule of the processor.
         max_tokens: most tokens per cell; None takes the number of the processor.
         key_by: what the random numbers of a cell depend on. "cell_id" draws again in each epoch and suits training.
@@ -86,6 +88,7 @@ class StreamConfig:
     padded: bool = False
     bucketed: bool = False
     categories: Mapping[str, tuple[str, Mapping[str, int]]] = field(default_factory=dict)
+    labels: Mapping[str, tuple[str, Mapping[str, int]]] = field(default_factory=dict)
     ties: Ties | None = None
     max_tokens: int | None = None
     key_by: Literal["cell_id", "content"] = "cell_id"
@@ -302,9 +305,10 @@ class CellStream:
         steps = plan.steps(task.window, rank=config.rank, world_size=config.world_size)[task.n_done :]
         if not steps:
             return None
-        columns = sorted({column for column, _ in config.categories.values()})
+        columns = sorted({column for column, _ in (*config.categories.values(), *config.labels.values())})
         block = self.source.read(np.concatenate(steps), columns)
         categories = {key: self._class_ids(block, key) for key in config.categories}
+        categories |= {key: _label_ids(block, *named) for key, named in config.labels.items()}
         return _Window(steps, block, categories, plan.epoch, plan.batch_size)
 
     def _tokenize_window(self, window: _Window, make_result: Callable[[TokenizedCells], Result]) -> Iterator[Result]:
@@ -398,6 +402,12 @@ class CellStream:
                 f"{list(id_of_value)[:10]}; leave these cells out, or train the model on them too"
             )
         return np.asarray(ids, dtype=np.int64)
+
+
+def _label_ids(block: CellBlock, column: str, id_of_label: Mapping[str, int]) -> Int64Array:
+    """Return the class id of each cell of the block, and −100 for a cell without a label. Shape (cells,)."""
+    ids = block.obs[column].astype(object).astype(str).map(id_of_label)
+    return np.asarray(ids.where(has_value(block.obs[column])).fillna(int(IGNORE)), dtype=np.int64)
 
 
 def make_batch(cells: TokenizedCells, *, processor: ScGPTProcessor, config: StreamConfig) -> Batch:

@@ -16,6 +16,7 @@ from scgpt_hf.publishing.run_summary import (
     pretraining_data,
     pretraining_recipe,
     read_summary,
+    supervision_rows,
 )
 
 # The name that a card uses for its own checkpoint until it is published; `name_checkpoint` puts the repository there.
@@ -53,10 +54,11 @@ def model_card(run: Path, repo_id: str | None = None, weights: str = LOCAL_CHECK
     title = card_title(run, repo_id)
     figures = [name for name in ("loss.png", "umap.png") if (run / name).is_file()]
     sections = [
-        _how_to_load(RunRecord.read(run / weights / "processor_config.json"), settings),
+        _how_to_load(RunRecord.read(run / weights / "processor_config.json"), settings, summary),
         _data(summary, settings),
         _training(summary, settings, RunRecord.read(run / weights / "config.json")),
         _results(summary, figures),
+        *_supervision(summary),
         _USE_AND_LIMITS,
         how_to_cite(summary),
     ]
@@ -147,7 +149,8 @@ def _drop_unknown_lines(section: str) -> str:
     return "\n".join(line for line in section.splitlines() if UNKNOWN not in line)
 
 
-def _how_to_load(processor: RunRecord, settings: RunRecord) -> str:
+def _how_to_load(processor: RunRecord, settings: RunRecord, summary: RunRecord) -> str:
+    head = "holds the classes of the training cells" if supervision_rows(summary) else "starts with random weights"
     cls_value = processor.number("cls_value", "g")
     cls_value = settings.number("data.cls_value", "g") if cls_value == UNKNOWN else cls_value
     return f"""## How to load
@@ -172,7 +175,7 @@ with torch.no_grad(): embedding = model(**processor(sc.read_h5ad("cells.h5ad")[:
 ```
 
 The checkpoint also loads with `AutoModelForPreTraining`, `AutoModelForMaskedLM` and
-`AutoModelForSequenceClassification`; the classification head of the latter starts with random weights.
+`AutoModelForSequenceClassification`; the classification head of the latter {head}.
 The processor gives the `<cls>` token the expression value {cls_value}; other tokenizing code must do the same."""
 
 
@@ -209,6 +212,12 @@ predictions in the same table.
 Share of the variance explained (1 - GEP / constant): {summary.number("best.eval_variance_explained", ".1%")}.
 
 {shown}""".rstrip()
+
+
+def _supervision(summary: RunRecord) -> list[str]:
+    """Return the section on the labels of a supervised run; no section for any other run."""
+    rows = supervision_rows(summary)
+    return [f"## Supervision\n\n{_SUPERVISED}\n\n{markdown_table(rows)}"] if rows else []
 
 
 def error_table(summary: RunRecord) -> str:
@@ -255,6 +264,10 @@ def escape_cell(text: str) -> str:
 
 _WHAT = """A transformer that reads a cell as a list of genes with their expression. It was pretrained to predict the
 expression of masked genes from the genes that stay visible, with the architecture and the objectives of scGPT."""
+
+_SUPERVISED = """**This model was trained with labels.** Compare how well its embeddings separate such labels with other
+supervised models, not with models that never saw a label. Its class head holds these classes: the checkpoint loads as
+a classifier with `AutoModelForSequenceClassification`."""
 
 _IN_PROGRESS = """**Training is in progress.** These are the weights of a checkpoint. What is only known after training
 is left out."""

@@ -152,6 +152,24 @@ def pretraining_data(summary: RunRecord, settings: RunRecord) -> Rows:
     return _data(summary, cells, genes, settings.get("data.data", list))
 
 
+def supervision_rows(summary: RunRecord) -> Rows:
+    """Return the facts on the labels that a pretraining run learned, name → text; empty if it learned none.
+
+    They are apart from the results of self-supervised objectives, because labels make embeddings fit these labels.
+    """
+    if not summary.get("supervision", dict):
+        return {}
+    classes = summary.get("supervision.classes", list) or []
+    shares = (summary.number(f"supervision.labelled_{part}", ".1%") for part in ("train", "validation"))
+    return {
+        "Supervised by (obs column)": Code(summary.text("supervision.column")),
+        "Classes": f"{len(classes)}, those of the training cells",
+        "Cells with one of these labels": "{} of the training cells, {} of the validation cells".format(*shares),
+        "On the labelled validation cells": f"cross entropy {summary.number('best.eval_cls', '.3f')}, "
+        f"accuracy {summary.number('best.eval_cls_accuracy', '.1%')}",
+    }
+
+
 def finetuning_data(summary: RunRecord) -> Rows:
     """Return the facts on the cells and genes of a fine-tuning run: name → text."""
     cells: Rows = {}

@@ -6,7 +6,13 @@ Numbers come from the run folder, as `publishing/run_summary.py` states them. `p
 from pathlib import Path
 
 from scgpt_hf.publishing.record import RunRecord, read_metrics
-from scgpt_hf.publishing.run_summary import error_rows, pretraining_data, pretraining_recipe, read_summary
+from scgpt_hf.publishing.run_summary import (
+    error_rows,
+    pretraining_data,
+    pretraining_recipe,
+    read_summary,
+    supervision_rows,
+)
 from scgpt_hf.reporting.curves import plot_loss
 from scgpt_hf.reporting.page import (
     Html,
@@ -64,9 +70,18 @@ def pretraining_report(run: Path) -> str:
             "Data", table([*pretraining_data(summary, settings).items()]), paragraph("Numbers in brackets count cells.")
         ),
         section("Training", table([*pretraining_recipe(summary, settings, config).items()])),
+        *_supervision(summary),
         _how_to_load(run),
         section("Settings", _settings(settings)),
     )
+
+
+def _supervision(summary: RunRecord) -> list[Html]:
+    """Return the section on the labels of a supervised run; no section for any other run."""
+    if not (rows := supervision_rows(summary)):
+        return []
+    text = "This model was trained with labels. Compare it with other supervised models."
+    return [section("Supervision", paragraph(text), table([*rows.items()]))]
 
 
 def _key_numbers(summary: RunRecord) -> Html:

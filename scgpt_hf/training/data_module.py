@@ -40,6 +40,7 @@ class DataModule:
         caching: writes the cells to `cache_dir` while the first epoch reads them; None without `cache_dir`.
         first_plan: the plan of a first epoch with the present global batch size.
         n_validation_steps: batches of one validation, over all processes.
+        supervise_by: obs column of the labels that the run learns, if any.
     """
 
     def __init__(
@@ -52,6 +53,7 @@ class DataModule:
         *,
         mask_ratios: Sequence[float],
         chunks_per_window: int = CHUNKS_PER_WINDOW,
+        supervise_by: str | None = None,
         cache_dir: str | None = None,
         checkpoint: str | None = None,
     ) -> None:
@@ -65,6 +67,7 @@ class DataModule:
             args: seed, batch sizes, epochs and processes.
             mask_ratios: shares of a cell's genes to mask; one is drawn for each cell and epoch.
             chunks_per_window: chunks whose cells are shuffled together.
+            supervise_by: obs column of the labels of the objective "cls", if any.
             cache_dir: folder of the cache to write and read, if any.
             checkpoint: folder of the checkpoint that the run resumes from, if any.
 
@@ -82,9 +85,12 @@ class DataModule:
             padded=bool(config.padding_dependent_settings),
             bucketed=args.torch_compile,
             categories={} if config.batch_key is None else {"domain_ids": (config.batch_key, selection.domain_ids)},
+            labels={} if supervise_by is None else {"class_labels": (supervise_by, selection.class_ids)},
             with_counts=config.has_objective("counts"),
         )
-        self.caching = None if cache_dir is None else self._open_cache(cache_dir, config.batch_key)
+        self.supervise_by = supervise_by
+        columns = [column for column in (config.batch_key, supervise_by) if column is not None]
+        self.caching = None if cache_dir is None else self._open_cache(cache_dir, list(dict.fromkeys(columns)))
         cell_ids = selection.parts["train"]
         first_epoch = _shuffle_windows(source.chunk_size, chunks_per_window)
         later_epochs = first_epoch
@@ -111,12 +117,12 @@ class DataModule:
         self._open_validation = partial(stream_cells, self.caching or source, [plan], processor)
         self._validation = self._open_validation(self._validation_config)
 
-    def _open_cache(self, cache_dir: str, batch_key: str | None) -> CachingSource:
+    def _open_cache(self, cache_dir: str, columns: list[str]) -> CachingSource:
         return CachingSource(
             self.source,
             cache_dir,
             np.sort(np.concatenate(list(self.selection.parts.values()))),
-            columns=[] if batch_key is None else [batch_key],
+            columns=columns,
             job=(self.stream_config.rank, self.stream_config.world_size),
             barrier=PartialState().wait_for_everyone,
         )

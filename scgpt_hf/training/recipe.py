@@ -38,6 +38,12 @@ def check_settings(settings: Settings) -> None:
     processor = build_processor(["any gene"], settings.data)
     # Two domains, because the data may have as many; which ones is known only when obs has been read.
     _build_config(settings.model, processor, domains=["a", "b"], batch_key=settings.data.batch_key)
+    supervise_by, weight = settings.data.supervise_by, (settings.model.loss_weights or {}).get("cls", 0)
+    if (supervise_by is not None) != (weight > 0):
+        raise ValueError(
+            f"supervise_by is {supervise_by!r} and the weight of the objective 'cls' is {weight}; set both, e.g. "
+            '--supervise_by cell_type --loss_weights \'{"gep": 1, "cls": 1}\', or neither'
+        )
 
 
 def build_processor(genes: list[str], data: DataSettings, source: CellSource | None = None) -> ScGPTProcessor:
@@ -56,7 +62,11 @@ def build_processor(genes: list[str], data: DataSettings, source: CellSource | N
 
 
 def build_model(
-    processor: ScGPTProcessor, model: ModelSettings, domains: Sequence[str] = (), batch_key: str | None = None
+    processor: ScGPTProcessor,
+    model: ModelSettings,
+    domains: Sequence[str] = (),
+    batch_key: str | None = None,
+    classes: Sequence[str] = (),
 ) -> ScGPTForPreTraining:
     """Return a new model for the vocabulary of a processor. Its weights depend on torch's random seed.
 
@@ -65,8 +75,10 @@ def build_model(
         model: size and objectives.
         domains: experimental batches, in the order of their ids.
         batch_key: obs column of the experimental batches.
+        classes: labels of the objective "cls", in the order of their ids.
     """
-    new = ScGPTForPreTraining(_build_config(model, processor, domains=list(domains), batch_key=batch_key))
+    config = _build_config(model, processor, domains=list(domains), batch_key=batch_key, classes=classes)
+    new = ScGPTForPreTraining(config)
     start_at_mean(new, processor)
     return new
 
@@ -148,19 +160,25 @@ def make_trainer(
 def _require_known_metric(trainer: ScGPTTrainer) -> None:
     """Raise unless validation measures `metric_for_best_model`. The library would look it up only after an epoch."""
     wanted = (trainer.args.metric_for_best_model or "loss").removeprefix("eval_")
-    if wanted not in (known := trainer.metrics_from_sums([0.0] * (2 * len(trainer.weights) + 1))):
+    if wanted not in (known := trainer.metrics_from_sums([0.0] * (2 * len(trainer.terms) + 1))):
         raise ValueError(f"metric_for_best_model is {wanted!r}; validation measures {', '.join(known)}")
 
 
 def _build_config(
-    model: ModelSettings, processor: ScGPTProcessor, domains: list[str], batch_key: str | None
+    model: ModelSettings,
+    processor: ScGPTProcessor,
+    domains: list[str],
+    batch_key: str | None,
+    classes: Sequence[str] = (),
 ) -> ScGPTConfig:
     """Return the configuration of a new model.
 
     Raises:
         ValueError: the settings do not fit together. The message names the field.
     """
-    fields = {name: value for name, value in asdict(model).items() if value is not None}
+    fields: dict[str, Any] = {name: value for name, value in asdict(model).items() if value is not None}
+    if classes:
+        fields |= {"id2label": dict(enumerate(classes)), "label2id": {name: at for at, name in enumerate(classes)}}
     try:
         return ScGPTConfig(
             **fields,

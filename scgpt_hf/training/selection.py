@@ -5,17 +5,18 @@ same cells.
 """
 
 import logging
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
 from scgpt_hf.cells.atomic import write_atomically
 from scgpt_hf.cells.block import Int64Array
-from scgpt_hf.cells.missing import fill_missing
+from scgpt_hf.cells.missing import fill_missing, has_label
 from scgpt_hf.cells.obs import require_named_columns
 from scgpt_hf.cells.selection.filters import (
     cells_expressing,
@@ -46,17 +47,24 @@ class Selection:
         genes: Ensembl ids of the vocabulary, in the order of their token ids.
         domains: experimental batches, in the order of their ids; empty if the model uses none.
         n_donors: "train" and "validation" → number of donors.
+        classes: labels that the run learns, in the order of their ids; empty if it learns none.
     """
 
     parts: dict[str, Int64Array]
     genes: list[str]
     domains: list[str]
     n_donors: dict[str, int]
+    classes: list[str] = field(default_factory=list)
 
     @property
     def domain_ids(self) -> dict[str, int]:
         """Id of each experimental batch."""
         return {domain: index for index, domain in enumerate(self.domains)}
+
+    @property
+    def class_ids(self) -> dict[str, int]:
+        """Id of each label."""
+        return {label: index for index, label in enumerate(self.classes)}
 
 
 def open_cells(settings: Settings) -> CellSource:
@@ -130,7 +138,7 @@ def select_cells_and_genes(source: CellSource, data: DataSettings, seed: int) ->
     """
     hvg_batch_key = _find_hvg_batch_key(source, data) if data.gene_selection == "hvg" else None
     named = {"--donor_key": data.donor_key, "--batch_key": data.batch_key, "--hvg_batch_key": hvg_batch_key}
-    require_named_columns(named, source.obs_columns)
+    require_named_columns({**named, "--supervise_by": data.supervise_by}, source.obs_columns)
     obs = source.obs(sorted({data.donor_key, *([data.batch_key] if data.batch_key else [])}))
     for column in dict.fromkeys([data.donor_key, *([data.batch_key] if data.batch_key else [])]):
         obs = obs.loc[cells_with_value(obs, column)]
@@ -139,6 +147,7 @@ def select_cells_and_genes(source: CellSource, data: DataSettings, seed: int) ->
     obs = obs.loc[filter_cells(source, obs.index.to_numpy(np.int64), data.min_genes)]
     fractions = {"train": 1 - data.validation_fraction, "validation": data.validation_fraction}
     parts = split_cells(obs, fractions, donor_key=data.donor_key, seed=seed)
+    classes = [] if data.supervise_by is None else labels_of(source, parts["train"], data.supervise_by)
     columns = _select_genes(source, parts["train"], data, hvg_batch_key)
     if data.gene_selection == "hvg":
         # A cell may express none of the variable genes. With all genes, `min_genes` already excludes such cells.
@@ -146,7 +155,28 @@ def select_cells_and_genes(source: CellSource, data: DataSettings, seed: int) ->
     genes = source.genes["feature_id"].to_numpy()[columns]
     domains = [] if data.batch_key is None else sorted(obs[data.batch_key].astype(str).unique())
     n_donors = {part: int(obs.loc[cell_ids, data.donor_key].nunique()) for part, cell_ids in parts.items()}
-    return Selection(parts, genes.tolist(), domains, n_donors)
+    return Selection(parts, genes.tolist(), domains, n_donors, classes)
+
+
+def labels_of(source: CellSource, cell_ids: Int64Array, column: str) -> list[str]:
+    """Return the different labels of some cells in an obs column, sorted.
+
+    Args:
+        source: source of the cells.
+        cell_ids: ids of the training cells. Labels that only validation cells have cannot be learned.
+        column: the column. Missing values and "unknown" are no labels.
+
+    Raises:
+        ValueError: the cells have fewer than two labels.
+    """
+    values = source.obs([column]).loc[cell_ids, column]
+    labels = sorted(values[has_label(values)].astype(object).astype(str).unique())
+    if len(labels) < 2:
+        raise ValueError(
+            f"of {len(values):,} training cells, obs[{column!r}] has the labels {labels}; expected two or more, not "
+            "counting missing values and 'unknown'; choose another column (--supervise_by) or other cells"
+        )
+    return labels
 
 
 def composition_of(source: CellSource, parts: dict[str, Int64Array]) -> dict[str, dict[str, int]]:
@@ -169,6 +199,25 @@ def composition_of(source: CellSource, parts: dict[str, Int64Array]) -> dict[str
     }
 
 
+def supervision_of(source: CellSource, selection: Selection, column: str | None) -> dict[str, Any] | None:
+    """Return what a run learns from labels: the obs column, the labels, and the share of cells that have one of them.
+
+    Args:
+        source: source of the cells.
+        selection: cells and classes of the run.
+        column: the obs column; None if the run learns no labels, and then the result is None.
+    """
+    if column is None:
+        return None
+    values = source.obs([column])[column]
+    shares = {}
+    for part, cell_ids in selection.parts.items():
+        of_part = values.loc[pd.Index(cell_ids)]
+        learned = has_label(of_part) & of_part.astype(object).astype(str).isin(selection.classes).to_numpy()
+        shares[f"labelled_{part}"] = float(learned.mean())
+    return {"column": column, "classes": selection.classes, **shares}
+
+
 def save_selection(selection: Selection, source: CellSource, settings: Settings) -> None:
     """Write settings.yaml and split.json into the run folder: donors and cells of each part, genes, provenance."""
     folder, data = Path(settings.training.output_dir), settings.data
@@ -177,6 +226,7 @@ def save_selection(selection: Selection, source: CellSource, settings: Settings)
         **_run_record(source, settings),
         "genes": selection.genes,
         "domains": selection.domains,
+        "classes": selection.classes,
         "composition": composition_of(source, selection.parts),
     }
     obs = source.obs([data.donor_key])
@@ -201,7 +251,7 @@ def load_selection(path: Path) -> tuple[Selection, Split]:
     for key in ("steps", "tokens"):
         if not isinstance(split.source.get(key, {}), dict):
             raise ValueError(f"{path}: expected names with values at {key!r} under 'source'")
-    for key in ("genes", "domains", *({"paths"} & split.source.keys())):
+    for key in ("genes", "domains", *sorted({"classes", "paths"} & split.source.keys())):
         found = split.source.get(key)
         if not isinstance(found, list) or not all(isinstance(name, str) for name in found):
             raise ValueError(
@@ -209,7 +259,8 @@ def load_selection(path: Path) -> tuple[Selection, Split]:
                 "or not from a pretraining run"
             )
     n_donors = {part: len(donors) for part, donors in split.donors.items()}
-    return Selection(split.parts, split.source["genes"], split.source["domains"], n_donors), split
+    record = split.source
+    return Selection(split.parts, record["genes"], record["domains"], n_donors, record.get("classes", [])), split
 
 
 def _find_hvg_batch_key(source: CellSource, data: DataSettings) -> str | None:
@@ -245,6 +296,7 @@ def _run_record(source: CellSource, settings: Settings) -> dict[str, Any]:
         "cached": data.cache_dir is not None or None,  # None, as in a record that does not have the key
         "mask_ratios": list(data.mask_ratios),
         "batch_key": data.batch_key,
+        "supervise_by": data.supervise_by,
         # What a checkpoint holds depends on these two.
         "ema_decay": args.ema_decay,
         "optim": MUON if args.optim == MUON else None,

@@ -26,9 +26,8 @@ from scgpt_hf.tokens.processing_scgpt import ScGPTProcessor
 from scgpt_hf.training.optimization.optimizers import MUON
 from scgpt_hf.training.optimization.schedules import scheduler_arguments
 
-# Fields of `ScGPTConfig` that are not settings of a pretraining run. The run derives the first six from the processor
-# and the data, and it has no class head.
-_NOT_MODEL_SETTINGS = {"vocab_size", "pad_token_id", "n_bins", "n_domains", "batch_key", "domains", "class_head_layers"}
+# Fields of `ScGPTConfig` that a pretraining run derives from the processor and the data.
+_NOT_MODEL_SETTINGS = {"vocab_size", "pad_token_id", "n_bins", "n_domains", "batch_key", "domains"}
 # Arguments of `ScGPTProcessor` that come from the data.
 _NOT_TOKEN_SETTINGS = {"self", "tokenizer", "symbols"}
 
@@ -170,6 +169,11 @@ class CellSettings:
         None,
         "obs column of the experimental batch, for heads and norms that use it; with the objective 'counts' dataset_id",
     )
+    supervise_by: str | None = setting(
+        None,
+        "obs column of labels to learn with the objective 'cls', e.g. cell_type; cells without a value or with "
+        "'unknown' have no label; by default pretraining uses no labels",
+    )
     cache_dir: str | None = setting(
         None,
         "write the cells to this folder during the first epoch, and read and shuffle all of them from there in later "
@@ -215,8 +219,6 @@ class ModelSettings(_ModelFields):  # type: ignore[misc]
         if not isinstance(weights, dict | None):
             raise ValueError(f"expected loss_weights as names with numbers, found {weights!r}")
         self.loss_weights = weights
-        if "cls" in (weights or {}):
-            raise ValueError("the objective 'cls' needs labelled cells, which pretraining does not read")
 
 
 @dataclass

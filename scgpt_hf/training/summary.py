@@ -16,7 +16,7 @@ from scgpt_hf.publishing.record import RunRecord, read_metrics
 from scgpt_hf.publishing.run_summary import error_rows
 from scgpt_hf.training.data_module import DataModule
 from scgpt_hf.training.run_folder import METRICS, SUMMARY, list_results, write_json
-from scgpt_hf.training.selection import composition_of
+from scgpt_hf.training.selection import composition_of, supervision_of
 from scgpt_hf.training.trainer import ScGPTTrainer
 
 _PACKAGES = ("scgpt_hf", "torch", "transformers", "datasets", "accelerate", "tiledbsoma", "cellxgene-census")
@@ -44,6 +44,7 @@ def summarize(trainer: ScGPTTrainer, data_module: DataModule) -> dict[str, Any]:
         "versions": {name: version(name) for name in _PACKAGES},
         "baselines": asdict(trainer.baselines) if trainer.baselines else None,
         "best": min(validations, key=lambda line: line["eval_loss"]) if validations else None,
+        "supervision": supervision_of(data_module.source, data_module.selection, data_module.supervise_by),
         "composition": composition_of(data_module.source, parts),
         "data": data_module.source.describe(),
     }

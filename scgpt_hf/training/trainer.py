@@ -48,6 +48,7 @@ class ScGPTTrainer(FaultTolerantTrainer):
 
     Attributes:
         weights: weight of each objective in the loss, without those of weight 0.
+        terms: names of the means that validation computes: each objective and, for labels, the accuracy.
         average: moving average of the weights while `train` runs; None without `ema_decay`.
         baselines: errors of simple predictors, logged with every validation; None until they are measured.
     """
@@ -80,6 +81,7 @@ class ScGPTTrainer(FaultTolerantTrainer):
         super().__init__(**trainer_arguments)
         config = trainer_arguments["model"].config
         self.weights: dict[str, float] = {name: weight for name, weight in config.loss_weights.items() if weight}
+        self.terms = [*self.weights, *(["cls_accuracy"] if "cls" in self.weights else [])]
         self.validation_stream = pin_batches(validation_stream, self.args.device)
         self.n_validation_rounds = math.ceil(n_validation_steps / self.args.world_size)
         if self.is_fsdp_enabled and n_validation_steps < self.args.world_size:
@@ -153,10 +155,15 @@ class ScGPTTrainer(FaultTolerantTrainer):
         """Return the number of masked positions of a step, over its micro-batches and all processes.
 
         Losses are sums divided by this number. So the result does not depend on how the cells of a step are split: one
-        process with 8 cells, two with 4, or 8 accumulated.
+        process with 8 cells, two with 4, or 8 accumulated. The number of labelled cells, by which the objective "cls"
+        divides, is counted with it and added to the batches.
         """
-        n_masked: torch.Tensor = self.accelerator.gather(count_labels(batches, device))
-        return n_masked.sum()
+        keys = ["labels", *(["class_labels"] if "cls" in self.weights else [])]
+        counts: torch.Tensor = self.accelerator.gather(count_labels(batches, keys, device)[None])
+        n_masked, *n_labelled = counts.sum(0).unbind()
+        for batch in batches if n_labelled else ():
+            (batch["num_labelled_in_batch"],) = n_labelled
+        return n_masked
 
     def process_loss(self, loss: torch.Tensor, outputs: Any) -> torch.Tensor:
         """Return the loss to backpropagate, and add the loss of each objective to the sums for the log."""
@@ -228,20 +235,29 @@ class ScGPTTrainer(FaultTolerantTrainer):
         losses_by_batch = []
         for batch, counts in self._validation_batches():
             with self.accelerator.autocast():
-                losses = model(**self.to_model_inputs(batch)).losses
+                outputs = model(**self.to_model_inputs(batch))
             if not counts:
                 break
-            n_masked, n_cells = len(batch["label_positions"]), len(lengths_of(batch))  # type: ignore[arg-type]
-            # The losses of gene expression are means over masked positions, the others means over cells.
-            n_terms = [n_masked if name.startswith("gep") else n_cells for name in self.weights]
-            losses_by_batch.append((torch.stack([losses[name].float() for name in self.weights]), n_terms, n_cells))
+            losses_by_batch.append((*self._terms_of(batch, outputs), len(lengths_of(batch))))
         model.train()
         # Only now are the losses copied to the CPU: in the loop, each copy would make the host wait for the GPU.
-        sums = torch.zeros(2 * len(self.weights) + 1, dtype=torch.float64)  # zeros on a process without a batch
+        sums = torch.zeros(2 * len(self.terms) + 1, dtype=torch.float64)  # zeros on a process without a batch
         for means, n_terms, n_cells in losses_by_batch:
             weights = sums.new_tensor(n_terms)
             sums += torch.cat([means.cpu().double() * weights, weights, sums.new_tensor([n_cells])])
         return self.metrics_from_sums(over_ranks(sums, self.accelerator).tolist())
+
+    def _terms_of(self, batch: Batch, outputs: Any) -> tuple[torch.Tensor, list[int]]:
+        """Return each of `terms` of a validation batch, (terms,), and how many positions or cells it is a mean of."""
+        means, n_cells, classes = dict(outputs.losses), len(lengths_of(batch)), batch.get("class_labels")
+        n_masked = len(batch["label_positions"])  # type: ignore[arg-type]
+        # The losses of gene expression are means over masked positions, those of classes over labelled cells, and the
+        # others over all cells.
+        n_terms = {name: n_masked if name.startswith("gep") else n_cells for name in self.weights}
+        if isinstance(classes, torch.Tensor):
+            n_terms["cls"] = n_terms["cls_accuracy"] = int(classes.ne(int(IGNORE)).sum())
+            means["cls_accuracy"] = accuracy(outputs.class_logits, copy_to(self.args.device, classes))
+        return torch.stack([means[name].float() for name in self.terms]), [n_terms[name] for name in self.terms]
 
     def _validation_batches(self) -> Iterator[tuple[Batch, bool]]:
         """Yield the batches of this process, and whether each counts.
@@ -261,16 +277,16 @@ class ScGPTTrainer(FaultTolerantTrainer):
         """Return the metrics of a validation.
 
         Args:
-            sums: sums over all cells: for each objective the sum of its loss, then for each objective the number of
-                terms, then the number of cells. Shape (2 * objectives + 1,).
+            sums: sums over all cells: for each of `terms` its sum, then for each the number of positions or cells that
+                it is a mean of, then the number of cells. Shape (2 * terms + 1,).
 
         Returns:
-            `loss`, the weighted sum; the mean of each objective; `cells`; and, if they are known, the baselines and
-            `variance_explained`, 1 - MSE / MSE of the best constant.
+            `loss`, the weighted sum of the objectives; the mean of each of `terms`; `cells`; and, if they are known,
+            the baselines and `variance_explained`, 1 - MSE / MSE of the best constant.
         """
-        n = len(self.weights)
-        means = {name: sums[row] / max(sums[n + row], 1.0) for row, name in enumerate(self.weights)}
-        metrics = {"loss": sum((self.weights[name] * mean for name, mean in means.items()), 0.0)}
+        n = len(self.terms)
+        means = {name: sums[row] / max(sums[n + row], 1.0) for row, name in enumerate(self.terms)}
+        metrics = {"loss": sum((weight * means[name] for name, weight in self.weights.items()), 0.0)}
         metrics |= {f"{name}_mse" if name in _SQUARED_ERRORS else name: mean for name, mean in means.items()}
         metrics["cells"] = sums[-1]
         if self.baselines is not None:
@@ -345,11 +361,22 @@ def _pin(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch]:
         yield {key: value.pin_memory() if isinstance(value, torch.Tensor) else value for key, value in batch.items()}
 
 
-def count_labels(batches: Sequence[Batch], device: torch.device) -> torch.Tensor:
-    """Return the number of labels in the batches of this process: float32, shape (), on the device."""
-    total = torch.zeros(())
+def accuracy(logits: torch.Tensor, classes: torch.Tensor) -> torch.Tensor:
+    """Return the share of the cells with a class whose class has the highest logit, or 0 if no cell has one.
+
+    Args:
+        logits: shape (cells, classes).
+        classes: int64 class of each cell, `IGNORE` where unknown, shape (cells,).
+    """
+    known = classes != int(IGNORE)
+    return ((logits.argmax(1) == classes) & known).sum() / known.sum().clamp(min=1)
+
+
+def count_labels(batches: Sequence[Batch], keys: Sequence[str], device: torch.device) -> torch.Tensor:
+    """Return the number of labels at each key in the batches of this process: float32, (keys,), on the device."""
+    total = torch.zeros(len(keys))
     for batch in batches:
-        total += torch.as_tensor(batch["labels"]).ne(IGNORE).sum()
+        total += torch.stack([torch.as_tensor(batch[key]).ne(IGNORE).sum() for key in keys])
     return copy_to(device, total.pin_memory() if device.type == "cuda" else total)
 
 

@@ -104,6 +104,7 @@ def test_card_states_data_training_and_results_with_baselines(run: Path) -> None
     text = model_card(run).text
     assert UNKNOWN not in text
     assert "in progress" not in text
+    assert "upervis" not in text
     for row in (
         "| Source | CELLxGENE Census |",
         "| Organism | Homo sapiens |",

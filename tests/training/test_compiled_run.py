@@ -30,10 +30,10 @@ def test_a_compiled_run_has_the_losses_of_an_eager_one(small_census, tmp_path):
 
 def test_labels_are_counted_over_the_batches_of_a_step():
     batches = [{"labels": torch.tensor([[1.0, IGNORE, 3.0]])}, {"labels": torch.tensor([[IGNORE], [2.0]])}]
-    counted = count_labels(batches, CPU)
+    counted = count_labels(batches, ["labels"], CPU)
     assert counted.item() == 3
     assert counted.dtype == torch.float32
-    assert count_labels([], CPU).item() == 0
+    assert count_labels([], ["labels"], CPU).item() == 0
 
 
 def test_batches_for_a_cpu_are_not_pinned():

@@ -24,9 +24,9 @@ from scgpt_hf.training.fault_tolerance.losses import load_losses, losses_path
 # a fresh optimizer or schedule.
 _REQUIRED_FILES = ("model*.safetensors", "optimizer*", "scheduler.pt", TRAINER_STATE_NAME)
 
-# Parts of a run's record that do not have to match: the same data may be stored elsewhere, and genes and domains are
-# read from the record.
-_MAY_DIFFER = {"uri", "genes", "domains"}
+# Parts of a run's record that do not have to match: the same data may be stored elsewhere, and genes, domains and
+# classes are read from the record.
+_MAY_DIFFER = {"uri", "genes", "domains", "classes"}
 # Parts of a run's record that are dictionaries, whose items are compared one by one.
 _NESTED = ("steps", "tokens")
 

@@ -25,7 +25,7 @@ def test_two_processes_stop_together_and_one_process_resumes(small_census, tmp_p
     assert done.returncode == 0, done.stderr[-4000:]
     checks = json.loads(next(line for line in done.stdout.splitlines() if line.startswith('{"objectives"')))
     assert checks == {
-        "objectives": 7,
+        "objectives": 8,
         "skipped": True,
         "exit_code": 143,
         "saved": 2,

@@ -20,6 +20,7 @@ OBJECTIVES = {
     "gepc": {},
     "gep gepc": {},
     "gep gepc ecs cce": {},
+    "gep cls": {"--supervise_by": "cell_type"},
     "gep counts": {"--cls_shortcut": "true"},
     "gep gepc dar": {"--domain_head": "true", "--domain_embedding": "true", "--batch_key": "dataset_id"},
     "gep gepc gep_zero gepc_zero": {"--explicit_zero_prob": "true"},
