@@ -46,7 +46,7 @@ _LARGEST = dict.fromkeys(_SIZES, 10_000_000)
 _LARGEST["num_hidden_layers"] = 1_000
 
 # Explained in `objectives_scgpt`.
-OBJECTIVES = ("gep", "gepc", "gep_zero", "gepc_zero", "ecs", "cce", "dar", "cls", "counts")
+OBJECTIVES = ("gep", "gepc", "gep_zero", "gepc_zero", "ecs", "cce", "dar", "cls", "views", "counts")
 
 # Keywords that the library passes to a config besides its fields. Other unknown keywords are misspelt, or come from a
 # newer version.
@@ -102,6 +102,7 @@ class ScGPTConfig(PreTrainedConfig):
         class_head_layers: number of linear layers of the class head.
         ecs_threshold: similarity that the objective "ecs" moves pairs of cells away from.
         cce_temperature: temperature of the objective "cce".
+        view_temperature: temperature of the objective "views". Source: Chen et al. 2020, arXiv:2002.05709, table 5.
         count_likelihood: distribution of the raw counts for the objective "counts": "multinomial", or "nb" (negative
             binomial).
         count_head_size: width of the hidden layer of the count decoder.
@@ -147,6 +148,7 @@ class ScGPTConfig(PreTrainedConfig):
     class_head_layers: int = 3
     ecs_threshold: float | int = 0.3
     cce_temperature: float | int = 0.5
+    view_temperature: float | int = 0.1
     count_likelihood: Literal["multinomial", "nb"] = "multinomial"
     count_head_size: int = 256
     cls_shortcut: bool = False
@@ -220,8 +222,9 @@ class ScGPTConfig(PreTrainedConfig):
             raise ValueError(f"cls_shortcut needs cell_pooling='cls', found {self.cell_pooling!r}")
         if not -1 <= self.ecs_threshold <= 1:
             raise ValueError(f"ecs_threshold is {self.ecs_threshold}; expected a cosine similarity, from -1 to 1")
-        if not 0 < self.cce_temperature < math.inf:
-            raise ValueError(f"cce_temperature is {self.cce_temperature}; expected a finite number above 0")
+        for name in ("cce_temperature", "view_temperature"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name} is {getattr(self, name)}; expected a finite number above 0")
 
     def validate_objectives(self) -> None:
         """Check that each objective has a head and each head an objective. The library calls this method.

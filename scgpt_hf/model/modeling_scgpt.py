@@ -13,6 +13,7 @@ the predictions and `objectives_scgpt` for the losses.
 # mypy: disable-error-code="no-untyped-call, untyped-decorator, no-any-return"
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypedDict, Unpack
@@ -36,6 +37,7 @@ from .heads_scgpt import CellToGeneHead, ClassHead, ExpressionHead, ScGPTForPreT
 from .objectives_scgpt import (
     bernoulli_nll,
     class_cross_entropy,
+    contrast_views,
     contrastive_cells,
     elastic_cell_similarity,
     masked_mse,
@@ -366,6 +368,13 @@ class ScGPTForPreTraining(ScGPTPreTrainedModel):
         count_ids: Tensor | None = None,
         count_values: Tensor | None = None,
         count_cells: Tensor | None = None,
+        view_input_ids: Tensor | None = None,
+        view_values: Tensor | None = None,
+        view_attention_mask: Tensor | None = None,
+        view_cu_seq_lens_q: Tensor | None = None,
+        view_cu_seq_lens_k: Tensor | None = None,
+        view_max_length_q: int | None = None,
+        view_max_length_k: int | None = None,
         num_items_in_batch: Tensor | int | None = None,
         num_cells_in_batch: Tensor | int | None = None,
         num_labelled_in_batch: Tensor | int | None = None,
@@ -383,6 +392,9 @@ class ScGPTForPreTraining(ScGPTPreTrainedModel):
             count_ids: vocabulary id of each non-zero count of all cells, int64 (entries,), for the objective "counts".
             count_values: the raw count, float32 (entries,).
             count_cells: position of its cell in this input, int64 (entries,), ascending.
+            view_input_ids, view_values, view_attention_mask, view_cu_seq_lens_q, view_cu_seq_lens_k,
+                view_max_length_q, view_max_length_k: a second view of the same cells, for the objective "views"; as
+                the arguments without `view_`.
             num_items_in_batch: number of labels of the complete batch, over all accumulation steps and processes, if
                 this is a part of it.
             num_cells_in_batch: number of cells of the complete batch; used with `num_items_in_batch` only.
@@ -394,40 +406,26 @@ class ScGPTForPreTraining(ScGPTPreTrainedModel):
             ValueError: an input that a head or an objective of the config needs is missing.
         """
         cells = (input_ids, values, attention_mask, cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k)
-        encode = partial(self.scgpt, *cells, domain_ids=domain_ids, return_dict=True)
-        encoded = encode(**kwargs)
+        view = (view_values, view_attention_mask, view_cu_seq_lens_q, view_cu_seq_lens_k)
+        view_lengths = (view_max_length_q, view_max_length_k)
+        encode = partial(self.scgpt, domain_ids=domain_ids, return_dict=True)
+        encoded = encode(*cells, **kwargs)
         predicted = self._predict(encoded, cu_seq_lens_q, label_positions, domain_ids)
         loss, losses = None, None
-        config, n_labels = self.config, num_items_in_batch
         if labels is not None:
-            labels = labels if label_positions is None else labels.flatten().index_select(0, label_positions)
-            share = share_of_batch(labels, n_labels)
-            # Functions, so that only the objectives with a weight are computed; "cce" costs a second forward pass.
-            objectives = {
-                "gep": lambda: masked_mse(predicted["gep"], labels, n_labels),
-                "gepc": lambda: masked_mse(predicted["gepc"], labels, n_labels),
-                "gep_zero": lambda: bernoulli_nll(predicted["gep_zero"], labels, n_labels),
-                "gepc_zero": lambda: bernoulli_nll(predicted["gepc_zero"], labels, n_labels),
-                "ecs": lambda: share * elastic_cell_similarity(encoded.cell_embedding, config.ecs_threshold),
-                "cce": lambda: (
-                    share * contrastive_cells(encoded.cell_embedding, encode().cell_embedding, config.cce_temperature)
-                ),
-                "dar": lambda: share * class_cross_entropy(predicted["dar"], _require(domain_ids, "domain_ids")),
-                "counts": lambda: _mean_over_cells(
-                    self._count_loss(encoded.cell_embedding, domain_ids, count_ids, count_values, count_cells),
-                    None if n_labels is None else num_cells_in_batch,
-                ),
-                "cls": lambda: (
-                    (share if num_labelled_in_batch is None else 1.0)
-                    * class_cross_entropy(
-                        predicted["class_logits"],
-                        _require(class_labels, "class_labels"),
-                        None if n_labels is None else num_labelled_in_batch,
-                    )
-                ),
+            targets = {
+                "labels": labels if label_positions is None else labels.flatten().index_select(0, label_positions),
+                "domain_ids": domain_ids,
+                "class_labels": class_labels,
+                **{"count_ids": count_ids, "count_values": count_values, "count_cells": count_cells},
             }
-            losses = {name: objective() for name, objective in objectives.items() if config.has_objective(name)}
-            loss = torch.stack([config.loss_weights[name] * value for name, value in losses.items()]).sum()
+            again = {
+                "cce": lambda: encode(*cells),
+                "views": lambda: encode(_require(view_input_ids, "view_input_ids"), *view, *view_lengths),
+            }
+            totals = (num_items_in_batch, num_cells_in_batch, num_labelled_in_batch)
+            losses = self._losses(encoded.cell_embedding, predicted, targets, again, totals)
+            loss = torch.stack([self.config.loss_weights[name] * value for name, value in losses.items()]).sum()
         return ScGPTForPreTrainingOutput(
             loss=loss,
             losses=losses,
@@ -438,11 +436,57 @@ class ScGPTForPreTraining(ScGPTPreTrainedModel):
             attentions=encoded.attentions,
         )
 
-    def _count_loss(self, cells: Tensor, domain_ids: Tensor | None, *entries: Tensor | None) -> Tensor:
+    def _losses(
+        self,
+        cells: Tensor,
+        predicted: dict[str, Any],
+        targets: dict[str, Tensor | None],
+        encode_again: dict[str, Callable[[], ScGPTModelOutput]],
+        totals: tuple[Tensor | int | None, ...],
+    ) -> dict[str, Tensor]:
+        """Return the loss of each objective that has a weight.
+
+        Args:
+            cells: embeddings of the cells, (cells, hidden).
+            predicted: predictions of the heads, as `_predict` returns them.
+            targets: arguments of `forward` by name, with the labels of the predictions as `labels`.
+            encode_again: objective → function that encodes the cells once more, or their second views.
+            totals: numbers of labels, cells and labelled cells of the complete batch, as `forward` takes them.
+        """
+        config, required = self.config, lambda name: _require(targets[name], name)
+        domain_ids = targets["domain_ids"]
+        n_labels, n_cells, n_labelled = totals if totals[0] is not None else (None, None, None)
+        share, labels = share_of_batch(required("labels"), n_labels), required("labels")
+        # Without their number, the labelled cells of each part count by its share of the masked tokens.
+        class_share = share if n_labelled is None else 1.0
+        # Functions, so that only the objectives with a weight are computed; some cost a second forward pass.
+        objectives = {
+            "gep": lambda: masked_mse(predicted["gep"], labels, n_labels),
+            "gepc": lambda: masked_mse(predicted["gepc"], labels, n_labels),
+            "gep_zero": lambda: bernoulli_nll(predicted["gep_zero"], labels, n_labels),
+            "gepc_zero": lambda: bernoulli_nll(predicted["gepc_zero"], labels, n_labels),
+            "ecs": lambda: share * elastic_cell_similarity(cells, config.ecs_threshold),
+            "cce": lambda: (
+                share * contrastive_cells(cells, encode_again["cce"]().cell_embedding, config.cce_temperature)
+            ),
+            "dar": lambda: share * class_cross_entropy(predicted["dar"], required("domain_ids")),
+            "counts": lambda: _mean_over_cells(self._count_loss(cells, targets), n_cells),
+            "cls": lambda: (
+                class_share * class_cross_entropy(predicted["class_logits"], required("class_labels"), n_labelled)
+            ),
+            "views": lambda: _mean_over_cells(
+                contrast_views(cells, encode_again["views"]().cell_embedding, config.view_temperature, domain_ids),
+                n_cells,
+            ),
+        }
+        return {name: objective() for name, objective in objectives.items() if config.has_objective(name)}
+
+    def _count_loss(self, cells: Tensor, targets: dict[str, Tensor | None]) -> Tensor:
         """Return the negative log-likelihood of each cell's raw counts, (cells,)."""
         assert self.count_head is not None
         names = ("count_ids", "count_values", "count_cells")
-        ids, counts, cell_of_entry = (_require(entry, name) for entry, name in zip(entries, names, strict=True))
+        ids, counts, cell_of_entry = (_require(targets[name], name) for name in names)
+        domain_ids = targets["domain_ids"]
         if self.config.n_domains > 1:
             domain_ids = _require(domain_ids, "domain_ids")
         return self.count_head.loss(cells, domain_ids, ids, counts, cell_of_entry)
@@ -553,6 +597,7 @@ def _mean_over_cells(terms: Tensor, n_cells: Tensor | int | None) -> Tensor:
 
 def _require(tensor: Tensor | None, name: str) -> Tensor:
     if tensor is None:
-        hint = "pass with_counts=True to the stream" if name.startswith("count_") else "pass them, int64 (cells,)"
+        hints = {"count": "pass with_counts=True to the stream", "view": "pass view_keep to the stream"}
+        hint = hints.get(name.split("_")[0], "pass them, int64 (cells,)")
         raise ValueError(f"{name} are missing; a head or objective of this config needs them: {hint}")
     return tensor

@@ -18,6 +18,8 @@
   what identifies the domain. Source: bowang-lab/scGPT:scgpt/model/grad_reverse.py; Ganin and Lempitsky 2015,
   arXiv:1409.7495.
 - **cls**, cell type classification (`class_cross_entropy`): over the cells that have a label.
+- **views**, contrast of two views (`contrast_views`): a cell must be closer to a second view of itself, with thinned
+  counts and other sampled genes, than to other cells of its domain.
 - **counts**, the likelihood of the raw counts of all genes given the cell embedding; see `count_decoder_scgpt`.
 
 Every reduction is float32, under any autocast, and returns 0 if there is nothing to reduce. The original divides by
@@ -104,6 +106,29 @@ def contrastive_cells(first: Tensor, second: Tensor, temperature: float) -> Tens
     """
     similarity = _cosine_similarity(first, second)
     return class_cross_entropy(similarity / temperature, torch.arange(len(first), device=first.device))
+
+
+def contrast_views(first: Tensor, second: Tensor, temperature: float, domain_ids: Tensor | None = None) -> Tensor:
+    """Compute the contrastive loss of each cell between two views of all cells (InfoNCE), float32 (cells,).
+
+    The formula is −½ (log softmax_j(s_ij / t) + log softmax_j(s_ji / t)) at j = i, where s_ij is the cosine similarity
+    of the first view of cell i to the second view of cell j, and t the temperature. The softmax is over the cells of
+    the same domain: other domains as negatives would teach what identifies a domain.
+
+    Args:
+        first: embeddings of the first views, shape (cells, hidden).
+        second: embeddings of the second views, same shape.
+        temperature: divisor of the similarities.
+        domain_ids: domain of each cell, int64 (cells,); by default all cells are of one domain.
+
+    Source: van den Oord et al. 2018, arXiv:1807.03748; in both directions as in Chen et al. 2020, arXiv:2002.05709.
+    """
+    logits = _cosine_similarity(first, second) / temperature
+    if domain_ids is not None:
+        logits = logits.masked_fill(domain_ids[:, None] != domain_ids, -torch.inf)
+    itself = torch.arange(len(first), device=first.device)
+    there, back = (F.cross_entropy(scores, itself, reduction="none") for scores in (logits, logits.mT))
+    return (there + back) / 2
 
 
 def class_cross_entropy(logits: Tensor, labels: Tensor, num_items: Tensor | int | None = None) -> Tensor:

@@ -37,6 +37,7 @@ from scgpt_hf.cells.source import CellSource
 from scgpt_hf.cells.threads import JOIN_TIMEOUT_S, DaemonThreadPool, in_order, n_cores
 from scgpt_hf.pipeline.genes import GeneMatch, match_source_genes
 from scgpt_hf.tokens.binning_scgpt import Ties
+from scgpt_hf.tokens.counts_scgpt import SparseCounts
 from scgpt_hf.tokens.packing_scgpt import IGNORE, Tokens, bucket, bucket_size, pack, pad
 from scgpt_hf.tokens.processing_scgpt import ScGPTProcessor
 from scgpt_hf.tokens.targets_scgpt import CountTargets, gather_count_targets
@@ -77,6 +78,8 @@ class StreamConfig:
             a batch has no cell left, because every rank needs a batch in every step. "skip" leaves out such batches
             too. "raise" raises an error that lists the cells.
         with_cell_ids: add `cell_ids` to each batch, int64 (cells,): which cells it holds.
+        view_keep: add a second view of each cell for the objective "views": shares of its counts that the view keeps,
+            of which one is drawn per cell. None adds no view.
         with_counts: add the raw counts of all known genes of each cell, the targets of the objective "counts".
     """
 
@@ -94,6 +97,7 @@ class StreamConfig:
     key_by: Literal["cell_id", "content"] = "cell_id"
     empty_cells: Literal["drop", "skip", "raise"] = "drop"
     with_cell_ids: bool = False
+    view_keep: Sequence[float] | None = None
     with_counts: bool = False
 
 
@@ -152,6 +156,7 @@ class TokenizedCells:
         rows: position of each of these cells in `block`, int64 (cells,).
         categories: batch key → class id of each of these cells, int64 (cells,).
         targets: raw counts of these cells, if the config asks for them.
+        view: tokens of their second view, if the config asks for it.
         n_cells_of_step: cells of the global step, over all ranks and micro-batches.
     """
 
@@ -160,6 +165,7 @@ class TokenizedCells:
     rows: Int64Array
     categories: dict[str, Int64Array]
     targets: CountTargets | None = None
+    view: Tokens | None = None
     n_cells_of_step: int = 0
 
     @property
@@ -347,6 +353,7 @@ class CellStream:
         )
         if config.mask_ratios is not None:
             tokens = self.processor.mask(tokens, seed=config.seed, epoch=epoch, ratios=config.mask_ratios)
+        view = self._tokenize_view(counts, cell_ids, epoch)
         if len(tokens) < len(rows):  # counted only now, because most sources have no such cell
             kept = self.processor.count_known(counts, self.gene_ids) > 0
             self._report_empty(cell_ids, kept)
@@ -362,7 +369,8 @@ class CellStream:
                 batch_rows = rows[start:stop]
                 classes = {key: ids[batch_rows] for key, ids in window.categories.items()}
                 counted = None if targets is None else targets[start:stop]
-                cells = TokenizedCells(tokens[start:stop], block, batch_rows, classes, counted, window.batch_size)
+                seen = None if view is None else view[start:stop]
+                cells = TokenizedCells(tokens[start:stop], block, batch_rows, classes, counted, seen, window.batch_size)
                 results.append(make_result(cells))
             elif config.empty_cells != "skip":
                 raise ValueError(
@@ -371,6 +379,14 @@ class CellStream:
                     "or a larger batch"
                 )
         return results
+
+    def _tokenize_view(self, counts: SparseCounts, cell_ids: Int64Array, epoch: int) -> Tokens | None:
+        """Return the tokens of a second view of the cells that `tokenize` keeps, if the config asks for one."""
+        config = self.config
+        if config.view_keep is None:
+            return None
+        options: Any = {"seed": config.seed, "epoch": epoch, "max_tokens": config.max_tokens}
+        return self.processor.tokenize_view(counts, self.gene_ids, cell_ids=cell_ids, keep=config.view_keep, **options)
 
     def _report_empty(self, cell_ids: Int64Array, kept: Any) -> None:
         """Log or refuse the cells that have no tokens; `kept` is false for these, bool (cells,)."""
@@ -412,12 +428,10 @@ def _label_ids(block: CellBlock, column: str, id_of_label: Mapping[str, int]) ->
 
 def make_batch(cells: TokenizedCells, *, processor: ScGPTProcessor, config: StreamConfig) -> Batch:
     """Make tensors of a micro-batch: tokens as `pack` or `pad` lays them out, class ids and, if wanted, cell ids."""
-    if config.padded:
-        batch: Batch = pad(cells.tokens, pad_id=processor.pad_id, pad_value=processor.pad_value)
-    else:
-        batch = pack(cells.tokens)
-        if config.bucketed:
-            batch = bucket(batch, pad_id=processor.pad_id, pad_value=processor.pad_value)
+    batch = _lay_out(cells.tokens, processor, config)
+    if cells.view is not None:
+        batch |= {f"view_{key}": value for key, value in _lay_out(cells.view, processor, config).items()}
+        batch["num_cells_in_batch"] = cells.n_cells_of_step
     batch |= {key: torch.from_numpy(ids) for key, ids in cells.categories.items()}
     if cells.targets is not None:
         n_entries = bucket_size(len(cells.targets.ids)) if config.bucketed else None
@@ -427,9 +441,23 @@ def make_batch(cells: TokenizedCells, *, processor: ScGPTProcessor, config: Stre
     return batch
 
 
-def lengths_of(batch: Batch) -> torch.Tensor:
-    """Return the number of tokens of each cell of a packed or padded batch, with `<cls>`. Shape (cells,)."""
-    cu_seq_lens, mask = batch.get("cu_seq_lens_q"), batch.get("attention_mask")
+def _lay_out(tokens: Tokens, processor: ScGPTProcessor, config: StreamConfig) -> Batch:
+    """Return tokens as tensors: padded, packed, or packed and lengthened to one of few shapes."""
+    padding: Any = {"pad_id": processor.pad_id, "pad_value": processor.pad_value}
+    if config.padded:
+        return pad(tokens, **padding)
+    packed = pack(tokens)
+    return bucket(packed, **padding) if config.bucketed else packed
+
+
+def lengths_of(batch: Batch, prefix: str = "") -> torch.Tensor:
+    """Return the number of tokens of each cell of a packed or padded batch, with `<cls>`. Shape (cells,).
+
+    Args:
+        batch: the batch.
+        prefix: "view_" for the second views of the cells.
+    """
+    cu_seq_lens, mask = batch.get(f"{prefix}cu_seq_lens_q"), batch.get(f"{prefix}attention_mask")
     assert isinstance(cu_seq_lens, torch.Tensor) or isinstance(mask, torch.Tensor)
     return cu_seq_lens.diff() if isinstance(cu_seq_lens, torch.Tensor) else mask.sum(1)  # type: ignore[union-attr]
 

@@ -46,6 +46,7 @@ _OBJECTIVES = {
     "cce": "contrastive cell embedding, CCE",
     "dar": "domain adaptation, DAR",
     "cls": "classification",
+    "views": "contrast of two views of each cell",
     "counts": "raw counts of all genes from the cell embedding",
 }
 _COMPOSITION = {"Tissues": "tissue_general", "Assays": "assay", "Diseases": "disease", "Data sets": "dataset_id"}

@@ -29,8 +29,9 @@ from .counts_scgpt import (
 from .kernels_scgpt import TIE_CODES
 from .masking_scgpt import mask_tokens, sample_mask_ratios
 from .packing_scgpt import Tokens, pack, pad
-from .randomness_scgpt import Int64Array
+from .randomness_scgpt import Int64Array, view_seed
 from .sampling_scgpt import COMPILED  # noqa: F401  # transformers 5.4 copies only the modules that this file imports
+from .thinning_scgpt import thin_counts
 from .tokenizing_scgpt import TokenSettings, check_gene_ids, tokenize_counts
 from .vocabulary_scgpt import (
     CLS,
@@ -273,6 +274,36 @@ class ScGPTProcessor(ProcessorMixin):
         n_dropped = counts.shape[0] - len(tokens)
         logger.debug("dropped %d of %d cells: they express no gene of the vocabulary", n_dropped, counts.shape[0])
         return tokens
+
+    def tokenize_view(
+        self,
+        counts: SparseCounts,
+        gene_ids: Int64Array,
+        *,
+        cell_ids: Int64Array,
+        seed: int,
+        epoch: int,
+        keep: Sequence[float],
+        max_tokens: int | None = None,
+    ) -> Tokens:
+        """Tokenize a second view of every cell that expresses a known gene: thinned counts, other ties, other genes.
+
+        Args:
+            counts: see `tokenize`; whole counts.
+            gene_ids: see `tokenize`.
+            cell_ids: see `tokenize`.
+            seed: seed of the run; the view differs from what `tokenize` returns for it.
+            epoch: epoch of the view.
+            keep: shares of the counts to keep, in (0, 1]; one of them is drawn for each cell.
+            max_tokens: see `tokenize`.
+
+        Returns:
+            Tokens of the same cells as those of `tokenize`.
+        """
+        counts, gene_ids = self._prepare(counts, gene_ids)
+        thinned = thin_counts(counts, gene_ids, keep, cell_ids=cell_ids, seed=seed, epoch=epoch)
+        options: Any = {"seed": view_seed(seed), "epoch": epoch, "max_tokens": max_tokens}
+        return self.tokenize(thinned, gene_ids, cell_ids=cell_ids, **options)
 
     def mask(self, tokens: Tokens, *, seed: int, epoch: int, ratios: Sequence[float] = (0.25, 0.5, 0.75)) -> Tokens:
         """Mask a share of each cell's genes and set their labels.

@@ -8,7 +8,8 @@ key and a counter. Here the key stands for (seed, epoch, purpose, cell), and the
     >>> random_words(keys, np.array([2, 5])).shape  # 64 random bits for genes 2 and 5 of cell 7
     (2,)
 
-`binning_scgpt` resolves ties with these numbers, `tokenizing_scgpt` samples genes and `masking_scgpt` masks them.
+`binning_scgpt` resolves ties with these numbers, `tokenizing_scgpt` samples genes, `masking_scgpt` masks them, and
+`thinning_scgpt` thins counts.
 """
 
 from functools import lru_cache
@@ -22,6 +23,7 @@ Int64Array = npt.NDArray[np.int64]
 # Each purpose has its own keys, so that, for example, the masked genes do not depend on which genes were sampled.
 # The golden files depend on these numbers: do not renumber them.
 TIES, SAMPLING, MASKING, MASK_RATIO = 1, 2, 3, 4
+VIEW_SEED, VIEW_KEEP, THINNING, THINNING_NORMAL = 5, 6, 7, 8
 
 # Constants of SplitMix64; see `mix_bits`. They are numpy scalars because numpy would turn a Python integer of more than
 # 63 bits into a float.
@@ -53,12 +55,17 @@ def cell_keys(cell_ids: Int64Array, *, seed: int, epoch: int, purpose: int) -> U
         cell_ids: any integers that identify the cells, shape (cells,).
         seed: seed of the run.
         epoch: number of the epoch; keys change with it.
-        purpose: `TIES`, `SAMPLING`, `MASKING` or `MASK_RATIO`.
+        purpose: one of the purposes above.
 
     Returns:
         uint64 keys, shape (cells,).
     """
     return mix_bits((_run_key(seed, epoch, purpose) ^ cell_ids.astype(np.int64).view(np.uint64)) + GOLDEN_GAMMA)
+
+
+def view_seed(seed: int) -> int:
+    """Return the seed of ties and sampling in the second view of each cell, so that they differ from the first."""
+    return int(_run_key(seed, 0, VIEW_SEED))
 
 
 @lru_cache(maxsize=64)

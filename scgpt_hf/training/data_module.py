@@ -52,6 +52,7 @@ class DataModule:
         args: TrainingSettings,
         *,
         mask_ratios: Sequence[float],
+        view_keep: Sequence[float] = (),
         chunks_per_window: int = CHUNKS_PER_WINDOW,
         supervise_by: str | None = None,
         cache_dir: str | None = None,
@@ -66,6 +67,7 @@ class DataModule:
             config: config of the model. It determines whether batches are padded and which domains they carry.
             args: seed, batch sizes, epochs and processes.
             mask_ratios: shares of a cell's genes to mask; one is drawn for each cell and epoch.
+            view_keep: shares of a cell's counts that its second view keeps, with the objective "views"; likewise.
             chunks_per_window: chunks whose cells are shuffled together.
             supervise_by: obs column of the labels of the objective "cls", if any.
             cache_dir: folder of the cache to write and read, if any.
@@ -86,6 +88,7 @@ class DataModule:
             bucketed=args.torch_compile,
             categories={} if config.batch_key is None else {"domain_ids": (config.batch_key, selection.domain_ids)},
             labels={} if supervise_by is None else {"class_labels": (supervise_by, selection.class_ids)},
+            view_keep=tuple(view_keep) if config.has_objective("views") else None,
             with_counts=config.has_objective("counts"),
         )
         self.supervise_by = supervise_by
@@ -150,9 +153,8 @@ class DataModule:
 
     def unmasked(self) -> Any:
         """Return training batches without masks, in the order of a first epoch."""
-        stream_config = replace(
-            self.stream_config, micro_batches=1, mask_ratios=None, bucketed=False, with_counts=False
-        )
+        only_tokens: dict[str, Any] = {"mask_ratios": None, "view_keep": None, "with_counts": False}
+        stream_config = replace(self.stream_config, micro_batches=1, bucketed=False, **only_tokens)
         return stream_cells(self.caching or self.source, [self.first_plan], self.processor, stream_config)
 
 

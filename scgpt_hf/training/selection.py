@@ -200,7 +200,7 @@ def composition_of(source: CellSource, parts: dict[str, Int64Array]) -> dict[str
 
 
 def supervision_of(source: CellSource, selection: Selection, column: str | None) -> dict[str, Any] | None:
-    """Return what a run learns from labels: the obs column, the labels, and the share of cells that have one of them.
+    """Describe the labels that a run learns: the obs column, its values, and the share of cells that have one of them.
 
     Args:
         source: source of the cells.
@@ -297,6 +297,7 @@ def _run_record(source: CellSource, settings: Settings) -> dict[str, Any]:
         "mask_ratios": list(data.mask_ratios),
         "batch_key": data.batch_key,
         "supervise_by": data.supervise_by,
+        "view_keep": list(data.view_keep) if (settings.model.loss_weights or {}).get("views") else None,
         # What a checkpoint holds depends on these two.
         "ema_decay": args.ema_decay,
         "optim": MUON if args.optim == MUON else None,

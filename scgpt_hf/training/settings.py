@@ -167,7 +167,13 @@ class CellSettings:
     )
     batch_key: str | None = setting(
         None,
-        "obs column of the experimental batch, for heads and norms that use it; with the objective 'counts' dataset_id",
+        "obs column of the experimental batch, for heads, norms and objectives that use it; with the objectives "
+        "'counts' and 'views' dataset_id",
+    )
+    view_keep: list[float] = setting(
+        [0.25, 0.5, 0.75],
+        "shares of a cell's counts that its second view keeps, for the objective 'views'; one is drawn for each cell "
+        "and epoch",
     )
     supervise_by: str | None = setting(
         None,
@@ -200,6 +206,8 @@ class DataSettings(_TokenFields, CellSettings):  # type: ignore[misc]
             raise ValueError(f"expected validation_fraction between 0 and 1, found {self.validation_fraction}")
         if not self.mask_ratios or not all(0 < ratio < 1 for ratio in self.mask_ratios):
             raise ValueError(f"expected mask_ratios between 0 and 1, found {self.mask_ratios}")
+        if not self.view_keep or not all(0 < share <= 1 for share in self.view_keep):
+            raise ValueError(f"expected view_keep above 0 and at most 1, found {self.view_keep}")
 
 
 @dataclass

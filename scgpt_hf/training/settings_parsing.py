@@ -76,8 +76,10 @@ def parse_settings(arguments: list[str], description: str = "") -> Settings:
         raise ValueError(f"unknown setting {unknown[0]!r}{_suggest(unknown[0].lstrip('-'), _all_names())}")
     given = vars(parser.parse_known_args(flags)[0])
     settings = Settings(data, model, training, _requested(given, library_defaults))
-    if data.batch_key is None and (model.loss_weights or {}).get("counts"):
-        data.batch_key = "dataset_id"  # the count decoder has a bias for each experimental batch
+    weights = model.loss_weights or {}
+    if data.batch_key is None and (weights.get("counts") or weights.get("views")):
+        # The count decoder has a bias for each experimental batch, and views contrast the cells of one.
+        data.batch_key = "dataset_id"
     if data.batch_key is None and (model.domain_embedding or model.domain_head):
         raise ValueError("domain_embedding and domain_head need --batch_key, the obs column of the experimental batch")
     return settings

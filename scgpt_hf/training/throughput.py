@@ -40,10 +40,12 @@ class Throughput:
         self.restart(waited_s=0.0)
 
     def count(self, batches: Iterable[Batch]) -> None:
-        """Add the cells and tokens of batches."""
+        """Add the cells and tokens of batches, with the tokens of second views."""
         for batch in batches:
             lengths = lengths_of(batch).double()
             self.n_cells += len(lengths)
+            if "view_input_ids" in batch:
+                lengths = torch.cat([lengths, lengths_of(batch, "view_").double()])
             self.n_tokens += int(lengths.sum())
             self.sum_of_squares += float(lengths.square().sum())
 
