@@ -42,13 +42,14 @@ from scgpt_hf.cells.soma.native import NativeArray
 # (measured).
 MIN_RANGE_DENSITY = 1 / 64
 
-# `_pack_words` goes over its entries twice: up to this many (32 KiB) stay in the L1 cache in between.
-_ENTRIES_PER_PASS = 2048
+# `_sum_words` adds up counts below 2**16 in 32 bits, of up to this many words at a time, because that is faster.
+_WORDS_PER_SUM = 2**16
 
 _TILE_BITS = TILE.bit_length() - 1
 _OUT_OF_ORDER = "entries are not in the order in which TileDB stores them"
 
-_COUNT_SHIFT, _GENE_MASK, _MAX_COUNT = 16, 2**16 - 1, 2**16 - 1  # of a word of 32 bits
+# Of a word of 32 bits. The largest count is a float32, because compiled code compares a float32 with an int as float64.
+_COUNT_SHIFT, _GENE_MASK, _MAX_COUNT = 16, 2**16 - 1, np.float32(2**16 - 1)
 
 Array: TypeAlias = NDArray[Any]
 Entries: TypeAlias = tuple[Array, Array, Array]  # cell ids, genes and counts, shape (entries,) each
@@ -266,17 +267,18 @@ def _pack_part(
     rows, starts, stops = rows[:n_runs].copy(), starts[:n_runs], stops[:n_runs]
     lengths = stops - starts
     words: Array = np.empty(lengths.sum(), np.uint32)
-    n_zeros, n_misfits, n_unknown = _pack_words(genes, counts, starts, stops, words, genes.dtype.type(n_genes))
-    if n_unknown:
-        raise ValueError(
-            f"{array.uri}: {n_unknown:,} entries have genes that var does not have, e.g. gene {genes.max():,}; var has "
-            f"{n_genes:,} genes; is the copy complete?"
-        )
-    if n_zeros:  # rare: a Census stores none, so they are only looked for while packing
-        ids, genes, counts = (column[counts != 0] for column in (ids, genes, counts))
-        return _pack_part((ids, genes, counts), row_of_id, first_id, n_genes, array)
-    if n_misfits or n_genes > 2**16:  # rare, too: discard the words and pack again
+    all_fit = _pack_words(genes, counts, starts, stops, words, genes.dtype.type(n_genes))
+    if not all_fit or n_genes > 2**16:  # rare: discard the words and look closer
         wanted = row_of_id[(ids - first_id).clip(0, len(row_of_id) - 1)] >= 0
+        unknown = genes[wanted & (genes >= n_genes)]
+        if len(unknown):
+            raise ValueError(
+                f"{array.uri}: {len(unknown):,} entries have genes that var does not have, e.g. gene "
+                f"{unknown.max():,}; var has {n_genes:,} genes; is the copy complete?"
+            )
+        if not counts[wanted].all():  # a Census stores no zeros
+            ids, genes, counts = (column[counts != 0] for column in (ids, genes, counts))
+            return _pack_part((ids, genes, counts), row_of_id, first_id, n_genes, array)
         words = _pack_wide_words(genes[wanted], counts[wanted])
     return _Part(words, rows, lengths)
 
@@ -307,8 +309,8 @@ def _counts_of_words(words: Array) -> NDArray[np.float32]:
     return (words >> np.uint64(32)).astype(np.uint32).view(np.float32)
 
 
-# The inner loops below are short and run over slices from 0 to their length. The compiler vectorises such loops; one
-# loop that does several things at once, or one with offsets in its indices, stays scalar and is slower.
+# The inner loops below are short, keep to values of 32 bits, and run over slices from 0 to their length. The compiler
+# vectorises such loops; one with offsets in its indices stays scalar and is slower.
 
 
 @compiled
@@ -338,30 +340,29 @@ def _find_runs(ids, genes, row_of_id, first_id, rows, starts, stops):  # type: i
 
 @compiled
 def _pack_words(genes, counts, starts, stops, words, n_genes):  # type: ignore[no-untyped-def]
-    """Fill words of 32 bits; return the numbers of zeros, of counts that do not fit 16 bits, and of unknown genes.
+    """Fill words of 32 bits; return whether all counts are integers from 1 to 65,535, and all genes are known.
 
-    Neighbouring runs are packed together, as long as their entries stay in the L1 cache for the second pass.
+    Neighbouring runs are packed together: a longer loop gains more from being vectorised.
     """
-    n_zeros = n_misfits = n_unknown = place = run = 0
+    place = run = 0
+    all_fit = True
     while run < len(starts):
         start = starts[run]
-        while run + 1 < len(starts) and starts[run + 1] == stops[run] and stops[run] - start < _ENTRIES_PER_PASS:
+        while run + 1 < len(starts) and starts[run + 1] == stops[run]:
             run += 1
         some_genes, some_counts = genes[start : stops[run]], counts[start : stops[run]]
         some_words = words[place : place + len(some_genes)]
+        misfit = False
         for i in range(len(some_genes)):
-            some_words[i] = (np.int32(some_counts[i]) << _COUNT_SHIFT) | np.int32(some_genes[i])
-        for i in range(len(some_genes)):
-            n_unknown += some_genes[i] >= n_genes
-        for i in range(len(some_counts)):
-            n_zeros += some_counts[i] == 0
+            gene, count = some_genes[i], some_counts[i]
+            some_words[i] = (np.int32(count) << _COUNT_SHIFT) | np.int32(gene)
             # every comparison with NaN is false, so NaN is a misfit
-            n_misfits += not (
-                (some_counts[i] >= 0) & (some_counts[i] <= _MAX_COUNT) & (some_counts[i] == np.floor(some_counts[i]))
-            )
+            fits = (count > np.float32(0)) & (count <= _MAX_COUNT) & (count == np.floor(count)) & (gene < n_genes)
+            misfit |= not fits
+        all_fit &= not misfit
         place += len(some_genes)
         run += 1
-    return n_zeros, n_misfits, n_unknown
+    return all_fit
 
 
 @compiled
@@ -390,9 +391,12 @@ def _sum_words(indptr, words):  # type: ignore[no-untyped-def]
     """Return the sum of the counts of each cell from words of 32 bits."""
     sums = np.empty(len(indptr) - 1, np.float64)
     for cell in range(len(sums)):
-        total = np.uint64(0)
-        for word in words[indptr[cell] : indptr[cell + 1]]:
-            total += word >> _COUNT_SHIFT
+        total, row_words = 0, words[indptr[cell] : indptr[cell + 1]]
+        for start in range(0, len(row_words), _WORDS_PER_SUM):
+            some_words, part = row_words[start : start + _WORDS_PER_SUM], np.uint32(0)
+            for i in range(len(some_words)):
+                part += some_words[i] >> np.uint32(_COUNT_SHIFT)
+            total += part
         sums[cell] = total
     return sums
 

@@ -138,9 +138,11 @@ def _find_frames(stored, shuffled, width, frames, sizes):  # type: ignore[no-unt
         valid &= _read_uint32(stored, sizes_at) == size and _read_uint32(stored, sizes_at + 4) == end - begin
         if not valid or size % width or end > len(stored):
             return -1, 0
-        frames[n_bytes : n_bytes + end - begin] = stored[begin:end]
+        source, target = stored[begin:end], frames[n_bytes : n_bytes + end - begin]
+        for i in range(len(source)):  # a loop, which becomes one copy: numba copies a slice byte by byte
+            target[i] = source[i]
         sizes[n_chunks] = size
-        n_bytes, n_chunks, n_left, at = n_bytes + end - begin, n_chunks + 1, n_left - 1, end
+        n_bytes, n_chunks, n_left, at = n_bytes + len(source), n_chunks + 1, n_left - 1, end
     return (n_chunks if n_left == 0 else -1), n_bytes
 
 
@@ -160,7 +162,7 @@ def _unshuffle(content, chunk_sizes, width, numbers):  # type: ignore[no-untyped
     `fragments.py`) and counts have not.
     """
     at = done = 0
-    upper = np.uint8(0)
+    upper = np.uint64(0)
     for size in chunk_sizes:
         n = size // width
         chunk, filled = content[at : at + size], numbers[done : done + n]
@@ -168,8 +170,13 @@ def _unshuffle(content, chunk_sizes, width, numbers):  # type: ignore[no-untyped
         for i in range(n):
             low = np.uint32(lowest[i]) | np.uint32(second[i]) << 8
             filled[i] = low | np.uint32(third[i]) << 16 | np.uint32(fourth[i]) << 24
-        for byte in chunk[4 * n :]:
-            upper |= byte
+        rest = chunk[4 * n :]
+        n_eights = len(rest) // 8
+        eights = rest[: 8 * n_eights].view(np.uint64)  # 8 bytes at a time are faster
+        for i in range(n_eights):
+            upper |= eights[i]
+        for i in range(8 * n_eights, len(rest)):
+            upper |= np.uint64(rest[i])
         at, done = at + size, done + n
     return upper
 
@@ -178,18 +185,20 @@ def _unshuffle(content, chunk_sizes, width, numbers):  # type: ignore[no-untyped
 def _find_outside(cell_ids, genes, stops, boxes):  # type: ignore[no-untyped-def]
     """Return the first tile with an entry outside its bounding box, or −1.
 
-    The loops count instead of ending early, so that the compiler vectorises them.
+    The loops only find extremes, which the compiler vectorises; comparing each entry takes twice as long (measured).
     """
-    start = n_outside = 0
+    start = 0
     for tile in range(len(stops)):
         tile_ids, tile_genes = cell_ids[start : stops[tile]], genes[start : stops[tile]]
         first_cell, last_cell = boxes[tile, 0], boxes[tile, 1]
         first_gene, last_gene = genes.dtype.type(boxes[tile, 2]), genes.dtype.type(boxes[tile, 3])
+        lowest, highest = first_cell, last_cell
         for i in range(len(tile_ids)):
-            n_outside += (tile_ids[i] < first_cell) | (tile_ids[i] > last_cell)
+            lowest, highest = min(lowest, tile_ids[i]), max(highest, tile_ids[i])
+        lowest_gene, highest_gene = first_gene, last_gene
         for i in range(len(tile_genes)):
-            n_outside += (tile_genes[i] < first_gene) | (tile_genes[i] > last_gene)
-        if n_outside:
+            lowest_gene, highest_gene = min(lowest_gene, tile_genes[i]), max(highest_gene, tile_genes[i])
+        if lowest < first_cell or highest > last_cell or lowest_gene < first_gene or highest_gene > last_gene:
             return tile
         start = stops[tile]
     return -1
