@@ -32,8 +32,6 @@ from scgpt_hf.cells.obs import (
 
 logger = logging.getLogger(__name__)
 
-logger = logging.getLogger(__name__)
-
 
 @dataclass(frozen=True)
 class AnnDataPart:

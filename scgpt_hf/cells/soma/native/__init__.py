@@ -4,9 +4,8 @@ TileDB can read any array. This package reads only arrays that are stored as a C
 `benchmarks/loader.py` compares the two.
 `open_native` decides whether an array qualifies; `NativeArray.read_entries` reads it. Nothing else is public:
 
-- `reader.py`: the two names above, the log line and the switch.
 - `fragments.py`: which bytes of which files hold the entries of a range of cells.
-- `tiles.py`: from these bytes to cell ids, genes and counts.
+- `reader.py`: the two names above, and from these bytes to cell ids, genes and counts.
 """
 
 from scgpt_hf.cells.soma.native.reader import NativeArray, open_native

@@ -9,7 +9,7 @@ An array is a folder. Each write adds a fragment, which is another folder:
         __fragment_metadata.tdb                  where each tile begins, and which cells and genes it spans
 
 Reading takes three steps. `list_fields` checks that the schema is that of a Census. `list_fragments` finds the complete
-fragments, reads the metadata of each and checks that they agree. `Fragment.find_tiles` then tells which tiles hold the
+fragments, reads the metadata of each and checks that they agree. `Fragment.find_tiles` then returns the tiles that hold the
 entries of a range of cells. Whatever differs from what a Census has raises `UnsupportedArrayError`, and the array is
 left to TileDB.
 
@@ -34,7 +34,7 @@ from scgpt_hf.cells.soma.layout import TILE
 # tests/fixtures has an array of each.
 FORMAT_VERSIONS = (20, 21, 22)
 
-# `tiles.py` decodes only the lower half of the 8 bytes of a gene, and requires that the upper half is 0.
+# `reader.py` decodes only the lower half of the 8 bytes of a gene, and requires that the upper half is 0.
 _MAX_GENES = 2**31
 
 # Names, types and order of the dimensions and the attribute of a Census. None may have missing values: TileDB stores
@@ -130,7 +130,7 @@ def list_fields(array: soma.SparseNDArray) -> list[Field]:
 
     def make_field(file: str, place: int, dtype: type, filters: list[dict[str, Any]] | None) -> Field:
         names = [step["name"] for step in filters or []]  # None: there are no filters
-        # cell ids use all 8 bytes and are never shuffled in a Census, so `tiles.py` does not decode that
+        # cell ids use all 8 bytes and are never shuffled in a Census, so `reader.py` does not decode that
         if names != ["ZSTD"] and (names != ["BYTESHUFFLE", "ZSTD"] or file == "d0.tdb"):
             raise UnsupportedArrayError(f"the filters of {file} are {names}")
         return Field(file, place, np.dtype(dtype), names[0] == "BYTESHUFFLE")
