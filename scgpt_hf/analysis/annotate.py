@@ -19,8 +19,8 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel
 from scgpt_hf.analysis.embed import KEY, validate_name, validate_not_backed_view
 from scgpt_hf.analysis.inference import InferenceSettings, iterate_outputs
 from scgpt_hf.cells.block import FloatArray
+from scgpt_hf.cells.files.reader import AnnDataSource
 from scgpt_hf.cells.missing import has_label
-from scgpt_hf.cells.source import open_source
 from scgpt_hf.pipeline.genes import match_source_genes
 from scgpt_hf.pipeline.stream import Batch
 from scgpt_hf.pretrained import load_model
@@ -64,7 +64,7 @@ def predict_cell_types(
         processor: the processor of a loaded model.
         threshold: lowest confidence with which a cell gets its type, in [0, 1].
         key_added: name of the columns, and of the report in `adata.uns`.
-        layer: layer with the raw counts; by default `X`, or the only other one that has them, see `open_source`.
+        layer: layer with the raw counts; by default `X`, or the only other one that has them, see `AnnDataSource`.
         round_counts: round fractional counts.
         overwrite: replace columns of that name.
         settings: see `InferenceSettings`.
@@ -87,7 +87,7 @@ def predict_cell_types(
     _validate_threshold(threshold)
     validate_not_backed_view(adata)
     _validate_free_columns(key_added, adata.obs, overwrite)
-    source = open_source(adata, layer=layer, primary_only=False, round_counts=round_counts)
+    source = AnnDataSource(adata, layer=layer, primary_only=False, round_counts=round_counts)
     model, processor = load_model(model, processor, **CLASSIFIER)
     classifier: Any = model
     names = [str(name) for _, name in sorted(classifier.config.id2label.items())]

@@ -15,7 +15,8 @@ from transformers import PreTrainedModel
 
 from scgpt_hf.analysis.inference import Float32Array, InferenceSettings, iterate_outputs
 from scgpt_hf.cells.block import Int64Array
-from scgpt_hf.cells.source import CellSource, open_source
+from scgpt_hf.cells.files.reader import AnnDataSource
+from scgpt_hf.cells.source import CellSource
 from scgpt_hf.pipeline.genes import GeneMatch, match_source_genes
 from scgpt_hf.pipeline.stream import Batch
 from scgpt_hf.pretrained import load_model
@@ -55,7 +56,7 @@ def embed_anndata(
         model: folder or Hub repository, or a loaded model, which runs on the device where it is.
         processor: the processor of a loaded model.
         key_added: name of the embedding in `obsm`, and of the report in `uns`.
-        layer: layer with the raw counts; by default `X`, or the only other one that has them, see `open_source`.
+        layer: layer with the raw counts; by default `X`, or the only other one that has them, see `AnnDataSource`.
         round_counts: round fractional counts.
         overwrite: replace an embedding of that name.
         settings: see `EmbedSettings`.
@@ -75,7 +76,7 @@ def embed_anndata(
     """
     validate_not_backed_view(adata)
     validate_free_key(key_added, adata.obsm, overwrite)
-    source = open_source(adata, layer=layer, primary_only=False, round_counts=round_counts)
+    source = AnnDataSource(adata, layer=layer, primary_only=False, round_counts=round_counts)
     model, processor = load_model(model, processor)
     genes = match_source_genes(source.genes, processor)
     cell_ids = source.obs().index.to_numpy(np.int64)

@@ -24,8 +24,9 @@ from scgpt_hf.analysis.inference import evaluation_mode, move_batch
 from scgpt_hf.analysis.inverse_binning import bins_to_counts, log1p_to_counts
 from scgpt_hf.analysis.masked_views import join_tokens, make_masked_views
 from scgpt_hf.cells.block import CHUNK_SIZE, Int64Array
+from scgpt_hf.cells.files.reader import AnnDataSource
 from scgpt_hf.cells.schedule.epoch import plan_validation
-from scgpt_hf.cells.source import CellSource, open_source
+from scgpt_hf.cells.source import CellSource
 from scgpt_hf.cells.threads import prefetch
 from scgpt_hf.pipeline.genes import GeneMatch, match_source_genes
 from scgpt_hf.pipeline.stream import CellStream, StreamConfig, TokenizedCells
@@ -67,7 +68,7 @@ def predict_expression(
         processor: the processor of a loaded model.
         genes: genes to predict in every cell, by the model's name or by the symbol in the data; the data need not have
             them. By default the genes that each cell expresses, to compare with the measurement.
-        layer: layer with the raw counts; by default `X`, or the only other one that has them, see `open_source`.
+        layer: layer with the raw counts; by default `X`, or the only other one that has them, see `AnnDataSource`.
         round_counts: round fractional counts.
         masked_share: number of genes masked together, as a share of the genes that the model can see of the cell. 0.25
             is the smallest share in pretraining.
@@ -94,7 +95,7 @@ def predict_expression(
     """
     if not 0 < masked_share <= 1:
         raise ValueError(f"expected masked_share in (0, 1], found {masked_share}; pretraining masks 0.25, 0.5 or 0.75")
-    source = open_source(adata, layer=layer, primary_only=False, round_counts=round_counts)
+    source = AnnDataSource(adata, layer=layer, primary_only=False, round_counts=round_counts)
     heads = tuple(HEADS.values())
     model, processor = load_model(model, processor, AutoModelForPreTraining, heads=heads)
     gene_match = match_source_genes(source.genes, processor)

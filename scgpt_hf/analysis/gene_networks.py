@@ -14,7 +14,7 @@ import torch
 from transformers import PreTrainedModel
 
 from scgpt_hf.analysis.inference import Float32Array, iterate_outputs
-from scgpt_hf.cells.source import open_source
+from scgpt_hf.cells.files.reader import AnnDataSource
 from scgpt_hf.pipeline.stream import Batch
 from scgpt_hf.pretrained import validate_pair
 from scgpt_hf.tokens.processing_scgpt import ScGPTProcessor
@@ -130,7 +130,7 @@ def attention_maps(
         model: any scGPT model; it runs on the device where it is.
         processor: the processor of the model.
         genes: names in the model's vocabulary.
-        layer: layer with the raw counts; by default `X`, or the only other one that has them, see `open_source`.
+        layer: layer with the raw counts; by default `X`, or the only other one that has them, see `AnnDataSource`.
         round_counts: round fractional counts.
         encoder_layer: index of the layer of the encoder, by default the last.
         progress: show a progress bar.
@@ -156,7 +156,7 @@ def attention_maps(
         token, present = matches.int().argmax(dim=1), matches.any(dim=1)  # position of each gene; 0 if absent
         return attention[token][:, token].masked_fill(~(present[:, None] & present), torch.nan)[None]
 
-    source = open_source(adata, layer=layer, primary_only=False, round_counts=round_counts)
+    source = AnnDataSource(adata, layer=layer, primary_only=False, round_counts=round_counts)
     cell_ids = source.obs().index.to_numpy(np.int64)
     with _eager_attention(model):
         cells = iterate_outputs(
