@@ -9,7 +9,7 @@ An array is a folder. Each write adds a fragment, which is another folder:
         __fragment_metadata.tdb                  where each tile begins, and which cells and genes it spans
 
 Reading takes three steps. `list_fields` checks that the schema is that of a Census. `list_fragments` finds the complete
-fragments, reads the metadata of each and checks that they agree. `Fragment.find_tiles` then returns the tiles that hold the
+fragments, reads the metadata of each and checks that they agree. `Fragment.find_tiles` then returns the tiles with the
 entries of a range of cells. Whatever differs from what a Census has raises `UnsupportedArrayError`, and the array is
 left to TileDB.
 
