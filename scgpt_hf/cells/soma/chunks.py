@@ -389,15 +389,14 @@ def _place_runs(part, rows, lengths, indptr, next_place, words, gene_mask):  # t
 @compiled
 def _sum_words(indptr, words):  # type: ignore[no-untyped-def]
     """Return the sum of the counts of each cell from words of 32 bits."""
-    sums = np.empty(len(indptr) - 1, np.float64)
+    sums = np.zeros(len(indptr) - 1, np.float64)
     for cell in range(len(sums)):
-        total, row_words = 0, words[indptr[cell] : indptr[cell + 1]]
+        row_words = words[indptr[cell] : indptr[cell + 1]]
         for start in range(0, len(row_words), _WORDS_PER_SUM):
             some_words, part = row_words[start : start + _WORDS_PER_SUM], np.uint32(0)
             for i in range(len(some_words)):
                 part += some_words[i] >> np.uint32(_COUNT_SHIFT)
-            total += part
-        sums[cell] = total
+            sums[cell] += part
     return sums
 
 
