@@ -12,6 +12,7 @@ import pandas as pd
 
 from scgpt_hf.cells.block import CellBlock, Int64Array
 from scgpt_hf.cells.files.formats import SUPPORTED, find_format
+from scgpt_hf.cells.presence import Presence
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -67,6 +68,17 @@ class CellSource(Protocol):
         Raises:
             OSError: the data cannot be read.
             ValueError: an id is unknown or repeated, a column does not exist, or the counts are not raw.
+        """
+
+    def presence(self, cell_ids: Int64Array) -> Presence | None:
+        """Return the genes that the data set of each cell measured, or None if the source does not know them.
+
+        Args:
+            cell_ids: ids from the index of `obs()`, ascending. Shape (cells,).
+
+        Raises:
+            OSError: the data cannot be read.
+            ValueError: the stored presence does not fit the cells or genes.
         """
 
     def describe(self) -> dict[str, Any]:

@@ -49,23 +49,31 @@ class CountHead(nn.Module):
         self.log_dispersion = nn.Parameter(torch.zeros(config.vocab_size)) if nb else None
 
     @torch.no_grad()
-    def set_statistics(self, totals: Tensor) -> None:
-        """Initialise the bias and the mask of measured genes from the counts of the training cells.
+    def set_statistics(self, totals: Tensor, measured: Tensor | None = None) -> None:
+        """Initialise the bias and the mask of measured genes from the training cells.
+
+        The bias of a gene is the log of its share of the domain's counts. A measured gene without a count gets its
+        share of all counts times the weight of a single count, as if the domain had one count more.
 
         Args:
-            totals: sum of the counts of each gene in each domain, (domains, genes). A gene without a count in any
-                training cell of a domain is taken as not measured there. A domain without any counts, which only
-                validation cells have, gets the frequencies of all domains together.
+            totals: sum of the counts of each gene in each domain, (domains, genes). A domain without any counts, which
+                only validation cells have, gets the frequencies and the measured genes of all domains together.
+            measured: the genes that the data sets of a domain measured, bool (domains, genes), if they are known. Genes
+                with counts are measured in any case; by default no others are.
 
         Raises:
             ValueError: there are no counts at all.
         """
         totals = totals.to(self.bias.device, torch.float64)
-        if not bool(totals.sum() > 0):
+        of_all = totals.sum(0, keepdim=True)
+        if not bool(of_all.sum() > 0):
             raise ValueError("expected the counts of the training cells, found none; choose other cells or genes")
-        totals = torch.where(totals.sum(1, keepdim=True) > 0, totals, totals.sum(0, keepdim=True))
-        self.measured.copy_(totals > 0)
-        frequency = totals / totals.sum(1, keepdim=True)
+        has_counts = totals.sum(1, keepdim=True) > 0
+        known = totals > 0 if measured is None else measured.to(totals.device) | (totals > 0)
+        self.measured.copy_(torch.where(has_counts, known, known.any(0, keepdim=True)))
+        totals = torch.where(has_counts, totals, of_all)
+        n_counts = totals.sum(1, keepdim=True)
+        frequency = torch.where(totals > 0, totals / n_counts, of_all / of_all.sum() / (n_counts + 1))
         self.bias.copy_(frequency.clamp(min=1e-12).log().to(self.bias.dtype))
 
     def forward(self, cell_embedding: Tensor, domain_ids: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -12,6 +12,7 @@ import pyarrow as pa
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, DatasetCard, DatasetCardData, HfApi
 
 from scgpt_hf.cells.cache.manifest import GENES, MANIFEST, CacheIdentity, ShardRecord, read_manifest, verify_shard
+from scgpt_hf.cells.cache.presence import PRESENCE
 from scgpt_hf.publishing.card import markdown_table
 from scgpt_hf.publishing.hub import HubError, require_repo_id, translate_hub_errors
 from scgpt_hf.publishing.record import UNKNOWN, strip_private
@@ -54,6 +55,8 @@ def publish_cache(folder: str | Path, repo_id: str, *, private: bool | None = No
     for shard in shards:
         verify_shard(folder, shard)
     files: dict[str, str | bytes] = {name: str(folder / name) for name in (*_UNCHANGED, *(s.file for s in shards))}
+    if (folder / PRESENCE).exists():
+        files[PRESENCE] = str(folder / PRESENCE)
     files[MANIFEST] = json.dumps(strip_private(json.loads((folder / MANIFEST).read_bytes())), indent=1).encode()
     files["README.md"] = str(cache_card(folder, repo_id)).encode()
     api = HfApi(token=token)

@@ -1,17 +1,21 @@
 """Build what a run trains: the processor over its genes, a new model, and the trainer."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import pandas as pd
 import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 from huggingface_hub.errors import StrictDataclassError
+from numpy.typing import NDArray
 
+from scgpt_hf.cells.block import Float64Array, Int64Array
 from scgpt_hf.cells.selection.counts import sums_per_batch
 from scgpt_hf.cells.source import CellSource
 from scgpt_hf.model.configuration_scgpt import ScGPTConfig
@@ -24,6 +28,8 @@ from scgpt_hf.training.run_folder import MetricsFile, require_space
 from scgpt_hf.training.selection import Selection
 from scgpt_hf.training.settings import TOKEN_SETTINGS, DataSettings, ModelSettings, Settings, TrainingSettings
 from scgpt_hf.training.trainer import ScGPTTrainer, over_ranks
+
+T = TypeVar("T")
 
 _CHECKPOINT_BYTES = 12  # per parameter: the weight and two moments of Adam, 4 bytes each
 _AVERAGE_BYTES = 4  # per parameter, if weights are averaged
@@ -97,22 +103,43 @@ def start_at_mean(model: ScGPTForPreTraining, processor: ScGPTProcessor) -> None
 def start_at_frequencies(model: ScGPTForPreTraining, source: CellSource, selection: Selection) -> None:
     """Let a new count decoder start at the gene frequencies of each experimental batch, from the training cells.
 
-    It then has to learn only how cells differ from the mean of their batch. Reads the training cells once. Does nothing
-    if the model has no count decoder.
+    It then has to learn only how cells differ from the mean of their batch. Genes that none of the batch's data sets
+    measured are excluded; where the source does not know them, those without a count in a training cell of the batch.
+    Reads the training cells once, in the first process. Does nothing if the model has no count decoder.
     """
     if model.count_head is None:
         return
     train, key = selection.parts["train"], model.config.batch_key
-    domain_of_cell = np.zeros(len(train), np.int64)
-    if key is not None:
-        domain_of_cell = np.asarray(
-            source.obs([key]).loc[train, key].astype(str).map(selection.domain_ids), dtype=np.int64
-        )
-    genes = pd.Index(source.genes["feature_id"]).get_indexer(pd.Index(selection.genes))
-    totals = np.zeros((max(len(selection.domains), 1), model.config.vocab_size))
-    found = sums_per_batch(source, train, genes, domain_of_cell)[0]
-    totals[: len(found), : len(genes)] = found  # domains after the last one of the training cells have no counts
-    model.count_head.set_statistics(torch.from_numpy(totals))
+    n_domains, genes = max(len(selection.domains), 1), _columns_of(source, selection.genes)
+
+    def count() -> tuple[Float64Array, NDArray[np.bool_] | None]:
+        domain_of_cell = np.zeros(len(train), np.int64)
+        if key is not None:
+            domain_of_cell = np.asarray(
+                source.obs([key]).loc[train, key].astype(str).map(selection.domain_ids), np.int64
+            )
+        sums, presence = sums_per_batch(source, train, genes, domain_of_cell)[0], source.presence(train)
+        totals = np.pad(sums, ((0, n_domains - len(sums)), (0, 0)))  # the last domains may have no training cells
+        return totals, None if presence is None else presence.of_groups(domain_of_cell, n_domains)[:, genes]
+
+    totals, measured = _from_first_process(count)
+    n_special = model.config.vocab_size - len(genes)  # their ids follow those of the genes
+    pad = partial(torch.nn.functional.pad, pad=(0, n_special))
+    model.count_head.set_statistics(
+        pad(torch.from_numpy(totals)), None if measured is None else pad(torch.from_numpy(measured))
+    )
+
+
+def _columns_of(source: CellSource, genes: list[str]) -> Int64Array:
+    """Return the columns of these genes in the counts of a source. Shape (genes,)."""
+    columns: Int64Array = pd.Index(source.genes["feature_id"]).get_indexer(pd.Index(genes)).astype(np.int64)
+    return columns
+
+
+def _from_first_process(compute: Callable[[], T]) -> T:
+    """Compute a result in the first process only, and return it in every process."""
+    found = [compute() if PartialState().is_main_process else None]
+    return cast(T, broadcast_object_list(found)[0])
 
 
 def make_trainer(

@@ -60,6 +60,21 @@ def test_downloaded_cache_opens_as_a_source(client: Client, published: str, fold
         assert (client(read_back, address, cell_ids) == open_source(folder).read(cell_ids).counts.toarray()).all()
 
 
+def presence_of(address: str, cell_ids: np.ndarray) -> np.ndarray:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HF_TOKEN", TOKEN)
+        presence = open_source(address).presence(cell_ids)
+        assert presence is not None
+        return presence.measured[presence.dataset_of_cell]
+
+
+def test_a_downloaded_cache_knows_which_genes_were_measured(client: Client, published: str, small_census: Path) -> None:
+    cell_ids = open_source(small_census, obs_filter="disease == 'normal'").obs().index.to_numpy()
+    measured = client(presence_of, "hf://datasets/org/blood", cell_ids)
+    assert (measured == presence_of(str(small_census), cell_ids)).all()
+    assert not measured.all()
+
+
 def run_code(code: str) -> dict[str, object]:
     """Run the code of a card, and return the variables it defines."""
     names: dict[str, object] = {}

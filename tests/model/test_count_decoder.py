@@ -113,6 +113,17 @@ def test_a_domain_without_training_cells_gets_the_frequencies_of_all(model):
     torch.testing.assert_close(head.bias[2, :3].exp(), torch.tensor([1.0, 4, 3]) / 8)
 
 
+def test_a_measured_gene_without_counts_starts_at_its_share_of_one_more_count(model):
+    head = model(**WITH_COUNTS, n_domains=3).count_head
+    totals = torch.zeros(3, 20)
+    totals[0, :2], totals[1, 1:3] = 1.0, 3.0
+    measured = torch.zeros(3, 20, dtype=torch.bool)
+    measured[0, 1:4] = True  # gene 0 has counts all the same
+    head.set_statistics(totals, measured)
+    assert [row.nonzero().flatten().tolist() for row in head.measured] == [[0, 1, 2, 3], [1, 2], [0, 1, 2, 3]]
+    torch.testing.assert_close(head.bias[0, :3].exp(), torch.tensor([1 / 2, 1 / 2, 3 / 8 / (2 + 1)]))
+
+
 def test_no_counts_at_all_are_refused(model):
     with pytest.raises(ValueError, match="counts"):
         model(**WITH_COUNTS).count_head.set_statistics(torch.zeros(1, 20))

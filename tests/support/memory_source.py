@@ -42,6 +42,9 @@ class MemorySource:
         counts = self.counts[np.searchsorted(self.cell_ids, cell_ids)]
         return CellBlock.from_scipy(counts, self.obs(columns).loc[cell_ids], cell_ids)
 
+    def presence(self, cell_ids: np.ndarray) -> None:
+        return None
+
     def describe(self) -> dict[str, Any]:
         return {"kind": self.kind, "layer": "raw"}
 

@@ -95,6 +95,17 @@ class SourceContract:
         with pytest.raises(ValueError, match=rf"repeated.*\[{first}\]"):
             source.read(np.array([first, first]))
 
+    def measured_in(self, small_cells: list[AnnData], genes: pd.Series) -> np.ndarray:
+        """Whether the data set of each cell measured a gene, (cells, genes)."""
+        return np.concatenate([np.tile(genes.isin(part.var_names), (part.n_obs, 1)) for part in small_cells])
+
+    def test_presence_is_that_of_the_genes_of_each_data_set(self, source, small_cells):
+        cell_ids = source.obs().index.to_numpy()[1::7]
+        expected = self.measured_in(small_cells, source.genes["feature_id"])[cell_ids]
+        for copy in (source, pickle.loads(pickle.dumps(source))):
+            presence = copy.presence(cell_ids)
+            assert (presence.measured[presence.dataset_of_cell] == expected).all()
+
     def test_primary_only_leaves_out_the_other_cells(self, open_it):
         assert len(open_it().obs()) == 270
         assert len(open_it(primary_only=False).obs()) == 300

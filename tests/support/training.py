@@ -1,6 +1,7 @@
 """Small pretraining runs for tests: prepare a trainer from flags, and read what a run leaves behind."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +31,12 @@ EVERY_4 = (
 
 
 def prepare(
-    census: Path, folder: Path, *flags: str, stop_signal: StopSignal | None = None
+    census: Path | Sequence[Path], folder: Path, *flags: str, stop_signal: StopSignal | None = None
 ) -> tuple[ScGPTTrainer, DataModule, str | None]:
     """Set up a pretraining run as the command line does, up to the call of `train`.
 
     Args:
-        census: the cells to train on.
+        census: the cells to train on: a folder, or files.
         folder: the run folder.
         flags: settings that differ from `TINY`.
         stop_signal: handles signals while the trainer runs; the command line passes one.
@@ -43,7 +44,8 @@ def prepare(
     Returns:
         The trainer, its data module, and the checkpoint that `train` must resume from, or None for a new run.
     """
-    settings = parse_settings([*TINY, "--data", str(census), "--output_dir", str(folder), *flags], "test")
+    data = [str(path) for path in (census if isinstance(census, Sequence) else [census])]
+    settings = parse_settings([*TINY, "--data", *data, "--output_dir", str(folder), *flags], "test")
     run = prepare_run(settings)
     trainer = make_trainer(run.data_module, run.model, settings.training, stop_signal)
     if run.checkpoint is None and settings.training.process_index == 0:

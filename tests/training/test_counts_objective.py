@@ -4,9 +4,13 @@ import shutil
 
 import numpy as np
 import pytest
+import scipy.sparse
 import torch
 
 from scgpt_hf import embed_anndata
+from scgpt_hf.cells.cache.jobs import write_cache
+from scgpt_hf.cells.soma.build import build_census
+from scgpt_hf.cells.soma.census import CensusSource
 from scgpt_hf.cells.source import open_source
 from tests.support.training import EVERY_4, QUIET, prepare, read_metrics, weights_of
 
@@ -44,8 +48,62 @@ def test_the_decoder_starts_at_the_frequencies_of_the_training_cells(small_censu
         totals = np.asarray(block.counts[(block.obs["dataset_id"] == dataset).to_numpy()].sum(axis=0)).ravel()[columns]
         shares = head.bias[index, : len(columns)].exp().detach().numpy()
         np.testing.assert_allclose(shares[totals > 0], (totals / totals.sum())[totals > 0], rtol=1e-4)
-        np.testing.assert_array_equal(head.measured[index, : len(columns)].numpy(), totals > 0)
     assert not head.measured[:, len(columns) :].any()  # special tokens have no counts
+
+
+@pytest.fixture(scope="module")
+def cells_with_silent_genes(small_cells, tmp_path_factory):
+    """Files in which no cell of the first data set expresses ten of its genes, and the Census of these files."""
+    folder = tmp_path_factory.mktemp("silent")
+    paths = []
+    for part in (small_cells[0].copy(), small_cells[1]):
+        if not paths:
+            part.X = part.X @ scipy.sparse.diags((np.arange(part.n_vars) // 10 != 10).astype(np.float32))
+        paths.append(folder / f"{part.obs['dataset_id'].iloc[0]}.h5ad")
+        part.write_h5ad(paths[-1])
+    return paths, build_census(paths, folder / "soma")
+
+
+@pytest.mark.parametrize("kind", ["census", "files", "cache", "while caching"])
+@pytest.mark.parametrize("batch_key", ["dataset_id", "donor_id"])
+def test_genes_that_the_data_sets_of_a_batch_did_not_measure_are_excluded(
+    cells_with_silent_genes, small_cells, tmp_path, kind, batch_key
+):
+    paths, census = cells_with_silent_genes
+    data, flags = paths if kind == "files" else census, ["--batch_key", batch_key]
+    if kind == "cache":
+        data = tmp_path / "cache"
+        write_cache(open_source(census), data)
+    elif kind == "while caching":
+        flags += ["--cache_dir", str(tmp_path / "cache")]
+    trainer, data_module, _ = prepare(data, tmp_path / "run", *COUNTS, *flags)
+    selection, head = data_module.selection, trainer.model.count_head
+    obs = data_module.source.obs(sorted({"dataset_id", batch_key})).loc[selection.parts["train"]].astype(str)
+    genes_of = {part.obs["dataset_id"].iloc[0]: set(part.var_names) for part in small_cells}
+    for index, batch in enumerate(selection.domains):
+        data_sets = obs.loc[obs[batch_key] == batch, "dataset_id"].unique()
+        # A batch without training cells has the genes of all.
+        measured = set.union(
+            *(genes_of[name] for name in (data_sets if len(data_sets) else obs["dataset_id"].unique()))
+        )
+        expected = [gene in measured for gene in selection.genes]
+        assert head.measured[index].tolist() == expected + [False] * (head.out.out_features - len(expected))
+    silent = [selection.genes.index(gene) for gene in small_cells[0].var_names[100:110]]
+    of_first = obs.groupby(batch_key).filter(lambda cells: (cells["dataset_id"] == "first").all())
+    first = selection.domains.index(of_first[batch_key].iloc[0])
+    assert head.measured[first, silent].all()
+    assert ((head.bias[first, silent] < -10) & (head.bias[first, silent] > -20)).all()  # rare, not impossible
+
+
+def test_without_presence_a_gene_is_measured_where_it_has_counts(small_census, tmp_path, monkeypatch):
+    monkeypatch.setattr(CensusSource, "presence", lambda source, cell_ids: None)
+    trainer, data_module, _ = prepare(small_census, tmp_path / "run", *COUNTS)
+    selection, measured = data_module.selection, trainer.model.count_head.measured
+    block = data_module.source.read(selection.parts["train"], ["dataset_id"])
+    columns = data_module.source.genes.reset_index().set_index("feature_id")["index"][selection.genes].to_numpy()
+    for index, dataset in enumerate(selection.domains):
+        totals = block.counts[(block.obs["dataset_id"].astype(str) == dataset).to_numpy()].sum(axis=0)
+        assert measured[index, : len(columns)].tolist() == (np.asarray(totals).ravel()[columns] > 0).tolist()
 
 
 def test_one_batch_of_32_equals_four_of_8_accumulated(small_census, tmp_path):

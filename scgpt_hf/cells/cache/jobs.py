@@ -37,6 +37,7 @@ from scgpt_hf.cells.cache.manifest import (
     verify_shard,
     write_manifest,
 )
+from scgpt_hf.cells.cache.presence import write_presence
 from scgpt_hf.cells.obs import require_columns
 from scgpt_hf.cells.source import CellSource
 from scgpt_hf.cells.threads import DaemonThreadPool, in_order
@@ -205,7 +206,9 @@ class CacheJobs:
             return (self.folder / MANIFEST).exists()  # another job may have completed the cache meanwhile
         if not all((self.folder / record.file).exists() for record in records):
             return False
-        write_manifest(self.folder, self.identity, records, self.source.genes, self.schema)
+        presence = self.source.presence(self.cell_ids)
+        digest = None if presence is None else write_presence(self.folder, self.cell_ids, presence)
+        write_manifest(self.folder, self.identity, records, self.source.genes, self.schema, digest)
         shutil.rmtree(self.folder / JOBS, ignore_errors=True)
         return True
 

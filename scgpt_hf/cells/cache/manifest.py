@@ -1,7 +1,8 @@
 """The manifest of a cache: its source, its cells and genes, and the hash of every shard.
 
 `manifest.json` is written last, when all shards are complete. So a folder without one is not a cache, or not a complete
-one. The other files are `genes.csv`, and two by which `datasets.load_from_disk` opens the folder.
+one. The other files are `genes.csv`, `presence.safetensors` (see `presence.py`), and two by which
+`datasets.load_from_disk` opens the folder.
 """
 
 import hashlib
@@ -104,7 +105,12 @@ def hash_cells(cell_ids: Int64Array) -> str:
 
 
 def write_manifest(
-    folder: Path, identity: CacheIdentity, shards: list[ShardRecord], genes: pd.DataFrame, schema: pa.Schema
+    folder: Path,
+    identity: CacheIdentity,
+    shards: list[ShardRecord],
+    genes: pd.DataFrame,
+    schema: pa.Schema,
+    presence: str | None,
 ) -> None:
     """Complete a cache whose shards are all written: write the genes, the files of `datasets`, and the manifest.
 
@@ -114,10 +120,13 @@ def write_manifest(
         shards: all shards, by ascending cell id.
         genes: `feature_id` and `feature_name`, row i for gene i of the shards.
         schema: the schema of the shards.
+        presence: SHA-256 of the file that `write_presence` wrote; None without one.
     """
     from datasets import DatasetInfo, Features
 
     content = {"format": FORMAT, **asdict(identity), "shards": [asdict(shard) for shard in shards]}
+    if presence is not None:
+        content["presence"] = presence
     manifest = json.dumps(content, indent=1) + "\n"
     info = DatasetInfo(features=Features.from_arrow_schema(schema))
     state: dict[str, Any] = {
@@ -170,6 +179,7 @@ def load_manifest(folder: Path) -> tuple[CacheIdentity, list[ShardRecord]]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         version = content.pop("format")
+        content.pop("presence", None)  # see `read_presence`
         shards = [ShardRecord(**shard) for shard in content.pop("shards")]
         identity = CacheIdentity(**content)
         _require_consistent(identity, shards)

@@ -19,8 +19,10 @@ from numpy.typing import NDArray
 
 from scgpt_hf.cells.block import CellBlock, Int64Array, require_cell_ids
 from scgpt_hf.cells.cache.manifest import MANIFEST, REMEDY, CacheError, read_genes, read_manifest, verify_shard
+from scgpt_hf.cells.cache.presence import read_presence
 from scgpt_hf.cells.cache.shards import Shard, find_cells
 from scgpt_hf.cells.obs import PRIMARY, add_primary_filter, drop_unused_categories, find_matching_rows, require_columns
+from scgpt_hf.cells.presence import Presence
 
 logger = logging.getLogger(__name__)
 
@@ -132,6 +134,10 @@ class CacheSource:
         return find_cells(
             self._shards, shard_of_cell, obs, cell_ids, n_genes=n_genes, pool=self._pool, n_threads=n_threads
         )
+
+    def presence(self, cell_ids: Int64Array) -> Presence | None:
+        """Return the measured genes as the source of the cache knew them; see `CellSource.presence`."""
+        return read_presence(self._folder, cell_ids, len(self.genes))
 
     def describe(self) -> dict[str, Any]:
         """Return the description of the source that was cached, with this folder as its address."""

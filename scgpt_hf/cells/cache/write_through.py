@@ -24,6 +24,7 @@ from scgpt_hf.cells.cache.jobs import CELLS_PER_SHARD, COLUMNS, plan_cache, writ
 from scgpt_hf.cells.cache.manifest import JOBS, MANIFEST, CacheError, hash_file, require_same_source
 from scgpt_hf.cells.cache.reader import CacheSource
 from scgpt_hf.cells.cache.shards import Shard, find_cells, gather_obs
+from scgpt_hf.cells.presence import Presence
 from scgpt_hf.cells.source import CellSource
 
 logger = logging.getLogger(__name__)
@@ -103,6 +104,10 @@ class CachingSource:
     def obs(self, columns: Sequence[str] = ()) -> pd.DataFrame:
         """Return the cells of the source; see `CellSource.obs`."""
         return self._source.obs(columns)
+
+    def presence(self, cell_ids: Int64Array) -> Presence | None:
+        """Return the measured genes as the source knows them; see `CellSource.presence`."""
+        return self._source.presence(cell_ids)
 
     def describe(self) -> dict[str, Any]:
         """Return the description of the source."""

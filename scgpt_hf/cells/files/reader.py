@@ -29,8 +29,7 @@ from scgpt_hf.cells.obs import (
     name_columns_as_text,
     require_columns,
 )
-
-logger = logging.getLogger(__name__)
+from scgpt_hf.cells.presence import Presence
 
 
 @dataclass(frozen=True)
@@ -180,6 +179,13 @@ class AnnDataSource:
         counts = vstack(blocks, format="csr")[np.argsort(order)]
         counts.sum_duplicates()  # sorts the genes, and sums columns of a file that have the same id
         return CellBlock.from_scipy(counts, self._obs.loc[cell_ids, list(columns)], cell_ids)
+
+    def presence(self, cell_ids: Int64Array) -> Presence:
+        """Return the genes of the file of each cell; see `CellSource.presence`."""
+        measured = np.zeros((len(self.parts), len(self.genes)), np.bool_)
+        for row, place in zip(measured, self._columns, strict=True):
+            row[place] = True
+        return Presence(np.searchsorted(self._starts, cell_ids, side="right") - 1, measured)
 
     def describe(self) -> dict[str, Any]:
         """Return the origin of the cells as JSON; see `CellSource.describe`."""

@@ -36,7 +36,7 @@ from scgpt_hf.cells.locking import exclusive, rename_new
 from scgpt_hf.cells.missing import UNKNOWN, fill_missing, has_value
 from scgpt_hf.cells.obs import require_columns
 from scgpt_hf.cells.soma.context import TILEDB_CONFIG
-from scgpt_hf.cells.soma.layout import OBS_LABELS, OBS_NUMBERS, TILE, table_storage, x_storage
+from scgpt_hf.cells.soma.layout import OBS_LABELS, OBS_NUMBERS, PRESENCE, TILE, table_storage, x_storage
 from scgpt_hf.output import require_writable_folder
 
 logger = logging.getLogger(__name__)
@@ -243,8 +243,20 @@ def write_soma(
             measured[place] += size
         _write_table(experiment, "obs", pd.concat([labels, numbers], axis=1), OBS_LABELS)
         _write_table(rna, "var", genes.assign(nnz=gene_nnz, n_measured_obs=measured))
+        _write_presence(rna, places, len(genes))
         _write_table(info, "datasets", _datasets_table(source.parts, dataset_ids))
         _write_table(info, "summary", _summary_table(labels, organism))
+
+
+def _write_presence(rna: Any, places: Sequence[NDArray[np.int32]], n_genes: int) -> None:
+    """Write which genes each data set measured: those of its file. Rows are in the order of the table of data sets."""
+    measured = [np.unique(place).astype(np.int64) for place in places]
+    rows = np.repeat(np.arange(len(places)), [len(genes) for genes in measured])
+    ones = np.ones(len(rows), np.uint8)
+    entries = {"soma_dim_0": rows, "soma_dim_1": np.concatenate(measured), "soma_data": ones}
+    presence = rna.add_new_sparse_ndarray(PRESENCE, type=pa.uint8(), shape=(len(places), n_genes))
+    presence.write(pa.table(entries))
+    presence.close()
 
 
 def _write_counts(raw: soma.SparseNDArray, source: AnnDataSource) -> tuple[pd.DataFrame, NDArray[np.int64]]:

@@ -38,9 +38,11 @@ from scgpt_hf.cells.block import (
     require_counts,
 )
 from scgpt_hf.cells.obs import add_primary_filter, read_matching_obs, require_columns
+from scgpt_hf.cells.presence import Presence
 from scgpt_hf.cells.soma.chunks import Chunk, ChunkedBlock, read_chunk
 from scgpt_hf.cells.soma.context import open_context
 from scgpt_hf.cells.soma.native import NativeArray, open_native
+from scgpt_hf.cells.soma.presence import read_presence
 from scgpt_hf.cells.soma.remote import RetryPolicy, is_remote
 from scgpt_hf.cells.soma.totals import ObsTotals, has_totals
 from scgpt_hf.cells.threads import DaemonThreadPool, n_cores
@@ -192,6 +194,22 @@ class CensusSource:
                 *(self._uris["X"], n_repeated, len(cell_ids)),
             )
         return block
+
+    def presence(self, cell_ids: Int64Array) -> Presence | None:
+        """Return the genes that the data set of each cell measured, from the presence matrix of the Census.
+
+        See `CellSource.presence`. It is None if the SOMA has no such matrix, or obs no column `dataset_id`.
+        """
+        if "dataset_id" not in self.obs_columns:
+            return None
+        n_genes, context = len(self.genes), self._context(self._n_threads)
+        measured = self._retry_policy.read(self._uri, lambda: read_presence(self._uri, n_genes, context))
+        if measured is None:
+            return None
+        dataset_of_cell, names = pd.factorize(self.obs(["dataset_id"]).loc[cell_ids, "dataset_id"].astype(str))
+        if unknown := sorted(set(names) - set(measured.index)):
+            logger.warning("%s has no row in the table of data sets for %s", self._uri, unknown[:5])
+        return Presence(dataset_of_cell, measured.reindex(names, fill_value=False).to_numpy())
 
     def describe(self) -> dict[str, Any]:
         """Return the origin of the cells; see `CellSource.describe`."""

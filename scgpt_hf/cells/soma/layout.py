@@ -21,6 +21,8 @@ OBS_LABELS = (
 OBS_NUMBERS = ("raw_sum", "nnz", "raw_mean_nnz", "raw_variance_nnz", "n_measured_vars")
 TILE = CHUNK_SIZE  # cells and genes of a tile; a chunk, the unit of reading, has the cells of one row of tiles
 
+PRESENCE = "feature_dataset_presence_matrix"  # within the measurement: 1 where a data set measured a gene
+
 _ZSTD = {"_type": "ZstdFilter", "level": 9}
 _NUMBER = ["ByteShuffleFilter", _ZSTD]
 _JOINID = ["DoubleDeltaFilter", {"_type": "ZstdFilter", "level": 19}]

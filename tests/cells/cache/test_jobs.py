@@ -38,9 +38,10 @@ def complete(source: CellSource, tmp_path_factory: pytest.TempPathFactory) -> di
     return contents(folder)
 
 
-def test_a_complete_cache_holds_shards_genes_the_manifest_and_two_files_for_datasets(complete):
+def test_a_complete_cache_holds_shards_genes_presence_the_manifest_and_two_files_for_datasets(complete):
     shards = {f"data-{shard:05d}-of-00005.arrow" for shard in range(5)}
-    assert set(complete) == shards | {"manifest.json", "genes.csv", "dataset_info.json", "state.json"}
+    others = {"manifest.json", "genes.csv", "presence.safetensors", "dataset_info.json", "state.json"}
+    assert set(complete) == shards | others
 
 
 @pytest.mark.parametrize("n_jobs", [2, 3, 7])

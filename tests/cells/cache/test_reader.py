@@ -12,6 +12,7 @@ import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.numpy import save
 from scipy.sparse import csr_matrix
 
 from scgpt_hf.cells.cache.jobs import write_cache
@@ -206,6 +207,36 @@ def test_other_or_missing_genes_raise(copied):
     (copied / "genes.csv").unlink()
     with pytest.raises(CacheError, match=r"genes\.csv"):
         open_source(copied).genes  # noqa: B018
+
+
+def test_a_missing_or_damaged_presence_raises(copied):
+    cell_ids = open_source(copied).obs().index.to_numpy()
+    damage(copied, "presence.safetensors", lambda content: content[:-1] + bytes([content[-1] ^ 1]))
+    with pytest.raises(CacheError, match=r"presence\.safetensors is corrupt"):
+        open_source(copied).presence(cell_ids)
+    (copied / "presence.safetensors").unlink()
+    with pytest.raises(CacheError, match=r"presence\.safetensors is missing"):
+        open_source(copied).presence(cell_ids)
+
+
+def test_a_presence_with_a_valid_hash_but_other_genes_raises(copied):
+    path, manifest = copied / "presence.safetensors", copied / "manifest.json"
+    path.write_bytes(save({"first_cells": np.zeros(1, int), "datasets": np.zeros(1, int), "measured": np.ones((1, 9))}))
+    manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "presence": hash_file(path)}))
+    with pytest.raises(CacheError, match=r"presence\.safetensors does not hold the measured genes"):
+        open_source(copied).presence(np.array([0]))
+
+
+def test_a_cache_of_a_source_without_presence_has_none(copied, everything, small_census, tmp_path, monkeypatch):
+    manifest = json.loads((copied / "manifest.json").read_text())
+    del manifest["presence"]  # as earlier versions wrote it
+    (copied / "manifest.json").write_text(json.dumps(manifest))
+    assert open_source(copied).presence(np.array([0])) is None
+    source = open_source(small_census)
+    monkeypatch.setattr(source, "presence", lambda cell_ids: None)
+    write_cache(source, tmp_path / "new")
+    assert open_source(tmp_path / "new").presence(np.array([0])) is None
+    assert not (tmp_path / "new" / "presence.safetensors").exists()
 
 
 def test_a_file_that_is_not_a_shard_raises(copied):

@@ -55,6 +55,17 @@ def test_cellxgene_census_reads_the_result(small_census, small_cells):
     assert datasets["dataset_total_cell_count"].tolist() == [160, 140]
 
 
+@pytest.mark.filterwarnings("ignore:Transforming to str index")  # by cellxgene_census itself
+def test_cellxgene_census_reads_the_genes_that_each_file_measured(small_census, small_cells):
+    with cellxgene_census.open_soma(uri=str(small_census)) as root:
+        presence = cellxgene_census.get_presence_matrix(root, "homo_sapiens")
+        genes = cellxgene_census.get_var(root, "homo_sapiens")["feature_id"]
+    assert presence.dtype == np.uint8
+    assert presence.shape == (2, 200)
+    for row, part in zip(presence.toarray(), small_cells, strict=True):
+        assert set(genes[row == 1]) == set(part.var_names)
+
+
 def test_computed_columns_of_obs_and_var_equal_those_of_the_counts(small_census, small_cells):
     with soma.Experiment.open(str(small_census / "census_data" / "homo_sapiens")) as experiment:
         obs, var = table(experiment.obs), table(experiment.ms["RNA"].var)

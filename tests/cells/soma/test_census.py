@@ -35,6 +35,42 @@ class TestCensus(SourceContract):
             source.close()
 
 
+@pytest.mark.filterwarnings("ignore:Deleting in write mode")  # newer versions have a mode for it
+def test_presence_is_unknown_without_the_matrix_or_the_table_of_data_sets(small_census, tmp_path):
+    organism = shutil.copytree(small_census / "census_data" / "homo_sapiens", tmp_path / "alone")
+    assert open_source(organism).presence(np.array([0, 200])) is None
+    copied = shutil.copytree(small_census, tmp_path / "soma")
+    with soma.Measurement.open(str(copied / "census_data" / "homo_sapiens" / "ms" / "RNA"), "w") as rna:
+        del rna["feature_dataset_presence_matrix"]
+    assert open_source(copied).presence(np.array([0, 200])) is None
+
+
+def test_a_data_set_that_the_census_does_not_list_has_no_known_genes(small_census, tmp_path, caplog):
+    copied = shutil.copytree(small_census, tmp_path / "soma")
+    rename_dataset(copied, "second", "third")
+    presence = open_source(copied).presence(np.array([0, 200]))
+    assert presence.measured.sum(axis=1).tolist() == [190, 0]
+    assert "['second']" in caplog.text
+
+
+def test_a_presence_matrix_with_more_rows_than_data_sets_raises(small_census, tmp_path):
+    copied = shutil.copytree(small_census, tmp_path / "soma")
+    rename_dataset(copied, "second", None)
+    with pytest.raises(ValueError, match="feature_dataset_presence_matrix does not fit the 200 genes"):
+        open_source(copied).presence(np.array([0, 200]))
+
+
+def rename_dataset(census, old, new):
+    """Rename a data set in the table of data sets, or remove its row."""
+    uri = str(census / "census_info" / "datasets")
+    with soma.DataFrame.open(uri) as frame:
+        schema, table = frame.schema, frame.read().concat().to_pandas()
+    table["dataset_id"] = table["dataset_id"].replace({old: new})
+    shutil.rmtree(uri)
+    with soma.DataFrame.create(uri, schema=schema, domain=[[0, 1]]) as frame:
+        frame.write(pa.Table.from_pandas(table.dropna(subset="dataset_id"), schema=schema, preserve_index=False))
+
+
 @pytest.mark.parametrize(
     ("dtype", "largest"), [("int32", 2**24), ("int64", 2**24), ("uint16", 65_535), ("float64", 2**24)]
 )
