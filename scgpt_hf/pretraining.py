@@ -21,7 +21,14 @@ from scgpt_hf.tokens.processing_scgpt import ScGPTProcessor
 from scgpt_hf.training.data_module import DataModule
 from scgpt_hf.training.dry_run import describe_run
 from scgpt_hf.training.fault_tolerance.signals import StopSignal
-from scgpt_hf.training.recipe import build_model, build_processor, check_settings, make_trainer, start_at_frequencies
+from scgpt_hf.training.recipe import (
+    build_model,
+    build_processor,
+    check_settings,
+    make_trainer,
+    start_at_frequencies,
+    start_at_gene_vectors,
+)
 from scgpt_hf.training.run_folder import (
     CARD,
     OnTrainBegin,
@@ -173,6 +180,8 @@ def prepare_run(settings: Settings) -> PreparedRun:
     model = build_model(processor, settings.model, selection.domains, data.batch_key, selection.classes)
     if checkpoint is None and not args.dry_run:
         start_at_frequencies(model, source, selection)
+        if args.gene_vectors == "data":
+            start_at_gene_vectors(model, source, selection, args.seed)
     data_module = DataModule(
         source,
         selection,

@@ -294,7 +294,7 @@ def training_flops_per_token(config: ScGPTConfig, mean_tokens: float, masked: fl
     """Estimate the floating-point operations of one forward and backward pass, per token.
 
     The estimate counts matrix products, with 2 operations per multiply-add, and the backward pass as two forward
-    passes. It ignores embeddings, norms and everything that runs once per cell.
+    passes. It ignores embeddings, norms and everything that runs once per cell; see `training_flops_per_cell`.
 
     Args:
         config: configuration of the model.
@@ -310,3 +310,17 @@ def training_flops_per_token(config: ScGPTConfig, mean_tokens: float, masked: fl
     gep = 2 * width**2 * (1 + config.has_objective("gep_zero"))
     gepc = (2 + config.has_objective("gepc_zero")) * width**2 * config.has_objective("gepc")
     return 6 * (config.num_hidden_layers * layer + values + masked * (gep + gepc))
+
+
+def training_flops_per_cell(config: ScGPTConfig) -> float:
+    """Estimate the floating-point operations of one forward and backward pass that do not depend on a cell's tokens.
+
+    The estimate counts the matrix products of the count decoder and the shortcut, as `training_flops_per_token` does,
+    but not what the backward pass computes again to save memory.
+
+    Args:
+        config: configuration of the model.
+    """
+    decoder = config.count_head_size * (config.hidden_size + config.vocab_size) * config.has_objective("counts")
+    shortcut = config.shortcut_size * (config.shortcut_size + config.hidden_size) * config.cls_shortcut
+    return 6 * (decoder + shortcut)

@@ -8,14 +8,20 @@ belongs to the decoder: the encoder never sees it, so the embedding need not car
 # PyTorch's modules return Any when called; their outputs here are tensors.
 # mypy: disable-error-code="no-any-return"
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from .configuration_scgpt import ScGPTConfig
 
 MAX_COUNT = 50.0
 """Larger counts are clamped to this, so that a few genes such as MALAT1 do not dominate the loss."""
+
+MAX_LOGITS = 2**20
+"""Logits of the multinomial that are computed at a time: 4 MB in float32. More genes are computed in several chunks."""
 
 _LOSS_SCALE = 1 / 100
 """Brings the negative log-likelihood of a cell, a few hundred nats, to the scale of the other objectives."""
@@ -78,10 +84,9 @@ class CountHead(nn.Module):
 
     def forward(self, cell_embedding: Tensor, domain_ids: Tensor | None) -> tuple[Tensor, Tensor]:
         """Return logits, float32 (cells, genes), and which genes count, bool (cells, genes)."""
-        if domain_ids is None:
-            domain_ids = torch.zeros(len(cell_embedding), dtype=torch.long, device=cell_embedding.device)
-        hidden = F.relu(self.hidden(cell_embedding) + self.domain_hidden[domain_ids].to(cell_embedding.dtype))
-        return self.out(hidden).float() + self.bias[domain_ids].float(), self.measured[domain_ids]
+        domain_ids = _or_zeros(domain_ids, cell_embedding)
+        hidden = self._embed(cell_embedding, domain_ids)
+        return _logits(hidden, self.out.weight, self.bias, domain_ids), self.measured[domain_ids]
 
     def loss(
         self, cell_embedding: Tensor, domain_ids: Tensor | None, ids: Tensor, counts: Tensor, cells: Tensor
@@ -95,30 +100,99 @@ class CountHead(nn.Module):
             counts: its raw count, > 0, float32 (entries,).
             cells: the cell it belongs to, int64 (entries,).
         """
-        logits, measured = self(cell_embedding, domain_ids)
+        domain_ids = _or_zeros(domain_ids, cell_embedding)
         counts = counts.float().clamp(max=MAX_COUNT)
-        if self.log_dispersion is None:
-            return multinomial_nll(logits, measured, ids, counts, cells) * _LOSS_SCALE
-        return negative_binomial_nll(logits, measured, self.log_dispersion.float(), ids, counts, cells) * _LOSS_SCALE
+        counts = counts * self.measured[domain_ids[cells], ids]  # a gene that is not measured has no likelihood
+        if self.log_dispersion is not None:
+            logits, measured = self(cell_embedding, domain_ids)
+            dispersion = self.log_dispersion.float()
+            return negative_binomial_nll(logits, measured, dispersion, ids, counts, cells) * _LOSS_SCALE
+        hidden = self._embed(cell_embedding, domain_ids)
+        tables = (self.out.weight, self.bias, self.measured)
+        n_genes = max(MAX_LOGITS // len(cell_embedding), 1)
+        return multinomial_nll(hidden, domain_ids, *tables, CountEntries(ids, counts, cells), n_genes) * _LOSS_SCALE
+
+    def _embed(self, cell_embedding: Tensor, domain_ids: Tensor) -> Tensor:
+        """Return the hidden layer, (cells, size)."""
+        return F.relu(self.hidden(cell_embedding) + self.domain_hidden[domain_ids].to(cell_embedding.dtype))
 
 
-def multinomial_nll(logits: Tensor, measured: Tensor, ids: Tensor, counts: Tensor, cells: Tensor) -> Tensor:
-    """Return −Σ_g c_g · log softmax(logits)_g of each cell over its measured genes, (cells,).
+class CountEntries(NamedTuple):
+    """Non-zero counts of all cells, end to end.
 
-    The multinomial coefficient does not depend on the model and is left out.
+    Attributes:
+        ids: gene of each count, int64 (entries,).
+        counts: the counts, 0 for genes that do not take part, float (entries,).
+        cells: cell of each count, ascending, int64 (entries,).
+    """
+
+    ids: Tensor
+    counts: Tensor
+    cells: Tensor
+
+
+def multinomial_nll(
+    hidden: Tensor,
+    domain_ids: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    measured: Tensor,
+    entries: CountEntries,
+    n_genes: int,
+) -> Tensor:
+    """Return −Σ_g c_g · log softmax(weight · hidden + bias)_g of each cell over its measured genes, (cells,).
+
+    The multinomial coefficient does not depend on the model and is left out. With several chunks of genes, memory holds
+    the logits of one chunk at a time: they are computed again for the gradient. The result is the same.
 
     Args:
-        logits: (cells, genes).
-        measured: which genes take part, (cells, genes).
-        ids: gene of each non-zero count, (entries,).
-        counts: the counts, (entries,).
-        cells: cell of each count, (entries,).
+        hidden: (cells, size).
+        domain_ids: row of `bias` and `measured` of each cell, (cells,).
+        weight: (genes, size).
+        bias: (domains, genes).
+        measured: which genes take part, (domains, genes).
+        entries: the counts.
+        n_genes: genes of a chunk.
     """
-    n_cells = len(logits)
-    normaliser = logits.masked_fill(~measured, -torch.inf).logsumexp(dim=1)
-    counts = counts * measured[cells, ids]  # a gene that the mask excludes has no likelihood
-    totals = _sum_by_cell(counts, cells, n_cells)
-    return totals * normaliser - _sum_by_cell(counts * logits[cells, ids], cells, n_cells)
+    split = torch.functional.split
+    chunks = list(zip(split(weight, n_genes), split(bias, n_genes, 1), split(measured, n_genes, 1), strict=True))
+    parts = []
+    for chunk, tables in enumerate(chunks):
+        arguments = (hidden, domain_ids, *tables, entries._replace(ids=entries.ids - chunk * n_genes))
+        if len(chunks) == 1:
+            parts.append(_normaliser_and_score(*arguments))
+        else:
+            parts.append(checkpoint(_normaliser_and_score, *arguments, use_reentrant=False, preserve_rng_state=False))
+    normalisers, scores = (torch.stack(terms) for terms in zip(*parts, strict=True))  # (chunks, cells)
+    totals = _sum_by_cell(entries.counts, entries.cells, len(hidden))
+    return totals * normalisers.logsumexp(dim=0) - scores.sum(dim=0)
+
+
+def _normaliser_and_score(
+    hidden: Tensor, domain_ids: Tensor, weight: Tensor, bias: Tensor, measured: Tensor, entries: CountEntries
+) -> tuple[Tensor, Tensor]:
+    """Return the log-sum-exp of the logits of some genes, and Σ_g c_g · logit_g over these genes; (cells,) each.
+
+    Arguments as for `multinomial_nll`. Entries of other genes have ids outside of 0 … genes - 1.
+    """
+    ids, counts, cells = entries
+    logits = _logits(hidden, weight, bias, domain_ids)
+    normaliser = logits.masked_fill(~measured[domain_ids], -torch.inf).logsumexp(dim=1)
+    counts = counts * ((ids >= 0) & (ids < len(weight)))
+    return normaliser, _sum_by_cell(counts * logits[cells, ids.clamp(0, len(weight) - 1)], cells, len(hidden))
+
+
+def _logits(hidden: Tensor, weight: Tensor, bias: Tensor, domain_ids: Tensor) -> Tensor:
+    """Return the logits of some genes in float32 or more, (cells, genes)."""
+    dtype = torch.promote_types(bias.dtype, torch.float32)
+    return F.linear(hidden, weight).to(dtype) + bias[domain_ids].to(dtype)
+
+
+def _or_zeros(domain_ids: Tensor | None, cell_embedding: Tensor) -> Tensor:
+    """Return the domain of each cell, (cells,): the only one if none are given."""
+    if domain_ids is not None:
+        return domain_ids
+    return torch.zeros(len(cell_embedding), dtype=torch.long, device=cell_embedding.device)
 
 
 def negative_binomial_nll(
@@ -133,13 +207,12 @@ def negative_binomial_nll(
         measured: which genes take part, (cells, genes).
         log_dispersion: log of each gene's inverse over-dispersion, (genes,).
         ids: gene of each non-zero count, (entries,).
-        counts: the counts, (entries,).
+        counts: the counts, 0 for genes that do not take part, (entries,).
         cells: cell of each count, (entries,).
 
     Source: Lopez et al. 2018, Nature Methods 15:1053.
     """
     n_cells = len(logits)
-    counts = counts * measured[cells, ids]
     totals = _sum_by_cell(counts, cells, n_cells)
     log_mean = logits.masked_fill(~measured, -torch.inf).log_softmax(dim=1) + totals.clamp(min=1e-8).log()[:, None]
     dispersion = log_dispersion.exp()

@@ -11,7 +11,7 @@ import torch
 from accelerate.utils import send_to_device
 
 from scgpt_hf.cells.threads import prefetch
-from scgpt_hf.model.configuration_scgpt import training_flops_per_token
+from scgpt_hf.model.configuration_scgpt import training_flops_per_cell, training_flops_per_token
 from scgpt_hf.model.modeling_scgpt import ScGPTForPreTraining
 from scgpt_hf.pipeline.stream import Batch, lengths_of
 from scgpt_hf.training.data_module import DataModule
@@ -36,7 +36,8 @@ def describe_run(data_module: DataModule, model: ScGPTForPreTraining, args: Trai
     n_steps = data_module.schedule.n_steps
     low, high = np.quantile(lengths, [0.25, 0.75])
     mean_tokens = float(np.square(lengths).sum() / lengths.sum())  # over tokens, as attention sees it
-    flops_per_step = training_flops_per_token(model.config, mean_tokens) * lengths.mean() * plan.batch_size
+    flops_per_cell = training_flops_per_token(model.config, mean_tokens) * lengths.mean()
+    flops_per_step = (flops_per_cell + training_flops_per_cell(model.config)) * plan.batch_size
     seconds_per_step = _time_micro_batch(model, batches, args) * args.gradient_accumulation_steps
     lines = {
         "cells": f"{len(parts['train']):,} of {donors['train']:,} donors for training, "
@@ -46,13 +47,24 @@ def describe_run(data_module: DataModule, model: ScGPTForPreTraining, args: Trai
         f"maximum {lengths.max()} (first {len(lengths):,} cells)",
         "steps": f"{n_steps:,} of {plan.batch_size:,} cells; {plan.n_steps:,} per epoch, "
         f"which leaves {plan.n_dropped:,} cells out",
-        "parameters": f"{model.num_parameters():,}",
+        "parameters": f"{model.num_parameters():,}{_decoder_size(model)}",
         "compute": f"{flops_per_step / 1e9:,.1f} GFLOP per step, {flops_per_step * n_steps / 1e15:,.3g} PFLOP in total",
         "time": f"about {_duration(seconds_per_step * n_steps)} on {device_name(args.device)} x {args.world_size}, "
         f"without validation ({seconds_per_step * 1e3:,.0f} ms per step, measured)",
         "memory": f"about {_peak_memory(args.device) / 2**30:.1f} GiB per process, measured",
     }
     return "\n".join(f"{name:>16}  {line}" for name, line in lines.items()) + "\nNothing was written (--dry_run)."
+
+
+def _decoder_size(model: ScGPTForPreTraining) -> str:
+    """Return how many of the parameters the count decoder has; its biases grow with the number of batches."""
+    if (head := model.count_head) is None:
+        return ""
+    n_domains, n_genes = head.bias.shape
+    return (
+        f", of which {sum(weight.numel() for weight in head.parameters()):,} of the count decoder, with "
+        f"{head.bias.numel():,} biases of {n_domains:,} batches x {n_genes:,} genes"
+    )
 
 
 def _time_micro_batch(model: ScGPTForPreTraining, batches: list[Batch], args: TrainingSettings) -> float:

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from scgpt_hf.cells.block import Float64Array, Int64Array
 from scgpt_hf.cells.selection.counts import sums_per_batch
+from scgpt_hf.cells.selection.gene_vectors import gene_vectors
 from scgpt_hf.cells.source import CellSource
 from scgpt_hf.model.configuration_scgpt import ScGPTConfig
 from scgpt_hf.model.modeling_scgpt import ScGPTForPreTraining
@@ -31,6 +32,9 @@ from scgpt_hf.training.trainer import ScGPTTrainer, over_ranks
 
 T = TypeVar("T")
 
+# Scale of the gene vectors of the shortcut that start from the data; those of the encoder have 1. Source: our
+# measurements.
+_SHORTCUT_SD = 1 / 20
 _CHECKPOINT_BYTES = 12  # per parameter: the weight and two moments of Adam, 4 bytes each
 _AVERAGE_BYTES = 4  # per parameter, if weights are averaged
 
@@ -128,6 +132,25 @@ def start_at_frequencies(model: ScGPTForPreTraining, source: CellSource, selecti
     model.count_head.set_statistics(
         pad(torch.from_numpy(totals)), None if measured is None else pad(torch.from_numpy(measured))
     )
+
+
+def start_at_gene_vectors(model: ScGPTForPreTraining, source: CellSource, selection: Selection, seed: int) -> None:
+    """Let the gene tables of encoder and shortcut start at vectors from the correlations between genes.
+
+    Special tokens, genes without a vector and components that the data do not have keep their random weights. Reads a
+    sample of the training cells, in the first process; see `gene_vectors`.
+    """
+    tables: dict[Any, float] = {model.scgpt.get_input_embeddings().weight: 1.0}  # table → standard deviation
+    if model.scgpt.shortcut is not None:
+        tables[model.scgpt.shortcut.genes.weight] = _SHORTCUT_SD
+    size, genes = max(table.shape[1] for table in tables), _columns_of(source, selection.genes)
+    found = _from_first_process(lambda: gene_vectors(source, selection.parts["train"], genes, size, seed=seed))
+    rows = torch.from_numpy(np.flatnonzero(found.any(axis=1)))
+    vectors = torch.from_numpy(found)[rows]
+    with torch.no_grad():
+        for table, sd in tables.items():
+            part = vectors[:, : table.shape[1]]
+            table[rows, : part.shape[1]] = (part * (sd / part.std())).to(table.dtype)
 
 
 def _columns_of(source: CellSource, genes: list[str]) -> Int64Array:

@@ -275,6 +275,10 @@ class TrainingSettings(TrainingArguments):
     lr_decay_per_epoch: float | None = setting(
         None, "multiply the learning rate by this after each epoch instead of using lr_scheduler_type (scGPT: 0.9)"
     )
+    gene_vectors: Literal["random", "data"] = setting(
+        "random",
+        "initial vectors of the genes; 'data': from the correlations between genes over a sample of training cells",
+    )
     max_bad_steps: int = setting(
         5, "stop after this many steps in a row whose loss or gradient is not finite; such steps are skipped"
     )

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 
 import torch
 
-from scgpt_hf.model.configuration_scgpt import ScGPTConfig, training_flops_per_token
+from scgpt_hf.model.configuration_scgpt import ScGPTConfig, training_flops_per_cell, training_flops_per_token
 from scgpt_hf.pipeline.stream import Batch, lengths_of
 
 # Peak throughput of bf16 matrix products in FLOP/s, dense (without sparsity). Source: NVIDIA data sheets, SXM modules.
@@ -31,7 +31,7 @@ class Throughput:
         """Create the counters and start the clock.
 
         Args:
-            config: config of the model, from which its FLOPs per token follow.
+            config: config of the model, from which its FLOPs per token and cell follow.
             device: that this process trains on.
             world_size: number of processes.
         """
@@ -70,6 +70,7 @@ class Throughput:
             # its length.
             mean_length = self.sum_of_squares / self.n_tokens
             flops = training_flops_per_token(self.config, mean_length) * self.n_tokens
+            flops += training_flops_per_cell(self.config) * self.n_cells
             rates["mfu"] = flops / seconds / self.peak
         return rates
 

@@ -3,10 +3,12 @@
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from scgpt_hf.model.count_decoder_scgpt import multinomial_nll, negative_binomial_nll
+from scgpt_hf.model import count_decoder_scgpt
+from scgpt_hf.model.count_decoder_scgpt import CountEntries, multinomial_nll, negative_binomial_nll
 
 WITH_COUNTS = {
     "loss_weights": {"gep": 1.0, "counts": 1.0},
@@ -33,29 +35,76 @@ def entries_of(counts):
     return at[1], counts[at], at[0]
 
 
-@given(cells())
-def test_multinomial_nll_is_the_log_softmax_of_the_measured_genes(given_cells):
+@settings(deadline=None, max_examples=40)
+@given(cells(), st.sampled_from([1, 2, 4, 9]))
+def test_multinomial_nll_and_its_gradient_are_those_of_the_full_softmax_in_chunks_of_any_size(given_cells, n_genes):
     logits, measured, counts = given_cells
-    found = multinomial_nll(logits, measured, *entries_of(counts))
-    for cell in range(len(logits)):
-        log_share = logits[cell][measured[cell]].log_softmax(0)
-        torch.testing.assert_close(found[cell], -(counts[cell][measured[cell]] * log_share).sum())
-    found.sum().backward()
-    assert logits.grad.isfinite().all()
-    assert (logits.grad[~measured] == 0).all()
+    n_cells, width = logits.shape
+    random = torch.Generator().manual_seed(n_cells)
+    parameters = [torch.randn(shape, generator=random, dtype=torch.float64) for shape in ((n_cells, 3), (width, 3))]
+    hidden, weight, bias = (tensor.requires_grad_() for tensor in (*parameters, logits.detach()))
+    ids, values, cell_of_entry = entries_of(counts * measured)
+    entries, domains = CountEntries(ids, values, cell_of_entry), torch.arange(n_cells)
+    found = multinomial_nll(hidden, domains, weight, bias, measured, entries, n_genes)
+    full = (hidden @ weight.T + bias).masked_fill(~measured, -torch.inf).log_softmax(1).masked_fill(~measured, 0.0)
+    expected = -(counts * full).sum(1)
+    torch.testing.assert_close(found, expected)
+    gradients, expected_gradients = (
+        torch.autograd.grad(nll.sum(), (hidden, weight, bias)) for nll in (found, expected)
+    )
+    torch.testing.assert_close(gradients, expected_gradients)
+    assert (gradients[2][~measured] == 0).all()
 
 
+@settings(deadline=None)
 @given(cells())
 def test_negative_binomial_nll_is_that_of_torch_zeros_included(given_cells):
     logits, measured, counts = given_cells
     log_dispersion = torch.linspace(-1, 1, logits.shape[1], dtype=torch.float64)
-    found = negative_binomial_nll(logits, measured, log_dispersion, *entries_of(counts))
     counts = counts * measured
+    found = negative_binomial_nll(logits, measured, log_dispersion, *entries_of(counts))
     log_mean = logits.masked_fill(~measured, -torch.inf).log_softmax(1) + counts.sum(1, keepdim=True).log()
     expected = torch.distributions.NegativeBinomial(
         log_dispersion.exp().expand_as(log_mean), logits=log_mean.clamp(min=-500) - log_dispersion
     )
     torch.testing.assert_close(found, -(expected.log_prob(counts) * measured).sum(1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_model_in_chunks_has_the_loss_and_the_gradients_of_the_model_at_once(model, packed, monkeypatch, dtype):
+    network = model(**WITH_COUNTS, n_domains=3)
+    results = []
+    for n_logits in (10**6, 4 * 7):  # all 20 genes of 4 cells at once, then seven of them
+        monkeypatch.setattr(count_decoder_scgpt, "MAX_LOGITS", n_logits)
+        network.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+            loss = network(**packed).losses["counts"]
+        assert loss.dtype == torch.float32
+        loss.backward()
+        results.append({name: weight.grad for name, weight in network.named_parameters() if weight.grad is not None})
+        results[-1]["loss"] = loss.detach()
+    tolerance = {} if dtype == torch.float32 else {"rtol": 2e-2, "atol": 1e-4}
+    for name, value in results[0].items():
+        torch.testing.assert_close(results[1][name], value, msg=lambda text, name=name: f"{name}: {text}", **tolerance)
+
+
+def test_chunks_never_hold_the_logits_of_all_genes(model, packed, monkeypatch):
+    network = model(**WITH_COUNTS, n_domains=3)
+    monkeypatch.setattr(count_decoder_scgpt, "MAX_LOGITS", 4 * 7)
+
+    class LargestMatrix(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+            result = function(*arguments, **(keywords or {}))
+            if isinstance(result, torch.Tensor) and result.dim() == 2 and len(result) == 4:  # of four cells
+                widths.append(result.shape[1])
+            return result
+
+    widths = []
+    embedding, entries = torch.randn(4, 16, requires_grad=True), targets(4)
+    with LargestMatrix():
+        network.count_head.loss(embedding, packed["domain_ids"], *entries.values()).sum().backward()
+    assert max(widths) == 16  # the embedding, and not 20 genes
+    assert widths.count(7) > 8
 
 
 def targets(n_cells, seed=0):
