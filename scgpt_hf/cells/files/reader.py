@@ -31,6 +31,8 @@ from scgpt_hf.cells.obs import (
 )
 from scgpt_hf.cells.presence import Presence
 
+logger = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True)
 class AnnDataPart:
