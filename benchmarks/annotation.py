@@ -301,19 +301,19 @@ def draw() -> None:
     if not curves:
         return
     figure, axes = plt.subplots(1, len(curves), figsize=(5.2 * len(curves), 4), squeeze=False, sharey=True)
-    colours = [
+    colors = [
         "#0072B2",
         "#56B4E9",
         "#999999",
         "#E69F00",
         "#D55E00",
-    ]  # Okabe and Ito, for colour-blind readers
+    ]  # Okabe and Ito, for color-blind readers
     for axis, (part, result) in zip(axes[0], curves.items(), strict=True):
         rows = pd.DataFrame(result["rows"])
-        for colour, (arm, title) in zip(colours, ARMS.items(), strict=True):
+        for color, (arm, title) in zip(colors, ARMS.items(), strict=True):
             of_arm = rows[rows["arm"] == arm].groupby("share")["macro_f1"]
-            axis.plot(100 * of_arm.mean().index, of_arm.mean(), "o-", color=colour, label=title)
-            axis.fill_between(100 * of_arm.min().index, of_arm.min(), of_arm.max(), color=colour, alpha=0.12, lw=0)
+            axis.plot(100 * of_arm.mean().index, of_arm.mean(), "o-", color=color, label=title)
+            axis.fill_between(100 * of_arm.min().index, of_arm.min(), of_arm.max(), color=color, alpha=0.12, lw=0)
         axis.set(title=TITLES[part], xlabel="share of the labels (%)", xscale="log", xticks=[10, 25, 50, 100])
         axis.set_xticklabels([10, 25, 50, 100])
         axis.minorticks_off()

@@ -6,7 +6,7 @@
 
 Each session is a process that is forked after the imports. It trains a tiny model, with dropout, and is killed with
 SIGKILL at a random moment: in a step, in a validation, or while a checkpoint is written. Every step writes a line
-with its loss and hashes of its batch, the weights and the optimiser. All lines of all sessions must equal those of
+with its loss and hashes of its batch, the weights and the optimizer. All lines of all sessions must equal those of
 the uninterrupted run, bit for bit. So must metrics.jsonl at the end, except for times.
 """
 
@@ -57,7 +57,7 @@ TIME_SUFFIXES = ("seconds", "_per_second", "waiting_share")  # of metrics that d
 
 
 class Trace(TrainerCallback):
-    """Write a line for each step, with its loss and hashes of its batch, the weights and the optimiser."""
+    """Write a line for each step, with its loss and hashes of its batch, the weights and the optimizer."""
 
     def __init__(self, trainer: Any, path: Path) -> None:
         self.trainer, self.path, self.batch = trainer, path, ""

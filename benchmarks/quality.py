@@ -11,7 +11,7 @@ model is then scored on sets and donors that were never trained on, beside two k
     within    kNN macro-F1, the mean of NMI, ARI and ASW label, on pbmc3k, pbmc4k, OneK1K and lupus T cells
     transfer  macro-F1 of kNN and of logistic regression: from FACS-sorted cells and PBMC 8k to PBMC 3k
 
-"PCA, training cells" fits highly variable genes, centre and components on the training cells and applies them to the
+"PCA, training cells" fits highly variable genes, center and components on the training cells and applies them to the
 scored ones: what a pretrained model must beat. "PCA, scored cells" fits them on the scored set itself.
 """
 

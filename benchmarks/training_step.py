@@ -27,7 +27,7 @@ class StepConfig:
 
 
 class TrainingStep:
-    """A model and its optimiser. A step is forward, backward, clipping and AdamW; it never waits for the device."""
+    """A model and its optimizer. A step is forward, backward, clipping and AdamW; it never waits for the device."""
 
     def __init__(self, model: nn.Module, device: torch.device, config: StepConfig) -> None:
         """Move the model to the device, and compile it if the config says so."""

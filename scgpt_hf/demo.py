@@ -1,6 +1,6 @@
 """The demo data: 700 real blood cells that come with scanpy, used when no other data are configured.
 
-scanpy stores these cells as logarithms of normalised counts, so their raw counts are recovered first. The result is an
+scanpy stores these cells as logarithms of normalized counts, so their raw counts are recovered first. The result is an
 ordinary local Census, written by `cells/soma/build.py`: the demo runs the same code as a training on 160 million cells.
 It needs no network.
 """
@@ -18,7 +18,7 @@ from scipy.sparse import csr_matrix
 
 logger = logging.getLogger(__name__)
 
-TARGET_SUM = 10_000  # counts per cell after scanpy's normalisation of this dataset
+TARGET_SUM = 10_000  # counts per cell after scanpy's normalization of this dataset
 ROUNDING = 0.0005  # largest rounding error of the log values, which are stored with three decimals
 N_CELLS = 700
 
@@ -119,7 +119,7 @@ def recover_counts(logged: csr_matrix, totals: NDArray[np.floating]) -> csr_matr
     if n_wrong := int((errors > ROUNDING + 1e-6).sum()):
         raise ValueError(
             f"cannot recover raw counts: {n_wrong:,} of {errors.size:,} log values differ by up to {errors.max():.2g} "
-            f"from that of a whole number, expected at most {ROUNDING}; does scanpy still normalise this dataset to "
+            f"from that of a whole number, expected at most {ROUNDING}; does scanpy still normalize this dataset to "
             f"{TARGET_SUM:,} counts per cell?"
         )
     return csr_matrix((counts.astype(np.float32), logged.indices, logged.indptr), shape=logged.shape)

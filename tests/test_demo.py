@@ -51,7 +51,7 @@ def test_a_folder_with_other_data_raises(small_census):
 
 
 @given(counts=st.lists(st.integers(1, 400), min_size=1, max_size=20), unseen=st.integers(2000, 4000))
-def test_recover_counts_inverts_scanpys_normalisation(counts, unseen):
+def test_recover_counts_inverts_scanpys_normalization(counts, unseen):
     row = np.array(counts, dtype=np.float64)
     total = row.sum() + unseen
     logged = np.log1p(row / total * 10_000).round(3).astype(np.float32)

@@ -113,7 +113,7 @@ def test_wrong_settings_end_in_one_line_without_a_traceback(tmp_path, small_cens
         "unknown setting '--n_hgv'; did you mean 'n_hvg'": ["--n_hgv", "3"],
         "do not exist": ["--data", str(tmp_path / "absent.h5ad")],
         "no_such_column": ["--data", str(small_census), "--obs_filter", "no_such_column == 1"],
-        "galore_torch": ["--data", str(small_census), "--optim", "galore_adamw"],  # rejected when the optimiser is made
+        "galore_torch": ["--data", str(small_census), "--optim", "galore_adamw"],  # rejected when the optimizer is made
     }
     for message, flags in cases.items():
         done = run(script("pretrain"), "--use_cpu", "true", "--output_dir", str(tmp_path / "run"), *flags)

@@ -1,1 +1,1 @@
-"""Use trained models: embed and annotate cells, predict expression, analyse genes, evaluate embeddings."""
+"""Use trained models: embed and annotate cells, predict expression, analyze genes, evaluate embeddings."""

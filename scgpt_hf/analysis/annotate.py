@@ -35,7 +35,7 @@ PREDICTED = "predicted_cell_type"
 CLASSIFIER: dict[str, Any] = {"model_class": AutoModelForSequenceClassification, "heads": ("class_head",)}
 
 
-# Cells of the reference that are sampled to measure the usual distance between neighbours; its 99th percentile does not
+# Cells of the reference that are sampled to measure the usual distance between neighbors; its 99th percentile does not
 # change with more, only the time.
 _DISTANCE_CELLS = 5_000
 
@@ -133,8 +133,8 @@ def transfer_labels(
     Each of the nearest labelled cells of the reference votes with the inverse of its distance; the confidence is the
     winner's share of the votes. Columns are named as in `predict_cell_types`.
 
-    A cell of a type that the reference lacks gets the name of its nearest neighbours, often unanimously, so confidence
-    does not reveal it. Distance does: `obs[key_added + "_distance"]` is the mean distance to the neighbours, and cells
+    A cell of a type that the reference lacks gets the name of its nearest neighbors, often unanimously, so confidence
+    does not reveal it. Distance does: `obs[key_added + "_distance"]` is the mean distance to the neighbors, and cells
     beyond `max_distance` are "unassigned". The report gives the `usual_distance`, which 1 % of the reference cells
     exceed, and the number of query cells beyond it.
 
@@ -145,7 +145,7 @@ def transfer_labels(
         use_rep: name of the embedding in `obsm` of both.
         n_neighbors: number of reference cells that vote.
         threshold: lowest share of the votes with which a cell gets its type, in [0, 1].
-        max_distance: mean distance to the neighbours beyond which a cell is "unassigned".
+        max_distance: mean distance to the neighbors beyond which a cell is "unassigned".
         ignore: further values of `labels_key` that are not labels, besides missing values and "unknown".
         key_added: name of the columns, and of the report in `query.uns`.
         overwrite: replace columns of that name.
@@ -158,7 +158,7 @@ def transfer_labels(
         ValueError: an embedding is missing, or the two were made by different models; the reference has a single label,
             or too few labelled cells; a column exists.
 
-    Source: distance-weighted nearest neighbours, Dudani 1976, IEEE Trans. Syst. Man Cybern. SMC-6:325.
+    Source: distance-weighted nearest neighbors, Dudani 1976, IEEE Trans. Syst. Man Cybern. SMC-6:325.
 
     Example:
         >>> for adata in (reference, query):
@@ -262,7 +262,7 @@ def _reference_labels(
     if labelled.sum() <= n_neighbors:
         raise ValueError(
             f"{labelled.sum():,} of {len(column):,} cells of the reference have a label in obs[{labels_key!r}], "
-            f"expected more than the {n_neighbors} neighbours that vote; choose another column, or fewer neighbours"
+            f"expected more than the {n_neighbors} neighbors that vote; choose another column, or fewer neighbors"
         )
     labels = column[labelled].astype(object).astype(str).to_numpy(str)
     if (labels == labels[0]).all():
@@ -274,9 +274,9 @@ def _reference_labels(
 
 
 def _usual_distance(classifier: KNeighborsClassifier, vectors: FloatArray, n_neighbors: int) -> float:
-    """Return the mean distance to their neighbours that 1 % of the reference cells exceed."""
+    """Return the mean distance to their neighbors that 1 % of the reference cells exceed."""
     sampled = np.random.default_rng(0).permutation(len(vectors))[:_DISTANCE_CELLS]
-    # One neighbour more, because each of these cells is its own nearest neighbour.
+    # One neighbor more, because each of these cells is its own nearest neighbor.
     distance = classifier.kneighbors(vectors[sampled], n_neighbors + 1)[0][:, 1:]
     return float(np.quantile(distance.mean(axis=1), 0.99))
 

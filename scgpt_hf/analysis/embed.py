@@ -155,7 +155,7 @@ def embed_batches(
 
 
 def umap_of(embedding: npt.NDArray[np.floating[Any]], seed: int) -> Float32Array:
-    """Compute a UMAP of an embedding with scanpy's default neighbours and UMAP.
+    """Compute a UMAP of an embedding with scanpy's default neighbors and UMAP.
 
     Args:
         embedding: shape (cells, hidden).

@@ -1,4 +1,4 @@
-"""Analyse what a model has learned about genes: similar genes, gene programs, and attention between genes in a cell.
+"""Analyze what a model has learned about genes: similar genes, gene programs, and attention between genes in a cell.
 
 Gene embeddings depend on the model alone, attention on the model and the cell. Neither is a regulatory network: two
 genes are close when the model treats them alike.
@@ -73,11 +73,11 @@ def nearest_genes(embeddings: pd.DataFrame, gene: str, n: int = 10) -> pd.Series
 def gene_programs(
     embeddings: pd.DataFrame, *, n_neighbors: int = 15, resolution: float = 1.0, seed: int = 0
 ) -> pd.Series:
-    """Cluster genes into programs, by Leiden on the graph of nearest neighbours of their embeddings.
+    """Cluster genes into programs, by Leiden on the graph of nearest neighbors of their embeddings.
 
     Args:
         embeddings: one row per gene, of all genes or of a subset. Shape (genes, hidden).
-        n_neighbors: number of neighbours of each gene, by cosine similarity.
+        n_neighbors: number of neighbors of each gene, by cosine similarity.
         resolution: higher values give more and smaller programs.
         seed: seed of Leiden.
 
@@ -103,7 +103,7 @@ def gene_programs(
         genes,
         resolution=resolution,
         random_state=seed,
-        adjacency=nearest.maximum(nearest.T),  # an edge if either gene is among the neighbours of the other
+        adjacency=nearest.maximum(nearest.T),  # an edge if either gene is among the neighbors of the other
         flavor="igraph",
         n_iterations=-1,  # iterate until the clusters no longer change
     )

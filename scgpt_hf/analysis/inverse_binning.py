@@ -46,7 +46,7 @@ def log1p_to_counts(values: npt.NDArray[np.floating[Any]], total: float, target_
     Args:
         values: predicted values, any real numbers. Shape (predictions,).
         total: sum of the cell's counts over all genes of the data.
-        target_sum: counts per cell to which the model's input is normalised.
+        target_sum: counts per cell to which the model's input is normalized.
     """
     counts: Float64Array = np.expm1(np.maximum(values, 0.0)) * (total / target_sum)
     return counts

@@ -155,9 +155,9 @@ def to_offsets(lengths: AnyArray | Sequence[int]) -> Int64Array:
 
 
 def _as_slice(positions: Int64Array) -> slice | Int64Array:
-    """Return neighbouring positions as a slice, others as they are.
+    """Return neighboring positions as a slice, others as they are.
 
-    The pipeline takes neighbouring cells. A slice of an array is a view, and that of a dataframe is much faster.
+    The pipeline takes neighboring cells. A slice of an array is a view, and that of a dataframe is much faster.
     """
     if len(positions) and (np.diff(positions) == 1).all():
         return slice(int(positions[0]), int(positions[-1]) + 1)

@@ -40,7 +40,7 @@ class CellSource(Protocol):
 
     @property
     def chunk_size(self) -> int:
-        """Number of neighbouring cell ids, aligned to its multiples, to read together; 1 if any order is as fast."""
+        """Number of neighboring cell ids, aligned to its multiples, to read together; 1 if any order is as fast."""
 
     def obs(self, columns: Sequence[str] = ()) -> pd.DataFrame:
         """Return obs of the cells that match the filters.

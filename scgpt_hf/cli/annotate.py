@@ -6,7 +6,7 @@
 The first command uses a classifier trained by scripts/finetune.py. The second embeds both files with any pretrained
 model; without --model it compares the embeddings that both files have in obsm["X_scgpt"]. Both commands write
 obs["predicted_cell_type"], its _confidence, and "unassigned" where the confidence is below --threshold. The second also
-writes _distance, the mean distance to the neighbours: it is large for types that the reference lacks. Counts stay on
+writes _distance, the mean distance to the neighbors: it is large for types that the reference lacks. Counts stay on
 disk.
 """
 
@@ -63,7 +63,7 @@ def _make_parser() -> argparse.ArgumentParser:
         "--ignore_labels", nargs="*", default=["unknown"], help="values of --labels_key that are not labels"
     )
     parser.add_argument("--n_neighbors", type=int, default=15, help="cells that vote (default: %(default)s)")
-    parser.add_argument("--max_distance", type=float, help="cells farther from their neighbours are unassigned")
+    parser.add_argument("--max_distance", type=float, help="cells farther from their neighbors are unassigned")
     parser.add_argument("--threshold", type=float, default=0.5, help="lowest confidence (default: %(default)s)")
     parser.add_argument("--key_added", default=PREDICTED, help="name of the new columns (default: %(default)s)")
     add_inference_arguments(parser, empty="leave them unassigned", replaced="columns of that name")

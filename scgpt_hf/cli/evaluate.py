@@ -9,7 +9,7 @@ Examples:
 What is measured:
   separation of cell types  NMI, ARI, ASW, cLISI (scib-metrics)
   mixing of batches         ASW, iLISI, graph connectivity (scib-metrics)
-  prediction of cell types  macro-F1 of nearest neighbours and of a linear probe, trained on other donors
+  prediction of cell types  macro-F1 of nearest neighbors and of a linear probe, trained on other donors
   transfer of cell types    the same two classifiers, trained on the cells of --reference
 
 scib-metrics is an extra: pip install "scgpt_hf[metrics]". If there are more than 50,000 cells, a sample is scored that

@@ -78,11 +78,11 @@ train others, pass `loss_weights={{...}}` to `AutoModelForPreTraining.from_pretr
 
 `conversion.json` lists every key.
 
-## Source and licence
+## Source and license
 
 Architecture and training: Cui, H. et al. scGPT: toward building a foundation model for single-cell multi-omics using
 generative AI. *Nature Methods* 21, 1470-1480 (2024). https://doi.org/10.1038/s41592-024-02201-0. The original code is
-under the MIT licence; the weights keep the licence under which they were published. Do not use the model for diagnosis
+under the MIT license; the weights keep the license under which they were published. Do not use the model for diagnosis
 or for any decision about a person.
 """
 

@@ -76,8 +76,8 @@ class ScGPTConfig(PreTrainedConfig):
         attention_dropout: dropout rate of attention probabilities. The original uses `dropout` here too. The default is
             0, because the CUDA kernel for packed input has no dropout, and any other value takes a slower path.
         layer_norm_eps: epsilon of every LayerNorm.
-        norm_scheme: "post" normalises after each residual sum; "pre" before each branch, with a norm at the end;
-            "scgpt_pre" is the pre-norm of the original, whose residual starts from the normalised input, without a norm
+        norm_scheme: "post" normalizes after each residual sum; "pre" before each branch, with a norm at the end;
+            "scgpt_pre" is the pre-norm of the original, whose residual starts from the normalized input, without a norm
             at the end.
         value_encoder: how values are embedded: "continuous" by a small network, "category" by a table of bins,
             "scaling" by multiplying the gene embedding.
@@ -86,7 +86,7 @@ class ScGPTConfig(PreTrainedConfig):
         n_value_ids: rows of the "category" table; by default `n_bins` + 2, for padding and masked genes.
         max_value: the "continuous" value encoder clamps larger values to it.
         cell_pooling: how the cell embedding is computed: "cls" takes the hidden state at `<cls>`, "average" the mean
-            over tokens, "weighted" the sum weighted by `values`, then L2-normalised. The last two include padding, as
+            over tokens, "weighted" the sum weighted by `values`, then L2-normalized. The last two include padding, as
             in the original, so they need padded input.
         gepc_query: how the GEPC head combines a gene with a cell: "inner_product", "concat" or "sum".
         gepc_detach: whether to stop the gradient of the GEPC loss at the gene embedding.
@@ -192,7 +192,7 @@ class ScGPTConfig(PreTrainedConfig):
     def padding_dependent_settings(self) -> str:
         """Settings that make results depend on padding, such as `"cell_pooling='average'"`; empty if there are none.
 
-        The original averages over padding and normalises it. Converted checkpoints need the same numbers, so such
+        The original averages over padding and normalizes it. Converted checkpoints need the same numbers, so such
         models need padded input.
         """
         independent = {"cell_pooling": "cls", "input_norm": "none"}

@@ -34,7 +34,7 @@ class CountHead(nn.Module):
     set did not measure are excluded from the likelihood by `measured`.
 
     Attributes:
-        bias: log-abundance of each gene in each domain, (domains, genes). `set_statistics` initialises it from data.
+        bias: log-abundance of each gene in each domain, (domains, genes). `set_statistics` initializes it from data.
         measured: whether the domain's data set measured the gene, bool (domains, genes).
 
     Source: a decoder with batch-specific bias as in scVI, Lopez et al. 2018, Nature Methods 15:1053; multinomial
@@ -56,7 +56,7 @@ class CountHead(nn.Module):
 
     @torch.no_grad()
     def set_statistics(self, totals: Tensor, measured: Tensor | None = None) -> None:
-        """Initialise the bias and the mask of measured genes from the training cells.
+        """Initialize the bias and the mask of measured genes from the training cells.
 
         The bias of a gene is the log of its share of the domain's counts. A measured gene without a count gets its
         share of all counts times the weight of a single count, as if the domain had one count more.
@@ -160,15 +160,15 @@ def multinomial_nll(
     for chunk, tables in enumerate(chunks):
         arguments = (hidden, domain_ids, *tables, entries._replace(ids=entries.ids - chunk * n_genes))
         if len(chunks) == 1:
-            parts.append(_normaliser_and_score(*arguments))
+            parts.append(_normalizer_and_score(*arguments))
         else:
-            parts.append(checkpoint(_normaliser_and_score, *arguments, use_reentrant=False, preserve_rng_state=False))
-    normalisers, scores = (torch.stack(terms) for terms in zip(*parts, strict=True))  # (chunks, cells)
+            parts.append(checkpoint(_normalizer_and_score, *arguments, use_reentrant=False, preserve_rng_state=False))
+    normalizers, scores = (torch.stack(terms) for terms in zip(*parts, strict=True))  # (chunks, cells)
     totals = _sum_by_cell(entries.counts, entries.cells, len(hidden))
-    return totals * normalisers.logsumexp(dim=0) - scores.sum(dim=0)
+    return totals * normalizers.logsumexp(dim=0) - scores.sum(dim=0)
 
 
-def _normaliser_and_score(
+def _normalizer_and_score(
     hidden: Tensor, domain_ids: Tensor, weight: Tensor, bias: Tensor, measured: Tensor, entries: CountEntries
 ) -> tuple[Tensor, Tensor]:
     """Return the log-sum-exp of the logits of some genes, and Σ_g c_g · logit_g over these genes; (cells,) each.
@@ -177,9 +177,9 @@ def _normaliser_and_score(
     """
     ids, counts, cells = entries
     logits = _logits(hidden, weight, bias, domain_ids)
-    normaliser = logits.masked_fill(~measured[domain_ids], -torch.inf).logsumexp(dim=1)
+    normalizer = logits.masked_fill(~measured[domain_ids], -torch.inf).logsumexp(dim=1)
     counts = counts * ((ids >= 0) & (ids < len(weight)))
-    return normaliser, _sum_by_cell(counts * logits[cells, ids.clamp(0, len(weight) - 1)], cells, len(hidden))
+    return normalizer, _sum_by_cell(counts * logits[cells, ids.clamp(0, len(weight) - 1)], cells, len(hidden))
 
 
 def _logits(hidden: Tensor, weight: Tensor, bias: Tensor, domain_ids: Tensor) -> Tensor:

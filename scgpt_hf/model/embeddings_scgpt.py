@@ -69,9 +69,9 @@ class ContinuousValueEncoder(nn.Module):
 
 
 class DomainNorm(nn.Module):
-    """Domain-specific batch normalisation: a batch norm without affine parameters and with statistics per domain.
+    """Domain-specific batch normalization: a batch norm without affine parameters and with statistics per domain.
 
-    Each cell is normalised with the statistics of its domain. The original normalises all cells with those of the first
+    Each cell is normalized with the statistics of its domain. The original normalizes all cells with those of the first
     cell's domain, which is the same if a batch holds a single domain. Mixed batches need the difference, and shuffled
     data give mixed batches. Padding enters the statistics, as in the original.
 
@@ -89,7 +89,7 @@ class DomainNorm(nn.Module):
         self.register_buffer("num_batches_tracked", torch.zeros(n_domains, dtype=torch.int64))
 
     def forward(self, hidden: Tensor, domain_ids: Tensor) -> Tensor:
-        """Normalise hidden states.
+        """Normalize hidden states.
 
         Args:
             hidden: shape (cells, tokens, hidden).

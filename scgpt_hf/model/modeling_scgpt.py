@@ -67,7 +67,7 @@ class ScGPTModelOutput(ModelOutput):
     Args:
         last_hidden_state: hidden state of every token, shaped like `input_ids` with the hidden axis appended.
         cell_embedding: pooled hidden state of every cell, (cells, hidden).
-        gene_embedding: normalised embedding of every token's gene, before values; same shape as `last_hidden_state`.
+        gene_embedding: normalized embedding of every token's gene, before values; same shape as `last_hidden_state`.
         hidden_states: input of the first layer and output of each layer, if requested.
         attentions: attention probabilities of each layer, (cells, heads, tokens, tokens), if requested and attention is
             eager.
@@ -110,7 +110,7 @@ class ScGPTLayer(GradientCheckpointingLayer):
     """One encoder layer: attention and a ReLU feed-forward network, each with a residual connection and a norm.
 
     `norm_scheme` places the norms. "post" is the original transformer, h = norm(h + f(h)). "pre" is h = h + f(norm(h)).
-    "scgpt_pre" reproduces scGPT's pre-norm layer, in which the residual starts from the normalised input:
+    "scgpt_pre" reproduces scGPT's pre-norm layer, in which the residual starts from the normalized input:
     h = norm(h); h = h + f(h).
     """
 
@@ -268,7 +268,7 @@ class ScGPTModel(ScGPTPreTrainedModel):
             raise ValueError(f"{settings} depends on padding, and packed input has none; pass padded cells")
         gene_embedding = self.gene_encoder(input_ids)
         hidden = self._add_values(gene_embedding, values, optional=input_cell_embedding is not None)
-        hidden = self._normalise_input(hidden, domain_ids)
+        hidden = self._normalize_input(hidden, domain_ids)
         offsets = cell_offsets(input_ids, cu_seq_lens_q)
         cls_positions = offsets[:-1].long()  # in the flattened input
         if input_cell_embedding is not None:
@@ -302,7 +302,7 @@ class ScGPTModel(ScGPTPreTrainedModel):
             return gene_embedding * values[..., None].to(gene_embedding.dtype)
         return gene_embedding + self.value_encoder(values)
 
-    def _normalise_input(self, hidden: Tensor, domain_ids: Tensor | None) -> Tensor:
+    def _normalize_input(self, hidden: Tensor, domain_ids: Tensor | None) -> Tensor:
         if isinstance(self.input_norm, DomainNorm):
             return self.input_norm(hidden, _require(domain_ids, "domain_ids"))
         return hidden if self.input_norm is None else self.input_norm(hidden.flatten(0, 1)).view_as(hidden)

@@ -4,7 +4,7 @@
 
 - **gep**, gene expression prediction (`masked_mse`): predict the values of masked genes from their hidden states. The
   main objective of pretraining.
-- **gepc**, the same from the cell embedding (`masked_mse`): the cell embedding must summarise the cell. Use it whenever
+- **gepc**, the same from the cell embedding (`masked_mse`): the cell embedding must summarize the cell. Use it whenever
   cell embeddings are the product.
 - **gep_zero**, **gepc_zero** (`bernoulli_nll`): predict whether a gene is expressed at all. Use them with
   `explicit_zero_prob` when genes that are not expressed are tokens too (`include_zeros`).
@@ -13,8 +13,8 @@
 - **cce**, contrastive cell embedding (`contrastive_cells`): two passes of one cell must be closer to each other than to
   other cells. It doubles the forward passes.
 - **dar**, domain adaptation by reverse back-propagation (`class_cross_entropy` over domains): removes the experimental
-  batch from the cell embedding. For integration of several batches. The head that predicts the domain minimises the
-  cross entropy. `ClassHead` reverses the gradient on the way to the encoder, so the encoder maximises it and removes
+  batch from the cell embedding. For integration of several batches. The head that predicts the domain minimizes the
+  cross entropy. `ClassHead` reverses the gradient on the way to the encoder, so the encoder maximizes it and removes
   what identifies the domain. Source: bowang-lab/scGPT:scgpt/model/grad_reverse.py; Ganin and Lempitsky 2015,
   arXiv:1409.7495.
 - **cls**, cell type classification (`class_cross_entropy`): over the cells that have a label.

@@ -9,7 +9,7 @@ tokens are (`tokens`). A stream works in six steps:
 2. **Read the next window ahead** (`_take_window`). One thread reads a window from the source in a single call, in the
    order of its steps, while the window before it is tokenized. So memory holds two windows, however large the source.
 3. **Cut the window into micro-batches** (`_tokenize_window`). A step of a rank is one batch, or several with gradient
-   accumulation. Neighbouring batches, together about 512 cells, are one unit of work for a thread.
+   accumulation. Neighboring batches, together about 512 cells, are one unit of work for a thread.
 4. **Tokenize and mask in threads** (`_tokenize_batches`). Random numbers depend on the seed, the epoch, the cell and
    the gene only, so the result does not depend on the number of threads, ranks or batches. Cells that express no gene
    of the vocabulary have no tokens and are dropped, skipped or refused.
@@ -329,7 +329,7 @@ class CellStream:
     def _tokenize_batches(
         self, window: _Window, bounds: Int64Array, make_result: Callable[[TokenizedCells], Result]
     ) -> list[Result]:
-        """Tokenize neighbouring micro-batches.
+        """Tokenize neighboring micro-batches.
 
         Args:
             window: the window that holds them.
@@ -478,7 +478,7 @@ def _list_tasks(plans: Sequence[Plan], start_step: int) -> list[WindowTask]:
 
 
 def _group_batches(ends: Int64Array, n_cells: int) -> Iterator[Int64Array]:
-    """Yield groups of neighbouring batches as bounds, rows of a block, that together cover the block.
+    """Yield groups of neighboring batches as bounds, rows of a block, that together cover the block.
 
     Args:
         ends: row at which each batch ends, ascending. Shape (batches,).

@@ -93,7 +93,7 @@ def card_metadata(
     dataset_name: str = "see the card",
     **fields: Any,
 ) -> ModelCardData:
-    """Return the metadata that the Hub reads: library, task, licence, and the results it can list.
+    """Return the metadata that the Hub reads: library, task, license, and the results it can list.
 
     Args:
         summary: summary of the run.
@@ -182,7 +182,7 @@ The processor gives the `<cls>` token the expression value {cls_value}; other to
 def _data(summary: RunRecord, settings: RunRecord) -> str:
     weights = "CC BY 4.0, like the training data" if summary.get("data.census_version", str) else "see the sources"
     rows = pretraining_data(summary, settings)
-    rows["Licence of this repository"] = f"weights: {weights}; code: Apache-2.0"
+    rows["License of this repository"] = f"weights: {weights}; code: Apache-2.0"
     return f"""## Data
 
 {markdown_table(rows)}

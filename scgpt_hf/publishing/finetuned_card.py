@@ -104,7 +104,7 @@ def _is_on_hub(name: str) -> bool:
 
 def _data(summary: RunRecord) -> str:
     rows = finetuning_data(summary)
-    rows["Licence of this repository"] = "weights: as the data and the pretrained model require; code: Apache-2.0"
+    rows["License of this repository"] = "weights: as the data and the pretrained model require; code: Apache-2.0"
     return f"""## Data
 
 {markdown_table(rows)}

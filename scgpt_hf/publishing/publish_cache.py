@@ -132,7 +132,7 @@ def _facts(identity: CacheIdentity, shards: list[ShardRecord], source: dict[str,
         "Layer of the raw counts": Code(source["layer"]),
         "Filter": Code(source["obs_filter"]) if source.get("obs_filter") else "none",
         "Genes": f"{source['n_genes']:,}, hash {source['gene_hash']}",
-        "Licence": "CC BY 4.0, as for all of the Census" if census else "see the sources",
+        "License": "CC BY 4.0, as for all of the Census" if census else "see the sources",
     }
 
 

@@ -1,7 +1,7 @@
 """Publish a run as a model on the Hub, in one commit.
 
 Only files listed here leave the machine: weights (safetensors), processor (JSON), code (Python), figures, and the
-run's record without tokens and local paths. Pickles and the state of the optimiser stay. `card.py` and
+run's record without tokens and local paths. Pickles and the state of the optimizer stay. `card.py` and
 `finetuned_card.py` write the model card; `hub.py` explains errors of the Hub.
 """
 

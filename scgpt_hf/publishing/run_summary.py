@@ -1,4 +1,4 @@
-"""State the facts of a run once: its errors and baselines, data, optimisation, hardware.
+"""State the facts of a run once: its errors and baselines, data, optimization, hardware.
 
 Model cards format these facts as Markdown, report pages as HTML, and the last log line of a run as text. Values that
 no file of the run records read "not recorded"; nothing is guessed.
@@ -192,7 +192,7 @@ def finetuning_data(summary: RunRecord) -> Rows:
 
 
 def _data(summary: RunRecord, cells: Rows, genes: str, requested: list[Any] | None = None) -> Rows:
-    """Return the facts on the data: source, `cells`, composition, genes, licence."""
+    """Return the facts on the data: source, `cells`, composition, genes, license."""
     keys = ("census_version", "obs_filter", "organism")
     census, obs_filter, organism = (summary.get(f"data.{key}", str) for key in keys)
     return {
@@ -204,7 +204,7 @@ def _data(summary: RunRecord, cells: Rows, genes: str, requested: list[Any] | No
         **{name: _composition(summary, column) for name, column in _COMPOSITION.items()},
         "Genes": genes,
         "Gene hash of the source": summary.text("data.gene_hash"),
-        "Licence of the data": "CC BY 4.0, as for all of the Census" if census else "see the sources",
+        "License of the data": "CC BY 4.0, as for all of the Census" if census else "see the sources",
     }
 
 
@@ -219,7 +219,7 @@ def _composition(summary: RunRecord, column: str) -> str:
 
 
 def pretraining_recipe(summary: RunRecord, settings: RunRecord, config: RunRecord) -> Rows:
-    """Return the facts on model, optimisation and hardware of a pretraining run: name → text."""
+    """Return the facts on model, optimization and hardware of a pretraining run: name → text."""
     layers, width, heads = (
         settings.number(f"model.{name}", "d") for name in ("num_hidden_layers", "hidden_size", "num_attention_heads")
     )
@@ -233,7 +233,7 @@ def pretraining_recipe(summary: RunRecord, settings: RunRecord, config: RunRecor
         "Steps": f"{summary.number('steps')}, each of {summary.number('global_batch_size')} cells; "
         f"{summary.number('epochs', '.3g')} epochs",
         "Dropout": settings.number("model.dropout", "g"),
-        **_optimisation(summary, settings.number("training.learning_rate", "g")),
+        **_optimization(summary, settings.number("training.learning_rate", "g")),
         **_hardware(summary, "train_seconds", "validation and checkpoints"),
         "Speed": f"{summary.number('cells_per_second', ',.0f')} cells/s, without validation and checkpoints",
         "Software": _name_values(summary.get("versions", dict)),
@@ -241,7 +241,7 @@ def pretraining_recipe(summary: RunRecord, settings: RunRecord, config: RunRecor
 
 
 def finetuning_recipe(summary: RunRecord, settings: RunRecord) -> Rows:
-    """Return the facts on model, optimisation and hardware of a fine-tuning run: name → text."""
+    """Return the facts on model, optimization and hardware of a fine-tuning run: name → text."""
     if summary.get("task", str) == "integrate":
         weights = {name: settings.get(f"{name}_weight", _NUMBER) for name in ("gep", "gepc", "ecs", "dar")}
         trained = {"Objectives (weights)": _objectives(weights)}
@@ -253,7 +253,7 @@ def finetuning_recipe(summary: RunRecord, settings: RunRecord) -> Rows:
         **trained,
         "Steps": f"{summary.number('steps')}, each of {settings.number('batch_size')} cells; "
         f"{summary.number('epochs', '.3g')} epochs",
-        **_optimisation(summary, settings.number("learning_rate", "g")),
+        **_optimization(summary, settings.number("learning_rate", "g")),
         **_hardware(summary, "seconds", "validation"),
         "Software": _name_values(summary.get("versions", dict)),
     }
@@ -264,8 +264,8 @@ def _objectives(weights: dict[str, Any] | None) -> str:
     return "; ".join(f"{name} ({weight})" for name, weight in names.items()) or UNKNOWN
 
 
-def _optimisation(summary: RunRecord, learning_rate: str) -> Rows:
-    """Return the facts on the optimiser; `learning_rate` is the highest, as text."""
+def _optimization(summary: RunRecord, learning_rate: str) -> Rows:
+    """Return the facts on the optimizer; `learning_rate` is the highest, as text."""
     warmup = summary.get("recipe.warmup", _NUMBER)
     if warmup == 0:
         rise = "no warm-up"
@@ -280,7 +280,7 @@ def _optimisation(summary: RunRecord, learning_rate: str) -> Rows:
         averaged = {"Validated and saved weights": f"exponential moving average, decay {kept}"}
     return {
         "Learning rate": f"at most {learning_rate}; {rise}; schedule: {summary.text('recipe.schedule')}",
-        "Optimiser": f"{summary.text('recipe.optimiser')}, weight decay {decay}, gradient norm clipped at {max_norm}",
+        "Optimizer": f"{summary.text('recipe.optimizer')}, weight decay {decay}, gradient norm clipped at {max_norm}",
         **averaged,
         "Seed": summary.number("recipe.seed", "d"),
     }

@@ -62,18 +62,18 @@ def _curves(metrics: Sequence[Mapping[str, Any]], keys: Mapping[str, str]) -> Cu
 
 def _draw_training(axes: Axes, curves: Curves, metrics: Sequence[Mapping[str, Any]]) -> None:
     """Draw the logged values as faint lines, and their running mean over a fiftieth of the run as bold lines."""
-    colours = {"loss": GREY, **dict(zip(OBJECTIVES, PALETTE, strict=False))}
+    colors = {"loss": GREY, **dict(zip(OBJECTIVES, PALETTE, strict=False))}
     if set(curves) == {"loss", "gep"}:  # with a single objective, the total is the same curve
         curves = {"gep": curves["gep"]}
     labels = []
     for name, (epochs, values) in curves.items():
         smooth = pd.Series(values).rolling(max(1, len(values) // 50), min_periods=1).mean().to_numpy()
         dot = "o" if len(values) <= 20 else None  # a line through a single point would be invisible
-        axes.plot(epochs, values, color=colours[name], linewidth=0.6, alpha=0.35)
+        axes.plot(epochs, values, color=colors[name], linewidth=0.6, alpha=0.35)
         axes.plot(
-            epochs, smooth, color=colours[name], linewidth=1.4, label=name, marker=dot, markersize=2.5, clip_on=False
+            epochs, smooth, color=colors[name], linewidth=1.4, label=name, marker=dot, markersize=2.5, clip_on=False
         )
-        labels.append((f"{_title(name)} {smooth[-1]:.3g}", float(smooth[-1]), colours[name]))
+        labels.append((f"{_title(name)} {smooth[-1]:.3g}", float(smooth[-1]), colors[name]))
     everything = np.concatenate([values for _, values in curves.values()])
     if everything.min() > 0 and everything.max() > 20 * everything.min():
         axes.set_yscale("log")
@@ -89,12 +89,12 @@ def _draw_validation(axes: Axes, curves: Curves, metrics: Sequence[Mapping[str, 
         if key in best:
             axes.axhline(best[key], color=GREY, linewidth=0.9, linestyle=(0, (4, 2)), label=name)
             labels.append((f"{name} {best[key]:.1f}", float(best[key]), GREY))
-    for (name, (epochs, values)), colour in zip(curves.items(), PALETTE, strict=False):
-        axes.plot(epochs, values, color=colour, linewidth=1.4, marker="o", markersize=2.5, label=name, clip_on=False)
-        labels.append((f"{_title(name)} {values[-1]:.1f}", float(values[-1]), colour))
+    for (name, (epochs, values)), color in zip(curves.items(), PALETTE, strict=False):
+        axes.plot(epochs, values, color=color, linewidth=1.4, marker="o", markersize=2.5, label=name, clip_on=False)
+        labels.append((f"{_title(name)} {values[-1]:.1f}", float(values[-1]), color))
         if f"eval_{name}_mse" in best:
             place = (best["epoch"], best[f"eval_{name}_mse"])
-            axes.plot(*place, "o", markersize=7, fillstyle="none", color=colour, label=f"best {name}", clip_on=False)
+            axes.plot(*place, "o", markersize=7, fillstyle="none", color=color, label=f"best {name}", clip_on=False)
     # Leave room below the title, because labels of close lines are moved apart.
     axes.set_ylim(0, 1.1 * axes.dataLim.ymax)
     _finish(axes, curves, f"Validation error (○ best, step {best['step']:,})", "mean squared error (bins²)", labels)
@@ -105,7 +105,7 @@ def _title(name: str) -> str:
 
 
 def _finish(axes: Axes, curves: Curves, title: str, y_label: str, labels: list[tuple[str, float, str]]) -> None:
-    """Label the axes, and each line at its right end; `labels` are text, height in data units and colour."""
+    """Label the axes, and each line at its right end; `labels` are text, height in data units and color."""
     last = max(float(epochs[-1]) for epochs, _ in curves.values())
     axes.set_xlim(0, last or 1)
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
@@ -117,19 +117,17 @@ def _finish(axes: Axes, curves: Curves, title: str, y_label: str, labels: list[t
     axes.spines[["top", "right"]].set_visible(False)
     to_axes = axes.transScale + axes.transLimits
     heights = np.array([to_axes.transform((1, value))[1] for _, value, _ in labels])
-    for (text, _, colour), height, label_height in zip(
-        labels, heights, spread_labels(heights, _LABEL_GAP), strict=True
-    ):
+    for (text, _, color), height, label_height in zip(labels, heights, spread_labels(heights, _LABEL_GAP), strict=True):
         axes.annotate(
             text,
             (1, height),
             (1.05, label_height),
             "axes fraction",
             "axes fraction",
-            color=colour,
+            color=color,
             va="center",
             fontsize=SMALL,
-            arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.6, "shrinkA": 1},
+            arrowprops={"arrowstyle": "-", "color": color, "linewidth": 0.6, "shrinkA": 1},
         )
 
 
@@ -146,7 +144,7 @@ def spread_labels(heights: FloatArray, gap: float) -> FloatArray:
     Source: isotonic regression of `height - rank * gap`, by pooling adjacent violators.
     """
     order = np.argsort(heights, kind="stable")
-    pools: list[list[float]] = []  # neighbouring labels that touch; each pool is placed around its mean
+    pools: list[list[float]] = []  # neighboring labels that touch; each pool is placed around its mean
     for rank, height in enumerate(heights[order]):
         pools.append([float(height) - rank * gap])
         while len(pools) > 1 and np.mean(pools[-2]) > np.mean(pools[-1]):

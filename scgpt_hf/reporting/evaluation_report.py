@@ -23,7 +23,7 @@ from scgpt_hf.reporting.page import (
 )
 
 _MEANING = {
-    "NMI": "agreement of k-means clusters with the labels (normalised mutual information); 1: identical partitions",
+    "NMI": "agreement of k-means clusters with the labels (normalized mutual information); 1: identical partitions",
     "ARI": "agreement of k-means clusters with the labels (adjusted Rand index, over pairs of cells); 0: chance",
     "ASW label": "average silhouette width of the labels: how much closer a cell is to its own label than to the "
     "next one; 0.5: no closer",
@@ -31,13 +31,13 @@ _MEANING = {
     "equally frequent",
     "ASW batch": "average silhouette width of the batches within each label; 1: fully mixed",
     "iLISI": "batch diversity among the 90 nearest cells; 1: all batches equally frequent, 0: one batch",
-    "graph connectivity": "share of a label's cells that are connected in the graph of 15 nearest neighbours",
+    "graph connectivity": "share of a label's cells that are connected in the graph of 15 nearest neighbors",
     "bio": "mean of the scores for the separation of cell types",
     "batch": "mean of the scores for the mixing of batches",
     "total": "0.6 bio + 0.4 batch (Luecken et al. 2022)",
-    "kNN macro-F1": "cell types predicted from the 15 nearest neighbours among other donors; mean F1 over types",
+    "kNN macro-F1": "cell types predicted from the 15 nearest neighbors among other donors; mean F1 over types",
     "linear probe macro-F1": "cell types predicted by logistic regression trained on other donors; mean F1 over types",
-    "transfer kNN macro-F1": "cell types of the query predicted from the 15 nearest neighbours in the reference",
+    "transfer kNN macro-F1": "cell types of the query predicted from the 15 nearest neighbors in the reference",
     "transfer linear probe macro-F1": "cell types of the query predicted by logistic regression trained on the "
     "reference",
 }

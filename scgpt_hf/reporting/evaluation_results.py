@@ -169,12 +169,12 @@ def _draw_umaps(evaluation: Evaluation) -> Iterator[tuple[str, str, Figure]]:
     cells = evaluation.cells
     drawn = np.sort(np.random.default_rng(evaluation.settings["seed"]).permutation(len(cells.rows))[:UMAP_CELLS])
     for method, embedding in cells.embeddings.items():
-        if len(drawn) < 4:  # too few neighbours for UMAP
+        if len(drawn) < 4:  # too few neighbors for UMAP
             continue
         coordinates = umap_of(embedding[drawn], evaluation.settings["seed"])
         for name, key, values in (("label", "labels_key", cells.labels), ("batch", "batch_key", cells.batches)):
             column = evaluation.settings[key]
-            caption = f"UMAP of {method}: {len(drawn):,} cells, coloured by {column}."
+            caption = f"UMAP of {method}: {len(drawn):,} cells, colored by {column}."
             figure = plot_umap(coordinates, {f"{method}: {column}": values[drawn].tolist()})
             yield f"umap-{_slug(method)}-{name}", caption, figure
 

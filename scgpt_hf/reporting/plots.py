@@ -23,7 +23,7 @@ from scgpt_hf.cells.atomic import replace_file
 from scgpt_hf.cells.block import FloatArray
 from scgpt_hf.cells.missing import has_value
 
-# The first eight can be told apart with every common kind of colour blindness (Okabe & Ito 2008,
+# The first eight can be told apart with every common kind of color blindness (Okabe & Ito 2008,
 # jfly.uni-koeln.de/color). There are no twenty such hues, so the others also differ in lightness.
 PALETTE = (
     *("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442", "#000000"),
@@ -58,7 +58,7 @@ _TITLE_HEIGHT, _NO_TITLE_HEIGHT = 0.35, 0.1  # room above the table, with and wi
 
 
 def plot_umap(coordinates: FloatArray, panels: Mapping[str, Sequence[str]], *, title: str | None = None) -> Figure:
-    """Plot cells at their UMAP coordinates, one panel below the other, coloured by category.
+    """Plot cells at their UMAP coordinates, one panel below the other, colored by category.
 
     The legend lists categories by decreasing number of cells. With more than 20 categories, the smallest are drawn in
     grey as "other". Cells without a label are drawn in grey as "unlabelled". Points are rasterised even in vector
@@ -80,16 +80,16 @@ def plot_umap(coordinates: FloatArray, panels: Mapping[str, Sequence[str]], *, t
     """
     coordinates = np.asarray(coordinates)
     _require_coordinates(coordinates, panels)
-    legends = [_colours(categories) for categories in panels.values()]
+    legends = [_colors(categories) for categories in panels.values()]
     legend_width = max(text_width(name, _SMALLER) for _, legend in legends for name in legend)
     width = _UMAP_LEFT + _UMAP_INCHES + _LEGEND_MARGINS + legend_width
     panel_height = _UMAP_BOTTOM + _UMAP_INCHES + _UMAP_TOP
     height = panel_height * len(panels) + (_SUPTITLE_HEIGHT if title else 0)
     figure = Figure(figsize=(width, height))
-    for row, heading, (colours, legend) in zip(reversed(range(len(panels))), panels, legends, strict=True):
+    for row, heading, (colors, legend) in zip(reversed(range(len(panels))), panels, legends, strict=True):
         bottom = row * panel_height + _UMAP_BOTTOM
         axes = figure.add_axes((_UMAP_LEFT / width, bottom / height, _UMAP_INCHES / width, _UMAP_INCHES / height))
-        _draw_umap(axes, coordinates, colours, legend)
+        _draw_umap(axes, coordinates, colors, legend)
         axes.set_title(heading, fontsize=9, loc="left")
     if title:
         figure.suptitle(title, fontsize=10, x=_UMAP_LEFT / width, ha="left", y=1 - 0.1 / height, va="top")
@@ -188,19 +188,19 @@ def _require_coordinates(coordinates: FloatArray, panels: Mapping[str, Sequence[
             )
 
 
-def _colours(categories: Sequence[str]) -> tuple[npt.NDArray[np.str_], dict[str, str]]:
-    """Return the colour of each cell, and the legend: name with the number of cells → colour."""
+def _colors(categories: Sequence[str]) -> tuple[npt.NDArray[np.str_], dict[str, str]]:
+    """Return the color of each cell, and the legend: name with the number of cells → color."""
     values = pd.Series(list(categories), dtype=object)
     names = values.where(has_value(values), "unlabelled").astype(str)
     sizes = names.value_counts()
     ordered = sorted(set(sizes.index) - set(UNLABELLED), key=lambda name: (-sizes[name], name))
     shown = ordered if len(ordered) <= len(PALETTE) else ordered[: len(PALETTE) - 1]
-    colour_of = dict(zip(shown, PALETTE, strict=False))
-    legend = {f"{name} ({sizes[name]:,})": colour for name, colour in colour_of.items()}
+    color_of = dict(zip(shown, PALETTE, strict=False))
+    legend = {f"{name} ({sizes[name]:,})": color for name, color in color_of.items()}
     if others := ordered[len(shown) :]:
         legend[f"{len(others)} other ({sizes[others].sum():,})"] = OTHER
     legend |= {f"{name} ({sizes[name]:,})": OTHER for name in UNLABELLED if name in sizes}
-    return names.map(colour_of).fillna(OTHER).to_numpy(dtype=str), legend
+    return names.map(color_of).fillna(OTHER).to_numpy(dtype=str), legend
 
 
 def text_width(text: str, points: float) -> float:
@@ -208,18 +208,18 @@ def text_width(text: str, points: float) -> float:
     return float(TextPath((0, 0), text, size=points).get_extents().width) / 72
 
 
-def _draw_umap(axes: Axes, coordinates: FloatArray, colours: npt.NDArray[np.str_], legend: dict[str, str]) -> None:
+def _draw_umap(axes: Axes, coordinates: FloatArray, colors: npt.NDArray[np.str_], legend: dict[str, str]) -> None:
     shuffled = np.random.default_rng(0).permutation(len(coordinates))  # so that no category hides another
     size = float(np.clip(9_000 / len(coordinates), 0.6, 9))  # square points: small enough not to merge
     axes.scatter(
-        coordinates[shuffled, 0], coordinates[shuffled, 1], s=size, c=colours[shuffled], linewidths=0, rasterized=True
+        coordinates[shuffled, 0], coordinates[shuffled, 1], s=size, c=colors[shuffled], linewidths=0, rasterized=True
     )
     axes.set(xticks=[], yticks=[])
     axes.set_aspect("equal", adjustable="datalim")
     axes.spines[:].set_visible(False)
     axes.set_xlabel("UMAP 1", fontsize=SMALL, loc="left", color=GREY)
     axes.set_ylabel("UMAP 2", fontsize=SMALL, loc="bottom", color=GREY)
-    handles = [Line2D([], [], marker="o", linestyle="", markersize=4, color=colour) for colour in legend.values()]
+    handles = [Line2D([], [], marker="o", linestyle="", markersize=4, color=color) for color in legend.values()]
     axes.legend(
         handles,
         list(legend),

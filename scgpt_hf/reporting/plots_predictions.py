@@ -96,10 +96,10 @@ def plot_f1(true: npt.ArrayLike, predicted: Mapping[str, npt.ArrayLike], *, titl
     figure = Figure(figsize=(width, _ROW * len(rows) + 0.75 + 0.16 * len(scores)), layout="constrained")
     axes = figure.add_subplot()
     axes.hlines(range(len(rows)), 0, 1, color="#E6E6E6", linewidth=0.8, zorder=0)
-    for (method, score), colour, marker in zip(scores.items(), PALETTE, _MARKERS, strict=False):
+    for (method, score), color, marker in zip(scores.items(), PALETTE, _MARKERS, strict=False):
         legend = f"{method} (mean {np.mean(list(score.values())):.3f})"
         style: dict[str, Any] = {"markersize": 4.5, "alpha": 0.85, "clip_on": False, "linestyle": ""}
-        axes.plot([score[name] for name in types], range(len(rows)), marker, color=colour, label=legend, **style)
+        axes.plot([score[name] for name in types], range(len(rows)), marker, color=color, label=legend, **style)
     axes.set_yticks(range(len(rows)), rows, fontsize=SMALL)
     axes.set(xlim=(0, 1), ylim=(len(rows) - 0.5, -0.5))
     axes.set_xlabel("F1 score", fontsize=SMALL)

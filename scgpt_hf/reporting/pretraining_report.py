@@ -63,7 +63,7 @@ def pretraining_report(run: Path) -> str:
         section(
             "UMAP of the cells",
             figures(
-                inline_png(run / "umap.png", "Cells of the run, embedded by the model; coloured by type and donor.")
+                inline_png(run / "umap.png", "Cells of the run, embedded by the model; colored by type and donor.")
             ),
         ),
         section(

@@ -31,7 +31,7 @@ def write_run_figures(
 ) -> None:
     """Write loss.png, umap.png and report.html into the folder of a finished run.
 
-    The UMAP shows up to 5,000 cells chosen at random, coloured by cell type and by donor.
+    The UMAP shows up to 5,000 cells chosen at random, colored by cell type and by donor.
 
     Args:
         folder: run folder, with metrics.jsonl and summary.json.
@@ -39,7 +39,7 @@ def write_run_figures(
         parts: name of each part → ids of its cells. Shape (cells,).
         model: embeds the cells.
         processor: processor of the model.
-        donor_key: obs column that colours the second panel of the UMAP.
+        donor_key: obs column that colors the second panel of the UMAP.
         seed: seed of the choice of the cells, and of UMAP.
     """
     save_figure(plot_loss(read_metrics(folder / "metrics.jsonl")), folder / "loss.png")

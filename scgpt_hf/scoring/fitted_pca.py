@@ -29,11 +29,11 @@ _GENES = "genes"  # key of the metadata of a file
 
 @dataclass(frozen=True, eq=False)
 class FittedPCA:
-    """A PCA of log-normalised counts.
+    """A PCA of log-normalized counts.
 
     Attributes:
         genes: ids of the genes that it reads.
-        mean: mean log-normalised count of each gene in the cells that it was fitted to, float32 (genes,).
+        mean: mean log-normalized count of each gene in the cells that it was fitted to, float32 (genes,).
         components: principal axes, float32 (components, genes).
     """
 
@@ -80,7 +80,7 @@ class FittedPCA:
 def fit_pca(
     counts: csr_matrix, genes: Sequence[str], batches: Labels, seed: int = 0, *, selected: Sequence[str] | None = None
 ) -> FittedPCA:
-    """Fit 50 principal components to the log-normalised counts of variable genes.
+    """Fit 50 principal components to the log-normalized counts of variable genes.
 
     Args:
         counts: raw counts. Shape (cells, genes).
@@ -105,7 +105,7 @@ def fit_pca(
 
 
 def fit_components(features: npt.NDArray[Any], seed: int) -> Any:
-    """Fit 50 principal components of centred, unscaled features and return scikit-learn's `PCA`.
+    """Fit 50 principal components of centered, unscaled features and return scikit-learn's `PCA`.
 
     Args:
         features: shape (cells, features). There are fewer components if there are at most 50 cells or features.
@@ -125,7 +125,7 @@ def fit_components(features: npt.NDArray[Any], seed: int) -> Any:
 def choose_genes(
     counts: csr_matrix, genes: Sequence[str], batches: Labels, selected: Sequence[str] | None
 ) -> tuple[list[str], csr_matrix]:
-    """Return the selected or the variable genes, and their log-normalised counts, float32 (cells, chosen genes).
+    """Return the selected or the variable genes, and their log-normalized counts, float32 (cells, chosen genes).
 
     Args:
         counts: raw counts. Shape (cells, genes).

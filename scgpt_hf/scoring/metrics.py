@@ -1,22 +1,22 @@
 """Integration metrics: does an embedding separate cell types (bio) and mix batches (batch)?
 
-    NMI                 normalised mutual information of the labels and k-means clusters, k = number of labels
+    NMI                 normalized mutual information of the labels and k-means clusters, k = number of labels
     ARI                 adjusted Rand index of the same two partitions; 0 by chance, and can be negative
     ASW label           (s + 1) / 2, with s the mean silhouette of the labels
-    cLISI               (L - median LISI) / (L - 1), with L labels: 1 if all neighbours have the same label
+    cLISI               (L - median LISI) / (L - 1), with L labels: 1 if all neighbors have the same label
     ASW batch           mean over labels of 1 - |silhouette of the batches within the label|
-    iLISI               (median LISI - 1) / (B - 1), with B batches: 1 if neighbours come from all batches equally
+    iLISI               (median LISI - 1) / (B - 1), with B batches: 1 if neighbors come from all batches equally
     graph connectivity  mean over labels of the share of cells in the label's largest connected component, in the graph
-                        of 15 nearest neighbours
+                        of 15 nearest neighbors
 
 Silhouettes use Euclidean distances. LISI, the local inverse Simpson's index, is the effective number of labels or
-batches among 90 nearest neighbours. For all metrics higher is better, and 1 is the highest value. A metric that cannot
+batches among 90 nearest neighbors. For all metrics higher is better, and 1 is the highest value. A metric that cannot
 be computed raises `NotComputable` with the cause; it is never reported as 0. `probing.py` measures how well cell types
 are predicted.
 
 Source: Luecken et al. 2022, Nature Methods 19:41 (scIB: choice of the metrics, averages); Korsunsky et al. 2019, Nature
 Methods 16:1289 (LISI). The metrics are computed by scib-metrics (https://github.com/YosefLab/scib-metrics), which
-`pip install "scgpt_hf[metrics]"` installs. It clusters with k-means, where scIB optimises a Louvain clustering.
+`pip install "scgpt_hf[metrics]"` installs. It clusters with k-means, where scIB optimizes a Louvain clustering.
 """
 
 import warnings
@@ -34,7 +34,7 @@ BIO = ("NMI", "ARI", "ASW label", "cLISI")
 BATCH = ("ASW batch", "iLISI", "graph connectivity")
 AVERAGES = {"bio": BIO, "batch": BATCH, "total": ("bio", "batch")}
 TOTAL_WEIGHTS = {"bio": 0.6, "batch": 0.4}  # Source: Luecken et al. 2022
-_LISI_NEIGHBOURS, _GRAPH_NEIGHBOURS = 90, 15  # Source: scib_metrics.benchmark.Benchmarker
+_LISI_NEIGHBORS, _GRAPH_NEIGHBORS = 90, 15  # Source: scib_metrics.benchmark.Benchmarker
 
 
 class NotComputable(ValueError):
@@ -88,7 +88,7 @@ def integration_scorers(
 ) -> dict[str, Callable[[], float]]:
     """Return a function for each metric of `BIO` and `BATCH`, which computes it when called.
 
-    The functions share neighbours and clusters. For the arguments and errors see `integration_scores`.
+    The functions share neighbors and clusters. For the arguments and errors see `integration_scores`.
     """
     cells = _Cells(embedding, labels, batches)
     return {
@@ -134,7 +134,7 @@ def require_embedding(embedding: npt.ArrayLike, n_cells: int) -> FloatArray:
 
 
 class _Cells:
-    """The cells to score. Neighbours and clusters are computed once, when a metric first needs them."""
+    """The cells to score. Neighbors and clusters are computed once, when a metric first needs them."""
 
     def __init__(self, embedding: npt.ArrayLike, labels: npt.ArrayLike, batches: npt.ArrayLike) -> None:
         self.labels, self.batches = np.asarray(labels, dtype=str), np.asarray(batches, dtype=str)
@@ -143,7 +143,7 @@ class _Cells:
                 f"expected a label and a batch for each cell, found shapes {self.labels.shape}, {self.batches.shape}"
             )
         self.embedding = require_embedding(embedding, len(self.labels))
-        self._neighbours: tuple[npt.NDArray[np.int64], FloatArray] | None = None
+        self._neighbors: tuple[npt.NDArray[np.int64], FloatArray] | None = None
         self._cluster_agreement: dict[str, float] | None = None
 
     def cluster_agreement(self, metric: str) -> float:
@@ -175,32 +175,32 @@ class _Cells:
     def lisi(self, metric: str, values: Labels, kind: str) -> float:
         """Return cLISI for labels, or iLISI for batches."""
         self._require_two(metric, values, kind)
-        self._require_neighbours(metric, _LISI_NEIGHBOURS)
+        self._require_neighbors(metric, _LISI_NEIGHBORS)
         compute = {"cLISI": _scib().clisi_knn, "iLISI": _scib().ilisi_knn}[metric]
-        return _require_score(metric, compute(self._nearest(_LISI_NEIGHBOURS), values))
+        return _require_score(metric, compute(self._nearest(_LISI_NEIGHBORS), values))
 
     def graph_connectivity(self) -> float:
         self._require_no_single_cell("graph connectivity")
-        self._require_neighbours("graph connectivity", _GRAPH_NEIGHBOURS)
-        score = _scib().graph_connectivity(self._nearest(_GRAPH_NEIGHBOURS), self.labels)
+        self._require_neighbors("graph connectivity", _GRAPH_NEIGHBORS)
+        score = _scib().graph_connectivity(self._nearest(_GRAPH_NEIGHBORS), self.labels)
         return _require_score("graph connectivity", score)
 
-    def _nearest(self, n_neighbours: int) -> Any:
-        """Return the exact nearest neighbours of each cell, the first of which is the cell itself."""
+    def _nearest(self, n_neighbors: int) -> Any:
+        """Return the exact nearest neighbors of each cell, the first of which is the cell itself."""
         from scib_metrics.nearest_neighbors import NeighborsResults
         from sklearn.neighbors import NearestNeighbors
 
-        if self._neighbours is None:
-            most = min(_LISI_NEIGHBOURS, len(self.labels))
+        if self._neighbors is None:
+            most = min(_LISI_NEIGHBORS, len(self.labels))
             distances, indices = NearestNeighbors(n_neighbors=most).fit(self.embedding).kneighbors(self.embedding)
-            self._neighbours = indices, distances
-        indices, distances = (array[:, :n_neighbours] for array in self._neighbours)
+            self._neighbors = indices, distances
+        indices, distances = (array[:, :n_neighbors] for array in self._neighbors)
         return NeighborsResults(indices=indices, distances=distances)
 
-    def _require_neighbours(self, metric: str, n_neighbours: int) -> None:
-        if len(self.labels) <= n_neighbours:
+    def _require_neighbors(self, metric: str, n_neighbors: int) -> None:
+        if len(self.labels) <= n_neighbors:
             raise NotComputable(
-                metric, f"it needs {n_neighbours} neighbours of each cell, found {len(self.labels):,} cells"
+                metric, f"it needs {n_neighbors} neighbors of each cell, found {len(self.labels):,} cells"
             )
 
     def _require_two(self, metric: str, values: Labels, kind: str) -> None:

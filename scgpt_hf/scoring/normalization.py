@@ -1,4 +1,4 @@
-"""Normalise raw counts and choose variable genes, as scanpy's standard recipe does."""
+"""Normalize raw counts and choose variable genes, as scanpy's standard recipe does."""
 
 import warnings
 from collections.abc import Iterator

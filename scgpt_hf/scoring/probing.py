@@ -1,7 +1,7 @@
 """Predict cell types from features: of cells of held-out donors, or of a query from a labelled reference.
 
 There are two simple classifiers, so that the scores measure the features and not the classifier: the 15 nearest
-neighbours, and a linear probe (logistic regression). No cell is predicted by a classifier that was trained on its
+neighbors, and a linear probe (logistic regression). No cell is predicted by a classifier that was trained on its
 donor. Cells of a type that the classifier was not trained on are counted but not scored: no prediction could be right.
 """
 
@@ -27,7 +27,7 @@ Positions = npt.NDArray[np.int64]
 Classifier = Literal["kNN", "linear probe"]
 CLASSIFIERS: tuple[Classifier, ...] = ("kNN", "linear probe")
 N_FOLDS = 5
-N_NEIGHBOURS = 15  # Source: default of scanpy.pp.neighbors
+N_NEIGHBORS = 15  # Source: default of scanpy.pp.neighbors
 _MAX_ITERATIONS = 2_000  # sklearn's default of 100 can be too few for 2,000 genes
 
 
@@ -155,7 +155,7 @@ def _folds(labels: Labels, donors: Labels, seed: int) -> Iterator[tuple[Position
 def _predict(train: FloatArray, labels: Labels, test: FloatArray, classifier: Classifier) -> tuple[Labels, FloatArray]:
     """Return the predicted types and their probabilities, both (test cells,)."""
     if classifier == "kNN":
-        model = KNeighborsClassifier(min(N_NEIGHBOURS, len(train)))
+        model = KNeighborsClassifier(min(N_NEIGHBORS, len(train)))
     else:
         model = make_pipeline(StandardScaler(), LogisticRegression(max_iter=_MAX_ITERATIONS))
     probabilities = model.fit(train, labels).predict_proba(test)

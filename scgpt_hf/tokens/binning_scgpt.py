@@ -74,7 +74,7 @@ def bin_cell(values: Values, genes: npt.NDArray[np.integer], key: UInt64Array, n
     """Replace each expressed value of one cell by its quantile bin.
 
     Bins are relative: bin 5 of two cells is the same rank, not the same count. A monotone transform of a cell's values,
-    such as normalising and taking the logarithm, does not change its bins.
+    such as normalizing and taking the logarithm, does not change its bins.
 
     Args:
         values: expressed values of one cell, > 0. Shape (genes,), genes ≥ 1.

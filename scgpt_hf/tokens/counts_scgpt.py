@@ -1,4 +1,4 @@
-"""Counts on their way into the processor: conversion to CSR, validation, normalisation.
+"""Counts on their way into the processor: conversion to CSR, validation, normalization.
 
 Any object with the four attributes of `SparseCounts` can be tokenized: a `scipy.sparse.csr_matrix`, or a block of cells
 as a source reads it. The functions here accept such an object and return one. `tokenizing_scgpt` turns the result into
@@ -116,7 +116,7 @@ def log_normalize(counts: SparseCounts, target_sum: float) -> SparseCounts:
 
     Args:
         counts: counts that `validate_counts` has returned. Shape (cells, genes).
-        target_sum: counts per cell after normalising. The total of a cell includes the genes that are not in the
+        target_sum: counts per cell after normalizing. The total of a cell includes the genes that are not in the
             vocabulary.
     """
     n_cells = counts.shape[0]

@@ -12,7 +12,7 @@ them. Per cell, `tokenize_cells` works in this order:
 
 Three idioms recur. Loops write first and then advance an index by a boolean (`k += condition`), because a branch that
 the processor cannot predict costs more than the write. Indices are unsigned, because numba tests signed ones for
-Python's negative indexing. Several short loops replace a long one where the compiler can then vectorise them.
+Python's negative indexing. Several short loops replace a long one where the compiler can then vectorize them.
 """
 
 from typing import Any

@@ -1,7 +1,7 @@
 """`ScGPTProcessor`: turns counts and gene names into the batches that a model reads.
 
 The processor plays the role of a tokenizer. It owns the gene vocabulary and all settings that change tokens, validates
-what users pass, and is saved with the weights. The steps are in the neighbouring modules: `counts_scgpt` (input),
+what users pass, and is saved with the weights. The steps are in the neighboring modules: `counts_scgpt` (input),
 `vocabulary_scgpt` (genes), `tokenizing_scgpt` and `binning_scgpt` (tokens), `masking_scgpt` (labels), `packing_scgpt`
 (batches).
 """
@@ -64,8 +64,8 @@ class ScGPTProcessor(ProcessorMixin):
         mask_value: value of a masked gene.
         ties: how a bin is chosen for a count that several bins share; see `binning_scgpt`. Only `random` uses random
             numbers.
-        input_style: `binned`, or `log1p` of counts that are normalised to `target_sum` over all genes of the data.
-        target_sum: counts per cell after normalising. Bins do not depend on it.
+        input_style: `binned`, or `log1p` of counts that are normalized to `target_sum` over all genes of the data.
+        target_sum: counts per cell after normalizing. Bins do not depend on it.
         include_zeros: whether known genes that are not expressed become tokens with value 0.
         symbols: second name of each gene, by ascending id, under which data may contain it. Ambiguous symbols are
             ignored.

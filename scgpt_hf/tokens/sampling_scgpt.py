@@ -90,7 +90,7 @@ def find_threshold(words: Array, k: int) -> Any:
     """Find a threshold such that exactly k words are less than or equal to it; 1 ≤ k ≤ len(words).
 
     The words are uniform, so the position of the k-th lowest can be guessed by interpolation. Each guess is checked by
-    counting the words up to it, which the compiler vectorises. Four guesses suffice on average, which is faster than
+    counting the words up to it, which the compiler vectorizes. Four guesses suffice on average, which is faster than
     sorting or partitioning. If words repeat, more than k words may lie at or below the threshold; the words of one cell
     never repeat.
     """

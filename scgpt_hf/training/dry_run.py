@@ -68,7 +68,7 @@ def _decoder_size(model: ScGPTForPreTraining) -> str:
 
 
 def _time_micro_batch(model: ScGPTForPreTraining, batches: list[Batch], args: TrainingSettings) -> float:
-    """Return the mean seconds of a micro-batch: forward pass, backward pass and optimiser."""
+    """Return the mean seconds of a micro-batch: forward pass, backward pass and optimizer."""
     model.train().to(args.device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.0)
     started = time.perf_counter()

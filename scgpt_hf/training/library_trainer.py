@@ -34,7 +34,7 @@ class LibraryTrainer(Trainer):
     """`transformers.Trainer` with the changes that our trainers share, and hooks for the rest.
 
     The first part of the class holds the hooks, the second the library's methods. A hook that a trainer does not
-    override leaves the library's behaviour unchanged, except for the three that are required: `train_loader`,
+    override leaves the library's behavior unchanged, except for the three that are required: `train_loader`,
     `validation_metrics` and, if the run is published, `publish_run`.
     """
 

@@ -234,7 +234,7 @@ class MetricsFile(TrainerCallback):
 class OnTrainBegin(TrainerCallback):
     """Call a function when training starts.
 
-    At that point model and optimiser exist and no step has been done. Everything that can reject a run has passed, so
+    At that point model and optimizer exist and no step has been done. Everything that can reject a run has passed, so
     this is the moment to write the first files of the run folder.
     """
 

@@ -186,7 +186,7 @@ class CellSettings:
         "epochs; takes about 5 kB per cell, twice that while it is written; an existing cache is used from the start",
     )
     chunks_per_window: int = setting(
-        CHUNKS_PER_WINDOW, "number of chunks (2,048 neighbouring cells each) whose cells are shuffled together"
+        CHUNKS_PER_WINDOW, "number of chunks (2,048 neighboring cells each) whose cells are shuffled together"
     )
 
 
@@ -323,7 +323,7 @@ class Settings:
     Attributes:
         data: cells, genes and tokens.
         model: size and objectives.
-        training: optimiser, schedule, hardware, run folder.
+        training: optimizer, schedule, hardware, run folder.
         requested: section → setting → value as the user gave it, before anything was derived from it. This is the
             content of settings.yaml.
     """
@@ -361,7 +361,7 @@ def _validate_training(args: TrainingArguments) -> None:
         )
     if args.hub_strategy in {"checkpoint", "all_checkpoints"}:
         strategy = HubStrategy(args.hub_strategy).value
-        raise ValueError(f"hub_strategy {strategy!r} would publish optimiser states; choose 'every_save' or 'end'")
+        raise ValueError(f"hub_strategy {strategy!r} would publish optimizer states; choose 'every_save' or 'end'")
 
 
 def _require_scheduler(args: TrainingArguments) -> None:

@@ -1,4 +1,4 @@
-"""Summarise a run: `summary.json`, which model cards and reports are made of, and the text at the end of a run."""
+"""Summarize a run: `summary.json`, which model cards and reports are made of, and the text at the end of a run."""
 
 import math
 import platform
@@ -61,7 +61,7 @@ def training_of(trainer: Trainer) -> dict[str, Any]:
         "processes": args.world_size,
         "precision": {"no": "fp32"}.get(precision, precision),
         "recipe": {
-            "optimiser": str(getattr(args.optim, "value", args.optim)),
+            "optimizer": str(getattr(args.optim, "value", args.optim)),
             "weight_decay": args.weight_decay,
             "clipped_at": args.max_grad_norm,
             "warmup": args.warmup_steps,

@@ -1,4 +1,4 @@
-"""Measure the speed of training: cells and tokens per second, share of time spent waiting, model-FLOPs utilisation."""
+"""Measure the speed of training: cells and tokens per second, share of time spent waiting, model-FLOPs utilization."""
 
 import time
 from collections.abc import Iterable
@@ -57,7 +57,7 @@ class Throughput:
 
         Returns:
             `cells_per_second` and `tokens_per_second` of all processes together, `waiting_share` in [0, 1], and on a
-            known GPU `mfu`, the model-FLOPs utilisation in [0, 1].
+            known GPU `mfu`, the model-FLOPs utilization in [0, 1].
         """
         seconds = time.perf_counter() - self.started
         rates = {

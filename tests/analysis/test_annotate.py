@@ -178,7 +178,7 @@ def test_a_reference_or_query_that_cannot_be_used_raises_an_error() -> None:
     cases: list[tuple[Any, dict[str, Any], str]] = [
         (reference, {"use_rep": "X_pca"}, "query .*'X_pca'"),
         (reference, {"labels_key": "absent"}, "reference .*'absent'"),
-        (reference, {"n_neighbors": 4}, "more than the 4 neighbours"),
+        (reference, {"n_neighbors": 4}, "more than the 4 neighbors"),
         (make_embedded(np.eye(4), ["unknown"] * 4), {"n_neighbors": 1}, "0 of 4 cells"),
         (make_embedded(np.eye(4), ["B cell", "B cell", "unknown", "B cell"]), {"n_neighbors": 1}, "all 3 .*'B cell'"),
         (make_embedded(np.ones((4, 2)), list("aabb")), {"n_neighbors": 1}, "4 numbers, .* reference 2"),

@@ -292,15 +292,15 @@ def test_a_file_that_cannot_be_embedded_leaves_nothing_behind(
     assert out.read_text() == "previous"
 
 
-def make_normalised() -> AnnData:
+def make_normalized() -> AnnData:
     adata = make_cells()
     adata.layers["counts"] = adata.X.copy()
     adata.X = adata.X.log1p()
     return adata
 
 
-def make_normalised_with_two_layers() -> AnnData:
-    adata = make_normalised()
+def make_normalized_with_two_layers() -> AnnData:
+    adata = make_normalized()
     adata.layers["umi"] = adata.layers["counts"].copy()
     return adata
 
@@ -321,7 +321,7 @@ def make_cells_of_unknown_genes() -> AnnData:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (make_normalised_with_two_layers, r"layer='counts'"),
+        (make_normalized_with_two_layers, r"layer='counts'"),
         (make_mouse_cells, "ENSMUSG00000000000"),
         (make_cells_of_unknown_genes, "0 of the 40 genes"),
         (lambda: make_cells()[:0].copy(), "no cells"),
@@ -347,7 +347,7 @@ def test_a_checkpoint_loads_without_its_heads_but_not_without_some_layers(
 def test_counts_are_read_from_the_requested_layer(
     model: ScGPTModel, processor: ScGPTProcessor, expected: np.ndarray
 ) -> None:
-    adata = make_normalised()
+    adata = make_normalized()
     for layer in ("counts", None):  # it is also found
         assert embed_anndata(adata, model, processor, layer=layer, overwrite=True, **QUIET)["layer"] == "counts"
     np.testing.assert_allclose(adata.obsm["X_scgpt"], expected, atol=2e-6)
@@ -398,7 +398,7 @@ def test_the_script_embeds_a_file_and_prints_how_many_genes_were_matched(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    make_normalised().write_h5ad(tmp_path / "cells.h5ad")
+    make_normalized().write_h5ad(tmp_path / "cells.h5ad")
     arguments = tmp_path / "cells.h5ad", "--model", saved, "--out", tmp_path / "out.h5ad"
     run_script(monkeypatch, *arguments, "--layer", "counts", "--batch_size", 16, "--device", "cpu")
     printed = capsys.readouterr()

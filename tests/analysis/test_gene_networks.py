@@ -71,8 +71,8 @@ def test_the_nearest_genes_are_those_of_an_exhaustive_search(
 
 def test_programs_separate_genes_that_differ_and_are_reproducible() -> None:
     rng = np.random.default_rng(0)
-    centres = np.repeat(np.eye(8)[:3] * 5, [30, 20, 10], axis=0)
-    embeddings = pd.DataFrame(centres + rng.normal(0, 0.1, (60, 8)), index=[f"g{i}" for i in range(60)])
+    centers = np.repeat(np.eye(8)[:3] * 5, [30, 20, 10], axis=0)
+    embeddings = pd.DataFrame(centers + rng.normal(0, 0.1, (60, 8)), index=[f"g{i}" for i in range(60)])
     programs = gene_programs(embeddings, n_neighbors=5, resolution=0.05)
     assert [programs.iloc[part].nunique() for part in (slice(0, 30), slice(30, 50), slice(50, 60))] == [1, 1, 1]
     assert programs.iloc[[0, 30, 50]].tolist() == [0, 1, 2]

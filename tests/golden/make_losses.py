@@ -26,7 +26,7 @@ GOLDEN = Path(__file__).with_name("losses.json")
 
 
 def first_losses(n_steps: int = 20) -> list[float]:
-    """Train for a few steps, from counts to the optimiser, and return the losses."""
+    """Train for a few steps, from counts to the optimizer, and return the losses."""
     rng = np.random.default_rng(0)
     rates = rng.gamma(0.5, 2.0, (4, 60))
     counts = rng.poisson(rates[rng.integers(4, size=96)]).astype(np.float32)

@@ -37,7 +37,7 @@ def handmade_counts() -> np.ndarray:
     counts[12] = counts[11]  # the same cell again
     counts[13, :20] = np.repeat([1, 2, 3, 10], 5)
     counts[14, 5:], counts[14, 26] = 1, 1000
-    counts[15, :14] = 0.5  # from here on, values as in normalised layers
+    counts[15, :14] = 0.5  # from here on, values as in normalized layers
     counts[16, :8] = np.linspace(0.1, 7.3, 8)
     counts[17, 4:12] = np.log1p(np.arange(1, 9) * 1.5)
     counts[18, 20:] = 2.25, 2.25, 1, 1, 1, 0.125, 9

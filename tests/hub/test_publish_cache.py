@@ -140,7 +140,7 @@ def test_card_states_size_filter_columns_and_code(hub: Hub, published: str, fold
         "list of uint16",
         'load_dataset("org/blood"',
         "--data hf://datasets/org/blood",
-        "licence",
+        "license",
     ):
         assert text.lower() in card.lower(), text
     assert cache_card(folder, "org/blood").data.license == "other"
@@ -152,7 +152,7 @@ def change_census(manifest: Path) -> None:
     manifest.write_text(json.dumps(content))
 
 
-def test_card_of_census_cells_has_licence_and_version(folder: Path, tmp_path: Path) -> None:
+def test_card_of_census_cells_has_license_and_version(folder: Path, tmp_path: Path) -> None:
     change_census(Path(shutil.copytree(folder, tmp_path / "cache")) / "manifest.json")
     card = cache_card(tmp_path / "cache", "org/blood")
     assert card.data.license == "cc-by-4.0"

@@ -142,7 +142,7 @@ def test_parts_of_a_batch_add_up_to_its_loss(model, padded):
         torch.testing.assert_close(whole[name], parts[0][name] + parts[1][name])
 
 
-def test_statistics_initialise_the_decoder_at_the_frequencies_of_each_domain(model):
+def test_statistics_initialize_the_decoder_at_the_frequencies_of_each_domain(model):
     network = model(**WITH_COUNTS, n_domains=2)
     totals = torch.zeros(2, 20)
     totals[0, :4], totals[1, 2:6] = torch.tensor([8.0, 4, 2, 2]), torch.tensor([1.0, 1, 1, 5])

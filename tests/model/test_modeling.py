@@ -203,7 +203,7 @@ def test_every_auto_class_loads_every_checkpoint(
             assert torch.equal(before, after)
 
 
-def test_missing_weights_are_initialised(config: Callable[..., Any], tmp_path: Path) -> None:
+def test_missing_weights_are_initialized(config: Callable[..., Any], tmp_path: Path) -> None:
     settings = config(gepc_query="sum", n_domains=3)
     ScGPTModel(settings).save_pretrained(tmp_path)
     loaded = ScGPTForPreTraining.from_pretrained(tmp_path, input_norm="domain")

@@ -36,7 +36,7 @@ SUMMARY = {
     "cells_per_second": 4100.5,
     "versions": {"scgpt_hf": "0.1.0", "torch": "2.13"},
     "recipe": {
-        "optimiser": "adamw_torch_fused",
+        "optimizer": "adamw_torch_fused",
         "weight_decay": 0.0,
         "clipped_at": 1.0,
         "warmup": 0.05,
@@ -119,8 +119,8 @@ def test_card_states_data_training_and_results_with_baselines(run: Path) -> None
         "| Data sets | study 0 (10,000), study 1 (9,999), ",
         "study 29 (9,971), and 3 more |",
         "| Gene hash of the source | abc123 |",
-        "| Licence of the data | CC BY 4.0, as for all of the Census |",
-        "| Licence of this repository | weights: CC BY 4.0, like the training data; code: Apache-2.0 |",
+        "| License of the data | CC BY 4.0, as for all of the Census |",
+        "| License of this repository | weights: CC BY 4.0, like the training data; code: Apache-2.0 |",
         "| Model | 12 layers, hidden size 512, 8 attention heads, 51,300,000 parameters |",
         "| Objectives (weights) | gene expression prediction, GEP (1.0); GEP from the cell embedding, GEPC (0.5) |",
         "| Input values | binned, 51 bins per cell; at most 1,201 tokens per cell |",
@@ -128,7 +128,7 @@ def test_card_states_data_training_and_results_with_baselines(run: Path) -> None
         "| Steps | 9,094, each of 32 cells; 1 epochs |",
         "| Dropout | 0.2 |",
         "| Learning rate | at most 0.0001; warm-up over 5% of the steps; schedule: linear |",
-        "| Optimiser | adamw_torch_fused, weight decay 0, gradient norm clipped at 1 |",
+        "| Optimizer | adamw_torch_fused, weight decay 0, gradient norm clipped at 1 |",
         "| Seed | 42 |",
         "| Hardware | 2 x NVIDIA H100 |",
         "| Time | 2.0 h, including validation and checkpoints |",
@@ -151,7 +151,7 @@ def test_card_states_data_training_and_results_with_baselines(run: Path) -> None
     assert "umap.png" not in text
 
 
-def test_metadata_holds_licence_tags_and_results(run: Path) -> None:
+def test_metadata_holds_license_tags_and_results(run: Path) -> None:
     card = ModelCard(str(model_card(run, "org/blood-300k")))
     data = card.data.to_dict()
     assert (data["library_name"], data["license"]) == ("transformers", "cc-by-4.0")
@@ -174,12 +174,12 @@ def test_code_of_the_card_loads_the_checkpoint_it_belongs_to(run: Path) -> None:
         assert len(lines) == 5
 
 
-def test_cells_from_outside_the_census_have_the_licence_of_their_sources(run: Path, tmp_path: Path) -> None:
+def test_cells_from_outside_the_census_have_the_license_of_their_sources(run: Path, tmp_path: Path) -> None:
     paths = [str(tmp_path / "one.h5ad"), str(tmp_path / "two.h5ad")]
     change(run, data={"kind": "h5ad", "paths": paths, "census_version": None})
     card = model_card(run)
     assert "| Source | one.h5ad, two.h5ad |" in card.text
-    assert "| Licence of the data | see the sources |" in card.text
+    assert "| License of the data | see the sources |" in card.text
     assert (card.data.license, card.data.license_name) == ("other", "see-the-sources")
     assert "CELLxGENE" not in card.text
 

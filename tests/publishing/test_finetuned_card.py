@@ -21,7 +21,7 @@ COMMON = {
     "versions": {"scgpt_hf": "0.1.0"},
     "composition": {"tissue_general": {"blood": 40}, "assay": {"10x 3' v2": 25, "10x 5' v1": 15}, "disease": {}},
     "recipe": {
-        "optimiser": "adamw",
+        "optimizer": "adamw",
         "weight_decay": 0.01,
         "clipped_at": 1.0,
         "warmup": 12,
@@ -78,7 +78,7 @@ def test_card_of_a_classifier_states_scores_per_label_and_of_the_baseline(run: P
         "| Held-out cells | 10, of 1 donor |",
         "| Split by (each value is in one part only) | `donor_id` |",
         "| Left out | rare label: 2 |",
-        "| Licence of the data | see the sources |",
+        "| License of the data | see the sources |",
         "| Pretrained model | `org/blood` |",
         "| Trained | the classification head only; 1,234 parameters |",
         "| Steps | 8, each of 32 cells; 2 epochs |",
@@ -87,7 +87,7 @@ def test_card_of_a_classifier_states_scores_per_label_and_of_the_baseline(run: P
         "| Assays | 10x 3' v2 (25), 10x 5' v1 (15) |",
         "| Diseases | not recorded |",
         "| Learning rate | at most 0.001; warm-up over 12 steps; schedule: linear |",
-        "| Optimiser | adamw, weight decay 0.01, gradient norm clipped at 1 |",
+        "| Optimizer | adamw, weight decay 0.01, gradient norm clipped at 1 |",
         "| Hardware | 1 x x86_64 CPU, 2 threads |",
         "| Precision | fp32 |",
         "| Time | 61 s, including validation |",
@@ -134,7 +134,7 @@ def test_metadata_and_code_name_the_base_model_and_the_repository(
         assert len(lines) == 5
 
 
-def test_cells_of_the_census_have_its_licence_and_citation(run: Path) -> None:
+def test_cells_of_the_census_have_its_license_and_citation(run: Path) -> None:
     data = {"census_version": "2025-11-08", "organism": "homo_sapiens"}
     card = finetuned_card(change(run, CLASSIFIER, data=data, model="best_model", held_out="cells"))
     assert (card.data.license, card.data.base_model) == ("cc-by-4.0", None)

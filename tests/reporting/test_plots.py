@@ -20,8 +20,8 @@ def legend_of(axes: Axes) -> list[str]:
     return [text.get_text() for text in axes.get_legend().get_texts()]
 
 
-def colours_of(axes: Axes) -> set[str]:
-    return {to_hex(colour).upper() for colour in axes.collections[0].get_facecolors()}
+def colors_of(axes: Axes) -> set[str]:
+    return {to_hex(color).upper() for color in axes.collections[0].get_facecolors()}
 
 
 @settings(deadline=None, max_examples=10)
@@ -31,16 +31,16 @@ def test_legend_counts_every_cell_once_largest_first(categories: list[str]) -> N
     counts = sorted(((categories.count(name), name) for name in set(categories)), key=lambda pair: (-pair[0], pair[1]))
     assert legend_of(axes) == [f"{name} ({count})" for count, name in counts]
     assert len(axes.collections[0].get_offsets()) == len(categories)
-    assert len(colours_of(axes)) == len(counts)
+    assert len(colors_of(axes)) == len(counts)
 
 
-def test_points_keep_position_and_colour_when_drawn_in_shuffled_order() -> None:
+def test_points_keep_position_and_color_when_drawn_in_shuffled_order() -> None:
     coordinates = np.arange(40.0).reshape(20, 2)
     categories = ["a"] * 12 + ["b"] * 8
     points = plot_umap(coordinates, {"type": categories}).axes[0].collections[0]
-    colour_at = dict(zip(map(tuple, points.get_offsets()), points.get_facecolors(), strict=True))
+    color_at = dict(zip(map(tuple, points.get_offsets()), points.get_facecolors(), strict=True))
     for place, category in zip(coordinates, categories, strict=True):
-        assert colour_at[tuple(place)][:3] == pytest.approx(to_rgb(PALETTE["ab".index(category)]))
+        assert color_at[tuple(place)][:3] == pytest.approx(to_rgb(PALETTE["ab".index(category)]))
     assert points.get_rasterized()
 
 
@@ -52,14 +52,14 @@ def test_smallest_categories_beyond_twenty_are_merged_and_missing_labels_listed(
     assert len(legend) == 19 + 2
     assert legend[0] == "type 00 (23)"
     assert legend[-2:] == ["4 other (10)", "unlabelled (2)"]
-    assert colours_of(axes) == {*PALETTE[:19], OTHER}
+    assert colors_of(axes) == {*PALETTE[:19], OTHER}
 
 
 def test_twenty_categories_are_all_listed() -> None:
     names = [f"type {i:02}" for i in range(20)]
     axes = plot_umap(np.zeros((20, 2)), {"type": names}).axes[0]
     assert legend_of(axes) == [f"{name} (1)" for name in names]
-    assert len(colours_of(axes)) == 20
+    assert len(colors_of(axes)) == 20
 
 
 def test_panels_are_stacked_with_equal_size_and_aspect_and_no_ticks() -> None:

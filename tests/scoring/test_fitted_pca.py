@@ -28,8 +28,8 @@ def test_it_is_the_pca_of_its_own_cells(pca, training_cells):
     embedding = pca.transform(training_cells.counts, training_cells.genes)
     columns = [training_cells.genes.index(gene) for gene in pca.genes]
     features = log_normalize(training_cells.counts)[:, columns].toarray()
-    centred = features - features.mean(axis=0)
-    variances = np.linalg.eigvalsh(centred.T @ centred)[::-1][:50] / len(centred)
+    centered = features - features.mean(axis=0)
+    variances = np.linalg.eigvalsh(centered.T @ centered)[::-1][:50] / len(centered)
     np.testing.assert_allclose(embedding.var(axis=0), variances, rtol=1e-3)
     np.testing.assert_allclose(embedding.mean(axis=0), 0, atol=1e-3)
 

@@ -21,7 +21,7 @@ def slow_asw_batch() -> float:
 
 
 def slow_graph_connectivity() -> float:
-    """Mean over labels of the share of cells in the largest strongly connected component of the neighbour graph."""
+    """Mean over labels of the share of cells in the largest strongly connected component of the neighbor graph."""
     distances = np.linalg.norm(CELLS[:, None] - CELLS[None], axis=2)
     nearest = np.argsort(distances, axis=1)[:, :15]
     shares = []
@@ -96,8 +96,8 @@ def test_a_metric_that_cannot_be_computed_raises_with_the_cause(
 
 
 @pytest.mark.parametrize("metric", ["cLISI", "iLISI", "graph connectivity"])
-def test_metrics_of_neighbours_need_more_cells_than_neighbours(metric: str) -> None:
-    with pytest.raises(NotComputable, match=r"needs .* neighbours of each cell, found 12 cells"):
+def test_metrics_of_neighbors_need_more_cells_than_neighbors(metric: str) -> None:
+    with pytest.raises(NotComputable, match=r"needs .* neighbors of each cell, found 12 cells"):
         integration_scores(CELLS[:12], ["a", "b"] * 6, ["x"] * 6 + ["y"] * 6, [metric])
 
 

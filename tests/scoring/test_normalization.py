@@ -1,4 +1,4 @@
-"""Normalised counts, and the choice of variable genes."""
+"""Normalized counts, and the choice of variable genes."""
 
 import numpy as np
 import pytest
@@ -9,7 +9,7 @@ from scipy.sparse import csr_matrix
 from scgpt_hf.scoring.normalization import log_normalize, variable_genes
 
 
-def test_counts_are_normalised_to_ten_thousand(small_cells: list[AnnData]) -> None:
+def test_counts_are_normalized_to_ten_thousand(small_cells: list[AnnData]) -> None:
     normalized = log_normalize(small_cells[0].X)
     assert np.allclose(np.expm1(normalized.toarray()).sum(axis=1), 1e4, rtol=1e-4)
 

@@ -165,7 +165,7 @@ def forward(weights: Tensors, original: Original, inputs: Tensors) -> Tensors:
     results: dict[str, list[torch.Tensor]] = {}
     for ids, values, real, domain in zip(*(inputs[k] for k in ("ids", "values", "real", "domains")), strict=True):
         genes = w.norm("encoder.enc_norm", weights["encoder.embedding.weight"][ids])
-        hidden = _normalise(w, original, _embed(w, original, genes, values), int(domain))
+        hidden = _normalize(w, original, _embed(w, original, genes, values), int(domain))
         for layer in range(original.n_layers):
             hidden = _layer(w, original, f"transformer_encoder.layers.{layer}", hidden, real)
         cell = hidden[0] if original.pooling == "cls" else hidden.mean(0)
@@ -198,8 +198,8 @@ class _Weights:
         return states @ self.of[f"{name}.weight"].T + self.of.get(f"{name}.bias", 0)
 
     def norm(self, name: str, states: torch.Tensor) -> torch.Tensor:
-        centred = states - states.mean(-1, keepdim=True)
-        scaled = centred / (centred.square().mean(-1, keepdim=True) + 1e-5).sqrt()
+        centered = states - states.mean(-1, keepdim=True)
+        scaled = centered / (centered.square().mean(-1, keepdim=True) + 1e-5).sqrt()
         return scaled * self.of[f"{name}.weight"] + self.of[f"{name}.bias"]
 
     def three_layers(self, name: str, states: torch.Tensor) -> torch.Tensor:
@@ -223,7 +223,7 @@ def _embed(w: _Weights, original: Original, genes: torch.Tensor, values: torch.T
     return genes + w.norm("value_encoder.norm", w.linear("value_encoder.linear2", first))
 
 
-def _normalise(w: _Weights, original: Original, hidden: torch.Tensor, domain: int) -> torch.Tensor:
+def _normalize(w: _Weights, original: Original, hidden: torch.Tensor, domain: int) -> torch.Tensor:
     if original.norm == "none":
         return hidden
     name = "bn" if original.norm == "batch" else f"dsbn.bns.{domain}"

@@ -107,7 +107,7 @@ def test_the_bins_of_a_cell_do_not_depend_on_other_cells(engine: Binning) -> Non
 
 @settings(deadline=None)
 @given(values=st.lists(st.integers(1, 40), min_size=1, max_size=80), total=st.integers(100, 10_000))
-def test_normalising_and_log1p_do_not_change_bins(values: list[int], total: int) -> None:
+def test_normalizing_and_log1p_do_not_change_bins(values: list[int], total: int) -> None:
     counts = np.array(values, np.float64)
     assume(len(values) % 7 != 1)  # otherwise rounding decides whether an edge equals a value (49 = 7 · 7 steps)
     raw, normalized = (bin_ranges(array, 51) for array in (counts, np.log1p(counts * 1e4 / total)))

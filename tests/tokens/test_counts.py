@@ -1,4 +1,4 @@
-"""Counts: conversion to CSR, validation, normalisation and the ids that depend on a cell's content."""
+"""Counts: conversion to CSR, validation, normalization and the ids that depend on a cell's content."""
 
 import numpy as np
 import pytest

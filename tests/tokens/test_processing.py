@@ -119,7 +119,7 @@ def test_bins_do_not_depend_on_target_sum(seed: int, target_sum: float) -> None:
     assert torch.equal(plain(_counts(seed), GENES)["values"], other(_counts(seed), GENES)["values"])
 
 
-def test_log1p_values_are_normalised_over_all_genes_of_the_data() -> None:
+def test_log1p_values_are_normalized_over_all_genes_of_the_data() -> None:
     processor = ScGPTProcessor.from_genes(GENES[:40], input_style="log1p", target_sum=100.0)
     counts = _counts()
     tokens = processor.tokenize(csr_matrix(counts), processor.match_genes(GENES), seed=0, epoch=0)

@@ -126,7 +126,7 @@ def test_a_finished_run_has_a_best_model_and_a_summary(trained):
     assert not [name for name in saved if name.endswith((".bin", ".pt", ".pth"))]
     summary = summarize(trainer, data_module)
     assert json.loads((folder / "summary.json").read_text())["train_cells"] == summary["train_cells"]
-    assert summary["recipe"]["optimiser"].startswith("adamw")
+    assert summary["recipe"]["optimizer"].startswith("adamw")
     assert summary["recipe"]["seed"] == trainer.args.seed
     words = format_summary(summary, folder)
     assert "each gene's mean" in words

@@ -35,7 +35,7 @@ def baseline_features(
         progress: show a progress bar while scVI trains.
 
     Returns:
-        Baseline → float32 features, shape (cells, features): principal components, log-normalised counts of highly
+        Baseline → float32 features, shape (cells, features): principal components, log-normalized counts of highly
         variable genes, or latent variables of scVI.
     """
     normalized = log_normalize(counts)
@@ -83,10 +83,10 @@ def transfer_features(
 def principal_components(
     features: FloatArray, seed: int, query: FloatArray | None = None
 ) -> tuple[FloatArray, FloatArray]:
-    """Compute 50 principal components of centred, unscaled features, and project other cells onto them.
+    """Compute 50 principal components of centered, unscaled features, and project other cells onto them.
 
     Args:
-        features: log-normalised counts of variable genes. Shape (cells, genes).
+        features: log-normalized counts of variable genes. Shape (cells, genes).
         seed: seed of the solver's start vector.
         query: other cells with the same genes; none by default. Shape (query cells, genes).
 

@@ -19,7 +19,7 @@ from scgpt_hf.scoring.sampling import Rows, sample_cells
 if TYPE_CHECKING:
     from anndata import AnnData
 
-MAX_CELLS = 50_000  # silhouettes and neighbours of more cells take many minutes
+MAX_CELLS = 50_000  # silhouettes and neighbors of more cells take many minutes
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,6 +1,6 @@
 """The genes that the data sets of a cache measured, in `presence.safetensors`.
 
-Cells of a data set have neighbouring ids, so the file holds runs of cells instead of a number for each cell. Caches of
+Cells of a data set have neighboring ids, so the file holds runs of cells instead of a number for each cell. Caches of
 sources that do not know the measured genes have no such file; nor have caches of earlier versions.
 """
 

@@ -33,7 +33,7 @@ _MAX_CHUNKS = 2**23
 
 
 def uniform_chunk_size(n_cells: int) -> int:
-    """Return how many neighbouring cells of a cache an epoch keeps together, so that its plan stays small.
+    """Return how many neighboring cells of a cache an epoch keeps together, so that its plan stays small.
 
     Args:
         n_cells: number of cells of the cache.
@@ -106,7 +106,7 @@ class CacheSource:
 
     @property
     def chunk_size(self) -> int:
-        """Number of neighbouring cells that are shuffled together; see `uniform_chunk_size`."""
+        """Number of neighboring cells that are shuffled together; see `uniform_chunk_size`."""
         return uniform_chunk_size(self.identity.cells)
 
     def obs(self, columns: Sequence[str] = ()) -> pd.DataFrame:

@@ -330,7 +330,7 @@ def _find_chunks(cell_ids: Int64Array, chunk_size: int) -> Int64Array:
         raise ValueError(f"expected int64 cell ids of shape (cells,), found {cell_ids.dtype} of shape {cell_ids.shape}")
     starts = [np.zeros(1, np.int64)]
     for first in range(0, len(cell_ids) - 1, _IDS_PER_SCAN):
-        # One id more than the scan is long: neighbours on either side of a scan's edge are compared as well.
+        # One id more than the scan is long: neighbors on either side of a scan's edge are compared as well.
         ids = cell_ids[first : first + _IDS_PER_SCAN + 1]
         descents = np.flatnonzero(ids[1:] <= ids[:-1])
         if len(descents):

@@ -208,6 +208,6 @@ def _batch_sizes(history: History, batch_size: int) -> list[tuple[int, float]]:
 
 
 def _merge(history: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Return the history without entries of no steps, and with neighbours of one size joined."""
+    """Return the history without entries of no steps, and with neighbors of one size joined."""
     entries = groupby(((size, n) for size, n in history if n), key=lambda entry: entry[0])
     return [(size, sum(n for _, n in group)) for size, group in entries]

@@ -92,7 +92,7 @@ def highly_variable_genes(
     std = np.empty_like(means)
     for batch in tqdm(range(len(n_cells)), desc="fitting variance over mean", unit=" donors", disable=None, delay=2):
         std[batch] = expected_std(means[batch], variances[batch])
-    clip = means + std * np.sqrt(n_cells)[:, None]  # Source: Stuart et al. 2019; standardised counts ≤ sqrt(cells)
+    clip = means + std * np.sqrt(n_cells)[:, None]  # Source: Stuart et al. 2019; standardized counts ≤ sqrt(cells)
     clipped_sums = sums_per_batch(source, cell_ids, columns, batch_of_cell, clip)
     return columns[rank_genes(standardized_variances(clipped_sums, n_cells, means, std), n_genes)]
 
@@ -190,7 +190,7 @@ def rank_genes(variances: Float64Array, n_genes: int) -> Int64Array:
     has a rank. Genes of equal median are ordered by the number of those batches, then by their column.
 
     Args:
-        variances: standardised variances. Shape (batches, genes).
+        variances: standardized variances. Shape (batches, genes).
         n_genes: number of genes to return.
 
     Returns:

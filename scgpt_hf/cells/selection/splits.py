@@ -140,7 +140,7 @@ def save_split(
         parts: part → its cell ids, as returned by `split_cells`.
         obs: one row for each cell, index = cell ids, with column `donor_key`. Shape (cells, columns).
         seed: seed passed to `split_cells`.
-        source: result of `CellSource.describe`, and anything else to record. It must be serialisable as JSON.
+        source: result of `CellSource.describe`, and anything else to record. It must be serializable as JSON.
         donor_key: column passed to `split_cells`.
     """
     path = Path(path)

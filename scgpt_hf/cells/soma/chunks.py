@@ -1,6 +1,6 @@
 """Read the cells of one chunk of a SOMA sparse array, and keep them packed until their rows are needed.
 
-A chunk is an aligned range of 2,048 neighbouring cells, one row of tiles of a Census. TileDB returns an entry as 20
+A chunk is an aligned range of 2,048 neighboring cells, one row of tiles of a Census. TileDB returns an entry as 20
 bytes: cell id, gene and count. A shuffle window of 65,536 cells with 1,500 entries each would take 2 GB. Each entry
 therefore becomes one word of 4 bytes, or of 8 where they do not suffice, and the cell id becomes an offset:
 
@@ -227,7 +227,7 @@ def _read_through_tiledb(array: soma.SparseNDArray, cell_ids: Int64Array) -> Ite
 class _Part(NamedTuple):
     """Packed entries of a part of a chunk, in the order in which they were read.
 
-    A run is a sequence of neighbouring entries of one cell, usually its entries of one tile.
+    A run is a sequence of neighboring entries of one cell, usually its entries of one tile.
 
     Attributes:
         words: see `Chunk.words`; genes may descend. Shape (entries,).
@@ -310,7 +310,7 @@ def _counts_of_words(words: Array) -> NDArray[np.float32]:
 
 
 # The inner loops below are short, keep to values of 32 bits, and run over slices from 0 to their length. The compiler
-# vectorises such loops; one with offsets in its indices stays scalar and is slower.
+# vectorizes such loops; one with offsets in its indices stays scalar and is slower.
 
 
 @compiled
@@ -342,7 +342,7 @@ def _find_runs(ids, genes, row_of_id, first_id, rows, starts, stops):  # type: i
 def _pack_words(genes, counts, starts, stops, words, n_genes):  # type: ignore[no-untyped-def]
     """Fill words of 32 bits; return whether all counts are integers from 1 to 65,535, and all genes are known.
 
-    Neighbouring runs are packed together: a longer loop gains more from being vectorised.
+    Neighboring runs are packed together: a longer loop gains more from being vectorized.
     """
     place = run = 0
     all_fit = True

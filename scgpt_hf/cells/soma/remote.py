@@ -105,7 +105,7 @@ class RetryPolicy:
 
 
 def _translate_error(uri: str, error: Exception, reason: str, n_attempts: int, seconds: float) -> OSError:
-    """Return the OSError to raise: its type tells the kind of failure, its message the object and what to do."""
+    """Return the OSError to raise: its type is the kind of failure, its message names the object and what to do."""
     if re.search(r"HTTP Response Code: 40[13]\b", reason):
         return PermissionError(
             errno.EACCES, f"access to {uri} was denied: {reason}; check the policy of the store and your credentials"

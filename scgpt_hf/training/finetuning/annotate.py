@@ -137,7 +137,7 @@ def _load_classifier(labels: list[str], settings: AnnotateSettings) -> Any:
         "problem_type": "single_label_classification",
     }
     model, _, new = load_pretrained(settings.model, ScGPTForSequenceClassification, **config)
-    logger.info("loaded %s; initialised at random: %s", settings.model, new or "nothing")
+    logger.info("loaded %s; initialized at random: %s", settings.model, new or "nothing")
     if settings.train == "head":
         model.base_model.requires_grad_(False)
     if settings.train != "lora":

@@ -20,7 +20,7 @@ _RANGE = np.log(0.05), np.log(20.0)
 def fit_temperature(logits: Logits, classes: Int64Array) -> float:
     """Fit the temperature at which the softmax of the logits best predicts the classes of held-out cells.
 
-    Minimises the negative log-likelihood. The targets include one pseudo-cell of every class, spread over all cells,
+    Minimizes the negative log-likelihood. The targets include one pseudo-cell of every class, spread over all cells,
     because with a few cells that are all predicted correctly the best temperature would be 0 and the confidence 1.
 
     Args:

@@ -36,7 +36,7 @@ def finetune_integration(data: Address, settings: IntegrateSettings) -> dict[str
     """Fine-tune a pretrained model on several experimental batches, and write a run folder.
 
     Some cells of every batch are held out to choose the best epoch. A batch that is held out completely would have no
-    batch norm. Heads and norms that the checkpoint does not have, or has for other batches, are initialised at random;
+    batch norm. Heads and norms that the checkpoint does not have, or has for other batches, are initialized at random;
     the summary lists them.
 
     Args:
@@ -72,7 +72,7 @@ def _finetune(data: Address, settings: IntegrateSettings) -> dict[str, Any]:
     domains = sorted(set(domain_of))
     set_seed(settings.seed)
     model, _, new = _load_for_domains(domains, settings)
-    logger.info("loaded %s; initialised at random: %s", settings.model, new or "nothing")
+    logger.info("loaded %s; initialized at random: %s", settings.model, new or "nothing")
     if "expression_head" in new:
         start_at_mean(model, processor)  # type: ignore[arg-type]
     args = training_settings(

@@ -161,7 +161,7 @@ def test_permanent_failures_and_failures_of_local_files_raise_without_retries(ur
 
 
 def test_errors_of_damaged_contents_name_the_object():
-    # TileDB returns uninitialised memory as the indices of a dictionary column whose tile is damaged
+    # TileDB returns uninitialized memory as the indices of a dictionary column whose tile is damaged
     codes = pa.DictionaryArray.from_arrays(pa.array([-1476393056], pa.int32()), pa.array(["a"]), safe=False)
     for read in (codes.to_pandas, failing(1, kind=RuntimeError), b"\xb6".decode):
         with pytest.raises(OSError, match="reading / failed"):

@@ -173,7 +173,7 @@ def test_a_validation_that_a_kill_prevented_is_done_on_resume(small_census, fini
     assert resumed.state.best_model_checkpoint == str(folder / Path(trainer.state.best_model_checkpoint).name)
 
 
-def test_a_finished_run_is_recognised(finished, tmp_path):
+def test_a_finished_run_is_recognized(finished, tmp_path):
     run, trainer = finished
     assert not finished_summary(run, trainer.schedule)  # its card is missing, as after a disk that was full at the end
     (run / "README.md").touch()

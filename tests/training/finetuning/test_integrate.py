@@ -1,4 +1,4 @@
-"""Integration: new heads are initialised, other weights are loaded, and the model embeds cells by their batch."""
+"""Integration: new heads are initialized, other weights are loaded, and the model embeds cells by their batch."""
 
 import json
 from pathlib import Path

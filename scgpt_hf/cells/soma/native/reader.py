@@ -153,7 +153,7 @@ def _read_bytes(path: Path, start: int, stop: int) -> Bytes:
 
 
 def _decode_tiles(parts: Sequence[Bytes], fields: Sequence[Field], boxes: Int64Array, n_entries: Int64Array) -> Entries:
-    """Return the entries of some neighbouring tiles.
+    """Return the entries of some neighboring tiles.
 
     Args:
         parts: the stored bytes of each field.
@@ -302,7 +302,7 @@ def _unshuffle(content, chunk_sizes, width, numbers):  # type: ignore[no-untyped
 def _find_outside(cell_ids, genes, stops, boxes):  # type: ignore[no-untyped-def]
     """Return the first tile with an entry outside its bounding box, or −1.
 
-    The loops only find extremes, which the compiler vectorises; comparing each entry takes twice as long (measured).
+    The loops only find extremes, which the compiler vectorizes; comparing each entry takes twice as long (measured).
     """
     start = 0
     for tile in range(len(stops)):
