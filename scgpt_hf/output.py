@@ -62,7 +62,7 @@ def write_beside(out: str | Path, write: Callable[[Path], object], cause: Except
         cause: why the output could not be written.
 
     Returns:
-        The error to raise, which says where the results are.
+        The error to raise. Its message names the folder with the results.
     """
     out = Path(out)
     failures = []

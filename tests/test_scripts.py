@@ -1,4 +1,4 @@
-"""Every script as a user starts it: in a process of its own, on two processes if it can use them."""
+"""Every script as a user starts it: in a separate process, on two processes if it can use them."""
 
 import json
 import os

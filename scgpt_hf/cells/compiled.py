@@ -1,6 +1,6 @@
 """`compiled`: the decorator of compiled functions. Their machine code is cached on disk wherever a folder is writable.
 
-`tokens/sampling_scgpt.py` has a decorator of its own, because the files of that package are also used without this one.
+`tokens/sampling_scgpt.py` has another such decorator, because its files are also used without this package.
 """
 
 import logging

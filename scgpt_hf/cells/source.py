@@ -109,7 +109,7 @@ def open_source(
             the like that does.
         primary_only: whether to keep only cells with `is_primary_data == True`; ignored if obs has no such column.
         round_counts: round fractional counts of files and AnnData, instead of raising. The counts of a Census and of a
-            cache are whole.
+            cache are integers.
 
     Raises:
         FileNotFoundError: the path does not exist.

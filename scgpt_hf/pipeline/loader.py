@@ -18,7 +18,7 @@ class StreamLoader:
     validates.
 
     Attributes:
-        consumed: batches handed out since the start of the run, without those that were read ahead. The trainer derives
+        consumed: batches returned since the start of the run, without those that were read ahead. The trainer derives
             it from its step number.
         waited_s: seconds that the consumer waited for batches that were not ready.
     """
@@ -34,7 +34,7 @@ class StreamLoader:
         Args:
             open_stream: returns the batches of the run from a given number on. They may end after some epochs; the
                 loader then opens the stream again for the next ones.
-            epoch_ends: number of batches handed out when each epoch ends, ascending.
+            epoch_ends: number of batches returned when each epoch ends, ascending.
             while_waiting: see `prefetch`.
         """
         self.open_stream = open_stream
@@ -64,7 +64,7 @@ class StreamLoader:
             yield batch
 
     def seek(self, n_batches: int) -> None:
-        """Continue after the first `n_batches` of the run, as if these had been handed out."""
+        """Continue after the first `n_batches` of the run, as if these had been returned."""
         self.close()
         self.consumed = n_batches
 

@@ -14,7 +14,7 @@ tokens are (`tokens`). A stream works in six steps:
    the gene only, so the result does not depend on the number of threads, ranks or batches. Cells that express no gene
    of the vocabulary have no tokens and are dropped, skipped or refused.
 5. **Pack or pad** (`make_batch`). The tokens of a batch become tensors: one packed row, or one padded row per cell.
-6. **Hand over.** Batches come out in the order of the plan. `stream_cells` wraps them as a `datasets.IterableDataset`;
+6. **Yield.** Batches come out in the order of the plan. `stream_cells` wraps them as a `datasets.IterableDataset`;
    `prefetch` prepares a few of them in the background; `StreamLoader` feeds them to a trainer, one epoch at a time.
 """
 

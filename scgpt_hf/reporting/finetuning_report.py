@@ -30,7 +30,7 @@ from scgpt_hf.reporting.plots_predictions import plot_calibration, plot_confusio
 from scgpt_hf.scoring.classification import f1_by_type
 from scgpt_hf.training.run_folder import BEST_MODEL, METRICS, SETTINGS, SUMMARY
 
-# Long tables of the summary that the page shows as figures or tables of their own.
+# Long tables of the summary that the page shows as separate figures or tables.
 _SHOWN = {"confusion", "labels", "reliability", "data", "composition", "domains"}
 
 

@@ -23,7 +23,7 @@ from scgpt_hf.cells.atomic import replace_file
 from scgpt_hf.cells.block import FloatArray
 from scgpt_hf.cells.missing import has_value
 
-# The first eight can be told apart with every common kind of color blindness (Okabe & Ito 2008,
+# The first eight can be distinguished with every common kind of color blindness (Okabe & Ito 2008,
 # jfly.uni-koeln.de/color). There are no twenty such hues, so the others also differ in lightness.
 PALETTE = (
     *("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442", "#000000"),

@@ -289,7 +289,7 @@ class ScGPTProcessor(ProcessorMixin):
         """Tokenize a second view of every cell that expresses a known gene: thinned counts, other ties, other genes.
 
         Args:
-            counts: see `tokenize`; whole counts.
+            counts: see `tokenize`; integers.
             gene_ids: see `tokenize`.
             cell_ids: see `tokenize`.
             seed: seed of the run; the view differs from what `tokenize` returns for it.

@@ -1,4 +1,4 @@
-"""Test the annotation of cells: by a classifier, by a reference, in files, and "unassigned" where neither can tell."""
+"""Test the annotation of cells: by a classifier, by a reference, in files, and "unassigned" where both fail."""
 
 import runpy
 import sys

@@ -23,7 +23,7 @@ def hub() -> Iterator[Hub]:
 def client(hub: Hub, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
     """Return a callable: `client(function, *arguments)` calls the function in a process that talks to `hub`.
 
-    The client reads its environment variables on import, so it needs a process of its own.
+    The client reads its environment variables on import, so it needs a separate process.
     """
     pool = ProcessPoolExecutor(1, mp_context=get_context("spawn"))
     with pool, pytest.MonkeyPatch.context() as patch:

@@ -95,7 +95,7 @@ def log(metrics: MetricsFile, state: TrainerState, step: int, **values: float) -
 
 
 def test_metrics_of_a_resumed_run_are_those_of_its_checkpoint(tmp_path):
-    """Lines after the checkpoint, and lines of its own step that it does not have, are moved to another file."""
+    """Lines after the checkpoint, and lines of its step that it lacks, are moved to another file."""
     metrics, state = MetricsFile(tmp_path), TrainerState()
     log(metrics, state, 1, loss=0.5)
     log(metrics, state, 2, loss=1.0)

@@ -29,7 +29,7 @@ def test_an_absent_column_raises_with_the_option_that_names_another(source, sett
         select_cells_and_genes(source, DataSettings(**settings), seed=0)
 
 
-def test_variable_genes_are_ranked_within_the_donors_wherever_these_are(source, small_cells, caplog):
+def test_variable_genes_are_ranked_within_donors_whatever_the_name_of_their_column(source, small_cells, caplog):
     settings = {"gene_selection": "hvg", "n_hvg": 30, "min_gene_counts": 1, "validation_fraction": 0.5}
     expected = select_cells_and_genes(open_source(small_cells[0]), DataSettings(**settings), seed=0)
     with caplog.at_level(logging.INFO):

@@ -139,7 +139,7 @@ class CacheJobs:
         Args:
             shards: numbers of the shards.
             rewrite: write corrupt shards again instead of raising.
-            on_progress: called with a number of cells whenever so many have been written or verified.
+            on_progress: called with the number of cells written or verified since its last call.
 
         Raises:
             CacheError: a shard is corrupt, or differs from what was written before because the source has changed.

@@ -49,7 +49,7 @@ def open_copy(path: str | Path, out: str | Path, *, overwrite: bool) -> Iterator
     out = Path(out)
     require_writable_file(out, overwrite=overwrite)
     # In the same folder, because a file can be renamed in one step only within a file system.
-    # Two runs may write the same file at the same time: each writes a copy of its own.
+    # Two runs may write the same file at the same time: each writes a separate copy.
     temporary = out.with_name(f".{out.name}.{uuid4().hex[:8]}.part")
     try:
         try:

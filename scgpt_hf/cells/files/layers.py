@@ -31,7 +31,7 @@ def choose_layer(contents: Contents, layer: str | None, *, round_counts: bool) -
     Args:
         contents: the file.
         layer: the requested layer, or None; "raw" means `.raw` if there is no layer of that name.
-        round_counts: accept fractional counts, where no layer has whole ones.
+        round_counts: accept fractional counts, if no layer has integers.
 
     Raises:
         ValueError: there is no such layer, or it has no raw counts; several layers have them, or none has.

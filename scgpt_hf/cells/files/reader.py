@@ -263,7 +263,7 @@ def _make_part(contents: Contents, layer: str | None, *, round_counts: bool) -> 
 def _join_obs(tables: Sequence[pd.DataFrame]) -> pd.DataFrame:
     """Return the obs of all files, indexed by cell id, with text as categories."""
     names = dict.fromkeys(name for table in tables for name in table)
-    # A column without any value has no type of its own: it takes the type that the column has in the other files.
+    # A column without any value has no type: it takes the type that the column has in the other files.
     filled = [table.dropna(axis="columns", how="all") for table in tables] if len(tables) > 1 else tables
     obs = pd.concat(filled, ignore_index=True).reindex(columns=list(names)).rename_axis("cell_id")
     obs.index = obs.index.astype(np.int64)

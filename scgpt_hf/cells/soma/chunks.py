@@ -5,7 +5,7 @@ bytes: cell id, gene and count. A shuffle window of 65,536 cells with 1,500 entr
 therefore becomes one word of 4 bytes, or of 8 where they do not suffice, and the cell id becomes an offset:
 
                 upper half                      lower half
-    uint32      count, whole, 1 to 65,535       gene, below 65,536      where all entries of the chunk fit
+    uint32      count, integer 1 to 65,535      gene, below 65,536      where all entries of the chunk fit
     uint64      the bits of a float32 count     gene                    otherwise
 
 `read_chunk` works in six steps:

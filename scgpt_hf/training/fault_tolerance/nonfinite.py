@@ -21,7 +21,7 @@ from scgpt_hf.cells.block import Int64Array
 
 logger = logging.getLogger(__name__)
 
-# torch.amp.GradScaler starts with a scale of 2^16 and halves it after each overflow, skipping the step. So many skipped
+# torch.amp.GradScaler starts with a scale of 2^16, halves it after each overflow and skips the step. Up to 16 skipped
 # steps at the start of an fp16 run are normal. Source: torch.amp.GradScaler, init_scale=65536, backoff_factor=0.5.
 FP16_SCALE_HALVINGS = 16
 

@@ -87,7 +87,7 @@ def test_a_copy_that_cannot_be_renamed_is_kept(tmp_path: Path) -> None:
     assert {path.name for path in tmp_path.iterdir()} == {"cells.h5ad", "out.h5ad", kept.name}
 
 
-def test_of_two_runs_that_write_one_file_the_later_one_keeps_its_result_beside_it(tmp_path: Path) -> None:
+def test_the_later_of_two_runs_that_write_one_file_keeps_its_result_beside_it(tmp_path: Path) -> None:
     write_file(tmp_path / "cells.h5ad", pd.DataFrame(index=range(3)))
 
     def write_while_another_run_does() -> None:
