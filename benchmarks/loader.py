@@ -7,7 +7,7 @@ Reading is warm: every file is read once before. A full scan by TileDB, with --t
 read, is the upper limit of the disk format. This package reads the files of a local Census with its native reader;
 another arm reads them through TileDB, which is the only way for a remote Census. tiledbsoma-ml yields raw rows,
 shuffled as well as ours: chunks of 2,048 cells, and as many in its buffer as we have in a shuffle window. It is
-measured with two sizes of TileDB's buffers; the better one counts.
+measured with two sizes of TileDB's buffers; the better one counts. If it is not installed, its arms are skipped.
 
 How well cells are mixed is measured on the batches, relative to uniform sampling: the entropy of the donors, and the
 share of pairs of cells in a batch that come from the same chunk of 2,048 cells.
@@ -26,7 +26,6 @@ import numpy as np
 import pandas as pd
 import tiledbsoma as soma
 from measuring import alternate, peak_memory_gb, print_medians, ratios, write_result
-from tiledbsoma_ml import ExperimentDataset
 
 from scgpt_hf.cells.block import CHUNK_SIZE
 from scgpt_hf.cells.schedule.epoch import EpochPlan, plan_epoch
@@ -38,6 +37,11 @@ from scgpt_hf.cli.process import tune_process
 from scgpt_hf.pipeline.stream import StreamConfig, stream_cells
 from scgpt_hf.tokens.counts_scgpt import SparseCounts
 from scgpt_hf.tokens.processing_scgpt import ScGPTProcessor
+
+try:
+    from tiledbsoma_ml import ExperimentDataset
+except ImportError:
+    ExperimentDataset = None
 
 BATCH = 32
 # Selects a third of the cells of a synthetic Census, in runs of about 12.
@@ -142,6 +146,11 @@ def soma_ml(path: Path, buffer_bytes: int, obs_filter: str | None = None, batche
         return n_cells / (time.perf_counter() - started)
 
 
+def soma_ml_arms(arms: dict) -> dict:
+    """Return these arms under names that begin with tiledbsoma-ml, or none if it is not installed."""
+    return {} if ExperimentDataset is None else {f"tiledbsoma-ml, {name}": arm for name, arm in arms.items()}
+
+
 def mixing(batches: list[np.ndarray], donors: np.ndarray) -> dict[str, float]:
     """Measure how well donors and chunks are mixed in batches of cell ids, relative to uniform sampling."""
     rng = np.random.default_rng(0)
@@ -168,14 +177,17 @@ def share_of_pairs(labels: np.ndarray) -> float:
 
 
 def compare_mixing(path: Path) -> dict[str, dict[str, float]]:
-    """Measure the mixing of our batches and of tiledbsoma-ml's."""
+    """Measure the mixing of our batches and, if it is installed, of tiledbsoma-ml's."""
     source = open_source(path)
     donors = pd.factorize(source.obs(["donor_id"])["donor_id"])[0]
     plan = plan_of(source)
     ours = [step for index in range(plan.n_windows) for step in plan.window(index)]
-    theirs: list[np.ndarray] = []
-    soma_ml(path, BUFFERS[0], batches=theirs)
-    return {"ours": mixing(ours, donors), "tiledbsoma-ml": mixing(theirs[: len(ours)], donors)}
+    mixed = {"ours": mixing(ours, donors)}
+    if ExperimentDataset is not None:
+        theirs: list[np.ndarray] = []
+        soma_ml(path, BUFFERS[0], batches=theirs)
+        mixed["tiledbsoma-ml"] = mixing(theirs[: len(ours)], donors)
+    return mixed
 
 
 def first_batch_s(path: Path, n_threads: int) -> float:
@@ -211,6 +223,8 @@ def main() -> None:
                         choices=["speed", "filter", "threads", "start"], help="default: all")  # fmt: skip
     arguments = parser.parse_args()
     path, n_threads, repeats = arguments.census, arguments.threads, arguments.repeats
+    if ExperimentDataset is None:
+        print("tiledbsoma-ml is not installed, so its arms are skipped; `pip install tiledbsoma-ml` adds them")
     result = {}
     full_scan(path, n_threads)
     if "speed" in arguments.parts:
@@ -219,7 +233,7 @@ def main() -> None:
             "ours, raw rows": partial(ours_raw, path, n_threads),
             "ours, raw rows, through TileDB": partial(ours_through_tiledb, path, n_threads),
             "ours, tokens masked and packed": partial(ours_tokens, path, n_threads),
-            **{f"tiledbsoma-ml, {size >> 20} MiB buffers": partial(soma_ml, path, size) for size in BUFFERS},
+            **soma_ml_arms({f"{size >> 20} MiB buffers": partial(soma_ml, path, size) for size in BUFFERS}),
         }
         result["speed"] = compare(arms, repeats)
         result["mixing"] = compare_mixing(path)
@@ -227,7 +241,7 @@ def main() -> None:
     if "filter" in arguments.parts:
         arms = {
             "ours, a third in short runs": partial(ours_raw, path, n_threads, THIRD),
-            "tiledbsoma-ml, a third in short runs": partial(soma_ml, path, BUFFERS[0], THIRD),
+            **soma_ml_arms({"a third in short runs": partial(soma_ml, path, BUFFERS[0], THIRD)}),
         }
         result["filter"] = compare(arms, repeats)
     if "threads" in arguments.parts:

@@ -3,7 +3,7 @@
 On some damaged files the HDF5 library crashes or never returns. A blanked entry in the heap where HDF5 stores strings
 is enough, and nothing in the same process could stop it. So a child process first walks over everything in the file
 except the numbers: groups, attributes, strings, and the indexes of the chunks. The child ignores exceptions: the reader
-meets them again at the same place, and `read_errors.py` translates them.
+meets them again at the same place, and `validation.py` catches them.
 
 The check is always on because it is cheap: for a file of one million cells it takes 0.46 s of processor time, and the
 opening itself 0.98 s (on two busy cores 1.5 s and 2.9 s elapsed). Source: `benchmarks/results/h5ad_probe.json`.
