@@ -9,7 +9,7 @@ import torch
 from scgpt_hf.model.configuration_scgpt import ScGPTConfig
 from scgpt_hf.model.modeling_scgpt import ScGPTForPreTraining
 from scgpt_hf.model.objectives_scgpt import IGNORE
-from tests.support.models import random_count_targets
+from tests.support.models import as_views, random_count_targets
 
 LENGTHS = (5, 9, 1, 7)
 GENES, PAD, CLS = 17, 17, 18
@@ -43,7 +43,7 @@ def padded() -> dict[str, torch.Tensor]:
     input_ids[:, 0] = CLS
     true = torch.randint(1, 51, shape, generator=random).float()
     masked = (torch.rand(shape, generator=random) < 0.5) & real & (input_ids != CLS)
-    return {
+    cells = {
         "input_ids": input_ids.masked_fill(~real, PAD),
         "values": true.masked_fill(masked, -1.0).masked_fill(~real, -2.0),
         "attention_mask": real,
@@ -52,6 +52,7 @@ def padded() -> dict[str, torch.Tensor]:
         "class_labels": torch.tensor([2, 0, 1, 1]),
         **random_count_targets(len(LENGTHS), GENES),
     }
+    return cells | as_views(cells)
 
 
 @pytest.fixture
@@ -59,9 +60,10 @@ def packed(padded: dict[str, torch.Tensor]) -> dict[str, Any]:
     """The cells of `padded`, packed."""
     real = padded["attention_mask"]
     offsets = torch.tensor([0, *LENGTHS]).cumsum(0).to(torch.int32)
-    return {
+    cells = {
         **{name: padded[name][real][None] for name in ("input_ids", "values", "labels")},
         **{name: padded[name] for name in ("domain_ids", "class_labels", "count_ids", "count_values", "count_cells")},
         **{"cu_seq_lens_q": offsets, "cu_seq_lens_k": offsets},
         **{"max_length_q": max(LENGTHS), "max_length_k": max(LENGTHS)},
     }
+    return cells | as_views(cells)

@@ -43,7 +43,7 @@ AUTO_CLASSES = {
 
 def encoder_input(batch: Batch) -> Batch:
     targets = ("labels", "class_labels", "count_ids", "count_values", "count_cells")
-    return {name: value for name, value in batch.items() if name not in targets}
+    return {name: value for name, value in batch.items() if name not in targets and not name.startswith("view_")}
 
 
 def fit_values(batch: Batch, variant: Batch) -> Batch:

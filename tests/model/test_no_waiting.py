@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 
 from scgpt_hf.model import attention_scgpt
 from scgpt_hf.model.modeling_scgpt import ScGPTForPreTraining
-from tests.support.models import EVERY_OBJECTIVE
+from tests.support.models import EVERY_OBJECTIVE, as_views
 
 VARIANTS = [
     EVERY_OBJECTIVE,
@@ -54,7 +54,7 @@ def test_a_training_step_needs_no_value_from_the_device(
             **{"count_values": torch.zeros(30), "num_items_in_batch": torch.zeros(())},
         }
         optimizer = torch.optim.AdamW(network.parameters(), fused=True)
-        output = network(**batch)
+        output = network(**batch, **as_views(batch))
         output.loss.backward()
         torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
         optimizer.step()

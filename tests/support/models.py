@@ -50,6 +50,12 @@ def random_count_targets(n_cells: int, n_genes: int, seed: int = 0) -> dict[str,
     return {"count_ids": ids, "count_values": counts[cells, ids], "count_cells": cells}
 
 
+def as_views(batch: dict[str, Any]) -> dict[str, Any]:
+    """Return the cells of a batch under the keys of second views, for the objective "views"."""
+    layout = ("attention_mask", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
+    return {f"view_{name}": batch[name] for name in ("input_ids", "values", *layout) if name in batch}
+
+
 def small_model(
     device: torch.device | str = "cpu", attention: str = "scgpt_varlen", **settings: Any
 ) -> ScGPTForPreTraining:

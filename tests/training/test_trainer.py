@@ -152,7 +152,7 @@ def test_a_run_cannot_resume_with_other_cells_order_or_masks(small_census, train
     [
         (["--hidden_size", "15"], "hidden_size"),
         (["--domain_head", "true"], "--batch_key"),
-        (["--loss_weights", '{"cls": 1}'], "labelled cells"),
+        (["--loss_weights", '{"cls": 1}'], "supervise_by"),
         (["--per_device_train_batch_size", "1000"], "1,000 of one step"),
         (["--gene_selection", "hvg", "--n_hvg", "5000"], "5,?000"),
     ],
