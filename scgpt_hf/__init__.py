@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from scgpt_hf.analysis.annotate import predict_cell_types as predict_cell_types
     from scgpt_hf.analysis.annotate import transfer_labels as transfer_labels
     from scgpt_hf.analysis.embed import embed_anndata as embed_anndata
-    from scgpt_hf.analysis.embed import embed_cells as embed_cells
     from scgpt_hf.analysis.embed_file import embed_file as embed_file
     from scgpt_hf.analysis.evaluation.evaluate import evaluate_embeddings as evaluate_embeddings
     from scgpt_hf.analysis.expression import predict_expression as predict_expression
@@ -37,6 +36,7 @@ if TYPE_CHECKING:
     from scgpt_hf.conversion.checkpoint import convert_scgpt as convert_scgpt
     from scgpt_hf.demo import demo_cells as demo_cells
     from scgpt_hf.demo import demo_census as demo_census
+    from scgpt_hf.inference import embed_cells as embed_cells
     from scgpt_hf.model.configuration_scgpt import ScGPTConfig as ScGPTConfig
     from scgpt_hf.model.modeling_scgpt import ScGPTForPreTraining as ScGPTForPreTraining
     from scgpt_hf.model.modeling_scgpt import ScGPTForSequenceClassification as ScGPTForSequenceClassification
@@ -85,7 +85,7 @@ _MODULE_OF = {
     "finetune_classifier": "training.finetuning.annotate",
     "finetune_integration": "training.finetuning.integrate",
     "embed_anndata": "analysis.embed",
-    "embed_cells": "analysis.embed",
+    "embed_cells": "inference",
     "embed_file": "analysis.embed_file",
     "predict_cell_types": "analysis.annotate",
     "transfer_labels": "analysis.annotate",

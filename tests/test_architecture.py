@@ -28,12 +28,16 @@ MAY_IMPORT: dict[str, set[str]] = {
     "conversion": {"file_kinds", "output", "tokens", "model"},
     "demo": {"cells"},
     "pipeline": {"cells", "tokens"},
+    "inference": {"cells", "tokens", "model", "pipeline", "pretrained"},
     "publishing": {"cells"},
-    "training": {"output", "cells", "tokens", "model", "scoring", "pretrained", "demo", "pipeline", "publishing"},
-    "analysis": {"output", "cells", "tokens", "model", "scoring", "pretrained", "pipeline"},
+    "training": {
+        *("output", "cells", "tokens", "model", "scoring", "pretrained", "demo"),
+        *("pipeline", "inference", "publishing"),
+    },
+    "analysis": {"output", "cells", "tokens", "model", "scoring", "pretrained", "pipeline", "inference"},
     "reporting": {
         *("output", "cells", "tokens", "model", "scoring", "pretrained", "pipeline"),
-        *("publishing", "training", "analysis"),
+        *("inference", "publishing", "training", "analysis"),
     },
     "pretraining": {"output", "cells", "tokens", "model", "pipeline", "publishing", "training", "reporting"},
 }

@@ -17,10 +17,10 @@ from sklearn.neighbors import KNeighborsClassifier
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from scgpt_hf.analysis.embed import KEY, validate_name, validate_not_backed_view
-from scgpt_hf.analysis.inference import InferenceSettings, iterate_outputs
 from scgpt_hf.cells.block import FloatArray
 from scgpt_hf.cells.files.reader import AnnDataSource
 from scgpt_hf.cells.missing import has_label
+from scgpt_hf.inference import InferenceSettings, iterate_outputs
 from scgpt_hf.pipeline.genes import match_source_genes
 from scgpt_hf.pipeline.stream import Batch
 from scgpt_hf.pretrained import load_model

@@ -1,24 +1,20 @@
-"""Embed cells: one vector per cell from a pretrained model, for any source of cells or an AnnData.
+"""Embed the cells of an AnnData: one vector per cell from a pretrained model.
 
-`inference.py` decides how cells reach the model; `embed_file.py` embeds files without reading them into memory.
+`scgpt_hf/inference.py` runs the model over the cells; `embed_file.py` embeds files without reading them into memory.
 """
 
-from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from transformers import PreTrainedModel
 
-from scgpt_hf.analysis.inference import Float32Array, InferenceSettings, iterate_outputs
-from scgpt_hf.cells.block import Int64Array
 from scgpt_hf.cells.files.reader import AnnDataSource
 from scgpt_hf.cells.source import CellSource
+from scgpt_hf.inference import EmbedSettings, Float32Array, embed_cells
 from scgpt_hf.pipeline.genes import GeneMatch, match_source_genes
-from scgpt_hf.pipeline.stream import Batch
 from scgpt_hf.pretrained import load_model
 from scgpt_hf.tokens.processing_scgpt import ScGPTProcessor
 
@@ -26,16 +22,6 @@ if TYPE_CHECKING:
     from anndata import AnnData
 
 KEY = "X_scgpt"
-
-
-class EmbedSettings(InferenceSettings, total=False):
-    """How cells are embedded.
-
-    Attributes:
-        normalize: scale each vector to length 1, true by default. Source: bowang-lab/scGPT:scgpt/tasks/cell_emb.py.
-    """
-
-    normalize: bool
 
 
 def embed_anndata(
@@ -85,73 +71,6 @@ def embed_anndata(
     report = describe_embedding(source, genes, model, processor, settings) | {"empty_cells": n_empty}
     adata.obsm[key_added], adata.uns[key_added] = embedding, report
     return report
-
-
-def embed_cells(
-    source: CellSource,
-    cell_ids: Int64Array,
-    model: PreTrainedModel,
-    processor: ScGPTProcessor,
-    *,
-    gene_match: GeneMatch | None = None,
-    **settings: Unpack[EmbedSettings],
-) -> Float32Array:
-    """Embed some cells of a source and return their vectors in the order of the ids.
-
-    Args:
-        source: source of the cells, as `open_source` returns it.
-        cell_ids: which cells, in any order, no repeats. Shape (cells,).
-        model: any scGPT model; only its encoder runs, in evaluation mode, on the device where it is.
-        processor: the processor of the model.
-        gene_match: what `match_source_genes` returns, for callers that have called it; by default it is called.
-        settings: see `EmbedSettings`.
-
-    Returns:
-        Vectors, float32 (cells, hidden); NaN for empty cells with `empty="nan"`.
-
-    Raises:
-        ValueError: see `embed_anndata`.
-
-    Example:
-        >>> source = open_source("census://2025-11-08/homo_sapiens", obs_filter="tissue_general == 'blood'")
-        >>> cell_ids = source.obs().index.to_numpy()[:1000]
-        >>> embed_cells(source, cell_ids, model, processor).shape
-        (1000, 512)
-    """
-    order = np.argsort(cell_ids)
-    embedding = np.full((len(cell_ids), model.config.hidden_size), np.nan, np.float32)
-    batches = embed_batches(source, cell_ids[order], model, processor, gene_match=gene_match, **settings)
-    for positions, vectors in batches:
-        embedding[order[positions]] = vectors
-    return embedding
-
-
-def embed_batches(
-    source: CellSource,
-    cell_ids: Int64Array,
-    model: PreTrainedModel,
-    processor: ScGPTProcessor,
-    *,
-    normalize: bool = True,
-    **settings: Any,
-) -> Iterator[tuple[Int64Array, Float32Array]]:
-    """Yield the vectors of cells, batch by batch, with the positions of these cells in `cell_ids`.
-
-    Args:
-        source: see `embed_cells`.
-        cell_ids: ascending ids. Shape (cells,).
-        model: see `embed_cells`.
-        processor: see `embed_cells`.
-        normalize: see `EmbedSettings`.
-        settings: further arguments of `iterate_outputs`.
-    """
-    encoder = model.base_model
-
-    def embed(batch: Batch) -> torch.Tensor:
-        vectors = encoder(**batch).cell_embedding.float()
-        return torch.nn.functional.normalize(vectors, dim=-1) if normalize else vectors
-
-    return iterate_outputs(embed, source, cell_ids, model, processor, **settings)
 
 
 def umap_of(embedding: npt.NDArray[np.floating[Any]], seed: int) -> Float32Array:

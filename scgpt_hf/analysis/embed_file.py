@@ -11,9 +11,10 @@ import numpy as np
 from anndata.io import write_elem
 from transformers import PreTrainedModel
 
-from scgpt_hf.analysis.embed import KEY, EmbedSettings, describe_embedding, embed_batches, validate_free_key
+from scgpt_hf.analysis.embed import KEY, describe_embedding, validate_free_key
 from scgpt_hf.cells.files.additions import create_rows, open_copy, write_plainly
 from scgpt_hf.cells.source import open_source
+from scgpt_hf.inference import EmbedSettings, embed_batches
 from scgpt_hf.output import require_writable_file, write_beside
 from scgpt_hf.pipeline.genes import match_source_genes
 from scgpt_hf.pretrained import load_model

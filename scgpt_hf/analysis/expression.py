@@ -20,7 +20,6 @@ from scipy.sparse import csr_matrix, vstack
 from tqdm import tqdm
 from transformers import AutoModelForPreTraining, PreTrainedModel
 
-from scgpt_hf.analysis.inference import evaluation_mode, move_batch
 from scgpt_hf.analysis.inverse_binning import bins_to_counts, log1p_to_counts
 from scgpt_hf.analysis.masked_views import join_tokens, make_masked_views
 from scgpt_hf.cells.block import CHUNK_SIZE, Int64Array
@@ -28,6 +27,7 @@ from scgpt_hf.cells.files.reader import AnnDataSource
 from scgpt_hf.cells.schedule.epoch import plan_validation
 from scgpt_hf.cells.source import CellSource
 from scgpt_hf.cells.threads import prefetch
+from scgpt_hf.inference import evaluation_mode, move_batch
 from scgpt_hf.pipeline.genes import GeneMatch, match_source_genes
 from scgpt_hf.pipeline.stream import CellStream, StreamConfig, TokenizedCells
 from scgpt_hf.pretrained import load_model

@@ -13,8 +13,8 @@ import pandas as pd
 import torch
 from transformers import PreTrainedModel
 
-from scgpt_hf.analysis.inference import Float32Array, iterate_outputs
 from scgpt_hf.cells.files.reader import AnnDataSource
+from scgpt_hf.inference import Float32Array, iterate_outputs
 from scgpt_hf.pipeline.stream import Batch
 from scgpt_hf.pretrained import validate_pair
 from scgpt_hf.tokens.processing_scgpt import ScGPTProcessor

@@ -7,9 +7,10 @@ from pathlib import Path
 import numpy as np
 from transformers import PreTrainedModel
 
-from scgpt_hf.analysis.embed import embed_cells, umap_of
+from scgpt_hf.analysis.embed import umap_of
 from scgpt_hf.cells.block import Int64Array
 from scgpt_hf.cells.source import CellSource
+from scgpt_hf.inference import embed_cells
 from scgpt_hf.publishing.record import read_metrics
 from scgpt_hf.reporting.curves import plot_loss
 from scgpt_hf.reporting.plots import UMAP_CELLS, plot_umap, save_figure

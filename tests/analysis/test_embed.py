@@ -20,10 +20,11 @@ from scipy.sparse import csr_matrix
 from transformers import BertConfig, BertModel
 
 from scgpt_hf.analysis import inference
-from scgpt_hf.analysis.embed import EmbedSettings, embed_anndata, embed_cells, umap_of
+from scgpt_hf.analysis.embed import embed_anndata, umap_of
 from scgpt_hf.analysis.embed_file import embed_file
 from scgpt_hf.cells.files.reader import AnnDataSource
 from scgpt_hf.cells.source import open_source
+from scgpt_hf.inference import EmbedSettings, embed_cells
 from scgpt_hf.model.configuration_scgpt import ScGPTConfig
 from scgpt_hf.model.modeling_scgpt import ScGPTForPreTraining, ScGPTModel
 from scgpt_hf.pretrained import load_model

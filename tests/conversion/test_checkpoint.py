@@ -26,9 +26,9 @@ from transformers import (
 )
 
 from scgpt_hf import convert_scgpt
-from scgpt_hf.analysis.embed import embed_cells
 from scgpt_hf.cells.source import open_source
 from scgpt_hf.conversion.checkpoint import save_converted
+from scgpt_hf.inference import embed_cells
 from tests.support import ROOT
 from tests.support.original_scgpt import Original, Tensors, forward, in_layout, weights_of, write_checkpoint
 

@@ -9,10 +9,10 @@ import torch
 from anndata import AnnData
 from scipy.sparse import csr_matrix
 
-from scgpt_hf.analysis.inference import inference_config, iterate_outputs
 from scgpt_hf.cells.block import CHUNK_SIZE
 from scgpt_hf.cells.schedule.epoch import plan_validation
 from scgpt_hf.cells.source import CellSource, open_source
+from scgpt_hf.inference import inference_config, iterate_outputs
 from scgpt_hf.model.configuration_scgpt import ScGPTConfig
 from scgpt_hf.model.modeling_scgpt import ScGPTModel
 from scgpt_hf.pipeline.stream import Batch, stream_cells

@@ -1,13 +1,13 @@
 """Run an scGPT model over cells in inference mode, without randomness: a result depends on the content of its cell.
 
 Batches come from the pipeline that also serves training (`pipeline/stream.py`), configured by `inference_config`: no
-masks, ties in the middle of their bins, and a cell with too many genes sampled by its content. What is computed from a
-batch is defined by the callers, such as `embed.py` and `annotate.py`.
+masks, ties in the middle of their bins, and a cell with too many genes sampled by its content. `iterate_outputs` runs
+what a caller computes from a batch; `embed_cells` computes the embedding.
 """
 
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
-from typing import Any, Literal, TypedDict
+from typing import Any, Literal, TypedDict, Unpack
 
 import numpy as np
 import numpy.typing as npt
@@ -41,6 +41,16 @@ class InferenceSettings(TypedDict, total=False):
     batch_size: int
     empty: Literal["raise", "nan"]
     progress: bool
+
+
+class EmbedSettings(InferenceSettings, total=False):
+    """How cells are embedded.
+
+    Attributes:
+        normalize: scale each vector to length 1, true by default. Source: bowang-lab/scGPT:scgpt/tasks/cell_emb.py.
+    """
+
+    normalize: bool
 
 
 def inference_config(config: ScGPTConfig, empty: Literal["raise", "nan"] = "raise") -> StreamConfig:
@@ -114,6 +124,73 @@ def iterate_outputs(
             rows = compute(move_batch(batch, model.device))
             bar.update(len(positions))
             yield positions, rows.cpu().numpy()
+
+
+def embed_cells(
+    source: CellSource,
+    cell_ids: Int64Array,
+    model: PreTrainedModel,
+    processor: ScGPTProcessor,
+    *,
+    gene_match: GeneMatch | None = None,
+    **settings: Unpack[EmbedSettings],
+) -> Float32Array:
+    """Embed some cells of a source and return their vectors in the order of the ids.
+
+    Args:
+        source: source of the cells, as `open_source` returns it.
+        cell_ids: which cells, in any order, no repeats. Shape (cells,).
+        model: any scGPT model; only its encoder runs, in evaluation mode, on the device where it is.
+        processor: the processor of the model.
+        gene_match: what `match_source_genes` returns, for callers that have called it; by default it is called.
+        settings: see `EmbedSettings`.
+
+    Returns:
+        Vectors, float32 (cells, hidden); NaN for empty cells with `empty="nan"`.
+
+    Raises:
+        ValueError: see `embed_anndata`.
+
+    Example:
+        >>> source = open_source("census://2025-11-08/homo_sapiens", obs_filter="tissue_general == 'blood'")
+        >>> cell_ids = source.obs().index.to_numpy()[:1000]
+        >>> embed_cells(source, cell_ids, model, processor).shape
+        (1000, 512)
+    """
+    order = np.argsort(cell_ids)
+    embedding = np.full((len(cell_ids), model.config.hidden_size), np.nan, np.float32)
+    batches = embed_batches(source, cell_ids[order], model, processor, gene_match=gene_match, **settings)
+    for positions, vectors in batches:
+        embedding[order[positions]] = vectors
+    return embedding
+
+
+def embed_batches(
+    source: CellSource,
+    cell_ids: Int64Array,
+    model: PreTrainedModel,
+    processor: ScGPTProcessor,
+    *,
+    normalize: bool = True,
+    **settings: Any,
+) -> Iterator[tuple[Int64Array, Float32Array]]:
+    """Yield the vectors of cells, batch by batch, with the positions of these cells in `cell_ids`.
+
+    Args:
+        source: see `embed_cells`.
+        cell_ids: ascending ids. Shape (cells,).
+        model: see `embed_cells`.
+        processor: see `embed_cells`.
+        normalize: see `EmbedSettings`.
+        settings: further arguments of `iterate_outputs`.
+    """
+    encoder = model.base_model
+
+    def embed(batch: Batch) -> torch.Tensor:
+        vectors = encoder(**batch).cell_embedding.float()
+        return torch.nn.functional.normalize(vectors, dim=-1) if normalize else vectors
+
+    return iterate_outputs(embed, source, cell_ids, model, processor, **settings)
 
 
 @contextmanager
