@@ -1,10 +1,12 @@
-"""Fine-tune a pretrained model: to predict cell types, or to integrate experimental batches.
+"""Adapt a pretrained model to labelled cells, to predict cell types, or to experimental batches, to integrate them.
 
   python scripts/finetune.py data.h5ad --model runs/demo/best_model --labels_key cell_type --out runs/types
   python scripts/finetune.py data.h5ad --model OWNER/NAME --labels_key cell_type --out runs/types --train lora
   python scripts/finetune.py a.h5ad b.h5ad --task integrate --model OWNER/NAME --batch_key assay --out runs/joined
 
-The first two commands train a classifier for scripts/annotate.py, the third one an encoder for scripts/embed.py.
+The first command fits a logistic regression to the embedding of the frozen model. The second one continues from it,
+and trains the encoder, too; the result is kept only if it predicts held-out cells better. Both write a classifier for
+scripts/annotate.py. The third command trains an encoder for scripts/embed.py.
 OUT/best_model is the model; report.html, summary.json, metrics, split and settings are beside it.
 `--task integrate --help` shows the flags of that task. An interrupted run cannot be resumed: remove OUT and run again.
 """
@@ -17,11 +19,13 @@ from typing import Any
 from transformers import HfArgumentParser
 
 from scgpt_hf.cli.process import accept_any_locale, exit_with_error, tune_process
+from scgpt_hf.publishing.record import RunRecord
+from scgpt_hf.publishing.run_summary import classifier_rows
 from scgpt_hf.reporting.report import write_report
 from scgpt_hf.training.finetuning.annotate import finetune_classifier
 from scgpt_hf.training.finetuning.integrate import finetune_integration
 from scgpt_hf.training.finetuning.settings import AnnotateSettings, IntegrateSettings
-from scgpt_hf.training.run_folder import list_results
+from scgpt_hf.training.run_folder import SUMMARY, list_results
 from scgpt_hf.training.settings_parsing import ExampleHelpFormatter
 
 TASKS: dict[str, Any] = {
@@ -59,12 +63,14 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _format_annotation(summary: dict[str, Any]) -> str:
-    """Return the scores of a classifier beside those of its baseline, in one line."""
-    scores, baseline = summary["validation"], summary["majority_baseline"]
-    return (
-        f"{summary['validation_cells']:,} held-out cells, {len(summary['labels'])} labels: "
-        f"macro-F1 {scores['macro_f1']:.3f}, accuracy {scores['accuracy']:.3f}; always predicting "
-        f"{baseline['label']!r}: {baseline['macro_f1']:.3f}, {baseline['accuracy']:.3f}."
+    """Return the scores of a classifier above those of simpler methods."""
+    rows = classifier_rows(RunRecord(summary, SUMMARY))
+    width = max(len(name) for name, _, _ in rows)
+    return "\n".join(
+        [
+            f"Scores on {summary['validation_cells']:,} held-out cells with {len(summary['labels'])} labels:",
+            *[f"  {name:{width}}  macro-F1 {macro_f1}, accuracy {accuracy}" for name, macro_f1, accuracy in rows],
+        ]
     )
 
 

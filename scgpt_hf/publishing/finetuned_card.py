@@ -22,7 +22,14 @@ from scgpt_hf.publishing.card import (
     markdown_table,
 )
 from scgpt_hf.publishing.record import RunRecord
-from scgpt_hf.publishing.run_summary import finetuning_data, finetuning_recipe, label_rows, source_name
+from scgpt_hf.publishing.run_summary import (
+    about_held_out,
+    classifier_rows,
+    finetuning_data,
+    finetuning_recipe,
+    label_rows,
+    source_name,
+)
 
 ANNOTATE, INTEGRATE = "annotate", "integrate"
 # For each task: the Hub's name for what the model does, a tag, and the values of the summary that are results.
@@ -118,11 +125,9 @@ def _training(summary: RunRecord, settings: RunRecord) -> str:
 
 
 def _classifier_results(summary: RunRecord) -> str:
-    """Return the scores of the model and of the most frequent label, and the scores of each label."""
-    majority = f"always {escape_cell(summary.text('majority_baseline.label'))}"
+    """Return the scores of the model and of simple methods, and the scores of each label."""
     scores = "\n".join(
-        f"| {name} | {summary.number(f'{key}.macro_f1', '.3f')} | {summary.number(f'{key}.accuracy', '.3f')} |"
-        for name, key in (("this model", "validation"), (majority, "majority_baseline"))
+        f"| {escape_cell(name)} | {macro_f1} | {accuracy} |" for name, macro_f1, accuracy in classifier_rows(summary)
     )
     labels = "\n".join(
         f"| {escape_cell(label)} | {n_train:,} | {n_held_out:,} | {recall} | {precision} |"
@@ -131,8 +136,8 @@ def _classifier_results(summary: RunRecord) -> str:
     calibration = summary.number("calibration_error.after", ".3f")
     return f"""## Results
 
-Scores on the held-out cells, and those of a prediction that always names the most frequent label of the training
-cells. Macro-F1 is the mean of the F1 scores of all labels.
+Scores on the held-out cells, and those of simpler methods on the same cells. Macro-F1 is the mean of the F1 scores of
+all labels. {about_held_out(summary)}
 
 | | macro-F1 | accuracy |
 | --- | --- | --- |
@@ -185,10 +190,9 @@ the cells of low confidence. The input is raw counts of the same organism.
 - Do not use the model for diagnosis, or for decisions about a person.
 - The model knows only the labels above, with their meaning in the training data. A cell of another type gets one of
   these labels, or "unassigned" if the confidence is low.
-- The held-out cells were also used to choose the epoch and to calibrate the confidence. Expect somewhat lower scores
-  on other donors, and much lower ones on other tissues, assays and states.
+- Expect somewhat lower scores on other donors, and much lower ones on other tissues, assays and states.
 - Labels with few training cells are predicted poorly; see the table.
-- Before you rely on the model, compare it with logistic regression on variable genes, which is hard to beat."""
+- Logistic regression on variable genes is hard to beat. Compare the model with it on your own data."""
 
 _LOAD_INTEGRATION = f"""## How to load
 

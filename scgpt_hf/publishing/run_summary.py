@@ -51,9 +51,11 @@ _OBJECTIVES = {
 }
 _COMPOSITION = {"Tissues": "tissue_general", "Assays": "assay", "Diseases": "disease", "Data sets": "dataset_id"}
 _DEMO = "demo: 700 blood cells of one donor that come with scanpy; its eight sequencing wells are used as donors"
-_TRAINED = {
-    "head": "the classification head only",
-    "lora": "the classification head, and low-rank updates of the encoder (LoRA)",
+PROBE = "probe"  # the classifier that annotation fits by default
+_CLASSIFIERS = {
+    PROBE: "logistic regression on the frozen cell embedding",
+    "lora": "fine-tuned, low-rank updates of the encoder (LoRA)",
+    "full": "fine-tuned, all weights",
 }
 
 
@@ -245,9 +247,16 @@ def finetuning_recipe(summary: RunRecord, settings: RunRecord) -> Rows:
     if summary.get("task", str) == "integrate":
         weights = {name: settings.get(f"{name}_weight", _NUMBER) for name in ("gep", "gepc", "ecs", "dar")}
         trained = {"Objectives (weights)": _objectives(weights)}
+    elif summary.text("kept") == PROBE:
+        return {
+            "Pretrained model": Code(summary.text("model")),
+            **_probe_recipe(summary),
+            **_hardware(summary, "seconds", "embedding of the cells"),
+            "Software": _name_values(summary.get("versions", dict)),
+        }
     else:
-        parts = _TRAINED.get(summary.text("train"), "all weights")
-        trained = {"Trained": f"{parts}; {summary.number('trained_parameters')} parameters"}
+        name = _CLASSIFIERS[summary.text("kept")]
+        trained = {"Classifier": f"{name}; {summary.number('trained_parameters')} trained parameters"}
     return {
         "Pretrained model": Code(summary.text("model")),
         **trained,
@@ -257,6 +266,20 @@ def finetuning_recipe(summary: RunRecord, settings: RunRecord) -> Rows:
         **_hardware(summary, "seconds", "validation"),
         "Software": _name_values(summary.get("versions", dict)),
     }
+
+
+def _probe_recipe(summary: RunRecord) -> Rows:
+    """Return the facts on a classifier whose encoder was not trained."""
+    refitted = summary.get("refit", dict)
+    part = "training and held-out" if refitted else "training"
+    rows = {
+        "Classifier": _CLASSIFIERS[PROBE],
+        "Regularisation": f"C = {summary.number('refit.C' if refitted else 'probe.C', 'g')}",
+        "Fitted to": f"{summary.number('refit.cells' if refitted else 'train_cells')} {part} cells",
+    }
+    if (train := summary.text("train")) != PROBE:
+        rows["Not kept"] = f"{_CLASSIFIERS[train]}: macro-F1 did not rise by more than its standard error"
+    return rows
 
 
 def _objectives(weights: dict[str, Any] | None) -> str:
@@ -297,6 +320,38 @@ def _hardware(summary: RunRecord, time_key: str, included: str) -> Rows:
         "Time": f"{duration or summary.number(time_key, ',.0f') + ' s'}, including {included}",
         "Device-hours (to estimate energy)": device_hours,
     }
+
+
+def classifier_rows(summary: RunRecord) -> list[tuple[str, str, str]]:
+    """Return name, macro-F1 and accuracy on the held-out cells of a classifier and of what it is compared with.
+
+    The first row is the classifier of the run. The rows of methods that the run did not fit are left out.
+    """
+    kept, train = summary.text("kept"), summary.text("train")
+    names = {
+        "validation": f"this model: {_CLASSIFIERS.get(kept, kept)}",
+        "probe": _CLASSIFIERS[PROBE],
+        "fine_tuned": f"not kept: {_CLASSIFIERS.get(train, train)}",
+        "gene_baseline": "logistic regression on variable genes",
+        "majority_baseline": f"always {summary.text('majority_baseline.label')}",
+    }
+    del names["probe" if kept == PROBE else "fine_tuned"]  # the same as the first row
+    return [
+        (name, summary.number(f"{key}.macro_f1", ".3f"), summary.number(f"{key}.accuracy", ".3f"))
+        for key, name in names.items()
+        if summary.get(key, dict)
+    ]
+
+
+def about_held_out(summary: RunRecord) -> str:
+    """Return what the held-out cells of a classifier were used for, in one or two sentences."""
+    if summary.text("kept") != PROBE:
+        return (
+            "The held-out cells were also used to choose the epoch and to calibrate the confidence, so the scores are "
+            "slightly too good."
+        )
+    scored = "The classifier that was scored was fitted and calibrated without the held-out cells."
+    return f"{scored} The saved one was then fitted to all labelled cells." if summary.get("refit", dict) else scored
 
 
 def label_rows(summary: RunRecord) -> list[tuple[str, int, int, str, str]]:

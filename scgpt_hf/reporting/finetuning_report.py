@@ -10,7 +10,14 @@ from typing import Any
 import numpy as np
 
 from scgpt_hf.publishing.record import UNKNOWN, RunRecord, read_metrics
-from scgpt_hf.publishing.run_summary import error_rows, finetuning_data, finetuning_recipe, label_rows
+from scgpt_hf.publishing.run_summary import (
+    about_held_out,
+    classifier_rows,
+    error_rows,
+    finetuning_data,
+    finetuning_recipe,
+    label_rows,
+)
 from scgpt_hf.reporting.curves import plot_loss
 from scgpt_hf.reporting.page import (
     Html,
@@ -46,7 +53,7 @@ def finetuning_report(run: Path) -> str:
     summary, settings = RunRecord.read(run / SUMMARY), RunRecord.read(run / SETTINGS)
     task = summary.text("task")
     if task == "annotate":
-        purpose = f"A classifier fine-tuned to predict {summary.text('labels_key')!r}"
+        purpose = f"A classifier that predicts {summary.text('labels_key')!r}"
     else:
         purpose = f"An encoder fine-tuned to integrate the batches in {summary.text('batch_key')!r}"
     lead = f"{purpose}, on {summary.number('train_cells')} cells. Pretrained model: {summary.text('model')}."
@@ -75,6 +82,7 @@ def _key_numbers(summary: RunRecord) -> Html:
     numbers = {
         "macro-F1 on held-out cells": summary.number("validation.macro_f1", ".3f"),
         "accuracy on held-out cells": summary.number("validation.accuracy", ".3f"),
+        "macro-F1 of logistic regression on genes": summary.number("gene_baseline.macro_f1", ".3f"),
         "macro-F1 of always naming the most frequent label": summary.number("majority_baseline.macro_f1", ".3f"),
         "expected calibration error": summary.number("calibration_error.after", ".3f"),
         "of the variance of masked genes explained": summary.number("best.eval_variance_explained", ".1%"),
@@ -109,11 +117,13 @@ def _predictions(summary: RunRecord) -> Html:
         confidence = np.repeat(np.asarray(bins["confidence"], dtype=float), cells)
         caption = "Calibration: share of correct predictions by confidence. The dashed line is perfect calibration."
         drawn.append(inline_svg(plot_calibration(confidence, correct), caption))
-    text = (
-        f"The held-out cells (held out by {summary.text('held_out')}) were also used to choose the epoch and to "
-        "calibrate the confidence, so these scores are slightly optimistic."
+    header = ("method", "macro-F1", "accuracy")
+    return section(
+        "Prediction of cell types",
+        table(classifier_rows(summary), header, numeric_columns=[1, 2]),
+        paragraph(f"{about_held_out(summary)} Cells were held out by {summary.text('held_out')}."),
+        figures(*drawn),
     )
-    return section("Prediction of cell types", paragraph(text), figures(*drawn))
 
 
 def _curves(run: Path) -> list[Html]:

@@ -36,7 +36,10 @@ COMMON = {
 CLASSIFIER = COMMON | {
     "task": "annotate",
     "labels_key": "cell_type",
-    "train": "head",
+    "train": "full",
+    "kept": "full",
+    "probe": {"macro_f1": 0.625, "accuracy": 0.65, "C": 0.1},
+    "gene_baseline": {"macro_f1": 0.5, "accuracy": 0.55},
     "held_out": "donor_id",
     "train_donors": 3,
     "validation_donors": 1,
@@ -80,7 +83,7 @@ def test_card_of_a_classifier_states_scores_per_label_and_of_the_baseline(run: P
         "| Left out | rare label: 2 |",
         "| License of the data | see the sources |",
         "| Pretrained model | `org/blood` |",
-        "| Trained | the classification head only; 1,234 parameters |",
+        "| Classifier | fine-tuned, all weights; 1,234 trained parameters |",
         "| Steps | 8, each of 32 cells; 2 epochs |",
         "| Genes | 1,200, those of the pretrained model |",
         "| Tissues | blood (40) |",
@@ -92,13 +95,36 @@ def test_card_of_a_classifier_states_scores_per_label_and_of_the_baseline(run: P
         "| Precision | fp32 |",
         "| Time | 61 s, including validation |",
         "| Device-hours (to estimate energy) | 0.017 |",
-        "| this model | 0.750 | 0.700 |",
+        "| this model: fine-tuned, all weights | 0.750 | 0.700 |",
+        "| logistic regression on the frozen cell embedding | 0.625 | 0.650 |",
+        "| logistic regression on variable genes | 0.500 | 0.550 |",
+        "also used to choose the epoch",
         "| always T | 0.375 | 0.600 |",
         "| B \\| plasma | 10 | 4 | 25% | 100% |",
         "| T | 20 | 6 | 100% | 67% |",
         "Expected calibration error (mean gap between confidence and accuracy): 0.050.",
     ):
         assert row in text
+
+
+def test_card_of_a_kept_probe_states_how_it_was_fitted(run: Path) -> None:
+    changes = {"kept": "probe", "fine_tuned": {"macro_f1": 0.7, "accuracy": 0.6}, "refit": {"cells": 40, "C": 0.01}}
+    text = finetuned_card(change(run, CLASSIFIER, **changes)).text
+    for row in (
+        "| Classifier | logistic regression on the frozen cell embedding |",
+        "| Regularisation | C = 0.01 |",
+        "| Fitted to | 40 training and held-out cells |",
+        "| Not kept | fine-tuned, all weights: macro-F1 did not rise by more than its standard error |",
+        "| this model: logistic regression on the frozen cell embedding | 0.750 | 0.700 |",
+        "| not kept: fine-tuned, all weights | 0.700 | 0.600 |",
+        "was fitted and calibrated without the held-out cells",
+    ):
+        assert row in text
+    assert "Learning rate" not in text
+    alone = finetuned_card(change(run, CLASSIFIER, train="probe", kept="probe")).text
+    assert "| Fitted to | 30 training cells |" in alone
+    assert "| Regularisation | C = 0.1 |" in alone
+    assert "Not kept" not in alone
 
 
 def test_card_of_an_integration_states_batches_and_errors(run: Path) -> None:

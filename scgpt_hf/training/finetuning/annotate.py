@@ -1,18 +1,18 @@
-"""Fine-tune a class head on labelled cells: from a pretrained checkpoint and an AnnData to a run folder.
+"""Train a classifier on labelled cells: from a pretrained checkpoint and an AnnData to a run folder.
 
-`labels.py` selects the cells, `classifier.py` trains on them, `calibration.py` calibrates the confidence.
+`labels.py` selects the cells, `probe.py` fits a logistic regression to their embedding, `classifier.py` trains the
+encoder, too, and `annotation_summary.py` describes the result.
 """
 
 import logging
 import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
-from scipy.special import softmax
-from sklearn.metrics import confusion_matrix
 from transformers import EarlyStoppingCallback, set_seed
 
 from scgpt_hf.cells.block import Int64Array
@@ -20,19 +20,23 @@ from scgpt_hf.cells.obs import require_named_columns
 from scgpt_hf.cells.schedule.epoch import plan_epoch, plan_validation
 from scgpt_hf.cells.selection.filters import cells_expressing
 from scgpt_hf.cells.source import Address, CellSource, open_source
+from scgpt_hf.inference import embed_cells, iterate_outputs
 from scgpt_hf.model.modeling_scgpt import ScGPTForSequenceClassification
-from scgpt_hf.pipeline.genes import match_source_genes
+from scgpt_hf.pipeline.genes import GeneMatch, match_source_genes
 from scgpt_hf.pipeline.stream import StreamConfig, stream_cells
 from scgpt_hf.pretrained import domain_classes, load_pretrained, load_processor
 from scgpt_hf.tokens.processing_scgpt import ScGPTProcessor
-from scgpt_hf.training.finetuning.calibration import Logits, calibration_error, fit_temperature, reliability
-from scgpt_hf.training.finetuning.classifier import ClassifierTrainer, agreement, score
-from scgpt_hf.training.finetuning.labels import LabelledCells, balanced_weights, select_labelled
+from scgpt_hf.training.finetuning.annotation_summary import describe_cells, describe_scores
+from scgpt_hf.training.finetuning.calibration import Logits, fit_temperature
+from scgpt_hf.training.finetuning.classifier import ClassifierTrainer, agreement, macro_f1_gain
+from scgpt_hf.training.finetuning.labels import LabelledCells, balanced_weights, keep_share, select_labelled
+from scgpt_hf.training.finetuning.probe import Probe, fit_probe
 from scgpt_hf.training.finetuning.run_folder import save_inputs, save_results
 from scgpt_hf.training.finetuning.settings import AnnotateSettings, training_settings
 from scgpt_hf.training.run_folder import MetricsFile, own_run_folder, require_new_folder
 from scgpt_hf.training.selection import composition_of
-from scgpt_hf.training.summary import training_of
+from scgpt_hf.training.settings import TrainingSettings
+from scgpt_hf.training.summary import device_name, training_of
 
 logger = logging.getLogger(__name__)
 
@@ -40,20 +44,66 @@ logger = logging.getLogger(__name__)
 LORA_LAYERS = r".*\.layers\.\d+\.(self_attn\.(qkv_proj|out_proj)|linear1|linear2)"
 
 
-def finetune_classifier(data: Address, settings: AnnotateSettings) -> dict[str, Any]:
-    """Train a class head on a pretrained encoder, and write a run folder.
+@dataclass(frozen=True, eq=False)
+class AnnotationRun:
+    """What the steps of a run share.
 
-    `best_model` in the run folder is the model of the epoch with the highest macro-F1 on the held-out cells. Its config
-    holds the labels, and its confidence is calibrated: the temperature is divided into the last layer of the head, so
-    that the softmax of the logits is the confidence wherever the model is loaded. Epoch and temperature are both chosen
-    on the held-out cells, so the scores on these cells are slightly too good. Judge the model on cells of other donors.
+    Attributes:
+        settings: the settings of the user.
+        args: the trainer's arguments, which know the device and the processes.
+        source: source of the cells.
+        processor: processor of the pretrained model.
+        genes: how the genes of the source match its vocabulary.
+        cells: the labelled cells, split into training and held-out cells.
+    """
+
+    settings: AnnotateSettings
+    args: TrainingSettings
+    source: CellSource
+    processor: ScGPTProcessor
+    genes: GeneMatch
+    cells: LabelledCells
+
+
+@dataclass(frozen=True, eq=False)
+class Classifier:
+    """A model with the logits that it is judged by.
+
+    Attributes:
+        name: "probe", "lora" or "full".
+        model: the model, calibrated.
+        logits: calibrated logits of the held-out cells. Shape (cells, classes).
+        temperature: the temperature by which the logits were divided.
+    """
+
+    name: str
+    model: Any
+    logits: Logits
+    temperature: float
+
+
+def finetune_classifier(data: Address, settings: AnnotateSettings) -> dict[str, Any]:
+    """Train a classifier on a pretrained encoder, and write a run folder.
+
+    The probe, a logistic regression on the frozen cell embedding, is always fitted first. It is a class head with one
+    linear layer. With `train` "lora" or "full", training continues from it, and the result is kept only if macro-F1 on
+    the held-out cells rises by more than its standard error.
+
+    `best_model` in the run folder is the model that was kept. Its config holds the labels, and its confidence is
+    calibrated: the temperature is divided into the class head, so that the softmax of the logits is the confidence
+    wherever the model is loaded.
+
+    The held-out cells are scored with a probe that was fitted and calibrated without them. If the probe is kept, the
+    one that is saved is then fitted to all labelled cells (`refit`). With "lora" and "full", epoch and temperature are
+    chosen on the held-out cells, so the scores of such a model are slightly too good.
 
     Args:
         data: labelled cells with raw counts: an AnnData, .h5ad files or a SOMA; genes by Ensembl id or symbol.
         settings: see `AnnotateSettings`.
 
     Returns:
-        The content of summary.json: cells, labels, scores beside those of a majority baseline, calibration.
+        The content of summary.json: cells, labels, which model was `kept`, its scores beside those of the probe and of
+        baselines, calibration.
 
     Raises:
         FileExistsError: the run folder is not empty, or another run is writing to it.
@@ -75,47 +125,43 @@ def _finetune(data: Address, settings: AnnotateSettings) -> dict[str, Any]:
     started = time.perf_counter()
     folder = Path(settings.out)
     require_new_folder(folder, "--out")
+    if settings.train == "lora":
+        _import_peft()
     source = open_source(data, layer=settings.layer, primary_only=False, round_counts=settings.round_counts)
     processor = load_processor(settings.model)
-    cells = _select_cells(source, processor, settings)
-    set_seed(settings.seed)
-    model = _load_classifier(cells.class_names, settings)
-    trainer = _make_trainer(source, processor, cells, model, settings)
+    genes = match_source_genes(source.genes, processor)
+    cells = _select_cells(source, genes, settings)
+    run = AnnotationRun(settings, _make_arguments(settings, cells), source, processor, genes, cells)
+    model = _load_classifier(run)
     save_inputs(folder, source, cells.parts, cells.donor_key, settings, {"labels": cells.class_names})
-    trainer.train()
-    trained: Any = trainer.accelerator.unwrap_model(trainer.model)
-    n_trained = trained.num_parameters(only_trainable=True)
-    trained = trained.merge_and_unload() if settings.train == "lora" else trained
-    logits, classes = trainer.held_out_logits(trained)
-    temperature = fit_temperature(logits, classes)
-    with torch.no_grad():  # from now on the model itself returns logits / temperature
-        for weight in trained.class_head.out.parameters():
-            weight /= temperature
+    embedding = _embed_labelled(run, model)
+    kept, scores, facts = _choose(run, model, embedding)
+    saved = _refit(run, kept.model, embedding) if kept.name == "probe" and settings.refit else {}
     summary = {
         "task": "annotate",
         "model": settings.model,
-        **_describe_cells(source, cells, settings),
-        "trained_parameters": n_trained,
-        **_describe_scores(cells, logits, classes, temperature),
+        **describe_cells(source, cells, settings),
+        "kept": kept.name,
+        **scores,
+        **saved,
+        **describe_scores(cells, kept.logits, kept.temperature),
         "genes": len(processor.genes),
         "composition": composition_of(source, cells.parts),
-        **training_of(trainer),
-        "epochs": trainer.state.epoch,
-        "steps": trainer.state.global_step,
+        **facts,
         "seconds": round(time.perf_counter() - started, 1),
     }
-    if trainer.is_world_process_zero():
-        save_results(folder, trained, processor, summary)
+    if run.args.process_index == 0:
+        save_results(folder, kept.model, processor, summary)
     return summary
 
 
-def _select_cells(source: CellSource, processor: ScGPTProcessor, settings: AnnotateSettings) -> LabelledCells:
+def _select_cells(source: CellSource, genes: GeneMatch, settings: AnnotateSettings) -> LabelledCells:
     """Return the labelled cells that express a gene of the vocabulary, split into training and validation."""
     donor_key = settings.donor_key
     require_named_columns({"--labels_key": settings.labels_key, "--donor_key": donor_key}, source.obs_columns)
     donors = [donor_key or "donor_id"] if donor_key or "donor_id" in source.obs_columns else []
     obs = source.obs(list(dict.fromkeys([settings.labels_key, *donors])))
-    known = np.flatnonzero(match_source_genes(source.genes, processor)[0] >= 0)
+    known = np.flatnonzero(genes.gene_ids >= 0)
     obs = obs.loc[cells_expressing(source, obs.index.to_numpy(np.int64), known)]
     return select_labelled(
         obs,
@@ -129,116 +175,197 @@ def _select_cells(source: CellSource, processor: ScGPTProcessor, settings: Annot
     )
 
 
-def _load_classifier(labels: list[str], settings: AnnotateSettings) -> Any:
-    """Return the model with a class head for the labels; only the weights that are to be trained need gradients."""
-    config = {
-        "id2label": dict(enumerate(labels)),
-        "label2id": {label: index for index, label in enumerate(labels)},
-        "problem_type": "single_label_classification",
-    }
-    model, _, new = load_pretrained(settings.model, ScGPTForSequenceClassification, **config)
-    logger.info("loaded %s; initialized at random: %s", settings.model, new or "nothing")
-    if settings.train == "head":
-        model.base_model.requires_grad_(False)
-    if settings.train != "lora":
-        return model
-    try:
-        import peft
-    except ImportError as error:
-        raise ImportError("--train lora needs peft: pip install peft, or choose --train head or full") from error
-    rank = settings.lora_rank
-    lora = peft.LoraConfig(
-        task_type="SEQ_CLS", r=rank, lora_alpha=2 * rank, target_modules=LORA_LAYERS, modules_to_save=["class_head"]
-    )
-    return peft.get_peft_model(model, lora)
-
-
-def _make_trainer(
-    source: CellSource, processor: ScGPTProcessor, cells: LabelledCells, model: Any, settings: AnnotateSettings
-) -> ClassifierTrainer:
-    """Return the trainer with its epochs planned. Nothing is read or written yet."""
-    batch_size = min(settings.batch_size, len(cells.parts["train"]))
-    args = training_settings(
+def _make_arguments(settings: AnnotateSettings, cells: LabelledCells) -> TrainingSettings:
+    """Return the trainer's arguments. Creating them connects the processes of a run."""
+    return training_settings(
         settings,
-        per_device_train_batch_size=batch_size,
+        per_device_train_batch_size=min(settings.batch_size, len(cells.parts["train"])),
         num_train_epochs=settings.epochs,
         learning_rate=settings.learning_rate,
         warmup_steps=0.1,
         metric_for_best_model="eval_macro_f1",
         greater_is_better=True,
     )
+
+
+def _load_classifier(run: AnnotationRun) -> Any:
+    """Return the pretrained model with a linear class head for the labels, whose weights are not set yet."""
+    labels = run.cells.class_names
+    model, _, _ = load_pretrained(
+        run.settings.model,
+        ScGPTForSequenceClassification,
+        id2label=dict(enumerate(labels)),
+        label2id={label: index for index, label in enumerate(labels)},
+        problem_type="single_label_classification",
+        class_head_layers=1,
+    )
+    logger.info("loaded %s", run.settings.model)
+    return model.to(run.args.device)  # type: ignore[arg-type]
+
+
+def _embed_labelled(run: AnnotationRun, model: Any) -> pd.DataFrame:
+    """Return the embedding of each labelled cell as `embed_cells` computes it, not normalised; indexed by cell id.
+
+    Every process embeds all cells: the probe is then the same on all of them.
+    """
+    started = time.perf_counter()
+    ids = np.sort(np.concatenate(list(run.cells.parts.values())))
+    progress = run.args.process_index == 0 and not run.settings.disable_tqdm
+    vectors = embed_cells(
+        run.source, ids, model, run.processor, gene_match=run.genes, normalize=False, progress=progress
+    )
+    logger.info("embedded %d cells in %.1f s", len(ids), time.perf_counter() - started)
+    return pd.DataFrame(vectors, index=ids)
+
+
+def _choose(
+    run: AnnotationRun, model: Any, embedding: pd.DataFrame
+) -> tuple[Classifier, dict[str, Any], dict[str, Any]]:
+    """Fit the probe, train on if the settings say so, and return the better classifier.
+
+    Returns:
+        The classifier; the scores of the probe and of the trained model; what the summary records about the training.
+    """
+    started = time.perf_counter()
+    held_out, classes = run.cells.parts["validation"], run.cells.classes("validation")
+    probe = _fit_probe(run, embedding, run.cells.parts["train"])
+    _install(model, probe)
+    kept = Classifier("probe", model, probe.logits(embedding.loc[held_out].to_numpy()), probe.temperature)
+    fitting = {"C": probe.strength, "seconds": round(time.perf_counter() - started, 1)}
+    scores = {"probe": {**agreement(classes, kept.logits.argmax(axis=1)), **fitting}}
+    logger.info("probe on the frozen embedding: %s", scores["probe"])
+    facts: dict[str, Any] = {"device": device_name(run.args.device), "processes": run.args.world_size}
+    if run.settings.train == "probe":
+        return kept, scores, {**facts, "precision": "fp32", "trained_parameters": probe.weight.size + probe.bias.size}
+    tuned, facts = _fine_tune(run, model)
+    gain, error = macro_f1_gain(classes, kept.logits.argmax(axis=1), tuned.logits.argmax(axis=1), run.settings.seed)
+    scores["fine_tuned"] = {**agreement(classes, tuned.logits.argmax(axis=1)), "gain": gain, "standard_error": error}
+    better = gain > error
+    logger.info(
+        "%s of --train %s: macro-F1 on held-out cells changes by %+.3f (standard error %.3f)",
+        *("kept the model" if better else "kept the probe, not the model", run.settings.train, gain, error),
+    )
+    if better:
+        return tuned, scores, facts
+    kept = replace(kept, model=_load_classifier(run))  # training has changed the encoder
+    _install(kept.model, probe)
+    return kept, scores, facts
+
+
+def _fit_probe(run: AnnotationRun, embedding: pd.DataFrame, ids: Int64Array) -> Probe:
+    """Return the probe of some labelled cells."""
+    key, settings = run.cells.donor_key, run.settings
+    return fit_probe(
+        embedding.loc[ids].to_numpy(),
+        run.cells.classes_of(ids),
+        None if key is None else run.source.obs([key])[key].reindex(ids).astype(object).to_numpy(),
+        balanced=settings.class_weights == "balanced",
+        seed=settings.seed,
+    )
+
+
+def _refit(run: AnnotationRun, model: Any, embedding: pd.DataFrame) -> dict[str, Any]:
+    """Fit the probe to training and held-out cells, set it as the class head, and return what the summary says."""
+    cells = run.cells
+    added = keep_share(
+        cells.label_of_cell.reindex(cells.parts["validation"]), run.settings.label_fraction, run.settings.seed
+    )
+    ids = np.sort(np.concatenate([cells.parts["train"], added]))
+    probe = _fit_probe(run, embedding, ids)
+    _install(model, probe)
+    return {"refit": {"cells": len(ids), "C": probe.strength, "temperature": probe.temperature}}
+
+
+@torch.no_grad()
+def _install(model: Any, probe: Probe) -> None:
+    """Set the class head to the probe: the logits of the model are those of the probe."""
+    model.class_head.out.weight.copy_(torch.from_numpy(probe.weight))
+    model.class_head.out.bias.copy_(torch.from_numpy(probe.bias))
+
+
+def _fine_tune(run: AnnotationRun, model: Any) -> tuple[Classifier, dict[str, Any]]:
+    """Train the model on the training cells, and calibrate it on the held-out cells.
+
+    Returns:
+        The classifier of the best epoch, and what the summary records about the training.
+    """
+    set_seed(run.settings.seed)
+    lora = run.settings.train == "lora"
+    trainer = _make_trainer(run, _add_lora(model, run.settings.lora_rank) if lora else model)
+    trainer.train()
+    trained: Any = trainer.accelerator.unwrap_model(trainer.model)
+    facts = {
+        "trained_parameters": trained.num_parameters(only_trainable=True),
+        **training_of(trainer),
+        "epochs": trainer.state.epoch,
+        "steps": trainer.state.global_step,
+    }
+    trained = trained.merge_and_unload() if lora else trained
+    held_out = run.cells.parts["validation"]
+    logits = np.empty((len(held_out), len(run.cells.class_names)), np.float32)
+    # In full precision and with the tokens of prediction, as the saved model will be used.
+    outputs = iterate_outputs(
+        lambda batch: trained(**batch).logits.float(),
+        run.source,
+        held_out,
+        trained,
+        run.processor,
+        gene_match=run.genes,
+        progress=False,
+    )
+    for positions, rows in outputs:
+        logits[positions] = rows
+    temperature = fit_temperature(logits, run.cells.classes("validation"))
+    with torch.no_grad():  # from now on the model itself returns logits / temperature
+        for weight in trained.class_head.out.parameters():
+            weight /= temperature
+    return Classifier(run.settings.train, trained, logits / temperature, temperature), facts
+
+
+def _add_lora(model: Any, rank: int) -> Any:
+    """Return the model with low-rank updates of its encoder, which are trained together with the class head."""
+    peft = _import_peft()
+    lora = peft.LoraConfig(
+        task_type="SEQ_CLS", r=rank, lora_alpha=2 * rank, target_modules=LORA_LAYERS, modules_to_save=["class_head"]
+    )
+    return peft.get_peft_model(model, lora)
+
+
+def _import_peft() -> Any:
+    try:
+        import peft
+    except ImportError as error:
+        raise ImportError("--train lora needs peft: pip install peft, or choose --train probe or full") from error
+    return peft
+
+
+def _make_trainer(run: AnnotationRun, model: Any) -> ClassifierTrainer:
+    """Return the trainer with its epochs planned. Nothing is read or written yet."""
+    settings, args, cells = run.settings, run.args, run.cells
     classes = {label: index for index, label in enumerate(cells.class_names)}
-    # Every process validates all cells, with the ties that cells are predicted with.
+    # Every process validates all cells, with the tokens that cells are predicted with.
     validation_config = StreamConfig(
         seed=settings.seed,
         ties="midpoint",
+        key_by="content",
         padded=bool(model.config.padding_dependent_settings),
         categories={"labels": (settings.labels_key, classes), **domain_classes(model.config)},
     )
-    train_config = replace(validation_config, rank=args.process_index, world_size=args.world_size, ties=None)
-    order = {"seed": settings.seed, "batch_size": batch_size * args.world_size, "chunk_size": source.chunk_size}
+    train_config = replace(
+        validation_config, rank=args.process_index, world_size=args.world_size, ties=None, key_by="cell_id"
+    )
+    batch_size = args.per_device_train_batch_size * args.world_size
+    order = {"seed": settings.seed, "batch_size": batch_size, "chunk_size": run.source.chunk_size}
     plans = [plan_epoch(cells.parts["train"], epoch=epoch, **order) for epoch in range(settings.epochs)]
     validation_plan = plan_validation(cells.parts["validation"], args.per_device_eval_batch_size)
-    validation = stream_cells(source, [validation_plan], processor, validation_config)
+    validation = stream_cells(run.source, [validation_plan], run.processor, validation_config)
     weights = balanced_weights(cells.classes("train"), len(cells.class_names))
     return ClassifierTrainer(
         model=model,
         args=args,
         callbacks=[MetricsFile(Path(settings.out)), EarlyStoppingCallback(settings.patience)],
-        train_stream=lambda consumed: stream_cells(source, plans, processor, train_config, start_step=consumed),
+        train_stream=lambda consumed: stream_cells(run.source, plans, run.processor, train_config, start_step=consumed),
         epoch_ends=[plans[0].n_steps * (epoch + 1) for epoch in range(settings.epochs)],
         validation_stream=lambda: validation,
         class_weights=torch.from_numpy(weights if settings.class_weights == "balanced" else np.ones_like(weights)),
     )
-
-
-def _describe_cells(source: CellSource, cells: LabelledCells, settings: AnnotateSettings) -> dict[str, Any]:
-    """Return the number of cells of each label and part, and the number of cells that were left out."""
-    n_cells = {
-        part: np.bincount(cells.classes(part), minlength=len(cells.class_names)).tolist() for part in cells.parts
-    }
-    donors = {}
-    if cells.donor_key is not None:
-        donor_of = source.obs([cells.donor_key])[cells.donor_key]
-        donors = {f"{part}_donors": int(donor_of.reindex(ids).nunique()) for part, ids in cells.parts.items()}
-    return {
-        "labels_key": settings.labels_key,
-        "train": settings.train,
-        "held_out": "cells" if cells.donor_key is None else cells.donor_key,
-        **{f"{part}_cells": len(ids) for part, ids in cells.parts.items()},
-        **donors,
-        "labels": {
-            label: dict(zip(n_cells, counts, strict=True))
-            for label, *counts in zip(cells.class_names, *n_cells.values(), strict=True)
-        },
-        "left_out": cells.left_out,
-        "rare_labels": cells.rare,
-        "data": source.describe(),
-    }
-
-
-def _describe_scores(cells: LabelledCells, logits: Logits, classes: Int64Array, temperature: float) -> dict[str, Any]:
-    """Return the scores on the held-out cells, and those of a baseline that always predicts the most frequent label.
-
-    Args:
-        cells: training and held-out cells.
-        logits: logits of the held-out cells, not calibrated. Shape (cells, classes).
-        classes: class ids of the held-out cells. Shape (cells,).
-        temperature: calibrates the logits.
-    """
-    majority = int(np.bincount(cells.classes("train")).argmax())
-    predicted = logits.argmax(axis=1)
-    before, after = (softmax(scaled, axis=1).max(axis=1) for scaled in (logits, logits / temperature))
-    correct = predicted == classes
-    confusion = confusion_matrix(classes, predicted, labels=range(len(cells.class_names)))
-    return {
-        "validation": score((logits / temperature).astype(np.float32), classes),
-        "majority_baseline": {
-            "label": cells.class_names[majority],
-            **agreement(classes, np.full_like(classes, majority)),
-        },
-        "temperature": temperature,
-        "calibration_error": {"before": calibration_error(before, correct), "after": calibration_error(after, correct)},
-        "reliability": reliability(after, correct).to_dict("list"),
-        "confusion": {"labels": cells.class_names, "counts": confusion.tolist()},
-    }

@@ -47,9 +47,11 @@ class LabelledCells:
 
     def classes(self, part: str) -> Int64Array:
         """Return the class id of each cell of a part, in the order of its cell ids. Shape (cells,)."""
-        return np.searchsorted(self.class_names, self.label_of_cell.reindex(self.parts[part]).to_numpy(str)).astype(
-            np.int64
-        )
+        return self.classes_of(self.parts[part])
+
+    def classes_of(self, ids: Int64Array) -> Int64Array:
+        """Return the class id of each of these cells. Shape (cells,)."""
+        return np.searchsorted(self.class_names, self.label_of_cell.reindex(ids).to_numpy(str)).astype(np.int64)
 
 
 def select_labelled(
@@ -65,10 +67,10 @@ def select_labelled(
 ) -> LabelledCells:
     """Select the cells whose label can be learned, and split them into training and validation cells.
 
-    Whole donors are held out: of several random splits, the first one with the most labels in both parts is used. If
-    there is only one donor, or none is recorded, single cells are held out instead, the same share of every label and
-    at least one cell of each. Scores then say nothing about new donors. A label that only held-out donors have cannot
-    be learned, so its cells are left out.
+    Whole donors are held out. Of several random splits, the one is used that has training cells of the most labels, and
+    among these the one with the most labels in both parts. If there is only one donor, or none is recorded, single
+    cells are held out instead, the same share of every label and at least one cell of each. Scores then say nothing
+    about new donors. A label that only held-out donors have cannot be learned, so its cells are left out.
 
     Args:
         obs: one row for each cell, indexed by cell id, with the columns `labels_key` and, if given, `donor_key`.
@@ -173,13 +175,14 @@ def _split(
         return split_within(label_of_cell, fraction, seed)
     fractions = {"train": 1 - fraction, "validation": fraction}
     best: dict[str, Int64Array] = {}
-    most_shared = -1
+    most = (-1, -1)
     for attempt in range(_N_SPLITS):
         parts = split_cells(obs, fractions, donor_key=donor_key, seed=seed + attempt)
-        n_shared = len(set(label_of_cell.reindex(parts["train"])) & set(label_of_cell.reindex(parts["validation"])))
-        if n_shared > most_shared:
-            best, most_shared = parts, n_shared
-        if most_shared == label_of_cell.nunique():
+        learned, held_out = (set(label_of_cell.reindex(ids)) for ids in parts.values())
+        # A label without training cells is lost, and one without held-out cells is only not scored.
+        if (found := (len(learned), len(learned & held_out))) > most:
+            best, most = parts, found
+        if most[1] == label_of_cell.nunique():
             break
     return best
 

@@ -34,24 +34,30 @@ class AnnotateSettings(FinetuneSettings):
     labels_key: str = required("obs column with the labels to learn, e.g. cell_type")
     ignore_labels: list[str] = setting(["unknown"], "values that are not labels; missing values and unknown never are")
     min_cells: int = setting(2, "leave out labels with fewer cells; the summary counts them")
-    train: Literal["head", "lora", "full"] = setting(
-        "full",
-        "weights to train; head: only the class head; lora: low-rank updates of the encoder, merged at the end; "
-        "full: all weights",
+    train: Literal["probe", "lora", "full"] = setting(
+        "probe",
+        "what to train; probe: a logistic regression on the frozen cell embedding, which takes seconds; lora: also "
+        "low-rank updates of the encoder, merged at the end; full: all weights; the result of lora or full is kept "
+        "only if it has a higher macro-F1 than the probe on the held-out cells",
+    )
+    refit: bool = setting(
+        True, "fit the probe that is saved to the training and the held-out cells, after the held-out cells were scored"
     )
     donor_key: str | None = setting(
         None,
         "obs column of the donor; whole donors are held out; by default donor_id, or single cells if there is only one "
         "donor",
     )
-    validation_fraction: float = setting(0.2, "share of the labelled cells held out for early stopping and calibration")
-    label_fraction: float = setting(1.0, "share of the training cells of each label to use")
+    validation_fraction: float = setting(0.2, "share of the labelled cells to hold out and score")
+    label_fraction: float = setting(1.0, "share of the cells of each label to train on")
     class_weights: Literal["balanced", "none"] = setting(
         "balanced", "balanced: all labels have the same weight, n / (labels * n_label) per cell; none: all cells have"
     )
-    learning_rate: float | None = setting(None, "peak learning rate; by default 1e-3 for head and lora, 1e-4 for full")
-    epochs: int = setting(20, "maximum number of epochs")
-    patience: int = setting(5, "stop after this many epochs without a higher macro-F1 on the held-out cells")
+    learning_rate: float | None = setting(
+        None, "peak learning rate of lora and full; by default 1e-3 for lora, 1e-4 for full"
+    )
+    epochs: int = setting(20, "maximum number of epochs of lora and full")
+    patience: int = setting(5, "stop after so many epochs without a higher macro-F1 on the held-out cells")
     lora_rank: int = setting(8, "rank of the updates with --train lora")
 
     def __post_init__(self) -> None:

@@ -104,8 +104,6 @@ def test_an_integrated_model_can_be_fine_tuned_on_labels(
         model=str(out / "best_model"),
         out=str(tmp_path / "types"),
         labels_key="cell_type",
-        train="head",
-        epochs=1,
         **QUIET,
     )
     assert finetune_classifier(cells, settings)["validation_cells"] > 0

@@ -81,11 +81,20 @@ def test_unlabelled_and_rare_cells_are_counted(caplog: pytest.LogCaptureFixture)
 
 
 def test_labels_that_only_held_out_donors_have_are_not_scored(caplog: pytest.LogCaptureFixture) -> None:
-    obs = obs_of(["a", "b"] * 10 + ["x"] * 3 + ["a"], ["one"] * 10 + ["two"] * 10 + ["three"] * 4)
-    cells = select(obs, validation_fraction=0.15)  # donor three is the only one that small
-    if "x" not in cells.class_names:
-        assert cells.left_out["label of held-out donors only"] == 3
-        assert "['x']" in caplog.text
+    # Each donor has a type that the other one lacks, so one of the two cannot be learned.
+    obs = obs_of(["a", "b"] * 10 + ["x"] * 3 + ["y"] * 4, ["one"] * 10 + ["two"] * 10 + ["one"] * 3 + ["two"] * 4)
+    cells = select(obs, validation_fraction=0.5)
+    (lost,) = {"x", "y"} - set(cells.class_names)
+    assert cells.left_out["label of held-out donors only"] == {"x": 3, "y": 4}[lost]
+    assert f"['{lost}']" in caplog.text
+
+
+def test_a_donor_with_a_type_of_its_own_is_not_held_out() -> None:
+    obs = obs_of(["a", "b"] * 20 + ["x"] * 2, [donor for donor in "vwxyz" for _ in range(8)] + ["z"] * 2)
+    for seed in range(5):
+        cells = select(obs, seed=seed, validation_fraction=0.2)
+        assert cells.class_names == ["a", "b", "x"]
+        assert sum(cells.left_out.values()) == 0
 
 
 @pytest.mark.parametrize(
