@@ -8,16 +8,23 @@ DIR has the five labelled datasets that configs/blood_transfer.yaml leaves out. 
 results/annotation/PART.json. The table and the figure show all parts that have been measured.
 
   embeddings  scores of the pretrained embedding of each dataset, of a random encoder, and of HVG + PCA
-  donors      cell types of 10 donors of OneK1K, trained on 30 others, with 10, 25, 50 and 100 % of the labels
+  donors      cell types of 10 donors of OneK1K, trained on 30 others, with 2, 10, 25 and 100 % of the labels
   studies     cell types of PBMC 3k, trained on PBMC 4k and 8k (another donor and chemistry), with the same shares
 
-Fine-tuning uses a fifth of the labels for early stopping; logistic regression is trained on all of them.
+`--arms`, `--shares` and `--parts` choose what is measured, of any model folder. This takes a few CPU-minutes and prints
+a table to compare with the stored one:
+
+  python benchmarks/annotation.py MODEL --data DIR --parts donors --arms genes probe full --seeds 1 --results try
+
+"probe" and "full" are `scripts/finetune.py` with its defaults, and with `--train full`, which keeps the probe unless
+fine-tuning is better. Both are fitted to a part of the labels and scored on the others first. The probe that is saved
+is then fitted to all labels, like the methods on genes.
 """
 
 import argparse
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +44,7 @@ from scgpt_hf.analysis.evaluation.baseline_embeddings import LOGISTIC, PCA, tran
 from scgpt_hf.analysis.evaluation.evaluate import evaluate_embeddings
 from scgpt_hf.scoring.probing import predict_query
 
-SHARES = (0.1, 0.25, 0.5, 1.0)
-EPOCHS = {0.1: 20, 0.25: 12, 0.5: 8, 1.0: 5}  # more epochs with fewer cells: 50 to 100 steps with every share
+SHARES = (0.02, 0.1, 0.25, 1.0)
 DATASETS = {  # name of the file → labels_key
     "pbmc3k_10x": "cell_type",
     "pbmc4k_asurat": "cell_type",
@@ -48,39 +54,44 @@ DATASETS = {  # name of the file → labels_key
 }
 SCORED = ("NMI", "ARI", "ASW label", "kNN macro-F1", "linear probe macro-F1")
 PRETRAINED, RANDOM = "X_scgpt", "X_random"
-TUNED = "fine-tuned"
 ARMS = {
-    TUNED: "fine-tuned, all weights",
-    "probe": "linear probe on the pretrained embedding",
-    "random": "linear probe on a random encoder's embedding",
-    PCA: "logistic regression on HVG + PCA",
-    LOGISTIC: "logistic regression on HVG",
+    "full": "`--train full`: all weights, kept only if better than the probe",
+    "probe": "`--train probe`: logistic regression on the pretrained embedding",
+    "random": "logistic regression on a random encoder's embedding",
+    "pca": "logistic regression on HVG + PCA",
+    "genes": "logistic regression on HVG",
 }
+COLOURS = ("#0072B2", "#56B4E9", "#999999", "#E69F00", "#D55E00")  # Okabe and Ito, for colour-blind readers
 
 
 def main() -> None:
     """Run the chosen parts, then tabulate and draw all parts that have been measured."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", type=Path, help="folder of the pretraining run")
+    parser.add_argument("model", type=Path, help="folder of a pretrained model, or of its run")
     parser.add_argument("--data", type=Path, required=True, help="folder with the labelled .h5ad files")
     parser.add_argument("--parts", nargs="*", default=list(PARTS), choices=[*PARTS], help="default: all")
+    parser.add_argument("--arms", nargs="*", default=list(ARMS), choices=[*ARMS], help="methods (default: all)")
+    parser.add_argument("--shares", nargs="*", type=float, default=SHARES, help="of the labels (default: %(default)s)")
     parser.add_argument("--seeds", type=int, default=3, help="repeats with each share (default: %(default)s)")
     parser.add_argument("--train_cells", type=int, default=600, help="labelled cells at 100 %% (default: %(default)s)")
     parser.add_argument("--test_cells", type=int, default=600, help="test cells (default: %(default)s)")
     parser.add_argument(
         "--max_tokens", type=int, default=1201, help="highest number of tokens per cell (default: %(default)s)"
     )
-    parser.add_argument("--learning_rate", type=float, default=5e-4, help="of fine-tuning (default: %(default)s)")
+    parser.add_argument("--learning_rate", type=float, help="of --train full (default: that of the command)")
+    parser.add_argument("--results", default="annotation", help="folder in results/ (default: %(default)s)")
     settings = parser.parse_args()
     transformers.logging.set_verbosity_error()
-    (RESULTS / "annotation").mkdir(parents=True, exist_ok=True)
+    (RESULTS / settings.results).mkdir(parents=True, exist_ok=True)
+    saved = settings.model / "best_model"
     with tempfile.TemporaryDirectory() as folder:
-        settings.model = with_max_tokens(settings.run / "best_model", settings.max_tokens, Path(folder))
+        checkpoint = saved if saved.is_dir() else settings.model
+        settings.model = with_max_tokens(checkpoint, settings.max_tokens, Path(folder))
         for part in settings.parts:
             for result in PARTS[part](settings):
-                write_result(f"annotation/{part}", result | {"max_tokens": settings.max_tokens})
-    print(tabulate())
-    draw()
+                write_result(f"{settings.results}/{part}", result | {"max_tokens": settings.max_tokens})
+    print(tabulate(settings.results))
+    draw(settings.results)
 
 
 def score_embeddings(settings: argparse.Namespace) -> Iterator[dict[str, Any]]:
@@ -138,8 +149,8 @@ def learning_curves(part: str, split: Any, labels_key: str, settings: argparse.N
         pool = pool[sample_rows(pool, settings.train_cells, seed)].copy()
         test = test[test.obs[labels_key].isin(pool.obs[labels_key])]
         test = test[sample_rows(test, settings.test_cells, seed)].copy()
-        features = compute_features(pool, test, settings.model, seed)
-        for share in SHARES:
+        features = compute_features(pool, test, settings.model, settings.arms, seed)
+        for share in settings.shares:
             labels_used = sample_stratified(pool.obs[labels_key].to_numpy(), share, seed)
             for arm, scores in compare(pool, test, features, labels_used, labels_key, share, seed, settings):
                 rows.append({"seed": seed, "share": share, "labels": len(labels_used), "arm": arm, **scores})
@@ -173,31 +184,39 @@ def compare(
         predicted = np.full(len(true), "type without labels", dtype=object)
         predicted[found.cells] = found.predicted
         yield arm, score(true, predicted)
-    with tempfile.TemporaryDirectory() as folder:
-        tuning = AnnotateSettings(
-            model=str(settings.model),
-            out=f"{folder}/run",
-            labels_key=labels_key,
-            epochs=EPOCHS[share],
-            learning_rate=settings.learning_rate,
-            seed=seed,
-            disable_tqdm=True,
-        )
-        finetune_classifier(pool[used].copy(), tuning)
-        annotated = test.copy()
-        predict_cell_types(annotated, f"{folder}/run/best_model", threshold=0.0, key_added="predicted", progress=False)
-        yield TUNED, score(true, annotated.obs["predicted"].astype(str).to_numpy())
+    for arm in set(settings.arms) & {"probe", "full"}:
+        with tempfile.TemporaryDirectory() as folder:
+            tuning = AnnotateSettings(
+                model=str(settings.model),
+                out=f"{folder}/run",
+                labels_key=labels_key,
+                train=arm,
+                learning_rate=settings.learning_rate,
+                seed=seed,
+                disable_tqdm=True,
+            )
+            summary = finetune_classifier(pool[used].copy(), tuning)
+            annotated, model = test.copy(), f"{folder}/run/best_model"
+            predict_cell_types(annotated, model, threshold=0.0, key_added="predicted", progress=False)
+        scores = score(true, annotated.obs["predicted"].astype(str).to_numpy())
+        yield arm, {**scores, "kept": summary["kept"], "C": summary.get("refit", summary["probe"])["C"]}
 
 
-def compute_features(pool: AnnData, test: AnnData, checkpoint: Path, seed: int) -> dict[str, Any]:
-    """Return arm → features of the pool and of the test cells, for each arm except fine-tuning."""
-    counts, query = csr_matrix(pool.X), csr_matrix(test.X)
-    batches = pool.obs["donor_id"].astype(str).to_numpy()
-    features: dict[str, Any] = transfer_features(counts, batches, query, (PCA, LOGISTIC), seed)
-    for cells in (pool, test):
-        embed_both(cells, checkpoint)
-    features["probe"] = pool.obsm[PRETRAINED], test.obsm[PRETRAINED]
-    features["random"] = pool.obsm[RANDOM], test.obsm[RANDOM]
+def compute_features(
+    pool: AnnData, test: AnnData, checkpoint: Path, arms: Collection[str], seed: int
+) -> dict[str, Any]:
+    """Return arm → features of the pool and of the test cells, for each arm that is no run of the command."""
+    features: dict[str, Any] = {}
+    baselines = {"pca": PCA, "genes": LOGISTIC}
+    if chosen := [arm for arm in baselines if arm in arms]:
+        batches = pool.obs["donor_id"].astype(str).to_numpy()
+        names = [baselines[arm] for arm in chosen]
+        found = transfer_features(csr_matrix(pool.X), batches, csr_matrix(test.X), names, seed)
+        features = {arm: found[baselines[arm]] for arm in chosen}
+    if "random" in arms:
+        for cells in (pool, test):
+            embed_both(cells, checkpoint)
+        features["random"] = pool.obsm[RANDOM], test.obsm[RANDOM]
     return features
 
 
@@ -248,38 +267,40 @@ def score(true: np.ndarray, predicted: np.ndarray) -> dict[str, float]:
     return {"macro_f1": round(float(macro), 4), "accuracy": round(float(accuracy_score(true, predicted)), 4)}
 
 
-def read_parts() -> dict[str, dict[str, Any]]:
+def read_parts(results: str) -> dict[str, dict[str, Any]]:
     """Return part → result, for the parts that have been measured."""
     import json
 
-    paths = {part: RESULTS / "annotation" / f"{part}.json" for part in PARTS}
+    paths = {part: RESULTS / results / f"{part}.json" for part in PARTS}
     return {part: json.loads(path.read_text()) for part, path in paths.items() if path.exists()}
 
 
-def tabulate() -> str:
-    """Write the tables to results/annotation/README.md and return them."""
+def tabulate(results: str) -> str:
+    """Write the tables to README.md in a folder of results/, and return them."""
     text = ["# Annotation of cell types, on donors not used in training", "", f"`{COMMAND}`", ""]
-    for part, result in read_parts().items():
+    for part, result in read_parts(results).items():
         if part == "embeddings":
             text += _embedding_table(result)
             continue
+        rows = pd.DataFrame(result["rows"])
+        means = rows.groupby(["arm", "share"])[["macro_f1", "accuracy"]].mean()
+        shares = sorted(rows["share"].unique())
         text += [
             f"## {TITLES[part]}",
             "",
-            f"{result['train_cells']} training cells with 100 % of the labels, {result['test_cells']}",
+            f"{result['train_cells']} training cells with 100 % of the labels, {result['test_cells']} test cells, "
+            f"{len(result['types'])} types; macro-F1 (accuracy), mean of {result['seeds']} seed(s), "
+            f"{result['max_tokens'] - 1:,} genes per cell.",
+            "",
+            "| | " + " | ".join(f"{share:.0%}" for share in shares) + " |",
+            "| --- " * (len(shares) + 1) + "|",
         ]
-        text[-1] += (
-            f" test cells, {len(result['types'])} types; macro-F1 (accuracy), mean of {result['seeds']} seed(s), "
-            f"{result['max_tokens'] - 1:,} genes per cell."
-        )
-        rows = pd.DataFrame(result["rows"])
-        means = rows.groupby(["arm", "share"])[["macro_f1", "accuracy"]].mean()
-        text += ["", "| | " + " | ".join(f"{share:.0%}" for share in SHARES) + " |", "| --- " * 5 + "|"]
-        for arm, title in ARMS.items():
-            cells = [means.loc[(arm, share)] for share in SHARES]
-            text.append(f"| {title} | " + " | ".join(f"{c.macro_f1:.3f} ({c.accuracy:.3f})" for c in cells) + " |")
+        for arm in rows["arm"].unique():
+            cells = [means.loc[(arm, share)] for share in shares]
+            shown = " | ".join(f"{one.macro_f1:.3f} ({one.accuracy:.3f})" for one in cells)
+            text.append(f"| {ARMS.get(arm, arm)} | {shown} |")
         text.append("")
-    (RESULTS / "annotation" / "README.md").write_text("\n".join(text).rstrip() + "\n", encoding="utf-8")
+    (RESULTS / results / "README.md").write_text("\n".join(text).rstrip() + "\n", encoding="utf-8")
     return "\n".join(text)
 
 
@@ -293,34 +314,28 @@ def _embedding_table(result: dict[str, Any]) -> list[str]:
     return [*text, ""]
 
 
-def draw() -> None:
-    """Plot macro-F1 over the share of the labels, one panel per part, to results/annotation/annotation.png."""
+def draw(results: str) -> None:
+    """Plot macro-F1 over the share of the labels, one panel per part, to annotation.png in a folder of results/."""
     import matplotlib.pyplot as plt
 
-    curves = {part: result for part, result in read_parts().items() if part != "embeddings"}
+    curves = {part: result for part, result in read_parts(results).items() if part != "embeddings"}
     if not curves:
         return
     figure, axes = plt.subplots(1, len(curves), figsize=(5.2 * len(curves), 4), squeeze=False, sharey=True)
-    colors = [
-        "#0072B2",
-        "#56B4E9",
-        "#999999",
-        "#E69F00",
-        "#D55E00",
-    ]  # Okabe and Ito, for color-blind readers
     for axis, (part, result) in zip(axes[0], curves.items(), strict=True):
         rows = pd.DataFrame(result["rows"])
-        for color, (arm, title) in zip(colors, ARMS.items(), strict=True):
+        for colour, arm in zip(COLOURS, rows["arm"].unique(), strict=False):
             of_arm = rows[rows["arm"] == arm].groupby("share")["macro_f1"]
-            axis.plot(100 * of_arm.mean().index, of_arm.mean(), "o-", color=color, label=title)
-            axis.fill_between(100 * of_arm.min().index, of_arm.min(), of_arm.max(), color=color, alpha=0.12, lw=0)
-        axis.set(title=TITLES[part], xlabel="share of the labels (%)", xscale="log", xticks=[10, 25, 50, 100])
-        axis.set_xticklabels([10, 25, 50, 100])
+            axis.plot(100 * of_arm.mean().index, of_arm.mean(), "o-", color=colour, label=ARMS.get(arm, arm))
+            axis.fill_between(100 * of_arm.min().index, of_arm.min(), of_arm.max(), color=colour, alpha=0.12, lw=0)
+        ticks = [100 * share for share in sorted(rows["share"].unique())]
+        axis.set(title=TITLES[part], xlabel="share of the labels (%)", xscale="log", xticks=ticks)
+        axis.set_xticklabels([f"{tick:g}" for tick in ticks])
         axis.minorticks_off()
     axes[0, 0].set_ylabel("macro-F1 on held-out donors")
     axes[0, -1].legend(frameon=False, fontsize=8)
     figure.tight_layout()
-    figure.savefig(RESULTS / "annotation" / "annotation.png", dpi=130)
+    figure.savefig(RESULTS / results / "annotation.png", dpi=130)
 
 
 PARTS = {"embeddings": score_embeddings, "donors": across_donors, "studies": across_studies}
