@@ -255,7 +255,7 @@ def finetuning_recipe(summary: RunRecord, settings: RunRecord) -> Rows:
             "Software": _name_values(summary.get("versions", dict)),
         }
     else:
-        name = _CLASSIFIERS[summary.text("kept")]
+        name = _CLASSIFIERS.get(summary.text("kept"), UNKNOWN)
         trained = {"Classifier": f"{name}; {summary.number('trained_parameters')} trained parameters"}
     return {
         "Pretrained model": Code(summary.text("model")),
@@ -278,7 +278,7 @@ def _probe_recipe(summary: RunRecord) -> Rows:
         "Fitted to": f"{summary.number('refit.cells' if refitted else 'train_cells')} {part} cells",
     }
     if (train := summary.text("train")) != PROBE:
-        rows["Not kept"] = f"{_CLASSIFIERS[train]}: macro-F1 did not rise by more than its standard error"
+        rows["Not kept"] = f"{_CLASSIFIERS.get(train, train)}: macro-F1 did not rise by more than its standard error"
     return rows
 
 
@@ -329,7 +329,7 @@ def classifier_rows(summary: RunRecord) -> list[tuple[str, str, str]]:
     """
     kept, train = summary.text("kept"), summary.text("train")
     names = {
-        "validation": f"this model: {_CLASSIFIERS.get(kept, kept)}",
+        "validation": f"this model: {_CLASSIFIERS.get(kept, UNKNOWN)}",
         "probe": _CLASSIFIERS[PROBE],
         "fine_tuned": f"not kept: {_CLASSIFIERS.get(train, train)}",
         "gene_baseline": "logistic regression on variable genes",

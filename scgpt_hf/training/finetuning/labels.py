@@ -68,10 +68,9 @@ def select_labelled(
     """Select the cells whose label can be learned, and split them into training and validation cells.
 
     Whole donors are held out. Of several random splits, the one is used that has training cells of the most labels, and
-    among these the one with the most labels in both parts. Single cells are held out instead, the same share of every
-    label and at least one cell of each, if there is only one donor, none is recorded, or no label occurs in two donors.
-    Scores then say nothing about new donors. A label that only held-out donors have cannot be learned, so its cells are
-    left out.
+    among these the one with the most labels in both parts. If there is only one donor, or none is recorded, single
+    cells are held out instead, the same share of every label and at least one cell of each. Scores then say nothing
+    about new donors. A label that only held-out donors have cannot be learned, so its cells are left out.
 
     Args:
         obs: one row for each cell, indexed by cell id, with the columns `labels_key` and, if given, `donor_key`.
@@ -92,12 +91,11 @@ def select_labelled(
     rare = {str(name): int(n) for name, n in n_cells[n_cells < min_cells].items()}
     label_of_cell = label_of_cell[~label_of_cell.isin(list(rare)).to_numpy()]
     _require_labels(label_of_cell, labels_key, len(obs), ignore_labels, rare, min_cells)
-    keys = [donor_key] if donor_key is not None else _default_keys(obs.loc[label_of_cell.index])
-    for donor_key in keys:
-        parts = _split(obs.loc[label_of_cell.index], label_of_cell, donor_key, validation_fraction, seed)
-        learned, held_out = (set(label_of_cell.reindex(ids)) for ids in parts.values())
-        if len(learned) > 1 and learned & held_out:
-            break
+    if donor_key is None and "donor_id" in obs:
+        donors = obs.loc[label_of_cell.index, "donor_id"]
+        donor_key = "donor_id" if donors[has_value(donors)].nunique() > 1 else None
+    parts = _split(obs.loc[label_of_cell.index], label_of_cell, donor_key, validation_fraction, seed)
+    learned = set(label_of_cell.reindex(parts["train"]))
     unseen = ~label_of_cell.reindex(parts["validation"]).isin(learned).to_numpy()
     parts["validation"], unseen_cells = parts["validation"][~unseen], parts["validation"][unseen]
     n_train = len(parts["train"])
@@ -120,12 +118,6 @@ def select_labelled(
     _log_left_out(left_out, rare, sorted(set(label_of_cell.reindex(unseen_cells))), donor_key)
     label_of_cell = label_of_cell.reindex(np.concatenate(list(parts.values())))
     return LabelledCells(parts, sorted(learned), label_of_cell, donor_key, left_out, rare)
-
-
-def _default_keys(obs: pd.DataFrame) -> list[str | None]:
-    """Return what to hold out, the best choice first: values of a column, or cells (None)."""
-    several = "donor_id" in obs and obs["donor_id"][has_value(obs["donor_id"])].nunique() > 1
-    return ["donor_id", None] if several else [None]
 
 
 def keep_share(label_of_cell: pd.Series, share: float, seed: int) -> Int64Array:
@@ -198,9 +190,9 @@ def _split(
 def _log_left_out(left_out: dict[str, int], rare: dict[str, int], unseen: list[str], donor_key: str | None) -> None:
     if donor_key is None:
         logger.warning(
-            "single cells are held out, the same share of every label, because no donors are recorded, there is only "
-            "one, or hardly a label occurs in two of them; so the scores say nothing about new donors (--donor_key "
-            "COLUMN holds out the values of another column)"
+            "the cells are of a single donor, or no donor is recorded: single cells are held out, the same share of "
+            "every label, so the scores say nothing about new donors (--donor_key COLUMN holds out the values of "
+            "another column)"
         )
     if rare:
         logger.warning("labels with too few cells, left out: %s", _first(rare))

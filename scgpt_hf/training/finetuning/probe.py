@@ -109,12 +109,11 @@ def fit_probe(
 def _make_folds(classes: Int64Array, donors: npt.NDArray[np.object_] | None, seed: int) -> list[Fold]:
     """Return the folds that can be used: with two or more classes in training, and a cell of one of them to predict."""
     n_donors = 0 if donors is None else len(set(donors))
-    for n_folds, grouped in ((n_donors, True), (int(np.bincount(classes).max()), False)):
+    most = min(_N_FOLDS, int(np.bincount(classes).max()))  # scikit-learn needs a class with so many cells
+    for n_folds, grouped in ((min(n_donors, most), True), (most, False)):
         if n_folds < 2:
             continue
-        splitter = (StratifiedGroupKFold if grouped else StratifiedKFold)(
-            min(_N_FOLDS, n_folds), shuffle=True, random_state=seed
-        )
+        splitter = (StratifiedGroupKFold if grouped else StratifiedKFold)(n_folds, shuffle=True, random_state=seed)
         with warnings.catch_warnings():
             # A class with fewer cells than folds is predicted in some folds only.
             warnings.filterwarnings("ignore", "The least populated class", UserWarning)

@@ -202,8 +202,8 @@ def test_two_cells_of_a_type_are_enough(train: str, donors: list[str], real_base
     assert summary["validation"]["macro_f1"] >= summary["probe"]["macro_f1"]
     assert summary["kept"] != "probe" or summary["refit"]["cells"] == 6 - sum(summary["left_out"].values())
     predict_cell_types(cells, tmp_path / "run" / "best_model", threshold=0, progress=False)
-    predicted = cells.obs["predicted_cell_type"].astype(str) == cells.obs["cell_type"].astype(str)
-    assert summary["kept"] != "probe" or predicted.all()  # it was fitted to these cells
+    correct = cells.obs["predicted_cell_type"].astype(str) == cells.obs["cell_type"].astype(str)
+    assert correct.mean() >= 0.5  # by chance a third
     assert np.isfinite(cells.obs["predicted_cell_type_confidence"]).all()
 
 

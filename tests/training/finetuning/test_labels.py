@@ -89,15 +89,6 @@ def test_labels_that_only_held_out_donors_have_are_not_scored(caplog: pytest.Log
     assert f"['{lost}']" in caplog.text
 
 
-def test_cells_are_held_out_if_no_label_occurs_in_two_donors() -> None:
-    obs = obs_of(["a"] * 6 + ["b"] * 6, ["one"] * 6 + ["two"] * 6)
-    cells = select(obs, validation_fraction=0.5)
-    assert cells.donor_key is None
-    assert [np.bincount(cells.classes(part)).tolist() for part in cells.parts] == [[3, 3], [3, 3]]
-    with pytest.raises(ValueError, match="hold out other cells"):  # the user asked for donors
-        select(obs, validation_fraction=0.5, donor_key="donor_id")
-
-
 def test_a_donor_with_a_type_of_its_own_is_not_held_out() -> None:
     obs = obs_of(["a", "b"] * 20 + ["x"] * 2, [donor for donor in "vwxyz" for _ in range(8)] + ["z"] * 2)
     for seed in range(5):

@@ -81,6 +81,9 @@ def test_a_few_cells_have_a_fixed_regularisation() -> None:
     assert classes[:3].tolist() == [0, 1, 2]
     assert alone.temperature == 1
     assert alone.logits(embedding[:3]).argmax(axis=1).tolist() == [0, 1, 2]
+    # Two cells of each class, and more donors than that: as many folds as a class has cells.
+    pairs, donors = np.array([0, 0, 1, 1, 2, 2]), np.array([*"abcabc"], dtype=object)
+    assert np.isfinite(fit_probe(embedding[:6], pairs, donors, balanced=True, seed=0).weight).all()
 
 
 def test_classes_that_a_fold_lacks_do_not_stop_it() -> None:
