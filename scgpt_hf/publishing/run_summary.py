@@ -344,7 +344,7 @@ def classifier_rows(summary: RunRecord) -> list[tuple[str, str, str]]:
 
 
 def about_held_out(summary: RunRecord) -> str:
-    """Return what the held-out cells of a classifier were used for, in one or two sentences."""
+    """State in one or two sentences how the held-out cells of a classifier were used."""
     if summary.text("kept") != PROBE:
         return (
             "The held-out cells were also used to choose the epoch and to calibrate the confidence, so the scores are "
