@@ -46,7 +46,7 @@ LORA_LAYERS = r".*\.layers\.\d+\.(self_attn\.(qkv_proj|out_proj)|linear1|linear2
 
 @dataclass(frozen=True, eq=False)
 class AnnotationRun:
-    """What the steps of a run share.
+    """The inputs that the steps of a run share.
 
     Attributes:
         settings: the settings of the user.
