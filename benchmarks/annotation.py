@@ -61,7 +61,7 @@ ARMS = {
     "pca": "logistic regression on HVG + PCA",
     "genes": "logistic regression on HVG",
 }
-COLOURS = ("#0072B2", "#56B4E9", "#999999", "#E69F00", "#D55E00")  # Okabe and Ito, for colour-blind readers
+COLORS = ("#0072B2", "#56B4E9", "#999999", "#E69F00", "#D55E00")  # Okabe and Ito, for color-blind readers
 
 
 def main() -> None:
@@ -324,10 +324,10 @@ def draw(results: str) -> None:
     figure, axes = plt.subplots(1, len(curves), figsize=(5.2 * len(curves), 4), squeeze=False, sharey=True)
     for axis, (part, result) in zip(axes[0], curves.items(), strict=True):
         rows = pd.DataFrame(result["rows"])
-        for colour, arm in zip(COLOURS, rows["arm"].unique(), strict=False):
+        for color, arm in zip(COLORS, rows["arm"].unique(), strict=False):
             of_arm = rows[rows["arm"] == arm].groupby("share")["macro_f1"]
-            axis.plot(100 * of_arm.mean().index, of_arm.mean(), "o-", color=colour, label=ARMS.get(arm, arm))
-            axis.fill_between(100 * of_arm.min().index, of_arm.min(), of_arm.max(), color=colour, alpha=0.12, lw=0)
+            axis.plot(100 * of_arm.mean().index, of_arm.mean(), "o-", color=color, label=ARMS.get(arm, arm))
+            axis.fill_between(100 * of_arm.min().index, of_arm.min(), of_arm.max(), color=color, alpha=0.12, lw=0)
         ticks = [100 * share for share in sorted(rows["share"].unique())]
         axis.set(title=TITLES[part], xlabel="share of the labels (%)", xscale="log", xticks=ticks)
         axis.set_xticklabels([f"{tick:g}" for tick in ticks])

@@ -274,7 +274,7 @@ def _probe_recipe(summary: RunRecord) -> Rows:
     part = "training and held-out" if refitted else "training"
     rows = {
         "Classifier": _CLASSIFIERS[PROBE],
-        "Regularisation": f"C = {summary.number('refit.C' if refitted else 'probe.C', 'g')}",
+        "Regularization": f"C = {summary.number('refit.C' if refitted else 'probe.C', 'g')}",
         "Fitted to": f"{summary.number('refit.cells' if refitted else 'train_cells')} {part} cells",
     }
     if (train := summary.text("train")) != PROBE:

@@ -112,7 +112,7 @@ def test_card_of_a_kept_probe_states_how_it_was_fitted(run: Path) -> None:
     text = finetuned_card(change(run, CLASSIFIER, **changes)).text
     for row in (
         "| Classifier | logistic regression on the frozen cell embedding |",
-        "| Regularisation | C = 0.01 |",
+        "| Regularization | C = 0.01 |",
         "| Fitted to | 40 training and held-out cells |",
         "| Not kept | fine-tuned, all weights: macro-F1 did not rise by more than its standard error |",
         "| this model: logistic regression on the frozen cell embedding | 0.750 | 0.700 |",
@@ -123,7 +123,7 @@ def test_card_of_a_kept_probe_states_how_it_was_fitted(run: Path) -> None:
     assert "Learning rate" not in text
     alone = finetuned_card(change(run, CLASSIFIER, train="probe", kept="probe")).text
     assert "| Fitted to | 30 training cells |" in alone
-    assert "| Regularisation | C = 0.1 |" in alone
+    assert "| Regularization | C = 0.1 |" in alone
     assert "Not kept" not in alone
 
 

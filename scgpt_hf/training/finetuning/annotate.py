@@ -204,7 +204,7 @@ def _load_classifier(run: AnnotationRun) -> Any:
 
 
 def _embed_labelled(run: AnnotationRun, model: Any) -> pd.DataFrame:
-    """Return the embedding of each labelled cell as `embed_cells` computes it, not normalised; indexed by cell id.
+    """Return the embedding of each labelled cell as `embed_cells` computes it, not normalized; indexed by cell id.
 
     Every process embeds all cells: the probe is then the same on all of them.
     """

@@ -1,7 +1,7 @@
 """Fit a probe: a multinomial logistic regression on the frozen cell embedding, as the weights of a linear class head.
 
 Arrays come in and go out; `annotate.py` embeds the cells and writes the weights into the model. All choices are made
-among the cells that are passed: cross-validation chooses the regularisation, and its logits fit the temperature.
+among the cells that are passed: cross-validation chooses the regularization, and its logits fit the temperature.
 """
 
 import warnings
@@ -22,7 +22,7 @@ from scgpt_hf.training.finetuning.labels import balanced_weights
 Float64Array = npt.NDArray[np.float64]
 Fold = tuple[Int64Array, Int64Array]  # positions of the training cells, and of the cells to predict
 
-# Values of `C`, the inverse strength of the regularisation, to choose from; scikit-learn's default is 1.
+# Values of `C`, the inverse strength of the regularization, to choose from; scikit-learn's default is 1.
 STRENGTHS = (0.001, 0.01, 0.1, 1.0, 10.0)
 # With fewer cells, cross-validation chooses at random. The value is then fixed, with and without equal class weights.
 # On 13 cells of OneK1K (six samples), C = 0.01 has a macro-F1 of 0.84 with equal class weights, and the value chosen by
@@ -42,7 +42,7 @@ class Probe:
     Attributes:
         weight: weights of the embedding as the encoder returns it, divided by the temperature. Shape (classes, hidden).
         bias: bias of each class, divided by the temperature. Shape (classes,).
-        strength: inverse strength of the regularisation, `C` in scikit-learn.
+        strength: inverse strength of the regularization, `C` in scikit-learn.
         temperature: calibrates the confidence.
     """
 
@@ -66,13 +66,13 @@ def fit_probe(
 ) -> Probe:
     """Fit a calibrated multinomial logistic regression on cell embeddings.
 
-    The embedding is standardised, and the weights include the standardisation. The regularisation is the one with the
+    The embedding is standardized, and the weights include the standardization. The regularization is the one with the
     lowest log loss in cross-validation, and the temperature is fitted to the same out-of-fold logits. Cells of one
-    donor are in one fold if there are several donors. With few cells the regularisation is fixed. If no class has two
+    donor are in one fold if there are several donors. With few cells the regularization is fixed. If no class has two
     cells, there are no folds, and the temperature is 1.
 
     Args:
-        embedding: embedding of each cell, not normalised. Shape (cells, hidden).
+        embedding: embedding of each cell, not normalized. Shape (cells, hidden).
         classes: class id of each cell. Every class 0, 1, ... occurs, and there are at least two. Shape (cells,).
         donors: donor of each cell; None if it is not known. Shape (cells,).
         balanced: whether all classes have the same total weight.

@@ -1,4 +1,4 @@
-"""The probe: scikit-learn's logistic regression on standardised embeddings, whatever classes and donors there are."""
+"""The probe: scikit-learn's logistic regression on standardized embeddings, whatever classes and donors there are."""
 
 import numpy as np
 import pytest
@@ -37,7 +37,7 @@ def test_its_logits_are_those_of_scikit_learn_over_the_temperature(n_classes: in
     assert not probe.weight[:, 3].any()  # the constant feature
 
 
-def test_cross_validation_regularises_more_where_features_are_noise() -> None:
+def test_cross_validation_regularizes_more_where_features_are_noise() -> None:
     clear, classes = sample(400, 4, spread=0.3)
     noise = np.random.default_rng(1).normal(size=(400, 200))
     strengths = [fit_probe(x, classes, None, balanced=True, seed=0).strength for x in (clear, noise)]
@@ -74,7 +74,7 @@ def test_donors_stay_together_in_cross_validation() -> None:
     assert together.temperature > apart.temperature  # less confident of cells of other donors
 
 
-def test_a_few_cells_have_a_fixed_regularisation() -> None:
+def test_a_few_cells_have_a_fixed_regularization() -> None:
     embedding, classes = sample(MIN_CELLS_TO_CHOOSE - 1, 3)
     assert fit_probe(embedding, classes, None, balanced=True, seed=0).strength == FEW_CELLS_STRENGTH[True]
     alone = fit_probe(embedding[:3], classes[:3], None, balanced=True, seed=0)  # one cell of each class: no folds
