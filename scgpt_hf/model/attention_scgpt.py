@@ -11,6 +11,7 @@ the number of all tokens.
 # Tensor.split has no types.
 # mypy: disable-error-code="no-untyped-call"
 
+from itertools import groupby
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -184,12 +185,29 @@ def varlen_attention(
 def _attend_per_cell(
     query: Tensor, key: Tensor, value: Tensor, packing: Packing, scaling: float, dropout: float
 ) -> Tensor:
+    lengths = [length for length in packing.offsets.diff().tolist() if length]
+    if query.dtype == torch.bfloat16 and query.requires_grad and not dropout:
+        return _attend_per_run(query, key, value, lengths, scaling)
     # A loop over cells, because nothing exact is faster on a CPU. Forward and backward of 32 cells of about 130 tokens,
     # 4 layers of width 128, one thread: 0.34 s with this loop, 0.41 s in groups of 4 cells, 0.70 s padded.
-    lengths = [length for length in packing.offsets.diff().tolist() if length]
     cells = zip(*(states.split(lengths, dim=2) for states in (query, key, value)), strict=True)
     attended = [F.scaled_dot_product_attention(q, k, v, None, dropout, scale=scaling) for q, k, v in cells]
     return torch.cat(attended, dim=2)
+
+
+def _attend_per_run(query: Tensor, key: Tensor, value: Tensor, lengths: list[int], scaling: float) -> Tensor:
+    """Attend with explicit probabilities, runs of neighbouring cells of one length at once; for training in bfloat16.
+
+    The backward pass of PyTorch's CPU kernel is slow in bfloat16. Forward and backward of 64 cells, 4 heads of width
+    32, one thread: 80 ms with the kernel, 35 ms here for 97 tokens per cell in runs of one cell, 15 ms in one run.
+    """
+    runs = [(length, len(list(cells))) for length, cells in groupby(lengths)]
+    bounds = [length * n_cells for length, n_cells in runs]
+    attended = []
+    for (length, _), *states in zip(runs, *(x[0].split(bounds, dim=1) for x in (query, key, value)), strict=True):
+        q, k, v = (x.unflatten(1, (-1, length)) for x in states)  # (heads, cells of the run, tokens, width)
+        attended.append((torch.softmax((q * scaling) @ k.mT, dim=-1) @ v).flatten(1, 2))
+    return torch.cat(attended, dim=1)[None]
 
 
 def _attend_with_varlen_kernel(query: Tensor, key: Tensor, value: Tensor, packing: Packing, scaling: float) -> Tensor:

@@ -107,6 +107,19 @@ def test_padded_input_has_no_packing() -> None:
     assert make_packing(torch.zeros(2, 5), torch.ones(2, 5), None, None, None, None) is None
 
 
+@pytest.mark.parametrize("lengths", [[5, 5, 5], [3, 120, 1, 57], [4, 4, 9, 9, 9, 4]])
+def test_bfloat16_training_on_a_cpu_attends_within_each_cell_only(lengths: list[int]) -> None:
+    packing = packing_for(lengths)
+    exact = torch.randn(3, 1, 2, sum(lengths), 16, dtype=torch.bfloat16).float().requires_grad_()
+    rounded = exact.detach().bfloat16().requires_grad_()
+    expected, found = (_attend_per_cell(*states, packing, 0.25, 0.0) for states in (exact, rounded))
+    torch.testing.assert_close(found.float(), expected, atol=2e-2, rtol=2e-2)
+    weights = torch.randn_like(expected)
+    for attended in (expected, found):
+        (attended.float() * weights).sum().backward()
+    torch.testing.assert_close(rounded.grad.float(), exact.grad, atol=5e-2, rtol=5e-2)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_the_kernel_attends_within_each_cell_only(dtype: torch.dtype) -> None:
