@@ -298,6 +298,8 @@ class TrainingSettings(TrainingArguments):
                 self.bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
         else:
             self.bf16, self.fp16 = self.precision == "bf16", self.precision == "fp16"
+        if self.bf16 and not torch.accelerator.is_available():
+            self.use_cpu = True  # otherwise the library refuses bfloat16 without a GPU
         try:
             super().__post_init__()  # type: ignore[no-untyped-call]
         except (ImportError, TypeError, AttributeError, OverflowError) as error:

@@ -6,6 +6,7 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
+import torch
 
 from scgpt_hf import ScGPTConfig, ScGPTProcessor
 from scgpt_hf.training.settings import (
@@ -251,3 +252,10 @@ def test_muon_is_an_optimizer_by_name_and_unknown_names_raise():
     assert parse("--optim", "muon").training.optim == "muon"
     with pytest.raises(ValueError, match="not a valid OptimizerNames"):
         parse("--optim", "moun")
+
+
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="bfloat16 runs on the accelerator")
+def test_bfloat16_without_an_accelerator_trains_on_the_cpu() -> None:
+    settings = parse_settings(["--precision", "bf16"])
+    assert settings.training.bf16
+    assert settings.training.device.type == "cpu"
