@@ -39,6 +39,7 @@ from scgpt_hf.training.run_folder import (
 )
 from scgpt_hf.training.selection import Selection, open_cells, save_selection, select_or_resume
 from scgpt_hf.training.settings import Settings
+from scgpt_hf.training.shortcut_start import train_shortcut
 from scgpt_hf.training.summary import format_summary, summarize
 
 logger = logging.getLogger(__name__)
@@ -195,4 +196,6 @@ def prepare_run(settings: Settings) -> PreparedRun:
         cache_dir=None if args.dry_run else data.cache_dir,  # opening a cache may create its folder
         checkpoint=checkpoint,
     )
+    if args.shortcut_steps and checkpoint is None and not args.dry_run:
+        train_shortcut(model, data_module, n_steps=args.shortcut_steps, device=args.device)
     return PreparedRun(source, selection, processor, model, data_module, checkpoint)

@@ -61,6 +61,7 @@ _TRAINING_RANGES: dict[str, tuple[float, float]] = {
     "data_seed": (0, 2**32),
     "cpu_threads": (0, 1024),  # OpenMP crashes when the system refuses to start a thread
     "ddp_timeout": (1, 10**9),
+    "shortcut_steps": (0, 2**31),
     "max_bad_steps": (1, 2**31),
     "ema_decay": (0, 1),
 }
@@ -278,6 +279,11 @@ class TrainingSettings(TrainingArguments):
     gene_vectors: Literal["random", "data"] = setting(
         "random",
         "initial vectors of the genes; 'data': from the correlations between genes over a sample of training cells",
+    )
+    shortcut_steps: int = setting(
+        0,
+        "first train the shortcut and the count decoder alone for this many steps of 128 cells, which takes a minute "
+        "on a CPU; needs cls_shortcut and the objective 'counts'",
     )
     max_bad_steps: int = setting(
         5, "stop after this many steps in a row whose loss or gradient is not finite; such steps are skipped"
