@@ -2,23 +2,28 @@
 """Compare recipes of pretraining by how well the frozen cell embedding separates cell types.
 
 Example:
-    python benchmarks/quality.py --data DIR --arms seed counts --seeds 1
+    python benchmarks/quality.py --data DIR --arms seed recipe --seeds 0 1 2
 
 DIR contains the .h5ad files of the shared blood sets. Each arm is one run of `scripts/pretrain.py` on the nine
-training sets, with the same cells, genes and number of steps; only the listed flags differ. The embedding of the
-model is then scored on sets and donors that were never trained on, beside two kinds of PCA:
+training sets, without labels; only the listed flags differ. The frozen embedding is then scored on sets and donors that
+were never trained on, beside the baselines:
 
-    within    kNN macro-F1, the mean of NMI, ARI and ASW label, on pbmc3k, pbmc4k, OneK1K and lupus T cells
-    transfer  macro-F1 of kNN and of logistic regression: from FACS-sorted cells and PBMC 8k to PBMC 3k
+    F1, bio   kNN macro-F1, and the mean of NMI, ARI and ASW label, on pbmc3k, pbmc4k, OneK1K and lupus T cells
+    transfer  macro-F1 of logistic regression and of kNN: FACS-sorted cells and PBMC 8k to PBMC 3k, PBMC 4k and 8k to 3k
+    iLISI     mixing of the 40 donors of OneK1K
+    GEP       share of the gap between gene mean and floor that GEP closes, on masked genes of held-out donors
 
-"PCA, training cells" fits highly variable genes, center and components on the training cells and applies them to the
-scored ones: what a pretrained model must beat. "PCA, scored cells" fits them on the scored set itself.
+Baselines: PCA fitted on the training cells and applied ("PCA, training cells") or fitted on the scored set ("PCA,
+scored cells"), logistic regression on genes, and the count network (`scgpt_hf/scoring/count_mlp.py`).
+The results are `results/quality/arms.json` and the table `results/quality/arms.csv`.
 """
 
 import argparse
+import json
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +33,6 @@ import pandas as pd
 from anndata import AnnData
 from measuring import RESULTS, write_result
 from scipy.sparse import csr_matrix, vstack
-from sklearn.decomposition import PCA
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import f1_score
 from sklearn.neighbors import KNeighborsClassifier
@@ -37,20 +41,23 @@ from sklearn.preprocessing import StandardScaler
 
 from scgpt_hf import embed_anndata
 from scgpt_hf.analysis.evaluation.evaluate import evaluate_embeddings
-from scgpt_hf.scoring.normalization import log_normalize, variable_genes
+from scgpt_hf.scoring.count_mlp import fit_count_mlp
+from scgpt_hf.scoring.fitted_pca import fit_pca
+from scgpt_hf.scoring.normalization import log_normalize
 
 ROOT = Path(__file__).resolve().parents[1]
 TRAINED = (
     *("aml027_bmmc_pre", "bonemarrow_cma", "pbmc1k_v2_10x", "pbmc1k_v3_10x", "pbmc_pisces", "zheng_facs_fasttopics"),
     *("zheng_frozen_pbmcA_mudan", "zheng_pbmc14k_scminer", "zheng_ref_mudan"),
 )
-SCORED = {  # file → obs column of cell types
-    "pbmc3k_10x": "cell_type_coarse",
-    "pbmc4k_asurat": "cell_type_coarse",
-    "onek1k_panel1000": "cell_type_coarse",
-    "lupus_healthy_tcells_panel3000": "cell_type",
+SCORED = {  # file → short name, obs column of cell types
+    "pbmc3k_10x": ("pbmc3k", "cell_type_coarse"),
+    "pbmc4k_asurat": ("pbmc4k", "cell_type_coarse"),
+    "onek1k_panel1000": ("OneK1K", "cell_type_coarse"),
+    "lupus_healthy_tcells_panel3000": ("lupus T", "cell_type"),
 }
-WITHIN = ("kNN macro-F1", "NMI", "ARI", "ASW label")
+BIO = ("NMI", "ARI", "ASW label")
+WITHIN = ("kNN macro-F1", *BIO, "iLISI")
 COMMON = {
     "gene_selection": "hvg",
     "n_hvg": 2000,
@@ -62,25 +69,33 @@ COMMON = {
     "num_attention_heads": 4,
     "intermediate_size": 256,
     "dropout": 0.0,
+    "use_cpu": "true",
+    "precision": "bf16",
     "per_device_train_batch_size": 64,
     "learning_rate": 1e-3,
     "adam_beta2": 0.98,
+    "weight_decay": 0.01,
     "lr_scheduler_type": "cosine",
     "warmup_steps": 100,
     "logging_steps": 100,
-    "eval_strategy": "no",
+    "eval_strategy": "steps",
     "save_strategy": "no",
     "load_best_model_at_end": "false",
     "cpu_threads": 1,
 }
-COUNTS = {"batch_key": "dataset_id", "loss_weights": '{"gep": 0.005, "counts": 1.0}'}
+SEED = {"train_tokens": 97, "loss_weights": '{"gep": 1.0, "gepc": 1.0}'}
+COUNTS = {"train_tokens": 97, "loss_weights": '{"gep": 0.005, "counts": 1.0}', "batch_key": "dataset_id"}
+SHORTCUT = {**COUNTS, "cls_shortcut": "true"}
+RECIPE = {**SHORTCUT, "shortcut_steps": 3000}
 ARMS: dict[str, dict[str, Any]] = {
-    "seed": {},
+    "untrained": {**SEED, "max_steps": 1, "learning_rate": 0.0},
+    "seed": SEED,
     "counts": COUNTS,
-    "counts, shortcut": {**COUNTS, "cls_shortcut": "true"},
-    "counts, shortcut, 96 tokens": {**COUNTS, "cls_shortcut": "true", "max_tokens": 97},
+    "counts, shortcut": SHORTCUT,
+    "recipe": RECIPE,
 }
-COMPONENTS, CELLS, FACS_CELLS, NEIGHBORS = 50, 3000, 1500, 15
+CELLS, FACS_CELLS, NEIGHBORS = 3000, 1500, 15
+Embed = Callable[[AnnData], np.ndarray]
 
 
 def main() -> None:
@@ -88,42 +103,64 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder of the .h5ad files")
     parser.add_argument("--arms", nargs="*", default=list(ARMS), choices=[*ARMS], help="default: all")
-    parser.add_argument("--seeds", type=int, default=1, help="runs of each arm (default: %(default)s)")
+    parser.add_argument("--seeds", type=int, nargs="*", default=[0], help="seeds of each arm (default: 0)")
     parser.add_argument("--steps", type=int, default=1500, help="training steps of each run (default: %(default)s)")
+    parser.add_argument("--no_baselines", action="store_true", help="keep the baselines of the last run")
     parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "quality", help="where runs are kept")
     options = parser.parse_args()
     census = options.runs / "census"
     if not census.exists():
         files = [str(options.data / f"{name}.h5ad") for name in TRAINED]
         launch("build_census", *files, "--out", str(census))
-    cells = {name: read_labelled(options.data, name, column) for name, column in SCORED.items()}
-    reference = read_reference(options.data)
-    result: dict[str, Any] = {"steps": options.steps, "common": COMMON, "arms": {}}
-    for arm in options.arms:
-        for seed in range(options.seeds):
+    cells = {name: read_labelled(options.data, file, column) for file, (name, column) in SCORED.items()}
+    references = read_references(options.data)
+    stored = RESULTS / "quality" / "arms.json"
+    result: dict[str, Any] = {"common": COMMON, "runs": {}, "baselines": {}}
+    if stored.exists():
+        result |= {key: value for key, value in json.loads(stored.read_text()).items() if key in result}
+    if not options.no_baselines:
+        result["baselines"] = baselines(options.data, cells, references, options.seeds)
+        save(result)
+    for seed in options.seeds:
+        for arm in options.arms:
             folder, seconds = train(arm, seed, census, options)
-            scores = score(lambda adata, model=folder / "best_model": embed(adata, model), cells, reference)
-            result["arms"].setdefault(arm, []).append({"seed": seed, "seconds": seconds, "flags": ARMS[arm], **scores})
-            report(result)
-            write_result("quality/arms", result)
-    result["baselines"] = baselines(options.data, cells, reference)
-    report(result)
-    write_result("quality/arms", result)
+            scores = score(lambda adata, model=folder / "best_model": embed(adata, model), cells, references)
+            run = {"arm": arm, "seed": seed, "flags": flags_of(arm, options.steps), "training_seconds": seconds}
+            result["runs"][f"{arm}, seed {seed}, {options.steps} steps"] = run | scores | gap_closed(folder)
+            save(result)
+
+
+def flags_of(arm: str, steps: int) -> dict[str, Any]:
+    """Return the flags in which an arm differs from the others."""
+    return {"max_steps": steps, **ARMS[arm]}
 
 
 def train(arm: str, seed: int, census: Path, options: argparse.Namespace) -> tuple[Path, float]:
-    """Train one arm, unless it was trained before; return its run folder and the seconds it took."""
+    """Train one arm, unless it was trained before; return its run folder and the seconds that training took."""
+    flags = {**COMMON, **flags_of(arm, options.steps), "seed": seed, "data": census}
+    flags["eval_steps"] = flags["max_steps"]
     folder = options.runs / f"{arm.replace(', ', '-').replace(' ', '_')}-{options.steps}-{seed}"
-    started = time.perf_counter()
     if not (folder / "best_model").is_dir():
-        flags = {**COMMON, **ARMS[arm], "max_steps": options.steps, "seed": seed, "output_dir": folder, "data": census}
+        started = time.perf_counter()
+        flags["output_dir"] = folder
         launch("pretrain", *(part for name, value in flags.items() for part in (f"--{name}", str(value))))
-    return folder, round(time.perf_counter() - started, 1)
+        (folder / "seconds.txt").write_text(f"{time.perf_counter() - started:.0f}")
+    return folder, float((folder / "seconds.txt").read_text())
 
 
 def launch(script: str, *arguments: str) -> None:
     """Run a command of the repository."""
     subprocess.run([sys.executable, str(ROOT / "scripts" / f"{script}.py"), *arguments], check=True)
+
+
+def gap_closed(folder: Path) -> dict[str, float]:
+    """Return the share of the gap between gene mean and floor that GEP closes on masked genes of held-out donors."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    last = next((line for line in reversed(lines) if "eval_gep_mse" in line), None)
+    if last is None:
+        return {}
+    mean, floor = last["eval_gene_mean_mse"], last["eval_tie_floor_mse"]
+    return {"gep_mse": last["eval_gep_mse"], "gep_gap_closed": round((mean - last["eval_gep_mse"]) / (mean - floor), 4)}
 
 
 def read_labelled(data: Path, name: str, column: str) -> AnnData:
@@ -135,13 +172,15 @@ def read_labelled(data: Path, name: str, column: str) -> AnnData:
     return adata[rows].copy()
 
 
-def read_reference(data: Path) -> list[AnnData]:
-    """Return the labelled cells that types are transferred from: FACS-sorted cells, and the 8k half of PBMC 6k + 8k."""
+def read_references(data: Path) -> dict[str, list[AnnData]]:
+    """Return the labelled cells that types are transferred from, by name of the transfer to PBMC 3k."""
     facs = read_labelled(data, "zheng_facs_fasttopics", "cell_type_coarse")
     rows = np.sort(np.random.default_rng(1).permutation(facs.n_obs)[:FACS_CELLS])
     both = read_labelled(data, "pbmc6k8k_ismb", "cell_type_coarse")
     donors_of_3k = set(anndata.read_h5ad(data / "pbmc3k_10x.h5ad", backed="r").obs["donor_id"])
-    return [facs[rows].copy(), both[~both.obs["donor_id"].isin(donors_of_3k).to_numpy()].copy()]
+    pbmc8k = both[~both.obs["donor_id"].isin(donors_of_3k).to_numpy()].copy()
+    pbmc4k = read_labelled(data, "pbmc4k_asurat", "cell_type_coarse")
+    return {"FACS + 8k to 3k": [facs[rows].copy(), pbmc8k], "4k + 8k to 3k": [pbmc4k, pbmc8k]}
 
 
 def embed(adata: AnnData, model: Path) -> np.ndarray:
@@ -151,31 +190,42 @@ def embed(adata: AnnData, model: Path) -> np.ndarray:
     return np.nan_to_num(np.asarray(adata.obsm["X_scgpt"]))
 
 
-def score(embed_cells: Any, cells: dict[str, AnnData], reference: list[AnnData]) -> dict[str, Any]:
-    """Return the scores within each set, and of the transfer to PBMC 3k."""
-    within = {}
+def score(embed_cells: Embed, cells: dict[str, AnnData], references: dict[str, list[AnnData]]) -> dict[str, Any]:
+    """Return the scores within each set, and of the transfers to PBMC 3k."""
+    within, embedded = {}, {}
     for name, adata in cells.items():
         adata = adata.copy()
-        adata.obsm["X"] = embed_cells(adata)
-        found = evaluate_embeddings(
-            adata, ["X"], "label", "donor_id", metrics=None, baselines=(), progress=False
-        ).methods["X"]
-        within[name] = {metric: round(found.values[metric], 4) for metric in WITHIN if metric in found.values}
-    train = np.concatenate([embed_cells(part) for part in reference])
-    labels = np.concatenate([part.obs["label"].to_numpy(str) for part in reference])
-    query = cells["pbmc3k_10x"]
-    test, true = embed_cells(query), query.obs["label"].to_numpy(str)
-    return {"within": within, "transfer": transfer(train, labels, test, true)}
+        adata.obsm["X"] = embedded[name] = embed_cells(adata)
+        within[name] = scores_within(adata, "X", ())
+    test, true = embedded["pbmc3k"], labels_of([cells["pbmc3k"]])
+    transfers = {}
+    for name, reference in references.items():
+        train = np.concatenate([embed_cells(part) for part in reference])
+        transfers[name] = transfer(train, labels_of(reference), test, true)
+    return {"within": within, "transfer": transfers}
+
+
+def scores_within(adata: AnnData, method: str, baselines: tuple[str, ...]) -> dict[str, float]:
+    """Return the scores of the embedding obsm["X"], or of a baseline, within one set."""
+    settings: Any = {"metrics": None, "baselines": baselines, "progress": False}
+    found = evaluate_embeddings(adata, ["X"], "label", "donor_id", **settings).methods[method]
+    return {metric: round(found.values[metric], 4) for metric in WITHIN if metric in found.values}
+
+
+def labels_of(parts: list[AnnData]) -> np.ndarray:
+    """Return the cell types of all cells."""
+    return np.concatenate([part.obs["label"].to_numpy(str) for part in parts])
 
 
 def transfer(train: np.ndarray, labels: np.ndarray, test: np.ndarray, true: np.ndarray) -> dict[str, float]:
-    """Return macro-F1 over the types that both sides have."""
-    shared = sorted(set(labels) & set(true))
+    """Return macro-F1 over the types of the query that have at least as many reference cells as kNN counts."""
+    names, sizes = np.unique(labels, return_counts=True)
+    shared = sorted(set(names[sizes >= NEIGHBORS]) & set(true))
     train, labels = train[np.isin(labels, shared)], labels[np.isin(labels, shared)]
     test, true = test[np.isin(true, shared)], true[np.isin(true, shared)]
     classifiers = {
-        "kNN": KNeighborsClassifier(NEIGHBORS),
         "LR": make_pipeline(StandardScaler(), LogisticRegression(max_iter=2000)),
+        "kNN": KNeighborsClassifier(NEIGHBORS),
     }
     return {
         name: round(float(f1_score(true, one.fit(train, labels).predict(test), average="macro")), 4)
@@ -183,51 +233,79 @@ def transfer(train: np.ndarray, labels: np.ndarray, test: np.ndarray, true: np.n
     }
 
 
-def baselines(data: Path, cells: dict[str, AnnData], reference: list[AnnData]) -> dict[str, Any]:
-    """Return the scores of PCA fitted on the training cells, and of PCA fitted on each scored set."""
+def baselines(
+    data: Path, cells: dict[str, AnnData], references: dict[str, list[AnnData]], seeds: list[int]
+) -> dict[str, Any]:
+    """Return the scores of the baselines."""
     trained = [anndata.read_h5ad(data / f"{name}.h5ad") for name in TRAINED]
-    genes = trained[0].var_names
-    for adata in trained[1:]:
-        genes = genes.intersection(adata.var_names)
-    stacked = log_normalize(vstack([csr_matrix(adata[:, genes].X) for adata in trained], format="csr"))
-    batches = np.repeat(np.array(TRAINED), [adata.n_obs for adata in trained])
-    chosen = genes[variable_genes(stacked, batches, 2000)]
-    fitted = PCA(COMPONENTS, random_state=0).fit(stacked[:, genes.get_indexer(chosen)].toarray())
+    genes = sorted(set.union(*(set(adata.var_names) for adata in trained)))
+    counts = vstack([on_genes(adata, genes) for adata in trained], format="csr")
+    sets = np.repeat(np.array(TRAINED), [adata.n_obs for adata in trained])
+    scores: dict[str, Any] = {"PCA, scored cells": {"within": pca_of_scored_cells(cells)}}
+    pca = fit_pca(counts, genes, sets, 0)
+    scores["PCA, training cells"] = score(
+        lambda adata: pca.transform(csr_matrix(adata.X), list(adata.var_names)), cells, references
+    )
+    for seed in seeds:
+        network = fit_count_mlp(counts, genes, sets, seed=seed)
+        scores[f"count network, seed {seed}"] = score(
+            lambda adata, network=network: network.embed(csr_matrix(adata.X), list(adata.var_names)), cells, references
+        )
+    scores["LR on genes"] = {"within": {}, "transfer": transfer_on_genes(cells["pbmc3k"], references)}
+    return scores
 
-    def project(adata: AnnData) -> np.ndarray:
-        place = adata.var_names.get_indexer(chosen)
-        logged = log_normalize(csr_matrix(adata.X)).toarray()
-        values = np.where(place >= 0, logged[:, place], fitted.mean_)  # genes that are not measured: the mean
-        return fitted.transform(values)
 
-    own = {}
+def on_genes(adata: AnnData, genes: list[str]) -> csr_matrix:
+    """Return the counts of an AnnData with one column for each of the genes, 0 where it lacks a gene."""
+    counts = csr_matrix(adata.X).tocoo()
+    column = pd.Index(genes).get_indexer(adata.var_names)
+    known = column[counts.col] >= 0
+    place = counts.row[known], column[counts.col[known]]
+    return csr_matrix((counts.data[known], place), shape=(adata.n_obs, len(genes)))
+
+
+def pca_of_scored_cells(cells: dict[str, AnnData]) -> dict[str, Any]:
+    """Return the scores of PCA on highly variable genes, fitted on each scored set."""
+    within = {}
     for name, adata in cells.items():
-        found = evaluate_embeddings(
-            with_zeros(adata), ["X"], "label", "donor_id", metrics=None, baselines=("HVG + PCA",), progress=False
-        ).methods["HVG + PCA"]
-        own[name] = {metric: round(found.values[metric], 4) for metric in WITHIN if metric in found.values}
-    return {"PCA, training cells": score(project, cells, reference), "PCA, scored cells": {"within": own}}
+        adata = adata.copy()
+        adata.obsm["X"] = np.random.default_rng(0).normal(size=(adata.n_obs, 2))  # the evaluation asks for an embedding
+        within[name] = scores_within(adata, "HVG + PCA", ("HVG + PCA",))
+    return within
 
 
-def with_zeros(adata: AnnData) -> AnnData:
-    """Return a copy with a placeholder embedding, where the evaluation asks for one."""
-    adata = adata.copy()
-    adata.obsm["X"] = np.random.default_rng(0).normal(size=(adata.n_obs, 2))
-    return adata
+def transfer_on_genes(query: AnnData, references: dict[str, list[AnnData]]) -> dict[str, dict[str, float]]:
+    """Return the transfers with log-normalised counts of the genes that reference and query have, for an embedding."""
+    found = {}
+    for name, reference in references.items():
+        shared = sorted(set.intersection(*(set(adata.var_names) for adata in (*reference, query))))
+        train = log_normalize(vstack([on_genes(part, shared) for part in reference], format="csr")).toarray()
+        test = log_normalize(on_genes(query, shared)).toarray()
+        found[name] = transfer(train, labels_of(reference), test, labels_of([query]))
+    return found
 
 
-def report(result: dict[str, Any]) -> None:
-    """Print one row per run: kNN macro-F1 and the mean of NMI, ARI and ASW label of each set, then transfer."""
-    rows = {f"{arm} {run['seed']}": run for arm, runs in result["arms"].items() for run in runs}
-    rows |= result.get("baselines", {})
-    table = {}
-    for name, run in rows.items():
-        table[name] = {}
-        for data, scores in run["within"].items():
-            table[name][f"{data.split('_')[0]} F1"] = scores.get("kNN macro-F1", np.nan)
-            table[name][f"{data.split('_')[0]} bio"] = np.mean([scores.get(metric, np.nan) for metric in WITHIN[1:]])
-        table[name] |= {f"transfer {metric}": value for metric, value in run.get("transfer", {}).items()}
-    print(pd.DataFrame(table).T.round(3).to_string(), flush=True)
+def save(result: dict[str, Any]) -> None:
+    """Write the result and its table, and print the table."""
+    rows = {**result["baselines"], **result["runs"]}
+    table = pd.DataFrame({name: row_of(run) for name, run in rows.items()}).T.round(3)
+    print(table.T.to_string(), flush=True)
+    write_result("quality/arms", result)
+    table.to_csv(RESULTS / "quality" / "arms.csv")
+
+
+def row_of(run: dict[str, Any]) -> dict[str, float]:
+    """Return one row of the table."""
+    row = {}
+    for name, scores in run["within"].items():
+        row[f"{name} F1"] = scores.get("kNN macro-F1", np.nan)
+        row[f"{name} bio"] = float(np.mean([scores.get(metric, np.nan) for metric in BIO]))
+    row["OneK1K iLISI"] = run["within"].get("OneK1K", {}).get("iLISI", np.nan)
+    for name, scores in run.get("transfer", {}).items():
+        row |= {f"{name}, {classifier}": value for classifier, value in scores.items()}
+    row["GEP gap closed"] = run.get("gep_gap_closed", np.nan)
+    row["minutes"] = run.get("training_seconds", np.nan) / 60
+    return row
 
 
 if __name__ == "__main__":
