@@ -48,12 +48,22 @@ def check_settings(settings: Settings) -> None:
     processor = build_processor(["any gene"], settings.data)
     # Two domains, because the data may have as many; which ones is known only when obs has been read.
     _build_config(settings.model, processor, domains=["a", "b"], batch_key=settings.data.batch_key)
-    supervise_by, weight = settings.data.supervise_by, (settings.model.loss_weights or {}).get("cls", 0)
+    if settings.training.shortcut_steps and not (settings.model.cls_shortcut and _weight(settings, "counts")):
+        raise ValueError(
+            f"shortcut_steps is {settings.training.shortcut_steps}, which needs a shortcut and a count decoder; set "
+            '--cls_shortcut true --loss_weights \'{"gep": 0.005, "counts": 1}\', or --shortcut_steps 0'
+        )
+    supervise_by, weight = settings.data.supervise_by, _weight(settings, "cls")
     if (supervise_by is not None) != (weight > 0):
         raise ValueError(
             f"supervise_by is {supervise_by!r} and the weight of the objective 'cls' is {weight}; set both, e.g. "
             '--supervise_by cell_type --loss_weights \'{"gep": 1, "cls": 1}\', or neither'
         )
+
+
+def _weight(settings: Settings, objective: str) -> float:
+    """Return the weight of an objective that the settings name, 0 if they do not."""
+    return float((settings.model.loss_weights or {}).get(objective, 0))
 
 
 def build_processor(genes: list[str], data: DataSettings, source: CellSource | None = None) -> ScGPTProcessor:

@@ -40,13 +40,10 @@ def train_shortcut(model: ScGPTForPreTraining, data_module: DataModule, *, n_ste
         data_module: the training cells of the run, its processor, masks and experimental batches.
         n_steps: steps of 128 cells.
         device: where to train.
-
-    Raises:
-        ValueError: the model has no shortcut or no count decoder.
     """
     shortcut, decoder = model.scgpt.shortcut, model.count_head
-    if shortcut is None or decoder is None:
-        raise ValueError("shortcut_steps needs cls_shortcut=true and a weight of the objective 'counts'")
+    assert shortcut is not None  # `check_settings` makes sure of both
+    assert decoder is not None
     run, cell_ids = data_module.stream_config, data_module.selection.parts["train"]
     config = StreamConfig(
         seed=run.seed, mask_ratios=run.mask_ratios, padded=run.padded, categories=run.categories, with_counts=True
