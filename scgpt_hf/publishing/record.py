@@ -76,7 +76,7 @@ class RunRecord:
             wanted = kind if depth == len(parts) else dict
             if value is None:
                 return None
-            if not isinstance(value, wanted) or isinstance(value, bool):
+            if not isinstance(value, wanted) or (isinstance(value, bool) and wanted is not bool):
                 names = [one.__name__ for one in (wanted if isinstance(wanted, tuple) else (wanted,))]
                 where = ".".join(parts[:depth])
                 raise ValueError(f"{self.name}: expected {' or '.join(names)} at {where!r}, found {str(value)[:80]!r}")

@@ -65,14 +65,14 @@ def train_shortcut(model: ScGPTForPreTraining, data_module: DataModule, *, n_ste
             entries = (tensors[name] for name in ("count_ids", "count_values", "count_cells"))
             loss = decoder.loss(cells, tensors.get("domain_ids"), *entries).mean()
             optimizer.zero_grad()
-            loss.backward()
+            torch.autograd.backward(loss)
             torch.nn.utils.clip_grad_norm_(parameters, _MAX_GRAD_NORM)
             optimizer.step()
             schedule.step()
             bar.update()
             if bar.n % 100 == 0:
                 bar.set_postfix(loss=f"{loss.item():.3f}")
-    model.to("cpu")
+    parts.to("cpu")
 
 
 def _plans(cell_ids: Int64Array, n_steps: int, **order: int) -> list[EpochPlan]:
