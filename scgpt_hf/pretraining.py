@@ -197,5 +197,11 @@ def prepare_run(settings: Settings) -> PreparedRun:
         checkpoint=checkpoint,
     )
     if args.shortcut_steps and checkpoint is None and not args.dry_run:
-        train_shortcut(model, data_module, n_steps=args.shortcut_steps, device=args.device)
+        train_shortcut(
+            model,
+            data_module,
+            n_steps=args.shortcut_steps,
+            device=args.device,
+            progress=not args.disable_tqdm and args.process_index == 0,
+        )
     return PreparedRun(source, selection, processor, model, data_module, checkpoint)

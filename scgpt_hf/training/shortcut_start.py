@@ -30,7 +30,9 @@ _LEARNING_RATE, _BETAS, _WEIGHT_DECAY, _MAX_GRAD_NORM = 1e-3, (0.9, 0.98), 0.01,
 _WARMUP_STEPS = 100
 
 
-def train_shortcut(model: ScGPTForPreTraining, data_module: DataModule, *, n_steps: int, device: torch.device) -> None:
+def train_shortcut(
+    model: ScGPTForPreTraining, data_module: DataModule, *, n_steps: int, device: torch.device, progress: bool = True
+) -> None:
     """Train the shortcut and the count decoder of a new model in place.
 
     Every process does the same work on the same cells, so the models stay equal without communication.
@@ -40,6 +42,7 @@ def train_shortcut(model: ScGPTForPreTraining, data_module: DataModule, *, n_ste
         data_module: the training cells of the run, its processor, masks and experimental batches.
         n_steps: steps of 128 cells.
         device: where to train.
+        progress: show a progress bar.
     """
     shortcut, decoder = model.scgpt.shortcut, model.count_head
     assert shortcut is not None  # `check_settings` makes sure of both
@@ -56,7 +59,7 @@ def train_shortcut(model: ScGPTForPreTraining, data_module: DataModule, *, n_ste
     groups = [{"params": matrices, "weight_decay": _WEIGHT_DECAY}, {"params": others, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=_LEARNING_RATE, betas=_BETAS)
     schedule = get_cosine_schedule_with_warmup(optimizer, min(_WARMUP_STEPS, n_steps // 10), n_steps)
-    bar = tqdm(total=n_steps, desc="shortcut", unit="step")
+    bar = tqdm(total=n_steps, desc="shortcut", unit="step", disable=not progress)
     with bar, closing(prefetch(stream_cells(data_module.source, plans, data_module.processor, config))) as batches:
         for batch in islice(batches, n_steps):
             tensors = {key: value.to(device) for key, value in batch.items() if isinstance(value, torch.Tensor)}

@@ -44,7 +44,8 @@ def test_it_is_deterministic_and_independent_of_the_batch_size_of_the_run(small_
 
 
 def test_a_resumed_run_equals_an_uninterrupted_one(small_census, tmp_path):
-    flags = (*COUNTS, *QUIET, "--shortcut_steps", "5", "--save_strategy", "steps", "--save_steps", "2")
+    saves = ("--save_strategy", "steps", "--save_steps", "2", "--save_total_limit", "20")
+    flags = (*COUNTS, *QUIET, "--shortcut_steps", "5", *saves)
     whole, *_ = prepare(small_census, tmp_path / "run", *flags)
     whole.train()
     expected = read_metrics(tmp_path / "run")
