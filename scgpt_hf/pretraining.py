@@ -21,6 +21,7 @@ from scgpt_hf.tokens.processing_scgpt import ScGPTProcessor
 from scgpt_hf.training.data_module import DataModule
 from scgpt_hf.training.dry_run import describe_run
 from scgpt_hf.training.fault_tolerance.signals import StopSignal
+from scgpt_hf.training.optimization.shortcut_start import train_shortcut
 from scgpt_hf.training.recipe import (
     build_model,
     build_processor,
@@ -39,7 +40,6 @@ from scgpt_hf.training.run_folder import (
 )
 from scgpt_hf.training.selection import Selection, open_cells, save_selection, select_or_resume
 from scgpt_hf.training.settings import Settings
-from scgpt_hf.training.shortcut_start import train_shortcut
 from scgpt_hf.training.summary import format_summary, summarize
 
 logger = logging.getLogger(__name__)
