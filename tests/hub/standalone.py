@@ -82,6 +82,14 @@ def main(path: str) -> list[str]:
         check(f"{name}: hidden states", len(output.hidden_states) == config.num_hidden_layers + 1)
         check(f"{name}: tuple", torch.equal(first, output.last_hidden_state))
 
+    model = transformers.AutoModelForPreTraining.from_pretrained("org/counting", **REMOTE).eval()
+    check("count decoder and shortcut", same_weights(model, expected, "counting."))
+    with torch.no_grad():
+        found = model(**batch).cell_embedding
+        encoder = transformers.AutoModel.from_pretrained("org/counting", **REMOTE).eval()
+        check("embedding with a shortcut", torch.equal(found, expected["counting_embedding"]))
+        check("encoder with a shortcut", torch.equal(encoder(**batch).cell_embedding, found))
+
     model, report = transformers.AutoModelForSequenceClassification.from_pretrained(
         "org/tiny", num_labels=3, output_loading_info=True, **REMOTE
     )

@@ -37,6 +37,13 @@ def make_and_publish(folder: Path) -> str:
     expected = {f"weights.{name}": weight.clone() for name, weight in model.state_dict().items()}
     expected |= {"gep": output.gep, "cell_embedding": output.cell_embedding.clone(), "counts": torch.from_numpy(counts)}
     expected |= {f"batch.{name}": batch[name] for name in ("input_ids", "values")}
+    with_counts = {"loss_weights": {"gep": 1.0, "counts": 1.0}, "cls_shortcut": True, "n_domains": 2}
+    config_with_counts = scgpt_hf.ScGPTConfig(**{**config.to_dict(), **with_counts})
+    counting = scgpt_hf.ScGPTForPreTraining(config_with_counts).eval()
+    counting.count_head.set_statistics(torch.ones(2, processor.vocab_size).tril(35))
+    expected |= {f"counting.{name}": weight.clone() for name, weight in counting.state_dict().items()}
+    with torch.no_grad():
+        expected["counting_embedding"] = counting(**batch).cell_embedding
     save_file(expected, folder / "expected.safetensors")
 
     save_and_publish(folder / "tiny", model, processor, max_shard_size="20KB")
@@ -44,6 +51,7 @@ def make_and_publish(folder: Path) -> str:
     classifier = scgpt_hf.ScGPTForSequenceClassification(config)
     classifier.scgpt.load_state_dict(model.scgpt.state_dict())
     save_and_publish(folder / "classifier", classifier, processor)
+    save_and_publish(folder / "counting", counting, processor)
     save_and_publish(folder / "tiny-bf16", model.bfloat16(), processor)
     return str(folder / "expected.safetensors")
 
@@ -90,7 +98,7 @@ def test_process_without_this_package_loads_all_models(hub: Hub, expected: str, 
     )
     assert finished.returncode == 0, finished.stderr[-3000:]
     passed = json.loads(finished.stdout.splitlines()[-1])
-    assert len(passed) == 32
+    assert len(passed) == 35
     assert passed[-1] == "no other package was imported"
 
 

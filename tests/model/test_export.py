@@ -15,6 +15,16 @@ SHAPES = ((3, 7), (1, 2), (9, 40))
 ANY_SIZE = {name: {0: Dim.DYNAMIC, 1: Dim.DYNAMIC} for name in ("input_ids", "values", "attention_mask")}
 
 
+# A model as `ScGPTForPreTraining` trains it with the objective "counts".
+WITH_COUNTS = {
+    "loss_weights": {"gep": 1.0, "counts": 1.0},
+    "cls_shortcut": True,
+    "shortcut_size": 8,
+    "count_head_size": 8,
+    "n_domains": 3,
+}
+
+
 def random_batch(n_cells: int, n_tokens: int) -> dict[str, torch.Tensor]:
     """Return random padded cells; the last one is shorter."""
     mask = torch.ones(n_cells, n_tokens, dtype=torch.bool)
@@ -23,13 +33,14 @@ def random_batch(n_cells: int, n_tokens: int) -> dict[str, torch.Tensor]:
     return {"input_ids": torch.randint(17, (n_cells, n_tokens)), "values": values, "attention_mask": mask}
 
 
+@pytest.mark.parametrize("settings", [{}, WITH_COUNTS], ids=["", "counts"])
 @pytest.mark.parametrize("attention", ["scgpt_varlen", "eager"])
 @pytest.mark.parametrize("model_class", MODELS)
 def test_an_exported_model_accepts_any_number_of_cells_and_tokens(
-    config: Callable[..., ScGPTConfig], tmp_path: Path, model_class: Any, attention: str
+    config: Callable[..., ScGPTConfig], tmp_path: Path, model_class: Any, attention: str, settings: dict[str, Any]
 ) -> None:
     torch.manual_seed(0)
-    model = model_class._from_config(config(), attn_implementation=attention).eval()
+    model = model_class._from_config(config(**settings), attn_implementation=attention).eval()
     with torch.no_grad():
         exported = torch.export.export(model, (), random_batch(3, 7), dynamic_shapes=ANY_SIZE)
         torch.export.save(exported, tmp_path / "model.pt2")
@@ -40,14 +51,15 @@ def test_an_exported_model_accepts_any_number_of_cells_and_tokens(
 
 
 @pytest.mark.filterwarnings("ignore")  # raised by the exporter
+@pytest.mark.parametrize("settings", [{}, WITH_COUNTS], ids=["", "counts"])
 @pytest.mark.parametrize("model_class", MODELS)
 def test_a_model_in_onnx_gives_the_same_numbers(
-    config: Callable[..., ScGPTConfig], tmp_path: Path, model_class: Any
+    config: Callable[..., ScGPTConfig], tmp_path: Path, model_class: Any, settings: dict[str, Any]
 ) -> None:
     pytest.importorskip("onnxscript")
     runtime = pytest.importorskip("onnxruntime")
     torch.manual_seed(0)
-    model = model_class._from_config(config()).eval()
+    model = model_class._from_config(config(**settings)).eval()
     with torch.no_grad():
         program = torch.onnx.export(model, (), kwargs=random_batch(3, 7), dynamic_shapes=ANY_SIZE, dynamo=True)
         program.save(tmp_path / "model.onnx")

@@ -1,5 +1,6 @@
 """Pretraining with the objective "counts": its losses, accumulation, exact resume, and what it leaves behind."""
 
+import re
 import shutil
 
 import numpy as np
@@ -12,7 +13,11 @@ from scgpt_hf.cells.cache.jobs import write_cache
 from scgpt_hf.cells.soma.build import build_census
 from scgpt_hf.cells.soma.census import CensusSource
 from scgpt_hf.cells.source import open_source
-from tests.support.training import EVERY_4, QUIET, prepare, read_metrics, weights_of
+from scgpt_hf.model import count_decoder_scgpt
+from scgpt_hf.model.count_decoder_scgpt import CountHead
+from scgpt_hf.pretraining import describe_pretraining
+from scgpt_hf.training.settings_parsing import parse_settings
+from tests.support.training import EVERY_4, QUIET, TINY, prepare, read_metrics, weights_of
 
 COUNTS = ("--loss_weights", '{"gep": 0.01, "counts": 1.0}', "--cls_shortcut", "true")
 
@@ -119,19 +124,78 @@ def test_one_batch_of_32_equals_four_of_8_accumulated(small_census, tmp_path):
         torch.testing.assert_close(weight, weights[1][name], rtol=2e-3, atol=2e-4, msg=name)
 
 
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.* is deprecated:FutureWarning")
+@pytest.mark.parametrize("max_logits", [2**20, 500])  # all genes at once, or in chunks
+def test_bf16_and_gradient_checkpointing_give_the_same_losses(small_census, tmp_path, monkeypatch, max_logits):
+    monkeypatch.setattr(count_decoder_scgpt, "MAX_LOGITS", max_logits)
+    losses = {}
+    arms = {"fp32": (), "checkpointed": (), "bf16": ("--precision", "bf16")}
+    for name, flags in arms.items():
+        trainer, *_ = prepare(
+            small_census, tmp_path / name, *COUNTS, *QUIET, "--max_steps", "5", "--dropout", "0", *flags
+        )
+        if name == "checkpointed":
+            trainer.model.gradient_checkpointing_enable()
+        trainer.train()
+        assert trainer.model.is_gradient_checkpointing == (name == "checkpointed")
+        losses[name] = [line["counts"] for line in read_metrics(tmp_path / name) if "counts" in line]
+    assert len(losses["fp32"]) == 5
+    assert losses["checkpointed"] == pytest.approx(losses["fp32"], rel=1e-6)
+    assert losses["bf16"] == pytest.approx(losses["fp32"], rel=0.01)
+    assert losses["bf16"] != losses["fp32"]
+
+
+def test_a_dry_run_measures_the_decoder_and_reports_its_size(small_census, tmp_path, monkeypatch):
+    n_calls, loss = [], CountHead.loss
+    monkeypatch.setattr(CountHead, "loss", lambda *arguments: n_calls.append(1) or loss(*arguments))
+    flops = []
+    only_gep = ("--loss_weights", '{"gep": 0.01}')
+    for flags in (COUNTS, (*only_gep, *COUNTS[2:]), only_gep):
+        settings = parse_settings(
+            [*TINY, "--data", str(small_census), "--output_dir", str(tmp_path / "run"), "--dry_run", "true", *flags],
+            "test",
+        )
+        words = describe_pretraining(settings)
+        flops.append(float(re.search(r"([\d.e-]+) PFLOP in total", words)[1]))
+        if flags == COUNTS:
+            n_genes = int(re.search(r"genes  (\d+) of", words)[1]) + 3  # special tokens
+            n_weights = 256 * (16 + 1) + 2 * 256 + 256 * n_genes + 2 * n_genes
+            assert f"of which {n_weights:,} of the count decoder, with {2 * n_genes:,} biases of 2 batches x" in words
+            assert len(n_calls) == 6  # time and memory are those of steps with the decoder
+        else:
+            assert "count decoder" not in words
+    n_steps, n_cells = (int(text) for text in re.search(r"steps  (\d+) of (\d+) cells", words).groups())
+    decoder, shortcut = (n_steps * n_cells * 6 * 256 * width / 1e15 for width in (16 + n_genes, 256 + 16))
+    assert flops[0] - flops[1] == pytest.approx(decoder, rel=0.02)
+    assert flops[1] - flops[2] == pytest.approx(shortcut, rel=0.02)
+
+
 def test_resumed_equals_uninterrupted(small_census, trained, tmp_path):
     uninterrupted, _, run = trained
     folder = shutil.copytree(run, tmp_path / "run")
     flags = (*QUIET, "--resume_from_checkpoint", str(folder / "checkpoint-4"))
     resumed, _, checkpoint = prepare(small_census, folder, *COUNTS, *flags)
     resumed.train(resume_from_checkpoint=checkpoint)
+    losses = [
+        {line["step"]: (line["loss"], line["gep"], line["counts"]) for line in read_metrics(of) if "grad_norm" in line}
+        for of in (run, folder)
+    ]
+    assert losses[0] == losses[1]
+    assert set(losses[0]) >= set(range(1, 9))
     for name, value in resumed.model.state_dict().items():
         assert torch.equal(value, uninterrupted.model.state_dict()[name]), name
 
 
 def test_a_new_batch_needs_nothing_at_inference(trained, small_cells):
     trainer, data_module, _ = trained
-    cells = small_cells[0].copy()
-    cells.obs = cells.obs.drop(columns="dataset_id")
-    embed_anndata(cells, trainer.model.eval(), data_module.processor, progress=False)
-    assert np.isfinite(cells.obsm["X_scgpt"]).all()
+    embeddings = []
+    for dataset_id in ("first", "of a later study", None):
+        cells = small_cells[0].copy()
+        cells.obs["dataset_id"] = dataset_id
+        if dataset_id is None:
+            cells.obs = cells.obs.drop(columns="dataset_id")
+        embed_anndata(cells, trainer.model.eval(), data_module.processor, progress=False)
+        embeddings.append(cells.obsm["X_scgpt"])
+    assert np.isfinite(embeddings[0]).all()
+    assert np.array_equal(embeddings[0], embeddings[1])
+    assert np.array_equal(embeddings[0], embeddings[2])

@@ -10,7 +10,8 @@ import pytest
 
 from scgpt_hf.training.fault_tolerance.checkpoints import newest_valid, verify
 from tests.support import ROOT
-from tests.support.training import prepare
+from tests.support.training import QUIET, prepare, read_metrics
+from tests.training.fault_tolerance.two_processes import SAME_RUN
 
 
 @pytest.mark.slow
@@ -26,12 +27,23 @@ def test_two_processes_stop_together_and_one_process_resumes(small_census, tmp_p
     checks = json.loads(next(line for line in done.stdout.splitlines() if line.startswith('{"objectives"')))
     assert checks == {
         "objectives": 8,
+        "same_start": True,
         "skipped": True,
         "exit_code": 143,
         "saved": 2,
         "read_error": "cannot read cells after step 3: gone",
     }
     assert "step 2 was skipped" in done.stderr
+    flags = ("--loss_weights", '{"gep": 0.01, "counts": 1}', "--cls_shortcut", "true", "--gene_vectors", "data")
+    trainer, _, _ = prepare(
+        small_census, tmp_path / "one", *QUIET, *flags, "--per_device_train_batch_size", "8", *SAME_RUN
+    )
+    trainer.train()
+    losses = [
+        [line["counts"] for line in read_metrics(tmp_path / run) if "counts" in line] for run in ("one", "counts")
+    ]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    assert len(losses[0]) == 6
     manifest = verify(newest_valid(tmp_path / "stopped"))
     assert (manifest.step, manifest.world_size, manifest.history) == (3, 2, [(64, 3)])
     flags = ("--per_device_train_batch_size", "64", "--resume_from_checkpoint", "latest", "--dropout", "0")

@@ -25,6 +25,8 @@ OBJECTIVES = {
     "gep gepc dar": {"--domain_head": "true", "--domain_embedding": "true", "--batch_key": "dataset_id"},
     "gep gepc gep_zero gepc_zero": {"--explicit_zero_prob": "true"},
 }
+# One process with twice the cells has the same losses.
+SAME_RUN = ("--max_steps", "6", "--dropout", "0")
 
 
 def main(census: Path, scratch: Path) -> None:
@@ -43,6 +45,12 @@ def main(census: Path, scratch: Path) -> None:
         assert type(trainer.model_wrapped) is DistributedDataParallel
         assert trainer.state.global_step == 2
     checks["objectives"] = len(OBJECTIVES)
+
+    flags = ("--loss_weights", '{"gep": 0.01, "counts": 1}', "--cls_shortcut", "true", "--gene_vectors", "data")
+    trainer, _, _ = run("counts", *QUIET, *flags, "--per_device_train_batch_size", "4", *SAME_RUN)
+    start = torch.cat([weight.flatten() for weight in weights_of(trainer).values()])
+    checks["same_start"] = torch.equal(*trainer.accelerator.gather(start[None]))
+    trainer.train()
 
     trainer, _, _ = run("skipped", *QUIET, "--max_steps", "4")
     open_stream = trainer.loader.open_stream
