@@ -16,10 +16,10 @@ import torch
 from sklearn.neighbors import KNeighborsClassifier
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
-from scgpt_hf.analysis.embed import KEY, validate_name, validate_not_backed_view
+from scgpt_hf.analysis.embed import KEY, embedding_of, validate_name, validate_not_backed_view
 from scgpt_hf.cells.block import FloatArray
 from scgpt_hf.cells.files.reader import AnnDataSource
-from scgpt_hf.cells.missing import has_label
+from scgpt_hf.cells.missing import fill_missing, has_label
 from scgpt_hf.inference import InferenceSettings, iterate_outputs
 from scgpt_hf.pipeline.genes import match_source_genes
 from scgpt_hf.pipeline.stream import Batch
@@ -238,7 +238,7 @@ def _comparable_vectors(query: "AnnData", reference: "AnnData", use_rep: str) ->
         raise ValueError(
             f"the query was embedded by {models[0]}, the reference by {models[1]}; embed both by one model"
         )
-    query_vectors, reference_vectors = np.asarray(query.obsm[use_rep]), np.asarray(reference.obsm[use_rep])
+    query_vectors, reference_vectors = (embedding_of(adata, use_rep) for adata in (query, reference))
     if query_vectors.shape[1] != reference_vectors.shape[1]:
         raise ValueError(
             f"the vectors of the query have {query_vectors.shape[1]} numbers, those of the reference "
@@ -264,7 +264,7 @@ def _reference_labels(
             f"{labelled.sum():,} of {len(column):,} cells of the reference have a label in obs[{labels_key!r}], "
             f"expected more than the {n_neighbors} neighbors that vote; choose another column, or fewer neighbors"
         )
-    labels = column[labelled].astype(object).astype(str).to_numpy(str)
+    labels = fill_missing(column[labelled]).to_numpy(str)
     if (labels == labels[0]).all():
         raise ValueError(
             f"all {len(labels):,} labelled cells of the reference have {str(labels[0])!r} in obs[{labels_key!r}], so "

@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING, Any, Unpack
 
 import numpy as np
 import numpy.typing as npt
+from scipy.sparse import issparse
 from transformers import PreTrainedModel
 
+from scgpt_hf.cells.block import FloatArray
 from scgpt_hf.cells.files.reader import AnnDataSource
 from scgpt_hf.cells.source import CellSource
 from scgpt_hf.inference import EmbedSettings, Float32Array, embed_cells
@@ -97,6 +99,12 @@ def umap_of(embedding: npt.NDArray[np.floating[Any]], seed: int) -> Float32Array
     scanpy.pp.neighbors(adata, n_neighbors=min(15, len(embedding) - 1), use_rep=KEY, random_state=seed)
     scanpy.tl.umap(adata, random_state=seed)
     return np.asarray(adata.obsm["X_umap"], dtype=np.float32)
+
+
+def embedding_of(adata: "AnnData", key: str) -> FloatArray:
+    """Return `obsm[key]` as an array; it may also be stored as a sparse matrix or a table. Shape (cells, hidden)."""
+    vectors = adata.obsm[key]
+    return np.asarray(vectors.toarray() if issparse(vectors) else vectors)
 
 
 def validate_free_key(key: str, obsm: Any, overwrite: bool) -> None:

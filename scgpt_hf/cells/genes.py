@@ -15,8 +15,9 @@ from scgpt_hf.cells.missing import has_value
 logger = logging.getLogger(__name__)
 
 ENSEMBL = r"^ENS[A-Z]*G\d+"  # of any species, e.g. ENSG00000141510 and ENSMUSG00000059552
-# Columns of var that hold ids or names: in the CELLxGENE schema, as scanpy writes them, and other common spellings
-ID_COLUMNS = ("feature_id", "gene_ids", "ensembl_id", "gene_id")
+# Columns of var that hold ids or names: in the CELLxGENE schema, as scanpy writes them, and other common spellings;
+# Accession is that of velocyto, ensembl_ids that of the Human Cell Atlas
+ID_COLUMNS = ("feature_id", "gene_ids", "ensembl_id", "gene_id", "Accession", "ensembl_ids")
 NAME_COLUMNS = ("feature_name", "gene_symbols", "gene_symbol", "gene_name")
 
 

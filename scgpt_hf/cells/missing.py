@@ -41,9 +41,23 @@ def has_label(column: pd.Series, ignore: Sequence[str] = ()) -> npt.NDArray[np.b
         column: the labels. Shape (cells,).
         ignore: further values that are not labels.
     """
-    return has_value(column) & ~column.astype(object).astype(str).isin([UNKNOWN, *ignore]).to_numpy(np.bool_)
+    return has_value(column) & ~fill_missing(column).isin([UNKNOWN, *ignore]).to_numpy(np.bool_)
 
 
 def fill_missing(column: pd.Series) -> pd.Series:
-    """Return a column of obs as text, with "unknown" where a value is missing. Shape (cells,)."""
-    return column.astype(object).where(has_value(column), UNKNOWN).astype(str)
+    """Return a column of obs as text, with "unknown" where a value is missing. Shape (cells,).
+
+    A whole number has no decimals, so that clusters 0, 1, 2 have the same names whether or not some cells have none:
+    pandas reads integers with gaps as floats.
+
+    Example:
+        >>> fill_missing(pd.Series([1, 2.5, None])).tolist()
+        ['1', '2.5', 'unknown']
+    """
+    codes, values = pd.factorize(column)
+    texts = np.array([*map(_text_of, values), UNKNOWN], dtype=object)[codes]
+    return pd.Series(np.where(has_value(column), texts, UNKNOWN), index=column.index, name=column.name, dtype=str)
+
+
+def _text_of(value: object) -> str:
+    return str(int(value)) if isinstance(value, float | np.floating) and value.is_integer() else str(value)

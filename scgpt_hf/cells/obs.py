@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 
 from scgpt_hf.cells.block import Int64Array
-from scgpt_hf.cells.obs_filter import CELL_ID, ObsFilter, in_one_line
+from scgpt_hf.cells.obs_filter import CELL_ID, ObsFilter, has_order, in_one_line
 
 logger = logging.getLogger(__name__)
 
@@ -101,7 +101,10 @@ def read_matching_obs(frame: Any, obs_filter: str | None, columns: Sequence[str]
     """
     types = {field.name: field.type for field in frame.schema}
     require_columns(columns, [name for name in types if name != CELL_ID])
-    soma_filter = None if obs_filter is None else ObsFilter(obs_filter).to_soma(types)
+    soma_filter = None
+    if obs_filter is not None:
+        ordered = frame.get_enumeration_values([name for name, kind in types.items() if has_order(kind)])
+        soma_filter = ObsFilter(obs_filter).to_soma(types, ordered)
     rows = frame.read(value_filter=soma_filter, column_names=[CELL_ID, *columns])
     obs = rows.concat().to_pandas().set_index(CELL_ID).rename_axis("cell_id")[list(columns)]
     _require_matches(len(obs), obs_filter, frame.count)

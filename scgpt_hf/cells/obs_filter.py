@@ -105,17 +105,18 @@ class ObsFilter:
                 f"cannot parse the obs filter {text!r}: {reason}; expected a SOMA value filter such as {_EXAMPLE}"
             ) from error
 
-    def to_soma(self, types: Mapping[str, pa.DataType]) -> str:
+    def to_soma(self, types: Mapping[str, pa.DataType], ordered: Mapping[str, pa.Array]) -> str:
         """Return an equivalent filter that TileDB evaluates correctly.
 
         Args:
             types: the type of each column, from the schema of the SOMA dataframe.
+            ordered: the categories of each column with ordered categories, in their order.
 
         Raises:
             ValueError: a column does not exist, or cannot be compared with its constant.
         """
         self._require_columns(types)
-        return _write(self._condition, self._convert_constants(types))
+        return _write(self._condition, self._convert_constants(types, ordered))
 
     def matches(self, obs: pd.DataFrame) -> NDArray[np.bool_]:
         """Return whether each row of a pandas table matches. Shape (cells,).
@@ -131,7 +132,10 @@ class ObsFilter:
         columns = {
             name: self._to_arrow(name, obs.index.to_series() if name == CELL_ID else obs[name]) for name in names
         }
-        constants = self._convert_constants({name: column.type for name, column in columns.items()})
+        constants = self._convert_constants(
+            {name: column.type for name, column in columns.items()},
+            {name: column.dictionary for name, column in columns.items() if has_order(column.type)},
+        )
         matched: NDArray[np.bool_] = _evaluate(self._condition, columns, constants).to_numpy(zero_copy_only=False)
         return matched
 
@@ -155,20 +159,29 @@ class ObsFilter:
             ) from error
         return array.combine_chunks() if isinstance(array, pa.ChunkedArray) else array
 
-    def _convert_constants(self, types: Mapping[str, pa.DataType]) -> dict[_Comparison, list[Any]]:
+    def _convert_constants(
+        self, types: Mapping[str, pa.DataType], ordered: Mapping[str, pa.Array]
+    ) -> dict[_Comparison, list[Any]]:
         """Return the constants of each comparison as values of the type of its column."""
         converted = {}
         for comparison in _comparisons(self._condition):
             name = comparison.column
             try:
-                _require_order(comparison, types[name])
-                converted[comparison] = [_convert(constant, types[name]) for constant in comparison.constants]
+                constants = [_convert(constant, types[name]) for constant in comparison.constants]
+                if comparison.symbol in ("<", "<=", ">", ">=") and pa.types.is_dictionary(types[name]):
+                    _require_order(ordered.get(name), comparison.symbol, constants[0])
+                converted[comparison] = constants
             except (ValueError, OverflowError) as error:
                 raise ValueError(
                     f"cannot apply the obs filter {self.text!r}: the column {name!r}, of type "
                     f"{_value_type(types[name])}, {error}"
                 ) from error
         return converted
+
+
+def has_order(kind: pa.DataType) -> bool:
+    """Return whether a column of this type holds ordered categories."""
+    return bool(pa.types.is_dictionary(kind) and kind.ordered)
 
 
 def in_one_line(text: str) -> str:
@@ -287,10 +300,21 @@ def _comparisons(condition: _Condition) -> Iterator[_Comparison]:
             yield from _comparisons(part)
 
 
-def _require_order(comparison: _Comparison, kind: pa.DataType) -> None:
-    """Raise for `<` and its like on categories without an order, as TileDB does."""
-    if comparison.symbol in ("<", "<=", ">", ">=") and pa.types.is_dictionary(kind) and not kind.ordered:
-        raise ValueError(f"holds categories without an order; use ==, != or in, not {comparison.symbol}")
+def _require_order(categories: pa.Array | None, symbol: str, constant: Any) -> None:
+    """Raise unless a value has a place in the order of the categories.
+
+    TileDB finds no cell if it has none, and a SOMA may lack the categories that no cell has.
+
+    Args:
+        categories: the categories in their order, or None if they have no order.
+        symbol: `<` or its like.
+        constant: the value.
+    """
+    if categories is None:
+        raise ValueError(f"holds categories without an order; use ==, != or in, not {symbol}")
+    known = categories.to_pylist()
+    if constant not in known:
+        raise ValueError(f"has the categories {known}, in this order; {constant!r} is none of them; compare with one")
 
 
 def _convert(constant: Any, kind: pa.DataType) -> Any:
@@ -375,8 +399,7 @@ def _evaluate(
         matched = pc.take(_compare(column.dictionary, symbol, values), column.indices)
     else:
         place = pc.index(column.dictionary, pa.scalar(values[0], column.type.value_type)).as_py()
-        # a value that is no category has no place in their order, so no cell is below or above it
-        matched = _compare(column.indices, symbol, [place]) if place >= 0 else pa.nulls(len(column), pa.bool_())
+        matched = _compare(column.indices, symbol, [place])
     return pc.fill_null(matched, False)
 
 

@@ -101,7 +101,8 @@ def open_source(
             - `census://VERSION/ORGANISM`: a release of the public Census;
             - a folder: a SOMA in the Census layout, one organism of it, or a cache;
             - `hf://datasets/OWNER/NAME`: a cache on the Hub, which is downloaded once;
-            - one or several files: `.h5ad` (also `.gz`), `.zarr`, `.h5` of 10x, folders of 10x with `matrix.mtx`;
+            - one or several files: `.h5ad` (also `.gz`), `.zarr`, `.h5` of 10x, folders of 10x with `matrix.mtx`,
+              `.loom`, tables of counts as `.csv` or `.tsv`;
             - an AnnData, which is not copied.
         obs_filter: SOMA value filter, e.g. `tissue_general == 'blood' and disease == 'normal'`.
         layer: layer with the raw counts; `.raw` for that of an AnnData. By default "raw" of a Census. Of a file or an

@@ -31,7 +31,7 @@ import numpy as np
 import torch
 
 from scgpt_hf.cells.block import CellBlock, Int64Array
-from scgpt_hf.cells.missing import has_value
+from scgpt_hf.cells.missing import fill_missing, has_value
 from scgpt_hf.cells.schedule.epoch import Plan, list_windows
 from scgpt_hf.cells.source import CellSource
 from scgpt_hf.cells.threads import JOIN_TIMEOUT_S, DaemonThreadPool, in_order, n_cores
@@ -402,7 +402,7 @@ class CellStream:
     def _class_ids(self, block: CellBlock, key: str) -> Int64Array:
         """Return the class id of each cell of the block, from its value in the obs column of a category. (cells,)."""
         column, id_of_value = self.config.categories[key]
-        values = block.obs[column].astype(object).astype(str)
+        values = fill_missing(block.obs[column])
         known = has_value(block.obs[column])
         ids = values.where(known).map(id_of_value)
         if n_missing := int((~known).sum()):
@@ -422,7 +422,7 @@ class CellStream:
 
 def _label_ids(block: CellBlock, column: str, id_of_label: Mapping[str, int]) -> Int64Array:
     """Return the class id of each cell of the block, and −100 for a cell without a label. Shape (cells,)."""
-    ids = block.obs[column].astype(object).astype(str).map(id_of_label)
+    ids = fill_missing(block.obs[column]).map(id_of_label)
     return np.asarray(ids.where(has_value(block.obs[column])).fillna(int(IGNORE)), dtype=np.int64)
 
 

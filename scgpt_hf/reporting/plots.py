@@ -21,7 +21,7 @@ from matplotlib.textpath import TextPath
 
 from scgpt_hf.cells.atomic import replace_file
 from scgpt_hf.cells.block import FloatArray
-from scgpt_hf.cells.missing import has_value
+from scgpt_hf.cells.missing import fill_missing, has_value
 
 # The first eight can be distinguished with every common kind of color blindness (Okabe & Ito 2008,
 # jfly.uni-koeln.de/color). There are no twenty such hues, so the others also differ in lightness.
@@ -191,7 +191,7 @@ def _require_coordinates(coordinates: FloatArray, panels: Mapping[str, Sequence[
 def _colors(categories: Sequence[str]) -> tuple[npt.NDArray[np.str_], dict[str, str]]:
     """Return the color of each cell, and the legend: name with the number of cells → color."""
     values = pd.Series(list(categories), dtype=object)
-    names = values.where(has_value(values), "unlabelled").astype(str)
+    names = fill_missing(values).where(has_value(values), "unlabelled")
     sizes = names.value_counts()
     ordered = sorted(set(sizes.index) - set(UNLABELLED), key=lambda name: (-sizes[name], name))
     shown = ordered if len(ordered) <= len(PALETTE) else ordered[: len(PALETTE) - 1]

@@ -16,6 +16,7 @@ from huggingface_hub.errors import StrictDataclassError
 from numpy.typing import NDArray
 
 from scgpt_hf.cells.block import Float64Array, Int64Array
+from scgpt_hf.cells.missing import fill_missing
 from scgpt_hf.cells.selection.counts import sums_per_batch
 from scgpt_hf.cells.selection.gene_vectors import gene_vectors
 from scgpt_hf.cells.source import CellSource
@@ -130,7 +131,7 @@ def start_at_frequencies(model: ScGPTForPreTraining, source: CellSource, selecti
         domain_of_cell = np.zeros(len(train), np.int64)
         if key is not None:
             domain_of_cell = np.asarray(
-                source.obs([key]).loc[train, key].astype(str).map(selection.domain_ids), np.int64
+                fill_missing(source.obs([key]).loc[train, key]).map(selection.domain_ids), np.int64
             )
         sums, presence = sums_per_batch(source, train, genes, domain_of_cell)[0], source.presence(train)
         totals = np.pad(sums, ((0, n_domains - len(sums)), (0, 0)))  # the last domains may have no training cells

@@ -153,7 +153,7 @@ def select_cells_and_genes(source: CellSource, data: DataSettings, seed: int) ->
         # A cell may express none of the variable genes. With all genes, `min_genes` already excludes such cells.
         parts = {part: cells_expressing(source, ids, columns) for part, ids in parts.items()}
     genes = source.genes["feature_id"].to_numpy()[columns]
-    domains = [] if data.batch_key is None else sorted(obs[data.batch_key].astype(str).unique())
+    domains = [] if data.batch_key is None else sorted(fill_missing(obs[data.batch_key]).unique())
     n_donors = {part: int(obs.loc[cell_ids, data.donor_key].nunique()) for part, cell_ids in parts.items()}
     return Selection(parts, genes.tolist(), domains, n_donors, classes)
 
@@ -170,7 +170,7 @@ def labels_of(source: CellSource, cell_ids: Int64Array, column: str) -> list[str
         ValueError: the cells have fewer than two labels.
     """
     values = source.obs([column]).loc[cell_ids, column]
-    labels = sorted(values[has_label(values)].astype(object).astype(str).unique())
+    labels = sorted(fill_missing(values[has_label(values)]).unique())
     if len(labels) < 2:
         raise ValueError(
             f"of {len(values):,} training cells, obs[{column!r}] has the labels {labels}; expected two or more, not "
@@ -213,7 +213,7 @@ def supervision_of(source: CellSource, selection: Selection, column: str | None)
     shares = {}
     for part, cell_ids in selection.parts.items():
         of_part = values.loc[pd.Index(cell_ids)]
-        learned = has_label(of_part) & of_part.astype(object).astype(str).isin(selection.classes).to_numpy()
+        learned = has_label(of_part) & fill_missing(of_part).isin(selection.classes).to_numpy()
         shares[f"labelled_{part}"] = float(learned.mean())
     return {"column": column, "classes": selection.classes, **shares}
 

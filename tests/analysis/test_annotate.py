@@ -14,6 +14,7 @@ import torch
 from anndata import AnnData
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.sparse import csr_array, csr_matrix
 
 from scgpt_hf import (
     ScGPTConfig,
@@ -24,6 +25,7 @@ from scgpt_hf import (
     transfer_labels,
 )
 from scgpt_hf.analysis.annotate_file import annotate_file
+from scgpt_hf.analysis.evaluation.selected_cells import select_cells
 from tests.support import ROOT
 
 SCRIPT = ROOT / "scripts" / "annotate.py"
@@ -161,6 +163,18 @@ def test_cells_of_a_type_that_the_reference_lacks_are_far_and_can_be_unassigned(
     report = transfer_labels(adata, reference, n_neighbors=5, max_distance=5.0, overwrite=True)
     assert (adata.obs["predicted_cell_type"][10:] == "unassigned").all()
     assert (adata.obs["predicted_cell_type"][:10] == "T cell").all()
+
+
+@pytest.mark.parametrize("form", [csr_matrix, csr_array, pd.DataFrame])
+def test_embeddings_may_be_sparse_or_tables(form: Any) -> None:
+    reference, query = make_embedded([[0, 1], [0, 2], [9, 0], [8, 0]], list("aabb")), make_embedded([[7, 0], [0, 1]])
+    for adata in (reference, query):
+        vectors = adata.obsm["X_scgpt"]
+        adata.obsm["X_scgpt"] = form(vectors, index=adata.obs_names) if form is pd.DataFrame else form(vectors)
+    transfer_labels(query, reference, n_neighbors=2)
+    assert query.obs["predicted_cell_type"].tolist() == ["b", "a"]
+    cells = select_cells(reference, ["X_scgpt"], "cell_type", "cell_type")
+    np.testing.assert_array_equal(cells.embeddings["X_scgpt"], [[0, 1], [0, 2], [9, 0], [8, 0]])
 
 
 def test_unlabelled_and_unembedded_cells_of_the_reference_do_not_vote() -> None:

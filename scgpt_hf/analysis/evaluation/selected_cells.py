@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
+from scgpt_hf.analysis.embed import embedding_of
 from scgpt_hf.cells.block import FloatArray
 from scgpt_hf.cells.missing import fill_missing, has_label, has_value
 from scgpt_hf.cells.obs import require_named_columns
@@ -113,6 +114,6 @@ def select_cells(
 def _read_embedding(adata: "AnnData", key: str, rows: Rows) -> FloatArray:
     """Return the embedding of the given rows as float32, shape (rows, features)."""
     try:
-        return require_embedding(np.asarray(adata.obsm[key])[rows], len(rows))
+        return require_embedding(embedding_of(adata, key)[rows], len(rows))
     except ValueError as error:
         raise ValueError(f"obsm[{key!r}]: {error}") from error

@@ -22,7 +22,8 @@ import pandas as pd
 from anndata import AnnData
 from anndata.io import read_elem, write_elem
 
-from scgpt_hf.cells.files.formats import SUPPORTED, find_format
+from scgpt_hf.cells.files.formats import SUPPORTED, Format, find_format
+from scgpt_hf.cells.files.loom_and_text import read_loom, read_text_table
 from scgpt_hf.cells.files.matrices import copy_matrix, native, open_matrix
 from scgpt_hf.cells.files.probe import require_readable
 from scgpt_hf.cells.files.tenx import read_10x_folder, read_10x_hdf5
@@ -31,6 +32,13 @@ from scgpt_hf.cells.files.validation import translate_read_errors
 logger = logging.getLogger(__name__)
 
 RAW = ".raw"  # the name of AnnData's `.raw` among the layers
+
+
+# Formats that are read into memory and are no HDF5 → the kind of the source, and the function that reads a path.
+_READ_INTO_MEMORY: dict[Format | None, tuple[str, Callable[[Path], AnnData]]] = {
+    "10x matrix": ("10x", read_10x_folder),
+    "text": ("text", read_text_table),
+}
 
 
 def _nothing() -> None:
@@ -43,7 +51,7 @@ class Contents:
 
     Attributes:
         name: the path of the file, or "AnnData".
-        kind: "anndata", "h5ad", "zarr" or "10x".
+        kind: "anndata", "h5ad", "zarr", "10x", "loom" or "text".
         matrices: the layers by name, with "X" and `.raw`; those that the file does not have are absent.
         obs: all columns of all cells. Shape (cells, columns).
         var: the genes of "X" and of the layers. Shape (genes, columns).
@@ -70,7 +78,7 @@ def require_readable_files(paths: Sequence[Path]) -> None:
     Raises:
         ChildProcessError, FileNotFoundError, ValueError: see `require_readable`.
     """
-    plain = [path for path in paths if path.suffix.lower() != ".gz" and find_format(path) == "hdf5"]
+    plain = [path for path in paths if path.suffix.lower() != ".gz" and find_format(path) in ("hdf5", "loom")]
     require_readable([str(path) for path in plain])
 
 
@@ -91,12 +99,12 @@ def open_contents(path: str | Path) -> Contents:
         with translate_read_errors(str(path), "an AnnData in zarr format"):
             group = zarr.open_group(path, mode="r")
         return _open_groups(group, str(path), "zarr")
-    if found == "10x matrix":
-        return contents_of(read_10x_folder(path), str(path), "10x")
+    if found in _READ_INTO_MEMORY:
+        kind, read = _READ_INTO_MEMORY[found]
+        return contents_of(read(path), str(path), kind)
     with decompressed(path) as plain:
-        require_readable([str(plain)], [str(path)])
-        if _is_10x(plain, str(path)):
-            return contents_of(read_10x_hdf5(plain, str(path)), str(path), "10x")
+        if in_memory := _read_hdf5(plain, str(path), found):
+            return contents_of(in_memory, str(path), "loom" if found == "loom" else "10x")
         with translate_read_errors(str(path)):
             file = h5py.File(plain, "r")
         try:
@@ -126,12 +134,11 @@ def open_anndata(path: str | Path) -> AnnData:
             layers = {name: open_matrix(group[f"layers/{name}"]) for name in group.get("layers", {})}
             raw = {"X": open_matrix(group["raw/X"]), "var": read_elem(group["raw/var"])} if "raw/X" in group else None
             return AnnData(open_matrix(group["X"]) if "X" in group else None, layers=layers, raw=raw, **parts)
-    if found == "10x matrix":
-        return read_10x_folder(path)
+    if found in _READ_INTO_MEMORY:
+        return _READ_INTO_MEMORY[found][1](path)
     with decompressed(path) as plain:
-        require_readable([str(plain)], [str(path)])
-        if found == "hdf5" and _is_10x(plain, str(path)):
-            return read_10x_hdf5(plain, str(path))
+        if in_memory := _read_hdf5(plain, str(path), found):
+            return in_memory
         with translate_read_errors(str(path)), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # on files of old versions, which are read all the same
             return anndata.read_h5ad(plain, backed="r")
@@ -150,14 +157,22 @@ def copy_as_h5ad(path: Path, target: Path) -> None:
         with translate_read_errors(str(path), "an AnnData in zarr format"), h5py.File(target, "w") as file:
             _copy_group(zarr.open_group(path, mode="r"), file)
         return
-    if found == "10x matrix":
-        read_10x_folder(path).write_h5ad(target)
+    if found in _READ_INTO_MEMORY:
+        _READ_INTO_MEMORY[found][1](path).write_h5ad(target)
         return
     with decompressed(path) as plain:
-        if found == "hdf5" and _is_10x(plain, str(path)):
-            read_10x_hdf5(plain, str(path)).write_h5ad(target)
+        if in_memory := _read_hdf5(plain, str(path), found):
+            in_memory.write_h5ad(target)
         else:
             shutil.copyfile(plain, target)
+
+
+def _read_hdf5(plain: Path, name: str, found: Format | None) -> AnnData | None:
+    """Return the cells of an HDF5 file that is read into memory, or None for an AnnData, which stays on disk."""
+    require_readable([str(plain)], [name])
+    if found == "loom":
+        return read_loom(plain, name)
+    return read_10x_hdf5(plain, name) if found == "hdf5" and _is_10x(plain, name) else None
 
 
 def _copy_group(source: Any, file: h5py.File) -> None:

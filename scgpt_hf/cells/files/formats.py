@@ -7,8 +7,10 @@
 | folder `.zarr` | zarr | anndata | stay on disk |
 | `.h5` of 10x, also `.h5.gz` | hdf5 | `scanpy.read_10x_h5` | in memory |
 | folder with `matrix.mtx`, or that file, plain or `.gz` | 10x matrix | `scanpy.read_10x_mtx` | in memory |
+| `.loom` | loom | `anndata.io.read_loom`, with loompy | in memory |
+| `.csv`, `.tsv`, `.txt`, plain or `.gz`: a table of counts | text | pandas | in memory |
 
-Letter case does not matter in suffixes. `contents.py` opens files, with `tenx.py` for those of 10x.
+Letter case does not matter in suffixes. `contents.py` opens files, with `tenx.py` and `loom_and_text.py`.
 """
 
 import os
@@ -17,11 +19,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, TypeAlias
 
-Format: TypeAlias = Literal["hdf5", "zarr", "10x matrix"]
+Format: TypeAlias = Literal["hdf5", "zarr", "10x matrix", "loom", "text"]
 
-SUPPORTED = ".h5ad (also .gz), .zarr, .h5 of 10x, or a 10x folder with matrix.mtx"
+SUPPORTED = ".h5ad (also .gz), .zarr, .h5 of 10x, a 10x folder with matrix.mtx, .loom, or counts as .csv or .tsv"
 MATRIX = "matrix.mtx"
-_HDF5 = (".h5ad", ".h5", ".hdf5")
+_SUFFIXES: dict[Format, tuple[str, ...]] = {
+    "hdf5": (".h5ad", ".h5", ".hdf5"),
+    "10x matrix": (MATRIX,),
+    "loom": (".loom",),
+    "text": (".csv", ".tsv", ".txt"),
+}
 
 
 def find_format(path: Path) -> Format | None:
@@ -36,9 +43,8 @@ def find_format(path: Path) -> Format | None:
         if name.endswith(".zarr") or any((path / file).exists() for file in ("zarr.json", ".zgroup", ".zattrs")):
             return "zarr"
         return "10x matrix" if matrix_files(path) else None
-    if name.removesuffix(".gz").endswith(_HDF5):
-        return "hdf5"
-    return "10x matrix" if name.removesuffix(".gz").endswith(MATRIX) else None
+    plain = name.removesuffix(".gz")
+    return next((found for found, suffixes in _SUFFIXES.items() if plain.endswith(suffixes)), None)
 
 
 def matrix_files(folder: Path) -> list[str]:
@@ -59,7 +65,8 @@ def name_files(paths: Sequence[str | Path]) -> list[str]:
         >>> name_files(["s1/outs/filtered.h5ad", "s2/outs/filtered.h5ad", "blood.h5ad.gz"])
         ['s1', 's2', 'blood']
     """
-    names = [re.sub(r"(?i)(\.(h5ad|h5|hdf5|zarr|mtx))?(\.gz)?$", "", Path(path).name) for path in paths]
+    suffix = r"(?i)(\.(h5ad|h5|hdf5|zarr|mtx|loom|csv|tsv|txt))?(\.gz)?$"
+    names = [re.sub(suffix, "", Path(path).name) for path in paths]
     for name in {name for name in names if names.count(name) > 1}:
         same = [index for index, other in enumerate(names) if other == name]
         parents = [Path(paths[index]).absolute().parent for index in same]

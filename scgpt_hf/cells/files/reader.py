@@ -33,6 +33,8 @@ from scgpt_hf.cells.presence import Presence
 
 logger = logging.getLogger(__name__)
 
+EXACT_IN_FLOAT32 = 2**24  # float32 holds all whole numbers up to this one
+
 
 @dataclass(frozen=True)
 class AnnDataPart:
@@ -40,7 +42,7 @@ class AnnDataPart:
 
     Attributes:
         name: the path of the file, or "AnnData".
-        kind: "anndata", "h5ad", "zarr" or "10x".
+        kind: "anndata", "h5ad", "zarr", "10x", "loom" or "text".
         layer: the layer with the raw counts.
         counts: raw counts, in memory or on disk. Shape (cells, genes).
         obs: all columns of all cells. Shape (cells, columns).
@@ -72,9 +74,7 @@ class AnnDataPart:
         """
         counts = read_rows(self.counts, rows, self.name, whole=not self.round_counts)
         require_counts(counts, self.name, whole=not self.round_counts)
-        n_stored = counts.nnz
-        counts.sum_duplicates()
-        if counts.nnz < n_stored:
+        if _sum_repeated(counts, self.name):
             _warn_of_repeats(self.name)
         if self.round_counts:
             np.rint(counts.data, out=counts.data)
@@ -179,7 +179,7 @@ class AnnDataSource:
             shape = (len(rows), len(self.genes))
             blocks.append(csr_matrix((counts.data, place[counts.indices], counts.indptr), shape=shape))
         counts = vstack(blocks, format="csr")[np.argsort(order)]
-        counts.sum_duplicates()  # sorts the genes, and sums columns of a file that have the same id
+        _sum_repeated(counts, ", ".join(part.name for part in self.parts))  # columns of a file that have the same id
         return CellBlock.from_scipy(counts, self._obs.loc[cell_ids, list(columns)], cell_ids)
 
     def presence(self, cell_ids: Int64Array) -> Presence:
@@ -204,6 +204,28 @@ class AnnDataSource:
             "n_genes": len(self.genes),
             "gene_hash": gene_hash(self.genes["feature_id"]),
         }
+
+
+def _sum_repeated(counts: csr_matrix, where: str) -> bool:
+    """Sort each row by gene, add up the counts of a repeated gene, and return whether there was any.
+
+    Args:
+        counts: float32 counts, which are changed. Shape (cells, genes).
+        where: the name of the file, for the error.
+
+    Raises:
+        ValueError: float32 may have rounded a sum.
+    """
+    n_stored = counts.nnz
+    counts.sum_duplicates()
+    if counts.nnz == n_stored:
+        return False
+    if (largest := counts.data.max()) >= EXACT_IN_FLOAT32:
+        raise ValueError(
+            f"{where}: the counts of a gene that occurs several times add up to {largest:.0f} in a cell, which float32 "
+            "may have rounded; expected raw counts, whole numbers of up to 16,777,216"
+        )
+    return True
 
 
 @cache

@@ -26,7 +26,7 @@ import pandas as pd
 
 from scgpt_hf.cells.atomic import write_atomically
 from scgpt_hf.cells.block import Int64Array
-from scgpt_hf.cells.missing import has_value
+from scgpt_hf.cells.missing import fill_missing, has_value
 
 # How many times the donors are placed at random; the placement closest to the fractions is kept.
 _N_PLACEMENTS = 300
@@ -118,7 +118,7 @@ def find_donors(obs: pd.DataFrame, donor_key: str) -> tuple[npt.NDArray[np.intp]
             "(--donor_key, --hvg_batch_key), or leave these cells out (--obs_filter; `cells_with_value` in Python)"
         )
     # As text: the same donors must get the same numbers whether a column is categorical, text or numeric.
-    donor_of_cell, donors = pd.factorize(obs[donor_key].astype(str), sort=True)
+    donor_of_cell, donors = pd.factorize(fill_missing(obs[donor_key]), sort=True)
     return donor_of_cell, pd.Index(donors)
 
 

@@ -350,8 +350,8 @@ def _write_table(parent: Any, name: str, table: pd.DataFrame, dictionaries: Sequ
     """
     table = table.assign(soma_joinid=np.arange(len(table), dtype=np.int64))
     for column in table:
-        if not _is_number(table[column]):  # text and mixed columns; a missing value becomes null
-            table[column] = table[column].astype(object).where(has_value(table[column]), None).map(str, "ignore")
+        if not _is_number(table[column]):
+            table[column] = _as_text(table[column])
     fields = [pa.field(column, _arrow_type(table[column], column in dictionaries)) for column in table]
     schema = pa.schema(fields)
     parent.add_new_dataframe(
@@ -368,9 +368,28 @@ def _is_number(column: pd.Series) -> bool:
     return column.dtype.kind in "biuf"
 
 
+def _as_text(column: pd.Series) -> pd.Series:
+    """Return a column of text, of categories or of mixed values as text, with None where a value is missing.
+
+    Ordered categories keep their order, which filters such as `grade > 'low'` follow. Only those that occur are kept:
+    tiledbsoma drops the others from some tables.
+    """
+    text = fill_missing(column).astype(object).where(has_value(column), None)
+    if not _has_order(column):
+        return text
+    categories = fill_missing(pd.Series(column.cat.categories))
+    return text.astype(pd.CategoricalDtype(categories, ordered=True)).cat.remove_unused_categories()
+
+
+def _has_order(column: pd.Series) -> bool:
+    return isinstance(column.dtype, pd.CategoricalDtype) and bool(column.dtype.ordered)
+
+
 def _arrow_type(column: pd.Series, dictionary: bool) -> pa.DataType:
     if _is_number(column):
         return pa.from_numpy_dtype(getattr(column.dtype, "numpy_dtype", column.dtype))
+    if _has_order(column):
+        return pa.dictionary(pa.int32(), pa.large_string(), ordered=True)
     return pa.dictionary(pa.int32(), pa.large_string()) if dictionary else pa.large_string()
 
 

@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 from transformers import set_seed
 
+from scgpt_hf.cells.missing import fill_missing
 from scgpt_hf.cells.obs import require_named_columns
 from scgpt_hf.cells.selection.filters import cells_expressing, cells_with_value
 from scgpt_hf.cells.selection.splits import split_within
@@ -133,7 +134,7 @@ def _domains(source: CellSource, processor: ScGPTProcessor, batch_key: str) -> "
     require_named_columns({"--batch_key": batch_key}, source.obs_columns)
     obs = source.obs([batch_key])
     known = np.flatnonzero(match_source_genes(source.genes, processor)[0] >= 0)
-    domain_of = obs.loc[cells_expressing(source, cells_with_value(obs, batch_key), known), batch_key].astype(str)
+    domain_of = fill_missing(obs.loc[cells_expressing(source, cells_with_value(obs, batch_key), known), batch_key])
     if domain_of.nunique() < 2:
         raise ValueError(
             f"integration needs two or more experimental batches; all {len(domain_of):,} cells have "

@@ -12,7 +12,7 @@ import numpy.typing as npt
 import pandas as pd
 
 from scgpt_hf.cells.block import Int64Array
-from scgpt_hf.cells.missing import has_label, has_value
+from scgpt_hf.cells.missing import fill_missing, has_label, has_value
 from scgpt_hf.cells.selection.splits import split_cells, split_within
 
 logger = logging.getLogger(__name__)
@@ -86,7 +86,7 @@ def select_labelled(
         ValueError: fewer than two labels are left, or a cell has no value in `donor_key`.
     """
     labelled = has_label(obs[labels_key], ignore_labels)
-    label_of_cell = obs[labels_key][labelled].astype(object).astype(str)
+    label_of_cell = fill_missing(obs[labels_key][labelled])
     n_cells = label_of_cell.value_counts().sort_index()
     rare = {str(name): int(n) for name, n in n_cells[n_cells < min_cells].items()}
     label_of_cell = label_of_cell[~label_of_cell.isin(list(rare)).to_numpy()]

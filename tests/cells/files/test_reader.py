@@ -199,6 +199,18 @@ def test_repeated_entries_are_added_up_with_one_warning(cells, caplog):
     assert len([record for record in caplog.records if "repeated entries" in record.getMessage()]) == 1
 
 
+@pytest.mark.parametrize("repeated", ["entry", "gene"])
+@pytest.mark.filterwarnings("ignore:Variable names are not unique")
+def test_sums_that_float32_would_round_raise(cells, repeated):
+    # 2**24 + 1 is the first whole number that float32 does not have: it becomes 2**24.
+    indices, indptr = np.array([1, 1] if repeated == "entry" else [1, 2]), np.array([0, 2] + [2] * 29)
+    cells.X = csr_matrix((np.array([2**24, 1], np.float32), indices, indptr), shape=(30, 5))
+    if repeated == "gene":
+        cells.var_names = ["A", "B", "B", "C", "D"]
+    with pytest.raises(ValueError, match="AnnData: the counts of a gene that occurs several times add up to 16777216"):
+        AnnDataSource(cells).read(np.arange(30))
+
+
 def test_a_repeated_column_of_obs_is_named(cells):
     cells.obs = pd.concat([cells.obs, cells.obs], axis="columns")
     with pytest.raises(ValueError, match=r"AnnData: expected each column of obs once, found \['donor_id'\]"):
