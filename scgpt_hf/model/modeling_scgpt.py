@@ -458,7 +458,7 @@ class ScGPTForPreTraining(ScGPTPreTrainedModel):
         n_labels, n_cells, n_labelled = totals if totals[0] is not None else (None, None, None)
         share, labels = share_of_batch(required("labels"), n_labels), required("labels")
         # Without their number, the labelled cells of each part count by its share of the masked tokens.
-        class_share = share if n_labelled is None else 1.0
+        class_share = share if n_labelled is None else torch.ones_like(share)
         # Functions, so that only the objectives with a weight are computed; some cost a second forward pass.
         objectives = {
             "gep": lambda: masked_mse(predicted["gep"], labels, n_labels),

@@ -92,6 +92,8 @@ def read_summary(run: Path) -> RunRecord:
         "genes": len(split.get("source.genes", list) or []) or None,
         "composition": split.get("source.composition", dict),
     }
+    if column := split.get("source.steps.supervise_by", str):
+        known["supervision"] = {"column": column, "classes": split.get("source.classes", list)}
     for part in ("train", "validation"):
         known[f"{part}_donors"] = len(split.get(f"parts.{part}.donors", list) or []) or None
         known[f"{part}_cells"] = split.get(f"parts.{part}.n_cells", int)

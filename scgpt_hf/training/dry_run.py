@@ -35,8 +35,10 @@ def describe_run(data_module: DataModule, model: ScGPTForPreTraining, args: Trai
     lengths = np.concatenate([lengths_of(batch).numpy() for batch in batches])
     n_steps = data_module.schedule.n_steps
     low, high = np.quantile(lengths, [0.25, 0.75])
-    mean_tokens = float(np.square(lengths).sum() / lengths.sum())  # over tokens, as attention sees it
-    flops_per_cell = training_flops_per_token(model.config, mean_tokens) * lengths.mean()
+    views = [lengths_of(batch, "view_").numpy() for batch in batches if "view_input_ids" in batch]
+    encoded = np.concatenate([lengths, *views])
+    mean_tokens = float(np.square(encoded).sum() / encoded.sum())  # over tokens, as attention sees it
+    flops_per_cell = training_flops_per_token(model.config, mean_tokens) * encoded.sum() / len(lengths)
     flops_per_step = (flops_per_cell + training_flops_per_cell(model.config)) * plan.batch_size
     seconds_per_step = _time_micro_batch(model, batches, args) * args.gradient_accumulation_steps
     lines = {

@@ -362,6 +362,8 @@ def _validate_training(args: TrainingArguments) -> None:
         raise ValueError(
             f"torch_compile_mode is {args.torch_compile_mode!r}; choose one of {', '.join(_COMPILE_MODES)}"
         )
+    if args.optim == MUON and args.optim_args:
+        raise ValueError(f"optim_args {args.optim_args!r} has no effect with --optim {MUON}; leave it out")
     _require_scheduler(args)
     if args.average_tokens_across_devices is False:
         raise ValueError(

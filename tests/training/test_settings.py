@@ -250,6 +250,8 @@ def test_a_complete_learning_rate_schedule_is_accepted(words):
 
 def test_muon_is_an_optimizer_by_name_and_unknown_names_raise():
     assert parse("--optim", "muon").training.optim == "muon"
+    with pytest.raises(ValueError, match=r"optim_args .* has no effect"):
+        parse("--optim", "muon", "--optim_args", "momentum=0.8")
     with pytest.raises(ValueError, match="not a valid OptimizerNames"):
         parse("--optim", "moun")
 

@@ -139,6 +139,11 @@ def test_card_report_and_config_say_that_the_run_was_supervised(trained, small_c
     assert supervision["column"] == "cell_type"
     assert supervision["labelled_train"] == pytest.approx(2 / 3, abs=0.1)
     assert supervision["labelled_validation"] < supervision["labelled_train"]  # platelets cannot be learned
+    (folder / "summary.json").rename(folder / "kept.json")
+    in_progress = str(model_card(folder))
+    (folder / "kept.json").rename(folder / "summary.json")
+    assert "This model was trained with labels" in in_progress
+    assert "not recorded" not in in_progress
     card = str(model_card(folder))
     assert "| Supervised by (obs column) | `cell_type` |" in card
     assert f"{supervision['labelled_train']:.1%} of the training cells" in card

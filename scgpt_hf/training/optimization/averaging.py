@@ -18,7 +18,8 @@ class WeightAverage:
     """The moving average of the weights of a model during a run.
 
     After step t, every average moves by 1 - min(decay, (1 + t) / (10 + t)) of the way to the weight. The second term
-    lets the average follow the first steps, whose weights are far from the final ones.
+    lets the average follow the first steps, whose weights are far from the final ones. Buffers, such as the statistics
+    of a batch norm, are not averaged.
 
     Attributes:
         weights: the average of each weight by name.
