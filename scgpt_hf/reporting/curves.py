@@ -4,6 +4,7 @@
 """
 
 from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,10 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import MaxNLocator
 
 from scgpt_hf.cells.block import FloatArray
+from scgpt_hf.publishing.record import read_metrics
+from scgpt_hf.reporting.page import Html, inline_svg
 from scgpt_hf.reporting.plots import GREY, PALETTE, SMALL
+from scgpt_hf.training.run_folder import METRICS
 
 Curves = dict[str, tuple[FloatArray, FloatArray]]
 
@@ -47,6 +51,19 @@ def plot_loss(metrics: Sequence[Mapping[str, Any]], panels: Collection[str] = ("
     for axes, (draw, curves) in zip(figure.subplots(1, len(shown), squeeze=False)[0], shown, strict=True):
         draw(axes, curves, metrics)
     return figure
+
+
+def loss_figures(run: Path, captions: Mapping[str, str]) -> list[Html]:
+    """Return the loss curves of a run as one figure for each panel that has data.
+
+    Args:
+        run: the run folder; without metrics.jsonl the list is empty.
+        captions: caption of each panel, "training" and "validation".
+    """
+    metrics = read_metrics(run / METRICS) if (run / METRICS).is_file() else []
+    keys = {"training": "loss", "validation": "eval_gep_mse"}
+    drawn = [panel for panel, key in keys.items() if any(key in line for line in metrics)]
+    return [inline_svg(plot_loss(metrics, [panel]), captions[panel]) for panel in drawn]
 
 
 def _curves(metrics: Sequence[Mapping[str, Any]], keys: Mapping[str, str]) -> Curves:

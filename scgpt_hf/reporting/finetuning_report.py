@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from scgpt_hf.publishing.record import UNKNOWN, RunRecord, read_metrics
+from scgpt_hf.publishing.record import UNKNOWN, RunRecord
 from scgpt_hf.publishing.run_summary import (
     about_held_out,
     classifier_rows,
@@ -18,7 +18,7 @@ from scgpt_hf.publishing.run_summary import (
     finetuning_recipe,
     label_rows,
 )
-from scgpt_hf.reporting.curves import plot_loss
+from scgpt_hf.reporting.curves import loss_figures
 from scgpt_hf.reporting.page import (
     Html,
     code_block,
@@ -35,8 +35,9 @@ from scgpt_hf.reporting.page import (
 )
 from scgpt_hf.reporting.plots_predictions import plot_calibration, plot_confusion, plot_f1
 from scgpt_hf.scoring.classification import f1_by_type
-from scgpt_hf.training.run_folder import BEST_MODEL, METRICS, SETTINGS, SUMMARY
+from scgpt_hf.training.run_folder import BEST_MODEL, SETTINGS, SUMMARY
 
+_CAPTIONS = {"training": "Loss on training cells.", "validation": "Error on masked genes of held-out cells."}
 # Long tables of the summary that the page shows as separate figures or tables.
 _SHOWN = {"confusion", "labels", "reliability", "data", "composition", "domains"}
 
@@ -64,7 +65,7 @@ def finetuning_report(run: Path) -> str:
         lead,
         _key_numbers(summary),
         _predictions(summary),
-        section("Learning", figures(*_curves(run), umap), _errors(summary)),
+        section("Learning", figures(*loss_figures(run, _CAPTIONS), umap), _errors(summary)),
         section("Labels", _labels(summary)),
         section("Data", table([*finetuning_data(summary).items()]), paragraph("Numbers in brackets count cells.")),
         section("Training", table([*finetuning_recipe(summary, settings).items()])),
@@ -124,14 +125,6 @@ def _predictions(summary: RunRecord) -> Html:
         paragraph(f"{about_held_out(summary)} Cells were held out by {summary.text('held_out')}."),
         figures(*drawn),
     )
-
-
-def _curves(run: Path) -> list[Html]:
-    metrics = read_metrics(run / METRICS) if (run / METRICS).is_file() else []
-    panels = {"training": "loss", "validation": "eval_gep_mse"}
-    captions = {"training": "Loss on training cells.", "validation": "Error on masked genes of held-out cells."}
-    drawn = [panel for panel, key in panels.items() if any(key in line for line in metrics)]
-    return [inline_svg(plot_loss(metrics, [panel]), captions[panel]) for panel in drawn]
 
 
 def _errors(summary: RunRecord) -> Html:

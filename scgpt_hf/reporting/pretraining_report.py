@@ -5,7 +5,7 @@ Numbers come from the run folder, as `publishing/run_summary.py` states them. `p
 
 from pathlib import Path
 
-from scgpt_hf.publishing.record import RunRecord, read_metrics
+from scgpt_hf.publishing.record import RunRecord
 from scgpt_hf.publishing.run_summary import (
     error_rows,
     pretraining_data,
@@ -13,7 +13,7 @@ from scgpt_hf.publishing.run_summary import (
     read_summary,
     supervision_rows,
 )
-from scgpt_hf.reporting.curves import plot_loss
+from scgpt_hf.reporting.curves import loss_figures
 from scgpt_hf.reporting.page import (
     Html,
     bar,
@@ -22,15 +22,18 @@ from scgpt_hf.reporting.page import (
     figures,
     format_value,
     inline_png,
-    inline_svg,
     key_numbers,
     page,
     paragraph,
     section,
     table,
 )
-from scgpt_hf.training.run_folder import BEST_MODEL, METRICS, SETTINGS, SUMMARY
+from scgpt_hf.training.run_folder import BEST_MODEL, SETTINGS, SUMMARY
 
+_CAPTIONS = {
+    "training": "Loss on training cells: faint line as logged, bold line running mean.",
+    "validation": "Error on held-out donors; dashed lines are simple predictions and the tie floor.",
+}
 _ERRORS_EXPLAINED = (
     "The model predicts the expression of masked genes in cells of held-out donors. Expression values are bins (ranks "
     "within a cell), so errors are in bins squared, and say little without the simple predictions in the table. A "
@@ -99,25 +102,13 @@ def _key_numbers(summary: RunRecord) -> Html:
 
 def _learning(run: Path, summary: RunRecord) -> Html:
     """Return the loss curves, and the errors of the model and of simple predictions."""
-    metrics = read_metrics(run / METRICS) if (run / METRICS).is_file() else []
-    drawn = []
-    for panel, key, caption in (
-        ("training", "loss", "Loss on training cells: faint line as logged, bold line running mean."),
-        (
-            "validation",
-            "eval_gep_mse",
-            "Error on held-out donors; dashed lines are simple predictions and the tie floor.",
-        ),
-    ):
-        if any(key in line for line in metrics):
-            drawn.append(inline_svg(plot_loss(metrics, [panel]), caption))
     errors = [(row.name, row.meaning, row.value) for row in error_rows(summary) if row.value is not None]
     highest = max((value for _, _, value in errors), default=1.0)
     rows = [(name, meaning, f"{value:.2f}", bar(value / highest)) for name, meaning, value in errors]
     best = f"Best model: step {summary.number('best.step')}, epoch {summary.number('best.epoch', '.3g')}."
     return section(
         "Learning",
-        figures(*drawn),
+        figures(*loss_figures(run, _CAPTIONS)),
         [
             paragraph(_ERRORS_EXPLAINED),
             table(rows, ("prediction", "what it uses", "mean squared error", ""), numeric_columns=[2]),

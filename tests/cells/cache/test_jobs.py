@@ -25,12 +25,6 @@ from tests.support.caches import SHARD, contents, make_cells
 
 
 @pytest.fixture(scope="module")
-def source() -> CellSource:
-    """9,000 cells in five chunks."""
-    return open_source(make_cells())
-
-
-@pytest.fixture(scope="module")
 def complete(source: CellSource, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     """The content of each file of the cache that one job writes."""
     folder = tmp_path_factory.mktemp("cache") / "one"

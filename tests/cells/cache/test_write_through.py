@@ -16,11 +16,6 @@ CELLS = np.arange(100, 8900)
 
 
 @pytest.fixture(scope="module")
-def source() -> CellSource:
-    return open_source(make_cells())
-
-
-@pytest.fixture(scope="module")
 def complete(source: CellSource, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     folder = tmp_path_factory.mktemp("cache") / "one"
     write_cache(source, folder, cell_ids=CELLS, **SHARD)
