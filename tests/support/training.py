@@ -20,6 +20,7 @@ TINY = [
     *("--hidden_size", "16", "--num_hidden_layers", "1", "--num_attention_heads", "2", "--intermediate_size", "16"),
     *("--min_gene_counts", "1", "--validation_fraction", "0.3", "--use_cpu", "true", "--disable_tqdm", "true"),
     *("--num_train_epochs", "2", "--logging_steps", "5", "--chunks_per_window", "1"),
+    *("--loss_weights", '{"gep": 1.0, "gepc": 1.0}', "--cls_shortcut", "false", "--shortcut_steps", "0"),
 ]
 # No checkpoints, no validation, every step logged.
 QUIET = ("--save_strategy", "no", "--eval_strategy", "no", "--load_best_model_at_end", "false", "--logging_steps", "1")
