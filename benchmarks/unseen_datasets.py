@@ -1,6 +1,6 @@
 """Evaluate a finished run on validation donors from datasets that were not trained on.
 
-  python benchmarks/unseen_datasets.py runs/blood_cpu
+  python benchmarks/unseen_datasets.py runs/blood_cpu_gepc
 
 A split by donor holds out donors, but a dataset with many donors is still on both sides of it. This stricter test only
 uses validation donors of datasets without training cells. Masks and ties are those of the run's validation, and the
