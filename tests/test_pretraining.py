@@ -33,7 +33,8 @@ def test_a_library_call_writes_a_run_folder_and_leaves_the_process_alone(small_c
 
 
 def test_genes_that_are_not_expressed_can_be_tokens_too(small_census, tmp_path):
-    flags = ["--include_zeros", "true", "--explicit_zero_prob", "true", "--max_steps", "4"]
+    weights = '{"gep": 1, "gepc": 1, "gep_zero": 1, "gepc_zero": 1}'
+    flags = ["--include_zeros", "true", "--explicit_zero_prob", "true", "--loss_weights", weights, "--max_steps", "4"]
     settings = parse_settings(
         [*TINY, *QUIET, "--data", str(small_census), "--output_dir", str(tmp_path / "run"), *flags]
     )
