@@ -102,7 +102,7 @@ class ScGPTConfig(PreTrainedConfig):
         class_head_layers: number of linear layers of the class head.
         ecs_threshold: similarity that the objective "ecs" moves pairs of cells away from.
         cce_temperature: temperature of the objective "cce".
-        view_temperature: temperature of the objective "views". Source: Chen et al. 2020, arXiv:2002.05709, table 5.
+        view_temperature: temperature of the objective "views". Source: Chen et al. 2020, arXiv:2002.05709.
         count_likelihood: distribution of the raw counts for the objective "counts": "multinomial", or "nb" (negative
             binomial).
         count_head_size: width of the hidden layer of the count decoder.

@@ -8,7 +8,7 @@ from transformers.trainer_utils import SchedulerType
 
 DECAY_SHARE = 0.2
 """Share of the steps in which `warmup_stable_decay` lowers the learning rate. Source: Hägele et al. 2024,
-arXiv:2405.18392, figure 5: longer decays gain little."""
+arXiv:2405.18392, who find that longer decays gain little."""
 
 
 def scheduler_arguments(args: TrainingArguments, n_steps: int) -> dict[str, Any] | None:
