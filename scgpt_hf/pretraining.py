@@ -191,6 +191,7 @@ def prepare_run(settings: Settings) -> PreparedRun:
         args,
         mask_ratios=data.mask_ratios,
         view_keep=data.view_keep,
+        train_tokens=data.train_tokens,
         chunks_per_window=data.chunks_per_window,
         supervise_by=data.supervise_by,
         cache_dir=None if args.dry_run else data.cache_dir,  # opening a cache may create its folder

@@ -31,8 +31,9 @@ from scgpt_hf.inference import evaluation_mode, move_batch
 from scgpt_hf.pipeline.genes import GeneMatch, match_source_genes
 from scgpt_hf.pipeline.stream import CellStream, StreamConfig, TokenizedCells
 from scgpt_hf.pretrained import load_model
-from scgpt_hf.tokens.packing_scgpt import Tokens, pack
+from scgpt_hf.tokens.packing_scgpt import IGNORE, Tokens, pack
 from scgpt_hf.tokens.processing_scgpt import ScGPTProcessor
+from scgpt_hf.tokens.targets_scgpt import leave_out_masked
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -184,9 +185,13 @@ def _run_views(model: PreTrainedModel, views: Iterator[Tokens], batch_size: int)
     with evaluation_mode(model):
         while group := list(islice(views, batch_size)):
             tokens = join_tokens(group)
-            batch = pack(tokens)
+            masked = np.flatnonzero(tokens.labels != IGNORE)
+            if model.config.leave_out_masked:
+                visible, left_out = leave_out_masked(tokens)
+                batch = pack(visible) | left_out.as_batch()
+            else:
+                batch = pack(tokens)
             del batch["labels"]  # they only mark the masked genes; there is no loss to compute
-            masked = batch["label_positions"].numpy()
             output = model(**move_batch(batch, model.device))
             outputs = {
                 "cell": np.repeat(tokens.cell_ids, np.diff(tokens.indptr))[masked],

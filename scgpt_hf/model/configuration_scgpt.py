@@ -109,6 +109,8 @@ class ScGPTConfig(PreTrainedConfig):
         cls_shortcut: whether a function of the expression-weighted sum of gene vectors is added to `<cls>`; see
             `shortcut_scgpt.CellShortcut`. Needs `cell_pooling="cls"`.
         shortcut_size: width of the gene vectors of the shortcut.
+        leave_out_masked: whether masked genes are left out of the input, so that the encoder reads visible genes only.
+            By default they are tokens with the value `mask_value`. The objective "gep" needs them as tokens.
         loss_weights: weight of each objective; by default 1 for "gep", "gepc" and those that the settings above add. A
             head exists if its objective has a weight above 0.
 
@@ -153,6 +155,7 @@ class ScGPTConfig(PreTrainedConfig):
     count_head_size: int = 256
     cls_shortcut: bool = False
     shortcut_size: int = 256
+    leave_out_masked: bool = False
     loss_weights: dict[str, float | int] = field(default_factory=dict)
 
     # The library turns this class into a strict dataclass: it checks types, then calls the `validate_*` methods.
@@ -254,6 +257,18 @@ class ScGPTConfig(PreTrainedConfig):
             raise ValueError(
                 f"domain_head is {self.domain_head} but the weight of 'dar' is {weights.get('dar', 0)}; "
                 "set both or neither"
+            )
+
+    def validate_masking(self) -> None:
+        """Check that no objective reads the hidden states of genes that are left out. The library calls this method.
+
+        Raises:
+            ValueError: masked genes are left out and "gep" has a weight.
+        """
+        if self.leave_out_masked and self.has_objective("gep"):
+            raise ValueError(
+                "leave_out_masked=True gives masked genes no hidden state, from which 'gep' would predict them; set "
+                "loss_weights without gep, such as {'gepc': 1.0} or {'counts': 1.0}, or leave_out_masked=False"
             )
 
     def validate_domains(self) -> None:

@@ -22,8 +22,8 @@ _DISCRIMINATOR_LAYERS = 3  # bowang-lab/scGPT:scgpt/model/model.py:957
 class ScGPTForPreTrainingOutput(ModelOutput):
     """The output of `ScGPTForPreTraining`.
 
-    Predictions of expression have shape (masked,) if `label_positions` was passed, and the shape of `input_ids`
-    otherwise.
+    Predictions of expression have shape (masked,) if `label_positions` or `label_ids` was passed, and the shape of
+    `input_ids` otherwise.
 
     Args:
         loss: weighted sum of `losses`.

@@ -45,6 +45,9 @@ from .objectives_scgpt import (
 )
 from .shortcut_scgpt import STATE_WEIGHT, CellShortcut
 
+# Fields of the output with one prediction for each gene.
+_EXPRESSION = ("gep", "gepc", "gep_zero", "gepc_zero")
+
 
 class OutputOptions(TypedDict, total=False):
     """Options of every model's `forward` for additional outputs, as in the library.
@@ -363,6 +366,8 @@ class ScGPTForPreTraining(ScGPTPreTrainedModel):
         max_length_k: int | None = None,
         labels: Tensor | None = None,
         label_positions: Tensor | None = None,
+        label_ids: Tensor | None = None,
+        label_cells: Tensor | None = None,
         domain_ids: Tensor | None = None,
         class_labels: Tensor | None = None,
         count_ids: Tensor | None = None,
@@ -388,6 +393,9 @@ class ScGPTForPreTraining(ScGPTPreTrainedModel):
             labels: true value of each masked token, `IGNORE` elsewhere; float32, shaped like `values`.
             label_positions: positions of the masked tokens in the flattened input, int64 (masked,). The heads then
                 compute predictions at these positions only.
+            label_ids: vocabulary id of each masked gene, int64 (masked,), if masked genes are left out of the input;
+                see `targets_scgpt.leave_out_masked`. `labels` then has the shape (masked,) too.
+            label_cells: position in this input of the cell of each of these genes, int64 (masked,).
             class_labels: class of each cell, `IGNORE` where unknown, int64 (cells,), for the objective "cls".
             count_ids: vocabulary id of each non-zero count of all cells, int64 (entries,), for the objective "counts".
             count_values: the raw count, float32 (entries,).
@@ -410,7 +418,7 @@ class ScGPTForPreTraining(ScGPTPreTrainedModel):
         view_lengths = (view_max_length_q, view_max_length_k)
         encode = partial(self.scgpt, domain_ids=domain_ids, return_dict=True)
         encoded = encode(*cells, **kwargs)
-        predicted = self._predict(encoded, cu_seq_lens_q, label_positions, domain_ids)
+        predicted = self._predict(encoded, cu_seq_lens_q, label_positions, (label_ids, label_cells), domain_ids)
         loss, losses = None, None
         if labels is not None:
             targets = {
@@ -496,38 +504,78 @@ class ScGPTForPreTraining(ScGPTPreTrainedModel):
         encoded: ScGPTModelOutput,
         cu_seq_lens: Tensor | None,
         label_positions: Tensor | None,
+        left_out: tuple[Tensor | None, Tensor | None],
         domain_ids: Tensor | None,
     ) -> dict[str, Any]:
-        """Return the predictions of all heads by field of the output, at the given positions or at all positions."""
-        cells, (n_rows, n_tokens, _) = encoded.cell_embedding, encoded.last_hidden_state.shape
-        positions = label_positions
-        if positions is None:
-            positions = torch.arange(n_rows * n_tokens, device=cells.device)
-        if cu_seq_lens is None:
-            cell = positions // n_tokens
-        else:  # padding after the last cell belongs to no cell; its predictions are not used, so any cell will do
-            cell = find_cells(positions, cu_seq_lens).clamp(max=cells.shape[0] - 1)
-        predicted: dict[str, Any] = dict.fromkeys(("gep", "gepc", "gep_zero", "gepc_zero", "dar", "class_logits"))
-        domain_embedding = []  # of each position; the expression heads read it after the hidden state
+        """Return the predictions of all heads by field of the output.
+
+        Args:
+            encoded: output of the encoder.
+            cu_seq_lens: offsets of packed cells.
+            label_positions: tokens whose genes are predicted, (masked,); None for all tokens.
+            left_out: `label_ids` and `label_cells` of the genes to predict instead, if these are no tokens.
+            domain_ids: domain of each cell, (cells,).
+        """
+        cells, label_ids = encoded.cell_embedding, left_out[0]
+        if label_ids is None:
+            cell, genes, hidden = self._gather_tokens(encoded, cu_seq_lens, label_positions)
+        else:
+            cell, genes, hidden = _require(left_out[1], "label_cells"), self._embed_left_out(label_ids), None
+        predicted: dict[str, Any] = dict.fromkeys((*_EXPRESSION, "dar", "class_logits"))
+        domain_embedding = []  # of each gene; the expression heads read it after the hidden state
         if self.domain_encoder is not None:
             domain_embedding = [self.domain_encoder(_require(domain_ids, "domain_ids")).index_select(0, cell)]
-        if self.expression_head is not None:
-            hidden = encoded.last_hidden_state.flatten(0, 1).index_select(0, positions)
+        if self.expression_head is not None and hidden is not None:
             inputs = torch.cat([hidden, *domain_embedding], dim=-1)
             predicted["gep"], predicted["gep_zero"] = self.expression_head(inputs)
         if self.cell_to_gene_head is not None:
-            genes = encoded.gene_embedding.flatten(0, 1).index_select(0, positions)
             inputs = torch.cat([cells.index_select(0, cell), *domain_embedding], dim=-1)
             predicted["gepc"], predicted["gepc_zero"] = self.cell_to_gene_head(inputs, genes)
-        if label_positions is None:
-            predicted = {
-                name: None if output is None else output.view(n_rows, n_tokens) for name, output in predicted.items()
-            }
+        if label_ids is None and label_positions is None:
+            shape = encoded.last_hidden_state.shape[:2]
+            predicted = {name: None if output is None else output.view(shape) for name, output in predicted.items()}
         if self.domain_head is not None:
             predicted["dar"] = self.domain_head(cells)
         if self.class_head is not None:
             predicted["class_logits"] = self.class_head(cells)
         return predicted
+
+    def _gather_tokens(
+        self, encoded: ScGPTModelOutput, cu_seq_lens: Tensor | None, label_positions: Tensor | None
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Return what the expression heads read at the given positions, or at all positions.
+
+        Returns:
+            Position of the cell of each token, (tokens,); its gene's embedding and its hidden state, each (tokens,
+            hidden), or None if no head reads them.
+        """
+        n_rows, n_tokens, _ = encoded.last_hidden_state.shape
+        positions = label_positions
+        if positions is None:
+            positions = torch.arange(n_rows * n_tokens, device=encoded.cell_embedding.device)
+        if cu_seq_lens is None:
+            cell = positions // n_tokens
+        else:  # padding after the last cell belongs to no cell; its predictions are not used, so any cell will do
+            cell = find_cells(positions, cu_seq_lens).clamp(max=encoded.cell_embedding.shape[0] - 1)
+        genes = hidden = None
+        if self.cell_to_gene_head is not None:
+            genes = encoded.gene_embedding.flatten(0, 1).index_select(0, positions)
+        if self.expression_head is not None:
+            hidden = encoded.last_hidden_state.flatten(0, 1).index_select(0, positions)
+        return cell, genes, hidden
+
+    def _embed_left_out(self, label_ids: Tensor) -> Tensor:
+        """Return the embeddings of genes that are no tokens, (masked, hidden).
+
+        Raises:
+            ValueError: the model has a GEP head, which reads hidden states.
+        """
+        if self.expression_head is not None:
+            raise ValueError(
+                "masked genes are left out of the input, but the model predicts them from their hidden states (gep); "
+                "pass them as tokens, or set leave_out_masked=True and no weight for 'gep' in the config"
+            )
+        return self.scgpt.gene_encoder(label_ids)
 
 
 class ScGPTForSequenceClassification(ScGPTPreTrainedModel):

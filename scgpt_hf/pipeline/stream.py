@@ -40,7 +40,7 @@ from scgpt_hf.tokens.binning_scgpt import Ties
 from scgpt_hf.tokens.counts_scgpt import SparseCounts
 from scgpt_hf.tokens.packing_scgpt import IGNORE, Tokens, bucket, bucket_size, pack, pad
 from scgpt_hf.tokens.processing_scgpt import ScGPTProcessor
-from scgpt_hf.tokens.targets_scgpt import CountTargets, gather_count_targets
+from scgpt_hf.tokens.targets_scgpt import CountTargets, gather_count_targets, leave_out_masked
 
 logger = logging.getLogger(__name__)
 
@@ -81,6 +81,7 @@ class StreamConfig:
         view_keep: add a second view of each cell for the objective "views": shares of its counts that the view keeps,
             of which one is drawn per cell. None adds no view.
         with_counts: add the raw counts of all known genes of each cell, the targets of the objective "counts".
+        leave_out_masked: leave masked genes out of the tokens, for models with `ScGPTConfig.leave_out_masked`.
     """
 
     seed: int
@@ -99,6 +100,7 @@ class StreamConfig:
     with_cell_ids: bool = False
     view_keep: Sequence[float] | None = None
     with_counts: bool = False
+    leave_out_masked: bool = False
 
 
 class WindowTask(NamedTuple):
@@ -428,7 +430,12 @@ def _label_ids(block: CellBlock, column: str, id_of_label: Mapping[str, int]) ->
 
 def make_batch(cells: TokenizedCells, *, processor: ScGPTProcessor, config: StreamConfig) -> Batch:
     """Make tensors of a micro-batch: tokens as `pack` or `pad` lays them out, class ids and, if wanted, cell ids."""
-    batch = _lay_out(cells.tokens, processor, config)
+    tokens, masked = cells.tokens, None
+    if config.leave_out_masked and tokens.labels is not None:
+        tokens, masked = leave_out_masked(tokens)
+    batch = _lay_out(tokens, processor, config)
+    if masked is not None:
+        batch |= masked.as_batch(bucket_size(len(masked.ids)) if config.bucketed else None)
     if cells.view is not None:
         batch |= {f"view_{key}": value for key, value in _lay_out(cells.view, processor, config).items()}
         batch["num_cells_in_batch"] = cells.n_cells_of_step

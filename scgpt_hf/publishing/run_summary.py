@@ -227,13 +227,17 @@ def pretraining_recipe(summary: RunRecord, settings: RunRecord, config: RunRecor
     layers, width, heads = (
         settings.number(f"model.{name}", "d") for name in ("num_hidden_layers", "hidden_size", "num_attention_heads")
     )
+    train_tokens = settings.get("data.train_tokens", int)
+    sampled = f", {train_tokens:,} while training" if train_tokens else ""
+    left_out = "; masked genes are left out of the input" if config.get("leave_out_masked", bool) else ""
+    masked = ", ".join(map(str, settings.get("data.mask_ratios", list) or [UNKNOWN]))
     values = f"{settings.text('data.input_style')}, {settings.number('data.n_bins')} bins per cell"
     return {
         "Model": f"{layers} layers, hidden size {width}, {heads} attention heads, "
         f"{summary.number('model_parameters')} parameters",
         "Objectives (weights)": _objectives(config.get("loss_weights", dict)),
-        "Input values": f"{values}; at most {settings.number('data.max_tokens')} tokens per cell",
-        "Masked share of a cell's genes": ", ".join(map(str, settings.get("data.mask_ratios", list) or [UNKNOWN])),
+        "Input values": f"{values}; at most {settings.number('data.max_tokens')} tokens per cell{sampled}",
+        "Masked share of a cell's genes": masked + left_out,
         "Steps": f"{summary.number('steps')}, each of {summary.number('global_batch_size')} cells; "
         f"{summary.number('epochs', '.3g')} epochs",
         "Dropout": settings.number("model.dropout", "g"),

@@ -105,7 +105,8 @@ def sum_errors(
     for batch, low, high in zip(batches, lowest, highest, strict=True):
         labels, middles = _flat(batch, "labels"), (_flat(low, "labels") + _flat(high, "labels")) / 2
         masked = labels != IGNORE
-        bins, genes = labels[masked].astype(np.float64), _flat(batch, "input_ids")[masked]
+        ids = _flat(batch, "label_ids" if "label_ids" in batch else "input_ids")  # masked genes may be no tokens
+        bins, genes = labels[masked].astype(np.float64), ids[masked]
         for row, predicted in enumerate((constant, gene_mean[genes], middles[masked])):
             sums[row] += np.square(bins - predicted).sum()
         sums[3] += len(bins)

@@ -53,6 +53,7 @@ class DataModule:
         *,
         mask_ratios: Sequence[float],
         view_keep: Sequence[float] = (),
+        train_tokens: int | None = None,
         chunks_per_window: int = CHUNKS_PER_WINDOW,
         supervise_by: str | None = None,
         cache_dir: str | None = None,
@@ -64,10 +65,12 @@ class DataModule:
             source: source of the cells.
             selection: cells and genes of the run.
             processor: turns counts into tokens.
-            config: config of the model. It determines whether batches are padded and which domains they carry.
+            config: config of the model. It determines whether batches are padded, whether masked genes are left out,
+                and which domains they carry.
             args: seed, batch sizes, epochs and processes.
             mask_ratios: shares of a cell's genes to mask; one is drawn for each cell and epoch.
             view_keep: shares of a cell's counts that its second view keeps, with the objective "views"; likewise.
+            train_tokens: most tokens per cell while training; None takes the number of the processor.
             chunks_per_window: chunks whose cells are shuffled together.
             supervise_by: obs column of the labels of the objective "cls", if any.
             cache_dir: folder of the cache to write and read, if any.
@@ -81,11 +84,13 @@ class DataModule:
         self.stream_config = StreamConfig(
             seed=args.seed,
             mask_ratios=tuple(mask_ratios),
+            leave_out_masked=config.leave_out_masked,
             rank=args.process_index,
             world_size=args.world_size,
             micro_batches=args.gradient_accumulation_steps,
             padded=bool(config.padding_dependent_settings),
             bucketed=args.torch_compile,
+            max_tokens=train_tokens,
             categories={} if config.batch_key is None else {"domain_ids": (config.batch_key, selection.domain_ids)},
             labels={} if supervise_by is None else {"class_labels": (supervise_by, selection.class_ids)},
             view_keep=tuple(view_keep) if config.has_objective("views") else None,
@@ -115,8 +120,8 @@ class DataModule:
             logger.info("%s", format_resume(past, self.schedule, args))
         plan = plan_validation(selection.parts["validation"], args.per_device_eval_batch_size)
         self.n_validation_steps = plan.n_steps
-        # Micro-batches and buckets belong to training steps.
-        self._validation_config = replace(self.stream_config, micro_batches=1, bucketed=False)
+        # Micro-batches, buckets and fewer tokens belong to training steps.
+        self._validation_config = replace(self.stream_config, micro_batches=1, bucketed=False, max_tokens=None)
         self._open_validation = partial(stream_cells, self.caching or source, [plan], processor)
         self._validation = self._open_validation(self._validation_config)
 
@@ -154,7 +159,7 @@ class DataModule:
     def unmasked(self) -> Any:
         """Return training batches without masks, in the order of a first epoch."""
         only_tokens: dict[str, Any] = {"mask_ratios": None, "view_keep": None, "with_counts": False}
-        stream_config = replace(self.stream_config, micro_batches=1, bucketed=False, **only_tokens)
+        stream_config = replace(self._validation_config, **only_tokens)
         return stream_cells(self.caching or self.source, [self.first_plan], self.processor, stream_config)
 
 

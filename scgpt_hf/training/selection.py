@@ -295,6 +295,8 @@ def _run_record(source: CellSource, settings: Settings) -> dict[str, Any]:
         "chunks_per_window": data.chunks_per_window,
         "cached": data.cache_dir is not None or None,  # None, as in a record that does not have the key
         "mask_ratios": list(data.mask_ratios),
+        "train_tokens": data.train_tokens,
+        "leave_out_masked": settings.model.leave_out_masked or None,
         "batch_key": data.batch_key,
         "supervise_by": data.supervise_by,
         "view_keep": list(data.view_keep) if (settings.model.loss_weights or {}).get("views") else None,

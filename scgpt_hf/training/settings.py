@@ -38,6 +38,7 @@ _DATA_RANGES: dict[str, tuple[float, float]] = {
     "max_cells": (1, 2**53),
     "min_genes": (0, 2**31),
     "min_gene_counts": (0, 2**53),
+    "train_tokens": (2, 2**31),
     "chunks_per_window": (1, 2**31),
 }
 _TRAINING_RANGES: dict[str, tuple[float, float]] = {
@@ -163,6 +164,11 @@ class CellSettings:
     hvg_batch_key: str | None = setting(
         "donor_id", "obs column of the batches for highly variable genes (batch_key of scanpy's seurat_v3)"
     )
+    train_tokens: int | None = setting(
+        None,
+        "most tokens per cell while training, including <cls>: genes are sampled anew for each cell and epoch; "
+        "max_tokens, the default, stays the limit of validation and inference",
+    )
     mask_ratios: list[float] = setting(
         [0.25, 0.5, 0.75], "shares of a cell's genes to mask; one is drawn for each cell and epoch"
     )
@@ -209,6 +215,11 @@ class DataSettings(_TokenFields, CellSettings):  # type: ignore[misc]
             raise ValueError(f"expected mask_ratios between 0 and 1, found {self.mask_ratios}")
         if not self.view_keep or not all(0 < share <= 1 for share in self.view_keep):
             raise ValueError(f"expected view_keep above 0 and at most 1, found {self.view_keep}")
+        if (self.train_tokens or 0) > self.max_tokens:
+            raise ValueError(
+                f"expected train_tokens <= max_tokens, found {self.train_tokens:,} > {self.max_tokens:,}; "
+                "raise max_tokens"
+            )
 
 
 @dataclass

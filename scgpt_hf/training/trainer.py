@@ -250,7 +250,7 @@ class ScGPTTrainer(FaultTolerantTrainer):
     def _terms_of(self, batch: Batch, outputs: Any) -> tuple[torch.Tensor, list[int]]:
         """Return each of `terms` of a validation batch, (terms,), and how many positions or cells it is a mean of."""
         means, n_cells, classes = dict(outputs.losses), len(lengths_of(batch)), batch.get("class_labels")
-        n_masked = len(batch["label_positions"])  # type: ignore[arg-type]
+        n_masked = len(batch["label_ids" if "label_ids" in batch else "label_positions"])  # type: ignore[arg-type]
         # The losses of gene expression are means over masked positions, those of classes over labelled cells, and the
         # others over all cells.
         n_terms = {name: n_masked if name.startswith("gep") else n_cells for name in self.weights}

@@ -126,6 +126,23 @@ def test_the_batch_size_does_not_change_the_result_which_can_be_written(
     assert (anndata.read_h5ad(tmp_path / "predicted.h5ad").X != one.X).nnz == 0
 
 
+def test_a_model_that_reads_visible_genes_only_predicts_without_masked_tokens() -> None:
+    processor = ScGPTProcessor.from_genes(IDS, n_bins=11, max_tokens=40, ties="midpoint")
+    model = model_for(processor, loss_weights={"gepc": 1.0}, leave_out_masked=True).eval()
+    adata = make_cells()[:1]
+    found = predict_expression(adata, model, processor, genes=[IDS[3]], progress=False)
+    batch = processor(adata)
+    visible = batch["input_ids"] != 3
+    with torch.inference_mode():
+        gene = torch.tensor([3])
+        output = model(
+            input_ids=batch["input_ids"][visible][None],
+            values=batch["values"][visible][None],
+            **{"label_ids": gene, "label_cells": torch.tensor([0])},
+        )
+    assert found.layers["gepc"].item() == pytest.approx(output.gepc.item(), rel=1e-5)
+
+
 def test_log1p_predictions_are_mapped_to_counts_by_the_total_of_the_cell() -> None:
     processor = ScGPTProcessor.from_genes(IDS, input_style="log1p", target_sum=100.0)
     adata = make_cells()

@@ -10,7 +10,9 @@ from hypothesis import strategies as st
 from scgpt_hf.model.configuration_scgpt import OBJECTIVES, ScGPTConfig
 from scgpt_hf.model.modeling_scgpt import ScGPTForPreTraining
 from scgpt_hf.model.objectives_scgpt import IGNORE
-from tests.support.models import as_views, random_count_targets
+from scgpt_hf.tokens.packing_scgpt import bucket, bucket_size, pack, pad
+from scgpt_hf.tokens.targets_scgpt import leave_out_masked
+from tests.support.models import as_views, random_cells, random_count_targets
 
 GENES, PAD, CLS = 30, 30, 31
 
@@ -105,6 +107,35 @@ def compare(reference: ScGPTForPreTraining, network: ScGPTForPreTraining, length
         torch.testing.assert_close(found.cell_embedding, expected.cell_embedding, atol=1e-5, rtol=1e-4)
     real = padded["attention_mask"]
     torch.testing.assert_close(network(**packed, **as_views(packed)).gep[0], expected.gep[real], atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("bucketed", [False, True])
+def test_packed_equals_padded_without_masked_genes(bucketed: bool) -> None:
+    objectives = {"loss_weights": {"gepc": 1.0, "gepc_zero": 1.0, "ecs": 1.0}, "explicit_zero_prob": True}
+    network = network_for("scgpt_varlen", {**objectives, "leave_out_masked": True})
+    visible, masked = leave_out_masked(random_cells(n_cells=5, mean_tokens=9, n_genes=GENES))
+    targets = masked.as_batch(bucket_size(len(masked.ids)) if bucketed else None)
+    padded = pad(visible, pad_id=PAD, pad_value=-2.0) | masked.as_batch()
+    packed = pack(visible)
+    packed = (bucket(packed, pad_id=PAD, pad_value=-2.0) if bucketed else packed) | targets
+    expected, gradients = loss_and_gradients(network, padded)
+    found, found_gradients = loss_and_gradients(network, packed)
+    torch.testing.assert_close(found.losses, expected.losses, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(found_gradients, gradients, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(found.gepc[: len(expected.gepc)], expected.gepc, atol=1e-5, rtol=1e-4)
+
+
+def test_gepc_of_left_out_genes_equals_that_of_unread_tokens() -> None:
+    """GEPC depends on the gene and the cell embedding only: a prediction for a left-out gene is that for its token."""
+    network = network_for("scgpt_varlen", {"loss_weights": {"gepc": 1.0}}).eval()
+    tokens = random_cells(n_cells=4, mean_tokens=9, n_genes=GENES)
+    visible, masked = leave_out_masked(tokens)
+    output = network(**pack(visible), **masked.as_batch())
+    genes, cells = network.scgpt.gene_encoder(torch.from_numpy(masked.ids)), output.cell_embedding[masked.cells]
+    torch.testing.assert_close(output.gepc, network.cell_to_gene_head(cells, genes)[0])
+    network = network_for("scgpt_varlen", {})
+    with pytest.raises(ValueError, match="predicts them from their hidden states"):
+        network(**pack(visible), **masked.as_batch())
 
 
 def test_differences_between_packed_and_padded_have_mean_zero() -> None:

@@ -22,6 +22,7 @@ OBJECTIVES = {
     "gep gepc ecs cce": {},
     "gep cls": {"--supervise_by": "cell_type"},
     "gep counts": {"--cls_shortcut": "true"},
+    "gepc counts": {"--leave_out_masked": "true", "--train_tokens": "20"},
     "gep gepc dar": {"--domain_head": "true", "--domain_embedding": "true", "--batch_key": "dataset_id"},
     "gep gepc gep_zero gepc_zero": {"--explicit_zero_prob": "true"},
 }
