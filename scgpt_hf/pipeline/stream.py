@@ -32,6 +32,7 @@ import torch
 
 from scgpt_hf.cells.block import CellBlock, Int64Array
 from scgpt_hf.cells.missing import fill_missing, has_value
+from scgpt_hf.cells.schedule.balance import split_draws
 from scgpt_hf.cells.schedule.epoch import Plan, list_windows
 from scgpt_hf.cells.source import CellSource
 from scgpt_hf.cells.threads import JOIN_TIMEOUT_S, DaemonThreadPool, in_order, n_cores
@@ -123,13 +124,17 @@ class _Window:
 
     Attributes:
         steps: cells of this rank in each step, as ids; each int64 (cells of the step,).
-        block: the cells of all steps, in that order.
+        draws: the steps end to end, int64 (draws,). A draw is a cell or, in a balanced epoch, a repeat of it.
+        rows: row of the block that holds the cell of each draw, int64 (draws,).
+        block: the cells of all steps.
         categories: batch key → class id of each cell of the block, int64 (cells,).
         epoch: epoch of the plan.
         batch_size: cells of a global step of the plan.
     """
 
     steps: list[Int64Array]
+    draws: Int64Array
+    rows: Int64Array
     block: CellBlock
     categories: dict[str, Int64Array]
     epoch: int
@@ -314,10 +319,12 @@ class CellStream:
         if not steps:
             return None
         columns = sorted({column for column, _ in (*config.categories.values(), *config.labels.values())})
-        block = self.source.read(np.concatenate(steps), columns)
+        draws = np.concatenate(steps)
+        cells, rows = split_draws(draws)
+        block = self.source.read(cells, columns)
         categories = {key: self._class_ids(block, key) for key in config.categories}
         categories |= {key: _label_ids(block, *named) for key, named in config.labels.items()}
-        return _Window(steps, block, categories, plan.epoch, plan.batch_size)
+        return _Window(steps, draws, rows, block, categories, plan.epoch, plan.batch_size)
 
     def _tokenize_window(self, window: _Window, make_result: Callable[[TokenizedCells], Result]) -> Iterator[Result]:
         """Yield the results of the micro-batches of a window in order."""
@@ -335,19 +342,20 @@ class CellStream:
 
         Args:
             window: the window that holds them.
-            bounds: row of the block at which the first one starts, and rows at which each of them ends.
+            bounds: position in the window at which the first one starts, and at which each of them ends.
             make_result: see `_run`.
 
         Returns:
             One result for each micro-batch that has a cell left.
         """
         config, block, epoch = self.config, window.block, window.epoch
-        rows = np.arange(bounds[0], bounds[-1])
+        positions = np.arange(bounds[0], bounds[-1])
+        draws, rows = window.draws[positions], window.rows[positions]
         counts, cell_ids = block.take(rows), block.cell_ids[rows]
         tokens = self.processor.tokenize(
             counts,
             self.gene_ids,
-            cell_ids=cell_ids if config.key_by == "cell_id" else None,
+            cell_ids=draws if config.key_by == "cell_id" else None,
             seed=config.seed,
             epoch=epoch,
             ties=config.ties,
@@ -355,18 +363,17 @@ class CellStream:
         )
         if config.mask_ratios is not None:
             tokens = self.processor.mask(tokens, seed=config.seed, epoch=epoch, ratios=config.mask_ratios)
-        view = self._tokenize_view(counts, cell_ids, epoch)
-        if len(tokens) < len(rows):  # counted only now, because most sources have no such cell
-            kept = self.processor.count_known(counts, self.gene_ids) > 0
-            self._report_empty(cell_ids, kept)
-            rows = rows[kept]
+        view = self._tokenize_view(counts, draws, epoch)
         targets = None
         if config.with_counts:
             targets = gather_count_targets(self.processor.sum_repeated_genes(counts, self.gene_ids), self.gene_ids)
-        if targets is not None and len(rows) < len(targets):
-            targets = targets.keep(kept)
+        if len(tokens) < len(rows):  # counted only now, because most sources have no such cell
+            kept = self.processor.count_known(counts, self.gene_ids) > 0
+            self._report_empty(cell_ids, kept)
+            positions, rows = positions[kept], rows[kept]
+            targets = None if targets is None else targets.keep(kept)
         results = []
-        for start, stop in pairwise(np.searchsorted(rows, bounds).tolist()):
+        for start, stop in pairwise(np.searchsorted(positions, bounds).tolist()):
             if start < stop:
                 batch_rows = rows[start:stop]
                 classes = {key: ids[batch_rows] for key, ids in window.categories.items()}

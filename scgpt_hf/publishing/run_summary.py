@@ -240,12 +240,20 @@ def pretraining_recipe(summary: RunRecord, settings: RunRecord, config: RunRecor
         "Masked share of a cell's genes": masked + left_out,
         "Steps": f"{summary.number('steps')}, each of {summary.number('global_batch_size')} cells; "
         f"{summary.number('epochs', '.3g')} epochs",
+        **_sampling(settings),
         "Dropout": settings.number("model.dropout", "g"),
         **_optimization(summary, settings.number("training.learning_rate", "g")),
         **_hardware(summary, "train_seconds", "validation and checkpoints"),
         "Speed": f"{summary.number('cells_per_second', ',.0f')} cells/s, without validation and checkpoints",
         "Software": _name_values(summary.get("versions", dict)),
     }
+
+
+def _sampling(settings: RunRecord) -> Rows:
+    """Return how cells are drawn, unless each is visited once an epoch."""
+    column, power = settings.get("data.balance_by", str), settings.number("data.balance_power", "g")
+    rule = f"values of `{column}` with n cells in proportion to n^(1 − {power}); this uses the column as a label"
+    return {"Cells of an epoch": rule} if column else {}
 
 
 def finetuning_recipe(summary: RunRecord, settings: RunRecord) -> Rows:

@@ -38,7 +38,7 @@ class DataModule:
     Attributes:
         schedule: which cells each step of the run trains on.
         caching: writes the cells to `cache_dir` while the first epoch reads them; None without `cache_dir`.
-        first_plan: the plan of a first epoch with the present global batch size.
+        first_plan: the plan of a first epoch in natural order with the present global batch size.
         n_validation_steps: batches of one validation, over all processes.
         supervise_by: obs column of the labels that the run learns, if any.
     """
@@ -113,6 +113,7 @@ class DataModule:
             max_steps=args.max_steps,
             history=past.history,
             first_epoch=first_epoch,
+            balance=selection.balance,
             **steps,
             **later_epochs,
         )

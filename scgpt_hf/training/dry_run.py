@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from accelerate.utils import send_to_device
 
+from scgpt_hf.cells.schedule.balance import Balance
 from scgpt_hf.cells.threads import prefetch
 from scgpt_hf.model.configuration_scgpt import training_flops_per_cell, training_flops_per_token
 from scgpt_hf.model.modeling_scgpt import ScGPTForPreTraining
@@ -19,6 +20,7 @@ from scgpt_hf.training.settings import TrainingSettings
 from scgpt_hf.training.summary import device_name
 
 _TIMED_STEPS = 5
+_SHOWN_GROUPS = 5  # the rarest, and as many of the most frequent
 
 
 def describe_run(data_module: DataModule, model: ScGPTForPreTraining, args: TrainingSettings) -> str:
@@ -49,6 +51,7 @@ def describe_run(data_module: DataModule, model: ScGPTForPreTraining, args: Trai
         f"maximum {lengths.max()} (first {len(lengths):,} cells)",
         "steps": f"{n_steps:,} of {plan.batch_size:,} cells; {plan.n_steps:,} per epoch, "
         f"which leaves {plan.n_dropped:,} cells out",
+        **_balance_line(data_module.selection.balance),
         "parameters": f"{model.num_parameters():,}{_decoder_size(model)}",
         "compute": f"{flops_per_step / 1e9:,.1f} GFLOP per step, {flops_per_step * n_steps / 1e15:,.3g} PFLOP in total",
         "time": f"about {_duration(seconds_per_step * n_steps)} on {device_name(args.device)} x {args.world_size}, "
@@ -67,6 +70,20 @@ def _decoder_size(model: ScGPTForPreTraining) -> str:
         f", of which {sum(weight.numel() for weight in head.parameters()):,} of the count decoder, with "
         f"{head.bias.numel():,} biases of {n_domains:,} batches x {n_genes:,} genes"
     )
+
+
+def _balance_line(balance: Balance | None) -> dict[str, str]:
+    """Return how often each group of cells is drawn, the rarest one first; nothing in natural order."""
+    if balance is None:
+        return {}
+    draws = balance.expected_draws
+    ascending = np.argsort(balance.sizes, kind="stable")
+    groups = [f"{balance.names[group]} {balance.sizes[group]:,} -> {draws[group]:,.0f}" for group in ascending]
+    if len(groups) > 2 * _SHOWN_GROUPS:
+        n_more = len(groups) - 2 * _SHOWN_GROUPS
+        groups = [*groups[:_SHOWN_GROUPS], f"({n_more:,} more)", *groups[-_SHOWN_GROUPS:]]
+    without = f"; {balance.n_without:,} cells without a label, each once" if balance.n_without else ""
+    return {"balance": f"cells -> draws per epoch: {', '.join(groups)}{without}"}
 
 
 def _time_micro_batch(model: ScGPTForPreTraining, batches: list[Batch], args: TrainingSettings) -> float:

@@ -5,7 +5,7 @@ same cells.
 """
 
 import logging
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from scgpt_hf.cells.atomic import write_atomically
 from scgpt_hf.cells.block import Int64Array
 from scgpt_hf.cells.missing import fill_missing, has_label
 from scgpt_hf.cells.obs import require_named_columns
+from scgpt_hf.cells.schedule.balance import Balance, balance_groups
 from scgpt_hf.cells.selection.filters import (
     cells_expressing,
     cells_with_value,
@@ -48,6 +49,7 @@ class Selection:
         domains: experimental batches, in the order of their ids; empty if the model uses none.
         n_donors: "train" and "validation" → number of donors.
         classes: labels that the run learns, in the order of their ids; empty if it learns none.
+        balance: draws the training cells of each epoch; None visits each once.
     """
 
     parts: dict[str, Int64Array]
@@ -55,6 +57,7 @@ class Selection:
     domains: list[str]
     n_donors: dict[str, int]
     classes: list[str] = field(default_factory=list)
+    balance: Balance | None = None
 
     @property
     def domain_ids(self) -> dict[str, int]:
@@ -114,7 +117,8 @@ def select_or_resume(source: CellSource, settings: Settings) -> tuple[Selection,
         else:
             require_resumable(Path(checkpoint))
             selection, split = load_selection(folder / SPLIT)
-            _require_same_run(split.source, _run_record(source, settings))
+            selection = replace(selection, balance=_find_balance(source, selection.parts["train"], settings.data))
+            _require_same_run(split.source, _run_record(source, settings, selection.balance))
             _require_same_data(split, source, folder / SPLIT)
         decided = [selection, checkpoint]
     selection, checkpoint = broadcast_object_list(decided)
@@ -138,7 +142,8 @@ def select_cells_and_genes(source: CellSource, data: DataSettings, seed: int) ->
     """
     hvg_batch_key = _find_hvg_batch_key(source, data) if data.gene_selection == "hvg" else None
     named = {"--donor_key": data.donor_key, "--batch_key": data.batch_key, "--hvg_batch_key": hvg_batch_key}
-    require_named_columns({**named, "--supervise_by": data.supervise_by}, source.obs_columns)
+    named |= {"--supervise_by": data.supervise_by, "--balance_by": data.balance_by}
+    require_named_columns(named, source.obs_columns)
     obs = source.obs(sorted({data.donor_key, *([data.batch_key] if data.batch_key else [])}))
     for column in dict.fromkeys([data.donor_key, *([data.batch_key] if data.batch_key else [])]):
         obs = obs.loc[cells_with_value(obs, column)]
@@ -155,7 +160,8 @@ def select_cells_and_genes(source: CellSource, data: DataSettings, seed: int) ->
     genes = source.genes["feature_id"].to_numpy()[columns]
     domains = [] if data.batch_key is None else sorted(fill_missing(obs[data.batch_key]).unique())
     n_donors = {part: int(obs.loc[cell_ids, data.donor_key].nunique()) for part, cell_ids in parts.items()}
-    return Selection(parts, genes.tolist(), domains, n_donors, classes)
+    balance = _find_balance(source, parts["train"], data)
+    return Selection(parts, genes.tolist(), domains, n_donors, classes, balance)
 
 
 def labels_of(source: CellSource, cell_ids: Int64Array, column: str) -> list[str]:
@@ -223,7 +229,7 @@ def save_selection(selection: Selection, source: CellSource, settings: Settings)
     folder, data = Path(settings.training.output_dir), settings.data
     folder.mkdir(parents=True, exist_ok=True)
     record = {
-        **_run_record(source, settings),
+        **_run_record(source, settings, selection.balance),
         "genes": selection.genes,
         "domains": selection.domains,
         "classes": selection.classes,
@@ -283,7 +289,14 @@ def _select_genes(source: CellSource, train: Int64Array, data: DataSettings, hvg
     return highly_variable_genes(source, train, data.n_hvg, batch_key=hvg_batch_key, candidates=frequent)
 
 
-def _run_record(source: CellSource, settings: Settings) -> dict[str, Any]:
+def _find_balance(source: CellSource, train: Int64Array, data: DataSettings) -> Balance | None:
+    """Return how often each group of training cells is drawn, or None for natural order."""
+    if data.balance_by is None:
+        return None
+    return balance_groups(source.obs([data.balance_by])[data.balance_by].reindex(train), data.balance_power)
+
+
+def _run_record(source: CellSource, settings: Settings, balance: Balance | None) -> dict[str, Any]:
     """Return the record that a resumed run must match: its source, and the settings of order, masks and tokens.
 
     The batch size is not part of it: `RunSchedule` continues an epoch with another one.
@@ -303,6 +316,9 @@ def _run_record(source: CellSource, settings: Settings) -> dict[str, Any]:
         # What a checkpoint holds depends on these two.
         "ema_decay": args.ema_decay,
         "optim": MUON if args.optim == MUON else None,
+        "balance_by": data.balance_by,
+        "balance_power": None if balance is None else balance.power,
+        "balanced_cells": None if balance is None else balance.fingerprint(),
     }
     values = asdict(data)
     return {**source.describe(), "steps": steps, "tokens": {name: values[name] for name in TOKEN_SETTINGS}}

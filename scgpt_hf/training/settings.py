@@ -192,6 +192,14 @@ class CellSettings:
         "write the cells to this folder during the first epoch, and read and shuffle all of them from there in later "
         "epochs; takes about 5 kB per cell, twice that while it is written; an existing cache is used from the start",
     )
+    balance_by: str | None = setting(
+        None,
+        "obs column, e.g. cell_type, tissue, assay or donor_id: draw its rare values more often in each epoch; by "
+        "default every cell is visited once an epoch",
+    )
+    balance_power: float = setting(
+        0.5, "with balance_by: a value of n cells is drawn in proportion to n^(1 - power); 1: all values equally often"
+    )
     chunks_per_window: int = setting(
         CHUNKS_PER_WINDOW, "number of chunks (2,048 neighboring cells each) whose cells are shuffled together"
     )
@@ -215,6 +223,8 @@ class DataSettings(_TokenFields, CellSettings):  # type: ignore[misc]
             raise ValueError(f"expected mask_ratios between 0 and 1, found {self.mask_ratios}")
         if not self.view_keep or not all(0 < share <= 1 for share in self.view_keep):
             raise ValueError(f"expected view_keep above 0 and at most 1, found {self.view_keep}")
+        if not 0 <= self.balance_power <= 1:
+            raise ValueError(f"expected balance_power from 0 to 1, found {self.balance_power}")
         if (self.train_tokens or 0) > self.max_tokens:
             raise ValueError(
                 f"expected train_tokens <= max_tokens, found {self.train_tokens:,} > {self.max_tokens:,}; "

@@ -84,6 +84,11 @@ class EpochPlan:
         """Number of cells left out because they fill no step: fewer than `batch_size`, and others in each epoch."""
         return len(self.cell_ids) % self.batch_size
 
+    @property
+    def drawn(self) -> "EpochPlan":
+        """The plan of what the epoch visits: itself, as every cell is visited once; see `balance.BalancedPlan`."""
+        return self
+
     def window(self, index: int) -> Int64Array:
         """Return the cells of one shuffle window, one row for each global step.
 

@@ -25,6 +25,7 @@ from typing import Any
 import numpy as np
 
 from scgpt_hf.cells.block import Int64Array
+from scgpt_hf.cells.schedule.balance import REPEAT, Balance, plan_balanced
 from scgpt_hf.cells.schedule.epoch import EpochPlan, plan_epoch
 
 History = Sequence[tuple[int, int]]  # (cells of a global step, number of steps), in the order they were trained
@@ -86,7 +87,7 @@ class RunSchedule:
         """Return the cells that all ranks together train on in a step, counted from 0. Shape (batch_size,)."""
         segment = self._segment_at(step)
         index, row = divmod(step - segment.start, segment.plan.steps_per_window)
-        cells: Int64Array = segment.plan.window(index)[row]
+        cells: Int64Array = segment.plan.window(index)[row] % REPEAT
         return cells
 
     def epochs_done(self, step: int) -> float:
@@ -128,6 +129,7 @@ def plan_run(
     max_steps: int = -1,
     history: History = (),
     first_epoch: Mapping[str, Any] = MappingProxyType({}),
+    balance: Balance | None = None,
     **order: Any,
 ) -> RunSchedule:
     """Plan all steps of a run: those trained before, as they were, and those that follow.
@@ -139,6 +141,7 @@ def plan_run(
         max_steps: length of the run in steps. If above 0, it takes precedence over `n_epochs`.
         history: what earlier sessions trained; see `RunSchedule.history`.
         first_epoch: arguments of `plan_epoch` that replace those of `order` in the first epoch.
+        balance: draws the cells of each epoch; by default an epoch visits each cell once.
         order: `seed` and the other arguments of `plan_epoch`.
 
     Returns:
@@ -169,7 +172,10 @@ def plan_run(
                 epoch, unvisited = epoch + 1, cell_ids
                 continue
             arguments = {**order, **first_epoch} if epoch == 0 else order
-            plan = plan_epoch(unvisited, epoch=epoch, batch_size=size, **arguments)
+            if balance is not None and unvisited is cell_ids:
+                plan: EpochPlan = plan_balanced(balance, epoch=epoch, batch_size=size, **arguments)
+            else:
+                plan = plan_epoch(unvisited, epoch=epoch, batch_size=size, **arguments)
             stop = int(min(start + plan.n_steps, until))
             segments.append(Segment(plan, start, stop))
             if stop - start == plan.n_steps:
@@ -183,7 +189,8 @@ def plan_run(
 
 
 def unvisited_cells(plan: EpochPlan, n_steps: int) -> Int64Array:
-    """Return the cells of a plan that its first `n_steps` steps do not visit, ascending."""
+    """Return the cells, or draws, of a plan that its first `n_steps` steps do not visit, ascending."""
+    plan = plan.drawn
     unvisited = np.ones(len(plan.cell_ids), dtype=bool)
     for index in range(-(-n_steps // plan.steps_per_window)):
         visited = plan.window(index)[: n_steps - index * plan.steps_per_window]
