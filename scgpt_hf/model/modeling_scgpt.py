@@ -423,8 +423,7 @@ class ScGPTForPreTraining(ScGPTPreTrainedModel):
         if labels is not None:
             targets = {
                 "labels": labels if label_positions is None else labels.flatten().index_select(0, label_positions),
-                "domain_ids": domain_ids,
-                "class_labels": class_labels,
+                **{"domain_ids": domain_ids, "class_labels": class_labels},
                 **{"count_ids": count_ids, "count_values": count_values, "count_cells": count_cells},
             }
             again = {

@@ -22,6 +22,8 @@ def census(small_cells, tmp_path_factory):
     folder = tmp_path_factory.mktemp("rare")
     paths = []
     for cells, name in zip(small_cells, ("first", "second"), strict=True):
+        cells = cells.copy()
+        cells.obs["cell_type"] = cells.obs["cell_type"].astype(str)
         rank = cells.obs.groupby("cell_type").cumcount()
         kept = ~((cells.obs["cell_type"] == "B cell") & (rank % 10 > 0))
         kept &= ~((cells.obs["cell_type"] == "NK cell") & (rank % 5 > 0))

@@ -26,7 +26,7 @@ def test_two_processes_stop_together_and_one_process_resumes(small_census, tmp_p
     assert done.returncode == 0, done.stderr[-4000:]
     checks = json.loads(next(line for line in done.stdout.splitlines() if line.startswith('{"objectives"')))
     assert checks == {
-        "objectives": 8,
+        "objectives": 9,
         "same_start": True,
         "skipped": True,
         "exit_code": 143,
