@@ -542,7 +542,7 @@ class ScGPTForPreTraining(ScGPTPreTrainedModel):
     def _gather_tokens(
         self, encoded: ScGPTModelOutput, cu_seq_lens: Tensor | None, label_positions: Tensor | None
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Return what the expression heads read at the given positions, or at all positions.
+        """Return the inputs of the expression heads at the given positions, or at all positions.
 
         Returns:
             Position of the cell of each token, (tokens,); its gene's embedding and its hidden state, each (tokens,
