@@ -18,8 +18,8 @@ from accelerate import PartialState
 from scgpt_hf.cells.block import CHUNK_SIZE
 from scgpt_hf.cells.cache.reader import uniform_chunk_size
 from scgpt_hf.cells.cache.write_through import CachingSource
-from scgpt_hf.cells.schedule.epoch import plan_epoch, plan_validation
-from scgpt_hf.cells.schedule.run import RunSchedule, plan_run
+from scgpt_hf.cells.schedule.epoch import EpochPlan, plan_epoch, plan_validation
+from scgpt_hf.cells.schedule.run import History, RunSchedule, plan_run
 from scgpt_hf.cells.source import CellSource
 from scgpt_hf.model.configuration_scgpt import ScGPTConfig
 from scgpt_hf.pipeline.stream import StreamConfig, stream_cells
@@ -99,24 +99,8 @@ class DataModule:
         self.supervise_by = supervise_by
         columns = [column for column in (config.batch_key, supervise_by) if column is not None]
         self.caching = None if cache_dir is None else self._open_cache(cache_dir, list(dict.fromkeys(columns)))
-        cell_ids = selection.parts["train"]
-        first_epoch = _shuffle_windows(source.chunk_size, chunks_per_window)
-        later_epochs = first_epoch
-        if self.caching is not None:
-            later_epochs = _shuffle_windows(uniform_chunk_size(len(cell_ids)), chunks_per_window)
-        steps: dict[str, Any] = {"seed": args.seed, "batch_size": args.global_batch_size}
-        self.first_plan = plan_epoch(cell_ids, epoch=0, **steps, **first_epoch)
         past = manifest_of(Path(checkpoint)) if checkpoint else Manifest(0, args.world_size, [])
-        self.schedule = plan_run(
-            cell_ids,
-            n_epochs=args.num_train_epochs,
-            max_steps=args.max_steps,
-            history=past.history,
-            first_epoch=first_epoch,
-            balance=selection.balance,
-            **steps,
-            **later_epochs,
-        )
+        self.first_plan, self.schedule = self._plan(args, chunks_per_window, past.history)
         if checkpoint:
             logger.info("%s", format_resume(past, self.schedule, args))
         plan = plan_validation(selection.parts["validation"], args.per_device_eval_batch_size)
@@ -125,6 +109,26 @@ class DataModule:
         self._validation_config = replace(self.stream_config, micro_batches=1, bucketed=False, max_tokens=None)
         self._open_validation = partial(stream_cells, self.caching or source, [plan], processor)
         self._validation = self._open_validation(self._validation_config)
+
+    def _plan(self, args: TrainingSettings, chunks_per_window: int, history: History) -> tuple[EpochPlan, RunSchedule]:
+        """Return the plan of a first epoch in natural order, and the schedule of the run."""
+        cell_ids = self.selection.parts["train"]
+        first_epoch = _shuffle_windows(self.source.chunk_size, chunks_per_window)
+        later_epochs = first_epoch
+        if self.caching is not None:
+            later_epochs = _shuffle_windows(uniform_chunk_size(len(cell_ids)), chunks_per_window)
+        steps: dict[str, Any] = {"seed": args.seed, "batch_size": args.global_batch_size}
+        schedule = plan_run(
+            cell_ids,
+            n_epochs=args.num_train_epochs,
+            max_steps=args.max_steps,
+            history=history,
+            first_epoch=first_epoch,
+            balance=self.selection.balance,
+            **steps,
+            **later_epochs,
+        )
+        return plan_epoch(cell_ids, epoch=0, **steps, **first_epoch), schedule
 
     def _open_cache(self, cache_dir: str, columns: list[str]) -> CachingSource:
         return CachingSource(
