@@ -29,6 +29,7 @@ from scgpt_hf.tokens.processing_scgpt import ScGPTProcessor
 from scgpt_hf.training.finetuning.annotation_summary import describe_cells, describe_scores
 from scgpt_hf.training.finetuning.calibration import Logits, fit_temperature
 from scgpt_hf.training.finetuning.classifier import ClassifierTrainer, agreement, macro_f1_gain
+from scgpt_hf.training.finetuning.gene_baseline import score_genes
 from scgpt_hf.training.finetuning.labels import LabelledCells, balanced_weights, keep_share, select_labelled
 from scgpt_hf.training.finetuning.probe import Probe, fit_probe
 from scgpt_hf.training.finetuning.run_folder import save_inputs, save_results
@@ -136,6 +137,7 @@ def _finetune(data: Address, settings: AnnotateSettings) -> dict[str, Any]:
     save_inputs(folder, source, cells.parts, cells.donor_key, settings, {"labels": cells.class_names})
     embedding = _embed_labelled(run, model)
     kept, scores, facts = _choose(run, model, embedding)
+    baseline = score_genes(source, cells) if settings.gene_baseline and run.args.process_index == 0 else None
     saved = _refit(run, kept.model, embedding) if kept.name == "probe" and settings.refit else {}
     summary = {
         "task": "annotate",
@@ -143,6 +145,7 @@ def _finetune(data: Address, settings: AnnotateSettings) -> dict[str, Any]:
         **describe_cells(source, cells, settings),
         "kept": kept.name,
         **scores,
+        "gene_baseline": baseline,
         **saved,
         **describe_scores(cells, kept.logits, kept.temperature),
         "genes": len(processor.genes),

@@ -43,6 +43,9 @@ class AnnotateSettings(FinetuneSettings):
     refit: bool = setting(
         True, "fit the probe that is saved to the training and the held-out cells, after the held-out cells were scored"
     )
+    gene_baseline: bool = setting(
+        True, "also score logistic regression on variable genes, if there are at most 50,000 training cells"
+    )
     donor_key: str | None = setting(
         None,
         "obs column of the donor; whole donors are held out; by default donor_id, or single cells if there is only one "

@@ -13,6 +13,7 @@ import pytest
 import torch
 from anndata import AnnData
 from safetensors.torch import load_file
+from scipy.sparse import csr_matrix
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
@@ -28,8 +29,10 @@ from scgpt_hf import (
     finetune_classifier,
     predict_cell_types,
 )
+from scgpt_hf.analysis.evaluation.baseline_embeddings import LOGISTIC, transfer_features
 from scgpt_hf.demo import demo_cells
 from scgpt_hf.pretrained import load_pretrained
+from scgpt_hf.scoring.probing import predict_query
 from scgpt_hf.training.finetuning.classifier import agreement, macro_f1_gain, weighted_cross_entropy
 
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
@@ -145,6 +148,23 @@ def test_the_logits_of_the_probe_are_those_of_scikit_learn(
         logits = model(**processor(fitted)).logits.numpy()
     assert list(model.config.label2id) == expected.classes_.tolist()
     np.testing.assert_allclose(logits, expected.decision_function(embedding) / used["temperature"], atol=1e-4)
+
+
+def test_the_baseline_on_genes_is_that_of_the_evaluation(
+    cells: AnnData, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    summary = finetune_classifier(cells, settings_of(base, tmp_path / "types"))
+    train, held_out = (held_out_cells(tmp_path / "types", cells, part) for part in ("train", "validation"))
+    donors = train.obs["donor_id"].to_numpy(str)
+    features = transfer_features(csr_matrix(train.X), donors, csr_matrix(held_out.X), [LOGISTIC], 0)[LOGISTIC]
+    types = [part.obs["cell_type"].to_numpy(str) for part in (train, held_out)]
+    expected = predict_query(features[0], types[0], features[1], types[1], "linear probe")
+    found = summary["gene_baseline"]
+    assert found["genes"] == features[0].shape[1]
+    assert (found["macro_f1"], found["accuracy"]) == pytest.approx((expected.macro_f1, expected.accuracy))
+    assert found["macro_f1"] > 0.9
+    monkeypatch.setattr("scgpt_hf.training.finetuning.gene_baseline.MAX_CELLS", 10)
+    assert finetune_classifier(cells, settings_of(base, tmp_path / "many"))["gene_baseline"] is None
 
 
 def test_the_probe_is_kept_where_training_does_not_help(cells: AnnData, base: Path, tmp_path: Path) -> None:
