@@ -29,7 +29,7 @@ STRENGTHS = (0.001, 0.01, 0.1, 1.0, 10.0)
 # cross-validation 0.80. Without class weights a small C predicts the most frequent class only.
 MIN_CELLS_TO_CHOOSE = 30
 FEW_CELLS_STRENGTH = {True: 0.01, False: 1.0}
-# Cross-validation uses a sample of so many cells, and the final fit all cells.
+# Cross-validation uses at most this number of cells, and the final fit all cells.
 MAX_CELLS_TO_CHOOSE = 5_000
 _N_FOLDS = 5
 _MAX_ITERATIONS = 1_000
@@ -109,7 +109,7 @@ def fit_probe(
 def _make_folds(classes: Int64Array, donors: npt.NDArray[np.object_] | None, seed: int) -> list[Fold]:
     """Return the folds that can be used: with two or more classes in training, and a cell of one of them to predict."""
     n_donors = 0 if donors is None else len(set(donors))
-    most = min(_N_FOLDS, int(np.bincount(classes).max()))  # scikit-learn needs a class with so many cells
+    most = min(_N_FOLDS, int(np.bincount(classes).max()))  # scikit-learn needs a class with as many cells as folds
     for n_folds, grouped in ((min(n_donors, most), True), (most, False)):
         if n_folds < 2:
             continue

@@ -60,7 +60,7 @@ class AnnotateSettings(FinetuneSettings):
         None, "peak learning rate of lora and full; by default 1e-3 for lora, 1e-4 for full"
     )
     epochs: int = setting(20, "maximum number of epochs of lora and full")
-    patience: int = setting(5, "stop after so many epochs without a higher macro-F1 on the held-out cells")
+    patience: int = setting(5, "stop after this number of epochs without a higher macro-F1 on the held-out cells")
     lora_rank: int = setting(8, "rank of the updates with --train lora")
 
     def __post_init__(self) -> None:

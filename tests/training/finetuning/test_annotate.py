@@ -200,7 +200,7 @@ def real_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def real_cells(types: dict[str, int], donors: list[str]) -> AnnData:
-    """Return so many real cells of each type; the donors take turns."""
+    """Return real cells: for each type its number of cells. The donors take turns."""
     cells = demo_cells()
     found = cells[np.concatenate([np.flatnonzero(cells.obs["cell_type"] == name)[:n] for name, n in types.items()])]
     assert found.n_obs == sum(types.values())
@@ -232,7 +232,7 @@ def test_types_that_cannot_be_learned_are_counted(real_base: Path, tmp_path: Pat
     summary = finetune_classifier(single, settings_of(real_base, tmp_path / "single"))
     assert summary["rare_labels"] == {"CD34+": 1}
     assert list(summary["labels"]) == ["CD14+ Monocyte", "CD19+ B"]
-    # Both donors have a type of their own. One of them is held out, and its type cannot be learned.
+    # Each donor has a type that the other one lacks. One of them is held out, and its type cannot be learned.
     cells = real_cells({"CD19+ B": 20, "CD14+ Monocyte": 20, "CD34+": 5, "CD56+ NK": 5}, ["one", "two"])
     of_one = cells.obs["cell_type"] == "CD34+"
     of_two = cells.obs["cell_type"] == "CD56+ NK"
