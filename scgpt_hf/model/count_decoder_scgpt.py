@@ -20,8 +20,8 @@ from .configuration_scgpt import ScGPTConfig
 MAX_COUNT = 50.0
 """Larger counts are clamped to this, so that a few genes such as MALAT1 do not dominate the loss."""
 
-MAX_LOGITS = 2**20
-"""Logits of the multinomial that are computed at a time: 4 MB in float32. More genes are computed in several chunks."""
+MAX_LOGITS = 2**22
+"""Logits of the multinomial that are computed at a time: 16 MB in float32. More are computed in chunks of genes."""
 
 _LOSS_SCALE = 1 / 100
 """Brings the negative log-likelihood of a cell, a few hundred nats, to the scale of the other objectives."""
