@@ -41,6 +41,8 @@ from scgpt_hf.training.run_folder import (
 from scgpt_hf.training.selection import Selection, open_cells, save_selection, select_or_resume
 from scgpt_hf.training.settings import Settings
 from scgpt_hf.training.summary import format_summary, summarize
+from scgpt_hf.training.validation.cell_types import make_cell_type_scorer
+from scgpt_hf.training.validation.simple_methods import save_simple_methods
 
 logger = logging.getLogger(__name__)
 
@@ -121,7 +123,8 @@ def _pretrain(
         return summary if is_first else None
 
     # 3. Train. The first files are written when training starts, so that a rejected run leaves no folder.
-    trainer = make_trainer(run.data_module, run.model, args, stop_signal)
+    cell_types = make_cell_type_scorer(run.source, run.selection, run.data_module, settings)
+    trainer = make_trainer(run.data_module, run.model, args, stop_signal, cell_types)
     if is_first and run.checkpoint is None:
         trainer.add_callback(OnTrainBegin(lambda: save_selection(run.selection, run.source, settings)))
     trainer.train(resume_from_checkpoint=run.checkpoint)
@@ -129,7 +132,8 @@ def _pretrain(
     if not is_first:
         return None
 
-    # 4. Describe the run: summary, figures, and last of all the card, whose presence marks the run as finished.
+    # 4. Describe the run: baselines, summary, figures, and last of all the card, which marks the run as finished.
+    save_simple_methods(run.source, run.selection, settings)
     summary = summarize(trainer, run.data_module)
     write_run_figures(
         folder,

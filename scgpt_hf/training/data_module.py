@@ -15,14 +15,14 @@ from typing import Any
 import numpy as np
 from accelerate import PartialState
 
-from scgpt_hf.cells.block import CHUNK_SIZE
+from scgpt_hf.cells.block import CHUNK_SIZE, Int64Array
 from scgpt_hf.cells.cache.reader import uniform_chunk_size
 from scgpt_hf.cells.cache.write_through import CachingSource
 from scgpt_hf.cells.schedule.epoch import EpochPlan, plan_epoch, plan_validation
 from scgpt_hf.cells.schedule.run import History, RunSchedule, plan_run
 from scgpt_hf.cells.source import CellSource
 from scgpt_hf.model.configuration_scgpt import ScGPTConfig
-from scgpt_hf.pipeline.stream import StreamConfig, stream_cells
+from scgpt_hf.pipeline.stream import Batch, CellStream, StreamConfig, stream_cells
 from scgpt_hf.tokens.binning_scgpt import Ties
 from scgpt_hf.tokens.processing_scgpt import ScGPTProcessor
 from scgpt_hf.training.fault_tolerance.checkpoints import Manifest, manifest_of
@@ -103,7 +103,8 @@ class DataModule:
         self.first_plan, self.schedule = self._plan(args, chunks_per_window, past.history)
         if checkpoint:
             logger.info("%s", format_resume(past, self.schedule, args))
-        plan = plan_validation(selection.parts["validation"], args.per_device_eval_batch_size)
+        self._eval_batch_size = args.per_device_eval_batch_size
+        plan = plan_validation(selection.parts["validation"], self._eval_batch_size)
         self.n_validation_steps = plan.n_steps
         # Micro-batches, buckets and fewer tokens belong to training steps.
         self._validation_config = replace(self.stream_config, micro_batches=1, bucketed=False, max_tokens=None)
@@ -160,6 +161,23 @@ class DataModule:
             ties: how to bin tied counts; by default as the processor does.
         """
         return self._validation if ties is None else self._open_validation(replace(self._validation_config, ties=ties))
+
+    def labelled_batches(self, cell_ids: Int64Array) -> list[Batch]:
+        """Return the batches of this process of validation cells to embed, as inference makes them, with `cell_ids`.
+
+        Args:
+            cell_ids: ids of all processes, ascending. Shape (cells,).
+        """
+        stream_config = replace(
+            self._validation_config,
+            mask_ratios=None,
+            with_counts=False,
+            with_cell_ids=True,
+            ties="midpoint",
+            key_by="content",
+        )
+        plan = plan_validation(cell_ids, self._eval_batch_size)
+        return list(CellStream(self.source, [plan], self.processor, stream_config).batches())
 
     def unmasked(self) -> Any:
         """Return training batches without masks, in the order of a first epoch."""

@@ -30,6 +30,7 @@ from scgpt_hf.training.run_folder import MetricsFile, require_space
 from scgpt_hf.training.selection import Selection
 from scgpt_hf.training.settings import TOKEN_SETTINGS, DataSettings, ModelSettings, Settings, TrainingSettings
 from scgpt_hf.training.trainer import ScGPTTrainer, over_ranks
+from scgpt_hf.training.validation.cell_types import CellTypeScorer, require_scoring
 
 T = TypeVar("T")
 
@@ -46,6 +47,7 @@ def check_settings(settings: Settings) -> None:
     Raises:
         ValueError: names the setting, the value and what was expected.
     """
+    require_scoring(settings)
     processor = build_processor(["any gene"], settings.data)
     # Two domains, because the data may have as many; which ones is known only when obs has been read.
     _build_config(settings.model, processor, domains=["a", "b"], batch_key=settings.data.batch_key)
@@ -181,6 +183,7 @@ def make_trainer(
     model: ScGPTForPreTraining,
     args: TrainingSettings,
     stop_signal: StopSignal | None = None,
+    cell_types: CellTypeScorer | None = None,
 ) -> ScGPTTrainer:
     """Return the trainer of a run. It measures the baselines, and writes metrics.jsonl during training.
 
@@ -189,6 +192,7 @@ def make_trainer(
         model: model to train.
         args: training settings.
         stop_signal: handles SIGTERM and SIGINT during training; None leaves the signal handlers alone.
+        cell_types: scores the embedding of labelled cells at every validation; see `make_cell_type_scorer`.
 
     Raises:
         OSError: the disk has too little space for the checkpoints.
@@ -212,6 +216,7 @@ def make_trainer(
         n_validation_steps=data_module.n_validation_steps,
         callbacks=[MetricsFile(Path(args.output_dir))],
         stop_signal=stop_signal,
+        cell_types=cell_types,
     )
     trainer.baselines = measure_baselines(data_module, partial(over_ranks, accelerator=trainer.accelerator))
     _require_known_metric(trainer)
@@ -221,7 +226,10 @@ def make_trainer(
 def _require_known_metric(trainer: ScGPTTrainer) -> None:
     """Raise unless validation measures `metric_for_best_model`. The library would look it up only after an epoch."""
     wanted = (trainer.args.metric_for_best_model or "loss").removeprefix("eval_")
-    if wanted not in (known := trainer.metrics_from_sums([0.0] * (2 * len(trainer.terms) + 1))):
+    known = list(trainer.metrics_from_sums([0.0] * (2 * len(trainer.terms) + 1)))
+    if trainer.cell_types is not None:
+        known += trainer.cell_types.names
+    if wanted not in known:
         raise ValueError(f"metric_for_best_model is {wanted!r}; validation measures {', '.join(known)}")
 
 

@@ -33,6 +33,7 @@ from scgpt_hf.training.optimization.averaging import WeightAverage
 from scgpt_hf.training.optimization.optimizers import MUON, make_muon
 from scgpt_hf.training.optimization.schedules import scheduler_arguments
 from scgpt_hf.training.throughput import Throughput
+from scgpt_hf.training.validation.cell_types import CellTypeScorer
 
 logger = logging.getLogger(__name__)
 
@@ -51,6 +52,7 @@ class ScGPTTrainer(FaultTolerantTrainer):
         terms: names of the means that validation computes: each objective and, for labels, the accuracy.
         average: moving average of the weights while `train` runs; None without `ema_decay`.
         baselines: errors of simple predictors, logged with every validation; None until they are measured.
+        cell_types: scores the embedding of labelled cells at every validation; None without `eval_labels`.
     """
 
     def __init__(
@@ -60,6 +62,7 @@ class ScGPTTrainer(FaultTolerantTrainer):
         validation_stream: Callable[[], Iterable[Batch]],
         n_validation_steps: int,
         baselines: Baselines | None = None,
+        cell_types: CellTypeScorer | None = None,
         **trainer_arguments: Any,
     ) -> None:
         """Create the trainer.
@@ -71,6 +74,7 @@ class ScGPTTrainer(FaultTolerantTrainer):
             n_validation_steps: number of validation batches of all processes together. Each process has its share,
                 rounded up or down.
             baselines: logged with every validation.
+            cell_types: see `ScGPTTrainer`.
             trainer_arguments: arguments of `FaultTolerantTrainer` and `transformers.Trainer`; at least schedule, model,
                 args and processing_class.
 
@@ -84,16 +88,17 @@ class ScGPTTrainer(FaultTolerantTrainer):
         self.terms = [*self.weights, *(["cls_accuracy"] if "cls" in self.weights else [])]
         self.validation_stream = pin_batches(validation_stream, self.args.device)
         self.n_validation_rounds = math.ceil(n_validation_steps / self.args.world_size)
-        if self.is_fsdp_enabled and n_validation_steps < self.args.world_size:
+        fewest = min(n_validation_steps, cell_types.n_batches) if cell_types else n_validation_steps
+        if self.is_fsdp_enabled and fewest < self.args.world_size:
             raise ValueError(
                 f"{self.args.world_size} processes share the model, so each needs a batch to validate, found "
-                f"{n_validation_steps} batches; lower --per_device_eval_batch_size or hold out more cells"
+                f"{fewest} batches; lower --per_device_eval_batch_size or hold out more cells"
             )
         if self.is_fsdp_enabled and (self.args.ema_decay is not None or self.args.optim == MUON):
             raise ValueError(
                 "--ema_decay and --optim muon need complete weights on each process; do not shard the model"
             )
-        self.baselines = baselines
+        self.baselines, self.cell_types = baselines, cell_types
         self.average: WeightAverage | None = None
         micro_batches = self.args.gradient_accumulation_steps
         train_stream = pin_batches(train_stream, self.args.device)
@@ -218,14 +223,47 @@ class ScGPTTrainer(FaultTolerantTrainer):
         started = time.perf_counter()
         with self._with_average():
             metrics = self.validate()
+            if not math.isfinite(metrics["loss"]):
+                raise FloatingPointError(
+                    f"the validation loss at step {self.state.global_step:,} is {metrics['loss']}: the run has "
+                    "diverged. Lower --learning_rate or lengthen --warmup_steps, and resume from an earlier checkpoint"
+                )
+            if self.cell_types is not None:
+                metrics |= self.score_cell_types(self.cell_types)
         metrics["seconds"] = time.perf_counter() - started
         self.throughput.exclude(metrics["seconds"])
-        if not math.isfinite(metrics["loss"]):
-            raise FloatingPointError(
-                f"the validation loss at step {self.state.global_step:,} is {metrics['loss']}: the run has diverged. "
-                "Lower --learning_rate or lengthen --warmup_steps, and resume from an earlier checkpoint"
-            )
         return metrics
+
+    @torch.inference_mode()
+    def score_cell_types(self, scorer: CellTypeScorer) -> dict[str, float]:
+        """Return the scores of the embedding of labelled validation cells, beside those of PCA.
+
+        Raises:
+            FloatingPointError: an embedding is not finite, or `metric_for_best_model` cannot be computed.
+        """
+        model = self.accelerator.unwrap_model(self.model)
+        nowhere = torch.empty(0, dtype=torch.long, device=self.args.device)
+
+        def embed(batch: Batch) -> torch.Tensor:
+            inputs = self.to_model_inputs({key: value for key, value in batch.items() if key != "cell_ids"})
+            with self.accelerator.autocast():  # the model with its heads: a sharded one cannot run its encoder alone
+                vectors = model(**inputs, label_positions=nowhere).cell_embedding
+            return torch.nn.functional.normalize(vectors.float(), dim=-1)
+
+        model.eval()
+        try:
+            scores = scorer.score(embed, same_calls=self.is_fsdp_enabled)
+        except ValueError as error:
+            raise FloatingPointError(f"at step {self.state.global_step:,} {error}: the run has diverged") from error
+        finally:
+            model.train()
+        wanted = (self.args.metric_for_best_model or "").removeprefix("eval_")
+        if wanted in scorer.names and wanted not in scores:
+            raise FloatingPointError(
+                f"{wanted}, the metric_for_best_model, cannot be computed at step {self.state.global_step:,}: all "
+                "cells may have the same embedding. Lower --learning_rate, and resume from an earlier checkpoint"
+            )
+        return scores
 
     @torch.inference_mode()
     def validate(self) -> dict[str, float]:

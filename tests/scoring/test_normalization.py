@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import scanpy
 import torch
 from anndata import AnnData
 from scipy.sparse import csr_matrix
@@ -12,6 +13,11 @@ from scgpt_hf.scoring.normalization import log_normalize, variable_genes
 def test_counts_are_normalized_to_ten_thousand(small_cells: list[AnnData]) -> None:
     normalized = log_normalize(small_cells[0].X)
     assert np.allclose(np.expm1(normalized.toarray()).sum(axis=1), 1e4, rtol=1e-4)
+    expected = AnnData(small_cells[0].X.astype(np.float32))
+    scanpy.pp.normalize_total(expected, target_sum=1e4)
+    scanpy.pp.log1p(expected)
+    np.testing.assert_allclose(normalized.toarray(), expected.X.toarray(), rtol=1e-5)
+    assert log_normalize(csr_matrix((2, 3))).nnz == 0
 
 
 def test_small_batches_have_no_influence_on_variable_genes(small_cells: list[AnnData]) -> None:

@@ -14,6 +14,7 @@ from scgpt_hf.training.recipe import make_trainer
 from scgpt_hf.training.selection import save_selection
 from scgpt_hf.training.settings_parsing import parse_settings
 from scgpt_hf.training.trainer import ScGPTTrainer
+from scgpt_hf.training.validation.cell_types import make_cell_type_scorer
 
 # A model and a data set that train in a few seconds on one CPU core.
 TINY = [
@@ -48,7 +49,8 @@ def prepare(
     data = [str(path) for path in (census if isinstance(census, Sequence) else [census])]
     settings = parse_settings([*TINY, "--data", *data, "--output_dir", str(folder), *flags], "test")
     run = prepare_run(settings)
-    trainer = make_trainer(run.data_module, run.model, settings.training, stop_signal)
+    cell_types = make_cell_type_scorer(run.source, run.selection, run.data_module, settings)
+    trainer = make_trainer(run.data_module, run.model, settings.training, stop_signal, cell_types)
     if run.checkpoint is None and settings.training.process_index == 0:
         save_selection(run.selection, run.source, settings)
     return trainer, run.data_module, run.checkpoint

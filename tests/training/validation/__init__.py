@@ -1,0 +1,1 @@
+"""Tests of `scgpt_hf.training.validation`."""
