@@ -17,6 +17,7 @@ from scgpt_hf.publishing.card import model_card
 from scgpt_hf.publishing.hub import HubError
 from scgpt_hf.publishing.publish_run import check_repository
 from scgpt_hf.reporting.run_figures import write_run_figures
+from scgpt_hf.reporting.run_scores import score_run_baselines
 from scgpt_hf.tokens.processing_scgpt import ScGPTProcessor
 from scgpt_hf.training.data_module import DataModule
 from scgpt_hf.training.dry_run import describe_run
@@ -134,7 +135,10 @@ def _pretrain(
 
     # 4. Describe the run: baselines, summary, figures, and last of all the card, which marks the run as finished.
     save_simple_methods(run.source, run.selection, settings)
-    summary = summarize(trainer, run.data_module)
+    scored = None
+    if cell_types is not None:
+        scored = score_run_baselines(folder, run.source, cell_types.cells, args.seed)
+    summary = summarize(trainer, run.data_module, scored)
     write_run_figures(
         folder,
         run.source,

@@ -5,6 +5,7 @@ Examples:
   python scripts/evaluate.py embedded.h5ad --embedding X_scgpt --embedding X_scVI --labels_key cell_type \
       --batch_key donor_id --reference reference.h5ad --baselines "HVG + PCA" "HVG + logistic regression" scVI \
       --vector svg --out scores
+  python scripts/evaluate.py embedded.h5ad --embedding X_scgpt --run runs/demo --out scores
 
 What is measured:
   separation of cell types  NMI, ARI, ASW, cLISI (scib-metrics)
@@ -71,8 +72,11 @@ def _build_parser() -> argparse.ArgumentParser:
     add("--out", required=True, type=Path, metavar="DIR", help="folder to create")
     add("--metrics", nargs="+", choices=METRICS, metavar="METRIC",
         help=f"metrics to compute, of: {', '.join(METRICS)} (default: all)")  # fmt: skip
-    add("--baselines", nargs="*", choices=BASELINES, default=DEFAULTS["baselines"], metavar="NAME",
-        help=f"baselines to compute, of: {', '.join(BASELINES)} (default: the first two)")  # fmt: skip
+    add("--baselines", nargs="*", choices=list(BASELINES), metavar="NAME",
+        help=f"baselines to compute, of: {', '.join(BASELINES)} (default: all but scVI)")  # fmt: skip
+    add("--run", type=Path, metavar="DIR",
+        help="folder of the pretraining run of the embeddings, for the baselines that know its training cells: "
+        f"{', '.join(name for name, one in BASELINES.items() if one.needs_run)}")  # fmt: skip
     add("--layer", help="layer with the raw counts (default: the one that has them)")
     add("--round_counts", action="store_true", help="round fractional counts instead of stopping")
     add("--unlabeled_categories", nargs="*", default=DEFAULTS["unlabeled_categories"], metavar="NAME",

@@ -10,12 +10,14 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from scgpt_hf.publishing.record import UNKNOWN, RunRecord
 from scgpt_hf.publishing.run_summary import (
+    EMBEDDING_SCORES,
     Code,
     Rows,
     error_rows,
     pretraining_data,
     pretraining_recipe,
     read_summary,
+    score_rows,
     supervision_rows,
 )
 
@@ -28,6 +30,7 @@ _METRICS: Metrics = {
     "best.eval_gep_mse": ("mse", "GEP MSE, bins squared"),
     "best.eval_gepc_mse": ("mse", "GEPC MSE, bins squared"),
     "best.eval_variance_explained": ("explained_variance", "share of the variance explained, against a constant"),
+    **{f"best.eval_{key}": (key, f"{name} of the cell types") for key, (name, _) in EMBEDDING_SCORES.items()},
 }
 _HUB_DATASET = "hf://datasets/"
 
@@ -210,7 +213,7 @@ predictions in the same table.
 {error_table(summary)}
 
 Share of the variance explained (1 - GEP / constant): {summary.number("best.eval_variance_explained", ".1%")}.
-
+{score_table(summary)}
 {shown}""".rstrip()
 
 
@@ -218,6 +221,24 @@ def _supervision(summary: RunRecord) -> list[str]:
     """Return the section on the labels of a supervised run; no section for any other run."""
     rows = supervision_rows(summary)
     return [f"## Supervision\n\n{_SUPERVISED}\n\n{markdown_table(rows)}"] if rows else []
+
+
+def score_table(summary: RunRecord) -> str:
+    """Return the scores of the embedding of labelled cells beside the baselines as a table; nothing without labels."""
+    if not (rows := score_rows(summary)):
+        return ""
+    header = ["embedding", *(name for name, _ in EMBEDDING_SCORES.values())]
+    lines = [[row.method, *("–" if score is None else f"{score:.3f}" for score in row.scores)] for row in rows]
+    table = "\n".join(f"| {' | '.join(cells)} |" for cells in [header, ["---"] * len(header), *lines])
+    meanings = "; ".join(f"{name}: {meaning}" for name, meaning in EMBEDDING_SCORES.values())
+    return f"""
+Cell types of labelled cells of held-out donors, in the embedding of the model and of simple methods that were fitted to
+the training cells. Higher is better.
+
+{table}
+
+{meanings}.
+"""
 
 
 def error_table(summary: RunRecord) -> str:

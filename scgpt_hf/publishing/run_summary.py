@@ -4,7 +4,7 @@ Model cards format these facts as Markdown, report pages as HTML, and the last l
 no file of the run records read "not recorded"; nothing is guessed.
 """
 
-import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -59,6 +59,17 @@ _CLASSIFIERS = {
 }
 
 
+# Scores of the cell embedding on labelled validation cells (`eval_labels`), without the prefix `eval_`. For all, higher
+# is better.
+EMBEDDING_SCORES = {
+    "knn_macro_f1": ("kNN macro-F1", "cell types predicted from the 15 nearest neighbors; mean F1 over types"),
+    "nmi": ("NMI", "agreement of k-means clusters with the cell types"),
+    "asw_label": ("ASW label", "average silhouette width of the cell types; 0.5: they are not separated"),
+    "ilisi": ("iLISI", "diversity of batches, or of donors, among the nearest cells; 1: fully mixed"),
+}
+_HIGHER_IS_BETTER = {"eval_variance_explained", *(f"eval_{name}" for name in EMBEDDING_SCORES)}
+
+
 class Code(str):
     """A value to be set as code, e.g. an obs column or a filter."""
 
@@ -75,6 +86,18 @@ class ErrorRow(NamedTuple):
     name: str
     value: float | None
     meaning: str
+
+
+class ScoreRow(NamedTuple):
+    """The scores of one embedding of the labelled validation cells.
+
+    Attributes:
+        method: "this model", or a baseline.
+        scores: a score for each of `EMBEDDING_SCORES`, None if it cannot be computed or is not recorded.
+    """
+
+    method: str
+    scores: list[float | None]
 
 
 def read_summary(run: Path) -> RunRecord:
@@ -98,19 +121,52 @@ def read_summary(run: Path) -> RunRecord:
         known[f"{part}_donors"] = len(split.get(f"parts.{part}.donors", list) or []) or None
         known[f"{part}_cells"] = split.get(f"parts.{part}.n_cells", int)
     if not summary.get("best", dict):
-        known["best"] = _best_validation(run / "metrics.jsonl")
+        metric = RunRecord.read(run / "settings.yaml").get("training.metric_for_best_model", str)
+        known["best"] = _best_validation_in(run / "metrics.jsonl", metric)
     summary.content |= {key: value for key, value in known.items() if not summary.content.get(key)}
     return summary
 
 
-def _best_validation(path: Path) -> dict[str, Any]:
-    """Return the validation line with the lowest loss, or nothing."""
-    best: dict[str, Any] = {}
-    for line in read_metrics(path) if path.is_file() else []:
-        loss = RunRecord(line, f"{path.name}, step {line['step']}").get("eval_loss", _NUMBER)
-        if loss is not None and loss < best.get("eval_loss", math.inf):
-            best = line
-    return best
+def best_validation(lines: Sequence[dict[str, Any]], metric: str | None = None) -> dict[str, Any]:
+    """Return the best of the validation lines of a log, or nothing if there is none.
+
+    Args:
+        lines: lines of metrics.jsonl.
+        metric: the setting `metric_for_best_model`; by default `eval_loss`.
+
+    Example:
+        >>> best_validation([{"eval_loss": 2.0}, {"loss": 0.5}, {"eval_loss": 1.0}])
+        {'eval_loss': 1.0}
+    """
+    key = f"eval_{(metric or 'loss').removeprefix('eval_')}"
+    sign = -1 if key in _HIGHER_IS_BETTER else 1
+    return min((line for line in lines if key in line), key=lambda line: sign * line[key], default={})
+
+
+def _best_validation_in(path: Path, metric: str | None) -> dict[str, Any]:
+    """Return the best validation line of a log; raise ValueError if a line has something else than a number."""
+    lines = read_metrics(path) if path.is_file() else []
+    for line in lines:
+        RunRecord(line, f"{path.name}, step {line['step']}").get("eval_loss", _NUMBER)
+    return best_validation(lines, metric)
+
+
+def score_rows(summary: RunRecord) -> list[ScoreRow]:
+    """Return the scores of the model's embedding in the best validation and of the baselines; none without labels.
+
+    Args:
+        summary: summary of a run, with `best` and, if the run is finished, `baseline_scores`.
+
+    Raises:
+        ValueError: a score is not a number.
+    """
+    keys = {"this model": "best.eval_{}", "PCA, training cells": "best.eval_pca_{}"}
+    keys |= {name: f"baseline_scores.{name}.{{}}" for name in summary.get("baseline_scores", dict) or {}}
+    rows = [
+        ScoreRow(method, [summary.get(key.format(name), _NUMBER) for name in EMBEDDING_SCORES])
+        for method, key in keys.items()
+    ]
+    return rows if any(score is not None for score in rows[0].scores) else []
 
 
 def error_rows(summary: RunRecord) -> list[ErrorRow]:

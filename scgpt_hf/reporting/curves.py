@@ -3,7 +3,8 @@
 `publishing/record.py` reads the file; `plots.py` defines the palette and saves figures.
 """
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from matplotlib.ticker import MaxNLocator
 
 from scgpt_hf.cells.block import FloatArray
 from scgpt_hf.publishing.record import read_metrics
+from scgpt_hf.publishing.run_summary import EMBEDDING_SCORES
 from scgpt_hf.reporting.page import Html, inline_svg
 from scgpt_hf.reporting.plots import GREY, PALETTE, SMALL
 from scgpt_hf.training.run_folder import METRICS
@@ -29,21 +31,31 @@ BASELINES = {"eval_constant_mse": "constant", "eval_gene_mean_mse": "gene mean",
 _LABEL_GAP = 0.085  # between the labels of two lines, as a share of the height of the axes
 
 
-def plot_loss(metrics: Sequence[Mapping[str, Any]], panels: Collection[str] = ("training", "validation")) -> Figure:
+def plot_loss(
+    metrics: Sequence[Mapping[str, Any]],
+    panels: Collection[str] = ("training", "validation"),
+    *,
+    best_step: int | None = None,
+) -> Figure:
     """Plot the loss curves of a run: training losses, and validation errors with their baselines.
 
-    A panel without data is left out. The best step is the one with the lowest `eval_loss`, whose model the run keeps.
+    A panel without data is left out.
 
     Args:
         metrics: lines of metrics.jsonl, see `read_metrics`.
         panels: which of "training" and "validation".
+        best_step: step whose model the run keeps; by default the one with the lowest `eval_loss`.
 
     Raises:
         ValueError: no line holds a loss.
     """
     training = _curves(metrics, {name: name for name in ("loss", *OBJECTIVES)})
     validation = _curves(metrics, {name: f"eval_{name}_mse" for name in ("gep", "gepc")})
-    available = {"training": (_draw_training, training), "validation": (_draw_validation, validation)}
+    draw_validation = partial(_draw_validation, best_step=best_step)
+    available: dict[str, tuple[Callable[..., None], Curves]] = {
+        "training": (_draw_training, training),
+        "validation": (draw_validation, validation),
+    }
     shown = [(draw, curves) for panel, (draw, curves) in available.items() if panel in panels and curves]
     if not shown:
         raise ValueError(f"no line of {len(metrics):,} has a loss; expected keys such as 'loss' or 'eval_gep_mse'")
@@ -53,17 +65,42 @@ def plot_loss(metrics: Sequence[Mapping[str, Any]], panels: Collection[str] = ("
     return figure
 
 
-def loss_figures(run: Path, captions: Mapping[str, str]) -> list[Html]:
+def loss_figures(run: Path, captions: Mapping[str, str], best_step: int | None = None) -> list[Html]:
     """Return the loss curves of a run as one figure for each panel that has data.
 
     Args:
         run: the run folder; without metrics.jsonl the list is empty.
         captions: caption of each panel, "training" and "validation".
+        best_step: see `plot_loss`.
     """
     metrics = read_metrics(run / METRICS) if (run / METRICS).is_file() else []
     keys = {"training": "loss", "validation": "eval_gep_mse"}
     drawn = [panel for panel, key in keys.items() if any(key in line for line in metrics)]
-    return [inline_svg(plot_loss(metrics, [panel]), captions[panel]) for panel in drawn]
+    return [inline_svg(plot_loss(metrics, [panel], best_step=best_step), captions[panel]) for panel in drawn]
+
+
+def plot_cell_types(metrics: Sequence[Mapping[str, Any]]) -> Figure:
+    """Plot the scores of the embedding of labelled validation cells, each beside that of PCA as a dashed line.
+
+    Args:
+        metrics: lines of metrics.jsonl of a run with `eval_labels`.
+
+    Raises:
+        ValueError: no line holds a score.
+    """
+    curves = _curves(metrics, {name: f"eval_{name}" for name in EMBEDDING_SCORES})
+    if not curves:
+        raise ValueError(f"no line of {len(metrics):,} has a score; expected keys such as 'eval_knn_macro_f1'")
+    figure = Figure(figsize=(3.1 * len(curves), 2.4), layout=ConstrainedLayoutEngine(w_pad=0.08))
+    panels = figure.subplots(1, len(curves), squeeze=False)[0]
+    for axes, (name, (epochs, values)) in zip(panels, curves.items(), strict=True):
+        pca = next(line[f"eval_pca_{name}"] for line in metrics if f"eval_pca_{name}" in line)
+        axes.axhline(pca, color=GREY, linewidth=0.9, linestyle=(0, (4, 2)), label="PCA")
+        axes.plot(epochs, values, color=PALETTE[0], linewidth=1.4, marker="o", markersize=2.5, clip_on=False)
+        labels = [(f"PCA {pca:.3f}", float(pca), GREY), (f"model {values[-1]:.3f}", float(values[-1]), PALETTE[0])]
+        axes.margins(y=0.15)
+        _finish(axes, {name: (epochs, values)}, EMBEDDING_SCORES[name][0], "score, higher is better", labels)
+    return figure
 
 
 def _curves(metrics: Sequence[Mapping[str, Any]], keys: Mapping[str, str]) -> Curves:
@@ -97,10 +134,13 @@ def _draw_training(axes: Axes, curves: Curves, metrics: Sequence[Mapping[str, An
     _finish(axes, curves, "Training loss", "loss", labels)
 
 
-def _draw_validation(axes: Axes, curves: Curves, metrics: Sequence[Mapping[str, Any]]) -> None:
+def _draw_validation(
+    axes: Axes, curves: Curves, metrics: Sequence[Mapping[str, Any]], *, best_step: int | None = None
+) -> None:
     """Draw the error of each prediction head, the baselines as dashed lines, and the best step as a circle."""
     lines = [line for line in metrics if "eval_gep_mse" in line or "eval_gepc_mse" in line]
     best = min(lines, key=lambda line: line.get("eval_loss", line.get("eval_gep_mse", np.inf)))
+    best = next((line for line in lines if line["step"] == best_step), best)
     labels = []
     for key, name in BASELINES.items():
         if key in best:

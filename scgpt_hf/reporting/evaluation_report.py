@@ -20,6 +20,7 @@ from scgpt_hf.reporting.page import (
     paragraph,
     section,
     table,
+    to_html,
 )
 
 _MEANING = {
@@ -100,11 +101,19 @@ def _scores(methods: dict[str, Any]) -> Html:
         table(rows, ("score", *methods), numeric_columns=range(1, len(methods) + 1)),
         _causes(methods),
         collapsed("What the scores mean", table([(metric, _MEANING.get(metric, "")) for metric in metrics])),
-        paragraph(
-            "Baselines are fitted to these cells (without their labels), which is an advantage: the model of an "
-            f"embedding may never have seen them. {TABLE} holds all numbers."
-        ),
+        _baselines(methods),
+        paragraph(f"{TABLE} holds all numbers."),
     )
+
+
+def _baselines(methods: dict[str, Any]) -> Html:
+    """Return what each baseline is, and where it comes from."""
+    rows = [(name, one["meaning"], one["source"]) for name, one in methods.items() if "meaning" in one]
+    text = (
+        "Baselines that are fitted to these cells have an advantage: the model of an embedding may never have seen "
+        "them. Those that are fitted to the training cells of its run have none."
+    )
+    return to_html([table(rows, ("baseline", "what it is", "source")), paragraph(text)]) if rows else Html("")
 
 
 def _causes(methods: dict[str, Any]) -> Html:

@@ -19,6 +19,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from scgpt_hf.analysis.embed import umap_of
+from scgpt_hf.analysis.evaluation.baseline_embeddings import BASELINES
 from scgpt_hf.analysis.evaluation.evaluate import PREDICTION, TRANSFER, Evaluation, MethodScores
 from scgpt_hf.analysis.evaluation.selected_cells import SelectedCells
 from scgpt_hf.cells.locking import rename_new
@@ -124,6 +125,7 @@ def _describe_evaluation(evaluation: Evaluation) -> dict[str, Any]:
         cells["reference"] = _describe_cells(evaluation.reference)
     methods = {
         method: {
+            **_describe_baseline(method),
             "scores": scores.values,
             "not_computable": scores.reasons,
             "predictions": {metric: _describe_predictions(one) for metric, one in scores.predictions.items()},
@@ -131,6 +133,7 @@ def _describe_evaluation(evaluation: Evaluation) -> dict[str, Any]:
         for method, scores in evaluation.methods.items()
     }
     settings = {name: value for name, value in evaluation.settings.items() if name != "progress"}
+    settings["run"] = None if settings["run"] is None else Path(settings["run"]).resolve().name
     versions = {name: _version(name) for name in ("scgpt_hf", "scib-metrics", "scanpy", "scikit-learn", "scvi-tools")}
     return {
         "kind": "evaluation",
@@ -196,6 +199,13 @@ def _describe_cells(cells: SelectedCells) -> dict[str, Any]:
         "batches": dict(Counter(cells.batches.tolist()).most_common()),
         "left_out": dict(cells.left_out),
     }
+
+
+def _describe_baseline(method: str) -> dict[str, str]:
+    """Return what a baseline is and where it comes from; nothing for an embedding."""
+    if method not in BASELINES:
+        return {}
+    return {"meaning": BASELINES[method].meaning, "source": BASELINES[method].source}
 
 
 def _describe_predictions(predictions: Predictions) -> dict[str, Any]:

@@ -5,15 +5,17 @@ Numbers come from the run folder, as `publishing/run_summary.py` states them. `p
 
 from pathlib import Path
 
-from scgpt_hf.publishing.record import RunRecord
+from scgpt_hf.publishing.record import RunRecord, read_metrics
 from scgpt_hf.publishing.run_summary import (
+    EMBEDDING_SCORES,
     error_rows,
     pretraining_data,
     pretraining_recipe,
     read_summary,
+    score_rows,
     supervision_rows,
 )
-from scgpt_hf.reporting.curves import loss_figures
+from scgpt_hf.reporting.curves import loss_figures, plot_cell_types
 from scgpt_hf.reporting.page import (
     Html,
     bar,
@@ -28,7 +30,7 @@ from scgpt_hf.reporting.page import (
     section,
     table,
 )
-from scgpt_hf.training.run_folder import BEST_MODEL, SETTINGS, SUMMARY
+from scgpt_hf.training.run_folder import BEST_MODEL, METRICS, SETTINGS, SUMMARY
 
 _CAPTIONS = {
     "training": "Loss on training cells: faint line as logged, bold line running mean.",
@@ -63,6 +65,7 @@ def pretraining_report(run: Path) -> str:
         lead,
         _key_numbers(summary),
         _learning(run, summary),
+        _cell_types(run, summary),
         section(
             "UMAP of the cells",
             figures(
@@ -108,7 +111,7 @@ def _learning(run: Path, summary: RunRecord) -> Html:
     best = f"Best model: step {summary.number('best.step')}, epoch {summary.number('best.epoch', '.3g')}."
     return section(
         "Learning",
-        figures(*loss_figures(run, _CAPTIONS)),
+        figures(*loss_figures(run, _CAPTIONS, summary.get("best.step", int))),
         [
             paragraph(_ERRORS_EXPLAINED),
             table(rows, ("prediction", "what it uses", "mean squared error", ""), numeric_columns=[2]),
@@ -116,6 +119,27 @@ def _learning(run: Path, summary: RunRecord) -> Html:
         ]
         if rows
         else "",
+    )
+
+
+def _cell_types(run: Path, summary: RunRecord) -> Html:
+    """Return the scores of the embedding of labelled cells beside the baselines; nothing without `eval_labels`."""
+    if not (rows := score_rows(summary)):
+        return Html("")
+    metrics = read_metrics(run / METRICS) if (run / METRICS).is_file() else []
+    has_curves = any(f"eval_{name}" in line for line in metrics for name in EMBEDDING_SCORES)
+    caption = "Scores at each validation; dashed lines are PCA, fitted to training cells."
+    cells = [(row.method, *("–" if score is None else f"{score:.3f}" for score in row.scores)) for row in rows]
+    names = [name for name, _ in EMBEDDING_SCORES.values()]
+    return section(
+        "Cell types",
+        paragraph(
+            "Labelled cells of held-out donors: how well the embedding separates their types and mixes their batches. "
+            "PCA and the small network are fitted to training cells. Higher is better."
+        ),
+        figures(*([inline_svg(plot_cell_types(metrics), caption)] if has_curves else [])),
+        table(cells, ("embedding", *names), numeric_columns=range(1, len(names) + 1)),
+        collapsed("What the scores mean", table([*EMBEDDING_SCORES.values()])),
     )
 
 

@@ -12,6 +12,7 @@ from scgpt_hf.cells.block import Int64Array
 from scgpt_hf.cells.source import CellSource
 from scgpt_hf.inference import embed_cells
 from scgpt_hf.publishing.record import read_metrics
+from scgpt_hf.publishing.run_summary import read_summary
 from scgpt_hf.reporting.curves import plot_loss
 from scgpt_hf.reporting.plots import UMAP_CELLS, plot_umap, save_figure
 from scgpt_hf.reporting.report import write_report
@@ -43,7 +44,8 @@ def write_run_figures(
         donor_key: obs column that colors the second panel of the UMAP.
         seed: seed of the choice of the cells, and of UMAP.
     """
-    save_figure(plot_loss(read_metrics(folder / "metrics.jsonl")), folder / "loss.png")
+    best_step = read_summary(folder).get("best.step", int)
+    save_figure(plot_loss(read_metrics(folder / "metrics.jsonl"), best_step=best_step), folder / "loss.png")
     if cause := model.config.padding_dependent_settings:
         # The figure would change with the batch size.
         logger.warning("umap.png is not written: with %s, an embedding depends on the padding of its batch", cause)

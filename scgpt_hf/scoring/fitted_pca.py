@@ -23,6 +23,7 @@ from scgpt_hf.scoring.normalization import log_normalize, variable_genes
 
 Float32Array = npt.NDArray[np.float32]
 
+PCA_FILE = "baselines/pca.safetensors"  # in a run folder
 N_COMPONENTS = 50  # Source: default of scanpy.pp.pca
 _GENES = "genes"  # key of the metadata of a file
 

@@ -22,7 +22,8 @@ def keep_torch_threads() -> Iterator[None]:
     try:
         yield
     finally:
-        torch.set_num_threads(n_threads)
+        if torch.get_num_threads() != n_threads:
+            torch.set_num_threads(n_threads)
 
 
 def log_normalize(counts: csr_matrix) -> csr_matrix:

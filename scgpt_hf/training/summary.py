@@ -13,7 +13,7 @@ from transformers import Trainer
 from transformers.trainer_pt_utils import get_model_param_count
 
 from scgpt_hf.publishing.record import RunRecord, read_metrics
-from scgpt_hf.publishing.run_summary import error_rows
+from scgpt_hf.publishing.run_summary import EMBEDDING_SCORES, best_validation, error_rows, score_rows
 from scgpt_hf.training.data_module import DataModule
 from scgpt_hf.training.run_folder import METRICS, SUMMARY, list_results, write_json
 from scgpt_hf.training.selection import composition_of, supervision_of
@@ -22,12 +22,19 @@ from scgpt_hf.training.trainer import ScGPTTrainer
 _PACKAGES = ("scgpt_hf", "torch", "transformers", "datasets", "accelerate", "tiledbsoma", "cellxgene-census")
 
 
-def summarize(trainer: ScGPTTrainer, data_module: DataModule) -> dict[str, Any]:
-    """Return the summary of a finished run, and write it to summary.json. Only the first process may call it."""
+def summarize(
+    trainer: ScGPTTrainer, data_module: DataModule, baseline_scores: dict[str, dict[str, float]] | None = None
+) -> dict[str, Any]:
+    """Return the summary of a finished run, and write it to summary.json. Only the first process may call it.
+
+    Args:
+        trainer: has trained the run.
+        data_module: the batches of the run.
+        baseline_scores: baseline → scores on the labelled cells that validations scored the model on, if any.
+    """
     args, parts, donors = trainer.args, data_module.selection.parts, data_module.selection.n_donors
     history = trainer.state.log_history
     rates = [line["cells_per_second"] for line in history if "cells_per_second" in line]
-    validations = [line for line in history if "eval_loss" in line]
     summary = {
         "model_parameters": get_model_param_count(trainer.model),  # type: ignore[no-untyped-call]
         "train_cells": len(parts["train"]),
@@ -43,7 +50,8 @@ def summarize(trainer: ScGPTTrainer, data_module: DataModule) -> dict[str, Any]:
         "cells_per_second": round(float(np.median(rates)), 1) if rates else None,
         "versions": {name: version(name) for name in _PACKAGES},
         "baselines": asdict(trainer.baselines) if trainer.baselines else None,
-        "best": min(validations, key=lambda line: line["eval_loss"]) if validations else None,
+        "best": best_validation(history, trainer.args.metric_for_best_model) or None,
+        "baseline_scores": baseline_scores,
         "supervision": supervision_of(data_module.source, data_module.selection, data_module.supervise_by),
         "composition": composition_of(data_module.source, parts),
         "data": data_module.source.describe(),
@@ -99,6 +107,13 @@ def format_summary(summary: dict[str, Any], folder: Path) -> str:
             ),
             *[f"  {row.name:38} {row.value:8.2f}" for row in errors if row.value is not None],
             f"  share of the variance explained        {best.get('eval_variance_explained', math.nan):8.1%}",
+        ]
+    if rows := score_rows(RunRecord(summary, SUMMARY)):
+        names = [name for name, _ in EMBEDDING_SCORES.values()]
+        lines += ["Cell types of labelled validation cells:", f"  {'':24}" + "".join(f"{name:>14}" for name in names)]
+        lines += [
+            f"  {row.method:24}" + "".join(f"{'–' if one is None else f'{one:.3f}':>14}" for one in row.scores)
+            for row in rows
         ]
     lines += [list_results(folder)]
     return "\n".join(lines)

@@ -1,25 +1,69 @@
-"""Compute the baselines that embeddings are compared with, on the same cells: variable genes, their PCA, and scVI.
+"""List the baselines that embeddings are compared with, and compute those that are fitted to the scored cells.
 
-The recipe is scanpy's: counts per 10,000, log1p, 2,000 highly variable genes, 50 principal components. Baselines are
-fitted to the scored cells themselves, without their labels. That is an advantage over a model that was pretrained on
-other cells.
+The recipe is scanpy's: counts per 10,000, log1p, 2,000 highly variable genes, 50 principal components. A baseline that
+is fitted to the scored cells has an advantage over a model that was pretrained on other cells. `run_baselines.py`
+computes those that belong to a run: they know its training cells only, as the model does.
 """
 
 import logging
 import warnings
 from collections.abc import Collection
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from scipy.sparse import csr_matrix
 
+from scgpt_hf.analysis.evaluation.run_baselines import COUNT_MLP, TRAINING_PCA, UNTRAINED
 from scgpt_hf.cells.block import FloatArray
 from scgpt_hf.scoring.fitted_pca import fit_components
 from scgpt_hf.scoring.metrics import Labels
 from scgpt_hf.scoring.normalization import log_normalize, variable_genes
+from scgpt_hf.scoring.ranks import RANK_GENES, rank_genes
 
-PCA, LOGISTIC, SCVI = "HVG + PCA", "HVG + logistic regression", "scVI"
-BASELINES = (PCA, LOGISTIC, SCVI)
+PCA, LOGISTIC, SCVI, RANKS = "HVG + PCA", "HVG + logistic regression", "scVI", "ranks + ANOVA + PCA"
+
+
+class Baseline(NamedTuple):
+    """What a baseline is.
+
+    Attributes:
+        meaning: what it computes, in one sentence.
+        source: where it comes from.
+        needs_run: whether it belongs to a pretraining run, and is read from its folder.
+        is_classifier: whether it only predicts types, so that its features are no embedding.
+        by_default: whether it is computed unless other baselines are named.
+    """
+
+    meaning: str
+    source: str
+    needs_run: bool = False
+    is_classifier: bool = False
+    by_default: bool = True
+
+
+BASELINES: dict[str, Baseline] = {
+    PCA: Baseline("variable genes and 50 components, fitted to the scored cells themselves", "scanpy.pp.pca"),
+    LOGISTIC: Baseline(
+        "logistic regression on log-normalized variable genes",
+        "sklearn.linear_model.LogisticRegression",
+        is_classifier=True,
+    ),
+    RANKS: Baseline(
+        "ranks of genes within the cell, z-scored; genes chosen by ANOVA on the labels, PCA, logistic regression",
+        "arXiv:2602.16696",
+        is_classifier=True,
+    ),
+    TRAINING_PCA: Baseline(
+        "variable genes and 50 components, fitted to the training cells of the run", "scanpy.pp.pca", needs_run=True
+    ),
+    COUNT_MLP: Baseline(
+        "a small network without attention, trained for up to a minute with the run's count decoder",
+        "scgpt_hf.scoring.count_mlp; scVI's decoder, Lopez et al. 2018, Nature Methods 15:1053",
+        needs_run=True,
+    ),
+    UNTRAINED: Baseline("the model of the run with its initial random weights", "this software", needs_run=True),
+    SCVI: Baseline("scVI, trained on the scored cells", "Lopez et al. 2018, Nature Methods 15:1053", by_default=False),
+}
 
 
 def baseline_features(
@@ -36,7 +80,7 @@ def baseline_features(
 
     Returns:
         Baseline → float32 features, shape (cells, features): principal components, log-normalized counts of highly
-        variable genes, or latent variables of scVI.
+        variable genes, their ranks within the cell, or latent variables of scVI.
     """
     normalized = log_normalize(counts)
     genes = variable_genes(normalized, batches)
@@ -46,6 +90,8 @@ def baseline_features(
         features[PCA] = principal_components(variable, seed)[0]
     if LOGISTIC in baselines:
         features[LOGISTIC] = variable
+    if RANKS in baselines:
+        features[RANKS] = rank_genes(counts, variable_genes(normalized, batches, RANK_GENES))
     if SCVI in baselines:
         features[SCVI] = scvi_embedding(counts[:, genes], batches, seed, enable_progress_bar=progress)
     return features
@@ -54,7 +100,7 @@ def baseline_features(
 def transfer_features(
     counts: csr_matrix, batches: Labels, query: csr_matrix, baselines: Collection[str], seed: int
 ) -> dict[str, tuple[FloatArray, FloatArray]]:
-    """Compute the features of a reference and a query for each baseline except scVI.
+    """Compute the features of a reference and a query for each baseline that is fitted to them, except scVI.
 
     Genes and components are chosen on the reference, and applied to the query.
 
@@ -77,6 +123,9 @@ def transfer_features(
         features[PCA] = components, projected
     if LOGISTIC in baselines:
         features[LOGISTIC] = variable, of_query
+    if RANKS in baselines:
+        ranked = variable_genes(normalized, batches, RANK_GENES)
+        features[RANKS] = rank_genes(counts, ranked), rank_genes(query, ranked)
     return features
 
 

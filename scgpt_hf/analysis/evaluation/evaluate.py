@@ -2,6 +2,7 @@
 
     select cells      selected_cells.py       labelled cells, at most 50,000
     compute features  baseline_embeddings.py  of the baselines; those of the embeddings are in obsm
+                      run_baselines.py        of the baselines that belong to a pretraining run
     score             metrics.py              separation of cell types, mixing of batches
                       probing.py              cell types predicted across donors, and transferred from a reference
 
@@ -11,19 +12,19 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict, Unpack
 
 import pandas as pd
-from scipy.sparse import csr_matrix
 from tqdm import tqdm
 
 from scgpt_hf.analysis.evaluation.baseline_embeddings import (
     BASELINES,
-    LOGISTIC,
-    PCA,
+    RANKS,
     baseline_features,
     transfer_features,
 )
+from scgpt_hf.analysis.evaluation.run_baselines import available_baselines, run_features
 from scgpt_hf.analysis.evaluation.selected_cells import MAX_CELLS, SelectedCells, select_cells
 from scgpt_hf.cells.block import FloatArray
 from scgpt_hf.cells.source import open_source
@@ -55,7 +56,8 @@ class EvaluationSettings(TypedDict, total=False):
     Attributes:
         metrics: names from `METRICS`. If you pass names, a metric that cannot be computed raises an error. By default
             all metrics are tried, and those that cannot be computed are reported with the cause.
-        baselines: names from `BASELINES`. By default variable genes with PCA, and with logistic regression.
+        baselines: names from `BASELINES`. By default all but scVI; those of a run only if `run` is passed.
+        run: folder of the pretraining run of the embeddings, for the baselines that know its training cells.
         layer: layer with the raw counts, which the baselines need; by default `X`, or the only other one that has them.
         round_counts: round fractional counts; by default false.
         unlabeled_categories: values of `labels_key` that mean a cell has no label; by default "unknown".
@@ -65,7 +67,8 @@ class EvaluationSettings(TypedDict, total=False):
     """
 
     metrics: Sequence[str] | None
-    baselines: Sequence[str]
+    baselines: Sequence[str] | None
+    run: str | Path | None
     layer: str | None
     round_counts: bool
     unlabeled_categories: Sequence[str]
@@ -76,7 +79,8 @@ class EvaluationSettings(TypedDict, total=False):
 
 DEFAULTS: EvaluationSettings = {
     "metrics": None,
-    "baselines": (PCA, LOGISTIC),
+    "baselines": None,
+    "run": None,
     "layer": None,
     "round_counts": False,
     "unlabeled_categories": ("unknown",),
@@ -153,6 +157,7 @@ def evaluate_embeddings(
     """
     complete: Any = {**DEFAULTS, **settings}
     _require_names(complete, with_reference=reference is not None)
+    complete["baselines"] = _choose_baselines(complete["baselines"], complete["run"])
     selection = {name: complete[name] for name in ("unlabeled_categories", "max_cells", "seed")}
     cells = select_cells(adata, embedding_keys, labels_key, batch_key, **selection)
     reference_cells = None
@@ -167,8 +172,8 @@ def evaluate_embeddings(
         if reference_cells is not None and method in pairs:
             scorers |= _transfer_scorers(method, pairs[method], reference_cells, cells, scores.predictions)
         _score(scores, scorers, metrics, strict=bool(complete["metrics"]))
-    # The features of logistic regression are thousands of genes, not an embedding to draw.
-    embeddings = {method: features[method] for method in features if method != LOGISTIC}
+    # The features of a classifier are thousands of genes, not an embedding to draw.
+    embeddings = {method: features[method] for method in features if not _is_classifier(method)}
     scored = SelectedCells(cells.rows, cells.labels, cells.batches, embeddings, cells.left_out)
     keys = {"embedding_keys": list(embedding_keys), "labels_key": labels_key, "batch_key": batch_key}
     return Evaluation(methods, scored, reference_cells, {**keys, **complete})
@@ -181,6 +186,26 @@ def _require_names(settings: dict[str, Any], *, with_reference: bool) -> None:
             raise ValueError(f"unknown {what.removesuffix('s')} {unknown[0]!r}; expected some of {list(known)}")
     if not with_reference and (transfer := sorted(set(settings["metrics"] or ()) & set(TRANSFER))):
         raise ValueError(f"{transfer[0]!r} needs labelled reference cells; pass them as reference (--reference)")
+
+
+def _choose_baselines(names: Sequence[str] | None, run: str | Path | None) -> list[str]:
+    """Return the names of the baselines to compute: those that are wanted, or all that can be computed.
+
+    Raises:
+        ValueError: a baseline needs a run, and none was passed.
+    """
+    of_run = [] if run is None else available_baselines(Path(run))
+    if run is not None and not of_run:
+        raise ValueError(f"{run} is not the folder of a pretraining run: it has no best_model; name another folder")
+    if names is None:
+        return [name for name, one in BASELINES.items() if one.by_default and (not one.needs_run or name in of_run)]
+    if run is None and (lacking := [name for name in names if BASELINES[name].needs_run]):
+        raise ValueError(f"{lacking[0]!r} belongs to a pretraining run; pass the run folder as run (--run)")
+    return list(names)
+
+
+def _is_classifier(method: str) -> bool:
+    return method in BASELINES and BASELINES[method].is_classifier
 
 
 def _compute_features(
@@ -203,10 +228,20 @@ def _compute_features(
     reading = {name: settings[name] for name in ("layer", "round_counts")}
     if not baselines:
         return features, pairs
-    counts, genes = _read_counts(adata, cells, **reading)
+    source = open_source(adata, primary_only=False, **reading)
+    counts, genes = source.read(cells.rows).counts, pd.Index(source.genes["feature_id"])
     features |= baseline_features(counts, cells.batches, baselines, seed, progress=settings["progress"])
+    embed = partial(run_features, baselines=baselines, progress=settings["progress"])
+    run = settings["run"]
+    if run is not None:
+        features |= embed(Path(run), source, cells.rows)
     if reference is not None and reference_cells is not None:
-        reference_counts, reference_genes = _read_counts(reference, reference_cells, **reading)
+        reference_source = open_source(reference, primary_only=False, **reading)
+        reference_counts = reference_source.read(reference_cells.rows).counts
+        reference_genes = pd.Index(reference_source.genes["feature_id"])
+        if run is not None:
+            of_reference = embed(Path(run), reference_source, reference_cells.rows)
+            pairs |= {name: (of_reference[name], features[name]) for name in of_reference}
         shared = genes.intersection(reference_genes, sort=False)
         if not len(shared):
             raise ValueError(
@@ -217,12 +252,6 @@ def _compute_features(
         counts = counts[:, genes.get_indexer(shared)]
         pairs |= transfer_features(reference_counts, reference_cells.batches, counts, baselines, seed)
     return features, pairs
-
-
-def _read_counts(adata: "AnnData", cells: SelectedCells, **reading: Any) -> tuple[csr_matrix, pd.Index]:
-    """Return the raw counts of the cells, shape (cells, genes), and the gene ids."""
-    source = open_source(adata, primary_only=False, **reading)
-    return source.read(cells.rows).counts, pd.Index(source.genes["feature_id"])
 
 
 def _scorers(
@@ -237,8 +266,8 @@ def _scorers(
     classify: Scorers = {
         metric: partial(predict, metric, classifier) for metric, classifier in zip(PREDICTION, CLASSIFIERS, strict=True)
     }
-    if method == LOGISTIC:  # a classifier, whose features are no embedding
-        return {PREDICTION[-1]: classify[PREDICTION[-1]]}
+    if _is_classifier(method):  # its features are no embedding
+        return {PREDICTION[-1]: partial(predict, PREDICTION[-1], _classifier_of(method))}
     return integration_scorers(features, cells.labels, cells.batches) | classify
 
 
@@ -254,7 +283,14 @@ def _transfer_scorers(
     transfer: Scorers = {
         metric: partial(predict, metric, classifier) for metric, classifier in zip(TRANSFER, CLASSIFIERS, strict=True)
     }
-    return {TRANSFER[-1]: transfer[TRANSFER[-1]]} if method == LOGISTIC else transfer
+    return (
+        {TRANSFER[-1]: partial(predict, TRANSFER[-1], _classifier_of(method))} if _is_classifier(method) else transfer
+    )
+
+
+def _classifier_of(method: str) -> Classifier:
+    """Return the classifier of a baseline that is one."""
+    return "ANOVA probe" if method == RANKS else "linear probe"
 
 
 def _score(scores: MethodScores, scorers: Scorers, metrics: Sequence[str], *, strict: bool) -> None:

@@ -12,8 +12,8 @@ from scipy.sparse import csr_matrix
 
 from scgpt_hf.cells.missing import fill_missing
 from scgpt_hf.cells.source import CellSource
-from scgpt_hf.scoring.count_mlp import fit_count_mlp
-from scgpt_hf.scoring.fitted_pca import FittedPCA, fit_pca
+from scgpt_hf.scoring.count_mlp import MLP_FILE, fit_count_mlp
+from scgpt_hf.scoring.fitted_pca import PCA_FILE, FittedPCA, fit_pca
 from scgpt_hf.scoring.metrics import Labels
 from scgpt_hf.scoring.sampling import sample_chunks
 from scgpt_hf.training.selection import Selection
@@ -21,7 +21,6 @@ from scgpt_hf.training.settings import Settings
 
 logger = logging.getLogger(__name__)
 
-PCA_FILE, MLP_FILE = "baselines/pca.safetensors", "baselines/count_mlp.safetensors"
 SAMPLE_CELLS = 20_000  # PCA and network are about as good as with more, and fit in less than a minute
 
 
@@ -65,14 +64,19 @@ def save_simple_methods(source: CellSource, selection: Selection, settings: Sett
     """Fit the methods that the setting `fit_baselines` names, and write them into the run folder.
 
     The first process calls it at the end of a run. "pca" takes seconds, "all" adds the network with the count decoder,
-    which takes up to a minute.
+    which takes up to a minute. A method that cannot be fitted is logged: the run is complete without it.
     """
     args, folder = settings.training, Path(settings.training.output_dir)
     if args.fit_baselines == "none":
         return
-    sample = read_training_sample(source, selection, settings)
-    fit_training_pca(sample, args.seed).save(folder / PCA_FILE)
-    if args.fit_baselines == "all":
-        logger.info("fitting a small network to %d training cells, as a baseline", sample.counts.shape[0])
-        network = fit_count_mlp(sample.counts, sample.genes, sample.batches, seed=args.seed, selected=sample.selected)
-        network.save(folder / MLP_FILE)
+    try:
+        sample = read_training_sample(source, selection, settings)
+        fit_training_pca(sample, args.seed).save(folder / PCA_FILE)
+        if args.fit_baselines == "all":
+            logger.info("fitting a small network to %d training cells, as a baseline", sample.counts.shape[0])
+            network = fit_count_mlp(
+                sample.counts, sample.genes, sample.batches, seed=args.seed, selected=sample.selected
+            )
+            network.save(folder / MLP_FILE)
+    except (ValueError, OSError) as error:
+        logger.warning("the baselines of the run are incomplete, because one could not be fitted: %s", error)

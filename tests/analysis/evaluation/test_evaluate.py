@@ -12,7 +12,7 @@ import pytest
 from anndata import AnnData
 from scipy.sparse import csr_matrix
 
-from scgpt_hf.analysis.evaluation.baseline_embeddings import LOGISTIC, PCA
+from scgpt_hf.analysis.evaluation.baseline_embeddings import LOGISTIC, PCA, RANKS
 from scgpt_hf.analysis.evaluation.evaluate import METRICS, TRANSFER, Evaluation, evaluate_embeddings
 from scgpt_hf.reporting import evaluation_results
 from scgpt_hf.reporting.evaluation_results import tabulate, write_evaluation
@@ -48,7 +48,7 @@ def evaluation(small_cells: list[AnnData]) -> Evaluation:
 
 
 def test_every_metric_of_every_method_has_a_value_or_a_reason(evaluation: Evaluation) -> None:
-    assert list(evaluation.methods) == ["X_scgpt", PCA, LOGISTIC]
+    assert list(evaluation.methods) == ["X_scgpt", PCA, LOGISTIC, RANKS]
     for scores in evaluation.methods.values():
         assert {*scores.values, *scores.reasons} == {*METRICS, "bio", "batch", "total"}
         assert not set(scores.values) & set(scores.reasons)
@@ -57,9 +57,10 @@ def test_every_metric_of_every_method_has_a_value_or_a_reason(evaluation: Evalua
     assert evaluation.methods["X_scgpt"].reasons == {}
 
 
-def test_logistic_regression_is_scored_as_a_classifier_only(evaluation: Evaluation) -> None:
-    assert set(evaluation.methods[LOGISTIC].values) == {"linear probe macro-F1", "transfer linear probe macro-F1"}
-    assert evaluation.methods[LOGISTIC].reasons["NMI"] == "does not apply to this method"
+@pytest.mark.parametrize("method", [LOGISTIC, RANKS])
+def test_classifiers_are_scored_as_such_only(evaluation: Evaluation, method: str) -> None:
+    assert set(evaluation.methods[method].values) == {"linear probe macro-F1", "transfer linear probe macro-F1"}
+    assert evaluation.methods[method].reasons["NMI"] == "does not apply to this method"
 
 
 def test_cells_that_are_not_scored_are_counted(evaluation: Evaluation) -> None:
