@@ -122,7 +122,8 @@ def read_summary(run: Path) -> RunRecord:
         known[f"{part}_cells"] = split.get(f"parts.{part}.n_cells", int)
     if not summary.get("best", dict):
         metric = RunRecord.read(run / "settings.yaml").get("training.metric_for_best_model", str)
-        known["best"] = _best_validation_in(run / "metrics.jsonl", metric)
+        path = run / "metrics.jsonl"
+        known["best"] = best_validation(read_metrics(path) if path.is_file() else [], metric)
     summary.content |= {key: value for key, value in known.items() if not summary.content.get(key)}
     return summary
 
@@ -134,21 +135,18 @@ def best_validation(lines: Sequence[dict[str, Any]], metric: str | None = None) 
         lines: lines of metrics.jsonl.
         metric: the setting `metric_for_best_model`; by default `eval_loss`.
 
+    Raises:
+        ValueError: the metric of a line is not a number.
+
     Example:
         >>> best_validation([{"eval_loss": 2.0}, {"loss": 0.5}, {"eval_loss": 1.0}])
         {'eval_loss': 1.0}
     """
     key = f"eval_{(metric or 'loss').removeprefix('eval_')}"
+    values = [RunRecord(line, f"metrics.jsonl, step {line.get('step')}").get(key, _NUMBER) for line in lines]
     sign = -1 if key in _HIGHER_IS_BETTER else 1
-    return min((line for line in lines if key in line), key=lambda line: sign * line[key], default={})
-
-
-def _best_validation_in(path: Path, metric: str | None) -> dict[str, Any]:
-    """Return the best validation line of a log; raise ValueError if a line has something else than a number."""
-    lines = read_metrics(path) if path.is_file() else []
-    for line in lines:
-        RunRecord(line, f"{path.name}, step {line['step']}").get("eval_loss", _NUMBER)
-    return best_validation(lines, metric)
+    measured = [(sign * value, number) for number, value in enumerate(values) if value is not None]
+    return lines[min(measured)[1]] if measured else {}
 
 
 def score_rows(summary: RunRecord) -> list[ScoreRow]:

@@ -151,6 +151,21 @@ def test_card_states_data_training_and_results_with_baselines(run: Path) -> None
     assert "umap.png" not in text
 
 
+def test_card_shows_the_scores_of_cell_types_beside_baselines_if_they_were_watched(run: Path) -> None:
+    assert "Cell types" not in model_card(run).text
+    scores = {"eval_knn_macro_f1": 0.9, "eval_nmi": 0.8, "eval_asw_label": 0.6, "eval_pca_knn_macro_f1": 0.85}
+    change(run, best=BEST | scores, baseline_scores={"untrained model": {"knn_macro_f1": 0.4}})
+    card = model_card(run)
+    for row in (
+        "| embedding | kNN macro-F1 | NMI | ASW label | iLISI |\n| --- | --- | --- | --- | --- |",
+        "| this model | 0.900 | 0.800 | 0.600 | – |",
+        "| PCA, training cells | 0.850 | – | – | – |",
+        "| untrained model | 0.400 | – | – | – |",
+    ):
+        assert row in card.text
+    assert "kNN macro-F1 of the cell types" in {result.metric_name for result in card.data.eval_results}
+
+
 def test_metadata_holds_license_tags_and_results(run: Path) -> None:
     card = ModelCard(str(model_card(run, "org/blood-300k")))
     data = card.data.to_dict()

@@ -8,12 +8,14 @@ import pytest
 
 from scgpt_hf.publishing.record import UNKNOWN, RunRecord
 from scgpt_hf.publishing.run_summary import (
+    best_validation,
     error_rows,
     finetuning_data,
     finetuning_recipe,
     label_rows,
     pretraining_recipe,
     read_summary,
+    score_rows,
 )
 
 BEST = {"eval_gep_mse": 90.0, "eval_gepc_mse": 95.0}
@@ -81,3 +83,30 @@ def test_summary_of_a_finished_run_is_not_replaced_by_split_or_metrics(tmp_path:
     assert (content["train_cells"], content["train_donors"]) == (2, 1)
     assert content["best"] == {"step": 9}
     assert content["data"] == {"organism": "mus_musculus"}
+
+
+def test_the_best_validation_is_that_of_the_metric_of_the_run(tmp_path: Path) -> None:
+    lines = [
+        {"step": 1, "epoch": 1, "eval_loss": 3.0, "eval_nmi": 0.6},
+        {"step": 1, "epoch": 1, "loss": 1.0},
+        {"step": 2, "epoch": 2, "eval_loss": 2.0, "eval_nmi": 0.5},
+        {"step": 3, "epoch": 3, "eval_loss": 2.5},
+    ]
+    assert best_validation(lines)["step"] == best_validation(lines, "eval_loss")["step"] == 2
+    assert best_validation(lines, "nmi")["step"] == 1
+    assert best_validation([]) == {}
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (tmp_path / "settings.yaml").write_text("training: {metric_for_best_model: eval_nmi}")
+    assert read_summary(tmp_path).get("best.step", int) == 1
+
+
+def test_scores_of_the_embedding_stand_beside_those_of_the_baselines() -> None:
+    best = {"eval_knn_macro_f1": 0.9, "eval_nmi": 0.8, "eval_pca_knn_macro_f1": 0.7}
+    scored = {"count-decoder MLP": {"knn_macro_f1": 0.6, "ilisi": 0.1}}
+    rows = score_rows(record(best=best, baseline_scores=scored))
+    assert [tuple(row) for row in rows] == [
+        ("this model", [0.9, 0.8, None, None]),
+        ("PCA, training cells", [0.7, None, None, None]),
+        ("count-decoder MLP", [0.6, None, None, 0.1]),
+    ]
+    assert score_rows(record(best=BEST)) == []

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from matplotlib.axes import Axes
 
-from scgpt_hf.reporting.curves import plot_loss, spread_labels
+from scgpt_hf.reporting.curves import plot_cell_types, plot_loss, spread_labels
 
 Lines = list[dict[str, Any]]
 BASELINES = {"eval_constant_mse": 208.0, "eval_gene_mean_mse": 120.0, "eval_tie_floor_mse": 44.0}
@@ -111,3 +111,22 @@ def test_spread_labels_finds_the_closest_arrangement_labels(heights: list[float]
     rivals = np.sort(np.random.default_rng(seed).uniform(-0.5, 1.5, (500, len(heights))), axis=1)
     rivals = rivals[(np.diff(rivals, axis=1) >= gap).all(axis=1)]
     assert (((rivals - heights_sorted) ** 2).sum(axis=1) >= ((apart - heights_sorted) ** 2).sum() - 1e-12).all()
+
+
+def test_the_step_of_the_kept_model_is_marked() -> None:
+    axes = plot_loss(a_run(), best_step=60).axes[1]
+    assert "best, step 60" in axes.get_title(loc="left")
+    assert line(axes, "best gep") == ([2.0], [94.0])
+
+
+def test_scores_of_cell_types_are_drawn_beside_pca() -> None:
+    scores = {"eval_knn_macro_f1": 0.8, "eval_nmi": 0.5, "eval_pca_knn_macro_f1": 0.9, "eval_pca_nmi": 0.7}
+    lines = a_run()
+    lines[-3] |= scores
+    lines[-2] |= {**scores, "eval_nmi": 0.6}
+    knn, nmi = plot_cell_types(lines).axes
+    assert (knn.get_title(loc="left"), nmi.get_title(loc="left")) == ("kNN macro-F1", "NMI")
+    assert line(nmi, "PCA")[1] == [0.7, 0.7]
+    assert list(nmi.lines[-1].get_ydata()) == [0.5, 0.6]
+    with pytest.raises(ValueError, match="no line of 63 has a score"):
+        plot_cell_types(a_run())

@@ -11,9 +11,9 @@ import numpy as np
 import torch
 import yaml
 
-from scgpt_hf.analysis.embed import embed_cells
 from scgpt_hf.cells.block import FloatArray, Int64Array
 from scgpt_hf.cells.source import CellSource
+from scgpt_hf.inference import embed_cells
 from scgpt_hf.model.configuration_scgpt import ScGPTConfig
 from scgpt_hf.model.modeling_scgpt import ScGPTForPreTraining
 from scgpt_hf.pipeline.genes import match_source_genes

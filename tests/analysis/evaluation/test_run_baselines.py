@@ -53,6 +53,15 @@ def test_a_run_keeps_its_baselines_and_they_are_fitted_to_its_training_cells(run
     np.testing.assert_allclose(embedding.mean(axis=0), 0, atol=1e-4)
 
 
+def test_card_report_and_summary_of_the_run_show_all_its_baselines(run):
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["baseline_scores"].keys() == {COUNT_MLP, UNTRAINED}
+    assert summary["best"]["eval_knn_macro_f1"] > 0
+    for file in ("README.md", "report.html"):
+        text = (run / file).read_text()
+        assert all(name in text for name in ("this model", *OF_RUN))
+
+
 def test_genes_may_be_named_by_symbol(run, cells):
     by_symbol = cells.copy()
     by_symbol.var_names = by_symbol.var["feature_name"].astype(str).to_numpy()

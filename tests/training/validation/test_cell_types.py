@@ -9,8 +9,8 @@ import pytest
 import torch
 from accelerate import PartialState
 
-from scgpt_hf.analysis.embed import embed_cells
 from scgpt_hf.cells.source import open_source
+from scgpt_hf.inference import embed_cells
 from scgpt_hf.pretraining import prepare_run
 from scgpt_hf.scoring.embedding_scores import EMBEDDING_SCORES, score_embedding
 from scgpt_hf.training.settings_parsing import parse_settings
