@@ -107,7 +107,7 @@ def _scores(methods: dict[str, Any]) -> Html:
 
 
 def _baselines(methods: dict[str, Any]) -> Html:
-    """Return what each baseline is, and where it comes from."""
+    """Return a table that describes each baseline and names its source."""
     rows = [(name, one["meaning"], one["source"]) for name, one in methods.items() if "meaning" in one]
     text = (
         "Baselines that are fitted to these cells have an advantage: the model of an embedding may never have seen "

@@ -202,7 +202,7 @@ def _describe_cells(cells: SelectedCells) -> dict[str, Any]:
 
 
 def _describe_baseline(method: str) -> dict[str, str]:
-    """Return what a baseline is and where it comes from; nothing for an embedding."""
+    """Return the description and the source of a baseline; nothing for an embedding."""
     if method not in BASELINES:
         return {}
     return {"meaning": BASELINES[method].meaning, "source": BASELINES[method].source}

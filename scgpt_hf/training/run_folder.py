@@ -101,7 +101,7 @@ def require_new_folder(folder: Path, option: str) -> None:
 
 def list_results(folder: Path) -> str:
     """Return the text at the end of a run: its files that exist, the most useful ones first."""
-    candidates = (f"{BEST_MODEL}/", "report.html", CARD, METRICS, SUMMARY, SPLIT, "loss.png", "umap.png")
+    candidates = (f"{BEST_MODEL}/", "baselines/", "report.html", CARD, METRICS, SUMMARY, SPLIT, "loss.png", "umap.png")
     return f"Everything is in {folder}: {' '.join(name for name in candidates if (folder / name).exists())}"
 
 

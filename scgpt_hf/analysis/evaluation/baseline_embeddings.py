@@ -24,7 +24,7 @@ PCA, LOGISTIC, SCVI, RANKS = "HVG + PCA", "HVG + logistic regression", "scVI", "
 
 
 class Baseline(NamedTuple):
-    """What a baseline is.
+    """Description of a baseline.
 
     Attributes:
         meaning: what it computes, in one sentence.

@@ -62,7 +62,7 @@ def run_features(
 
 
 def available_baselines(run: Path) -> list[str]:
-    """Return the baselines that a run folder has what it takes for."""
+    """Return the baselines that a run folder has the files of."""
     files = {TRAINING_PCA: PCA_FILE, COUNT_MLP: MLP_FILE, UNTRAINED: f"{_MODEL}/config.json"}
     return [name for name, file in files.items() if (run / file).is_file()]
 

@@ -1,1 +1,1 @@
-"""What a validation measures besides losses, and the simple methods that a run is compared with."""
+"""Scores of cell types at each validation, and the simple methods that a run is compared with."""

@@ -172,7 +172,7 @@ def require_scoring(settings: Settings) -> None:
 
 
 def on_first_process(compute: Callable[[], Any]) -> Any:
-    """Return what the first process computes, on all processes; its error is raised on all of them."""
+    """Compute a result on the first process and return it on all; its error is raised on all of them."""
     found: list[Any] = [None, None]
     if PartialState().is_main_process:
         try:
