@@ -2,7 +2,11 @@
 
 import json
 import logging
+import os
 import re
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,6 +19,7 @@ from scgpt_hf.pretraining import prepare_run
 from scgpt_hf.scoring.embedding_scores import EMBEDDING_SCORES, score_embedding
 from scgpt_hf.training.settings_parsing import parse_settings
 from scgpt_hf.training.validation.cell_types import CellTypeScorer, select_labelled_cells
+from tests.support import ROOT
 from tests.support.training import EVERY_4, QUIET, TINY, prepare, read_metrics, weights_of
 
 LABELS = ("--eval_labels", "cell_type", "--validation_fraction", "0.5")
@@ -95,6 +100,23 @@ def test_two_processes_have_together_the_batches_of_one(watched):
             torch.equal(alone[key], shared[key]) if isinstance(alone[key], torch.Tensor) else alone[key] == shared[key]
             for key in alone
         )
+
+
+@pytest.mark.slow
+def test_two_processes_report_the_scores_of_one(small_census, tmp_path):
+    flags = [*LABELS, "--per_device_eval_batch_size", "16"]
+    env = {**os.environ, "ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--rdzv_backend", "c10d"]
+    command += ["--rdzv_endpoint", "localhost:0", str(Path(__file__).with_name("two_processes.py"))]
+    done = subprocess.run(
+        [*command, str(small_census), str(tmp_path / "two"), *flags],
+        **{"env": env, "capture_output": True, "text": True, "timeout": 280},
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    found = json.loads(next(line for line in done.stdout.splitlines() if line.startswith("{")))
+    trainer, _, _ = prepare(small_census, tmp_path / "one", *flags)
+    expected = trainer.evaluate()
+    assert {name: found[name] for name in NAMES} == {name: expected[name] for name in NAMES}
 
 
 def test_watching_leaves_the_training_as_it_was_and_a_resumed_run_continues_exactly(small_census, tmp_path):
