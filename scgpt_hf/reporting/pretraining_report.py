@@ -24,6 +24,7 @@ from scgpt_hf.reporting.page import (
     figures,
     format_value,
     inline_png,
+    inline_svg,
     key_numbers,
     page,
     paragraph,
