@@ -171,6 +171,7 @@ class DataModule:
         stream_config = replace(
             self._validation_config,
             mask_ratios=None,
+            view_keep=None,
             with_counts=False,
             with_cell_ids=True,
             ties="midpoint",
