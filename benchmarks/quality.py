@@ -275,7 +275,7 @@ def pca_of_scored_cells(cells: dict[str, AnnData]) -> dict[str, Any]:
 
 
 def transfer_on_genes(query: AnnData, references: dict[str, list[AnnData]]) -> dict[str, dict[str, float]]:
-    """Return the transfers with log-normalised counts of the genes that reference and query have, for an embedding."""
+    """Return the transfers with log-normalized counts of the genes that reference and query have, for an embedding."""
     found = {}
     for name, reference in references.items():
         shared = sorted(set.intersection(*(set(adata.var_names) for adata in (*reference, query))))

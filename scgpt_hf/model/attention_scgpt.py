@@ -196,7 +196,7 @@ def _attend_per_cell(
 
 
 def _attend_per_run(query: Tensor, key: Tensor, value: Tensor, lengths: list[int], scaling: float) -> Tensor:
-    """Attend with explicit probabilities, runs of neighbouring cells of one length at once; for training in bfloat16.
+    """Attend with explicit probabilities, runs of neighboring cells of one length at once; for training in bfloat16.
 
     The backward pass of PyTorch's CPU kernel is slow in bfloat16. Forward and backward of 64 cells, 4 heads of width
     32, one thread: 80 ms with the kernel, 35 ms here for 97 tokens per cell in runs of one cell, 15 ms in one run.
