@@ -1,5 +1,6 @@
 """Baselines of a pretraining run: fitted at its end, read from its folder, shown beside its embedding."""
 
+import html
 import json
 
 import anndata
@@ -94,7 +95,7 @@ def test_an_evaluation_shows_every_baseline_and_its_source(run, cells, tmp_path,
     assert set(record["methods"][RANKS]["scores"]) == {"linear probe macro-F1"}
     report = (tmp_path / "out" / "report.html").read_text()
     for name in record["methods"].keys() - {"X_scgpt"}:
-        assert BASELINES[name].meaning in report
+        assert html.escape(BASELINES[name].meaning) in report
     assert "arXiv:2602.16696" in report
 
 
