@@ -93,6 +93,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "counts": COUNTS,
     "counts, shortcut": SHORTCUT,
     "recipe": RECIPE,
+    "recipe, log1p": {**RECIPE, "input_style": "log1p", "loss_weights": '{"gep": 0.5, "counts": 1.0}'},
 }
 CELLS, FACS_CELLS, NEIGHBORS = 3000, 1500, 15
 Embed = Callable[[AnnData], np.ndarray]
@@ -186,7 +187,7 @@ def read_references(data: Path) -> dict[str, list[AnnData]]:
 def embed(adata: AnnData, model: Path) -> np.ndarray:
     """Return the embedding of each cell; cells without a known gene get zeros."""
     adata = adata.copy()
-    embed_anndata(adata, model, progress=False, empty="nan")
+    embed_anndata(adata, model, progress=False, empty="nan", normalize=False)
     return np.nan_to_num(np.asarray(adata.obsm["X_scgpt"]))
 
 
