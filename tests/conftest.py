@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -31,13 +32,29 @@ def pytest_configure(config: pytest.Config) -> None:
     """Use the text type of pandas 3 if SCGPT_HF_INFER_STRING is set: SCGPT_HF_INFER_STRING=1 pytest tests/cells."""
     if not os.environ.get("SCGPT_HF_INFER_STRING"):
         return
+    try:
+        import anndata
+        import pandas as pd
+    except ModuleNotFoundError:  # on a machine for `tests/gpu` only
+        return
+    pd.options.future.infer_string = True
+    anndata.settings.allow_write_nullable_strings = True  # fixtures write text, which anndata refuses by default
+
+
+@pytest.fixture(scope="module", params=["object", "str"])
+def text_type(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Make pandas infer text as `object` or as `str`, the type of pandas 3; for `pytest.mark.usefixtures`."""
     import anndata
     import pandas as pd
 
-    pd.options.future.infer_string = True
-    anndata.settings.allow_write_nullable_strings = True  # fixtures write text, which anndata refuses by default
-    # anndata makes an Index of objects, whose type pandas 2 still infers.
-    config.addinivalue_line("filterwarnings", "ignore:Dtype inference on a pandas object:FutureWarning")
+    if int(pd.__version__.split(".")[0]) > 2:
+        yield "str"
+        return
+    with (
+        pd.option_context("future.infer_string", request.param == "str"),
+        anndata.settings.override(allow_write_nullable_strings=True),
+    ):
+        yield request.param
 
 
 @pytest.fixture(scope="session")

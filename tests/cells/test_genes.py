@@ -9,6 +9,8 @@ from hypothesis import strategies as st
 
 from scgpt_hf.cells.genes import find_gene_ids, join_genes
 
+pytestmark = pytest.mark.usefixtures("text_type")
+
 
 def test_gene_ids_come_from_the_index_or_a_column_or_are_symbols(caplog):
     ensembl = ["ENSG00000000001.5", "ENSG00000000002", "odd"]

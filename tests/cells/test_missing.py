@@ -20,6 +20,8 @@ from scgpt_hf.training.finetuning.labels import select_labelled
 from scgpt_hf.training.selection import composition_of, select_cells_and_genes
 from scgpt_hf.training.settings import DataSettings
 
+pytestmark = pytest.mark.usefixtures("text_type")
+
 MISSING: dict[str, Any] = {
     "object": pd.Series(["a", None, np.nan, pd.NA, "b", "", " ", "nan", "<NA>", "None", "NaT"], dtype=object),
     "string": pd.Series(["a", None, None, None, "b", "", " ", "nan", "<NA>", "None", "NaT"], dtype="string"),

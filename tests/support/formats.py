@@ -30,7 +30,7 @@ def _write_old_table(file: h5py.File, name: str, table: pd.DataFrame) -> None:
     columns = {"index": table.index.to_numpy().astype("S")}
     for key, column in table.items():
         values = column.cat.codes if isinstance(column.dtype, pd.CategoricalDtype) else column
-        columns[str(key)] = values.to_numpy().astype("S") if values.dtype == object else values.to_numpy()
+        columns[str(key)] = values.to_numpy() if values.dtype.kind in "biuf" else values.to_numpy().astype("S")
     types = [(key, values.dtype) for key, values in columns.items()]
     rows = np.zeros(len(table), types)
     for key, values in columns.items():

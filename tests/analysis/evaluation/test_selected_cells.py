@@ -7,6 +7,8 @@ from anndata import AnnData
 
 from scgpt_hf.analysis.evaluation.selected_cells import select_cells
 
+pytestmark = pytest.mark.usefixtures("text_type")
+
 
 def some_cells(labels: list[str | None], **columns: list[str | None]) -> AnnData:
     """Cells with these labels, batches x, y, x, … and a random embedding X."""

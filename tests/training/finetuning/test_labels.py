@@ -13,6 +13,8 @@ from scgpt_hf.training.finetuning.labels import (
     select_labelled,
 )
 
+pytestmark = pytest.mark.usefixtures("text_type")
+
 
 def select(obs: pd.DataFrame, **changed: object) -> LabelledCells:
     defaults = {"donor_key": None, "validation_fraction": 0.3, "label_fraction": 1.0, "ignore_labels": ["unknown"]}
