@@ -172,6 +172,11 @@ def validate_pair(model: PreTrainedModel, processor: ScGPTProcessor) -> None:
             f"the model {model.name_or_path} has {model.config.vocab_size:,} genes and special tokens, the processor "
             f"{processor.vocab_size:,}; load both from one folder"
         )
+    if model.config.value_encoder == "category" and processor.input_style != "binned":
+        raise ValueError(
+            f"the model {model.name_or_path} has a table of bins, the processor makes {processor.input_style} "
+            "values; load both from one folder"
+        )
     if model.config.value_encoder == "category" and model.config.n_bins != processor.n_bins:
         raise ValueError(
             f"the model {model.name_or_path} has a table of {model.config.n_bins} bins, the processor makes "

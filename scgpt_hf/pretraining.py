@@ -30,6 +30,7 @@ from scgpt_hf.training.recipe import (
     make_trainer,
     start_at_frequencies,
     start_at_gene_vectors,
+    start_at_mean_value,
 )
 from scgpt_hf.training.run_folder import (
     CARD,
@@ -188,6 +189,7 @@ def prepare_run(settings: Settings) -> PreparedRun:
     set_seed(args.seed)
     model = build_model(processor, settings.model, selection.domains, data.batch_key, selection.classes)
     if checkpoint is None and not args.dry_run:
+        start_at_mean_value(model, processor, source, selection)
         start_at_frequencies(model, source, selection)
         if args.gene_vectors == "data":
             start_at_gene_vectors(model, source, selection, args.seed)

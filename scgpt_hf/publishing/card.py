@@ -14,11 +14,13 @@ from scgpt_hf.publishing.run_summary import (
     Code,
     Rows,
     error_rows,
+    explain_values,
     pretraining_data,
     pretraining_recipe,
     read_summary,
     score_rows,
     supervision_rows,
+    value_unit,
 )
 
 # The name that a card uses for its own checkpoint until it is published; `name_checkpoint` puts the repository there.
@@ -141,7 +143,7 @@ def _metadata(summary: RunRecord, settings: RunRecord, title: str) -> ModelCardD
         title,
         task_type="feature-extraction",
         task_name="masked gene expression prediction, donors held out",
-        metrics=_METRICS,
+        metrics={key: (kind, name.replace("bins", value_unit(summary))) for key, (kind, name) in _METRICS.items()},
         tags=TAGS,
         datasets=[name.split("@")[0] for name in on_hub] or None,  # without the revision
     )
@@ -207,7 +209,7 @@ def _results(summary: RunRecord, figures: list[str]) -> str:
     return f"""## Results
 
 Best validation, at step {summary.number("best.step")}: prediction of masked genes in cells of held-out donors.
-Expression values are bins (ranks within a cell), so errors are in bins squared. Compare the model with the simple
+{explain_values(summary)} Compare the model with the simple
 predictions in the same table.
 
 {error_table(summary)}

@@ -19,7 +19,7 @@ _MAX_VALUES = 30  # of an obs column; a Census query can hold hundreds of data s
 # Predictors of the masked expression values, from the easiest to beat to the best possible one. The key is that of
 # the validation metrics without the prefix `eval_`.
 _PREDICTORS = {
-    "constant_mse": ("one constant", "the mean bin of the training cells, whatever the gene: explains no variance"),
+    "constant_mse": ("one constant", "the mean value of the training cells, whatever the gene: explains no variance"),
     "gene_mean_mse": (
         "each gene's mean over training cells",
         "depends on the gene but not on the cell: a model must be below it to be of use",
@@ -75,7 +75,7 @@ class Code(str):
 
 
 class ErrorRow(NamedTuple):
-    """The mean squared error of one predictor of masked expression values, in bins squared.
+    """The mean squared error of one predictor of masked expression values, in squared bins or log1p values.
 
     Attributes:
         name: name of the predictor.
@@ -114,6 +114,7 @@ def read_summary(run: Path) -> RunRecord:
         "data": split.get("source", dict),
         "genes": len(split.get("source.genes", list) or []) or None,
         "composition": split.get("source.composition", dict),
+        "input_style": split.get("source.tokens.input_style", str),
     }
     if column := split.get("source.steps.supervise_by", str):
         known["supervision"] = {"column": column, "classes": split.get("source.classes", list)}
@@ -167,6 +168,18 @@ def score_rows(summary: RunRecord) -> list[ScoreRow]:
     return rows if any(score is not None for score in rows[0].scores) else []
 
 
+def value_unit(summary: RunRecord) -> str:
+    """Return the unit of expression values: "bins", or "log1p values". Runs that do not record it have bins."""
+    return "log1p values" if summary.get("input_style", str) == "log1p" else "bins"
+
+
+def explain_values(summary: RunRecord) -> str:
+    """Return a sentence on the expression values that a run predicts, and on the unit of their errors."""
+    if value_unit(summary) == "bins":
+        return "Expression values are bins (ranks within a cell), so errors are in bins squared."
+    return "Expression values are log(1 + normalised count), so errors are in squares of these logarithms."
+
+
 def error_rows(summary: RunRecord) -> list[ErrorRow]:
     """Return the errors of the model and of its baselines in the best validation.
 
@@ -183,6 +196,7 @@ def error_rows(summary: RunRecord) -> list[ErrorRow]:
         ErrorRow(name, value if value is not None else summary.get(f"baselines.{key}", _NUMBER), meaning)
         for key, (name, meaning) in _PREDICTORS.items()
         for value in [summary.get(f"best.eval_{key}", _NUMBER)]
+        if key != "tie_floor_mse" or value_unit(summary) == "bins"  # other values have no ties
     ]
 
 

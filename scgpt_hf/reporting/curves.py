@@ -154,7 +154,7 @@ def _draw_validation(
             axes.plot(*place, "o", markersize=7, fillstyle="none", color=color, label=f"best {name}", clip_on=False)
     # Leave room below the title, because labels of close lines are moved apart.
     axes.set_ylim(0, 1.1 * axes.dataLim.ymax)
-    _finish(axes, curves, f"Validation error (○ best, step {best['step']:,})", "mean squared error (bins²)", labels)
+    _finish(axes, curves, f"Validation error (○ best, step {best['step']:,})", "mean squared error", labels)
 
 
 def _title(name: str) -> str:

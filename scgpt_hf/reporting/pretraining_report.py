@@ -9,11 +9,13 @@ from scgpt_hf.publishing.record import RunRecord, read_metrics
 from scgpt_hf.publishing.run_summary import (
     EMBEDDING_SCORES,
     error_rows,
+    explain_values,
     pretraining_data,
     pretraining_recipe,
     read_summary,
     score_rows,
     supervision_rows,
+    value_unit,
 )
 from scgpt_hf.reporting.curves import loss_figures, plot_cell_types
 from scgpt_hf.reporting.page import (
@@ -38,9 +40,8 @@ _CAPTIONS = {
     "validation": "Error on held-out donors; dashed lines are simple predictions and the tie floor.",
 }
 _ERRORS_EXPLAINED = (
-    "The model predicts the expression of masked genes in cells of held-out donors. Expression values are bins (ranks "
-    "within a cell), so errors are in bins squared, and say little without the simple predictions in the table. A "
-    "model is useful if its error is below that of each gene's mean. No model can go below the tie floor."
+    "The model predicts the expression of masked genes in cells of held-out donors. {values} Errors say little without "
+    "the simple predictions in the table. A model is useful if its error is below that of each gene's mean."
 )
 
 
@@ -92,13 +93,14 @@ def _supervision(summary: RunRecord) -> list[Html]:
 
 
 def _key_numbers(summary: RunRecord) -> Html:
+    unit = value_unit(summary)
     return key_numbers(
         {
             "of the variance of masked genes explained (held-out donors)": summary.number(
                 "best.eval_variance_explained", ".1%"
             ),
-            "mean squared error of the best model (GEP), bins²": summary.number("best.eval_gep_mse", ".1f"),
-            "mean squared error of each gene's mean, bins²": summary.number("best.eval_gene_mean_mse", ".1f"),
+            f"mean squared error of the best model (GEP), {unit}²": summary.number("best.eval_gep_mse", ".3g"),
+            f"mean squared error of each gene's mean, {unit}²": summary.number("best.eval_gene_mean_mse", ".3g"),
             "cells per second": summary.number("cells_per_second", ",.1f"),
         }
     )
@@ -109,12 +111,13 @@ def _learning(run: Path, summary: RunRecord) -> Html:
     errors = [(row.name, row.meaning, row.value) for row in error_rows(summary) if row.value is not None]
     highest = max((value for _, _, value in errors), default=1.0)
     rows = [(name, meaning, f"{value:.2f}", bar(value / highest)) for name, meaning, value in errors]
+    floor = " No model can go below the tie floor." if value_unit(summary) == "bins" else ""
     best = f"Best model: step {summary.number('best.step')}, epoch {summary.number('best.epoch', '.3g')}."
     return section(
         "Learning",
         figures(*loss_figures(run, _CAPTIONS, summary.get("best.step", int))),
         [
-            paragraph(_ERRORS_EXPLAINED),
+            paragraph(_ERRORS_EXPLAINED.format(values=explain_values(summary)) + floor),
             table(rows, ("prediction", "what it uses", "mean squared error", ""), numeric_columns=[2]),
             paragraph(best),
         ]

@@ -15,15 +15,17 @@ from accelerate.utils import broadcast_object_list
 from huggingface_hub.errors import StrictDataclassError
 from numpy.typing import NDArray
 
-from scgpt_hf.cells.block import Float64Array, Int64Array
+from scgpt_hf.cells.block import CHUNK_SIZE, Float64Array, Int64Array
 from scgpt_hf.cells.missing import fill_missing
+from scgpt_hf.cells.schedule.epoch import plan_validation
 from scgpt_hf.cells.selection.counts import sums_per_batch
 from scgpt_hf.cells.selection.gene_vectors import gene_vectors
 from scgpt_hf.cells.source import CellSource
 from scgpt_hf.model.configuration_scgpt import ScGPTConfig
 from scgpt_hf.model.modeling_scgpt import ScGPTForPreTraining
+from scgpt_hf.pipeline.stream import StreamConfig, stream_cells
 from scgpt_hf.tokens.processing_scgpt import ScGPTProcessor
-from scgpt_hf.training.baselines import measure_baselines
+from scgpt_hf.training.baselines import measure_baselines, sum_bins
 from scgpt_hf.training.data_module import DataModule
 from scgpt_hf.training.fault_tolerance.signals import StopSignal
 from scgpt_hf.training.run_folder import MetricsFile, require_space
@@ -55,6 +57,11 @@ def check_settings(settings: Settings) -> None:
         raise ValueError(
             f"shortcut_steps is {settings.training.shortcut_steps}, which needs a shortcut and a count decoder; set "
             '--cls_shortcut true --loss_weights \'{"gep": 0.005, "counts": 1}\', or --shortcut_steps 0'
+        )
+    if settings.model.value_encoder == "category" and settings.data.input_style != "binned":
+        raise ValueError(
+            f"value_encoder 'category' has a row for each bin, and input_style {settings.data.input_style!r} makes no "
+            "bins; use --value_encoder continuous, or --input_style binned"
         )
     supervise_by, weight = settings.data.supervise_by, _weight(settings, "cls")
     if (supervise_by is not None) != (weight > 0):
@@ -115,6 +122,22 @@ def start_at_mean(model: ScGPTForPreTraining, processor: ScGPTProcessor) -> None
         last: Any = model.expression_head.value[-1]
         mean_bin = processor.n_bins / 2
         torch.nn.init.constant_(last.bias, mean_bin)
+
+
+def start_at_mean_value(
+    model: ScGPTForPreTraining, processor: ScGPTProcessor, source: CellSource, selection: Selection
+) -> None:
+    """Let a new expression head start at the mean of the values of some training cells, where values are no bins.
+
+    All processes read the same cells, the first chunk. Does nothing if the values are bins; see `start_at_mean`.
+    """
+    if processor.input_style == "binned" or model.expression_head is None:
+        return
+    plan = plan_validation(selection.parts["train"][:CHUNK_SIZE], CHUNK_SIZE)
+    sums = sum_bins(stream_cells(source, [plan], processor, StreamConfig(seed=0)), processor.vocab_size)
+    sums[:, processor.tokenizer.all_special_ids] = 0
+    last: Any = model.expression_head.value[-1]
+    torch.nn.init.constant_(last.bias, float(sums[1].sum() / sums[0].sum()))
 
 
 def start_at_frequencies(model: ScGPTForPreTraining, source: CellSource, selection: Selection) -> None:

@@ -13,7 +13,7 @@ from transformers import Trainer
 from transformers.trainer_pt_utils import get_model_param_count
 
 from scgpt_hf.publishing.record import RunRecord, read_metrics
-from scgpt_hf.publishing.run_summary import EMBEDDING_SCORES, best_validation, error_rows, score_rows
+from scgpt_hf.publishing.run_summary import EMBEDDING_SCORES, best_validation, error_rows, score_rows, value_unit
 from scgpt_hf.training.data_module import DataModule
 from scgpt_hf.training.run_folder import METRICS, SUMMARY, list_results, write_json
 from scgpt_hf.training.selection import composition_of, supervision_of
@@ -49,6 +49,7 @@ def summarize(
         **training_of(trainer),
         "cells_per_second": round(float(np.median(rates)), 1) if rates else None,
         "versions": {name: version(name) for name in _PACKAGES},
+        "input_style": data_module.processor.input_style,
         "baselines": asdict(trainer.baselines) if trainer.baselines else None,
         "best": best_validation(history, trainer.args.metric_for_best_model) or None,
         "baseline_scores": baseline_scores,
@@ -102,8 +103,8 @@ def format_summary(summary: dict[str, Any], folder: Path) -> str:
     if best and summary["baselines"]:
         lines += [
             f"Best validation at step {best['step']:,}, "
-            "{validation_cells:,} cells of {validation_donors} other donors, mean squared error in bins:".format(
-                **summary
+            "{validation_cells:,} cells of {validation_donors} other donors, mean squared error in {unit}:".format(
+                **summary, unit=value_unit(RunRecord(summary, SUMMARY))
             ),
             *[f"  {row.name:38} {row.value:8.2f}" for row in errors if row.value is not None],
             f"  share of the variance explained        {best.get('eval_variance_explained', math.nan):8.1%}",

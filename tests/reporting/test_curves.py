@@ -51,7 +51,7 @@ def test_validation_panel_draws_errors_baselines_and_best_step() -> None:
         assert set(line(axes, label)[1]) == {height}
     assert line(axes, "best gep") == ([1.0], [95.0])  # by eval_loss, though its GEP is not the lowest
     assert axes.get_title(loc="left") == "Validation error (○ best, step 30)"
-    assert axes.get_ylabel() == "mean squared error (bins²)"
+    assert axes.get_ylabel() == "mean squared error"
     assert axes.get_ylim()[0] == 0
 
 

@@ -7,8 +7,10 @@ import pytest
 import torch
 
 from scgpt_hf.pipeline.stream import lengths_of
+from scgpt_hf.pretraining import pretrain
 from scgpt_hf.tokens.packing_scgpt import IGNORE
-from tests.support.training import EVERY_4, QUIET, prepare, weights_of
+from scgpt_hf.training.settings_parsing import parse_settings
+from tests.support.training import EVERY_4, QUIET, TINY, prepare, weights_of
 
 COUNTS_ONLY = ("--loss_weights", '{"counts": 1.0}', "--cls_shortcut", "true")
 LEFT_OUT = ("--leave_out_masked", "true", "--mask_ratios", "0.9", "--loss_weights", '{"gepc": 0.01, "counts": 1.0}')
@@ -110,3 +112,35 @@ def test_one_batch_of_32_equals_four_of_8_accumulated(small_census, tmp_path):
 def test_gep_of_left_out_genes_is_refused_before_data_are_read(tmp_path):
     with pytest.raises(ValueError, match=r"leave_out_masked=True gives masked genes no hidden state.*without gep"):
         prepare(tmp_path / "no such data", tmp_path / "run", "--leave_out_masked", "true")
+
+
+LOG1P = ("--input_style", "log1p")
+
+
+def test_baselines_of_log1p_values_have_no_tie_floor_and_heads_start_at_their_mean(small_census, tmp_path):
+    trainer, data, _ = prepare(small_census, tmp_path / "run", *LOG1P)
+    values = torch.cat([batch["values"][batch["values"] > 0] for batch in data.unmasked()])
+    assert trainer.model.expression_head.value[-1].bias.item() == pytest.approx(values.mean().item(), rel=0.02)
+    assert trainer.baselines.tie_floor_mse == 0
+    assert trainer.baselines.gene_mean_mse < trainer.baselines.constant_mse
+    assert trainer.baselines.constant_mse == pytest.approx(values.var().item(), rel=0.2)
+
+
+def test_a_run_with_log1p_values_resumes_exactly(small_census, tmp_path):
+    assert_resumes_exactly(small_census, tmp_path, *LOG1P)
+
+
+def test_a_run_with_log1p_values_names_its_unit(small_census, tmp_path):
+    flags = [*TINY, *LOG1P, "--data", str(small_census), "--output_dir", str(tmp_path / "complete")]
+    reports = []
+    pretrain(parse_settings([*flags, "--num_train_epochs", "1"]), report=reports.append)
+    card = (tmp_path / "complete" / "README.md").read_text()
+    assert "mean squared error in log1p values" in reports[0]
+    assert "Expression values are log(1 + normalised count)" in card
+    assert "GEP MSE, log1p values squared" in card
+    assert "tie floor" not in card + reports[0]
+
+
+def test_a_table_of_bins_refuses_log1p_values_before_data_are_read(tmp_path):
+    with pytest.raises(ValueError, match=r"'category' has a row for each bin.*'log1p' makes no bins"):
+        prepare(tmp_path / "no such data", tmp_path / "run", *LOG1P, "--value_encoder", "category")
