@@ -113,7 +113,7 @@ def test_two_processes_report_the_scores_of_one(small_census, tmp_path):
         **{"env": env, "capture_output": True, "text": True, "timeout": 280},
     )
     assert done.returncode == 0, done.stderr[-4000:]
-    found = json.loads(next(line for line in done.stdout.splitlines() if line.startswith("{")))
+    found = json.loads(next(line for line in done.stdout.splitlines() if line.startswith('{"')))
     trainer, _, _ = prepare(small_census, tmp_path / "one", *flags)
     expected = trainer.evaluate()
     assert {name: found[name] for name in NAMES} == {name: expected[name] for name in NAMES}
