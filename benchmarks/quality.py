@@ -82,6 +82,7 @@ COMMON = {
     "save_strategy": "no",
     "load_best_model_at_end": "false",
     "cpu_threads": 1,
+    "fit_baselines": "none",
 }
 SEED = {"train_tokens": 97, "loss_weights": '{"gep": 1.0, "gepc": 1.0}'}
 COUNTS = {"train_tokens": 97, "loss_weights": '{"gep": 0.005, "counts": 1.0}', "batch_key": "dataset_id"}
