@@ -19,6 +19,9 @@ def test_genes_are_matched_by_id_then_by_symbol() -> None:
     match = match_source_genes(genes, processor)
     assert match.gene_ids.tolist() == [0, 2, 2, -1, 1, -1]
     assert match.coverage == {"by_id": 2, "by_symbol": 1, "duplicates": 2, "unknown": 1, "vocabulary": 4}
+    # GENCODE's name of a gene on both X and Y is no id of the vocabulary; its symbol is
+    genes = genes_of(("ENSG00000000001", "A"), ("ENSG00000002586.20_PAR_Y", "LYZ"))
+    assert match_source_genes(genes, processor).gene_ids.tolist() == [0, 3]
 
 
 def test_genes_of_one_symbol_have_one_id_unless_another_is_matched_by_id() -> None:

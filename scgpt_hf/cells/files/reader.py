@@ -287,10 +287,13 @@ def _join_obs(tables: Sequence[pd.DataFrame]) -> pd.DataFrame:
     names = dict.fromkeys(name for table in tables for name in table)
     # A column without any value has no type: it takes the type that the column has in the other files.
     filled = [table.dropna(axis="columns", how="all") for table in tables] if len(tables) > 1 else tables
-    # All names of one type: pandas warns where a table without columns has another type of names than the others.
-    filled = [table.set_axis(table.columns.astype(object), axis="columns") for table in filled]
-    obs = pd.concat(filled, ignore_index=True).reindex(columns=list(names)).rename_axis("cell_id")
-    obs.index = obs.index.astype(np.int64)
+    starts = np.cumsum([0, *map(len, tables)])
+    placed = [
+        table.set_axis(np.arange(start, start + len(table))) for table, start in zip(filled, starts, strict=False)
+    ]
+    # pandas warns where a table without columns, such as that of a 10x folder, is joined with columns of text.
+    some = [table for table in placed if len(table.columns)] or placed
+    obs = pd.concat(some).reindex(index=np.arange(starts[-1]), columns=list(names)).rename_axis("cell_id")
     for name in obs.select_dtypes(["object", "string"]):
         try:
             obs[name] = obs[name].astype("category")

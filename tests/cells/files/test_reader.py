@@ -199,6 +199,32 @@ def test_repeated_entries_are_added_up_with_one_warning(cells, caplog):
     assert len([record for record in caplog.records if "repeated entries" in record.getMessage()]) == 1
 
 
+@pytest.mark.parametrize("kind", ["repeated barcodes", "64-bit offsets", "view", "names of columns", "unused category"])
+@pytest.mark.filterwarnings("ignore:Observation names are not unique")
+def test_unusual_but_valid_anndata_are_read(tmp_path, cells, kind):
+    expected = cells.X.toarray()
+    match kind:
+        case "repeated barcodes":
+            cells.obs_names = ["AAAC-1"] * 30
+        case "64-bit offsets":
+            cells.X.indptr, cells.X.indices = cells.X.indptr.astype(np.int64), cells.X.indices.astype(np.int64)
+        case "view":
+            cells = cells[::2]
+            expected = expected[::2]
+        case "names of columns":
+            cells.var["feature_id"], cells.var.index.name = cells.var_names, "feature_id"
+            cells.obs["soma_joinid"] = np.arange(30)[::-1]
+        case "unused category":
+            cells.obs["group"] = pd.Categorical(["a"] * 30, categories=["a", "b"])
+    cells.copy().write_h5ad(tmp_path / "cells.h5ad")
+    for data in (cells, tmp_path / "cells.h5ad"):
+        with AnnDataSource(data) as source:
+            order = np.random.default_rng(0).permutation(len(expected))
+            assert (source.read(order).counts.toarray() == expected[order]).all()
+            if kind == "unused category":
+                assert source.obs(["group"])["group"].cat.categories.tolist() == ["a"]
+
+
 @pytest.mark.parametrize("repeated", ["entry", "gene"])
 @pytest.mark.filterwarnings("ignore:Variable names are not unique")
 def test_sums_that_float32_would_round_raise(cells, repeated):
