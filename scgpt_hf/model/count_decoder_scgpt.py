@@ -114,7 +114,10 @@ class CountHead(nn.Module):
 
     def _embed(self, cell_embedding: Tensor, domain_ids: Tensor) -> Tensor:
         """Return the hidden layer, (cells, size)."""
-        return F.relu(self.hidden(cell_embedding) + self.domain_hidden[domain_ids].to(cell_embedding.dtype))
+        # `embedding` instead of an index: the gradient of an index adds in no fixed order on several CPU threads.
+        return F.relu(
+            self.hidden(cell_embedding) + F.embedding(domain_ids, self.domain_hidden).to(cell_embedding.dtype)
+        )
 
 
 class CountEntries(NamedTuple):
@@ -185,7 +188,7 @@ def _normalizer_and_score(
 def _logits(hidden: Tensor, weight: Tensor, bias: Tensor, domain_ids: Tensor) -> Tensor:
     """Return the logits of some genes in float32 or more, (cells, genes)."""
     dtype = torch.promote_types(bias.dtype, torch.float32)
-    return F.linear(hidden, weight).to(dtype) + bias[domain_ids].to(dtype)
+    return F.linear(hidden, weight).to(dtype) + F.embedding(domain_ids, bias).to(dtype)
 
 
 def _or_zeros(domain_ids: Tensor | None, cell_embedding: Tensor) -> Tensor:
@@ -219,7 +222,7 @@ def negative_binomial_nll(
     log_sum = torch.logaddexp(log_dispersion.expand_as(log_mean), log_mean)  # log(dispersion + mean)
     # Of a zero count: dispersion · (log(dispersion + mean) − log dispersion).
     zeros = (dispersion * (log_sum - log_dispersion)).masked_fill(~measured, 0.0).sum(dim=1)
-    at, r = (cells, ids), dispersion[ids]
+    at, r = (cells, ids), F.embedding(ids, dispersion[:, None]).squeeze(1)
     # What a count adds to the zero's term.
     more = counts * (log_sum[at] - log_mean[at].clamp(min=-1e4))
     more = more + torch.lgamma(counts + 1) + torch.lgamma(r) - torch.lgamma(counts + r)

@@ -33,7 +33,7 @@ from scgpt_hf.demo import demo_cells, demo_census
 from scgpt_hf.training.fault_tolerance.resume import changed_values, require_resumable, require_same_cells
 from scgpt_hf.training.optimization.optimizers import MUON
 from scgpt_hf.training.run_folder import SETTINGS, SPLIT, resolve_checkpoint
-from scgpt_hf.training.settings import TOKEN_SETTINGS, DataSettings, Settings
+from scgpt_hf.training.settings import DEFAULT_BATCH_KEY, TOKEN_SETTINGS, DataSettings, Settings
 from scgpt_hf.training.settings_parsing import settings_yaml
 
 logger = logging.getLogger(__name__)
@@ -73,7 +73,8 @@ class Selection:
 def open_cells(settings: Settings) -> CellSource:
     """Open the source that the settings name.
 
-    The demo is written as a local Census to `demo_folder`, unless it is there already or the run is a dry run.
+    The demo is written as a local Census to `demo_folder`, unless it is there already or the run is a dry run. If obs
+    lacks the default `batch_key`, it is set to None.
 
     Raises:
         FileNotFoundError, ConnectionError, ValueError: see `open_source`.
@@ -84,13 +85,17 @@ def open_cells(settings: Settings) -> CellSource:
     address: Any = data.data[0] if len(data.data) == 1 else data.data
     if address == "demo":
         address = demo_cells() if settings.training.dry_run else demo_census(demo_folder(settings))
-    return open_source(
+    source = open_source(
         address,
         obs_filter=data.obs_filter,
         layer=data.layer,
         primary_only=data.primary_only,
         round_counts=data.round_counts,
     )
+    if data.batch_key == DEFAULT_BATCH_KEY and DEFAULT_BATCH_KEY not in source.obs_columns:
+        logger.info("obs has no column %r: all cells are one experimental batch (see --batch_key)", DEFAULT_BATCH_KEY)
+        data.batch_key = None
+    return source
 
 
 def demo_folder(settings: Settings) -> Path:

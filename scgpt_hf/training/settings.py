@@ -32,6 +32,9 @@ _NOT_MODEL_SETTINGS = {"vocab_size", "pad_token_id", "n_bins", "n_domains", "bat
 # Arguments of `ScGPTProcessor` that come from the data.
 _NOT_TOKEN_SETTINGS = {"self", "tokenizer", "symbols"}
 
+# Experimental batches of the objectives that need them, unless the data have no such obs column.
+DEFAULT_BATCH_KEY = "dataset_id"
+
 CHUNKS_PER_WINDOW: int = inspect.signature(plan_epoch).parameters["chunks_per_window"].default
 
 # Valid ranges, checked before anything is read: lowest value, and the value that all must stay below. NaN fails both.
@@ -177,7 +180,7 @@ class CellSettings:
     batch_key: str | None = setting(
         None,
         "obs column of the experimental batch, for heads, norms and objectives that use it; with the objectives "
-        "'counts' and 'views' dataset_id",
+        "'counts' and 'views' dataset_id, if obs has it",
     )
     view_keep: list[float] = setting(
         [0.25, 0.5, 0.75],

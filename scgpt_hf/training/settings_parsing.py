@@ -16,7 +16,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 import yaml
 from transformers import HfArgumentParser
 
-from scgpt_hf.training.settings import DataSettings, ModelSettings, Settings, TrainingSettings
+from scgpt_hf.training.settings import DEFAULT_BATCH_KEY, DataSettings, ModelSettings, Settings, TrainingSettings
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"  # installed with the package
 SECTIONS: dict[str, type] = {"data": DataSettings, "model": ModelSettings, "training": TrainingSettings}
@@ -79,7 +79,7 @@ def parse_settings(arguments: list[str], description: str = "") -> Settings:
     weights = model.loss_weights or {}
     if data.batch_key is None and (weights.get("counts") or weights.get("views")):
         # The count decoder has a bias for each experimental batch, and views contrast the cells of one.
-        data.batch_key = "dataset_id"
+        data.batch_key = DEFAULT_BATCH_KEY
     if data.batch_key is None and (model.domain_embedding or model.domain_head):
         raise ValueError("domain_embedding and domain_head need --batch_key, the obs column of the experimental batch")
     return settings

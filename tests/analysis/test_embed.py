@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from scipy.sparse import csr_matrix
 from transformers import BertConfig, BertModel
 
-from scgpt_hf.analysis import inference
+from scgpt_hf import inference
 from scgpt_hf.analysis.embed import embed_anndata, umap_of
 from scgpt_hf.analysis.embed_file import embed_file
 from scgpt_hf.cells.files.reader import AnnDataSource

@@ -16,13 +16,13 @@ import sys
 import numpy as np
 from scgpt_hf.cells.cache import shards
 from scgpt_hf.cells.soma import build, chunks
-from scgpt_hf.cells.soma.native import tiles
+from scgpt_hf.cells.soma.native import reader
 from scgpt_hf.tokens import sampling_scgpt
 
 assert build.__file__.startswith(sys.argv[1])
 assert build._moments(np.array([0, 2]), np.array([1.0, 3.0]))[0] == 4
 assert sampling_scgpt.random_word(np.uint64(1234567), 0) == 6457827717110365317
-modules = (shards, build, chunks, tiles, sampling_scgpt)
+modules = (shards, build, chunks, reader, sampling_scgpt)
 stats = [function.stats for module in modules for function in vars(module).values() if hasattr(function, "py_func")]
 print(sum(found.cache_hits.total() for found in stats), sum(found.cache_misses.total() for found in stats))
 """

@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from scgpt_hf.model import count_decoder_scgpt
-from scgpt_hf.model.count_decoder_scgpt import CountEntries, multinomial_nll, negative_binomial_nll
+from scgpt_hf.model.configuration_scgpt import ScGPTConfig
+from scgpt_hf.model.count_decoder_scgpt import CountEntries, CountHead, multinomial_nll, negative_binomial_nll
 
 WITH_COUNTS = {
     "loss_weights": {"gep": 1.0, "counts": 1.0},
@@ -210,3 +211,19 @@ def test_a_saved_model_keeps_measured_genes_and_bias(model, tmp_path):
     again = type(network).from_pretrained(tmp_path)
     for name, value in network.state_dict().items():
         assert torch.equal(value, again.state_dict()[name]), name
+
+
+@pytest.mark.parametrize("likelihood", ["multinomial", "nb"])
+def test_gradients_are_the_same_to_the_bit_on_several_threads(likelihood: str) -> None:
+    torch.manual_seed(0)
+    head = CountHead(ScGPTConfig(vocab_size=500, hidden_size=16, n_domains=2, count_likelihood=likelihood))
+    cells = torch.arange(128).repeat_interleave(40)
+    inputs = (torch.randn(128, 16), torch.arange(128) % 2, torch.randint(0, 500, (len(cells),)), torch.ones(len(cells)))
+    n_threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        gradients = [torch.autograd.grad(head.loss(*inputs, cells).sum(), list(head.parameters())) for _ in range(8)]
+    finally:
+        torch.set_num_threads(n_threads)
+    for others in gradients[1:]:
+        assert all(torch.equal(one, other) for one, other in zip(gradients[0], others, strict=True))

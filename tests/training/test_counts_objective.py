@@ -8,6 +8,7 @@ import pytest
 import scipy.sparse
 import torch
 
+import scgpt_hf
 from scgpt_hf import embed_anndata
 from scgpt_hf.cells.cache.jobs import write_cache
 from scgpt_hf.cells.soma.build import build_census
@@ -199,3 +200,13 @@ def test_a_new_batch_needs_nothing_at_inference(trained, small_cells):
     assert np.isfinite(embeddings[0]).all()
     assert np.array_equal(embeddings[0], embeddings[1])
     assert np.array_equal(embeddings[0], embeddings[2])
+
+
+def test_data_without_a_column_of_data_sets_are_one_batch(tmp_path):
+    data = scgpt_hf.demo_cells()
+    assert "dataset_id" not in data.obs
+    data.write_h5ad(tmp_path / "cells.h5ad")
+    trainer, data_module, _ = prepare(tmp_path / "cells.h5ad", tmp_path / "run", *COUNTS, *QUIET, "--max_steps", "2")
+    trainer.train()
+    assert data_module.selection.domains == []
+    assert trainer.model.config.batch_key is None
