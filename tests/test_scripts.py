@@ -15,6 +15,7 @@ SMALL = [
     *("--hidden_size", "16", "--num_hidden_layers", "1", "--num_attention_heads", "2", "--intermediate_size", "16"),
     *("--min_gene_counts", "1", "--validation_fraction", "0.3", "--num_train_epochs", "2", "--logging_steps", "4"),
     *("--per_device_train_batch_size", "16", "--disable_tqdm", "true", "--cpu_threads", "1"),
+    *("--loss_weights", '{"gep": 1.0, "gepc": 1.0}', "--cls_shortcut", "false", "--shortcut_steps", "0"),
 ]
 SECRETS = {
     "HF_TOKEN": "hf_plantedtoken",
