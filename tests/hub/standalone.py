@@ -87,7 +87,8 @@ def main(path: str) -> list[str]:
     with torch.no_grad():
         found = model(**batch).cell_embedding
         encoder = transformers.AutoModel.from_pretrained("org/counting", **REMOTE).eval()
-        check("embedding with a shortcut", torch.equal(found, expected["counting_embedding"]))
+        # Close, not equal: the other process may use another number of threads.
+        check("embedding with a shortcut", torch.allclose(found, expected["counting_embedding"], atol=1e-5))
         check("encoder with a shortcut", torch.equal(encoder(**batch).cell_embedding, found))
 
     model, report = transformers.AutoModelForSequenceClassification.from_pretrained(
