@@ -1,17 +1,15 @@
 """Build what a run trains: the processor over its genes, a new model, and the trainer."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
-from accelerate import PartialState
-from accelerate.utils import broadcast_object_list
 from huggingface_hub.errors import StrictDataclassError
 from numpy.typing import NDArray
 
@@ -27,14 +25,13 @@ from scgpt_hf.pipeline.stream import StreamConfig, stream_cells
 from scgpt_hf.tokens.processing_scgpt import ScGPTProcessor
 from scgpt_hf.training.baselines import measure_baselines, sum_bins
 from scgpt_hf.training.data_module import DataModule
+from scgpt_hf.training.fault_tolerance.ranks import on_first_process
 from scgpt_hf.training.fault_tolerance.signals import StopSignal
 from scgpt_hf.training.run_folder import MetricsFile, require_space
 from scgpt_hf.training.selection import Selection
 from scgpt_hf.training.settings import TOKEN_SETTINGS, DataSettings, ModelSettings, Settings, TrainingSettings
 from scgpt_hf.training.trainer import ScGPTTrainer, over_ranks
 from scgpt_hf.training.validation.cell_types import CellTypeScorer, require_scoring
-
-T = TypeVar("T")
 
 # Scale of the gene vectors of the shortcut that start from the data; those of the encoder have 1. Source: our
 # measurements.
@@ -162,7 +159,7 @@ def start_at_frequencies(model: ScGPTForPreTraining, source: CellSource, selecti
         totals = np.pad(sums, ((0, n_domains - len(sums)), (0, 0)))  # the last domains may have no training cells
         return totals, None if presence is None else presence.of_groups(domain_of_cell, n_domains)[:, genes]
 
-    totals, measured = _from_first_process(count)
+    totals, measured = on_first_process(count)
     n_special = model.config.vocab_size - len(genes)  # their ids follow those of the genes
     pad = partial(torch.nn.functional.pad, pad=(0, n_special))
     model.count_head.set_statistics(
@@ -180,7 +177,7 @@ def start_at_gene_vectors(model: ScGPTForPreTraining, source: CellSource, select
     if model.scgpt.shortcut is not None:
         tables[model.scgpt.shortcut.genes.weight] = _SHORTCUT_SD
     size, genes = max(table.shape[1] for table in tables), _columns_of(source, selection.genes)
-    found = _from_first_process(lambda: gene_vectors(source, selection.parts["train"], genes, size, seed=seed))
+    found = on_first_process(lambda: gene_vectors(source, selection.parts["train"], genes, size, seed=seed))
     rows = torch.from_numpy(np.flatnonzero(found.any(axis=1)))
     vectors = torch.from_numpy(found)[rows]
     with torch.no_grad():
@@ -193,12 +190,6 @@ def _columns_of(source: CellSource, genes: list[str]) -> Int64Array:
     """Return the columns of these genes in the counts of a source. Shape (genes,)."""
     columns: Int64Array = pd.Index(source.genes["feature_id"]).get_indexer(pd.Index(genes)).astype(np.int64)
     return columns
-
-
-def _from_first_process(compute: Callable[[], T]) -> T:
-    """Compute a result in the first process only, and return it in every process."""
-    found = [compute() if PartialState().is_main_process else None]
-    return cast(T, broadcast_object_list(found)[0])
 
 
 def make_trainer(

@@ -1,9 +1,15 @@
-"""Let the processes of a run agree on a number, without involving their GPUs."""
+"""Let the processes of a run agree on a number, without involving their GPUs, or share a result of the first one."""
 
 import datetime
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
+
+T = TypeVar("T")
 
 
 class Ranks:
@@ -43,3 +49,21 @@ class Ranks:
     def barrier(self) -> None:
         """Wait until all processes have called."""
         self.all_reduce_max(0)
+
+
+def on_first_process(compute: Callable[[], T]) -> T:
+    """Compute a result on the first process and return it on all. All of them have to call it.
+
+    Args:
+        compute: returns the result, which has to be picklable. Its ValueError or OSError is raised on all processes.
+    """
+    found: list[Any] = [None, None]
+    if PartialState().is_main_process:
+        try:
+            found[0] = compute()
+        except (ValueError, OSError) as error:
+            found[1] = error
+    result, problem = broadcast_object_list(found)
+    if problem is not None:
+        raise problem
+    return cast(T, result)

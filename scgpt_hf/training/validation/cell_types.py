@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import gather_object
 
 from scgpt_hf.cells.missing import fill_missing, has_label
 from scgpt_hf.cells.obs import require_named_columns
@@ -23,6 +23,7 @@ from scgpt_hf.pipeline.stream import Batch
 from scgpt_hf.scoring.embedding_scores import LabelledCells, score_embedding
 from scgpt_hf.scoring.sampling import KEPT_PER_LABEL, sample_cells
 from scgpt_hf.training.data_module import DataModule
+from scgpt_hf.training.fault_tolerance.ranks import on_first_process
 from scgpt_hf.training.selection import Selection
 from scgpt_hf.training.settings import Settings
 from scgpt_hf.training.validation.simple_methods import fit_training_pca, read_training_sample
@@ -169,17 +170,3 @@ def require_scoring(settings: Settings) -> None:
         raise ValueError('eval_labels needs scib-metrics, which is not installed: pip install "scgpt_hf[metrics]"')
     if settings.training.eval_strategy == "no":
         raise ValueError("eval_labels has no effect with eval_strategy 'no'; choose epoch or steps, or leave it out")
-
-
-def on_first_process(compute: Callable[[], Any]) -> Any:
-    """Compute a result on the first process and return it on all; its error is raised on all of them."""
-    found: list[Any] = [None, None]
-    if PartialState().is_main_process:
-        try:
-            found[0] = compute()
-        except (ValueError, OSError) as error:
-            found[1] = error
-    result, problem = broadcast_object_list(found)
-    if problem is not None:
-        raise problem
-    return result
