@@ -27,7 +27,8 @@ MLP_FILE = "baselines/count_mlp.safetensors"  # in a run folder
 # Source: our own measurements on 21,000 blood cells; other sizes and rates were about as good.
 HIDDEN, WIDTH = 128, 256
 BATCH_SIZE, MAX_STEPS, MAX_EPOCHS = 64, 2_500, 20
-_LEARNING_RATE, _WARMUP_STEPS, _BETAS, _WEIGHT_DECAY, _MAX_NORM = 1e-3, 100, (0.9, 0.98), 0.01, 1.0
+LEARNING_RATE, WARMUP_STEPS, MAX_NORM = 1e-3, 100, 1.0
+_BETAS, _WEIGHT_DECAY = (0.9, 0.98), 0.01
 _TARGET_SUM = 1_000
 _CELLS_PER_BATCH = 1_024  # of inference
 
@@ -174,6 +175,15 @@ def fit_count_mlp(
     return network
 
 
+def make_optimizer(parameters: Sequence[nn.Parameter]) -> torch.optim.AdamW:
+    """Return AdamW as it trains a network with the count decoder. Weight decay applies to weights with two axes."""
+    groups = [
+        {"params": [one for one in parameters if one.ndim > 1], "weight_decay": _WEIGHT_DECAY},
+        {"params": [one for one in parameters if one.ndim <= 1], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=LEARNING_RATE, betas=_BETAS)
+
+
 def _train(
     network: CountMLP,
     decoder: CountHead,
@@ -186,16 +196,12 @@ def _train(
 ) -> None:
     """Train the network and its decoder in place; `measured_share` is that of each domain, (domains, 1)."""
     parameters = [*network.parameters(), *decoder.parameters()]
-    groups = [
-        {"params": [one for one in parameters if one.ndim > 1], "weight_decay": _WEIGHT_DECAY},
-        {"params": [one for one in parameters if one.ndim <= 1], "weight_decay": 0.0},
-    ]
-    optimizer = torch.optim.AdamW(groups, lr=_LEARNING_RATE, betas=_BETAS)
-    warmup = min(_WARMUP_STEPS, max(steps // 10, 1))
+    optimizer = make_optimizer(parameters)
+    warmup = min(WARMUP_STEPS, max(steps // 10, 1))
     for step, cells in enumerate(_cells_of_steps(counts.shape[0], seed, steps)):
         factor = min((step + 1) / warmup, 0.5 * (1 + math.cos(math.pi * step / steps)))
         for group in optimizer.param_groups:
-            group["lr"] = _LEARNING_RATE * factor
+            group["lr"] = LEARNING_RATE * factor
         part, domains = counts[cells], domain_ids[torch.from_numpy(cells)]
         embedding = network(torch.from_numpy(part.toarray()), measured_share[domains])
         cell_of_entry = torch.from_numpy(np.repeat(np.arange(len(cells)), np.diff(part.indptr)))
@@ -203,7 +209,7 @@ def _train(
         loss = decoder.loss(embedding, domains, ids, values, cell_of_entry).mean()
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
-        nn.utils.clip_grad_norm_(parameters, _MAX_NORM)
+        nn.utils.clip_grad_norm_(parameters, MAX_NORM)
         optimizer.step()
 
 

@@ -5,7 +5,6 @@ the encoder a step costs a fraction of a training step, so thousands of steps ta
 starts from an embedding that separates cell types already, and the encoder learns what the bag of genes does not hold.
 """
 
-import logging
 import math
 from contextlib import closing
 from itertools import islice
@@ -20,14 +19,11 @@ from scgpt_hf.cells.threads import prefetch
 from scgpt_hf.model.attention_scgpt import cell_offsets
 from scgpt_hf.model.modeling_scgpt import ScGPTForPreTraining
 from scgpt_hf.pipeline.stream import StreamConfig, stream_cells
+from scgpt_hf.scoring.count_mlp import MAX_NORM, WARMUP_STEPS, make_optimizer
 from scgpt_hf.training.data_module import DataModule
 
-logger = logging.getLogger(__name__)
-
-# Settings of this network in our measurements; see benchmarks/results/quality/.
+# As in our measurements; see benchmarks/results/quality/. The optimizer is that of the same network as a baseline.
 _BATCH_SIZE = 128
-_LEARNING_RATE, _BETAS, _WEIGHT_DECAY, _MAX_GRAD_NORM = 1e-3, (0.9, 0.98), 0.01, 1.0
-_WARMUP_STEPS = 100
 
 
 def train_shortcut(
@@ -54,11 +50,8 @@ def train_shortcut(
     plans = _plans(cell_ids, n_steps, chunk_size=data_module.source.chunk_size, seed=run.seed)
     parts = torch.nn.ModuleList([shortcut, decoder]).to(device).train()
     parameters = [parameter for name, parameter in parts.named_parameters() if not name.endswith("state_weight")]
-    matrices = [parameter for parameter in parameters if parameter.ndim == 2]
-    others = [parameter for parameter in parameters if parameter.ndim != 2]
-    groups = [{"params": matrices, "weight_decay": _WEIGHT_DECAY}, {"params": others, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=_LEARNING_RATE, betas=_BETAS)
-    schedule = get_cosine_schedule_with_warmup(optimizer, min(_WARMUP_STEPS, n_steps // 10), n_steps)
+    optimizer = make_optimizer(parameters)
+    schedule = get_cosine_schedule_with_warmup(optimizer, min(WARMUP_STEPS, n_steps // 10), n_steps)
     bar = tqdm(total=n_steps, desc="shortcut", unit="step", disable=not progress)
     with bar, closing(prefetch(stream_cells(data_module.source, plans, data_module.processor, config))) as batches:
         for batch in islice(batches, n_steps):
@@ -69,7 +62,7 @@ def train_shortcut(
             loss = decoder.loss(cells, tensors.get("domain_ids"), *entries).mean()
             optimizer.zero_grad()
             torch.autograd.backward(loss)
-            torch.nn.utils.clip_grad_norm_(parameters, _MAX_GRAD_NORM)
+            torch.nn.utils.clip_grad_norm_(parameters, MAX_NORM)
             optimizer.step()
             schedule.step()
             bar.update()
