@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from scgpt_hf.demo import demo_census as demo_census
     from scgpt_hf.inference import embed_cells as embed_cells
     from scgpt_hf.model.configuration_scgpt import ScGPTConfig as ScGPTConfig
+    from scgpt_hf.model.modeling_scgpt import ScGPTForPerturbation as ScGPTForPerturbation
     from scgpt_hf.model.modeling_scgpt import ScGPTForPreTraining as ScGPTForPreTraining
     from scgpt_hf.model.modeling_scgpt import ScGPTForSequenceClassification as ScGPTForSequenceClassification
     from scgpt_hf.model.modeling_scgpt import ScGPTModel as ScGPTModel
@@ -64,6 +65,7 @@ _MODULE_OF = {
     "ScGPTModel": "model.modeling_scgpt",
     "ScGPTForPreTraining": "model.modeling_scgpt",
     "ScGPTForSequenceClassification": "model.modeling_scgpt",
+    "ScGPTForPerturbation": "model.modeling_scgpt",
     "ScGPTProcessor": "tokens.processing_scgpt",
     "CellBlock": "cells.block",
     "CellSource": "cells.source",
@@ -125,7 +127,12 @@ def _register() -> None:
     import transformers
 
     from scgpt_hf.model.configuration_scgpt import ScGPTConfig
-    from scgpt_hf.model.modeling_scgpt import ScGPTForPreTraining, ScGPTForSequenceClassification, ScGPTModel
+    from scgpt_hf.model.modeling_scgpt import (
+        ScGPTForPerturbation,
+        ScGPTForPreTraining,
+        ScGPTForSequenceClassification,
+        ScGPTModel,
+    )
     from scgpt_hf.tokens.processing_scgpt import ScGPTProcessor
 
     transformers.AutoConfig.register(ScGPTConfig.model_type, ScGPTConfig)
@@ -133,6 +140,8 @@ def _register() -> None:
     transformers.AutoModelForPreTraining.register(ScGPTConfig, ScGPTForPreTraining)
     transformers.AutoModelForMaskedLM.register(ScGPTConfig, ScGPTForPreTraining)
     transformers.AutoModelForSequenceClassification.register(ScGPTConfig, ScGPTForSequenceClassification)
+    # There is no Auto class for perturbations. This one stands for models that predict one number for each token.
+    transformers.AutoModelForTokenClassification.register(ScGPTConfig, ScGPTForPerturbation)
     transformers.AutoProcessor.register(ScGPTConfig, ScGPTProcessor)  # type: ignore[no-untyped-call]
 
 

@@ -20,14 +20,18 @@ from typing import Any, Literal, TypedDict, Unpack, get_args, get_type_hints
 import torch
 
 from scgpt_hf.conversion.files import ARGS, VOCAB, WEIGHTS, OriginalFiles, read_original
-from scgpt_hf.conversion.keys import infer_settings, map_keys, rename_weights
+from scgpt_hf.conversion.keys import infer_settings, is_perturbation_model, map_keys, rename_weights
 from scgpt_hf.conversion.report import ConversionReport, build_card
 from scgpt_hf.model.configuration_scgpt import ScGPTConfig
-from scgpt_hf.model.modeling_scgpt import ScGPTForPreTraining
+from scgpt_hf.model.modeling_scgpt import ScGPTForPerturbation, ScGPTForPreTraining
 from scgpt_hf.output import require_writable_folder
 from scgpt_hf.tokens.processing_scgpt import ScGPTProcessor
 
 logger = logging.getLogger(__name__)
+
+# How scGPT's perturbation model reads cells, whatever the args.json of the model that it was fine-tuned from says.
+# Source: bowang-lab/scGPT:tutorials/Tutorial_Perturbation.ipynb, whose data are log1p values from GEARS.
+_PERTURBATION_VALUES: dict[str, Any] = {"input_style": "log1p", "pad_value": 0, "include_zeros": True}
 
 
 class UnrecordedSettings(TypedDict, total=False):
@@ -57,8 +61,11 @@ _PUBLISHED: dict[str, Any] = {"norm_scheme": "post", "cell_pooling": "cls", "gep
 
 def convert_scgpt(
     folder: str | Path, *, weights_file: str = WEIGHTS, **unrecorded: Unpack[UnrecordedSettings]
-) -> tuple[ScGPTForPreTraining, ScGPTProcessor, ConversionReport]:
+) -> tuple[ScGPTForPreTraining | ScGPTForPerturbation, ScGPTProcessor, ConversionReport]:
     """Convert an original scGPT checkpoint.
+
+    A checkpoint of scGPT's TransformerGenerator becomes a `ScGPTForPerturbation`, every other one a
+    `ScGPTForPreTraining`.
 
     The model has every head of scGPT's code. Each head gets an objective of weight 1, except the class head, because
     most data have no labels for it. To train the class head, set its weight in `model.config.loss_weights`.
@@ -85,7 +92,8 @@ def convert_scgpt(
     """
     _require_valid({**unrecorded})
     files = read_original(Path(folder), weights_file)
-    cls_value = unrecorded.get("cls_value", files.args["pad_value"])
+    pad_value = 0 if is_perturbation_model(files.weights) else files.args["pad_value"]
+    cls_value = unrecorded.get("cls_value", pad_value)
     converted, left_out = map_keys(files.weights, files.weights_path)
     weights = {key: files.weights[key] for key in converted}
     inferred = infer_settings(weights, files.weights_path)
@@ -94,7 +102,8 @@ def convert_scgpt(
     # On the meta device, parameters have no memory and no random values: a weight that the lines below failed to set
     # could not be used unnoticed.
     with torch.device("meta"):
-        model = ScGPTForPreTraining(_build_config(files, inferred, {**unrecorded}))
+        model_class = ScGPTForPerturbation if is_perturbation_model(weights) else ScGPTForPreTraining
+        model = model_class(_build_config(files, inferred, {**unrecorded}))
     model.load_state_dict(rename_weights(weights, converted, model, files.weights_path), assign=True)
     # `infer_settings` gave the class objective a weight so that the class head is built; it is not trained by default.
     loss_weights = {name: weight for name, weight in inferred["loss_weights"].items() if name != "cls"}
@@ -108,7 +117,10 @@ def convert_scgpt(
 
 
 def save_converted(
-    model: ScGPTForPreTraining, processor: ScGPTProcessor, report: ConversionReport, out: str | Path
+    model: ScGPTForPreTraining | ScGPTForPerturbation,
+    processor: ScGPTProcessor,
+    report: ConversionReport,
+    out: str | Path,
 ) -> Path:
     """Save a converted checkpoint to a new folder.
 
@@ -217,12 +229,15 @@ def _build_config(files: OriginalFiles, inferred: dict[str, Any], unrecorded: di
         "dropout": args["dropout"],
         "attention_dropout": args["dropout"],  # as in scGPT's code; see `ScGPTConfig`
     }
+    settings |= {"perturbation_cls": False} if is_perturbation_model(files.weights) else {}
     chosen = {name: value for name, value in (_PUBLISHED | unrecorded).items() if name != "cls_value"}
     return ScGPTConfig(**settings, **inferred, **chosen)
 
 
 def _build_processor(files: OriginalFiles, cls_value: float) -> ScGPTProcessor:
     args = files.args
+    if is_perturbation_model(files.weights):
+        args = args | _PERTURBATION_VALUES
     return ScGPTProcessor.from_vocab(
         files.vocab,
         n_bins=args["n_bins"],
@@ -231,6 +246,7 @@ def _build_processor(files: OriginalFiles, cls_value: float) -> ScGPTProcessor:
         pad_value=args["pad_value"],
         mask_value=args["mask_value"],
         input_style=args["input_style"],
+        include_zeros=args.get("include_zeros", False),
     )
 
 
@@ -245,6 +261,8 @@ def _assumed_settings(
         assumed.pop("gepc_detach", None)
     assumed |= {} if "cls_value" in unrecorded else {"cls_value": processor.cls_value}
     assumed |= {"target_sum": processor.target_sum} if processor.input_style == "log1p" else {}
+    if is_perturbation_model(files.weights):
+        assumed |= {**_PERTURBATION_VALUES, "decoder_activation": None, "decoder_adaptive_bias": False}
     return assumed | {f"{name} of {ARGS}": files.args[name] for name in files.missing_args}
 
 
@@ -253,6 +271,11 @@ def _notes(files: OriginalFiles, inferred: dict[str, Any]) -> tuple[str, ...]:
     notes = [
         f"removed the prefix {prefix!r} of a wrapper from {n_keys} keys" for prefix, n_keys in files.wrappers.items()
     ]
+    if is_perturbation_model(files.weights):
+        notes.append(
+            "this is a perturbation model: load it with AutoModelForTokenClassification, or use predict_perturbation; "
+            "its input is all genes without <cls>, as in scGPT's tutorial (perturbation_cls=False in the config)"
+        )
     if "num_labels" in inferred:
         notes.append("the checkpoint has a class head: load it with AutoModelForSequenceClassification")
     if files.args["input_style"] == "binned" and files.args["n_bins"] != 51:

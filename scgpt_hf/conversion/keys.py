@@ -24,6 +24,10 @@ _PREFIXES = (
     ("transformer_encoder.layers.", "scgpt.layers."),
     ("decoder.fc.", "expression_head.value."),
     ("decoder.zero_logit.", "expression_head.zero."),
+    ("decoder.coeff_decoder.fc.", "expression_head.coefficient."),
+    ("decoder.coeff_decoder.zero_logit.", "expression_head.zero."),
+    ("decoder.bias_decoder.fc.", "expression_head.bias."),
+    ("pert_encoder.", "flag_encoder."),
     ("mvc_decoder.gene2query.", "cell_to_gene_head.query."),
     ("mvc_decoder.W.", "cell_to_gene_head.project."),
     ("mvc_decoder.W_zero_logit.", "cell_to_gene_head.project_zero."),
@@ -44,16 +48,11 @@ _ATTENTION = (
     (re.compile(r"\.self_attn\._impl\."), ".self_attn."),
 )
 _DOMAIN_NORM = re.compile(r"dsbn\.bns\.(\d+)\.(running_mean|running_var|num_batches_tracked)")
-_ZERO_HEADS = ("decoder.zero_logit.", "mvc_decoder.W_zero_logit.")
+_ZERO_HEADS = ("decoder.zero_logit.", "decoder.coeff_decoder.zero_logit.", "mvc_decoder.W_zero_logit.")
 _LAYER = re.compile(r"transformer_encoder\.layers\.(\d+)\.")
 
 # Without these weights, every output of the model would change, so leaving them out would be wrong.
 _UNSUPPORTED = (
-    (
-        re.compile(r"pert_encoder\.|decoder\.(coeff|bias)_decoder\."),
-        "a perturbation model (TransformerGenerator), which adds a flag to every token and scales its input; scgpt_hf "
-        "does not support that",
-    ),
     (
         re.compile(r"dsbn\.bns\.\d+\.(weight|bias)"),
         "domain-specific batch norm with affine parameters, which scgpt_hf does not support",
@@ -68,6 +67,7 @@ _MODALITIES = (
     "the expression heads of a multi-omic model take the modality of each gene as input, which scgpt_hf does not "
     "support; the encoder and the cell embedding do not depend on it"
 )
+_UNUSED_ZERO_HEAD = "scGPT's code reads the zero probability of a perturbation model from the coefficient's head only"
 _NOT_RUNNABLE = "this query style does not work with batch labels or explicit zeros; it fails in scGPT's code as well"
 
 
@@ -99,6 +99,11 @@ def map_keys(weights: Weights, path: str) -> tuple[dict[str, str], dict[str, str
         if first != key:
             raise ValueError(f"{path}: {first!r} and {key!r} are two names of the same weights; keep one of them")
     return converted, left_out
+
+
+def is_perturbation_model(weights: Weights) -> bool:
+    """Return whether the weights are those of scGPT's TransformerGenerator, which predicts perturbations."""
+    return _has(weights, "pert_encoder.")
 
 
 def infer_settings(weights: Weights, path: str) -> dict[str, Any]:
@@ -215,7 +220,7 @@ def _expected_targets(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def _left_out_keys(weights: Weights) -> dict[str, str]:
     """Return the keys that are not converted, with the reasons."""
-    reasons = {"flag_encoder.": _GENERATION_FLAGS}
+    reasons = {"flag_encoder.": _GENERATION_FLAGS, "decoder.bias_decoder.zero_logit.": _UNUSED_ZERO_HEAD}
     if _has(weights, "mod_encoder."):
         reasons |= dict.fromkeys(("mod_encoder.", "batch_encoder.", "decoder.", "mvc_decoder."), _MODALITIES)
     elif _has(weights, "mvc_decoder.fc1.") and _has(weights, "batch_encoder.", "decoder.zero_logit."):
@@ -225,8 +230,11 @@ def _left_out_keys(weights: Weights) -> dict[str, str]:
 
 def _infer_loss_weights(weights: Weights) -> dict[str, float]:
     """Return weight 1 for the objective of each head: then our model has these heads and no others."""
-    heads = {"gep": "decoder.fc.", "gepc": "mvc_decoder.", "dar": "grad_reverse_discriminator.", "cls": "cls_decoder."}
-    present = [name for name, prefix in heads.items() if _has(weights, prefix)]
+    heads = {
+        "gep": ("decoder.fc.", "decoder.coeff_decoder.fc."),
+        **{"gepc": ("mvc_decoder.",), "dar": ("grad_reverse_discriminator.",), "cls": ("cls_decoder.",)},
+    }
+    present = [name for name, prefixes in heads.items() if _has(weights, *prefixes)]
     if _has(weights, *_ZERO_HEADS):
         present += [f"{name}_zero" for name in ("gep", "gepc") if name in present]
     return dict.fromkeys(present, 1.0) or {"ecs": 1.0}  # elastic cell similarity needs no head

@@ -31,6 +31,8 @@ AUTO_MAP = {
     "AutoModelForPreTraining": "modeling_scgpt.ScGPTForPreTraining",
     "AutoModelForMaskedLM": "modeling_scgpt.ScGPTForPreTraining",
     "AutoModelForSequenceClassification": "modeling_scgpt.ScGPTForSequenceClassification",
+    # The library has no Auto class for perturbations; the model predicts one number for each token.
+    "AutoModelForTokenClassification": "modeling_scgpt.ScGPTForPerturbation",
 }
 
 # Sizes by name, for the command line. "base" is the size of the published scGPT models.
@@ -111,6 +113,10 @@ class ScGPTConfig(PreTrainedConfig):
         shortcut_size: width of the gene vectors of the shortcut.
         leave_out_masked: whether masked genes are left out of the input, so that the encoder reads visible genes only.
             By default they are tokens with the value `mask_value`. The objective "gep" needs them as tokens.
+        perturbation_cls: whether `<cls>` precedes the genes in the input of `ScGPTForPerturbation`; false for models of
+            scGPT's code.
+        total_key: obs column with the total counts of a cell, by which a perturbation model normalizes it; None sums
+            the counts of the data. Set it for panels, whose sum varies with the genes of the panel.
         loss_weights: weight of each objective; by default 1 for "gep", "gepc" and those that the settings above add. A
             head exists if its objective has a weight above 0.
 
@@ -156,6 +162,8 @@ class ScGPTConfig(PreTrainedConfig):
     cls_shortcut: bool = False
     shortcut_size: int = 256
     leave_out_masked: bool = False
+    perturbation_cls: bool = True
+    total_key: str | None = None
     loss_weights: dict[str, float | int] = field(default_factory=dict)
 
     # The library turns this class into a strict dataclass: it checks types, then calls the `validate_*` methods.

@@ -14,6 +14,8 @@ from .configuration_scgpt import ScGPTConfig
 
 _BATCH_NORM_EPS, _BATCH_NORM_MOMENTUM = 6.1e-5, 0.1  # bowang-lab/scGPT:scgpt/model/model.py:96
 
+NOT_PERTURBED, PERTURBED, PADDING = 0, 1, 2  # rows of `FlagEncoder`
+
 
 def make_value_encoder(config: ScGPTConfig) -> nn.Module | None:
     """Create the module that embeds values, or return None if values multiply the gene embedding instead."""
@@ -46,6 +48,19 @@ class TableEncoder(nn.Module):
     def forward(self, ids: Tensor) -> Tensor:
         """Embed ids of any shape; the result has the hidden axis appended."""
         return self.norm(self.embedding(ids.long()))
+
+
+class FlagEncoder(nn.Embedding):
+    """A vector for what a perturbation does to a token: nothing (0), it targets this gene (1), padding (2).
+
+    At first only row 1 adds anything, so a pretrained encoder starts from what it knows. The original draws all rows
+    from normal(0, 1), the default of PyTorch.
+
+    Source: bowang-lab/scGPT:scgpt/model/generation_model.py (`pert_encoder`).
+    """
+
+    def __init__(self, config: ScGPTConfig) -> None:
+        super().__init__(3, config.hidden_size, padding_idx=PADDING)
 
 
 class ContinuousValueEncoder(nn.Module):

@@ -55,6 +55,45 @@ class ScGPTForPreTrainingOutput(ModelOutput):
     attentions: tuple[Tensor, ...] | None = None
 
 
+@dataclass
+class ScGPTForPerturbationOutput(ModelOutput):
+    """The output of `ScGPTForPerturbation`. Predictions have the shape of `input_ids`.
+
+    Args:
+        loss: weighted sum of `losses`.
+        losses: each objective by name, without its weight.
+        expression: predicted value of each token after the perturbation, in the unit of `values`.
+        gepc: the same, predicted from the cell embedding.
+        gep_zero: log-odds that the gene is expressed, from the hidden state.
+        gepc_zero: log-odds that the gene is expressed, from the cell embedding.
+        class_logits: logits of each cell's class, (cells, classes).
+        cell_embedding: embedding of every cell, (cells, hidden).
+        last_hidden_state: hidden state of every token, with the hidden axis appended.
+        hidden_states: input of the first layer and output of each layer, if requested.
+        attentions: attention probabilities of each layer, if requested and attention is eager.
+    """
+
+    loss: Tensor | None = None
+    losses: dict[str, Tensor] | None = None
+    expression: Tensor | None = None
+    gepc: Tensor | None = None
+    gep_zero: Tensor | None = None
+    gepc_zero: Tensor | None = None
+    class_logits: Tensor | None = None
+    cell_embedding: Tensor | None = None
+    last_hidden_state: Tensor | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
+
+
+class ConstantStart(nn.Linear):
+    """A last layer that returns a constant, `start`, until it is trained."""
+
+    def __init__(self, n_inputs: int, start: float) -> None:
+        super().__init__(n_inputs, 1)
+        self.start = start
+
+
 class ExpressionHead(nn.Module):
     """Predict a token's value from its hidden state (GEP) and, optionally, whether the gene is expressed.
 
@@ -74,6 +113,31 @@ class ExpressionHead(nn.Module):
         """
         zero = None if self.zero is None else self.zero(hidden).squeeze(-1)
         return self.value(hidden).squeeze(-1), zero
+
+
+class AffineExpressionHead(nn.Module):
+    """Predict a token's value after a perturbation as coefficient × value + bias, both from its hidden state.
+
+    A new head predicts no change: its coefficients are 1 and its biases 0. In the original they are random.
+
+    Source: bowang-lab/scGPT:scgpt/model/generation_model.py (AffineExprDecoder).
+    """
+
+    def __init__(self, config: ScGPTConfig) -> None:
+        super().__init__()
+        self.coefficient, self.bias = _three_layers(config, start=1.0), _three_layers(config, start=0.0)
+        self.zero = _three_layers(config) if config.explicit_zero_prob else None
+
+    def forward(self, hidden: Tensor, values: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return values, (tokens,), and the log-odds of being expressed, (tokens,), or None.
+
+        Args:
+            hidden: hidden states, (tokens, hidden).
+            values: value of each token before the perturbation, (tokens,).
+        """
+        coefficient, bias = self.coefficient(hidden).squeeze(-1), self.bias(hidden).squeeze(-1)
+        zero = None if self.zero is None else self.zero(hidden).squeeze(-1)
+        return coefficient * values.to(coefficient.dtype) + bias, zero
 
 
 class CellToGeneHead(nn.Module):
@@ -140,7 +204,8 @@ class ClassHead(nn.Module):
         return self.out(self.layers(cell_embedding))
 
 
-def _three_layers(config: ScGPTConfig) -> nn.Sequential:
+def _three_layers(config: ScGPTConfig, start: float | None = None) -> nn.Sequential:
+    """Return a network from a token's hidden state to a number; a new one returns `start`, if that is given."""
     width = config.hidden_size
     hidden = [
         nn.Linear(width * (1 + config.domain_embedding), width),
@@ -148,4 +213,4 @@ def _three_layers(config: ScGPTConfig) -> nn.Sequential:
         nn.Linear(width, width),
         nn.LeakyReLU(),
     ]
-    return nn.Sequential(*hidden, nn.Linear(width, 1))
+    return nn.Sequential(*hidden, nn.Linear(width, 1) if start is None else ConstantStart(width, start))

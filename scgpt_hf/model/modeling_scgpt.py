@@ -32,8 +32,16 @@ from transformers.utils.output_capturing import capture_outputs
 from .attention_scgpt import VARLEN, build_mask, cell_offsets, eager_attention, find_cells, make_packing
 from .configuration_scgpt import ScGPTConfig
 from .count_decoder_scgpt import CountHead
-from .embeddings_scgpt import DomainNorm, TableEncoder, make_input_norm, make_value_encoder
-from .heads_scgpt import CellToGeneHead, ClassHead, ExpressionHead, ScGPTForPreTrainingOutput
+from .embeddings_scgpt import PERTURBED, DomainNorm, FlagEncoder, TableEncoder, make_input_norm, make_value_encoder
+from .heads_scgpt import (
+    AffineExpressionHead,
+    CellToGeneHead,
+    ClassHead,
+    ConstantStart,
+    ExpressionHead,
+    ScGPTForPerturbationOutput,
+    ScGPTForPreTrainingOutput,
+)
 from .objectives_scgpt import (
     bernoulli_nll,
     class_cross_entropy,
@@ -169,7 +177,14 @@ class ScGPTPreTrainedModel(PreTrainedModel):
         Source: bowang-lab/scGPT:scgpt/model/model.py:151.
         """
         super()._init_weights(module)
-        if isinstance(module, nn.Linear):
+        if isinstance(module, ConstantStart):
+            init.zeros_(module.weight)
+            init.constant_(module.bias, module.start)
+        elif isinstance(module, FlagEncoder):
+            rows = torch.zeros_like(module.weight)
+            rows[PERTURBED].normal_()
+            init.copy_(module.weight, rows)
+        elif isinstance(module, nn.Linear):
             bound = 1 / math.sqrt(module.in_features)
             init.uniform_(module.weight, -bound, bound)
             if module.bias is not None:
@@ -178,18 +193,8 @@ class ScGPTPreTrainedModel(PreTrainedModel):
             init.uniform_(module.weight, -0.1, 0.1)
         elif isinstance(module, nn.PReLU):
             init.constant_(module.weight, 0.25)
-        elif isinstance(module, DomainNorm):
-            init.zeros_(module.running_mean)
-            init.ones_(module.running_var)
-            init.zeros_(module.num_batches_tracked)
-        elif isinstance(module, CellShortcut):
-            init.constant_(module.state_weight, STATE_WEIGHT)
-        elif isinstance(module, CountHead):
-            init.zeros_(module.domain_hidden)
-            init.zeros_(module.bias)
-            init.ones_(module.measured)
-            if module.log_dispersion is not None:
-                init.zeros_(module.log_dispersion)
+        else:
+            _init_own_parameters(module)
 
     def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
         """Select the attention function: `scgpt_varlen`, which supports packed input, unless another is requested."""
@@ -244,6 +249,7 @@ class ScGPTModel(ScGPTPreTrainedModel):
         max_length_k: int | None = None,
         domain_ids: Tensor | None = None,
         input_cell_embedding: Tensor | None = None,
+        input_addition: Tensor | None = None,
         **kwargs: Unpack[OutputOptions],
     ) -> ScGPTModelOutput:
         """Compute hidden states and cell embeddings.
@@ -260,6 +266,8 @@ class ScGPTModel(ScGPTPreTrainedModel):
             domain_ids: domain (experimental batch) of each cell, int64 (cells,).
             input_cell_embedding: replaces the embedded `<cls>` token of each cell, to generate expression from a cell
                 embedding; (cells, hidden).
+            input_addition: is added to the embedded gene and value of each token, shaped like `input_ids` with the
+                hidden axis appended.
             **kwargs: see `OutputOptions`.
 
         Raises:
@@ -271,6 +279,8 @@ class ScGPTModel(ScGPTPreTrainedModel):
             raise ValueError(f"{settings} depends on padding, and packed input has none; pass padded cells")
         gene_embedding = self.gene_encoder(input_ids)
         hidden = self._add_values(gene_embedding, values, optional=input_cell_embedding is not None)
+        if input_addition is not None:
+            hidden = hidden + input_addition
         hidden = self._normalize_input(hidden, domain_ids)
         offsets = cell_offsets(input_ids, cu_seq_lens_q)
         cls_positions = offsets[:-1].long()  # in the flattened input
@@ -630,6 +640,156 @@ class ScGPTForSequenceClassification(ScGPTPreTrainedModel):
                 labels=labels, pooled_logits=logits, config=self.config, num_items_in_batch=num_items_in_batch
             )
         return SequenceClassifierOutput(loss, logits, encoded.hidden_states, encoded.attentions)
+
+
+class ScGPTForPerturbation(ScGPTPreTrainedModel):
+    """The encoder with a flag for each gene and an affine head, which predicts a cell after a perturbation.
+
+    The input is a control cell: all of its genes with their continuous values (log1p of normalized counts, or counts),
+    and a flag for each, which is 1 for the genes that are perturbed. The prediction for a gene is coefficient × value +
+    bias. `AutoModelForTokenClassification` loads the model, because it predicts one number for each token.
+
+    Of the objectives in `loss_weights`, "gep" is the squared error of the prediction; "gepc", "gep_zero", "gepc_zero",
+    "ecs" and "cls" work as in pretraining, and others are ignored.
+
+    Args:
+        config: configuration of the model.
+
+    Raises:
+        ValueError: the config embeds values by a table of bins, or passes domains to the heads.
+
+    Source: bowang-lab/scGPT:scgpt/model/generation_model.py (TransformerGenerator); Cui et al. 2024.
+
+    Example:
+        >>> flags = (input_ids == perturbed_gene).long()
+        >>> predicted = model(input_ids, values, perturbation_flags=flags).expression  # (cells, tokens)
+    """
+
+    _auto_class = "AutoModelForTokenClassification"
+    accepts_loss_kwargs = True
+
+    def __init__(self, config: ScGPTConfig) -> None:
+        super().__init__(config)
+        if config.value_encoder == "category" or config.domain_embedding:
+            raise ValueError(
+                "a perturbation model reads continuous values and has no domain embedding; found value_encoder="
+                f"{config.value_encoder!r} and domain_embedding={config.domain_embedding}"
+            )
+        self.scgpt = ScGPTModel(config)
+        self.flag_encoder = FlagEncoder(config)
+        self.expression_head = AffineExpressionHead(config)
+        self.cell_to_gene_head = CellToGeneHead(config) if config.has_objective("gepc") else None
+        self.class_head = ClassHead(config, config.num_labels) if config.has_objective("cls") else None
+        self.post_init()
+
+    @can_return_tuple
+    def forward(  # noqa: D417
+        self,
+        input_ids: Tensor,
+        values: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        cu_seq_lens_q: Tensor | None = None,
+        cu_seq_lens_k: Tensor | None = None,
+        max_length_q: int | None = None,
+        max_length_k: int | None = None,
+        perturbation_flags: Tensor | None = None,
+        labels: Tensor | None = None,
+        class_labels: Tensor | None = None,
+        domain_ids: Tensor | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+        **kwargs: Unpack[OutputOptions],
+    ) -> ScGPTForPerturbationOutput:
+        """Predict the value of every token after the perturbation, and compute the loss if labels are passed.
+
+        Args:
+            input_ids, values, attention_mask, cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k, domain_ids:
+                see `ScGPTModel.forward`.
+            perturbation_flags: 0 for a gene that is not perturbed, 1 for one that is, 2 for padding; int64, shaped like
+                `input_ids`.
+            labels: value of each token in the perturbed cell, `IGNORE` where nothing is predicted; float32, shaped like
+                `values`.
+            class_labels: class of each cell, `IGNORE` where unknown, int64 (cells,), for the objective "cls".
+            num_items_in_batch: number of labels of the complete batch, if this is a part of it.
+            **kwargs: see `OutputOptions`.
+
+        Raises:
+            ValueError: `values` or `perturbation_flags` are missing.
+        """
+        values, flags = _require(values, "values"), _require(perturbation_flags, "perturbation_flags")
+        cells = (input_ids, values, attention_mask, cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k)
+        encoded = self.scgpt(
+            *cells, domain_ids=domain_ids, input_addition=self.flag_encoder(flags), return_dict=True, **kwargs
+        )
+        expression, gep_zero = self.expression_head(encoded.last_hidden_state.flatten(0, 1), values.flatten())
+        predicted: dict[str, Tensor | None] = {"expression": expression, "gep_zero": gep_zero}
+        if self.cell_to_gene_head is not None:
+            if cu_seq_lens_q is None:
+                state_of_token = encoded.cell_embedding.repeat_interleave(input_ids.shape[1], dim=0)
+            else:
+                positions = torch.arange(input_ids.numel(), device=input_ids.device)
+                cell = find_cells(positions, cu_seq_lens_q).clamp(max=encoded.cell_embedding.shape[0] - 1)
+                state_of_token = encoded.cell_embedding.index_select(0, cell)
+            predicted["gepc"], predicted["gepc_zero"] = self.cell_to_gene_head(
+                state_of_token, encoded.gene_embedding.flatten(0, 1)
+            )
+        predicted = {name: None if one is None else one.view(input_ids.shape) for name, one in predicted.items()}
+        class_logits = None if self.class_head is None else self.class_head(encoded.cell_embedding)
+        loss, losses = None, None
+        if labels is not None:
+            outputs = predicted | {"cls": class_logits, "cells": encoded.cell_embedding}
+            losses = self._losses(outputs, labels, class_labels, num_items_in_batch)
+            loss = torch.stack([self.config.loss_weights[name] * value for name, value in losses.items()]).sum()
+        return ScGPTForPerturbationOutput(
+            loss=loss,
+            losses=losses,
+            **predicted,
+            class_logits=class_logits,
+            cell_embedding=encoded.cell_embedding,
+            last_hidden_state=encoded.last_hidden_state,
+            hidden_states=encoded.hidden_states,
+            attentions=encoded.attentions,
+        )
+
+    def _losses(
+        self,
+        outputs: dict[str, Tensor | None],
+        labels: Tensor,
+        class_labels: Tensor | None,
+        n_labels: Tensor | int | None,
+    ) -> dict[str, Tensor]:
+        """Return the loss of each objective that has a weight and a prediction."""
+        cells, share = _require(outputs["cells"], "cells"), share_of_batch(labels, n_labels)
+        losses = {}
+        for name, field, loss in (
+            ("gep", "expression", masked_mse),
+            ("gepc", "gepc", masked_mse),
+            ("gep_zero", "gep_zero", bernoulli_nll),
+            ("gepc_zero", "gepc_zero", bernoulli_nll),
+        ):
+            if self.config.has_objective(name) and (found := outputs.get(field)) is not None:
+                losses[name] = loss(found, labels, n_labels)
+        if self.config.has_objective("ecs"):
+            losses["ecs"] = share * elastic_cell_similarity(cells, self.config.ecs_threshold)
+        if self.config.has_objective("cls"):
+            logits = _require(outputs["cls"], "class logits")
+            losses["cls"] = share * class_cross_entropy(logits, _require(class_labels, "class_labels"))
+        return losses
+
+
+def _init_own_parameters(module: nn.Module) -> None:
+    """Set the parameters and buffers that a module of ours holds besides its layers."""
+    if isinstance(module, DomainNorm):
+        init.zeros_(module.running_mean)
+        init.ones_(module.running_var)
+        init.zeros_(module.num_batches_tracked)
+    elif isinstance(module, CellShortcut):
+        init.constant_(module.state_weight, STATE_WEIGHT)
+    elif isinstance(module, CountHead):
+        init.zeros_(module.domain_hidden)
+        init.zeros_(module.bias)
+        init.ones_(module.measured)
+        if module.log_dispersion is not None:
+            init.zeros_(module.log_dispersion)
 
 
 def _replace_rows(hidden: Tensor, positions: Tensor, rows: Tensor) -> Tensor:

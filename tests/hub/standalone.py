@@ -91,6 +91,13 @@ def main(path: str) -> list[str]:
         check("embedding with a shortcut", torch.allclose(found, expected["counting_embedding"], atol=1e-5))
         check("encoder with a shortcut", torch.equal(encoder(**batch).cell_embedding, found))
 
+    model = transformers.AutoModelForTokenClassification.from_pretrained("org/perturbation", **REMOTE).eval()
+    check("perturbation model", same_weights(model, expected, "perturbation."))
+    flags = (batch["input_ids"] == batch["input_ids"][0, 1]).long()
+    with torch.no_grad():
+        found = model(**batch, perturbation_flags=flags).expression
+    check("perturbed expression", torch.allclose(found, expected["perturbed"], atol=1e-5))
+
     model, report = transformers.AutoModelForSequenceClassification.from_pretrained(
         "org/tiny", num_labels=3, output_loading_info=True, **REMOTE
     )

@@ -44,8 +44,16 @@ def make_and_publish(folder: Path) -> str:
     expected |= {f"counting.{name}": weight.clone() for name, weight in counting.state_dict().items()}
     with torch.no_grad():
         expected["counting_embedding"] = counting(**batch).cell_embedding
+    perturbation = scgpt_hf.ScGPTForPerturbation(config).eval()
+    perturbation.flag_encoder.weight.data.normal_()
+    perturbation.expression_head.bias[-1].reset_parameters()  # a new head predicts no change
+    expected |= {f"perturbation.{name}": weight.clone() for name, weight in perturbation.state_dict().items()}
+    flags = (batch["input_ids"] == batch["input_ids"][0, 1]).long()
+    with torch.no_grad():
+        expected["perturbed"] = perturbation(**batch, perturbation_flags=flags).expression
     save_file(expected, folder / "expected.safetensors")
 
+    save_and_publish(folder / "perturbation", perturbation, processor)
     save_and_publish(folder / "tiny", model, processor, max_shard_size="20KB")
     config.num_labels = 3
     classifier = scgpt_hf.ScGPTForSequenceClassification(config)
