@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from scgpt_hf.analysis.gene_networks import gene_programs as gene_programs
     from scgpt_hf.analysis.gene_networks import mean_attention as mean_attention
     from scgpt_hf.analysis.gene_networks import nearest_genes as nearest_genes
+    from scgpt_hf.analysis.generate import generate_cells as generate_cells
     from scgpt_hf.cells.block import CellBlock as CellBlock
     from scgpt_hf.cells.cache.jobs import write_cache as write_cache
     from scgpt_hf.cells.soma.build import build_census as build_census
@@ -92,6 +93,7 @@ _MODULE_OF = {
     "predict_cell_types": "analysis.annotate",
     "transfer_labels": "analysis.annotate",
     "predict_expression": "analysis.expression",
+    "generate_cells": "analysis.generate",
     "gene_embeddings": "analysis.gene_networks",
     "nearest_genes": "analysis.gene_networks",
     "gene_programs": "analysis.gene_networks",

@@ -190,7 +190,7 @@ def _run_views(model: PreTrainedModel, views: Iterator[Tokens], batch_size: int)
                 visible, left_out = leave_out_masked(tokens)
                 batch = pack(visible) | left_out.as_batch()
             else:
-                batch = pack(tokens)
+                batch = pack(tokens, queries=model.config.objective == "generative")
             del batch["labels"]  # they only mark the masked genes; there is no loss to compute
             output = model(**move_batch(batch, model.device))
             outputs = {

@@ -5,7 +5,7 @@ because they ignore `cu_seq_lens_q`. This module therefore registers another fun
 default of all models. For padded input it is `scaled_dot_product_attention` (SDPA). For packed input it computes
 attention per cell, without a mask, in the fastest way that the device, the dtype and the dropout allow. The library's
 `sdpa` and `eager` work too: `build_mask` builds a block-diagonal mask for them, which needs memory for the square of
-the number of all tokens.
+the number of all tokens. `query_attention_scgpt` adds the queries of the generative objective.
 """
 
 # Tensor.split has no types.
@@ -20,6 +20,8 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.utils import logging
 
+from .query_attention_scgpt import GivenKeys, attend_to_given
+
 VARLEN = "scgpt_varlen"
 
 logger = logging.get_logger(__name__)
@@ -32,10 +34,12 @@ class Packing(NamedTuple):
         offsets: int32 offsets of the cells, (cells + 2,). Padding after the last cell, which `bucket` adds, counts as
             one more cell, empty if there is no padding. It attends to itself and never to a cell.
         max_length: length of the longest cell or of the padding, or any larger number.
+        given: the tokens to which all tokens of their cell attend, if others are queries.
     """
 
     offsets: Tensor
     max_length: int
+    given: GivenKeys | None = None
 
 
 def make_packing(
@@ -45,15 +49,22 @@ def make_packing(
     cu_seq_lens_k: Tensor | None,
     max_length_q: int | None,
     max_length_k: int | None,
+    queries: Tensor | None = None,
+    key_positions: Tensor | None = None,
 ) -> Packing | None:
     """Return the positions of packed cells, or None for padded input.
 
     The arguments are those of `ScGPTModel.forward`.
 
     Raises:
-        ValueError: an argument of packed input is missing, or packed input has a mask or more than one row.
+        ValueError: an argument of packed input is missing, packed input has a mask or more than one row, or the
+            arguments of queries are incomplete or have wrong shapes.
     """
+    if queries is not None and queries.shape != input_ids.shape:
+        raise ValueError(f"queries {tuple(queries.shape)} and input_ids {tuple(input_ids.shape)} differ in shape")
     if all(passed is None for passed in (cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k)):
+        if key_positions is not None:
+            raise ValueError("key_positions belong to packed input; leave them out if the cells are padded")
         return None
     if cu_seq_lens_q is None or max_length_q is None:
         raise ValueError(
@@ -69,8 +80,21 @@ def make_packing(
             f"cu_seq_lens_k {tuple(cu_seq_lens_k.shape)} differs from cu_seq_lens_q {tuple(cu_seq_lens_q.shape)}; "
             "cells attend to themselves, so pass the same tensor twice"
         )
-    end = cu_seq_lens_q.new_full((1,), input_ids.shape[1])
-    return Packing(torch.cat([cu_seq_lens_q, end]), max_length_q)
+    offsets = _close(cu_seq_lens_q, input_ids.shape[1])
+    if queries is None and key_positions is None:
+        return Packing(offsets, max_length_q)
+    if queries is None or key_positions is None or cu_seq_lens_k is None or max_length_k is None:
+        raise ValueError(
+            "packed input with queries needs queries, key_positions, cu_seq_lens_k and max_length_k; create them with "
+            "pack(tokens, queries=True)"
+        )
+    given = GivenKeys(queries[0], key_positions, _close(cu_seq_lens_k, len(key_positions)), max_length_k)
+    return Packing(offsets, max_length_q, given)
+
+
+def _close(offsets: Tensor, end: int) -> Tensor:
+    """Return the offsets with one more cell, which ends at `end`."""
+    return torch.cat([offsets, offsets.new_full((1,), end)])
 
 
 def cell_offsets(input_ids: Tensor, cu_seq_lens: Tensor | None) -> Tensor:
@@ -90,7 +114,11 @@ def find_cells(positions: Tensor, offsets: Tensor) -> Tensor:
 
 
 def build_mask(
-    implementation: str | None, attention_mask: Tensor | None, packing: Packing | None, hidden: Tensor
+    implementation: str | None,
+    attention_mask: Tensor | None,
+    packing: Packing | None,
+    hidden: Tensor,
+    queries: Tensor | None = None,
 ) -> Tensor | None:
     """Return which keys each query may attend to, or None if it may attend to all.
 
@@ -99,16 +127,21 @@ def build_mask(
         attention_mask: true (or 1) at real tokens, (cells, tokens); None if there is no padding.
         packing: positions of the cells, for packed input.
         hidden: embedded input, (cells, tokens, hidden), or (1, tokens, hidden) when packed.
+        queries: true at tokens to which only they themselves attend, bool, (cells, tokens) or (1, tokens).
 
     Returns:
         A bool mask that can be broadcast to (cells, heads, queries, keys).
     """
-    if packing is None:
-        return None if attention_mask is None else attention_mask.to(torch.bool)[:, None, None, :]
-    if implementation == VARLEN:
+    if packing is not None and implementation == VARLEN:
         return None
-    cell = find_cells(torch.arange(hidden.shape[1], device=hidden.device), packing.offsets)
-    return (cell[:, None] == cell)[None, None]  # (1, 1, tokens, tokens)
+    allowed = None if attention_mask is None else attention_mask.to(torch.bool)[:, None, :]
+    if packing is not None:
+        cell = find_cells(torch.arange(hidden.shape[1], device=hidden.device), packing.offsets)
+        allowed = (cell[:, None] == cell)[None]  # (1, tokens, tokens)
+    if queries is not None:
+        given = ~queries[:, None, :] if allowed is None else allowed & ~queries[:, None, :]
+        allowed = given | torch.eye(hidden.shape[1], dtype=torch.bool, device=hidden.device)
+    return None if allowed is None else allowed[:, None]
 
 
 def eager_attention(
@@ -171,6 +204,10 @@ def varlen_attention(
         logger.warning_once(f"{VARLEN} attention returns no attentions; load with attn_implementation='eager' for them")
     if packing is None:
         attended = F.scaled_dot_product_attention(query, key, value, attention_mask, dropout, scale=scaling)
+    elif packing.given is not None:
+        attended = attend_to_given(
+            query, key, value, packing.given, packing.offsets, packing.max_length, scaling, dropout
+        )
     # The lengths of the cells are data, and a compiled graph cannot loop over data, so `torch.compile` takes the last
     # branch on a CPU.
     elif query.device.type == "cpu" and not torch.compiler.is_compiling():

@@ -48,7 +48,7 @@ _LARGEST = dict.fromkeys(_SIZES, 10_000_000)
 _LARGEST["num_hidden_layers"] = 1_000
 
 # Explained in `objectives_scgpt`.
-OBJECTIVES = ("gep", "gepc", "gep_zero", "gepc_zero", "ecs", "cce", "dar", "cls", "views", "counts")
+OBJECTIVES = ("gep", "gepc", "gep_zero", "gepc_zero", "gen", "ecs", "cce", "dar", "cls", "views", "counts")
 
 # Keywords that the library passes to a config besides its fields. Other unknown keywords are misspelt, or come from a
 # newer version.
@@ -111,6 +111,9 @@ class ScGPTConfig(PreTrainedConfig):
         cls_shortcut: whether a function of the expression-weighted sum of gene vectors is added to `<cls>`; see
             `shortcut_scgpt.CellShortcut`. Needs `cell_pooling="cls"`.
         shortcut_size: width of the gene vectors of the shortcut.
+        objective: how masked genes enter the input. "masked": as tokens with the value `mask_value`, to which the
+            others attend. "generative": as queries by name only, to which no other token attends; the other genes are
+            given.
         leave_out_masked: whether masked genes are left out of the input, so that the encoder reads visible genes only.
             By default they are tokens with the value `mask_value`. The objective "gep" needs them as tokens.
         perturbation_cls: whether `<cls>` precedes the genes in the input of `ScGPTForPerturbation`; false for models of
@@ -161,6 +164,7 @@ class ScGPTConfig(PreTrainedConfig):
     count_head_size: int = 256
     cls_shortcut: bool = False
     shortcut_size: int = 256
+    objective: Literal["masked", "generative"] = "masked"
     leave_out_masked: bool = False
     perturbation_cls: bool = True
     total_key: str | None = None
@@ -279,6 +283,24 @@ class ScGPTConfig(PreTrainedConfig):
                 "loss_weights without gep, such as {'gepc': 1.0} or {'counts': 1.0}, or leave_out_masked=False"
             )
 
+    def validate_generation(self) -> None:
+        """Check the settings of generative training. The library calls this method.
+
+        Raises:
+            ValueError: a setting does not allow queries, or "gen" has a weight and there are none.
+        """
+        if self.objective == "generative" and self.leave_out_masked:
+            raise ValueError(
+                "objective='generative' makes masked genes queries and leave_out_masked=True removes them; choose one"
+            )
+        if self.objective == "generative" and (settings := self.padding_dependent_settings):
+            raise ValueError(f"objective='generative' needs packed input, and {settings} needs padded input")
+        if self.has_objective("gen") and not (self.objective == "generative" and self.has_objective("gep")):
+            raise ValueError(
+                "'gen' predicts the queries of objective='generative' once more, with the head of 'gep'; set "
+                "objective='generative' and a weight of 'gep', or remove 'gen' from loss_weights"
+            )
+
     def validate_domains(self) -> None:
         """Check the domains, and that `gepc_query` supports the other settings. The library calls this method.
 
@@ -327,12 +349,13 @@ def training_flops_per_token(config: ScGPTConfig, mean_tokens: float, masked: fl
 
     Source: 6 N + 12 L H Q T of Chowdhery et al. 2022, arXiv:2204.02311, appendix B.
     """
-    width = config.hidden_size
-    layer = 4 * width**2 + 2 * width * config.intermediate_size + 2 * width * mean_tokens
+    width, n_keys = config.hidden_size, mean_tokens * (1 - masked if config.objective == "generative" else 1)
+    layer = 4 * width**2 + 2 * width * config.intermediate_size + 2 * width * n_keys
     values = width**2 if config.value_encoder == "continuous" else 0
     gep = 2 * width**2 * (1 + config.has_objective("gep_zero"))
     gepc = (2 + config.has_objective("gepc_zero")) * width**2 * config.has_objective("gepc")
-    return 6 * (config.num_hidden_layers * layer + values + masked * (gep + gepc))
+    encoder, heads = config.num_hidden_layers * layer + values, masked * (gep + gepc)
+    return 6 * (encoder + heads + (encoder + masked * gep) * config.has_objective("gen"))  # a second pass
 
 
 def training_flops_per_cell(config: ScGPTConfig) -> float:

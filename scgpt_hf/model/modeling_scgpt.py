@@ -13,7 +13,7 @@ the predictions and `objectives_scgpt` for the losses.
 # mypy: disable-error-code="no-untyped-call, untyped-decorator, no-any-return"
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypedDict, Unpack
@@ -51,8 +51,11 @@ from .objectives_scgpt import (
     masked_mse,
     share_of_batch,
 )
+from .query_attention_scgpt import GivenKeys  # noqa: F401  # transformers 5.4 copies only what this file imports
 from .shortcut_scgpt import STATE_WEIGHT, CellShortcut
 
+# Row of the flag table that marks queries. Source: bowang-lab/scGPT, branch dev-temp, scgpt/model/model.py.
+_QUERY = 1
 # Fields of the output with one prediction for each gene.
 _EXPRESSION = ("gep", "gepc", "gep_zero", "gepc_zero")
 
@@ -220,6 +223,8 @@ class ScGPTModel(ScGPTPreTrainedModel):
         super().__init__(config)
         self.gene_encoder = TableEncoder(config, config.vocab_size, config.pad_token_id)
         self.value_encoder = make_value_encoder(config)
+        # Two rows, as in the original, of which only the one of queries is used.
+        self.query_flag = nn.Embedding(2, config.hidden_size) if config.objective == "generative" else None
         self.input_norm = make_input_norm(config)
         self.shortcut = CellShortcut(config) if config.cls_shortcut else None
         self.layers = nn.ModuleList(ScGPTLayer(config, layer_idx) for layer_idx in range(config.num_hidden_layers))
@@ -248,6 +253,8 @@ class ScGPTModel(ScGPTPreTrainedModel):
         max_length_q: int | None = None,
         max_length_k: int | None = None,
         domain_ids: Tensor | None = None,
+        queries: Tensor | None = None,
+        key_positions: Tensor | None = None,
         input_cell_embedding: Tensor | None = None,
         input_addition: Tensor | None = None,
         **kwargs: Unpack[OutputOptions],
@@ -264,6 +271,10 @@ class ScGPTModel(ScGPTPreTrainedModel):
             max_length_q: length of the longest packed cell or of the padding after the last, or any larger number.
             max_length_k: the same number.
             domain_ids: domain (experimental batch) of each cell, int64 (cells,).
+            queries: true at genes whose value is asked for, bool, shaped like `input_ids`; needs
+                `objective="generative"`. Their values are not read, and only they themselves attend to them.
+            key_positions: positions of the other tokens, int64 (keys,), ascending; for packed input with queries,
+                whose `cu_seq_lens_k` and `max_length_k` are then those of these tokens.
             input_cell_embedding: replaces the embedded `<cls>` token of each cell, to generate expression from a cell
                 embedding; (cells, hidden).
             input_addition: is added to the embedded gene and value of each token, shaped like `input_ids` with the
@@ -274,11 +285,13 @@ class ScGPTModel(ScGPTPreTrainedModel):
             ValueError: arguments of both layouts are mixed, or an input that the config needs is missing.
         """
         layout = (cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k)
-        packing = make_packing(input_ids, attention_mask, *layout)
+        packing = make_packing(input_ids, attention_mask, *layout, queries, key_positions)
         if packing is not None and (settings := self.config.padding_dependent_settings):
             raise ValueError(f"{settings} depends on padding, and packed input has none; pass padded cells")
+        if queries is not None and values is not None:
+            values = values.masked_fill(queries, 0.0)  # pooling and the shortcut do not read values of queries either
         gene_embedding = self.gene_encoder(input_ids)
-        hidden = self._add_values(gene_embedding, values, optional=input_cell_embedding is not None)
+        hidden = self._add_values(gene_embedding, values, queries, optional=input_cell_embedding is not None)
         if input_addition is not None:
             hidden = hidden + input_addition
         hidden = self._normalize_input(hidden, domain_ids)
@@ -291,7 +304,7 @@ class ScGPTModel(ScGPTPreTrainedModel):
             shortcut = self.shortcut(input_ids, values, offsets)
             states = hidden.flatten(0, 1).index_select(0, cls_positions)
             hidden = _replace_rows(hidden, cls_positions, states + shortcut)
-        mask = build_mask(self.config._attn_implementation, attention_mask, packing, hidden)
+        mask = build_mask(self.config._attn_implementation, attention_mask, packing, hidden, queries)
         for layer in self.layers:
             hidden = layer(hidden, mask, packing=packing, **kwargs)  # positional: hooks of the library require it
         if self.final_norm is not None:
@@ -301,12 +314,26 @@ class ScGPTModel(ScGPTPreTrainedModel):
             cell_embedding = shortcut + self.shortcut.state_weight * cell_embedding
         return ScGPTModelOutput(hidden, cell_embedding, gene_embedding)
 
-    def _add_values(self, gene_embedding: Tensor, values: Tensor | None, *, optional: bool) -> Tensor:
-        """Add the embedded values to the gene embedding, or multiply by the values if the encoder is "scaling"."""
-        if values is None:
-            if not optional:
-                raise ValueError("values are missing; create them with the processor: model(**processor(adata))")
-            return gene_embedding
+    def _add_values(
+        self, gene_embedding: Tensor, values: Tensor | None, queries: Tensor | None, *, optional: bool
+    ) -> Tensor:
+        """Add the embedded values to the gene embedding, or multiply by the values if the encoder is "scaling".
+
+        Queries have no value: the flag of queries is added to their gene embedding.
+        """
+        if queries is not None and self.query_flag is None:
+            raise ValueError(
+                f"this model has no queries: its config has objective={self.config.objective!r}; leave queries out, or "
+                "train a model with objective='generative'"
+            )
+        if values is None and not optional:
+            raise ValueError("values are missing; create them with the processor: model(**processor(adata))")
+        embedded = gene_embedding if values is None else self._embed_values(gene_embedding, values)
+        if self.query_flag is None or queries is None:
+            return embedded
+        return torch.where(queries[..., None], gene_embedding + self.query_flag.weight[_QUERY], embedded)
+
+    def _embed_values(self, gene_embedding: Tensor, values: Tensor) -> Tensor:
         if values.shape != gene_embedding.shape[:-1]:
             raise ValueError(
                 f"values {tuple(values.shape)} and input_ids {tuple(gene_embedding.shape[:-1])} differ in shape"
@@ -379,6 +406,8 @@ class ScGPTForPreTraining(ScGPTPreTrainedModel):
         label_ids: Tensor | None = None,
         label_cells: Tensor | None = None,
         domain_ids: Tensor | None = None,
+        queries: Tensor | None = None,
+        key_positions: Tensor | None = None,
         class_labels: Tensor | None = None,
         count_ids: Tensor | None = None,
         count_values: Tensor | None = None,
@@ -393,6 +422,8 @@ class ScGPTForPreTraining(ScGPTPreTrainedModel):
         num_items_in_batch: Tensor | int | None = None,
         num_cells_in_batch: Tensor | int | None = None,
         num_labelled_in_batch: Tensor | int | None = None,
+        second_pass: bool = True,
+        input_cell_embedding: Tensor | None = None,
         **kwargs: Unpack[OutputOptions],
     ) -> ScGPTForPreTrainingOutput:
         """Compute predictions and, if labels are passed, the loss and its parts.
@@ -400,6 +431,8 @@ class ScGPTForPreTraining(ScGPTPreTrainedModel):
         Args:
             input_ids, values, attention_mask, cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k, domain_ids:
                 see `ScGPTModel.forward`.
+            queries, key_positions: masked genes as queries, for models with `objective="generative"`; see
+                `ScGPTModel.forward`.
             labels: true value of each masked token, `IGNORE` elsewhere; float32, shaped like `values`.
             label_positions: positions of the masked tokens in the flattened input, int64 (masked,). The heads then
                 compute predictions at these positions only.
@@ -418,30 +451,45 @@ class ScGPTForPreTraining(ScGPTPreTrainedModel):
             num_cells_in_batch: number of cells of the complete batch; used with `num_items_in_batch` only.
             num_labelled_in_batch: number of cells of the complete batch with a class; used with `num_items_in_batch`
                 only. Without it, each part counts by its share of the masked tokens.
+            input_cell_embedding: see `ScGPTModel.forward`.
+            second_pass: compute the objective "gen", if it has a weight. The trainer starts it after some steps.
             **kwargs: see `OutputOptions`.
 
         Raises:
             ValueError: an input that a head or an objective of the config needs is missing.
         """
         cells = (input_ids, values, attention_mask, cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k)
-        view = (view_values, view_attention_mask, view_cu_seq_lens_q, view_cu_seq_lens_k)
-        view_lengths = (view_max_length_q, view_max_length_k)
-        encode = partial(self.scgpt, domain_ids=domain_ids, return_dict=True)
-        encoded = encode(*cells, **kwargs)
-        predicted = self._predict(encoded, cu_seq_lens_q, label_positions, (label_ids, label_cells), domain_ids)
-        loss, losses = None, None
+        view: tuple[Any, ...] = (view_values, view_attention_mask, view_cu_seq_lens_q, view_cu_seq_lens_k)
+        view += (view_max_length_q, view_max_length_k)
+        encode_any = partial(self.scgpt, domain_ids=domain_ids, return_dict=True)
+        encode = partial(encode_any, *cells, queries=queries, key_positions=key_positions)
+        encoded = encode(input_cell_embedding=input_cell_embedding, **kwargs)
+        cell_embedding = encoded.cell_embedding
+        where = (cu_seq_lens_q, label_positions, (label_ids, label_cells), domain_ids)
+        predicted, losses = self._predict(encoded, *where), None
         if labels is not None:
+            self._require_queries(queries)
             targets = {
                 "labels": labels if label_positions is None else labels.flatten().index_select(0, label_positions),
                 **{"domain_ids": domain_ids, "class_labels": class_labels},
                 **{"count_ids": count_ids, "count_values": count_values, "count_cells": count_cells},
             }
             again = {
-                "cce": lambda: encode(*cells),
-                "views": lambda: encode(_require(view_input_ids, "view_input_ids"), *view, *view_lengths),
+                "cce": lambda: encode().cell_embedding,
+                "gen": lambda: self._predict(encode(input_cell_embedding=cell_embedding.detach()), *where)["gep"],
+                "views": lambda: encode_any(_require(view_input_ids, "view_input_ids"), *view).cell_embedding,
             }
             totals = (num_items_in_batch, num_cells_in_batch, num_labelled_in_batch)
-            losses = self._losses(encoded.cell_embedding, predicted, targets, again, totals)
+            skipped = () if second_pass else ("gen",)
+            losses = self._losses(cell_embedding, predicted, targets, again, totals, skipped)
+        return self._to_output(losses, predicted, encoded)
+
+    def _to_output(
+        self, losses: dict[str, Tensor] | None, predicted: dict[str, Any], encoded: ScGPTModelOutput
+    ) -> ScGPTForPreTrainingOutput:
+        """Return the output of `forward`, with the weighted sum of the losses."""
+        loss = None
+        if losses is not None:
             loss = torch.stack([self.config.loss_weights[name] * value for name, value in losses.items()]).sum()
         return ScGPTForPreTrainingOutput(
             loss=loss,
@@ -453,13 +501,22 @@ class ScGPTForPreTraining(ScGPTPreTrainedModel):
             attentions=encoded.attentions,
         )
 
+    def _require_queries(self, queries: Tensor | None) -> None:
+        """Raise if the masked genes of a generative model are no queries: it would read them as genes with values."""
+        if self.config.objective == "generative" and queries is None:
+            raise ValueError(
+                "queries are missing: with objective='generative' in the config, masked genes are queries; pass "
+                "queries=True to the processor, to pack or to pad"
+            )
+
     def _losses(
         self,
         cells: Tensor,
         predicted: dict[str, Any],
         targets: dict[str, Tensor | None],
-        encode_again: dict[str, Callable[[], ScGPTModelOutput]],
+        encode_again: dict[str, Callable[[], Tensor]],
         totals: tuple[Tensor | int | None, ...],
+        skipped: Collection[str],
     ) -> dict[str, Tensor]:
         """Return the loss of each objective that has a weight.
 
@@ -467,8 +524,10 @@ class ScGPTForPreTraining(ScGPTPreTrainedModel):
             cells: embeddings of the cells, (cells, hidden).
             predicted: predictions of the heads, as `_predict` returns them.
             targets: arguments of `forward` by name, with the labels of the predictions as `labels`.
-            encode_again: objective → function that encodes the cells once more, or their second views.
+            encode_again: objective → function that encodes the cells once more, or their second views, and returns
+                what the objective compares: cell embeddings, or predictions.
             totals: numbers of labels, cells and labelled cells of the complete batch, as `forward` takes them.
+            skipped: objectives that are not computed now.
         """
         config, required = self.config, lambda name: _require(targets[name], name)
         domain_ids = targets["domain_ids"]
@@ -482,21 +541,21 @@ class ScGPTForPreTraining(ScGPTPreTrainedModel):
             "gepc": lambda: masked_mse(predicted["gepc"], labels, n_labels),
             "gep_zero": lambda: bernoulli_nll(predicted["gep_zero"], labels, n_labels),
             "gepc_zero": lambda: bernoulli_nll(predicted["gepc_zero"], labels, n_labels),
+            "gen": lambda: masked_mse(encode_again["gen"](), labels, n_labels),
             "ecs": lambda: share * elastic_cell_similarity(cells, config.ecs_threshold),
-            "cce": lambda: (
-                share * contrastive_cells(cells, encode_again["cce"]().cell_embedding, config.cce_temperature)
-            ),
+            "cce": lambda: share * contrastive_cells(cells, encode_again["cce"](), config.cce_temperature),
             "dar": lambda: share * class_cross_entropy(predicted["dar"], required("domain_ids")),
             "counts": lambda: _mean_over_cells(self._count_loss(cells, targets), n_cells),
             "cls": lambda: (
                 class_share * class_cross_entropy(predicted["class_logits"], required("class_labels"), n_labelled)
             ),
             "views": lambda: _mean_over_cells(
-                contrast_views(cells, encode_again["views"]().cell_embedding, config.view_temperature, domain_ids),
+                contrast_views(cells, encode_again["views"](), config.view_temperature, domain_ids),
                 n_cells,
             ),
         }
-        return {name: objective() for name, objective in objectives.items() if config.has_objective(name)}
+        wanted = [name for name in objectives if config.has_objective(name) and name not in skipped]
+        return {name: objectives[name]() for name in wanted}
 
     def _count_loss(self, cells: Tensor, targets: dict[str, Tensor | None]) -> Tensor:
         """Return the negative log-likelihood of each cell's raw counts, (cells,)."""

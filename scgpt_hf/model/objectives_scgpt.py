@@ -8,6 +8,9 @@
   cell embeddings are the product.
 - **gep_zero**, **gepc_zero** (`bernoulli_nll`): predict whether a gene is expressed at all. Use them with
   `explicit_zero_prob` when genes that are not expressed are tokens too (`include_zeros`).
+- **gen**, gene expression generated from the cell embedding (`masked_mse`): a second pass reads the detached cell
+  embedding in place of `<cls>`, and predicts the queries of generative training again. For models that generate cells
+  from embeddings. Source: bowang-lab/scGPT, branch dev-temp, examples/pretrain.py.
 - **ecs**, elastic cell similarity (`elastic_cell_similarity`): separates similar from dissimilar cells. An option for
   fine-tuning on data with clear cell types.
 - **cce**, contrastive cell embedding (`contrastive_cells`): two passes of one cell must be closer to each other than to

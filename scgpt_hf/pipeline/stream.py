@@ -83,6 +83,7 @@ class StreamConfig:
             of which one is drawn per cell. None adds no view.
         with_counts: add the raw counts of all known genes of each cell, the targets of the objective "counts".
         leave_out_masked: leave masked genes out of the tokens, for models with `ScGPTConfig.leave_out_masked`.
+        queries: make masked genes queries, for models with the objective "generative".
     """
 
     seed: int
@@ -102,6 +103,7 @@ class StreamConfig:
     view_keep: Sequence[float] | None = None
     with_counts: bool = False
     leave_out_masked: bool = False
+    queries: bool = False
 
 
 class WindowTask(NamedTuple):
@@ -458,9 +460,10 @@ def make_batch(cells: TokenizedCells, *, processor: ScGPTProcessor, config: Stre
 def _lay_out(tokens: Tokens, processor: ScGPTProcessor, config: StreamConfig) -> Batch:
     """Return tokens as tensors: padded, packed, or packed and lengthened to one of few shapes."""
     padding: Any = {"pad_id": processor.pad_id, "pad_value": processor.pad_value}
+    queries = config.queries and tokens.labels is not None
     if config.padded:
-        return pad(tokens, **padding)
-    packed = pack(tokens)
+        return pad(tokens, **padding, queries=queries)
+    packed = pack(tokens, queries=queries)
     return bucket(packed, **padding) if config.bucketed else packed
 
 

@@ -32,6 +32,10 @@ _PREDICTORS = {
         "model, from the cell embedding (GEPC)",
         "the same masked genes, from the embedding of the cell alone",
     ),
+    "gen_mse": (
+        "model, generated from the cell embedding",
+        "the same masked genes, in a second pass that reads the cell embedding in place of <cls>",
+    ),
     "tie_floor_mse": (
         "lowest possible error (tie floor)",
         "genes with equal counts are put into bins at random, which no model can predict",
@@ -40,6 +44,7 @@ _PREDICTORS = {
 _OBJECTIVES = {
     "gep": "gene expression prediction, GEP",
     "gepc": "GEP from the cell embedding, GEPC",
+    "gen": "GEP in a second pass from the cell embedding, GEN",
     "gep_zero": "whether a gene is expressed, with GEP",
     "gepc_zero": "whether a gene is expressed, with GEPC",
     "ecs": "elastic cell similarity, ECS",
@@ -298,6 +303,8 @@ def pretraining_recipe(summary: RunRecord, settings: RunRecord, config: RunRecor
     train_tokens = settings.get("data.train_tokens", int)
     sampled = f", {train_tokens:,} while training" if train_tokens else ""
     left_out = "; masked genes are left out of the input" if config.get("leave_out_masked", bool) else ""
+    if config.get("objective", str) == "generative":
+        left_out = "; they are queries by name only, to which no other token attends (generative training)"
     masked = ", ".join(map(str, settings.get("data.mask_ratios", list) or [UNKNOWN]))
     values = f"{settings.text('data.input_style')}, {settings.number('data.n_bins')} bins per cell"
     return {

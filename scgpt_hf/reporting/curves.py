@@ -25,7 +25,7 @@ from scgpt_hf.training.run_folder import METRICS
 Curves = dict[str, tuple[FloatArray, FloatArray]]
 
 # The names under which the trainer logs the losses of the objectives, in the order of the palette.
-OBJECTIVES = ("gep", "gepc", "ecs", "cce", "dar", "gep_zero", "gepc_zero", "cls", "counts")
+OBJECTIVES = ("gep", "gepc", "ecs", "cce", "dar", "gep_zero", "gepc_zero", "cls", "counts", "gen")
 # Short names of the baselines; `publishing/run_summary.py` explains them.
 BASELINES = {"eval_constant_mse": "constant", "eval_gene_mean_mse": "gene mean", "eval_tie_floor_mse": "tie floor"}
 _LABEL_GAP = 0.085  # between the labels of two lines, as a share of the height of the axes
@@ -50,7 +50,7 @@ def plot_loss(
         ValueError: no line holds a loss.
     """
     training = _curves(metrics, {name: name for name in ("loss", *OBJECTIVES)})
-    validation = _curves(metrics, {name: f"eval_{name}_mse" for name in ("gep", "gepc")})
+    validation = _curves(metrics, {name: f"eval_{name}_mse" for name in ("gep", "gepc", "gen")})
     draw_validation = partial(_draw_validation, best_step=best_step)
     available: dict[str, tuple[Callable[..., None], Curves]] = {
         "training": (_draw_training, training),

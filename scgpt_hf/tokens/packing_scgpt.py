@@ -66,8 +66,12 @@ class Tokens:
         return Tokens(self.input_ids[start:stop], self.values[start:stop], labels, indptr, self.cell_ids[first:last])
 
 
-def pack(tokens: Tokens) -> dict[str, Any]:
+def pack(tokens: Tokens, *, queries: bool = False) -> dict[str, Any]:
     """Lay out all cells in one row without padding.
+
+    Args:
+        tokens: tokens of the cells.
+        queries: masked genes are queries, for models with `objective="generative"`.
 
     Returns:
         The batch as keyword arguments of the model:
@@ -76,7 +80,9 @@ def pack(tokens: Tokens) -> dict[str, Any]:
         - `cu_seq_lens_q` and `cu_seq_lens_k`, int32 (cells + 1,): offsets of the cells. The names are those of the
           library; queries and keys have the same offsets, because cells attend to themselves;
         - `max_length_q` and `max_length_k`, int: tokens of the longest cell;
-        - if tokens are masked, `labels` float32 (1, tokens) and `label_positions` int64 (masked,), which index the row.
+        - if tokens are masked, `labels` float32 (1, tokens) and `label_positions` int64 (masked,), which index the row;
+        - with `queries`, `queries` bool (1, tokens), true at masked genes, and `key_positions` int64 (keys,), the
+          positions of the others. `cu_seq_lens_k` and `max_length_k` are then those of the others.
     """
     offsets = torch.from_numpy(tokens.indptr.astype(np.int32))
     longest = int(np.diff(tokens.indptr).max(initial=0))
@@ -91,6 +97,15 @@ def pack(tokens: Tokens) -> dict[str, Any]:
     if tokens.labels is not None:
         batch["labels"] = torch.from_numpy(tokens.labels[None])
         batch["label_positions"] = torch.from_numpy(_find_labels(tokens.labels))
+    if queries:
+        asked = _masked(tokens)
+        n_keys_before = np.concatenate([[0], np.cumsum(~asked)])[tokens.indptr]
+        batch |= {
+            "queries": torch.from_numpy(asked[None]),
+            "key_positions": torch.from_numpy(np.flatnonzero(~asked)),
+            "cu_seq_lens_k": torch.from_numpy(n_keys_before.astype(np.int32)),
+            "max_length_k": int(np.diff(n_keys_before).max(initial=0)),
+        }
     return batch
 
 
@@ -106,12 +121,12 @@ def bucket(batch: dict[str, Any], *, pad_id: int, pad_value: float) -> dict[str,
         pad_value: value at padding.
 
     Returns:
-        A batch with the same keys. `bucket_size` rounds the numbers of tokens and of label positions;
-        `max_length_q` becomes a multiple of 128.
+        A batch with the same keys. `bucket_size` rounds the numbers of tokens, of label positions and of key
+        positions; `max_length_q` and `max_length_k` become multiples of 128.
     """
     n_tokens = batch["input_ids"].shape[1]
     tail = bucket_size(n_tokens) - n_tokens
-    fillers = {"input_ids": pad_id, "values": pad_value, "labels": IGNORE}
+    fillers = {"input_ids": pad_id, "values": pad_value, "labels": IGNORE, "queries": False}
     longer = {key: F.pad(batch[key], (0, tail), value=filler) for key, filler in fillers.items() if key in batch}
     if "label_positions" in batch:
         n_masked = len(batch["label_positions"])
@@ -119,7 +134,13 @@ def bucket(batch: dict[str, Any], *, pad_id: int, pad_value: float) -> dict[str,
     # The attention kernel works on tiles of 128 tokens, so rounding up to them costs nothing. The tail counts as a
     # cell: the padding attends to itself.
     longest = 128 * math.ceil(max(batch["max_length_q"], tail) / 128)
-    return {**batch, **longer, "max_length_q": longest, "max_length_k": longest}
+    longer |= {"max_length_q": longest, "max_length_k": longest}
+    if "key_positions" in batch:
+        n_keys = len(batch["key_positions"])
+        tail = bucket_size(n_keys + 1) - n_keys  # at least one, because the padding attends to it
+        longer["key_positions"] = F.pad(batch["key_positions"], (0, tail), value=longer["input_ids"].shape[1] - 1)
+        longer["max_length_k"] = 128 * math.ceil(max(batch["max_length_k"], tail) / 128)
+    return {**batch, **longer}
 
 
 def bucket_size(n: int) -> int:
@@ -132,18 +153,20 @@ def bucket_size(n: int) -> int:
     return step * max(math.ceil(n / step), 1)
 
 
-def pad(tokens: Tokens, *, pad_id: int, pad_value: float) -> dict[str, Any]:
+def pad(tokens: Tokens, *, pad_id: int, pad_value: float, queries: bool = False) -> dict[str, Any]:
     """Lay out each cell in a separate row, padded on the right to the longest cell.
 
     Args:
         tokens: tokens of the cells.
         pad_id: vocabulary id of `<pad>`.
         pad_value: value at padding.
+        queries: masked genes are queries, for models with `objective="generative"`.
 
     Returns:
         The batch as keyword arguments of the model: `input_ids` int64, `values` float32 and `attention_mask` bool,
         each (cells, tokens), the mask true at real tokens; if tokens are masked, `labels` float32 (cells, tokens) and
-        `label_positions` int64 (masked,), which index the flattened rows.
+        `label_positions` int64 (masked,), which index the flattened rows; with `queries`, `queries` bool (cells,
+        tokens), true at masked genes.
     """
     n_tokens = np.diff(tokens.indptr)
     real = np.arange(n_tokens.max(initial=0)) < n_tokens[:, None]  # (cells, tokens)
@@ -162,6 +185,8 @@ def pad(tokens: Tokens, *, pad_id: int, pad_value: float) -> dict[str, Any]:
         labels = to_rows(tokens.labels, IGNORE)
         batch["labels"] = torch.from_numpy(labels)
         batch["label_positions"] = torch.from_numpy(_find_labels(labels.ravel()))
+    if queries:
+        batch["queries"] = torch.from_numpy(to_rows(_masked(tokens), False))
     return batch
 
 
@@ -176,6 +201,18 @@ def unpack(per_token: torch.Tensor, cu_seq_lens: torch.Tensor) -> tuple[torch.Te
         One view per cell, shape (tokens of that cell, ...). Padding that `bucket` added is left out.
     """
     return torch.split(per_token[0, : int(cu_seq_lens[-1])], cu_seq_lens.diff().tolist())
+
+
+def _masked(tokens: Tokens) -> npt.NDArray[np.bool_]:
+    """Return which tokens are masked, bool (tokens,).
+
+    Raises:
+        ValueError: the tokens have no labels.
+    """
+    if tokens.labels is None:
+        raise ValueError("queries are masked genes, and no gene is masked; mask the tokens first, or leave queries out")
+    masked: npt.NDArray[np.bool_] = tokens.labels != IGNORE
+    return masked
 
 
 def _find_labels(labels: npt.NDArray[np.float32]) -> npt.NDArray[np.int64]:

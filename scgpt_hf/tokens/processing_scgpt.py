@@ -331,6 +331,7 @@ class ScGPTProcessor(ProcessorMixin):
         seed: int = 0,
         epoch: int = 0,
         mask_ratios: Sequence[float] | None = None,
+        queries: bool = False,
         packed: bool = False,
         drop_empty: bool = False,
         return_tensors: str | None = None,
@@ -345,6 +346,7 @@ class ScGPTProcessor(ProcessorMixin):
             seed: seed of ties, sampling and masks.
             epoch: epoch of ties, sampling and masks.
             mask_ratios: mask genes and return labels, as in pretraining; see `mask`. By default nothing is masked.
+            queries: make masked genes queries, for models with `objective="generative"`; needs `mask_ratios`.
             packed: return all cells in one row without padding, instead of one padded row per cell.
             drop_empty: drop cells that express no known gene, instead of raising.
             return_tensors: "pt" or None; both return PyTorch tensors.
@@ -378,7 +380,9 @@ class ScGPTProcessor(ProcessorMixin):
             )
         if mask_ratios is not None:
             tokens = self.mask(tokens, seed=seed, epoch=epoch, ratios=mask_ratios)
-        return BatchFeature(pack(tokens) if packed else pad(tokens, pad_id=self.pad_id, pad_value=self.pad_value))
+        if packed:
+            return BatchFeature(pack(tokens, queries=queries))
+        return BatchFeature(pad(tokens, pad_id=self.pad_id, pad_value=self.pad_value, queries=queries))
 
     def _token_settings(self, ties: Ties, max_tokens: int) -> TokenSettings:
         _require_choice("ties", ties, tuple(TIE_CODES))

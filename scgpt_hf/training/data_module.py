@@ -85,6 +85,7 @@ class DataModule:
             seed=args.seed,
             mask_ratios=tuple(mask_ratios),
             leave_out_masked=config.leave_out_masked,
+            queries=config.objective == "generative",
             rank=args.process_index,
             world_size=args.world_size,
             micro_batches=args.gradient_accumulation_steps,

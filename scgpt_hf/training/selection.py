@@ -315,6 +315,8 @@ def _run_record(source: CellSource, settings: Settings, balance: Balance | None)
         "mask_ratios": list(data.mask_ratios),
         "train_tokens": data.train_tokens,
         "leave_out_masked": settings.model.leave_out_masked or None,
+        "objective": None if settings.model.objective == "masked" else settings.model.objective,
+        "gen_after_steps": args.gen_after_steps if (settings.model.loss_weights or {}).get("gen") else None,
         "batch_key": data.batch_key,
         "supervise_by": data.supervise_by,
         "view_keep": list(data.view_keep) if (settings.model.loss_weights or {}).get("views") else None,

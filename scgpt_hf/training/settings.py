@@ -67,6 +67,7 @@ _TRAINING_RANGES: dict[str, tuple[float, float]] = {
     "cpu_threads": (0, 1024),  # OpenMP crashes when the system refuses to start a thread
     "ddp_timeout": (1, 10**9),
     "shortcut_steps": (0, 2**31),
+    "gen_after_steps": (0, 2**31),
     "max_bad_steps": (1, 2**31),
     "ema_decay": (0, 1),
 }
@@ -322,6 +323,9 @@ class TrainingSettings(TrainingArguments):
         0,
         "first train the shortcut and the count decoder alone for this many steps of 128 cells, which takes a minute "
         "on a CPU; needs cls_shortcut and the objective 'counts'",
+    )
+    gen_after_steps: int = setting(
+        1000, "with the objective 'gen': its second pass starts after this many steps of the run (scGPT: 1,000)"
     )
     max_bad_steps: int = setting(
         5, "stop after this many steps in a row whose loss or gradient is not finite; such steps are skipped"

@@ -38,7 +38,7 @@ from scgpt_hf.training.validation.cell_types import CellTypeScorer
 logger = logging.getLogger(__name__)
 
 # Objectives whose loss is a mean squared error in bins. Their validation metrics are named `<objective>_mse`.
-_SQUARED_ERRORS = ("gep", "gepc")
+_SQUARED_ERRORS = ("gep", "gepc", "gen")
 
 
 class ScGPTTrainer(FaultTolerantTrainer):
@@ -153,6 +153,9 @@ class ScGPTTrainer(FaultTolerantTrainer):
         if self.loader.consumed != consumed:
             self.loader.seek(consumed)
         taken = super().read_step(batches, n_batches)
+        if "gen" in self.weights:
+            for batch in taken:
+                batch["second_pass"] = self.state.global_step >= self.args.gen_after_steps
         self.throughput.count(taken)
         return taken
 
@@ -205,7 +208,7 @@ class ScGPTTrainer(FaultTolerantTrainer):
             sums = torch.stack([torch.as_tensor(value) for value in self.losses.sums.values()]).to(self.args.device)
             means = self.accelerator.reduce(sums, "sum") / max(float(self.losses.n_steps), 1.0)
             logs |= dict(zip(self.losses.sums, means.tolist(), strict=True))
-            logs["loss"] = sum(weight * logs[name] for name, weight in self.weights.items())
+            logs["loss"] = sum(weight * logs[name] for name, weight in self.weights.items() if name in logs)
             logs |= self.throughput.rates(self.loader.waited_s)
             self.throughput.restart(self.loader.waited_s)
             self.losses.reset()
@@ -291,7 +294,7 @@ class ScGPTTrainer(FaultTolerantTrainer):
         n_masked = len(batch["label_ids" if "label_ids" in batch else "label_positions"])  # type: ignore[arg-type]
         # The losses of gene expression are means over masked positions, those of classes over labelled cells, and the
         # others over all cells.
-        n_terms = {name: n_masked if name.startswith("gep") else n_cells for name in self.weights}
+        n_terms = {name: n_masked if name.startswith(("gep", "gen")) else n_cells for name in self.weights}
         if isinstance(classes, torch.Tensor):
             n_terms["cls"] = n_terms["cls_accuracy"] = int(classes.ne(int(IGNORE)).sum())
             means["cls_accuracy"] = accuracy(outputs.class_logits, copy_to(self.args.device, classes))

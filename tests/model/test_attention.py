@@ -31,7 +31,7 @@ def packing_for(lengths: list[int]) -> Packing:
 
 @given(lengths=lengths, tail=st.integers(0, 3))
 def test_padding_after_the_last_cell_counts_as_a_cell(lengths: list[int], tail: int) -> None:
-    offsets, longest = packing_for(lengths)
+    offsets, longest, _ = packing_for(lengths)
     packing = make_packing(torch.zeros(1, sum(lengths) + tail), None, offsets, offsets, longest, longest)
     assert packing is not None
     assert packing.offsets.diff().tolist() == [*lengths, tail]

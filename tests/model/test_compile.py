@@ -12,6 +12,7 @@ from scgpt_hf.tokens.packing_scgpt import IGNORE, bucket, pack
 from tests.support.models import EVERY_OBJECTIVE, as_views, loss_and_gradients, random_cells, random_count_targets
 
 GENES, PAD = 17, 17
+GENERATIVE: dict[str, Any] = {"objective": "generative", "loss_weights": {"gep": 1.0, "gepc": 1.0, "gen": 1.0}}
 
 
 @pytest.fixture(autouse=True)
@@ -21,12 +22,16 @@ def fresh_compiler() -> Iterator[None]:
     torch._dynamo.reset()
 
 
-def masked_batch(n_cells: int, mean_tokens: int, seed: int) -> dict[str, Any]:
+def masked_batch(n_cells: int, mean_tokens: int, seed: int, *, queries: bool) -> dict[str, Any]:
     """Return a packed batch with everything that `EVERY_OBJECTIVE` needs."""
     tokens = random_cells(n_cells, mean_tokens, GENES, seed)
     classes = {"domain_ids": torch.arange(n_cells) % 3, "class_labels": torch.arange(n_cells) % 3}
     classes |= random_count_targets(n_cells, GENES, seed)
-    return pack(tokens) | classes | {"num_items_in_batch": torch.tensor(float((tokens.labels != IGNORE).sum()))}
+    return (
+        pack(tokens, queries=queries)
+        | classes
+        | {"num_items_in_batch": torch.tensor(float((tokens.labels != IGNORE).sum()))}
+    )
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning")  # raised when inductor is imported
@@ -34,10 +39,11 @@ def masked_batch(n_cells: int, mean_tokens: int, seed: int) -> dict[str, Any]:
     ("backend", "variant"),
     [
         ("eager", EVERY_OBJECTIVE),
+        ("eager", GENERATIVE),
         pytest.param("aot_eager", EVERY_OBJECTIVE, marks=pytest.mark.slow),
         pytest.param("inductor", {}, marks=pytest.mark.slow),
     ],
-    ids=["eager", "aot_eager", "inductor"],
+    ids=["eager", "queries", "aot_eager", "inductor"],
 )
 def test_lengths_do_not_recompile(
     model: Callable[..., ScGPTForPreTraining], backend: str, variant: dict[str, Any]
@@ -47,7 +53,7 @@ def test_lengths_do_not_recompile(
     compiled = torch.compile(network, backend=counter, fullgraph=True)  # waiting for data would break the graph
     shapes = set()
     for seed, mean_tokens in enumerate((20, 24, 35, 50, 70, 100)):
-        packed = masked_batch(16, mean_tokens, seed)
+        packed = masked_batch(16, mean_tokens, seed, queries="objective" in variant)
         bucketed = bucket(packed, pad_id=PAD, pad_value=-2.0)
         shapes.add((bucketed["input_ids"].shape[1], len(bucketed["label_positions"]), bucketed["max_length_q"]))
         expected, gradients = loss_and_gradients(network, packed | as_views(packed))

@@ -17,13 +17,14 @@ from scgpt_hf.tokens.packing_scgpt import IGNORE, Tokens
 N_GENES = 1000  # of `small_model`; `<pad>` and `<cls>` have the next two ids
 PAD_ID, CLS_ID = N_GENES, N_GENES + 1
 
-# Every head and every objective; batches need `domain_ids`, `class_labels` and count targets.
+# Every head, and every objective but "gen", which needs queries; batches need `domain_ids`, `class_labels` and count
+# targets.
 EVERY_OBJECTIVE: dict[str, Any] = {
     "n_domains": 3,
     "domain_embedding": True,
     "domain_head": True,
     "explicit_zero_prob": True,
-    "loss_weights": dict.fromkeys(OBJECTIVES, 1.0),
+    "loss_weights": dict.fromkeys((name for name in OBJECTIVES if name != "gen"), 1.0),
     "cls_shortcut": True,
     "shortcut_size": 8,
     "count_head_size": 8,

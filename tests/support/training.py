@@ -1,6 +1,7 @@
 """Small pretraining runs for tests: prepare a trainer from flags, and read what a run leaves behind."""
 
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,19 @@ def prepare(
     if run.checkpoint is None and settings.training.process_index == 0:
         save_selection(run.selection, run.source, settings)
     return trainer, run.data_module, run.checkpoint
+
+
+def assert_resumes_exactly(census: Path | Sequence[Path], folder: Path, *flags: str) -> ScGPTTrainer:
+    """Train a run, resume a copy of it from its first checkpoint, compare all weights, and return the resumed run."""
+    uninterrupted, *_ = prepare(census, folder / "run", *flags, *EVERY_4)
+    uninterrupted.train()
+    copy = shutil.copytree(folder / "run", folder / "copy")
+    resume = (*QUIET, "--resume_from_checkpoint", str(copy / "checkpoint-4"))
+    resumed, _, checkpoint = prepare(census, copy, *flags, *resume)
+    resumed.train(resume_from_checkpoint=checkpoint)
+    for name, value in weights_of(resumed).items():
+        assert torch.equal(value, weights_of(uninterrupted)[name]), name
+    return resumed
 
 
 def weights_of(trainer: ScGPTTrainer) -> dict[str, torch.Tensor]:

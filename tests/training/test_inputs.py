@@ -1,7 +1,5 @@
 """What a model reads while training: fewer tokens than in use, masked genes left out, values that are no bins."""
 
-import shutil
-
 import numpy as np
 import pytest
 import torch
@@ -10,7 +8,7 @@ from scgpt_hf.pipeline.stream import lengths_of
 from scgpt_hf.pretraining import pretrain
 from scgpt_hf.tokens.packing_scgpt import IGNORE
 from scgpt_hf.training.settings_parsing import parse_settings
-from tests.support.training import EVERY_4, QUIET, TINY, prepare, weights_of
+from tests.support.training import QUIET, TINY, assert_resumes_exactly, prepare, weights_of
 
 COUNTS_ONLY = ("--loss_weights", '{"counts": 1.0}', "--cls_shortcut", "true")
 LEFT_OUT = ("--leave_out_masked", "true", "--mask_ratios", "0.9", "--loss_weights", '{"gepc": 0.01, "counts": 1.0}')
@@ -18,19 +16,6 @@ LEFT_OUT = ("--leave_out_masked", "true", "--mask_ratios", "0.9", "--loss_weight
 
 def lengths(batches) -> list[int]:
     return [length for batch in batches for length in lengths_of(batch).tolist()]
-
-
-def assert_resumes_exactly(census, folder, *flags):
-    """Train a run, resume a copy of it from its first checkpoint, and compare all weights."""
-    uninterrupted, *_ = prepare(census, folder / "run", *flags, *EVERY_4)
-    uninterrupted.train()
-    copy = shutil.copytree(folder / "run", folder / "copy")
-    resume = (*QUIET, "--resume_from_checkpoint", str(copy / "checkpoint-4"))
-    resumed, _, checkpoint = prepare(census, copy, *flags, *resume)
-    resumed.train(resume_from_checkpoint=checkpoint)
-    for name, value in weights_of(resumed).items():
-        assert torch.equal(value, weights_of(uninterrupted)[name]), name
-    return resumed
 
 
 def test_training_samples_fewer_tokens_than_validation(small_census, tmp_path):

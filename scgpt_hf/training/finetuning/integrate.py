@@ -157,6 +157,7 @@ def _load_for_domains(domains: list[str], settings: IntegrateSettings) -> Pretra
         domain_head=settings.dar_weight > 0,
         ecs_threshold=settings.ecs_threshold,
         explicit_zero_prob=False,  # genes that are not expressed are no tokens here
+        objective="masked",  # a batch norm per domain, the default, needs padded input, which queries do not have
         leave_out_masked=False,  # GEP predicts masked genes from their hidden states
         loss_weights={name: weight for name, weight in weights.items() if weight},
     )
