@@ -166,9 +166,16 @@ def transfer_labels(
         >>> report = transfer_labels(query, reference, labels_key="cell_type")
         >>> query.obs[["predicted_cell_type", "predicted_cell_type_confidence", "predicted_cell_type_distance"]]
     """
-    _validate_threshold(threshold)
-    validate_not_backed_view(query)
-    _validate_free_columns(key_added, query.obs, overwrite)
+    validate_transfer(
+        query,
+        reference,
+        labels_key=labels_key,
+        n_neighbors=n_neighbors,
+        threshold=threshold,
+        ignore=ignore,
+        key_added=key_added,
+        overwrite=overwrite,
+    )
     query_vectors, reference_vectors = _comparable_vectors(query, reference, use_rep)
     labelled, labels = _reference_labels(reference, labels_key, ignore, reference_vectors, n_neighbors)
     reference_vectors = reference_vectors[labelled]
@@ -189,6 +196,41 @@ def transfer_labels(
         votes[distance > max_distance] = np.nan
     query.obs[f"{key_added}_distance"] = distance.astype(np.float32)
     return _write_types(query, key_added, [str(name) for name in classifier.classes_], votes, threshold, report)
+
+
+def validate_transfer(
+    query: "AnnData",
+    reference: "AnnData",
+    *,
+    labels_key: str,
+    n_neighbors: int,
+    threshold: float,
+    ignore: Sequence[str],
+    key_added: str,
+    overwrite: bool,
+) -> None:
+    """Raise for everything that keeps `transfer_labels` from working and that is known before cells are embedded.
+
+    Args:
+        query: see `transfer_labels`.
+        reference: see `transfer_labels`.
+        labels_key: see `transfer_labels`.
+        n_neighbors: see `transfer_labels`.
+        threshold: see `transfer_labels`.
+        ignore: see `transfer_labels`.
+        key_added: see `transfer_labels`.
+        overwrite: see `transfer_labels`.
+
+    Raises:
+        ValueError: one has no cells; a column of the query exists; the labels of the reference cannot be used.
+    """
+    _validate_threshold(threshold)
+    validate_not_backed_view(query)
+    _validate_free_columns(key_added, query.obs, overwrite)
+    for name, adata in (("query", query), ("reference", reference)):
+        if not adata.n_obs:
+            raise ValueError(f"the {name} has no cells")
+    _reference_labels(reference, labels_key, ignore, np.zeros((reference.n_obs, 1)), n_neighbors)
 
 
 def _write_types(
@@ -226,13 +268,11 @@ def _comparable_vectors(query: "AnnData", reference: "AnnData", use_rep: str) ->
     """Return the embeddings of query and reference, each (cells, hidden).
 
     Raises:
-        ValueError: one is missing or empty, or they were made by different models.
+        ValueError: one is missing, or they were made by different models.
     """
     for name, adata in (("query", query), ("reference", reference)):
         if use_rep not in adata.obsm:
             raise ValueError(f"the {name} has no obsm[{use_rep!r}], only {sorted(adata.obsm)}; embed_anndata writes it")
-        if not adata.n_obs:
-            raise ValueError(f"the {name} has no cells")
     models = [str(adata.uns.get(use_rep, {}).get("model", "")) for adata in (query, reference)]
     if all(models) and models[0] != models[1]:
         raise ValueError(

@@ -74,7 +74,8 @@ class ObsFilter:
     """A parsed SOMA value filter.
 
     A cell whose value is missing (None, NaN) matches only `column == None`; neither `==`, `!=`, `<`, `in` nor `not in`
-    with a value select it.
+    with a value select it. `<`, `<=`, `>` and `>=` compare numbers, booleans and ordered categories. They raise for
+    text and for other categories: sources read text as categories, and a cache does not store the order of any.
 
     Example:
         >>> obs = pd.DataFrame({"tissue": ["blood", "lung", "blood"], "age": [31, 40, 52]})
@@ -168,7 +169,8 @@ class ObsFilter:
             name = comparison.column
             try:
                 constants = [_convert(constant, types[name]) for constant in comparison.constants]
-                if comparison.symbol in ("<", "<=", ">", ">=") and pa.types.is_dictionary(types[name]):
+                has_text = pa.types.is_dictionary(types[name]) or isinstance(constants[0], str)
+                if comparison.symbol in ("<", "<=", ">", ">=") and has_text:
                     _require_order(ordered.get(name), comparison.symbol, constants[0])
                 converted[comparison] = constants
             except (ValueError, OverflowError) as error:
@@ -306,12 +308,12 @@ def _require_order(categories: pa.Array | None, symbol: str, constant: Any) -> N
     TileDB finds no cell if it has none, and a SOMA may lack the categories that no cell has.
 
     Args:
-        categories: the categories in their order, or None if they have no order.
+        categories: the categories in their order, or None for text and for categories without an order.
         symbol: `<` or its like.
         constant: the value.
     """
     if categories is None:
-        raise ValueError(f"holds categories without an order; use ==, != or in, not {symbol}")
+        raise ValueError(f"holds text or categories without an order; use ==, != or in, not {symbol}")
     known = categories.to_pylist()
     if constant not in known:
         raise ValueError(f"has the categories {known}, in this order; {constant!r} is none of them; compare with one")

@@ -1,4 +1,4 @@
-"""Annotate the cells of an .h5ad file with their types: by a fine-tuned model, or by the nearest cells of a reference.
+"""Annotate the cells of a file with their types: by a fine-tuned model, or by the nearest cells of a reference.
 
   python scripts/annotate.py query.h5ad --model runs/types/best_model --out annotated.h5ad
   python scripts/annotate.py query.h5ad --reference ref.h5ad --labels_key cell_type --model ENCODER --out annotated.h5ad
@@ -18,10 +18,11 @@ from typing import Any
 from anndata import AnnData
 from transformers import PreTrainedModel
 
-from scgpt_hf.analysis.annotate import CLASSIFIER, PREDICTED, predict_cell_types, transfer_labels
+from scgpt_hf.analysis.annotate import CLASSIFIER, PREDICTED, predict_cell_types, transfer_labels, validate_transfer
 from scgpt_hf.analysis.annotate_file import annotate_file
-from scgpt_hf.analysis.embed import embed_anndata
+from scgpt_hf.analysis.embed import KEY, embed_anndata
 from scgpt_hf.cells.files.contents import open_anndata
+from scgpt_hf.cells.files.formats import SUPPORTED
 from scgpt_hf.cli.inference_arguments import add_inference_arguments
 from scgpt_hf.cli.process import accept_any_locale, exit_with_error, tune_process
 from scgpt_hf.output import require_writable_file
@@ -54,7 +55,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 def _make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=ExampleHelpFormatter)
-    parser.add_argument("query", help="file with raw counts: .h5ad, .zarr, .h5 of 10x, or a 10x folder")
+    parser.add_argument("query", help=f"file with raw counts: {SUPPORTED}")
     parser.add_argument("--out", required=True, help="file to write: the query with the types added")
     parser.add_argument("--model", help="folder of a saved model, or its repository on the Hub")
     parser.add_argument("--reference", help=".h5ad file with labelled cells, whose labels are transferred")
@@ -95,7 +96,7 @@ def _embed_and_transfer(
     embed_settings: dict[str, Any],
     **settings: Any,
 ) -> dict[str, Any]:
-    """Embed query and reference, if an encoder is given, and transfer labels.
+    """Embed query and reference, if an encoder is given, and transfer labels. What cannot work raises before that.
 
     Args:
         query: see `transfer_labels`.
@@ -103,10 +104,19 @@ def _embed_and_transfer(
         encoder: model and processor; None uses the embeddings that the data have.
         embed_settings: further arguments of `embed_anndata`.
         settings: further arguments of `transfer_labels`.
+
+    Raises:
+        ValueError: see `transfer_labels`; or the query has an embedding that must not be replaced.
     """
+    validate_transfer(query, reference, **{name: value for name, value in settings.items() if name != "max_distance"})
     if encoder is not None:
-        for adata in (reference, query):
-            embed_anndata(adata, *encoder, **embed_settings)
+        if KEY in query.obsm and not embed_settings["overwrite"]:
+            raise ValueError(
+                f"the query has an embedding obsm[{KEY!r}] already; use it and that of the reference (without "
+                "--model), or replace it (--overwrite)"
+            )
+        embed_anndata(reference, *encoder, **embed_settings | {"overwrite": True})  # its file is not written
+        embed_anndata(query, *encoder, **embed_settings)
     return transfer_labels(query, reference, **settings)
 
 

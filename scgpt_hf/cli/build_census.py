@@ -5,17 +5,18 @@ Examples:
   python scripts/build_census.py */outs/filtered_feature_bc_matrix.h5 --donor_key dataset_id --out my_census
   accelerate launch scripts/pretrain.py --data my_census
 
-Each file becomes one dataset, named by the file or, where files share a name, by the folder. Formats: .h5ad (also .gz),
-.zarr, .h5 of 10x, and 10x folders with matrix.mtx. A file needs raw counts and an obs column with donors, because
-training and validation cells are split by donor. Genes of different files are matched by Ensembl id, from the index of
-var or from a column such as feature_id or gene_ids. The other obs columns of the Census (cell_type, assay,
-tissue_general, disease, suspension_type, is_primary_data and more) are copied if a file has them, and filled with
-"unknown" or, for is_primary_data, with True if not. All files are checked; a build that fails leaves no folder.
+Each file becomes one dataset, named by the file or, where files share a name, by the folder. A file needs raw counts
+and an obs column with donors, because training and validation cells are split by donor. Genes of different files are
+matched by Ensembl id, from the index of var or from a column such as feature_id or gene_ids. The other obs columns of
+the Census (cell_type, assay, tissue_general, disease, suspension_type, is_primary_data and more) are copied if a file
+has them, and filled with "unknown" or, for is_primary_data, with True if not. All files are checked; a build that fails
+leaves no folder.
 """
 
 import argparse
 import logging
 
+from scgpt_hf.cells.files.formats import SUPPORTED
 from scgpt_hf.cells.soma.build import build_census
 from scgpt_hf.cli.process import accept_any_locale, exit_with_error, tune_process
 from scgpt_hf.training.settings_parsing import ExampleHelpFormatter
@@ -26,7 +27,7 @@ def main(arguments: list[str] | None = None) -> None:
     accept_any_locale()
     tune_process()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=ExampleHelpFormatter)
-    parser.add_argument("files", nargs="+", metavar="FILE", help="one or more files")
+    parser.add_argument("files", nargs="+", metavar="FILE", help=f"one or more files: {SUPPORTED}")
     parser.add_argument("--out", required=True, metavar="DIR", help="folder to create; it must not exist yet")
     parser.add_argument("--organism", default="homo_sapiens", help="name of the organism (default: %(default)s)")
     parser.add_argument(

@@ -25,6 +25,7 @@ import sys
 from pathlib import Path
 
 from scgpt_hf.cells.cache.jobs import CELLS_PER_SHARD, plan_cache, write_shards
+from scgpt_hf.cells.files.formats import SUPPORTED
 from scgpt_hf.cells.source import open_source
 from scgpt_hf.cli.process import accept_any_locale, exit_with_error, program_name, tune_process
 from scgpt_hf.publishing.publish_cache import check_dataset, publish_cache
@@ -77,7 +78,7 @@ def main(arguments: list[str] | None = None) -> None:
 def _make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=ExampleHelpFormatter)
     add = parser.add_argument
-    add("source", nargs="+", metavar="CENSUS", help="census://VERSION/ORGANISM, a local SOMA, or files such as .h5ad")
+    add("source", nargs="+", metavar="CENSUS", help=f"census://VERSION/ORGANISM, a local SOMA, or files: {SUPPORTED}")
     add("out", metavar="DIR", help="folder of the cache; created if it does not exist")
     add("--obs_filter", help="SOMA value filter on obs, e.g. \"tissue_general == 'blood'\"")
     add("--layer", help="layer with the raw counts (default: raw of a SOMA, of a file the one that has them)")

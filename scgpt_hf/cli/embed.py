@@ -1,4 +1,4 @@
-"""Embed the cells of an .h5ad file with a pretrained model: one vector per cell, in obsm.
+"""Embed the cells of a file with a pretrained model: one vector per cell, in obsm.
 
   python scripts/embed.py data.h5ad --model runs/demo/best_model --out embedded.h5ad
   python scripts/embed.py data.h5ad --model OWNER/NAME --out embedded.h5ad --layer counts --batch_size 256
@@ -15,6 +15,7 @@ import argparse
 
 from scgpt_hf.analysis.embed import KEY
 from scgpt_hf.analysis.embed_file import embed_file
+from scgpt_hf.cells.files.formats import SUPPORTED
 from scgpt_hf.cli.inference_arguments import add_inference_arguments
 from scgpt_hf.cli.process import accept_any_locale, exit_with_error, tune_process
 from scgpt_hf.output import require_writable_file
@@ -27,7 +28,7 @@ def main(arguments: list[str] | None = None) -> None:
     accept_any_locale()
     tune_process()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=ExampleHelpFormatter)
-    parser.add_argument("data", help="file with raw counts: .h5ad, .zarr, .h5 of 10x, or a 10x folder")
+    parser.add_argument("data", help=f"file with raw counts: {SUPPORTED}")
     parser.add_argument("--model", required=True, help="folder of a saved model, or its repository on the Hub")
     parser.add_argument("--out", required=True, help="file to write: the data with the embedding added")
     parser.add_argument("--key_added", default=KEY, help="name in obsm and uns (default: %(default)s)")

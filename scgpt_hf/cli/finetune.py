@@ -18,6 +18,7 @@ from typing import Any
 
 from transformers import HfArgumentParser
 
+from scgpt_hf.cells.files.formats import SUPPORTED
 from scgpt_hf.cli.process import accept_any_locale, exit_with_error, tune_process
 from scgpt_hf.publishing.record import RunRecord
 from scgpt_hf.publishing.run_summary import classifier_rows
@@ -49,7 +50,7 @@ def main(arguments: list[str] | None = None) -> None:
         formatter_class=ExampleHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("data", nargs="+", help="files with raw counts, such as .h5ad, or one SOMA")
+    parser.add_argument("data", nargs="+", help=f"files with raw counts ({SUPPORTED}), or one SOMA")
     try:
         settings, others = parser.parse_args_into_dataclasses(flags, look_for_args_file=False)
         logging.basicConfig(format="%(message)s")

@@ -20,6 +20,7 @@ from transformers.integrations.integration_utils import get_available_reporting_
 from transformers.optimization import get_scheduler
 from transformers.trainer_utils import HubStrategy, SaveStrategy, SchedulerType
 
+from scgpt_hf.cells.files.formats import SUPPORTED
 from scgpt_hf.cells.schedule.epoch import plan_epoch
 from scgpt_hf.model.configuration_scgpt import ScGPTConfig
 from scgpt_hf.scoring.embedding_scores import EMBEDDING_SCORES
@@ -147,8 +148,8 @@ class CellSettings:
 
     data: list[str] = setting(
         [],
-        "'demo' (700 blood cells that come with scanpy), census://VERSION/ORGANISM, a local SOMA, .h5ad files, a "
-        "cache, or a cache on the Hub, hf://datasets/OWNER/NAME",
+        "'demo' (700 blood cells that come with scanpy), census://VERSION/ORGANISM, a local SOMA, files "
+        f"({SUPPORTED}), a cache, or a cache on the Hub, hf://datasets/OWNER/NAME",
     )
     obs_filter: str | None = setting(None, "SOMA value filter on obs, e.g. \"tissue_general == 'blood'\"")
     primary_only: bool = setting(True, "keep only cells with is_primary_data == True, so that no cell occurs twice")

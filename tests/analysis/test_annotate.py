@@ -21,6 +21,7 @@ from scgpt_hf import (
     ScGPTForSequenceClassification,
     ScGPTModel,
     ScGPTProcessor,
+    inference,
     predict_cell_types,
     transfer_labels,
 )
@@ -190,7 +191,7 @@ def test_unlabelled_and_unembedded_cells_of_the_reference_do_not_vote() -> None:
 def test_a_reference_or_query_that_cannot_be_used_raises_an_error() -> None:
     reference, query = make_embedded(np.eye(4), list("aabb")), make_embedded(np.eye(4))
     cases: list[tuple[Any, dict[str, Any], str]] = [
-        (reference, {"use_rep": "X_pca"}, "query .*'X_pca'"),
+        (reference, {"use_rep": "X_pca", "n_neighbors": 1}, "query .*'X_pca'"),
         (reference, {"labels_key": "absent"}, "reference .*'absent'"),
         (reference, {"n_neighbors": 4}, "more than the 4 neighbors"),
         (make_embedded(np.eye(4), ["unknown"] * 4), {"n_neighbors": 1}, "0 of 4 cells"),
@@ -314,3 +315,26 @@ def test_the_script_predicts_with_a_classifier_and_transfers_from_a_reference(
     with pytest.raises(SystemExit):
         run_script(monkeypatch, query, "--out", tmp_path / "x.h5ad")
     assert "give --model" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--labels_key", "type"], r"no obs\['type'\]"),
+        (["--n_neighbors", "200"], "200 neighbors"),
+        (["--key_added", "cell_type"], r"\['cell_type'\] already"),
+        ([], "without --model"),
+    ],
+)
+def test_a_transfer_that_cannot_work_raises_before_cells_are_embedded(
+    encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], message: str
+) -> None:
+    cells = make_cells()
+    cells.obs["cell_type"] = ["A", "B", "unknown"] * 10
+    cells.write_h5ad(tmp_path / "reference.h5ad")
+    cells.obsm["X_scgpt"] = np.zeros((30, 16), np.float32)
+    cells.write_h5ad(tmp_path / "query.h5ad")
+    monkeypatch.setattr(inference, "iterate_outputs", lambda *_, **__: pytest.fail("cells were embedded"))
+    common = "--reference", tmp_path / "reference.h5ad", "--model", encoder, "--out", tmp_path / "x.h5ad"
+    with pytest.raises(SystemExit, match=message):
+        run_script(monkeypatch, tmp_path / "query.h5ad", *common, "--n_neighbors", 5, *arguments)

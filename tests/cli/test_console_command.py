@@ -7,6 +7,7 @@ import tomllib
 import pytest
 
 import scgpt_hf_cli
+from scgpt_hf.cells.files.formats import SUPPORTED
 from tests.support import ROOT
 
 
@@ -32,6 +33,14 @@ def test_the_help_of_a_command_shows_its_name_an_example_and_its_options(name, m
     assert text.startswith(f"usage: scgpt-hf {name}")
     assert "scripts/" in text
     assert "default: None" not in text
+
+
+@pytest.mark.parametrize("name", ["annotate", "build-census", "cache", "embed", "finetune", "pretrain"])
+def test_the_help_of_a_command_that_reads_files_lists_their_formats(name, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["scgpt-hf", name, "--help"])
+    with pytest.raises(SystemExit):
+        scgpt_hf_cli.main()
+    assert SUPPORTED in " ".join(capsys.readouterr().out.split())
 
 
 def test_the_arguments_reach_the_command_and_its_errors_name_it(monkeypatch, tmp_path):

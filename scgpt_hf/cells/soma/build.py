@@ -150,7 +150,8 @@ def _require_donors(parts: Sequence[AnnDataPart], donor_key: str) -> None:
             )
         if n_missing := int((~has_value(part.obs[donor_key])).sum()):
             raise ValueError(
-                f"{part.name}: {n_missing:,} of {len(part.obs):,} cells have no {donor_key}, by which cells are split"
+                f"{part.name}: {n_missing:,} of {len(part.obs):,} cells have no {donor_key}, by which cells are split; "
+                "remove these cells, or name another column with the donors (--donor_key COLUMN)"
             )
 
 
