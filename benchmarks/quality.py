@@ -88,14 +88,42 @@ SEED = {"train_tokens": 97, "loss_weights": '{"gep": 1.0, "gepc": 1.0}'}
 COUNTS = {"train_tokens": 97, "loss_weights": '{"gep": 0.005, "counts": 1.0}', "batch_key": "dataset_id"}
 SHORTCUT = {**COUNTS, "cls_shortcut": "true"}
 RECIPE = {**SHORTCUT, "shortcut_steps": 3000}
+LOG1P = {**RECIPE, "input_style": "log1p", "loss_weights": '{"gep": 0.5, "counts": 1.0}'}
 ARMS: dict[str, dict[str, Any]] = {
     "untrained": {**SEED, "max_steps": 1, "learning_rate": 0.0},
     "seed": SEED,
     "counts": COUNTS,
     "counts, shortcut": SHORTCUT,
     "recipe": RECIPE,
-    "recipe, log1p": {**RECIPE, "input_style": "log1p", "loss_weights": '{"gep": 0.5, "counts": 1.0}'},
+    "recipe, log1p": LOG1P,
 }
+# The ablation: one setting of "recipe, log1p" is changed. All arms see the same number of cells.
+ABLATION: dict[str, dict[str, Any]] = {
+    "norm before each layer": {"norm_scheme": "pre"},
+    "1 layer": {"num_hidden_layers": 1},
+    "6 layers": {"num_hidden_layers": 6},
+    "width 64": {"hidden_size": 64, "intermediate_size": 128},
+    "width 256": {"hidden_size": 256, "intermediate_size": 512},
+    "Muon": {"optim": "muon"},
+    "warmup_stable_decay": {"lr_scheduler_type": "warmup_stable_decay"},
+    "moving average of weights": {"ema_decay": 0.99},
+    "masks of 15 %": {"mask_ratios": 0.15},
+    "masks of 75 %": {"mask_ratios": 0.75},
+    "masks of 25 to 90 %, left out": {
+        "mask_ratios": (0.25, 0.5, 0.75, 0.9),
+        "leave_out_masked": "true",
+        "loss_weights": '{"counts": 1.0}',
+    },
+    "counts only": {"loss_weights": '{"counts": 1.0}'},
+    "49 tokens": {"train_tokens": 49},
+    "385 tokens": {"train_tokens": 385},
+    "32 cells a step": {"per_device_train_batch_size": 32, "max_steps": 3000},
+    "256 cells a step": {"per_device_train_batch_size": 256, "max_steps": 375},
+    "no steps of the shortcut alone": {"shortcut_steps": 0},
+    "10,000 steps of the shortcut alone": {"shortcut_steps": 10000},
+    "4,000 genes": {"n_hvg": 4000},
+}
+ARMS |= {name: {**LOG1P, **changed} for name, changed in ABLATION.items()}
 CELLS, FACS_CELLS, NEIGHBORS = 3000, 1500, 15
 Embed = Callable[[AnnData], np.ndarray]
 
@@ -141,13 +169,18 @@ def train(arm: str, seed: int, census: Path, options: argparse.Namespace) -> tup
     """Train one arm, unless it was trained before; return its run folder and the seconds that training took."""
     flags = {**COMMON, **flags_of(arm, options.steps), "seed": seed, "data": census}
     flags["eval_steps"] = flags["max_steps"]
-    folder = options.runs / f"{arm.replace(', ', '-').replace(' ', '_')}-{options.steps}-{seed}"
+    folder = options.runs / f"{arm.replace(', ', '-').replace(' ', '_').replace('%', 'percent')}-{options.steps}-{seed}"
     if not (folder / "best_model").is_dir():
         started = time.perf_counter()
         flags["output_dir"] = folder
-        launch("pretrain", *(part for name, value in flags.items() for part in (f"--{name}", str(value))))
+        launch("pretrain", *(part for name, value in flags.items() for part in (f"--{name}", *values_of(value))))
         (folder / "seconds.txt").write_text(f"{time.perf_counter() - started:.0f}")
     return folder, float((folder / "seconds.txt").read_text())
+
+
+def values_of(value: Any) -> list[str]:
+    """Return the value of a flag as arguments of the command line."""
+    return [str(one) for one in value] if isinstance(value, tuple) else [str(value)]
 
 
 def launch(script: str, *arguments: str) -> None:

@@ -200,6 +200,7 @@ def prepare_run(settings: Settings) -> PreparedRun:
         model.config,
         args,
         mask_ratios=data.mask_ratios,
+        input_keep=data.input_keep,
         view_keep=data.view_keep,
         train_tokens=data.train_tokens,
         chunks_per_window=data.chunks_per_window,

@@ -79,6 +79,8 @@ class StreamConfig:
             a batch has no cell left, because every rank needs a batch in every step. "skip" leaves out such batches
             too. "raise" raises an error that lists the cells.
         with_cell_ids: add `cell_ids` to each batch, int64 (cells,): which cells it holds.
+        input_keep: thin the counts that become tokens: shares to keep, of which one is drawn per cell. Targets of the
+            objective "counts" are not thinned. None keeps all.
         view_keep: add a second view of each cell for the objective "views": shares of its counts that the view keeps,
             of which one is drawn per cell. None adds no view.
         with_counts: add the raw counts of all known genes of each cell, the targets of the objective "counts".
@@ -100,6 +102,7 @@ class StreamConfig:
     key_by: Literal["cell_id", "content"] = "cell_id"
     empty_cells: Literal["drop", "skip", "raise"] = "drop"
     with_cell_ids: bool = False
+    input_keep: Sequence[float] | None = None
     view_keep: Sequence[float] | None = None
     with_counts: bool = False
     leave_out_masked: bool = False
@@ -355,7 +358,7 @@ class CellStream:
         draws, rows = window.draws[positions], window.rows[positions]
         counts, cell_ids = block.take(rows), block.cell_ids[rows]
         tokens = self.processor.tokenize(
-            counts,
+            self._thin(counts, draws, epoch),
             self.gene_ids,
             cell_ids=draws if config.key_by == "cell_id" else None,
             seed=config.seed,
@@ -390,6 +393,14 @@ class CellStream:
                     "or a larger batch"
                 )
         return results
+
+    def _thin(self, counts: SparseCounts, cell_ids: Int64Array, epoch: int) -> SparseCounts:
+        """Return the counts that become tokens: thinned, if the config asks for it."""
+        config = self.config
+        if config.input_keep is None:
+            return counts
+        keys: Any = {"cell_ids": cell_ids, "seed": config.seed, "epoch": epoch}
+        return self.processor.thin(counts, self.gene_ids, keep=config.input_keep, **keys)
 
     def _tokenize_view(self, counts: SparseCounts, cell_ids: Int64Array, epoch: int) -> Tokens | None:
         """Return the tokens of a second view of the cells that `tokenize` keeps, if the config asks for one."""

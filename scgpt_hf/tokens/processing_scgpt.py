@@ -29,7 +29,7 @@ from .counts_scgpt import (
 from .kernels_scgpt import TIE_CODES
 from .masking_scgpt import mask_tokens, sample_mask_ratios
 from .packing_scgpt import Tokens, pack, pad
-from .randomness_scgpt import Int64Array, view_seed
+from .randomness_scgpt import Int64Array, input_seed, view_seed
 from .sampling_scgpt import COMPILED  # noqa: F401  # transformers 5.4 copies only the modules that this file imports
 from .thinning_scgpt import thin_counts
 from .tokenizing_scgpt import TokenSettings, check_gene_ids, tokenize_counts
@@ -274,6 +274,32 @@ class ScGPTProcessor(ProcessorMixin):
         n_dropped = counts.shape[0] - len(tokens)
         logger.debug("dropped %d of %d cells: they express no gene of the vocabulary", n_dropped, counts.shape[0])
         return tokens
+
+    def thin(
+        self,
+        counts: SparseCounts,
+        gene_ids: Int64Array,
+        *,
+        cell_ids: Int64Array,
+        seed: int,
+        epoch: int,
+        keep: Sequence[float],
+    ) -> SparseCounts:
+        """Return counts as if each cell had been sequenced less deeply, to tokenize while training.
+
+        Args:
+            counts: see `tokenize`; integers.
+            gene_ids: see `tokenize`.
+            cell_ids: see `tokenize`.
+            seed: seed of the run; `tokenize_view` removes other molecules for it.
+            epoch: epoch of the cells.
+            keep: shares of the counts to keep, in (0, 1]; one of them is drawn for each cell.
+
+        Returns:
+            Counts of the same cells. A cell of which no known gene would be left keeps all counts.
+        """
+        counts, gene_ids = self._prepare(counts, gene_ids)
+        return thin_counts(counts, gene_ids, keep, cell_ids=cell_ids, seed=input_seed(seed), epoch=epoch)
 
     def tokenize_view(
         self,

@@ -24,13 +24,14 @@ Int64Array = npt.NDArray[np.int64]
 # The golden files depend on these numbers: do not renumber them.
 TIES, SAMPLING, MASKING, MASK_RATIO = 1, 2, 3, 4
 VIEW_SEED, VIEW_KEEP, THINNING, THINNING_NORMAL = 5, 6, 7, 8
+INPUT_SEED = 9
 
 # Constants of SplitMix64; see `mix_bits`. They are numpy scalars because numpy would turn a Python integer of more than
 # 63 bits into a float.
 GOLDEN_GAMMA = np.uint64(0x9E3779B97F4A7C15)
 _MULTIPLIER_1, _MULTIPLIER_2 = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
 _SHIFT_1, _SHIFT_2, _SHIFT_3 = np.uint64(30), np.uint64(27), np.uint64(31)
-_UNUSED_BITS, _SPACING = np.uint64(11), 2.0**-53  # a float64 holds 53 bits of a 64-bit word
+UNUSED_BITS, SPACING = np.uint64(11), 2.0**-53  # a float64 holds 53 bits of a 64-bit word
 
 
 def mix_bits(words: UInt64Array) -> UInt64Array:
@@ -68,6 +69,11 @@ def view_seed(seed: int) -> int:
     return int(_run_key(seed, 0, VIEW_SEED))
 
 
+def input_seed(seed: int) -> int:
+    """Return the seed that thins inputs, so that they do not lose the same molecules as the second view."""
+    return int(_run_key(seed, 0, INPUT_SEED))
+
+
 @lru_cache(maxsize=64)
 def _run_key(seed: int, epoch: int, purpose: int) -> np.uint64:
     key = np.zeros(1, np.uint64)
@@ -94,4 +100,4 @@ def random_words(keys: UInt64Array, genes: npt.NDArray[np.integer]) -> UInt64Arr
 
 def to_uniform(words: UInt64Array) -> npt.NDArray[np.float64]:
     """Convert random words to floats in [0, 1), using their upper 53 bits."""
-    return (words >> _UNUSED_BITS).astype(np.float64) * _SPACING
+    return (words >> UNUSED_BITS).astype(np.float64) * SPACING

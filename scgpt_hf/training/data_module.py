@@ -52,6 +52,7 @@ class DataModule:
         args: TrainingSettings,
         *,
         mask_ratios: Sequence[float],
+        input_keep: Sequence[float] | None = None,
         view_keep: Sequence[float] = (),
         train_tokens: int | None = None,
         chunks_per_window: int = CHUNKS_PER_WINDOW,
@@ -69,6 +70,7 @@ class DataModule:
                 and which domains they carry.
             args: seed, batch sizes, epochs and processes.
             mask_ratios: shares of a cell's genes to mask; one is drawn for each cell and epoch.
+            input_keep: shares of a cell's counts that its training input keeps; likewise. None keeps all.
             view_keep: shares of a cell's counts that its second view keeps, with the objective "views"; likewise.
             train_tokens: most tokens per cell while training; None takes the number of the processor.
             chunks_per_window: chunks whose cells are shuffled together.
@@ -94,6 +96,7 @@ class DataModule:
             max_tokens=train_tokens,
             categories={} if config.batch_key is None else {"domain_ids": (config.batch_key, selection.domain_ids)},
             labels={} if supervise_by is None else {"class_labels": (supervise_by, selection.class_ids)},
+            input_keep=None if input_keep is None else tuple(input_keep),
             view_keep=tuple(view_keep) if config.has_objective("views") else None,
             with_counts=config.has_objective("counts"),
         )
@@ -107,8 +110,10 @@ class DataModule:
         self._eval_batch_size = args.per_device_eval_batch_size
         plan = plan_validation(selection.parts["validation"], self._eval_batch_size)
         self.n_validation_steps = plan.n_steps
-        # Micro-batches, buckets and fewer tokens belong to training steps.
-        self._validation_config = replace(self.stream_config, micro_batches=1, bucketed=False, max_tokens=None)
+        # Micro-batches, buckets, fewer tokens and thinned counts belong to training steps.
+        self._validation_config = replace(
+            self.stream_config, micro_batches=1, bucketed=False, max_tokens=None, input_keep=None
+        )
         self._open_validation = partial(stream_cells, self.caching or source, [plan], processor)
         self._validation = self._open_validation(self._validation_config)
 

@@ -319,6 +319,7 @@ def _run_record(source: CellSource, settings: Settings, balance: Balance | None)
         "gen_after_steps": args.gen_after_steps if (settings.model.loss_weights or {}).get("gen") else None,
         "batch_key": data.batch_key,
         "supervise_by": data.supervise_by,
+        "input_keep": data.input_keep,
         "view_keep": list(data.view_keep) if (settings.model.loss_weights or {}).get("views") else None,
         # What a checkpoint holds depends on these two.
         "ema_decay": args.ema_decay,

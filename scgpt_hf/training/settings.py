@@ -184,6 +184,11 @@ class CellSettings:
         "obs column of the experimental batch, for heads, norms and objectives that use it; with the objectives "
         "'counts' and 'views' dataset_id, if obs has it",
     )
+    input_keep: list[float] | None = setting(
+        None,
+        "shares of a cell's counts that its input keeps while training, as if it had been sequenced less deeply; one "
+        "is drawn for each cell and epoch, and targets of the objective 'counts' stay complete; by default all",
+    )
     view_keep: list[float] = setting(
         [0.25, 0.5, 0.75],
         "shares of a cell's counts that its second view keeps, for the objective 'views'; one is drawn for each cell "
@@ -228,8 +233,9 @@ class DataSettings(_TokenFields, CellSettings):  # type: ignore[misc]
             raise ValueError(f"expected validation_fraction between 0 and 1, found {self.validation_fraction}")
         if not self.mask_ratios or not all(0 < ratio < 1 for ratio in self.mask_ratios):
             raise ValueError(f"expected mask_ratios between 0 and 1, found {self.mask_ratios}")
-        if not self.view_keep or not all(0 < share <= 1 for share in self.view_keep):
-            raise ValueError(f"expected view_keep above 0 and at most 1, found {self.view_keep}")
+        for name, shares in {"input_keep": self.input_keep, "view_keep": self.view_keep}.items():
+            if shares is not None and (not shares or not all(0 < share <= 1 for share in shares)):
+                raise ValueError(f"expected {name} above 0 and at most 1, found {shares}")
         if not 0 <= self.balance_power <= 1:
             raise ValueError(f"expected balance_power from 0 to 1, found {self.balance_power}")
         if (self.train_tokens or 0) > self.max_tokens:

@@ -45,7 +45,12 @@ def train_shortcut(
     assert decoder is not None
     run, cell_ids = data_module.stream_config, data_module.selection.parts["train"]
     config = StreamConfig(
-        seed=run.seed, mask_ratios=run.mask_ratios, padded=run.padded, categories=run.categories, with_counts=True
+        seed=run.seed,
+        mask_ratios=run.mask_ratios,
+        input_keep=run.input_keep,
+        padded=run.padded,
+        categories=run.categories,
+        with_counts=True,
     )
     plans = _plans(cell_ids, n_steps, chunk_size=data_module.source.chunk_size, seed=run.seed)
     parts = torch.nn.ModuleList([shortcut, decoder]).to(device).train()
