@@ -19,6 +19,7 @@ from scgpt_hf.cells.block import Int64Array
 from scgpt_hf.cells.missing import fill_missing, has_label
 from scgpt_hf.cells.obs import require_named_columns
 from scgpt_hf.cells.schedule.balance import Balance, balance_groups
+from scgpt_hf.cells.selection.dispersion import dispersed_genes
 from scgpt_hf.cells.selection.filters import (
     cells_expressing,
     cells_with_value,
@@ -291,7 +292,8 @@ def _select_genes(source: CellSource, train: Int64Array, data: DataSettings, hvg
     frequent = filter_genes(source, train, data.min_gene_counts)
     if data.gene_selection == "all":
         return frequent
-    return highly_variable_genes(source, train, data.n_hvg, batch_key=hvg_batch_key, candidates=frequent)
+    choose = dispersed_genes if data.hvg_flavor == "seurat" else highly_variable_genes
+    return choose(source, train, data.n_hvg, batch_key=hvg_batch_key, candidates=frequent)
 
 
 def _find_balance(source: CellSource, train: Int64Array, data: DataSettings) -> Balance | None:

@@ -167,9 +167,14 @@ class CellSettings:
         "'hvg': use the n_hvg most variable genes; 'all': use every gene, and sample max_tokens of the genes that a "
         "cell expresses",
     )
-    n_hvg: int = setting(1200, "number of highly variable genes (seurat_v3), computed on the training cells")
+    n_hvg: int = setting(1200, "number of highly variable genes, computed on the training cells")
+    hvg_flavor: Literal["seurat_v3", "seurat"] = setting(
+        "seurat_v3",
+        "how scanpy's function of that name ranks genes: seurat_v3 by the variance of raw counts, seurat by the "
+        "dispersion of counts scaled to the same sum per cell, which suits cells of different sequencing depth",
+    )
     hvg_batch_key: str | None = setting(
-        "donor_id", "obs column of the batches for highly variable genes (batch_key of scanpy's seurat_v3)"
+        "donor_id", "obs column of the batches for highly variable genes (batch_key of scanpy's function)"
     )
     train_tokens: int | None = setting(
         None,

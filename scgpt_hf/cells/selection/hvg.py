@@ -1,4 +1,4 @@
-"""Choose highly variable genes as Seurat v3 does, from counts that are streamed.
+"""Choose highly variable genes as Seurat v3 does, from counts that are streamed. See `dispersion` for another flavor.
 
     1. Sum counts and squared counts of each gene in each donor: mean and variance.          (first pass over cells)
     2. Fit log10 variance over log10 mean in each donor: the spread that the mean predicts.
@@ -77,16 +77,9 @@ def highly_variable_genes(
 
     Source: Stuart et al. 2019, Cell 177:1888 (seurat_v3).
     """
-    columns = np.arange(len(source.genes)) if candidates is None else np.unique(candidates)
-    if not 1 <= n_genes <= len(columns):
-        raise ValueError(
-            f"found {len(columns):,} genes to choose from, but {n_genes:,} highly variable genes were requested; "
-            f"choose --n_hvg in [1, {len(columns):,}], or drop fewer genes (a lower --min_gene_counts)"
-        )
+    columns = require_enough_genes(source, candidates, n_genes)
     cell_ids = np.sort(cell_ids)
-    batch_of_cell = np.zeros(len(cell_ids), np.int64)
-    if batch_key is not None:
-        batch_of_cell = _pool_small_donors(source.obs([batch_key]).loc[cell_ids], batch_key, min_cells)
+    batch_of_cell = to_batches(source, cell_ids, batch_key, min_cells)
     n_cells = np.bincount(batch_of_cell)
     means, variances = moments(sums_per_batch(source, cell_ids, columns, batch_of_cell), n_cells)
     std = np.empty_like(means)
@@ -95,6 +88,38 @@ def highly_variable_genes(
     clip = means + std * np.sqrt(n_cells)[:, None]  # Source: Stuart et al. 2019; standardized counts ≤ sqrt(cells)
     clipped_sums = sums_per_batch(source, cell_ids, columns, batch_of_cell, clip)
     return columns[rank_genes(standardized_variances(clipped_sums, n_cells, means, std), n_genes)]
+
+
+def require_enough_genes(source: "CellSource", candidates: Int64Array | None, n_genes: int) -> Int64Array:
+    """Return the columns to choose from, ascending. Shape (candidates,).
+
+    Raises:
+        ValueError: there are fewer than `n_genes`.
+    """
+    columns = np.arange(len(source.genes)) if candidates is None else np.unique(candidates)
+    if not 1 <= n_genes <= len(columns):
+        raise ValueError(
+            f"found {len(columns):,} genes to choose from, but {n_genes:,} highly variable genes were requested; "
+            f"choose --n_hvg in [1, {len(columns):,}], or drop fewer genes (a lower --min_gene_counts)"
+        )
+    return columns
+
+
+def to_batches(source: "CellSource", cell_ids: Int64Array, batch_key: str | None, min_cells: int) -> Int64Array:
+    """Return the number of the batch within which genes are ranked, for each cell. Shape (cells,).
+
+    Args:
+        source: where to read the cells.
+        cell_ids: the cells. Shape (cells,).
+        batch_key: see `highly_variable_genes`.
+        min_cells: see `highly_variable_genes`.
+
+    Raises:
+        ValueError: a cell has no value in the column.
+    """
+    if batch_key is None:
+        return np.zeros(len(cell_ids), np.int64)
+    return _pool_small_donors(source.obs([batch_key]).loc[cell_ids], batch_key, min_cells)
 
 
 def moments(sums: Float64Array, n_cells: Int64Array) -> tuple[Float64Array, Float64Array]:
