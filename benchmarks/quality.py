@@ -87,18 +87,21 @@ COMMON = {
 SEED = {"train_tokens": 97, "loss_weights": '{"gep": 1.0, "gepc": 1.0}'}
 COUNTS = {"train_tokens": 97, "loss_weights": '{"gep": 0.005, "counts": 1.0}', "batch_key": "dataset_id"}
 SHORTCUT = {**COUNTS, "cls_shortcut": "true"}
-RECIPE = {**SHORTCUT, "shortcut_steps": 3000}
+DISPERSION = {"hvg_flavor": "seurat", "hvg_batch_key": "dataset_id"}
+RECIPE = {**SHORTCUT, **DISPERSION, "shortcut_steps": 3000}
 LOG1P = {**RECIPE, "input_style": "log1p", "loss_weights": '{"gep": 0.5, "counts": 1.0}'}
 ARMS: dict[str, dict[str, Any]] = {
     "untrained": {**SEED, "max_steps": 1, "learning_rate": 0.0},
     "seed": SEED,
     "counts": COUNTS,
     "counts, shortcut": SHORTCUT,
-    "recipe": RECIPE,
+    "recipe, bins": RECIPE,
     "recipe, log1p": LOG1P,
 }
+COUNTS_ONLY = {"loss_weights": '{"counts": 1.0}'}
 # The ablation: one setting of "recipe, log1p" is changed. All arms see the same number of cells.
 ABLATION: dict[str, dict[str, Any]] = {
+    "shortcut alone": {"max_steps": 1, "learning_rate": 0.0},
     "norm before each layer": {"norm_scheme": "pre"},
     "1 layer": {"num_hidden_layers": 1},
     "6 layers": {"num_hidden_layers": 6},
@@ -109,12 +112,9 @@ ABLATION: dict[str, dict[str, Any]] = {
     "moving average of weights": {"ema_decay": 0.99},
     "masks of 15 %": {"mask_ratios": 0.15},
     "masks of 75 %": {"mask_ratios": 0.75},
-    "masks of 25 to 90 %, left out": {
-        "mask_ratios": (0.25, 0.5, 0.75, 0.9),
-        "leave_out_masked": "true",
-        "loss_weights": '{"counts": 1.0}',
-    },
-    "counts only": {"loss_weights": '{"counts": 1.0}'},
+    "masks left out": {"leave_out_masked": "true", **COUNTS_ONLY},
+    "counts only": COUNTS_ONLY,
+    "thinned input": {"input_keep": (0.25, 0.5, 0.75, 1.0)},
     "49 tokens": {"train_tokens": 49},
     "385 tokens": {"train_tokens": 385},
     "32 cells a step": {"per_device_train_batch_size": 32, "max_steps": 3000},
@@ -124,6 +124,22 @@ ABLATION: dict[str, dict[str, Any]] = {
     "4,000 genes": {"n_hvg": 4000},
 }
 ARMS |= {name: {**LOG1P, **changed} for name, changed in ABLATION.items()}
+# The same with genes that were ranked by the variance of their raw counts within donors.
+SEURAT_V3 = {"hvg_flavor": "seurat_v3", "hvg_batch_key": "donor_id"}
+SEURAT_V3_ABLATION = {
+    "": {},
+    **{name: ABLATION[name] for name in ("norm before each layer", "counts only", "385 tokens", "4,000 genes")},
+    **{name: ABLATION[name] for name in ("shortcut alone", "10,000 steps of the shortcut alone")},
+    "masks of 25 to 90 %, left out": {
+        "mask_ratios": (0.25, 0.5, 0.75, 0.9),
+        "leave_out_masked": "true",
+        **COUNTS_ONLY,
+    },
+}
+ARMS |= {
+    ", ".join(filter(None, ("seurat_v3", name))): {**LOG1P, **SEURAT_V3, **changed}
+    for name, changed in SEURAT_V3_ABLATION.items()
+}
 CELLS, FACS_CELLS, NEIGHBORS = 3000, 1500, 15
 Embed = Callable[[AnnData], np.ndarray]
 
