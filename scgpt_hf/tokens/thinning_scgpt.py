@@ -76,7 +76,8 @@ def thin_counts(
     keys = cell_keys(cell_ids, seed=seed, epoch=epoch, purpose=THINNING)
     # Draw the rarer of "kept" and "lost": it needs fewer steps, and its probability of 0 does not underflow.
     rarer = np.minimum(choices, 1 - choices)
-    none = (1 - rarer[:, None]) ** np.arange(LARGEST_EXACT + 1)  # probability that none of n molecules is drawn
+    # The probability that none of n molecules is drawn, for each choice and n.
+    none: _Floats = (1 - rarer[:, None]) ** np.arange(LARGEST_EXACT + 1)
     drawer = _draw_compiled if COMPILED else _draw
     number = drawer(entries, genes, np.asarray(counts.indptr, np.int64), keys, choice, none, rarer / (1 - rarer))
     lengths = np.diff(counts.indptr)
