@@ -130,7 +130,7 @@ def _draw(
 def _draw_compiled(
     entries: Array, genes: Array, indptr: Array, keys: Array, choice: Array, none: Array, odds: Array
 ) -> Array:
-    """Return what `_draw` returns, to the bit, at many times its speed."""
+    """Compute the numbers of `_draw`, equal to the bit, at many times its speed."""
     number = np.zeros(len(entries))
     for cell in range(len(keys)):
         row = choice[cell]

@@ -74,7 +74,7 @@ def dispersed_genes(
 
 
 def _factors(block: CellBlock) -> Float64Array:
-    """Return what scales the counts of each cell to the target sum, over all its genes. Shape (cells,)."""
+    """Return the factors that scale the counts of each cell, over all its genes, to the target sum. Shape (cells,)."""
     totals = np.asarray(block.counts.sum(axis=1, dtype=np.float64)).ravel()
     return _TARGET_SUM / np.where(totals > 0, totals, 1)
 
