@@ -11,6 +11,7 @@ from importlib import import_module
 COMMANDS = {
     "pretrain": ("pretrain", "pretrain a gene transformer, from a Census query to a checkpoint"),
     "finetune": ("finetune", "fine-tune a pretrained model to predict cell types, or to integrate batches"),
+    "check": ("check", "check a file before any work: raw counts, genes, obs columns, time and memory"),
     "embed": ("embed", "embed the cells of a file with a pretrained model"),
     "annotate": ("annotate", "annotate the cells of a file with their types"),
     "evaluate": ("evaluate", "score the embeddings of labelled cells, and baselines on the same cells"),

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from scgpt_hf.analysis.annotate import predict_cell_types as predict_cell_types
     from scgpt_hf.analysis.annotate import transfer_labels as transfer_labels
+    from scgpt_hf.analysis.check import check_cells as check_cells
     from scgpt_hf.analysis.embed import embed_anndata as embed_anndata
     from scgpt_hf.analysis.embed_file import embed_file as embed_file
     from scgpt_hf.analysis.evaluation.evaluate import evaluate_embeddings as evaluate_embeddings
@@ -87,6 +88,7 @@ _MODULE_OF = {
     "IntegrateSettings": "training.finetuning.settings",
     "finetune_classifier": "training.finetuning.annotate",
     "finetune_integration": "training.finetuning.integrate",
+    "check_cells": "analysis.check",
     "embed_anndata": "analysis.embed",
     "embed_cells": "inference",
     "embed_file": "analysis.embed_file",

@@ -15,6 +15,14 @@ from scgpt_hf.cells.missing import has_value
 logger = logging.getLogger(__name__)
 
 ENSEMBL = r"^ENS[A-Z]*G\d+"  # of any species, e.g. ENSG00000141510 and ENSMUSG00000059552
+# Species → how its Ensembl gene ids start. Source: Ensembl, "Stable ID prefixes".
+ENSEMBL_PREFIXES = {
+    **{"human": "ENSG", "mouse": "ENSMUSG", "rat": "ENSRNOG", "zebrafish": "ENSDARG", "chicken": "ENSGALG"},
+    **{"pig": "ENSSSCG", "cow": "ENSBTAG", "dog": "ENSCAFG", "rabbit": "ENSOCUG", "chimpanzee": "ENSPTRG"},
+    **{"rhesus macaque": "ENSMMUG", "crab-eating macaque": "ENSMFAG", "marmoset": "ENSCJAG"},
+}
+MOUSE_SYMBOL = r"^[A-Z][a-z]"  # Cd3d; human symbols are in capitals, with few exceptions such as C1orf112
+HUMAN_SYMBOL = r"^[A-Z][A-Z0-9.-]*$"
 # Columns of var that hold ids or names: in the CELLxGENE schema, as scanpy writes them, and other common spellings;
 # Accession is that of velocyto, ensembl_ids that of the Human Cell Atlas
 ID_COLUMNS = ("feature_id", "gene_ids", "ensembl_id", "gene_id", "Accession", "ensembl_ids")
@@ -59,6 +67,28 @@ def find_gene_ids(var: pd.DataFrame, where: str) -> pd.DataFrame:
     names = next((_filled(var[name], index) for name in NAME_COLUMNS if name in var), index)
     lengths = _lengths(var["feature_length"], where) if "feature_length" in var else 0
     return pd.DataFrame({"feature_id": stripped, "feature_name": names, "feature_length": lengths})
+
+
+def find_species(ids: pd.Series, symbols: pd.Series) -> str | None:
+    """Return the species of most genes, by their Ensembl ids, else by the spelling of their symbols, or None.
+
+    Spelling distinguishes symbols of mouse (Cd3d) and human (CD3D) only.
+
+    Args:
+        ids: gene ids. Shape (genes,).
+        symbols: gene names. Shape (genes,).
+
+    Example:
+        >>> find_species(pd.Series(["ENSMUSG00000032094"]), pd.Series(["Cd3d"]))
+        'mouse'
+    """
+    for species, prefix in ENSEMBL_PREFIXES.items():
+        if ids.str.match(rf"{prefix}\d").mean() > 0.5:
+            return species
+    if symbols.str.match(ENSEMBL).mean() > 0.5 or ids.str.match(ENSEMBL).mean() > 0.5:
+        return None
+    spelling = {"mouse": MOUSE_SYMBOL, "human": HUMAN_SYMBOL}
+    return next((name for name, pattern in spelling.items() if symbols.str.match(pattern).mean() > 0.5), None)
 
 
 def join_genes(tables: Sequence[pd.DataFrame]) -> tuple[pd.DataFrame, list[NDArray[np.int32]]]:

@@ -7,12 +7,10 @@ import numpy as np
 import pandas as pd
 
 from scgpt_hf.cells.block import Int64Array
+from scgpt_hf.cells.genes import find_species
 from scgpt_hf.tokens.processing_scgpt import ScGPTProcessor
 
 logger = logging.getLogger(__name__)
-
-MOUSE_ID = r"^ENSMUSG\d"
-MOUSE_SYMBOL = r"^[A-Z][a-z]"  # Cd3d; human symbols are in capitals, with few exceptions such as C1orf112
 
 
 class GeneMatch(NamedTuple):
@@ -57,7 +55,7 @@ def match_source_genes(genes: pd.DataFrame, processor: ScGPTProcessor) -> GeneMa
     try:
         gene_ids = processor.match_genes(list(names))
     except ValueError as error:
-        if _are_mouse_genes(ids, symbols):
+        if find_species(ids, symbols) == "mouse":
             raise ValueError(
                 f"the data have mouse genes, e.g. {symbols[:3].tolist()} ({ids.iloc[0]}), which the model does not "
                 f"know: its genes are such as {vocabulary[:3]}; use a model of mouse cells, or rename the genes to "
@@ -82,11 +80,6 @@ def match_source_genes(genes: pd.DataFrame, processor: ScGPTProcessor) -> GeneMa
     # The processor validates a read-only array once, and a writable one again for each batch.
     gene_ids.flags.writeable = False
     return GeneMatch(gene_ids, coverage)
-
-
-def _are_mouse_genes(ids: pd.Series, symbols: pd.Series) -> bool:
-    """Return whether most ids are Ensembl ids of the mouse, or most symbols are written as mouse symbols (Cd3d)."""
-    return bool(ids.str.match(MOUSE_ID).mean() > 0.5 or symbols.str.match(MOUSE_SYMBOL).mean() > 0.5)
 
 
 def _differing_only_in_case(names: pd.Series, processor: ScGPTProcessor) -> tuple[str, str] | None:

@@ -1,7 +1,5 @@
 """Describe a run without running it: cells, size, time and memory. Time and memory are measured on a few steps."""
 
-import resource
-import sys
 import time
 from contextlib import closing
 from itertools import islice
@@ -12,6 +10,7 @@ from accelerate.utils import send_to_device
 
 from scgpt_hf.cells.schedule.balance import Balance
 from scgpt_hf.cells.threads import prefetch
+from scgpt_hf.measuring import format_duration, peak_memory
 from scgpt_hf.model.configuration_scgpt import training_flops_per_cell, training_flops_per_token
 from scgpt_hf.model.modeling_scgpt import ScGPTForPreTraining
 from scgpt_hf.pipeline.stream import Batch, lengths_of
@@ -54,9 +53,9 @@ def describe_run(data_module: DataModule, model: ScGPTForPreTraining, args: Trai
         **_balance_line(data_module.selection.balance),
         "parameters": f"{model.num_parameters():,}{_decoder_size(model)}",
         "compute": f"{flops_per_step / 1e9:,.1f} GFLOP per step, {flops_per_step * n_steps / 1e15:,.3g} PFLOP in total",
-        "time": f"about {_duration(seconds_per_step * n_steps)} on {device_name(args.device)} x {args.world_size}, "
-        f"without validation ({seconds_per_step * 1e3:,.0f} ms per step, measured)",
-        "memory": f"about {_peak_memory(args.device) / 2**30:.1f} GiB per process, measured",
+        "time": f"about {format_duration(seconds_per_step * n_steps)} on {device_name(args.device)} x "
+        f"{args.world_size}, without validation ({seconds_per_step * 1e3:,.0f} ms per step, measured)",
+        "memory": f"about {peak_memory(args.device) / 2**30:.1f} GiB per process, measured",
     }
     return "\n".join(f"{name:>16}  {line}" for name, line in lines.items()) + "\nNothing was written (--dry_run)."
 
@@ -103,17 +102,3 @@ def _time_micro_batch(model: ScGPTForPreTraining, batches: list[Batch], args: Tr
     if args.device.type == "cuda":
         torch.cuda.synchronize()
     return (time.perf_counter() - started) / max(len(batches) - 1, 1)
-
-
-def _peak_memory(device: torch.device) -> float:
-    """Return the peak memory so far in bytes: of the GPU, or of the process on a CPU."""
-    if device.type == "cuda":
-        return float(torch.cuda.max_memory_allocated(device))
-    unit = 1 if sys.platform == "darwin" else 1024  # macOS reports bytes, Linux KiB
-    return float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

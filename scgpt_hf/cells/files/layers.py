@@ -106,6 +106,31 @@ def _log_rounding(head: csr_matrix, where: str) -> None:
         )
 
 
+def describe_layers(contents: Contents) -> dict[str, str]:
+    """Return for each layer of a file whether its first cells hold raw counts, or why they do not.
+
+    Returns:
+        Name of the layer → "raw counts", or a few words such as "normalized" or "fractional values".
+    """
+    return {layer: _describe_layer(contents, layer) for layer in contents.matrices}
+
+
+def _describe_layer(contents: Contents, layer: str) -> str:
+    try:
+        _require_shape(contents, layer)
+    except ValueError:
+        return "not a numeric matrix of these cells and genes"
+    head = read_head(contents, layer)
+    try:
+        _require_counts(head, "", fractional=False)
+    except ValueError as error:
+        if "fractional" in str(error) and _is_normalized(head):
+            return "normalized"
+        kind = next(kind for kind in ("not finite", "negative", "fractional") if kind in str(error))
+        return "values that are not finite" if kind == "not finite" else f"{kind} values"
+    return "raw counts" if head.nnz else "raw counts, but the first cells have none"
+
+
 def read_head(contents: Contents, layer: str) -> csr_matrix:
     """Return the first cells of a layer as float32. Shape (cells, genes)."""
     matrix = contents.matrices[layer]

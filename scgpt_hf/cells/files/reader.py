@@ -49,6 +49,7 @@ class AnnDataPart:
         genes: `feature_id`, `feature_name`, `feature_length`; row i describes column i of the counts.
         close: closes the file.
         round_counts: whether fractional counts are rounded.
+        contents: all layers and tables of the file.
     """
 
     name: str
@@ -59,6 +60,7 @@ class AnnDataPart:
     genes: pd.DataFrame
     close: Callable[[], None]
     round_counts: bool
+    contents: Contents
 
     def read(self, rows: Int64Array) -> csr_matrix:
         """Return the raw counts of some rows as float32.
@@ -279,6 +281,7 @@ def _make_part(contents: Contents, layer: str | None, *, round_counts: bool) -> 
         genes=find_gene_ids(contents.genes_of(chosen), contents.name),
         close=contents.close,
         round_counts=round_counts,
+        contents=contents,
     )
 
 
