@@ -1,7 +1,7 @@
 """The console command `scgpt-hf`: list the commands, or run one of them.
 
-This module is outside of the package because importing the package imports torch, which takes seconds. So
-`scgpt-hf --help` answers at once. Each command is a module of `scgpt_hf.cli`.
+Each command is a module of `scgpt_hf.cli`. Only the module of the command that runs is imported, because most of them
+import torch, which takes seconds.
 """
 
 import sys
@@ -10,9 +10,10 @@ from importlib import import_module
 # Name → module of `scgpt_hf.cli`, and what the command does.
 COMMANDS = {
     "pretrain": ("pretrain", "pretrain a gene transformer, from a Census query to a checkpoint"),
-    "finetune": ("finetune", "fine-tune a pretrained model to predict cell types, or to integrate batches"),
+    "finetune": ("finetune", "fine-tune a pretrained model to predict cell types"),
     "check": ("check", "check a file before any work: raw counts, genes, obs columns, time and memory"),
     "embed": ("embed", "embed the cells of a file with a pretrained model"),
+    "integrate": ("finetune", "integrate batches: fine-tune an encoder that mixes them"),
     "annotate": ("annotate", "annotate the cells of a file with their types"),
     "evaluate": ("evaluate", "score the embeddings of labelled cells, and baselines on the same cells"),
     "convert": ("convert", "convert a checkpoint of scGPT to a folder that transformers can load"),
@@ -21,6 +22,8 @@ COMMANDS = {
     "report": ("report", "write report.html into the folder of a run"),
     "publish": ("publish", "publish a run as a model on the Hub, or a cache as a dataset"),
 }
+# Command → arguments that come before those of the user.
+_FIRST_ARGUMENTS = {"integrate": ["--task", "integrate"]}
 
 
 def main() -> None:
@@ -33,15 +36,17 @@ def main() -> None:
         sys.exit(f"scgpt-hf: unknown command {name!r}; expected one of {', '.join(COMMANDS)}")
     # Commands take the name in their help and errors from here.
     sys.argv = [f"scgpt-hf {name}", *arguments]
-    import_module(f"scgpt_hf.cli.{COMMANDS[name][0]}").main(arguments)
+    import_module(f"scgpt_hf.cli.{COMMANDS[name][0]}").main([*_FIRST_ARGUMENTS.get(name, []), *arguments])
 
 
 def help_text() -> str:
-    """Return the commands, one on each line, and how to go on."""
+    """Return the commands, one on each line, and examples."""
     commands = "\n".join(f"  {name:14}{summary}" for name, (_, summary) in COMMANDS.items())
     return (
         f"usage: scgpt-hf COMMAND ...\n\n{commands}\n\n`scgpt-hf COMMAND --help` shows examples and all options of a "
-        "command.\nTo train on several GPUs: accelerate launch -m scgpt_hf.cli.pretrain ..."
+        "command.\n\n  scgpt-hf pretrain                                      train a small model on 700 blood cells\n"
+        "  scgpt-hf embed my.h5ad --model M --out out.h5ad        embed your cells with the model M\n"
+        "  accelerate launch -m scgpt_hf.cli.pretrain blood-300k  train on several GPUs"
     )
 
 

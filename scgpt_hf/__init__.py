@@ -1,8 +1,7 @@
 """scgpt_hf: pretrain single-cell transformers, from a Census query to a checkpoint on the Hub.
 
-Importing the package imports torch and transformers, because it registers the model with the Auto classes of
-transformers. It imports neither tiledbsoma nor scanpy, datasets or matplotlib: each public name is loaded when it is
-first used.
+Importing the package takes little time: it imports no other library, and each public name is loaded when it is first
+used. The Auto classes of transformers know the model nevertheless; see `registration.py`.
 
 Example:
     >>> import scgpt_hf
@@ -13,12 +12,15 @@ Example:
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from scgpt_hf.registration import register_with_transformers
+
 # The same names twice: imports that type checkers follow and that are never run, and a table for `__getattr__`. A test
 # compares the two.
 if TYPE_CHECKING:
     from scgpt_hf.analysis.annotate import predict_cell_types as predict_cell_types
     from scgpt_hf.analysis.annotate import transfer_labels as transfer_labels
-    from scgpt_hf.analysis.check import check_cells as check_cells
+    from scgpt_hf.analysis.annotate_cells import annotate as annotate
+    from scgpt_hf.analysis.checking.check import check_cells as check_cells
     from scgpt_hf.analysis.embed import embed_anndata as embed_anndata
     from scgpt_hf.analysis.embed_file import embed_file as embed_file
     from scgpt_hf.analysis.evaluation.evaluate import evaluate_embeddings as evaluate_embeddings
@@ -56,8 +58,11 @@ if TYPE_CHECKING:
     from scgpt_hf.training.finetuning.integrate import finetune_integration as finetune_integration
     from scgpt_hf.training.finetuning.settings import AnnotateSettings as AnnotateSettings
     from scgpt_hf.training.finetuning.settings import IntegrateSettings as IntegrateSettings
+    from scgpt_hf.training.settings_parsing import make_settings as make_settings
     from scgpt_hf.training.settings_parsing import parse_settings as parse_settings
+    from scgpt_hf.training.summary import RunSummary as RunSummary
     from scgpt_hf.training.trainer import ScGPTTrainer as ScGPTTrainer
+    from scgpt_hf.verbosity import set_verbosity as set_verbosity
 
     __version__: str
 
@@ -82,13 +87,16 @@ _MODULE_OF = {
     "stream_cells": "pipeline.stream",
     "prefetch": "cells.threads",
     "parse_settings": "training.settings_parsing",
+    "make_settings": "training.settings_parsing",
     "pretrain": "pretraining",
+    "RunSummary": "training.summary",
     "ScGPTTrainer": "training.trainer",
     "AnnotateSettings": "training.finetuning.settings",
     "IntegrateSettings": "training.finetuning.settings",
     "finetune_classifier": "training.finetuning.annotate",
     "finetune_integration": "training.finetuning.integrate",
-    "check_cells": "analysis.check",
+    "annotate": "analysis.annotate_cells",
+    "check_cells": "analysis.checking.check",
     "embed_anndata": "analysis.embed",
     "embed_cells": "inference",
     "embed_file": "analysis.embed_file",
@@ -105,6 +113,7 @@ _MODULE_OF = {
     "write_report": "reporting.report",
     "publish": "publishing.publish_run",
     "publish_cache": "publishing.publish_cache",
+    "set_verbosity": "verbosity",
 }
 
 __all__ = sorted(_MODULE_OF)
@@ -126,27 +135,4 @@ def __dir__() -> list[str]:
     return [*globals(), *__all__, "__version__"]
 
 
-def _register() -> None:
-    """Register the model and its processor with the Auto classes of transformers, for `model_type: scgpt`."""
-    import transformers
-
-    from scgpt_hf.model.configuration_scgpt import ScGPTConfig
-    from scgpt_hf.model.modeling_scgpt import (
-        ScGPTForPerturbation,
-        ScGPTForPreTraining,
-        ScGPTForSequenceClassification,
-        ScGPTModel,
-    )
-    from scgpt_hf.tokens.processing_scgpt import ScGPTProcessor
-
-    transformers.AutoConfig.register(ScGPTConfig.model_type, ScGPTConfig)
-    transformers.AutoModel.register(ScGPTConfig, ScGPTModel)
-    transformers.AutoModelForPreTraining.register(ScGPTConfig, ScGPTForPreTraining)
-    transformers.AutoModelForMaskedLM.register(ScGPTConfig, ScGPTForPreTraining)
-    transformers.AutoModelForSequenceClassification.register(ScGPTConfig, ScGPTForSequenceClassification)
-    # There is no Auto class for perturbations. This one stands for models that predict one number for each token.
-    transformers.AutoModelForTokenClassification.register(ScGPTConfig, ScGPTForPerturbation)
-    transformers.AutoProcessor.register(ScGPTConfig, ScGPTProcessor)  # type: ignore[no-untyped-call]
-
-
-_register()
+register_with_transformers()

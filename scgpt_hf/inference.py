@@ -152,10 +152,10 @@ def embed_cells(
         ValueError: see `embed_anndata`.
 
     Example:
-        >>> source = open_source("census://2025-11-08/homo_sapiens", obs_filter="tissue_general == 'blood'")
-        >>> cell_ids = source.obs().index.to_numpy()[:1000]
-        >>> embed_cells(source, cell_ids, model, processor).shape
-        (1000, 512)
+        >>> source = open_source(demo_cells())  # or "census://2025-11-08/homo_sapiens", or files
+        >>> cell_ids = source.obs().index.to_numpy()[:100]
+        >>> embed_cells(source, cell_ids, model, processor, progress=False).shape
+        (100, 64)
     """
     order = np.argsort(cell_ids)
     embedding = np.full((len(cell_ids), model.config.hidden_size), np.nan, np.float32)

@@ -66,7 +66,7 @@ def load_model(
         if untrained := sorted(set(heads) & set(new_parts)):
             raise ValueError(
                 f"{name} has no trained {' and no '.join(untrained)}; use a checkpoint that was trained with it. "
-                "Pretraining trains expression_head and cell_to_gene_head, scripts/finetune.py class_head"
+                "Pretraining trains expression_head and cell_to_gene_head, scgpt-hf finetune class_head"
             )
         model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))  # type: ignore[arg-type]
         processor = processor or saved

@@ -42,7 +42,8 @@ from scgpt_hf.training.run_folder import (
 )
 from scgpt_hf.training.selection import Selection, open_cells, save_selection, select_or_resume
 from scgpt_hf.training.settings import Settings
-from scgpt_hf.training.summary import format_summary, summarize
+from scgpt_hf.training.settings_parsing import make_settings
+from scgpt_hf.training.summary import RunSummary, format_summary, summarize
 from scgpt_hf.training.validation.cell_types import make_cell_type_scorer
 from scgpt_hf.training.validation.simple_methods import save_simple_methods
 
@@ -71,18 +72,25 @@ class PreparedRun:
 
 
 def pretrain(
-    settings: Settings, *, stop_signal: StopSignal | None = None, report: Callable[[str], object] = logger.info
-) -> dict[str, Any] | None:
+    settings: Settings | str | Path | None = None,
+    *,
+    stop_signal: StopSignal | None = None,
+    report: Callable[[str], object] = logger.info,
+    **changes: Any,
+) -> RunSummary | None:
     """Train a model and write a run folder: model, processor, metrics, figures, summary and model card.
 
     Under `accelerate launch` every process has to call it. It leaves the number of threads of the calling process
     alone; the command line sets that.
 
     Args:
-        settings: settings of the run, from `parse_settings`.
+        settings: a YAML file, the name of a config of the package ("demo", "blood-300k"), or settings from
+            `parse_settings`. By default those of the demo.
         stop_signal: saves a checkpoint and stops at the first SIGTERM or SIGINT, as the command line does. None leaves
             the signal handlers of the process alone.
         report: receives the text at the end of the run, on the first process.
+        changes: settings by name, which replace those of the file, e.g. `data="cells.h5ad"`; the flags that
+            `scgpt-hf pretrain --help` lists.
 
     Returns:
         The content of summary.json on the first process, None on the others.
@@ -96,18 +104,19 @@ def pretrain(
         HubError: the run cannot be published. This is checked before training, too.
 
     Example:
-        >>> from scgpt_hf import parse_settings, pretrain
-        >>> settings = parse_settings(["configs/demo.yaml", "--num_train_epochs", "3"])
-        >>> summary = pretrain(settings)  # doctest: +SKIP
-        >>> summary["best"]["eval_gep_mse"]  # doctest: +SKIP
+        >>> from scgpt_hf import pretrain
+        >>> run = pretrain(data="cells.h5ad", output_dir="runs/mine", num_train_epochs=3)  # doctest: +SKIP
+        >>> run["best"]["eval_gep_mse"], run.model  # doctest: +SKIP
     """
+    if not isinstance(settings, Settings):
+        settings = make_settings(settings, **changes)
+    elif changes:
+        raise ValueError(f"pass {sorted(changes)} to parse_settings or make_settings, together with the other settings")
     with own_run_folder(Path(settings.training.output_dir)):
         return _pretrain(settings, stop_signal, report)
 
 
-def _pretrain(
-    settings: Settings, stop_signal: StopSignal | None, report: Callable[[str], object]
-) -> dict[str, Any] | None:
+def _pretrain(settings: Settings, stop_signal: StopSignal | None, report: Callable[[str], object]) -> RunSummary | None:
     """Do what `pretrain` describes, in a folder that no other run writes to."""
     args, folder = settings.training, Path(settings.training.output_dir)
     is_first = args.process_index == 0
@@ -122,7 +131,7 @@ def _pretrain(
     run = prepare_run(settings)
     if run.checkpoint and (summary := finished_summary(folder, run.data_module.schedule)):
         logger.info("%s is finished; nothing was changed. To train longer, raise --num_train_epochs", folder)
-        return summary if is_first else None
+        return RunSummary(summary, folder) if is_first else None
 
     # 3. Train. The first files are written when training starts, so that a rejected run leaves no folder.
     cell_types = make_cell_type_scorer(run.source, run.selection, run.data_module, settings)
@@ -158,7 +167,7 @@ def _pretrain(
             report(f"Published at {trainer.push_to_hub()}")
         except (ValueError, OSError) as error:
             raise HubError(f"{folder} is complete, but could not be published: {error}") from error
-    return summary
+    return RunSummary(summary, folder)
 
 
 def describe_pretraining(settings: Settings) -> str:

@@ -129,7 +129,7 @@ def validate_not_backed_view(adata: "AnnData") -> None:
     if adata.is_view and adata.isbacked:
         raise ValueError(
             f"the AnnData is a view of {adata.filename}, which is open in backed mode; nothing can be added to such a "
-            "view; pass adata.to_memory(), or embed the file with embed_file (scripts/embed.py)"
+            "view; pass adata.to_memory(), or embed the file with embed_file (scgpt-hf embed)"
         )
 
 

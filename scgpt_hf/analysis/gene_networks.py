@@ -39,7 +39,8 @@ def gene_embeddings(model: PreTrainedModel, processor: ScGPTProcessor) -> pd.Dat
 
     Example:
         >>> model, processor = load_model("runs/demo/best_model")
-        >>> nearest_genes(gene_embeddings(model, processor), "CD3D", n=3)
+        >>> gene_embeddings(model, processor).shape
+        (765, 64)
     """
     validate_pair(model, processor)
     vocabulary = processor.tokenizer.get_vocab()
@@ -62,6 +63,10 @@ def nearest_genes(embeddings: pd.DataFrame, gene: str, n: int = 10) -> pd.Series
 
     Raises:
         ValueError: there is no such gene.
+
+    Example:
+        >>> list(nearest_genes(gene_embeddings(model, processor), "CD3D", n=3).index)  # doctest: +SKIP
+        ['CD3E', 'CD3G', 'IL32']
     """
     if gene not in embeddings.index:
         raise ValueError(f"{gene!r} is not among the {len(embeddings):,} genes, such as {list(embeddings.index[:3])}")

@@ -92,10 +92,10 @@ def generate_cells(
             the model was not trained generatively, or has no second head for several rounds.
 
     Example:
-        >>> import numpy as np
-        >>> report = embed_anndata(adata, "runs/generative/best_model", normalize=False)
-        >>> cells = generate_cells("runs/generative/best_model", ["CD3D", "LYZ"], cell_embedding=adata.obsm["X_scgpt"])
-        >>> cells.X.shape
+        >>> model = "runs/generative/best_model"
+        >>> report = embed_anndata(adata, model, normalize=False)  # doctest: +SKIP
+        >>> cells = generate_cells(model, ["CD3D", "LYZ"], cell_embedding=adata.obsm["X_scgpt"])  # doctest: +SKIP
+        >>> cells.X.shape  # doctest: +SKIP
         (700, 2)
 
     Source: generation of scGPT, Cui et al. 2024, Nature Methods 21:1470, methods.

@@ -166,5 +166,5 @@ def _open_paths(paths: Sequence[Path], settings: dict[str, Any], round_counts: b
         return open_census(str(paths[0]), **settings)
     raise ValueError(
         f"cannot open {wrong[0]!r}; expected files ({SUPPORTED}), or one folder with a SOMA in the Census layout "
-        "(scripts/build_census.py builds one from files) or with a cache (scripts/cache_census.py)"
+        "(scgpt-hf build-census builds one from files) or with a cache (scgpt-hf cache)"
     )

@@ -1,9 +1,9 @@
 """Annotate the cells of a file with their types: by a fine-tuned model, or by the nearest cells of a reference.
 
-  python scripts/annotate.py query.h5ad --model runs/types/best_model --out annotated.h5ad
-  python scripts/annotate.py query.h5ad --reference ref.h5ad --labels_key cell_type --model ENCODER --out annotated.h5ad
+  scgpt-hf annotate query.h5ad --model runs/types/best_model --out annotated.h5ad
+  scgpt-hf annotate query.h5ad --reference ref.h5ad --labels_key cell_type --model ENCODER --out annotated.h5ad
 
-The first command uses a classifier trained by scripts/finetune.py. The second embeds both files with any pretrained
+The first command uses a classifier trained by scgpt-hf finetune. The second embeds both files with any pretrained
 model; without --model it compares the embeddings that both files have in obsm["X_scgpt"]. Both commands write
 obs["predicted_cell_type"], its _confidence, and "unassigned" where the confidence is below --threshold. The second also
 writes _distance, the mean distance to the neighbors: it is large for types that the reference lacks. Counts stay on
@@ -15,19 +15,16 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from anndata import AnnData
-from transformers import PreTrainedModel
-
-from scgpt_hf.analysis.annotate import CLASSIFIER, PREDICTED, predict_cell_types, transfer_labels, validate_transfer
+from scgpt_hf.analysis.annotate import CLASSIFIER, PREDICTED
+from scgpt_hf.analysis.annotate_cells import annotate
 from scgpt_hf.analysis.annotate_file import annotate_file
-from scgpt_hf.analysis.embed import KEY, embed_anndata
+from scgpt_hf.analysis.embed import KEY
 from scgpt_hf.cells.files.contents import open_anndata
 from scgpt_hf.cells.files.formats import SUPPORTED
 from scgpt_hf.cli.inference_arguments import add_inference_arguments
 from scgpt_hf.cli.process import accept_any_locale, exit_with_error, tune_process
 from scgpt_hf.output import require_writable_file
 from scgpt_hf.pretrained import load_model
-from scgpt_hf.tokens.processing_scgpt import ScGPTProcessor
 from scgpt_hf.training.settings_parsing import ExampleHelpFormatter
 
 
@@ -73,51 +70,22 @@ def _make_parser() -> argparse.ArgumentParser:
 
 def _make_annotate(options: argparse.Namespace) -> Callable[..., dict[str, Any]]:
     """Return the function that annotates an AnnData as the options say, its model loaded."""
-    run = {name: getattr(options, name) for name in ("batch_size", "empty", "layer", "round_counts", "overwrite")}
+    names = ("batch_size", "empty", "layer", "round_counts", "overwrite", "threshold", "key_added", "labels_key")
+    run = {name: getattr(options, name) for name in names}
     if options.reference is None:
         model, processor = load_model(options.model, device=options.device, **CLASSIFIER)
-        named = {name: getattr(options, name) for name in ("threshold", "key_added")}
-        return partial(predict_cell_types, model=model, processor=processor, **run, **named)
-    names = ("labels_key", "n_neighbors", "max_distance", "key_added", "threshold", "overwrite")
-    return partial(
-        _embed_and_transfer,
-        reference=open_anndata(options.reference),
-        encoder=None if options.model is None else load_model(options.model, device=options.device),
-        embed_settings=run,
-        ignore=options.ignore_labels,
-        **{name: getattr(options, name) for name in names},
-    )
-
-
-def _embed_and_transfer(
-    query: AnnData,
-    reference: AnnData,
-    encoder: tuple[PreTrainedModel, ScGPTProcessor] | None,
-    embed_settings: dict[str, Any],
-    **settings: Any,
-) -> dict[str, Any]:
-    """Embed query and reference, if an encoder is given, and transfer labels. What cannot work raises before that.
-
-    Args:
-        query: see `transfer_labels`.
-        reference: see `transfer_labels`.
-        encoder: model and processor; None uses the embeddings that the data have.
-        embed_settings: further arguments of `embed_anndata`.
-        settings: further arguments of `transfer_labels`.
-
-    Raises:
-        ValueError: see `transfer_labels`; or the query has an embedding that must not be replaced.
-    """
-    validate_transfer(query, reference, **{name: value for name, value in settings.items() if name != "max_distance"})
-    if encoder is not None:
-        if KEY in query.obsm and not embed_settings["overwrite"]:
-            raise ValueError(
-                f"the query has an embedding obsm[{KEY!r}] already; use it and that of the reference (without "
-                "--model), or replace it (--overwrite)"
-            )
-        embed_anndata(reference, *encoder, **embed_settings | {"overwrite": True})  # its file is not written
-        embed_anndata(query, *encoder, **embed_settings)
-    return transfer_labels(query, reference, **settings)
+        return partial(annotate, model=model, processor=processor, **run)
+    reference = open_anndata(options.reference)
+    if options.model is not None:
+        run["model"], run["processor"] = load_model(options.model, device=options.device)
+        if KEY in reference.obsm:
+            del reference.obsm[KEY]  # its file is not written
+    transfer = {
+        "ignore": options.ignore_labels,
+        "n_neighbors": options.n_neighbors,
+        "max_distance": options.max_distance,
+    }
+    return partial(annotate, reference=reference, transfer=transfer, **run)
 
 
 if __name__ == "__main__":

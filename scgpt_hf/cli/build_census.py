@@ -1,9 +1,9 @@
 """Build a local SOMA in the layout of the CELLxGENE Census from your own files.
 
 Examples:
-  python scripts/build_census.py data/*.h5ad --out my_census
-  python scripts/build_census.py */outs/filtered_feature_bc_matrix.h5 --donor_key dataset_id --out my_census
-  accelerate launch scripts/pretrain.py --data my_census
+  scgpt-hf build-census data/*.h5ad --out my_census
+  scgpt-hf build-census */outs/filtered_feature_bc_matrix.h5 --donor_key dataset_id --out my_census
+  scgpt-hf pretrain --data my_census
 
 Each file becomes one dataset, named by the file or, where files share a name, by the folder. A file needs raw counts
 and an obs column with donors, because training and validation cells are split by donor. Genes of different files are
@@ -61,7 +61,7 @@ def main(arguments: list[str] | None = None) -> None:
         )
     except (ValueError, OSError) as error:
         exit_with_error(error)
-    print(f"wrote {folder}; train on it with: accelerate launch scripts/pretrain.py --data {folder}")
+    print(f"wrote {folder}; train on it with: scgpt-hf pretrain --data {folder}")
 
 
 if __name__ == "__main__":

@@ -1,19 +1,19 @@
 """Copy the cells of a Census into a cache: a folder that is read in any order, at hundreds of thousands of cells/s.
 
-  python scripts/cache_census.py census://2025-11-08/homo_sapiens blood --obs_filter "tissue_general == 'blood'"
-  accelerate launch scripts/pretrain.py --data blood
+  scgpt-hf cache census://2025-11-08/homo_sapiens blood --obs_filter "tissue_general == 'blood'"
+  scgpt-hf pretrain --data blood
 
-Epochs over a cache are shuffled over all cells. `pretrain.py --cache_dir DIR` writes the same cache during its first
+Epochs over a cache are shuffled over all cells. `scgpt-hf pretrain --cache_dir DIR` writes it during its first
 epoch. A cache takes about 5 kB for each cell. It is a `datasets` folder: `datasets.load_from_disk("blood")` opens it.
 You can publish it on the Hub as a dataset, which others can stream, or train on:
 
-  python scripts/cache_census.py CENSUS blood --push_to_hub ORG/NAME
-  accelerate launch scripts/pretrain.py --data hf://datasets/ORG/NAME
+  scgpt-hf cache CENSUS blood --push_to_hub ORG/NAME
+  scgpt-hf pretrain --data hf://datasets/ORG/NAME
 
 Several machines can share the work. Any number of jobs gives the same files, byte for byte:
 
-  python scripts/cache_census.py CENSUS DIR --shard $SLURM_ARRAY_TASK_ID/64     one job of an array
-  python scripts/cache_census.py CENSUS DIR --ray                               on the Ray cluster of this machine
+  scgpt-hf cache CENSUS DIR --shard $SLURM_ARRAY_TASK_ID/64     one job of an array
+  scgpt-hf cache CENSUS DIR --ray                               on the Ray cluster of this machine
 
 After an interruption, run the same command again: finished files are verified by their hash, not written again. The
 last job that finishes completes the folder.

@@ -1,7 +1,7 @@
 """Check a file of cells before any work: where the raw counts are, genes, species, obs columns, time and memory.
 
-  python scripts/check.py my.h5ad                               the data alone
-  python scripts/check.py my.h5ad --model runs/demo/best_model  and whether this model can embed them
+  scgpt-hf check my.h5ad                               the data alone
+  scgpt-hf check my.h5ad --model runs/demo/best_model  and whether this model can embed them
 
 All counts are read once; nothing is written. The exit code is 0 if the file will work, and 1, with what to do, if not.
 """
@@ -10,7 +10,7 @@ import argparse
 import logging
 import sys
 
-from scgpt_hf.analysis.check import check_cells
+from scgpt_hf.analysis.checking.check import check_cells
 from scgpt_hf.cli.process import accept_any_locale, exit_with_error, tune_process
 from scgpt_hf.training.settings_parsing import ExampleHelpFormatter
 

@@ -1,11 +1,11 @@
 """Convert a checkpoint of scGPT's code to a folder that transformers can load.
 
 Examples:
-  python scripts/convert.py scGPT_human --out models/scgpt_human
-  python scripts/convert.py my_finetuned --out models/mine --cell_pooling average --cls_value 0
+  scgpt-hf convert scGPT_human --out models/scgpt_human
+  scgpt-hf convert my_finetuned --out models/mine --cell_pooling average --cls_value 0
 
 Then embed the cells of an .h5ad file with raw counts:
-  python scripts/embed.py cells.h5ad --model models/scgpt_human --out embedded.h5ad
+  scgpt-hf embed cells.h5ad --model models/scgpt_human --out embedded.h5ad
 
 A checkpoint of scGPT's code is a folder with args.json, vocab.json and best_model.pt. Every key of best_model.pt is
 converted, or left out for a reason that is printed, or stops the conversion. Most settings are read from args.json, or

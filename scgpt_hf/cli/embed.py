@@ -1,7 +1,7 @@
 """Embed the cells of a file with a pretrained model: one vector per cell, in obsm.
 
-  python scripts/embed.py data.h5ad --model runs/demo/best_model --out embedded.h5ad
-  python scripts/embed.py data.h5ad --model OWNER/NAME --out embedded.h5ad --layer counts --batch_size 256
+  scgpt-hf embed data.h5ad --model runs/demo/best_model --out embedded.h5ad
+  scgpt-hf embed data.h5ad --model OWNER/NAME --out embedded.h5ad --layer counts --batch_size 256
 
 The file may be larger than memory. It needs raw counts and genes by Ensembl id or symbol. Then, in scanpy:
 

@@ -1,11 +1,11 @@
 r"""Score the embeddings of labelled cells, and baselines on the same cells.
 
 Examples:
-  python scripts/evaluate.py embedded.h5ad --embedding X_scgpt --out scores
-  python scripts/evaluate.py embedded.h5ad --embedding X_scgpt --embedding X_scVI --labels_key cell_type \
+  scgpt-hf evaluate embedded.h5ad --embedding X_scgpt --out scores
+  scgpt-hf evaluate embedded.h5ad --embedding X_scgpt --embedding X_scVI --labels_key cell_type \
       --batch_key donor_id --reference reference.h5ad --baselines "HVG + PCA" "HVG + logistic regression" scVI \
       --vector svg --out scores
-  python scripts/evaluate.py embedded.h5ad --embedding X_scgpt --run runs/demo --out scores
+  scgpt-hf evaluate embedded.h5ad --embedding X_scgpt --run runs/demo --out scores
 
 What is measured:
   separation of cell types  NMI, ARI, ASW, cLISI (scib-metrics)

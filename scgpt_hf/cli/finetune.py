@@ -1,12 +1,12 @@
 """Adapt a pretrained model to labelled cells, to predict cell types, or to experimental batches, to integrate them.
 
-  python scripts/finetune.py data.h5ad --model runs/demo/best_model --labels_key cell_type --out runs/types
-  python scripts/finetune.py data.h5ad --model OWNER/NAME --labels_key cell_type --out runs/types --train lora
-  python scripts/finetune.py a.h5ad b.h5ad --task integrate --model OWNER/NAME --batch_key assay --out runs/joined
+  scgpt-hf finetune data.h5ad --model runs/demo/best_model --labels_key cell_type --out runs/types
+  scgpt-hf finetune data.h5ad --model OWNER/NAME --labels_key cell_type --out runs/types --train lora
+  scgpt-hf finetune a.h5ad b.h5ad --task integrate --model OWNER/NAME --batch_key assay --out runs/joined
 
 The first command fits a logistic regression to the embedding of the frozen model. The second one continues from it,
 and trains the encoder, too; the result is kept only if it predicts held-out cells better. Both write a classifier for
-scripts/annotate.py. The third command trains an encoder for scripts/embed.py.
+scgpt-hf annotate. The third command trains an encoder for scgpt-hf embed.
 OUT/best_model is the model; report.html, summary.json, metrics, split and settings are beside it.
 `--task integrate --help` shows the flags of that task. An interrupted run cannot be resumed: remove OUT and run again.
 """

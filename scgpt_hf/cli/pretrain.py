@@ -1,10 +1,14 @@
 """Pretrain a gene transformer: from a Census query to a checkpoint.
 
-  accelerate launch scripts/pretrain.py                                    the demo: 700 blood cells, two minutes
-  accelerate launch scripts/pretrain.py configs/blood_300k.yaml            scGPT's recipe on blood of the Census
-  accelerate launch scripts/pretrain.py configs/blood_300k.yaml --dry_run  describe that run without doing it
+  scgpt-hf pretrain                                         the demo: 700 blood cells, two minutes
+  scgpt-hf pretrain --data my.h5ad --output_dir runs/mine   your cells
+  scgpt-hf pretrain blood-300k                              scGPT's recipe on blood of the Census
+  scgpt-hf pretrain blood-300k --dry_run                    describe that run without doing it
+  scgpt-hf pretrain my.yaml --learning_rate 3e-4            settings of a file, and one of them changed
+  accelerate launch --num_processes 8 -m scgpt_hf.cli.pretrain blood-300k
 
-Settings come from a YAML file, then from flags. Without a YAML file, those of configs/demo.yaml apply.
+Settings come from a YAML file, or from a config of the package by its name, then from flags. Without either, those of
+the config "demo" apply.
 The run folder (--output_dir) gets the model, the split, the metrics, the figures and a model card.
 """
 
@@ -16,7 +20,7 @@ import accelerate
 import torch
 
 from scgpt_hf.cells.threads import n_cores
-from scgpt_hf.cli.process import accept_any_locale, exit_with_error, program_name, tune_process
+from scgpt_hf.cli.process import accept_any_locale, exit_with_error, program_name, show_log, tune_process
 from scgpt_hf.pretraining import describe_pretraining, pretrain
 from scgpt_hf.training.fault_tolerance.signals import StopSignal, TrainingInterrupted
 from scgpt_hf.training.settings import TrainingSettings
@@ -34,8 +38,7 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         settings = parse_settings(sys.argv[1:] if arguments is None else arguments, __doc__)
         args = settings.training
-        logging.basicConfig(format="%(message)s")
-        logging.getLogger("scgpt_hf").setLevel(logging.INFO if args.process_index == 0 else logging.WARNING)
+        show_log(logging.INFO if args.process_index == 0 else logging.WARNING)
         set_cpu_threads(args)
         if args.dry_run:
             text = describe_pretraining(settings)

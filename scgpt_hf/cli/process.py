@@ -4,6 +4,7 @@ Only commands change the state of the process, never an import or a library call
 """
 
 import ctypes
+import logging
 import os
 import platform
 import sys
@@ -18,12 +19,13 @@ from scgpt_hf.cells.threads import set_background_priority
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -2, -3, -8
 _HEAP_BYTES = 64 * 2**20  # glibc returns an empty heap of this size, unless at least M_TOP_PAD bytes stay free
 _LARGEST_MMAP_THRESHOLD = _HEAP_BYTES // 2  # the largest value that M_MMAP_THRESHOLD accepts
+_LOGGERS_OF_GENES = ("scgpt_hf.pipeline.genes", "scgpt_hf.tokens.vocabulary_scgpt")
 _LARGEST_TRIM_THRESHOLD = 2**31 - 1  # the largest value that fits an int
 
 
 @cache
 def tune_process() -> None:
-    """Tune this process for reading cells: keep freed memory, and lower the CPU priority of background threads.
+    """Tune this process for a command: keep freed memory, lower the CPU priority of background threads, print less.
 
     Call it first in a command, or in a script of your own that reads millions of cells, before threads allocate memory.
     Further calls do nothing.
@@ -33,6 +35,37 @@ def tune_process() -> None:
     """
     _keep_freed_memory()
     set_background_priority(True)
+    _hide_short_progress_bars()
+
+
+def show_log(level: int) -> None:
+    """Print the messages of the package as they are, each report on the genes of the data once.
+
+    Training, validation and baselines each match the genes, with the same result.
+
+    Args:
+        level: lowest level of the messages, from `logging`.
+    """
+    logging.basicConfig(format="%(message)s")
+    package = logging.getLogger("scgpt_hf")
+    package.setLevel(level)
+    once = _OncePerMessage()
+    for name in _LOGGERS_OF_GENES:
+        logging.getLogger(name).addFilter(once)
+
+
+class _OncePerMessage(logging.Filter):
+    """Lets each message pass once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[str] = set()
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        message = record.getMessage()
+        is_new = message not in self.seen
+        self.seen.add(message)
+        return is_new
 
 
 def accept_any_locale() -> None:
@@ -65,6 +98,18 @@ def program_name() -> str:
 def exit_with_error(error: Exception) -> NoReturn:
     """End the process with exit code 1 and one line: the name of the command and the message of the error."""
     sys.exit(f"{program_name()}: {error}")
+
+
+def _hide_short_progress_bars() -> None:
+    """Hide the bars of transformers for loading and writing weights, one or two for each checkpoint.
+
+    Bars of downloads, of training and of our own work stay.
+    """
+    from huggingface_hub.utils.tqdm import enable_progress_bars
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # also hides downloads
+    enable_progress_bars()
 
 
 def _keep_freed_memory() -> None:

@@ -1,8 +1,8 @@
 """Publish a finished run as a model on the Hub, or a cache as a dataset.
 
-  python scripts/publish.py runs/demo ORG/NAME               weights, code, processor, settings, split, figures, card
-  python scripts/publish.py runs/types ORG/TYPES --private   a fine-tuned model, in a private repository
-  python scripts/publish.py my_cache ORG/CELLS               a cache, for datasets.load_dataset and hf://datasets/ORG/CELLS
+  scgpt-hf publish runs/demo ORG/NAME               weights, code, processor, settings, split, figures, card
+  scgpt-hf publish runs/types ORG/TYPES --private   a fine-tuned model, in a private repository
+  scgpt-hf publish my_cache ORG/CELLS               a cache, for datasets.load_dataset and hf://datasets/ORG/CELLS
 
 Log in with `hf auth login` first, or set HF_TOKEN. The repository is created if it does not exist. Running the command
 again sends only what changed, or what is missing after an interruption. To publish during training, pass

@@ -1,8 +1,8 @@
 """Write report.html into a folder: one page with scores, loss curves, data, settings and figures.
 
-  python scripts/report.py runs/demo        a pretraining run, finished or in progress
-  python scripts/report.py runs/annotate    a run of finetune.py
-  python scripts/report.py scores           an evaluation by evaluate.py
+  scgpt-hf report runs/demo        a pretraining run, finished or in progress
+  scgpt-hf report runs/annotate    a run of finetune
+  scgpt-hf report scores           an evaluation by evaluate
 
 The page is self-contained: it needs no other file and no network, and is readable on a phone.
 """
@@ -18,7 +18,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Parse the command line, write the page, and print its path."""
     accept_any_locale()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=ExampleHelpFormatter)
-    parser.add_argument("run", help="folder written by pretrain.py, finetune.py or evaluate.py")
+    parser.add_argument("run", help="folder written by pretrain, finetune or evaluate")
     try:
         print(write_report(parser.parse_args(arguments).run))
     except (OSError, ValueError) as error:

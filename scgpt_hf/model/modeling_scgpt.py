@@ -369,8 +369,9 @@ class ScGPTForPreTraining(ScGPTPreTrainedModel):
         ValueError: no objective has a weight above 0.
 
     Example:
-        >>> model = ScGPTForPreTraining(ScGPTConfig(vocab_size=processor.vocab_size, pad_token_id=processor.pad_id))
-        >>> model(**processor(adata, mask_ratios=[0.5])).loss.backward()
+        >>> sizes = {"vocab_size": processor.vocab_size, "pad_token_id": processor.pad_id, "num_hidden_layers": 1}
+        >>> model = ScGPTForPreTraining(ScGPTConfig(**sizes))
+        >>> model(**processor(adata[:4], mask_ratios=[0.5])).loss.backward()
     """
 
     _auto_class = "AutoModelForPreTraining"
@@ -443,9 +444,8 @@ class ScGPTForPreTraining(ScGPTPreTrainedModel):
             count_ids: vocabulary id of each non-zero count of all cells, int64 (entries,), for the objective "counts".
             count_values: the raw count, float32 (entries,).
             count_cells: position of its cell in this input, int64 (entries,), ascending.
-            view_input_ids, view_values, view_attention_mask, view_cu_seq_lens_q, view_cu_seq_lens_k,
-                view_max_length_q, view_max_length_k: a second view of the same cells, for the objective "views"; as
-                the arguments without `view_`.
+            view_input_ids, view_values, …: a second view of the same cells, for the objective "views"; as the
+                arguments without `view_`.
             num_items_in_batch: number of labels of the complete batch, over all accumulation steps and processes, if
                 this is a part of it.
             num_cells_in_batch: number of cells of the complete batch; used with `num_items_in_batch` only.
@@ -720,8 +720,9 @@ class ScGPTForPerturbation(ScGPTPreTrainedModel):
     Source: bowang-lab/scGPT:scgpt/model/generation_model.py (TransformerGenerator); Cui et al. 2024.
 
     Example:
-        >>> flags = (input_ids == perturbed_gene).long()
-        >>> predicted = model(input_ids, values, perturbation_flags=flags).expression  # (cells, tokens)
+        >>> batch = processor(adata[:4])  # doctest: +SKIP
+        >>> flags = (batch["input_ids"] == perturbed_gene).long()  # doctest: +SKIP
+        >>> predicted = model(**batch, perturbation_flags=flags).expression  # (cells, tokens)  # doctest: +SKIP
     """
 
     _auto_class = "AutoModelForTokenClassification"

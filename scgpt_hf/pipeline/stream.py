@@ -216,7 +216,7 @@ def stream_cells(
         >>> plan = plan_validation(source.obs().index.to_numpy(), batch_size=64)
         >>> batches = stream_cells(source, [plan], processor, StreamConfig(seed=0, mask_ratios=(0.25, 0.5, 0.75)))
         >>> next(iter(batches))["input_ids"].shape
-        torch.Size([1, 28417])
+        torch.Size([1, ...])
     """
     stream = CellStream(source, plans, processor, config, start_step=start_step)
     # `datasets` treats each item of a list in `gen_kwargs` as one shard, and its `state_dict` counts finished shards.

@@ -121,7 +121,7 @@ Numbers in brackets count the cells of training and validation together. `split.
 
 def _training(summary: RunRecord, settings: RunRecord) -> str:
     table = markdown_table(finetuning_recipe(summary, settings))
-    return f"## Training\n\n{table}\n\n`settings.yaml` holds all settings of `scripts/finetune.py`."
+    return f"## Training\n\n{table}\n\n`settings.yaml` holds all settings of `scgpt-hf finetune`."
 
 
 def _classifier_results(summary: RunRecord) -> str:
@@ -154,7 +154,7 @@ def _integration_results(summary: RunRecord) -> str:
     return f"""## Results
 
 Prediction of masked genes in held-out cells. Expression values are bins (ranks within a cell), so errors are in bins
-squared. A run does not measure how well batches mix and cell types stay apart; use `scripts/evaluate.py` for that.
+squared. A run does not measure how well batches mix and cell types stay apart; use `scgpt-hf evaluate` for that.
 
 {error_table(summary)}"""
 

@@ -198,6 +198,6 @@ source = scgpt_hf.open_source("hf://datasets/{repo_id}")
 block = source.read(source.obs().index.to_numpy()[:100])  # block.counts: (cells, genes), sparse
 ```
 
-To pretrain on it, run `accelerate launch scripts/pretrain.py --data hf://datasets/{repo_id}`. `manifest.json` holds
+To pretrain on it, run `scgpt-hf pretrain --data hf://datasets/{repo_id}`. `manifest.json` holds
 the sha256 of every file of cells. Downloads of up to 64 GiB are verified with it.
 """

@@ -142,8 +142,8 @@ def _labels(summary: RunRecord) -> Html:
 
 def _how_to_use(run: Path, task: str) -> Html:
     checkpoint = f"{run.resolve().name}/{BEST_MODEL}"
-    script = "annotate.py" if task == "annotate" else "embed.py"
-    return section("How to use", code_block(f"python scripts/{script} data.h5ad --model {checkpoint} --out out.h5ad"))
+    command = "annotate" if task == "annotate" else "embed"
+    return section("How to use", code_block(f"scgpt-hf {command} data.h5ad --model {checkpoint} --out out.h5ad"))
 
 
 def _flatten(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:

@@ -151,7 +151,7 @@ def _how_to_load(run: Path) -> Html:
     checkpoint = f"{run.resolve().name}/{BEST_MODEL}"
     return section(
         "How to load",
-        code_block(f"python scripts/embed.py data.h5ad --model {checkpoint} --out embedded.h5ad"),
+        code_block(f"scgpt-hf embed data.h5ad --model {checkpoint} --out embedded.h5ad"),
         code_block(
             "import scanpy as sc\n"
             "from scgpt_hf import embed_anndata\n\n"

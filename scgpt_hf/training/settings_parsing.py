@@ -44,7 +44,7 @@ def parse_settings(arguments: list[str], description: str = "") -> Settings:
 
     Args:
         arguments: command line without the program's name. The first one may be a YAML file, in the current folder or
-            among the configs of the package.
+            among the configs of the package, or the name of such a config: "blood-300k" is `blood_300k.yaml`.
         description: text at the top of `--help`.
 
     Raises:
@@ -57,32 +57,9 @@ def parse_settings(arguments: list[str], description: str = "") -> Settings:
         >>> settings.data.data, settings.training.num_train_epochs
         (['cells.h5ad'], 3.0)
     """
-    parser = HfArgumentParser(
-        list(SECTIONS.values()),  # type: ignore[arg-type]
-        description=description,
-        formatter_class=ExampleHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.usage = "%(prog)s [SETTINGS.yaml] [--flag VALUE …]"
-    names_file = bool(arguments) and arguments[0].endswith((".yaml", ".yml"))
-    base = read_yaml(Path(arguments[0]) if names_file else CONFIGS / "demo.yaml")
-    library_defaults = {name: parser.get_default(name) for name in _all_names()}
-    parser.set_defaults(**base)
-    flags = arguments[names_file:]
-    data, model, training, unknown = parser.parse_args_into_dataclasses(
-        flags, look_for_args_file=False, return_remaining_strings=True
-    )
-    if unknown:
-        raise ValueError(f"unknown setting {unknown[0]!r}{_suggest(unknown[0].lstrip('-'), _all_names())}")
-    given = vars(parser.parse_known_args(flags)[0])
-    settings = Settings(data, model, training, _requested(given, library_defaults))
-    weights = model.loss_weights or {}
-    if data.batch_key is None and (weights.get("counts") or weights.get("views")):
-        # The count decoder has a bias for each experimental batch, and views contrast the cells of one.
-        data.batch_key = DEFAULT_BATCH_KEY
-    if data.batch_key is None and (model.domain_embedding or model.domain_head):
-        raise ValueError("domain_embedding and domain_head need --batch_key, the obs column of the experimental batch")
-    return settings
+    names_file = bool(arguments) and not arguments[0].startswith("-")
+    base = read_yaml(find_config(arguments[0]) if names_file else CONFIGS / "demo.yaml")
+    return _make_settings(base, arguments[names_file:], description)
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -116,9 +93,82 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return flat
 
 
+def make_settings(config: str | Path | None = None, **changes: Any) -> Settings:
+    """Return the settings of a YAML file or of a config of the package, with some of them changed.
+
+    Args:
+        config: see `read_yaml`; the name of a config of the package, such as "blood-300k"; None for the demo.
+        changes: settings by name, as in YAML. A value of None is a value, too.
+
+    Raises:
+        ValueError: see `parse_settings`.
+
+    Example:
+        >>> settings = make_settings(data="cells.h5ad", num_train_epochs=3)
+        >>> settings.data.data, settings.training.num_train_epochs
+        (['cells.h5ad'], 3.0)
+    """
+    flat = read_yaml(CONFIGS / "demo.yaml" if config is None else find_config(str(config)))
+    expected = {name: kind for cls in SECTIONS.values() for name, kind in _types_of(cls).items()}
+    for name, value in changes.items():
+        if name not in expected:
+            raise ValueError(f"unknown setting {name!r}{_suggest(name, expected)}")
+        try:
+            flat[name] = _convert(_plain_path(value), expected[name])
+        except TypeError as error:
+            raise ValueError(f"expected {_describe(expected[name])} for {name!r}, found {value!r}") from error
+    return _make_settings(flat, [], "")
+
+
+def find_config(name: str) -> Path:
+    """Return the path of a YAML file, or of the config of the package that a name means.
+
+    Raises:
+        ValueError: the name has no suffix of YAML, and the package has no such config.
+
+    Example:
+        >>> find_config("blood-300k").name
+        'blood_300k.yaml'
+    """
+    if name.endswith((".yaml", ".yml")):
+        return Path(name)
+    path = CONFIGS / f"{name.replace('-', '_')}.yaml"
+    if not path.is_file():
+        known = sorted(config.stem.replace("_", "-") for config in CONFIGS.glob("*.yaml"))
+        raise ValueError(f"unknown config {name!r}{_suggest(name, known)}; name a YAML file, or one of {known}")
+    return path
+
+
 def settings_yaml(settings: Settings) -> str:
     """Return the settings as YAML that `parse_settings` reads back as the same run. Credentials are left out."""
     return str(yaml.safe_dump(settings.requested, sort_keys=False, allow_unicode=True, width=120))
+
+
+def _make_settings(base: dict[str, Any], flags: list[str], description: str) -> Settings:
+    """Return the settings of a YAML file, which flags of a command line replace."""
+    parser = HfArgumentParser(
+        list(SECTIONS.values()),  # type: ignore[arg-type]
+        description=description,
+        formatter_class=ExampleHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.usage = "%(prog)s [SETTINGS.yaml | NAME] [--flag VALUE …]"
+    library_defaults = {name: parser.get_default(name) for name in _all_names()}
+    parser.set_defaults(**base)
+    data, model, training, unknown = parser.parse_args_into_dataclasses(
+        flags, look_for_args_file=False, return_remaining_strings=True
+    )
+    if unknown:
+        raise ValueError(f"unknown setting {unknown[0]!r}{_suggest(unknown[0].lstrip('-'), _all_names())}")
+    given = vars(parser.parse_known_args(flags)[0])
+    settings = Settings(data, model, training, _requested(given, library_defaults))
+    weights = model.loss_weights or {}
+    if data.batch_key is None and (weights.get("counts") or weights.get("views")):
+        # The count decoder has a bias for each experimental batch, and views contrast the cells of one.
+        data.batch_key = DEFAULT_BATCH_KEY
+    if data.batch_key is None and (model.domain_embedding or model.domain_head):
+        raise ValueError("domain_embedding and domain_head need --batch_key, the obs column of the experimental batch")
+    return settings
 
 
 def _load_yaml(path: Path, named: Path) -> dict[str, dict[str, Any]]:
@@ -215,6 +265,13 @@ def _requested(given: dict[str, Any], library_defaults: dict[str, Any]) -> dict[
             if cls is not TrainingSettings or name in cls.__annotations__ or given[name] != library_defaults[name]
         }
     return requested
+
+
+def _plain_path(value: Any) -> Any:
+    """Return a path, or a list of paths, as text."""
+    if isinstance(value, list | tuple):
+        return [_plain_path(item) for item in value]
+    return str(value) if isinstance(value, Path) else value
 
 
 def _plain(value: Any) -> Any:

@@ -15,9 +15,32 @@ from transformers.trainer_pt_utils import get_model_param_count
 from scgpt_hf.publishing.record import RunRecord, read_metrics
 from scgpt_hf.publishing.run_summary import EMBEDDING_SCORES, best_validation, error_rows, score_rows, value_unit
 from scgpt_hf.training.data_module import DataModule
-from scgpt_hf.training.run_folder import METRICS, SUMMARY, list_results, write_json
+from scgpt_hf.training.run_folder import BEST_MODEL, METRICS, SUMMARY, list_results, write_json
 from scgpt_hf.training.selection import composition_of, supervision_of
 from scgpt_hf.training.trainer import ScGPTTrainer
+
+
+class RunSummary(dict[str, Any]):
+    """The content of summary.json of a run, as a dictionary, with the folder of the run.
+
+    Attributes:
+        folder: the run folder.
+
+    Example:
+        >>> run = pretrain("demo", num_train_epochs=3)  # doctest: +SKIP
+        >>> run["train_cells"], run.model  # doctest: +SKIP
+        (613, PosixPath('runs/demo/best_model'))
+    """
+
+    def __init__(self, values: dict[str, Any], folder: str | Path) -> None:
+        super().__init__(values)
+        self.folder = Path(folder)
+
+    @property
+    def model(self) -> Path:
+        """The folder of the model with the lowest validation error, for `embed_anndata` and `load_model`."""
+        return self.folder / BEST_MODEL
+
 
 _PACKAGES = ("scgpt_hf", "torch", "transformers", "datasets", "accelerate", "tiledbsoma", "cellxgene-census")
 

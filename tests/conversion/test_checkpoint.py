@@ -426,7 +426,7 @@ def test_the_help_explains_the_unrecorded_settings(
     with pytest.raises(SystemExit, match="0"):
         run_script(monkeypatch, "--help")
     printed = capsys.readouterr().out
-    assert all(word in printed for word in ("pre_norm", "avg-pool", "best_model.pt", "scripts/embed.py"))
+    assert all(word in printed for word in ("pre_norm", "avg-pool", "best_model.pt", "scgpt-hf embed"))
 
 
 # Invalid input: each error names the file and the key

@@ -125,8 +125,8 @@ class Evaluation:
 def evaluate_embeddings(
     adata: "AnnData",
     embedding_keys: Sequence[str],
-    labels_key: str,
-    batch_key: str,
+    labels_key: str = "cell_type",
+    batch_key: str = "donor_id",
     *,
     reference: "AnnData | None" = None,
     **settings: Unpack[EvaluationSettings],

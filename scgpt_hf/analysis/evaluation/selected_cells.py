@@ -79,7 +79,7 @@ def select_cells(
     require_named_columns({"--labels_key": labels_key, "--batch_key": batch_key}, [str(name) for name in adata.obs])
     if unknown := [key for key in embedding_keys if key not in adata.obsm]:
         raise ValueError(
-            f"obsm has no {unknown[0]!r}; its keys are {sorted(adata.obsm)}; compute embeddings with scripts/embed.py"
+            f"obsm has no {unknown[0]!r}; its keys are {sorted(adata.obsm)}; compute embeddings with scgpt-hf embed"
         )
     labels, batches = adata.obs[labels_key], adata.obs[batch_key]
     if n_missing := int((~has_value(batches)).sum()):

@@ -59,7 +59,7 @@ def download_cache(address: str) -> Path:
     except EntryNotFoundError as error:
         raise ValueError(
             f"{address} is not a cache of cells, because it has no {MANIFEST}; publish one with "
-            "scripts/cache_census.py --push_to_hub"
+            "scgpt-hf cache --push_to_hub"
         ) from error
     logger.info("downloaded %s to %s", address, folder)
     return folder

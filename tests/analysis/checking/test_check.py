@@ -11,7 +11,7 @@ from anndata import AnnData
 from scipy.sparse import csr_matrix
 
 from scgpt_hf import check_cells, demo_cells, embed_anndata
-from scgpt_hf.analysis.obs_roles import find_group_columns
+from scgpt_hf.analysis.checking.obs_roles import find_group_columns
 from scgpt_hf.cli.check import main
 from scgpt_hf.model.configuration_scgpt import ScGPTConfig
 from scgpt_hf.model.modeling_scgpt import ScGPTForPreTraining

@@ -3,7 +3,7 @@
 import textwrap
 from dataclasses import dataclass, field
 
-from scgpt_hf.analysis.obs_roles import BATCH, DONOR, LABEL, GroupColumn
+from scgpt_hf.analysis.checking.obs_roles import BATCH, DONOR, LABEL, GroupColumn
 from scgpt_hf.measuring import format_duration
 
 _SHOWN = 5  # columns of one kind in the report
@@ -11,7 +11,7 @@ _SHOWN = 5  # columns of one kind in the report
 
 @dataclass
 class CellCheck:
-    """What `check_cells` found. `str()` of it is a report for people.
+    """Findings of `check_cells`. `str()` of them is a report for people.
 
     Attributes:
         name: the path of the file, or "AnnData".
@@ -63,7 +63,7 @@ class CellCheck:
 
     @property
     def ok(self) -> bool:
-        """Whether the file will work."""
+        """True if the file will work."""
         return not self.problems
 
     def __str__(self) -> str:

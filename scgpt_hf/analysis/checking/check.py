@@ -13,8 +13,8 @@ import pandas as pd
 import torch
 from transformers import PreTrainedModel
 
-from scgpt_hf.analysis.cell_check import CellCheck
-from scgpt_hf.analysis.obs_roles import DONOR, find_group_columns
+from scgpt_hf.analysis.checking.cell_check import CellCheck
+from scgpt_hf.analysis.checking.obs_roles import DONOR, find_group_columns
 from scgpt_hf.cells.block import Int64Array
 from scgpt_hf.cells.files.contents import Contents, contents_of, open_contents
 from scgpt_hf.cells.files.layers import describe_layers
@@ -106,7 +106,7 @@ def _open(
 
 
 def _check_tables(contents: Contents, source: AnnDataSource | None) -> CellCheck:
-    """Return what obs, var and the names of the layers show."""
+    """Return the findings in obs, var and the first cells of each layer."""
     layer = source.parts[0].layer if source else None
     genes = source.genes if source else _genes_of(contents)
     return CellCheck(

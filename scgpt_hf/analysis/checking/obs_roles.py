@@ -69,7 +69,7 @@ def find_group_columns(obs: pd.DataFrame) -> list[GroupColumn]:
 
 
 def role_of(name: str) -> str:
-    """Return what a column of this name usually holds: "donor", "batch", "label", or "" if it is not known.
+    """Return the role that a column of this name usually has: "donor", "batch", "label", or "" if it is not known.
 
     Example:
         >>> role_of("Patient_ID"), role_of("cell_type"), role_of("n_genes")

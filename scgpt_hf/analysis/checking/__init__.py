@@ -1,0 +1,1 @@
+"""Check files of cells before any work."""
