@@ -88,18 +88,19 @@ SEED = {"train_tokens": 97, "loss_weights": '{"gep": 1.0, "gepc": 1.0}'}
 COUNTS = {"train_tokens": 97, "loss_weights": '{"gep": 0.005, "counts": 1.0}', "batch_key": "dataset_id"}
 SHORTCUT = {**COUNTS, "cls_shortcut": "true"}
 DISPERSION = {"hvg_flavor": "seurat", "hvg_batch_key": "dataset_id"}
-RECIPE = {**SHORTCUT, **DISPERSION, "shortcut_steps": 3000}
-LOG1P = {**RECIPE, "input_style": "log1p", "loss_weights": '{"gep": 0.5, "counts": 1.0}'}
+BINS = {**SHORTCUT, **DISPERSION, "shortcut_steps": 3000}
+LOG1P = {**BINS, "input_style": "log1p", "loss_weights": '{"gep": 0.5, "counts": 1.0}'}
 ARMS: dict[str, dict[str, Any]] = {
     "untrained": {**SEED, "max_steps": 1, "learning_rate": 0.0},
     "seed": SEED,
     "counts": COUNTS,
     "counts, shortcut": SHORTCUT,
-    "recipe, bins": RECIPE,
-    "recipe, log1p": LOG1P,
+    "recipe": {**LOG1P, "input_keep": (0.25, 0.5, 0.75, 1.0)},
+    "complete input": LOG1P,
+    "complete input, bins": BINS,
 }
 COUNTS_ONLY = {"loss_weights": '{"counts": 1.0}'}
-# The ablation: one setting of "recipe, log1p" is changed. All arms see the same number of cells.
+# The ablation: one setting of "complete input" is changed. All arms see the same number of cells.
 ABLATION: dict[str, dict[str, Any]] = {
     "shortcut alone": {"max_steps": 1, "learning_rate": 0.0},
     "norm before each layer": {"norm_scheme": "pre"},
@@ -114,7 +115,6 @@ ABLATION: dict[str, dict[str, Any]] = {
     "masks of 75 %": {"mask_ratios": 0.75},
     "masks left out": {"leave_out_masked": "true", **COUNTS_ONLY},
     "counts only": COUNTS_ONLY,
-    "thinned input": {"input_keep": (0.25, 0.5, 0.75, 1.0)},
     "49 tokens": {"train_tokens": 49},
     "385 tokens": {"train_tokens": 385},
     "32 cells a step": {"per_device_train_batch_size": 32, "max_steps": 3000},
@@ -122,6 +122,9 @@ ABLATION: dict[str, dict[str, Any]] = {
     "no steps of the shortcut alone": {"shortcut_steps": 0},
     "10,000 steps of the shortcut alone": {"shortcut_steps": 10000},
     "4,000 genes": {"n_hvg": 4000},
+    "shortcut alone, thinned input": {"input_keep": (0.25, 0.5, 0.75, 1.0), "max_steps": 1, "learning_rate": 0.0},
+    "shortcut alone, 4,000 genes": {"n_hvg": 4000, "max_steps": 1, "learning_rate": 0.0},
+    "shortcut alone, genes by donor": {"hvg_batch_key": "donor_id", "max_steps": 1, "learning_rate": 0.0},
 }
 ARMS |= {name: {**LOG1P, **changed} for name, changed in ABLATION.items()}
 # The same with genes that were ranked by the variance of their raw counts within donors.
