@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from scgpt_hf.analysis.generate import generate_cells as generate_cells
     from scgpt_hf.cells.block import CellBlock as CellBlock
     from scgpt_hf.cells.cache.jobs import write_cache as write_cache
+    from scgpt_hf.cells.modalities import join_modalities as join_modalities
     from scgpt_hf.cells.soma.build import build_census as build_census
     from scgpt_hf.cells.source import CellSource as CellSource
     from scgpt_hf.cells.source import open_source as open_source
@@ -77,6 +78,7 @@ _MODULE_OF = {
     "CellBlock": "cells.block",
     "CellSource": "cells.source",
     "open_source": "cells.source",
+    "join_modalities": "cells.modalities",
     "build_census": "cells.soma.build",
     "write_cache": "cells.cache.jobs",
     "demo_cells": "demo",

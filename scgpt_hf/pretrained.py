@@ -159,8 +159,8 @@ def validate_shard_names(name: str | Path) -> None:
 def validate_pair(model: PreTrainedModel, processor: ScGPTProcessor) -> None:
     """Raise an error unless the model is an scGPT model that reads the tokens of the processor.
 
-    Both must have the same number of genes and special tokens. A model with a table of bins (`value_encoder`
-    "category") must also have the same number of bins.
+    Both must have the same number of genes and special tokens, and the same modalities. A model with a table of bins
+    (`value_encoder` "category") must also have the same number of bins.
 
     Raises:
         ValueError: it is another kind of model, or the two come from different folders.
@@ -172,6 +172,8 @@ def validate_pair(model: PreTrainedModel, processor: ScGPTProcessor) -> None:
             f"the model {model.name_or_path} has {model.config.vocab_size:,} genes and special tokens, the processor "
             f"{processor.vocab_size:,}; load both from one folder"
         )
+    if model.config.modalities:
+        processor.modality_ids(model.config.modalities)
     if model.config.value_encoder == "category" and processor.input_style != "binned":
         raise ValueError(
             f"the model {model.name_or_path} has a table of bins, the processor makes {processor.input_style} "

@@ -115,7 +115,7 @@ def predict_expression(
             layers = _to_layers(_run_views(model, views, batch_size), cells.tokens, columns)
             counts = cells.block.take(cells.rows).counts
             for head in [name for name in HEADS if name in layers]:
-                layers[f"{head}_counts"] = _to_counts(layers[head], counts, gene_ids, processor)
+                layers[f"{head}_counts"] = _to_counts(layers[head], counts, gene_ids, columns, processor)
             parts.append(layers)
             bar.update(len(cells.rows))
     joined = {name: vstack([layers[name] for layers in parts], format="csr") for name in parts[0]}
@@ -233,18 +233,56 @@ def _to_layers(outputs: Outputs, tokens: Tokens, columns: Int64Array) -> Layers:
 
 
 def _to_counts(
-    predicted: csr_matrix, counts: csr_matrix, gene_ids: Int64Array, processor: ScGPTProcessor
+    predicted: csr_matrix,
+    counts: csr_matrix,
+    gene_ids: Int64Array,
+    columns: Int64Array,
+    processor: ScGPTProcessor,
 ) -> csr_matrix:
     """Return the counts that predicted values correspond to, cell by cell. Shape (cells, requested genes)."""
     known = csr_matrix(counts[:, gene_ids >= 0])
     ids = gene_ids[gene_ids >= 0][known.indices]
     known = csr_matrix((known.data, ids, known.indptr), shape=(counts.shape[0], processor.vocab_size))
     known.sum_duplicates()  # of columns of one gene
+    if processor.modalities is not None:
+        return _to_counts_by_modality(predicted, counts, known, gene_ids, columns, processor)
     totals = np.asarray(counts.sum(axis=1)).ravel()
+    return _invert(predicted, known, totals, processor)
+
+
+def _to_counts_by_modality(
+    predicted: csr_matrix,
+    counts: csr_matrix,
+    known: csr_matrix,
+    gene_ids: Int64Array,
+    columns: Int64Array,
+    processor: ScGPTProcessor,
+) -> csr_matrix:
+    """Return counts that predicted values correspond to among the counts of their modality, NaN where it has none."""
+    result = predicted.copy()
+    modality_of_gene = processor.modality_ids(processor.modality_names)
+    of_column = np.where(gene_ids >= 0, modality_of_gene[gene_ids], 0)
+    for modality in range(len(processor.modality_names) - 2):
+        own = modality_of_gene[columns] == modality
+        totals = np.asarray(counts[:, of_column == modality].sum(axis=1)).ravel()
+        measured = known.copy()
+        measured.data = measured.data * (modality_of_gene[measured.indices] == modality)
+        measured.eliminate_zeros()
+        entries = own[result.indices]
+        result.data[entries] = _invert(predicted, measured, totals, processor).data[entries]
+    return result
+
+
+def _invert(
+    predicted: csr_matrix, known: csr_matrix, totals: npt.NDArray[Any], processor: ScGPTProcessor
+) -> csr_matrix:
+    """Return the counts that predicted values correspond to, given measured counts and the totals of the cells."""
     result = predicted.copy()
     for cell, (start, stop) in enumerate(pairwise(predicted.indptr)):  # the edges of the bins differ between cells
         values, expressed = predicted.data[start:stop], known.data[slice(*known.indptr[cell : cell + 2])]
-        if processor.input_style == "binned":
+        if not len(expressed):
+            result.data[start:stop] = np.nan  # nothing is measured that would say what a bin is in counts
+        elif processor.input_style == "binned":
             result.data[start:stop] = bins_to_counts(values, expressed, processor.n_bins)
         else:
             result.data[start:stop] = log1p_to_counts(values, totals[cell], processor.target_sum)

@@ -12,15 +12,16 @@ No weight is dropped silently: each key is converted, or left out for a reason i
 import json
 import logging
 import os
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Literal, TypedDict, Unpack, get_args, get_type_hints
+from typing import Any, Literal, TypedDict, Unpack, get_args, get_origin, get_type_hints
 
 import torch
 
 from scgpt_hf.conversion.files import ARGS, VOCAB, WEIGHTS, OriginalFiles, read_original
-from scgpt_hf.conversion.keys import infer_settings, is_perturbation_model, map_keys, rename_weights
+from scgpt_hf.conversion.keys import MODALITY_TABLE, infer_settings, is_perturbation_model, map_keys, rename_weights
 from scgpt_hf.conversion.report import ConversionReport, build_card
 from scgpt_hf.model.configuration_scgpt import ScGPTConfig
 from scgpt_hf.model.modeling_scgpt import ScGPTForPerturbation, ScGPTForPreTraining
@@ -46,6 +47,9 @@ class UnrecordedSettings(TypedDict, total=False):
         ecs_threshold: similarity threshold of the ECS objective; 0.3 by default, as in scGPT's code.
         cls_value: value of the token `<cls>`. By default `pad_value` of args.json (-2 in published checkpoints), as in
             scGPT's pretraining and `embed_data`. Pass 0 for models trained with its fine-tuning tokenizer.
+        modalities: of a multi-omic model, the names of its modalities by their ids, with `<pad>` and `<cls>`. Without
+            them its expression heads are left out.
+        gene_modalities: gene → modality; genes that are not listed have the first one.
     """
 
     norm_scheme: Literal["post", "scgpt_pre"]
@@ -53,6 +57,8 @@ class UnrecordedSettings(TypedDict, total=False):
     gepc_detach: bool
     ecs_threshold: float
     cls_value: float
+    modalities: list[str]
+    gene_modalities: dict[str, str]
 
 
 # Source: defaults of bowang-lab/scGPT:scgpt/model/model.py:22; cls_value is that of scgpt/tasks/cell_emb.py:80.
@@ -94,7 +100,8 @@ def convert_scgpt(
     files = read_original(Path(folder), weights_file)
     pad_value = 0 if is_perturbation_model(files.weights) else files.args["pad_value"]
     cls_value = unrecorded.get("cls_value", pad_value)
-    converted, left_out = map_keys(files.weights, files.weights_path)
+    modalities = unrecorded.get("modalities", [])
+    converted, left_out = map_keys(files.weights, files.weights_path, modalities)
     weights = {key: files.weights[key] for key in converted}
     inferred = infer_settings(weights, files.weights_path)
     _require_agreement(files, inferred)
@@ -104,11 +111,14 @@ def convert_scgpt(
     with torch.device("meta"):
         model_class = ScGPTForPerturbation if is_perturbation_model(weights) else ScGPTForPreTraining
         model = model_class(_build_config(files, inferred, {**unrecorded}))
-    model.load_state_dict(rename_weights(weights, converted, model, files.weights_path), assign=True)
+    processor = _build_processor(files, cls_value, modalities, unrecorded.get("gene_modalities", {}))
+    state = rename_weights(weights, converted, model, files.weights_path)
+    if modalities:
+        state[MODALITY_TABLE] = torch.from_numpy(processor.modality_ids(modalities))
+    model.load_state_dict(state, assign=True)
     # `infer_settings` gave the class objective a weight so that the class head is built; it is not trained by default.
     loss_weights = {name: weight for name, weight in inferred["loss_weights"].items() if name != "cls"}
     inferred["loss_weights"] = model.config.loss_weights = loss_weights or inferred["loss_weights"]
-    processor = _build_processor(files, cls_value)
     assumed = _assumed_settings(files, inferred, {**unrecorded}, processor)
     source, notes = Path(folder).resolve().name, _notes(files, inferred)
     report = ConversionReport(source, converted, left_out, inferred, assumed, notes)
@@ -176,6 +186,11 @@ def _require_valid(settings: dict[str, Any]) -> None:
     for name, value in settings.items():
         if name not in types:
             raise ValueError(f"convert_scgpt has no setting {name!r}; expected one of {', '.join(types)}")
+        kind = get_origin(types[name])  # list or dict of the settings of modalities, or Literal
+        if kind in (list, dict):
+            if not isinstance(value, kind):
+                raise ValueError(f"{name} is {value!r}; expected a {kind.__name__}")
+            continue
         choices = get_args(types[name])
         is_int_for_float = types[name] is float and type(value) is int
         if value not in choices if choices else not (is_int_for_float or isinstance(value, types[name])):
@@ -230,12 +245,18 @@ def _build_config(files: OriginalFiles, inferred: dict[str, Any], unrecorded: di
         "attention_dropout": args["dropout"],  # as in scGPT's code; see `ScGPTConfig`
     }
     settings |= {"perturbation_cls": False} if is_perturbation_model(files.weights) else {}
-    chosen = {name: value for name, value in (_PUBLISHED | unrecorded).items() if name != "cls_value"}
+    not_of_model = {"cls_value", "gene_modalities"}
+    chosen = {name: value for name, value in (_PUBLISHED | unrecorded).items() if name not in not_of_model}
     return ScGPTConfig(**settings, **inferred, **chosen)
 
 
-def _build_processor(files: OriginalFiles, cls_value: float) -> ScGPTProcessor:
-    args = files.args
+def _build_processor(
+    files: OriginalFiles, cls_value: float, modalities: Sequence[str], gene_modalities: Mapping[str, str]
+) -> ScGPTProcessor:
+    args, of_genes = files.args, None
+    if modalities:
+        special = ScGPTProcessor.from_vocab(files.vocab).genes
+        of_genes = [gene_modalities.get(gene, modalities[0]) for gene in special]
     if is_perturbation_model(files.weights):
         args = args | _PERTURBATION_VALUES
     return ScGPTProcessor.from_vocab(
@@ -247,6 +268,7 @@ def _build_processor(files: OriginalFiles, cls_value: float) -> ScGPTProcessor:
         mask_value=args["mask_value"],
         input_style=args["input_style"],
         include_zeros=args.get("include_zeros", False),
+        modalities=of_genes,
     )
 
 

@@ -6,7 +6,7 @@ norm for each domain (`dsbn.bns.2.running_mean`), and our model has one tensor w
 """
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -40,6 +40,8 @@ _PREFIXES = (
     ("grad_reverse_discriminator.out_layer.", "domain_head.out."),
     ("batch_encoder.embedding.", "domain_encoder.embedding."),
     ("batch_encoder.enc_norm.", "domain_encoder.norm."),
+    ("mod_encoder.embedding.", "modality_encoder.embedding."),
+    ("mod_encoder.enc_norm.", "modality_encoder.norm."),
 )
 # The matrix of queries, keys and values has three names: in_proj_ in torch.nn.MultiheadAttention, Wqkv in flash-attn,
 # and _impl.Wqkv in the wrapper of flash-attn in scGPT 0.2.5.
@@ -64,19 +66,23 @@ _GENERATION_FLAGS = (
     "cells, as embed_data does, never uses it"
 )
 _MODALITIES = (
-    "the expression heads of a multi-omic model take the modality of each gene as input, which scgpt_hf does not "
-    "support; the encoder and the cell embedding do not depend on it"
+    "the expression heads of a multi-omic model take the modality of each gene as input, which no file records; pass "
+    "modalities=[...] and gene_modalities={...} to convert them; the encoder and the cell embedding do not depend on it"
 )
+# A buffer of ours that no checkpoint of scGPT's code has; the conversion fills it from the processor.
+MODALITY_TABLE = "scgpt.modality_table.of_token"
 _UNUSED_ZERO_HEAD = "scGPT's code reads the zero probability of a perturbation model from the coefficient's head only"
 _NOT_RUNNABLE = "this query style does not work with batch labels or explicit zeros; it fails in scGPT's code as well"
 
 
-def map_keys(weights: Weights, path: str) -> tuple[dict[str, str], dict[str, str]]:
+def map_keys(weights: Weights, path: str, modalities: Sequence[str] = ()) -> tuple[dict[str, str], dict[str, str]]:
     """Return the target of each key that can be converted, and the reason for each key that is left out.
 
     Args:
         weights: original key → tensor.
         path: path of the weights, for error messages.
+        modalities: names of the rows of the modality embedding of a multi-omic model; without them its heads are left
+            out.
 
     Raises:
         ValueError: a key belongs to an unsupported model or to no scGPT model, or two keys have the same target.
@@ -84,7 +90,10 @@ def map_keys(weights: Weights, path: str) -> tuple[dict[str, str], dict[str, str
     for pattern, owner in _UNSUPPORTED:
         if found := [key for key in weights if pattern.match(key)]:
             raise ValueError(f"{path}: {_list_keys(found, weights)} belong to {owner}; it cannot be converted")
-    left_out = _left_out_keys(weights)
+    n_rows = len(weights["mod_encoder.embedding.weight"]) if "mod_encoder.embedding.weight" in weights else 0
+    if modalities and len(modalities) != n_rows:
+        raise ValueError(f"{path} has {n_rows} modalities (rows of mod_encoder), found {len(modalities)} names")
+    left_out = _left_out_keys(weights, with_modalities=bool(modalities))
     targets = {key: _target_of(key) for key in weights if key not in left_out}
     if unknown := [key for key, target in targets.items() if target is None]:
         raise ValueError(
@@ -211,6 +220,8 @@ def _expected_targets(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     targets: dict[str, Tensor] = {}
     per_domain = state.get("scgpt.input_norm.running_mean", torch.empty(0)).ndim == 2
     for name, tensor in state.items():
+        if name == MODALITY_TABLE:
+            continue
         if per_domain and name.startswith("scgpt.input_norm."):
             targets |= {f"{name}[{domain}]": row for domain, row in enumerate(tensor)}
         else:
@@ -218,10 +229,10 @@ def _expected_targets(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return targets
 
 
-def _left_out_keys(weights: Weights) -> dict[str, str]:
+def _left_out_keys(weights: Weights, *, with_modalities: bool) -> dict[str, str]:
     """Return the keys that are not converted, with the reasons."""
     reasons = {"flag_encoder.": _GENERATION_FLAGS, "decoder.bias_decoder.zero_logit.": _UNUSED_ZERO_HEAD}
-    if _has(weights, "mod_encoder."):
+    if _has(weights, "mod_encoder.") and not with_modalities:
         reasons |= dict.fromkeys(("mod_encoder.", "batch_encoder.", "decoder.", "mvc_decoder."), _MODALITIES)
     elif _has(weights, "mvc_decoder.fc1.") and _has(weights, "batch_encoder.", "decoder.zero_logit."):
         reasons["mvc_decoder."] = _NOT_RUNNABLE

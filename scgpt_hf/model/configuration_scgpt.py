@@ -98,6 +98,10 @@ class ScGPTConfig(PreTrainedConfig):
         domains: values of that column, in the order of their ids; may be empty.
         domain_embedding: whether the expression heads read an embedding of the cell's domain. The encoder then need not
             represent it.
+        modalities: names of the modalities of the vocabulary, such as RNA and protein, in the order of their ids, with
+            `<pad>` and `<cls>` for special tokens; empty if all tokens are genes.
+        modality_embedding: where an embedding of each token's modality is added, if there are several: "decoder" passes
+            it to the expression heads, as in scGPT's multi-omic model, "input" adds it to the input of the encoder.
         domain_head: whether an adversarial discriminator predicts the domain (objective "dar").
         input_norm: batch norm over the embedded input: "none", "batch", or "domain" with statistics per domain. Both
             norms include padding, as in the original, so they need padded input.
@@ -155,6 +159,8 @@ class ScGPTConfig(PreTrainedConfig):
     domains: list[str] = field(default_factory=list)
     domain_embedding: bool = False
     domain_head: bool = False
+    modalities: list[str] = field(default_factory=list)
+    modality_embedding: Literal["decoder", "input", "both", "none"] = "decoder"
     input_norm: Literal["none", "batch", "domain"] = "none"
     class_head_layers: int = 3
     ecs_threshold: float | int = 0.3
@@ -202,6 +208,16 @@ class ScGPTConfig(PreTrainedConfig):
     def has_objective(self, objective: str) -> bool:
         """Return whether the loss includes `objective`; the model then has its head."""
         return self.loss_weights.get(objective, 0) > 0
+
+    @property
+    def modality_at_input(self) -> bool:
+        """True if the encoder reads the modality of each token."""
+        return bool(self.modalities) and self.modality_embedding in ("input", "both")
+
+    @property
+    def modality_at_decoder(self) -> bool:
+        """True if the expression heads read the modality of each token."""
+        return bool(self.modalities) and self.modality_embedding in ("decoder", "both")
 
     @property
     def padding_dependent_settings(self) -> str:
@@ -314,11 +330,23 @@ class ScGPTConfig(PreTrainedConfig):
             raise ValueError(f"{' and '.join(needs)} need n_domains >= 1, found {self.n_domains}")
         if self.domains and len(self.domains) != self.n_domains:
             raise ValueError(f"domains lists {len(self.domains)} experimental batches, n_domains is {self.n_domains}")
-        options = [name for name in ("explicit_zero_prob", "domain_embedding") if getattr(self, name)]
+        options = [n for n in ("explicit_zero_prob", "domain_embedding", "modality_at_decoder") if getattr(self, n)]
         if options and self.gepc_query != "inner_product" and self.has_objective("gepc"):
             raise ValueError(
                 f"gepc_query={self.gepc_query!r} does not support {' or '.join(options)}; set "
                 "gepc_query='inner_product'"
+            )
+
+    def validate_modalities(self) -> None:
+        """Check the names of the modalities. The library calls this method.
+
+        Raises:
+            ValueError: a name is repeated, or `<pad>` or `<cls>` is missing.
+        """
+        names = self.modalities
+        if names and (len(set(names)) < len(names) or not {"<pad>", "<cls>"} < set(names)):
+            raise ValueError(
+                f"modalities is {names}; expected different names, with '<pad>' and '<cls>' for special tokens"
             )
 
     def _reject_unknown(self, keywords: dict[str, Any]) -> None:

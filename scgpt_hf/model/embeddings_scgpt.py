@@ -1,4 +1,4 @@
-"""The input of the encoder: embeddings of genes, values and domains, and the optional norms over their sum.
+"""The input of the encoder: embeddings of genes, values, domains and modalities, and optional norms over their sum.
 
 A *domain* is an experimental batch, such as a donor or an assay.
 """
@@ -61,6 +61,29 @@ class FlagEncoder(nn.Embedding):
 
     def __init__(self, config: ScGPTConfig) -> None:
         super().__init__(3, config.hidden_size, padding_idx=PADDING)
+
+
+class ModalityTable(nn.Module):
+    """The modality of each vocabulary id, which is saved with the weights.
+
+    Attributes:
+        of_token: index in `config.modalities` for each vocabulary id, int64 (vocabulary,).
+    """
+
+    of_token: Tensor
+
+    def __init__(self, config: ScGPTConfig) -> None:
+        super().__init__()
+        self.register_buffer("of_token", torch.zeros(config.vocab_size, dtype=torch.int64))
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        """Return the modality of each token, int64, shaped like `input_ids`."""
+        return self.of_token[input_ids]
+
+
+def make_modality_encoder(config: ScGPTConfig) -> TableEncoder:
+    """Create the module that embeds modalities."""
+    return TableEncoder(config, len(config.modalities), padding_idx=config.modalities.index("<pad>"))
 
 
 class ContinuousValueEncoder(nn.Module):

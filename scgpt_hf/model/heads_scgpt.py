@@ -109,7 +109,8 @@ class ExpressionHead(nn.Module):
         """Return values, (tokens,), and the log-odds of being expressed, (tokens,), or None.
 
         Args:
-            hidden: hidden states, with the domain embedding appended if the config has one, (tokens, width).
+            hidden: hidden states, with the embedding of domain and modality appended if the config has one, (tokens,
+                width).
         """
         zero = None if self.zero is None else self.zero(hidden).squeeze(-1)
         return self.value(hidden).squeeze(-1), zero
@@ -152,7 +153,8 @@ class CellToGeneHead(nn.Module):
 
     def __init__(self, config: ScGPTConfig) -> None:
         super().__init__()
-        width, cell_width = config.hidden_size, config.hidden_size * (1 + config.domain_embedding)
+        # The modality widens the query as well, the domain does not. Source: scgpt/model/multiomic_model.py.
+        width, cell_width = config.hidden_size * (1 + config.modality_at_decoder), _width_with_context(config)
         self.style, self.detach = config.gepc_query, config.gepc_detach
         self.query = nn.Linear(width, _QUERY_WIDTH if self.style == "concat" else width)
         self.project, self.project_zero = None, None
@@ -170,7 +172,8 @@ class CellToGeneHead(nn.Module):
         Args:
             cell_embedding: embedding of each token's cell, with the domain embedding appended if the config has one,
                 (tokens, width).
-            gene_embedding: embedding of each token's gene, (tokens, hidden).
+            gene_embedding: embedding of each token's gene, with that of domain and modality appended if the heads read
+                modalities, (tokens, width).
         """
         query = torch.sigmoid(self.query(gene_embedding.detach() if self.detach else gene_embedding))
         if self.project is not None:
@@ -204,11 +207,16 @@ class ClassHead(nn.Module):
         return self.out(self.layers(cell_embedding))
 
 
+def _width_with_context(config: ScGPTConfig) -> int:
+    """Return the width of a state to which the embedding of domain and modality is appended, if heads read one."""
+    return config.hidden_size * (1 + (config.domain_embedding or config.modality_at_decoder))
+
+
 def _three_layers(config: ScGPTConfig, start: float | None = None) -> nn.Sequential:
     """Return a network from a token's hidden state to a number; a new one returns `start`, if that is given."""
     width = config.hidden_size
     hidden = [
-        nn.Linear(width * (1 + config.domain_embedding), width),
+        nn.Linear(_width_with_context(config), width),
         nn.LeakyReLU(),
         nn.Linear(width, width),
         nn.LeakyReLU(),

@@ -32,7 +32,16 @@ from transformers.utils.output_capturing import capture_outputs
 from .attention_scgpt import VARLEN, build_mask, cell_offsets, eager_attention, find_cells, make_packing
 from .configuration_scgpt import ScGPTConfig
 from .count_decoder_scgpt import CountHead
-from .embeddings_scgpt import PERTURBED, DomainNorm, FlagEncoder, TableEncoder, make_input_norm, make_value_encoder
+from .embeddings_scgpt import (
+    PERTURBED,
+    DomainNorm,
+    FlagEncoder,
+    ModalityTable,
+    TableEncoder,
+    make_input_norm,
+    make_modality_encoder,
+    make_value_encoder,
+)
 from .heads_scgpt import (
     AffineExpressionHead,
     CellToGeneHead,
@@ -225,6 +234,8 @@ class ScGPTModel(ScGPTPreTrainedModel):
         self.value_encoder = make_value_encoder(config)
         # Two rows, as in the original, of which only the one of queries is used.
         self.query_flag = nn.Embedding(2, config.hidden_size) if config.objective == "generative" else None
+        self.modality_table = ModalityTable(config) if config.modalities else None
+        self.modality_encoder = make_modality_encoder(config) if config.modality_at_input else None
         self.input_norm = make_input_norm(config)
         self.shortcut = CellShortcut(config) if config.cls_shortcut else None
         self.layers = nn.ModuleList(ScGPTLayer(config, layer_idx) for layer_idx in range(config.num_hidden_layers))
@@ -255,6 +266,7 @@ class ScGPTModel(ScGPTPreTrainedModel):
         domain_ids: Tensor | None = None,
         queries: Tensor | None = None,
         key_positions: Tensor | None = None,
+        modality_ids: Tensor | None = None,
         input_cell_embedding: Tensor | None = None,
         input_addition: Tensor | None = None,
         **kwargs: Unpack[OutputOptions],
@@ -275,6 +287,7 @@ class ScGPTModel(ScGPTPreTrainedModel):
                 `objective="generative"`. Their values are not read, and only they themselves attend to them.
             key_positions: positions of the other tokens, int64 (keys,), ascending; for packed input with queries,
                 whose `cu_seq_lens_k` and `max_length_k` are then those of these tokens.
+            modality_ids: modality of each token, int64, shaped like `input_ids`; by default that of its vocabulary id.
             input_cell_embedding: replaces the embedded `<cls>` token of each cell, to generate expression from a cell
                 embedding; (cells, hidden).
             input_addition: is added to the embedded gene and value of each token, shaped like `input_ids` with the
@@ -292,8 +305,8 @@ class ScGPTModel(ScGPTPreTrainedModel):
             values = values.masked_fill(queries, 0.0)  # pooling and the shortcut do not read values of queries either
         gene_embedding = self.gene_encoder(input_ids)
         hidden = self._add_values(gene_embedding, values, queries, optional=input_cell_embedding is not None)
-        if input_addition is not None:
-            hidden = hidden + input_addition
+        for addition in (input_addition, self._embed_modalities(input_ids, modality_ids)):
+            hidden = hidden if addition is None else hidden + addition
         hidden = self._normalize_input(hidden, domain_ids)
         offsets = cell_offsets(input_ids, cu_seq_lens_q)
         cls_positions = offsets[:-1].long()  # in the flattened input
@@ -342,6 +355,12 @@ class ScGPTModel(ScGPTPreTrainedModel):
             return gene_embedding * values[..., None].to(gene_embedding.dtype)
         return gene_embedding + self.value_encoder(values)
 
+    def _embed_modalities(self, input_ids: Tensor, modality_ids: Tensor | None) -> Tensor | None:
+        """Return the embedding of each token's modality, if the encoder reads it."""
+        if self.modality_encoder is None or self.modality_table is None:
+            return None
+        return self.modality_encoder(self.modality_table(input_ids) if modality_ids is None else modality_ids)
+
     def _normalize_input(self, hidden: Tensor, domain_ids: Tensor | None) -> Tensor:
         if isinstance(self.input_norm, DomainNorm):
             return self.input_norm(hidden, _require(domain_ids, "domain_ids"))
@@ -387,6 +406,7 @@ class ScGPTForPreTraining(ScGPTPreTrainedModel):
         self.expression_head = ExpressionHead(config) if config.has_objective("gep") else None
         self.cell_to_gene_head = CellToGeneHead(config) if config.has_objective("gepc") else None
         self.domain_encoder = TableEncoder(config, config.n_domains) if config.domain_embedding else None
+        self.modality_encoder = make_modality_encoder(config) if config.modality_at_decoder else None
         self.domain_head = ClassHead(config, config.n_domains, adversarial=True) if config.domain_head else None
         self.class_head = ClassHead(config, config.num_labels) if config.has_objective("cls") else None
         self.count_head = CountHead(config) if config.has_objective("counts") else None
@@ -423,6 +443,7 @@ class ScGPTForPreTraining(ScGPTPreTrainedModel):
         num_items_in_batch: Tensor | int | None = None,
         num_cells_in_batch: Tensor | int | None = None,
         num_labelled_in_batch: Tensor | int | None = None,
+        modality_ids: Tensor | None = None,
         second_pass: bool = True,
         input_cell_embedding: Tensor | None = None,
         **kwargs: Unpack[OutputOptions],
@@ -451,7 +472,7 @@ class ScGPTForPreTraining(ScGPTPreTrainedModel):
             num_cells_in_batch: number of cells of the complete batch; used with `num_items_in_batch` only.
             num_labelled_in_batch: number of cells of the complete batch with a class; used with `num_items_in_batch`
                 only. Without it, each part counts by its share of the masked tokens.
-            input_cell_embedding: see `ScGPTModel.forward`.
+            modality_ids, input_cell_embedding: see `ScGPTModel.forward`.
             second_pass: compute the objective "gen", if it has a weight. The trainer starts it after some steps.
             **kwargs: see `OutputOptions`.
 
@@ -459,13 +480,13 @@ class ScGPTForPreTraining(ScGPTPreTrainedModel):
             ValueError: an input that a head or an objective of the config needs is missing.
         """
         cells = (input_ids, values, attention_mask, cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k)
-        view: tuple[Any, ...] = (view_values, view_attention_mask, view_cu_seq_lens_q, view_cu_seq_lens_k)
-        view += (view_max_length_q, view_max_length_k)
+        view = (view_values, view_attention_mask, view_cu_seq_lens_q, view_cu_seq_lens_k, view_max_length_q)
         encode_any = partial(self.scgpt, domain_ids=domain_ids, return_dict=True)
-        encode = partial(encode_any, *cells, queries=queries, key_positions=key_positions)
+        encode = partial(encode_any, *cells, queries=queries, key_positions=key_positions, modality_ids=modality_ids)
         encoded = encode(input_cell_embedding=input_cell_embedding, **kwargs)
         cell_embedding = encoded.cell_embedding
-        where = (cu_seq_lens_q, label_positions, (label_ids, label_cells), domain_ids)
+        modalities = self._modalities_of(input_ids, modality_ids, label_positions, label_ids)
+        where = (cu_seq_lens_q, label_positions, (label_ids, label_cells), (domain_ids, modalities))
         predicted, losses = self._predict(encoded, *where), None
         if labels is not None:
             self._require_queries(queries)
@@ -480,8 +501,7 @@ class ScGPTForPreTraining(ScGPTPreTrainedModel):
                 "views": lambda: encode_any(_require(view_input_ids, "view_input_ids"), *view).cell_embedding,
             }
             totals = (num_items_in_batch, num_cells_in_batch, num_labelled_in_batch)
-            skipped = () if second_pass else ("gen",)
-            losses = self._losses(cell_embedding, predicted, targets, again, totals, skipped)
+            losses = self._losses(cell_embedding, predicted, targets, again, totals, () if second_pass else ("gen",))
         return self._to_output(losses, predicted, encoded)
 
     def _to_output(
@@ -573,7 +593,7 @@ class ScGPTForPreTraining(ScGPTPreTrainedModel):
         cu_seq_lens: Tensor | None,
         label_positions: Tensor | None,
         left_out: tuple[Tensor | None, Tensor | None],
-        domain_ids: Tensor | None,
+        context: tuple[Tensor | None, Tensor | None],
     ) -> dict[str, Any]:
         """Return the predictions of all heads by field of the output.
 
@@ -582,7 +602,7 @@ class ScGPTForPreTraining(ScGPTPreTrainedModel):
             cu_seq_lens: offsets of packed cells.
             label_positions: tokens whose genes are predicted, (masked,); None for all tokens.
             left_out: `label_ids` and `label_cells` of the genes to predict instead, if these are no tokens.
-            domain_ids: domain of each cell, (cells,).
+            context: domain of each cell, (cells,), and modality of each predicted gene, as `_modalities_of` returns it.
         """
         cells, label_ids = encoded.cell_embedding, left_out[0]
         if label_ids is None:
@@ -590,15 +610,14 @@ class ScGPTForPreTraining(ScGPTPreTrainedModel):
         else:
             cell, genes, hidden = _require(left_out[1], "label_cells"), self._embed_left_out(label_ids), None
         predicted: dict[str, Any] = dict.fromkeys((*_EXPRESSION, "dar", "class_logits"))
-        domain_embedding = []  # of each gene; the expression heads read it after the hidden state
-        if self.domain_encoder is not None:
-            domain_embedding = [self.domain_encoder(_require(domain_ids, "domain_ids")).index_select(0, cell)]
+        of_genes, of_cells = self._embed_context(cell, *context)
         if self.expression_head is not None and hidden is not None:
-            inputs = torch.cat([hidden, *domain_embedding], dim=-1)
+            inputs = torch.cat([hidden, *of_genes], dim=-1)
             predicted["gep"], predicted["gep_zero"] = self.expression_head(inputs)
-        if self.cell_to_gene_head is not None:
-            inputs = torch.cat([cells.index_select(0, cell), *domain_embedding], dim=-1)
-            predicted["gepc"], predicted["gepc_zero"] = self.cell_to_gene_head(inputs, genes)
+        if self.cell_to_gene_head is not None and genes is not None:
+            inputs = torch.cat([cells.index_select(0, cell), *of_cells], dim=-1)
+            queries = torch.cat([genes, *of_genes], dim=-1) if self.modality_encoder is not None else genes
+            predicted["gepc"], predicted["gepc_zero"] = self.cell_to_gene_head(inputs, queries)
         if label_ids is None and label_positions is None:
             shape = encoded.last_hidden_state.shape[:2]
             predicted = {name: None if output is None else output.view(shape) for name, output in predicted.items()}
@@ -607,6 +626,46 @@ class ScGPTForPreTraining(ScGPTPreTrainedModel):
         if self.class_head is not None:
             predicted["class_logits"] = self.class_head(cells)
         return predicted
+
+    def _modalities_of(
+        self,
+        input_ids: Tensor,
+        modality_ids: Tensor | None,
+        label_positions: Tensor | None,
+        label_ids: Tensor | None,
+    ) -> Tensor | None:
+        """Return the modality of each gene that is predicted, int64 (masked,), if the heads read it."""
+        if self.modality_encoder is None or self.scgpt.modality_table is None:
+            return None
+        if label_ids is not None:
+            return self.scgpt.modality_table(label_ids)
+        ids = (self.scgpt.modality_table(input_ids) if modality_ids is None else modality_ids).flatten()
+        return ids if label_positions is None else ids.index_select(0, label_positions)
+
+    def _embed_context(
+        self, cell: Tensor, domain_ids: Tensor | None, modalities: Tensor | None
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """Embed domain and modality, which the expression heads read after a gene's state and after the cell embedding.
+
+        It is the sum of the embeddings of domain and modality; at the cell embedding the modality is that of `<cls>`.
+
+        Args:
+            cell: position of the cell of each predicted gene, (masked,).
+            domain_ids: domain of each cell, (cells,).
+            modalities: modality of each predicted gene, (masked,).
+
+        Returns:
+            A list of one tensor (masked, hidden), or of none if the config has neither embedding; for genes and cells.
+        """
+        of_genes = of_cells = None
+        if self.domain_encoder is not None:
+            of_genes = of_cells = self.domain_encoder(_require(domain_ids, "domain_ids")).index_select(0, cell)
+        if self.modality_encoder is not None and modalities is not None:
+            of_cls = modalities.new_full((1,), self.config.modalities.index("<cls>"))
+            embedded, of_cls = self.modality_encoder(modalities), self.modality_encoder(of_cls).expand(len(cell), -1)
+            of_genes = embedded if of_genes is None else of_genes + embedded
+            of_cells = of_cls if of_cells is None else of_cells + of_cls
+        return [one for one in (of_genes,) if one is not None], [one for one in (of_cells,) if one is not None]
 
     def _gather_tokens(
         self, encoded: ScGPTModelOutput, cu_seq_lens: Tensor | None, label_positions: Tensor | None
@@ -730,10 +789,11 @@ class ScGPTForPerturbation(ScGPTPreTrainedModel):
 
     def __init__(self, config: ScGPTConfig) -> None:
         super().__init__(config)
-        if config.value_encoder == "category" or config.domain_embedding:
+        if config.value_encoder == "category" or config.domain_embedding or config.modality_at_decoder:
             raise ValueError(
-                "a perturbation model reads continuous values and has no domain embedding; found value_encoder="
-                f"{config.value_encoder!r} and domain_embedding={config.domain_embedding}"
+                "a perturbation model reads continuous values and has no embedding of domains or modalities; found "
+                f"value_encoder={config.value_encoder!r}, domain_embedding={config.domain_embedding} and modalities="
+                f"{config.modalities}"
             )
         self.scgpt = ScGPTModel(config)
         self.flag_encoder = FlagEncoder(config)
@@ -842,6 +902,8 @@ def _init_own_parameters(module: nn.Module) -> None:
         init.zeros_(module.running_mean)
         init.ones_(module.running_var)
         init.zeros_(module.num_batches_tracked)
+    elif isinstance(module, ModalityTable):
+        init.zeros_(module.of_token)
     elif isinstance(module, CellShortcut):
         init.constant_(module.state_weight, STATE_WEIGHT)
     elif isinstance(module, CountHead):

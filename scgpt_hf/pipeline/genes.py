@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 
 from scgpt_hf.cells.block import Int64Array
-from scgpt_hf.cells.genes import find_species
+from scgpt_hf.cells.genes import ENSEMBL, find_species
 from scgpt_hf.tokens.processing_scgpt import ScGPTProcessor
 
 logger = logging.getLogger(__name__)
@@ -55,11 +55,12 @@ def match_source_genes(genes: pd.DataFrame, processor: ScGPTProcessor) -> GeneMa
     try:
         gene_ids = processor.match_genes(list(names))
     except ValueError as error:
-        if find_species(ids, symbols) == "mouse":
+        species, model = find_species(ids, symbols), _species_of_model(processor)
+        if species not in (None, model) and (model is not None or species == "mouse"):
             raise ValueError(
-                f"the data have mouse genes, e.g. {symbols[:3].tolist()} ({ids.iloc[0]}), which the model does not "
-                f"know: its genes are such as {vocabulary[:3]}; use a model of mouse cells, or rename the genes to "
-                "their human orthologs first"
+                f"the data have {species} genes, e.g. {symbols[:3].tolist()} ({ids.iloc[0]}), which the model does not "
+                f"know: its genes are such as {vocabulary[:3]}; use a model of {species} cells, or rename the genes to "
+                "their orthologs in the model's species first"
             ) from error
         if example := _differing_only_in_case(pd.concat([ids, symbols]), processor):
             raise ValueError(
@@ -67,6 +68,7 @@ def match_source_genes(genes: pd.DataFrame, processor: ScGPTProcessor) -> GeneMa
                 f"{example[1]!r}; write them alike, e.g. adata.var_names = adata.var_names.str.upper()"
             ) from error
         raise
+    _require_one_species(ids, processor)
     n_known, n_repeated = len(np.unique(gene_ids[gene_ids >= 0])), int(repeated.sum())
     n_symbols = len(named) - n_repeated
     coverage = {
@@ -80,6 +82,30 @@ def match_source_genes(genes: pd.DataFrame, processor: ScGPTProcessor) -> GeneMa
     # The processor validates a read-only array once, and a writable one again for each batch.
     gene_ids.flags.writeable = False
     return GeneMatch(gene_ids, coverage)
+
+
+def _species_of_model(processor: ScGPTProcessor) -> str | None:
+    """Return the species of the vocabulary, as `find_species` does."""
+    genes = pd.Series(processor.genes, dtype=object)
+    return find_species(genes, pd.Series(processor.symbols, dtype=object) if processor.symbols else genes)
+
+
+def _require_one_species(ids: pd.Series, processor: ScGPTProcessor) -> None:
+    """Raise if the data have Ensembl ids of one species and the model knows their symbols from another.
+
+    Mouse symbols that are written in capitals are those of human genes.
+    """
+    species, model = find_species(ids, ids), _species_of_model(processor)
+    if not ids.str.match(ENSEMBL).mean() > 0.5 or None in (species, model) or species == model:
+        return
+    has_ids = pd.Series(processor.genes, dtype=object).str.match(ENSEMBL).mean() > 0.5
+    if not has_ids and {species, model} != {"human", "mouse"}:
+        return  # other species write symbols in capitals as well
+    raise ValueError(
+        f"the data have the Ensembl ids of {species} genes, e.g. {ids.iloc[0]}, and the model is one of {model} cells: "
+        f"its genes are such as {processor.genes[:3]}. Only the symbols agree; use a model of {species} cells. If the "
+        f"symbols are those of {model} orthologs, leave the {species} ids out of var"
+    )
 
 
 def _differing_only_in_case(names: pd.Series, processor: ScGPTProcessor) -> tuple[str, str] | None:

@@ -126,6 +126,17 @@ def log_normalize(counts: SparseCounts, target_sum: float) -> SparseCounts:
     return _CsrArrays(values.astype(np.float32), counts.indices, counts.indptr, counts.shape)
 
 
+def select_columns(counts: SparseCounts, selected: npt.NDArray[np.bool_]) -> SparseCounts:
+    """Return the counts without the entries of the other columns; the columns keep their numbers.
+
+    Args:
+        counts: counts that `validate_counts` has returned. Shape (cells, genes).
+        selected: which columns to keep. Shape (genes,).
+    """
+    kept = selected[counts.indices]
+    return _CsrArrays(counts.data[kept], counts.indices[kept], to_offsets(kept)[counts.indptr], counts.shape)
+
+
 def sum_repeated_genes(counts: SparseCounts, gene_ids: Int64Array, repeated: npt.NDArray[np.bool_]) -> SparseCounts:
     """Sum the counts of the columns that have one gene, so that no cell has a gene twice.
 

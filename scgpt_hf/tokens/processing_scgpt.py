@@ -32,12 +32,13 @@ from .packing_scgpt import Tokens, pack, pad
 from .randomness_scgpt import Int64Array, input_seed, view_seed
 from .sampling_scgpt import COMPILED  # noqa: F401  # transformers 5.4 copies only the modules that this file imports
 from .thinning_scgpt import thin_counts
-from .tokenizing_scgpt import TokenSettings, check_gene_ids, tokenize_counts
+from .tokenizing_scgpt import TokenSettings, check_gene_ids, tokenize_counts, tokenize_modalities
 from .vocabulary_scgpt import (
     CLS,
     EOC,
     PAD,
     build_tokenizer,
+    check_modalities,
     check_vocab,
     choose_gene_names,
     map_symbols,
@@ -69,6 +70,8 @@ class ScGPTProcessor(ProcessorMixin):
         include_zeros: whether known genes that are not expressed become tokens with value 0.
         symbols: second name of each gene, by ascending id, under which data may contain it. Ambiguous symbols are
             ignored.
+        modalities: modality of each gene, by ascending id, such as "RNA" and "protein"; None if there is only one. Each
+            modality is binned and normalized by itself, and `max_tokens` is shared between them.
 
     Raises:
         ValueError: a setting is out of range, or the vocabulary is not valid.
@@ -98,6 +101,7 @@ class ScGPTProcessor(ProcessorMixin):
         target_sum: float = 1e4,
         include_zeros: bool = False,
         symbols: Sequence[str] | None = None,
+        modalities: Sequence[str] | None = None,
     ) -> None:
         super().__init__(tokenizer)  # type: ignore[no-untyped-call]
         self.n_bins, self.max_tokens = n_bins, max_tokens
@@ -108,6 +112,11 @@ class ScGPTProcessor(ProcessorMixin):
         self._check_settings()
         self._vocab = tokenizer.get_vocab()  # kept, because the library builds this dictionary at every call
         check_vocab(self._vocab)
+        self.modalities = None if modalities is None else list(modalities)
+        self._modality_of_gene: Int64Array | None = None
+        if self.modalities is not None:
+            check_modalities(self.genes, self.modalities)
+            self._modality_of_gene = self.modality_ids(self.modality_names)
         self._gene_of = map_symbols(self.genes, self.symbols) if self.symbols else {}
         # The last read-only `gene_ids` that passed `check_gene_ids`, and its result
         self._checked: tuple[Int64Array | None, npt.NDArray[np.bool_] | None] = None, None
@@ -193,6 +202,30 @@ class ScGPTProcessor(ProcessorMixin):
         """Genes of the vocabulary by ascending id, without special tokens."""
         return sorted(self._vocab.keys() - {PAD, CLS, EOC}, key=self._vocab.__getitem__)
 
+    @property
+    def modality_names(self) -> list[str]:
+        """Names of the modalities as `ScGPTConfig.modalities` lists them; empty if there is only one."""
+        return [*dict.fromkeys(self.modalities), PAD, CLS] if self.modalities else []
+
+    def modality_ids(self, names: Sequence[str]) -> Int64Array:
+        """Return the position of each token's modality in `names`, for all vocabulary ids; int64 (vocabulary,).
+
+        Args:
+            names: names of the modalities, with `<pad>` and `<cls>` for special tokens.
+
+        Raises:
+            ValueError: the processor has no modalities, or `names` lacks one.
+        """
+        if self.modalities is None or (absent := {*self.modalities, PAD, CLS} - set(names)):
+            found = "no modalities" if self.modalities is None else f"modalities {sorted(absent)} besides these"
+            raise ValueError(
+                f"the model has the modalities {list(names)}, the processor has {found}; load both from one folder"
+            )
+        ids = np.full(self.vocab_size, names.index(PAD), np.int64)
+        ids[self.cls_id] = names.index(CLS)
+        ids[[self._vocab[gene] for gene in self.genes]] = [names.index(modality) for modality in self.modalities]
+        return ids
+
     def resolve_symbols(self, names: Iterable[str]) -> list[str]:
         """Replace each name that is a symbol of a gene by the gene's name in the vocabulary; keep other names."""
         return [self._gene_of.get(name, name) for name in map(str, names)]
@@ -265,12 +298,14 @@ class ScGPTProcessor(ProcessorMixin):
             raise ValueError(
                 f"found {cell_ids.shape} cell ids for {counts.shape[0]:,} cells; pass one per cell, or None"
             )
-        if self.input_style == "log1p":
-            counts = log_normalize(counts, self.target_sum)
         settings = self._token_settings(
             self.ties if ties is None else ties, self.max_tokens if max_tokens is None else max_tokens
         )
-        tokens = tokenize_counts(counts, gene_ids, settings, cell_ids=cell_ids, seed=seed, epoch=epoch)
+        keys: Any = {"cell_ids": cell_ids, "seed": seed, "epoch": epoch}
+        if self._modality_of_gene is None:
+            tokens = tokenize_counts(self._normalize(counts), gene_ids, settings, **keys)
+        else:
+            tokens = tokenize_modalities(counts, gene_ids, self._modality_of_gene, settings, self._normalize, **keys)
         n_dropped = counts.shape[0] - len(tokens)
         logger.debug("dropped %d of %d cells: they express no gene of the vocabulary", n_dropped, counts.shape[0])
         return tokens
@@ -409,6 +444,9 @@ class ScGPTProcessor(ProcessorMixin):
         if packed:
             return BatchFeature(pack(tokens, queries=queries))
         return BatchFeature(pad(tokens, pad_id=self.pad_id, pad_value=self.pad_value, queries=queries))
+
+    def _normalize(self, counts: SparseCounts) -> SparseCounts:
+        return log_normalize(counts, self.target_sum) if self.input_style == "log1p" else counts
 
     def _token_settings(self, ties: Ties, max_tokens: int) -> TokenSettings:
         _require_choice("ties", ties, tuple(TIE_CODES))

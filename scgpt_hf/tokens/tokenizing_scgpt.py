@@ -16,7 +16,8 @@ Example with the vocabulary {GENE_A: 0, GENE_B: 1, GENE_C: 2, <cls>: 4} and `n_b
 This module holds the rule and a slow version of it in numpy; `kernels_scgpt` holds the compiled version.
 """
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
@@ -24,7 +25,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .binning_scgpt import Ties, bin_cell, quantile_levels
-from .counts_scgpt import SparseCounts, to_offsets
+from .counts_scgpt import SparseCounts, count_known_genes, select_columns, to_offsets
 from .kernels_scgpt import TIE_CODES, tokenize_cells
 from .packing_scgpt import Tokens
 from .randomness_scgpt import SAMPLING, TIES, Int64Array, UInt64Array, cell_keys, random_words
@@ -120,6 +121,77 @@ def tokenize_counts(
     input_ids, values = _trim(input_ids, indptr[-1]), _trim(values, indptr[-1])
     input_ids[indptr[:-1]], values[indptr[:-1]] = settings.cls_id, settings.cls_value
     return Tokens(input_ids, values, None, indptr, cell_ids[n_tokens > 0])
+
+
+def tokenize_modalities(
+    counts: SparseCounts,
+    gene_ids: Int64Array,
+    modality_of_gene: Int64Array,
+    settings: TokenSettings,
+    normalize: Callable[[SparseCounts], SparseCounts],
+    *,
+    cell_ids: Int64Array,
+    seed: int,
+    epoch: int,
+) -> Tokens:
+    """Tokenize each modality by itself, so that proteins are ranked among proteins, and join the tokens of each cell.
+
+    Args:
+        counts: see `tokenize_counts`.
+        gene_ids: see `tokenize_counts`.
+        modality_of_gene: modality of each vocabulary id, from 0. Shape (vocabulary,). Columns of unknown genes belong
+            to the first one.
+        settings: see `tokenize_counts`; `share_tokens` divides `max_tokens` between the modalities.
+        normalize: is applied to the counts of each modality.
+        cell_ids: see `tokenize_counts`.
+        seed: see `tokenize_counts`.
+        epoch: see `tokenize_counts`.
+
+    Returns:
+        Tokens of every cell that expresses a known gene of any modality.
+    """
+    modality_of_column = np.where(gene_ids >= 0, modality_of_gene[gene_ids], 0)
+    sizes = np.bincount(modality_of_column[gene_ids >= 0], minlength=modality_of_gene.max() + 1)
+    cells, genes, values = [], [], []
+    for modality, n_tokens in enumerate(share_tokens(settings.max_tokens - 1, sizes.tolist())):
+        own = modality_of_column == modality
+        part, ids = select_columns(counts, own), np.where(own, gene_ids, -1)
+        if n_tokens:
+            limited = replace(settings, max_tokens=n_tokens + 1)
+            tokens = tokenize_counts(normalize(part), ids, limited, cell_ids=cell_ids, seed=seed, epoch=epoch)
+            is_gene = np.ones(len(tokens.input_ids), np.bool_)
+            is_gene[tokens.indptr[:-1]] = False
+            kept = np.flatnonzero(count_known_genes(part, ids))
+            cells.append(np.repeat(kept, np.diff(tokens.indptr) - 1))
+            genes.append(tokens.input_ids[is_gene])
+            values.append(tokens.values[is_gene])
+    cell_of_gene, all_genes, all_values = np.concatenate(cells), np.concatenate(genes), np.concatenate(values)
+    order = np.lexsort((all_genes, cell_of_gene))
+    n_genes = np.bincount(cell_of_gene, minlength=counts.shape[0])
+    indptr = to_offsets(1 + n_genes[n_genes > 0])
+    is_gene = np.ones(indptr[-1], np.bool_)
+    is_gene[indptr[:-1]] = False
+    input_ids, joined = np.full(indptr[-1], settings.cls_id), np.full(indptr[-1], settings.cls_value, np.float32)
+    input_ids[is_gene], joined[is_gene] = all_genes[order], all_values[order]
+    return Tokens(input_ids, joined, None, indptr, cell_ids[n_genes > 0])
+
+
+def share_tokens(n_tokens: int, sizes: list[int]) -> list[int]:
+    """Divide the tokens of a cell between modalities: equal shares, but small modalities leave what they cannot use.
+
+    Args:
+        n_tokens: largest number of tokens of a cell, without `<cls>`.
+        sizes: number of genes of each modality.
+
+    Example:
+        >>> share_tokens(1200, [20000, 14])  # 14 proteins are always read completely
+        [1186, 14]
+    """
+    shares, left = [0] * len(sizes), n_tokens
+    for done, modality in enumerate(np.argsort(sizes, kind="stable").tolist()):
+        shares[modality] = min(sizes[modality], left // (len(sizes) - done))
+        left -= shares[modality]
+    return shares
 
 
 def _trim(flat: npt.NDArray[Any], n: int) -> npt.NDArray[Any]:

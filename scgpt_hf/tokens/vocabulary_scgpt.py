@@ -159,6 +159,14 @@ def match_genes(vocab: Mapping[str, int], genes: Sequence[str]) -> Int64Array:
     return ids
 
 
+def check_modalities(genes: Sequence[str], modalities: Sequence[str]) -> None:
+    """Raise ValueError unless there is one modality for each gene, and none is named like a special token."""
+    if len(modalities) != len(genes):
+        raise ValueError(f"found {len(modalities):,} modalities for {len(genes):,} genes; pass one per gene")
+    if special := sorted(set(modalities) & {PAD, CLS, EOC}):
+        raise ValueError(f"no gene can have the modality {special[0]!r}, which is for special tokens")
+
+
 def map_symbols(genes: Sequence[str], symbols: Sequence[str]) -> dict[str, str]:
     """Map symbols to genes of the vocabulary.
 

@@ -16,6 +16,7 @@ from transformers import PrinterCallback, ProgressCallback
 
 from scgpt_hf.cells.block import CHUNK_SIZE, Float64Array, Int64Array
 from scgpt_hf.cells.missing import fill_missing
+from scgpt_hf.cells.modalities import modalities_of
 from scgpt_hf.cells.schedule.epoch import plan_validation
 from scgpt_hf.cells.selection.counts import sums_per_batch
 from scgpt_hf.cells.selection.gene_vectors import gene_vectors
@@ -86,8 +87,10 @@ def build_processor(genes: list[str], data: DataSettings, source: CellSource | N
     symbols = None
     if source is not None:
         symbols = source.genes.set_index("feature_id")["feature_name"].astype(str)[genes].tolist()
-    values = asdict(data)
-    return ScGPTProcessor.from_genes(genes, symbols=symbols, **{name: values[name] for name in TOKEN_SETTINGS})
+    values, modalities = asdict(data), modalities_of(genes)
+    several = modalities if len(set(modalities)) > 1 else None
+    settings = {name: values[name] for name in TOKEN_SETTINGS}
+    return ScGPTProcessor.from_genes(genes, symbols=symbols, modalities=several, **settings)
 
 
 def build_model(
@@ -108,6 +111,8 @@ def build_model(
     """
     config = _build_config(model, processor, domains=list(domains), batch_key=batch_key, classes=classes)
     new = ScGPTForPreTraining(config)
+    if new.scgpt.modality_table is not None:
+        new.scgpt.modality_table.of_token.copy_(torch.from_numpy(processor.modality_ids(config.modalities)))
     start_at_mean(new, processor)
     return new
 
@@ -276,6 +281,7 @@ def _build_config(
             n_domains=len(domains),
             domains=domains,
             batch_key=batch_key,
+            modalities=processor.modality_names,
         )
     except StrictDataclassError as error:
         raise ValueError(f"the model's settings do not fit together: {error.__cause__ or error}") from error

@@ -17,6 +17,7 @@ from accelerate.utils import broadcast_object_list
 from scgpt_hf.cells.atomic import write_atomically
 from scgpt_hf.cells.block import Int64Array
 from scgpt_hf.cells.missing import fill_missing, has_label
+from scgpt_hf.cells.modalities import RNA, modalities_of
 from scgpt_hf.cells.obs import require_named_columns
 from scgpt_hf.cells.schedule.balance import Balance, balance_groups
 from scgpt_hf.cells.selection.dispersion import dispersed_genes
@@ -292,8 +293,10 @@ def _select_genes(source: CellSource, train: Int64Array, data: DataSettings, hvg
     frequent = filter_genes(source, train, data.min_gene_counts)
     if data.gene_selection == "all":
         return frequent
+    is_rna = np.array([one == RNA for one in modalities_of(source.genes["feature_id"].iloc[frequent].tolist())])
     choose = dispersed_genes if data.hvg_flavor == "seurat" else highly_variable_genes
-    return choose(source, train, data.n_hvg, batch_key=hvg_batch_key, candidates=frequent)
+    variable = choose(source, train, data.n_hvg, batch_key=hvg_batch_key, candidates=frequent[is_rna])
+    return np.sort(np.concatenate([variable, frequent[~is_rna]]))  # all proteins: panels are small, and chosen already
 
 
 def _find_balance(source: CellSource, train: Int64Array, data: DataSettings) -> Balance | None:

@@ -29,9 +29,9 @@ from scgpt_hf.training.optimization.optimizers import MUON
 from scgpt_hf.training.optimization.schedules import scheduler_arguments
 
 # Fields of `ScGPTConfig` that a pretraining run derives from the processor and the data.
-_NOT_MODEL_SETTINGS = {"vocab_size", "pad_token_id", "n_bins", "n_domains", "batch_key", "domains"}
+_NOT_MODEL_SETTINGS = {"vocab_size", "pad_token_id", "n_bins", "n_domains", "batch_key", "domains", "modalities"}
 # Arguments of `ScGPTProcessor` that come from the data.
-_NOT_TOKEN_SETTINGS = {"self", "tokenizer", "symbols"}
+_NOT_TOKEN_SETTINGS = {"self", "tokenizer", "symbols", "modalities"}
 
 # Experimental batches of the objectives that need them, unless the data have no such obs column.
 DEFAULT_BATCH_KEY = "dataset_id"

@@ -47,6 +47,47 @@ def test_the_error_points_out_mouse_genes(genes: pd.DataFrame) -> None:
         match_source_genes(genes, ScGPTProcessor.from_genes(["ENSG00000000001", "ENSG00000000002"]))
 
 
+HUMAN_IDS = ScGPTProcessor.from_genes(["ENSG00000000001", "ENSG00000000002"], symbols=["CD3D", "LYZ"])
+HUMAN_SYMBOLS = ScGPTProcessor.from_genes(["CD3D", "LYZ"])
+MOUSE_IDS = ScGPTProcessor.from_genes(["ENSMUSG00000000001", "ENSMUSG00000000002"], symbols=["Cd3d", "Lyz2"])
+MOUSE_SYMBOLS = ScGPTProcessor.from_genes(["Cd3d", "Lyz2"])
+MOUSE_IN_CAPITALS = genes_of(("ENSMUSG00000000001", "CD3D"), ("ENSMUSG00000000002", "LYZ"))
+HUMAN = genes_of(("ENSG00000000001", "CD3D"), ("ENSG00000000002", "LYZ"))
+MOUSE = genes_of(("ENSMUSG00000000001", "Cd3d"), ("ENSMUSG00000000002", "Lyz2"))
+PIG = genes_of(("ENSSSCG00000000001", "CD3D"), ("ENSSSCG00000000002", "LYZ"))
+
+
+@pytest.mark.parametrize(
+    ("genes", "processor", "message"),
+    [
+        (MOUSE_IN_CAPITALS, HUMAN_IDS, "Ensembl ids of mouse genes.*model is one of human cells"),
+        (MOUSE_IN_CAPITALS, HUMAN_SYMBOLS, "Ensembl ids of mouse genes.*model is one of human cells"),
+        (MOUSE, HUMAN_IDS, "the data have mouse genes"),
+        (MOUSE, HUMAN_SYMBOLS, "the data have mouse genes"),
+        (HUMAN, MOUSE_IDS, "the data have human genes"),
+        (HUMAN, MOUSE_SYMBOLS, "the data have human genes"),
+        (PIG, HUMAN_IDS, "Ensembl ids of pig genes.*model is one of human cells"),
+    ],
+)
+def test_cells_of_another_species_are_refused(genes: pd.DataFrame, processor: ScGPTProcessor, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        match_source_genes(genes, processor)
+
+
+@pytest.mark.parametrize(
+    ("genes", "processor"),
+    [
+        (MOUSE, MOUSE_IDS),
+        (MOUSE, MOUSE_SYMBOLS),
+        (HUMAN, HUMAN_IDS),
+        (HUMAN, HUMAN_SYMBOLS),
+        (PIG, ScGPTProcessor.from_genes(["CD3D", "LYZ"])),  # symbols in capitals name no species
+    ],
+)
+def test_cells_of_the_same_species_are_matched(genes: pd.DataFrame, processor: ScGPTProcessor) -> None:
+    assert match_source_genes(genes, processor).gene_ids.tolist() == [0, 1]
+
+
 @pytest.mark.parametrize(
     "genes",
     [
