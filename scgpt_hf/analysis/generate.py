@@ -63,7 +63,7 @@ def generate_cells(
     The model predicts how high a gene ranks among the expressed genes of the cell *if it is expressed*, as all models
     that are trained on expressed genes only.
 
-    With several rounds, a prediction is certain if two heads agree: the doubt is |GEP − GEPC|, the difference between
+    With several rounds, a prediction is certain if two heads agree: the doubt is `|GEP − GEPC|`, the difference between
     the predictions from the gene's state and from `<cls>`. For models that predict zeros explicitly it is the doubt
     whether the gene is expressed, min(p, 1 − p). scGPT's paper generates the most confident genes first without
     defining confidence; these are our definitions.
