@@ -16,6 +16,7 @@ COMMANDS = {
     "integrate": ("finetune", "integrate batches: fine-tune an encoder that mixes them"),
     "annotate": ("annotate", "annotate the cells of a file with their types"),
     "evaluate": ("evaluate", "score the embeddings of labelled cells, and baselines on the same cells"),
+    "perturb": ("perturbation.perturb", "predict what genetic perturbations do: train, predict, evaluate"),
     "convert": ("convert", "convert a checkpoint of scGPT to a folder that transformers can load"),
     "build-census": ("build_census", "build a local SOMA in the layout of the Census from files"),
     "cache": ("cache", "copy the cells of a Census into a cache that is read in any order"),

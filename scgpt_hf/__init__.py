@@ -47,6 +47,10 @@ if TYPE_CHECKING:
     from scgpt_hf.model.modeling_scgpt import ScGPTForPreTraining as ScGPTForPreTraining
     from scgpt_hf.model.modeling_scgpt import ScGPTForSequenceClassification as ScGPTForSequenceClassification
     from scgpt_hf.model.modeling_scgpt import ScGPTModel as ScGPTModel
+    from scgpt_hf.perturbation.evaluation.evaluate import evaluate_perturbation as evaluate_perturbation
+    from scgpt_hf.perturbation.finetune import finetune_perturbation as finetune_perturbation
+    from scgpt_hf.perturbation.predict import predict_perturbation as predict_perturbation
+    from scgpt_hf.perturbation.settings import PerturbationSettings as PerturbationSettings
     from scgpt_hf.pipeline.stream import StreamConfig as StreamConfig
     from scgpt_hf.pipeline.stream import stream_cells as stream_cells
     from scgpt_hf.pretrained import load_model as load_model
@@ -112,6 +116,10 @@ _MODULE_OF = {
     "attention_maps": "analysis.gene_networks",
     "mean_attention": "analysis.gene_networks",
     "evaluate_embeddings": "analysis.evaluation.evaluate",
+    "PerturbationSettings": "perturbation.settings",
+    "finetune_perturbation": "perturbation.finetune",
+    "predict_perturbation": "perturbation.predict",
+    "evaluate_perturbation": "perturbation.evaluation.evaluate",
     "write_report": "reporting.report",
     "publish": "publishing.publish_run",
     "publish_cache": "publishing.publish_cache",

@@ -41,9 +41,12 @@ MAY_IMPORT: dict[str, set[str]] = {
         *("measuring", "output", "cells", "tokens", "model", "scoring", "pretrained"),
         *("pipeline", "inference"),
     },
+    "perturbation": {
+        *("output", "cells", "tokens", "model", "pretrained", "pipeline", "inference", "publishing", "training"),
+    },
     "reporting": {
         *("output", "cells", "tokens", "model", "scoring", "pretrained", "pipeline"),
-        *("inference", "publishing", "training", "analysis"),
+        *("inference", "publishing", "training", "analysis", "perturbation"),
     },
     "pretraining": {"output", "cells", "tokens", "model", "pipeline", "publishing", "training", "reporting"},
 }

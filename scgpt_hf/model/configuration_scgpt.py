@@ -122,6 +122,8 @@ class ScGPTConfig(PreTrainedConfig):
             By default they are tokens with the value `mask_value`. The objective "gep" needs them as tokens.
         perturbation_cls: whether `<cls>` precedes the genes in the input of `ScGPTForPerturbation`; false for models of
             scGPT's code.
+        perturbation_sum: whether `ScGPTForPerturbation` adds the sum of the projected vectors of the perturbed genes to
+            every token, so that all genes learn of a perturbation directly; scGPT's code relies on attention alone.
         total_key: obs column with the total counts of a cell, by which a perturbation model normalizes it; None sums
             the counts of the data. Set it for panels, whose sum varies with the genes of the panel.
         loss_weights: weight of each objective; by default 1 for "gep", "gepc" and those that the settings above add. A
@@ -173,6 +175,7 @@ class ScGPTConfig(PreTrainedConfig):
     objective: Literal["masked", "generative"] = "masked"
     leave_out_masked: bool = False
     perturbation_cls: bool = True
+    perturbation_sum: bool = False
     total_key: str | None = None
     loss_weights: dict[str, float | int] = field(default_factory=dict)
 

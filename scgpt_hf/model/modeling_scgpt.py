@@ -797,6 +797,8 @@ class ScGPTForPerturbation(ScGPTPreTrainedModel):
             )
         self.scgpt = ScGPTModel(config)
         self.flag_encoder = FlagEncoder(config)
+        width = config.hidden_size
+        self.perturbation_encoder = nn.Linear(width, width, bias=False) if config.perturbation_sum else None
         self.expression_head = AffineExpressionHead(config)
         self.cell_to_gene_head = CellToGeneHead(config) if config.has_objective("gepc") else None
         self.class_head = ClassHead(config, config.num_labels) if config.has_objective("cls") else None
@@ -837,18 +839,15 @@ class ScGPTForPerturbation(ScGPTPreTrainedModel):
         """
         values, flags = _require(values, "values"), _require(perturbation_flags, "perturbation_flags")
         cells = (input_ids, values, attention_mask, cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k)
-        encoded = self.scgpt(
-            *cells, domain_ids=domain_ids, input_addition=self.flag_encoder(flags), return_dict=True, **kwargs
-        )
+        cell = self._cell_of_token(input_ids, cu_seq_lens_q)
+        addition = self.flag_encoder(flags)
+        if self.perturbation_encoder is not None:
+            addition = addition + self._sum_perturbed(input_ids, flags, cell)
+        encoded = self.scgpt(*cells, domain_ids=domain_ids, input_addition=addition, return_dict=True, **kwargs)
         expression, gep_zero = self.expression_head(encoded.last_hidden_state.flatten(0, 1), values.flatten())
         predicted: dict[str, Tensor | None] = {"expression": expression, "gep_zero": gep_zero}
         if self.cell_to_gene_head is not None:
-            if cu_seq_lens_q is None:
-                state_of_token = encoded.cell_embedding.repeat_interleave(input_ids.shape[1], dim=0)
-            else:
-                positions = torch.arange(input_ids.numel(), device=input_ids.device)
-                cell = find_cells(positions, cu_seq_lens_q).clamp(max=encoded.cell_embedding.shape[0] - 1)
-                state_of_token = encoded.cell_embedding.index_select(0, cell)
+            state_of_token = encoded.cell_embedding.index_select(0, cell)
             predicted["gepc"], predicted["gepc_zero"] = self.cell_to_gene_head(
                 state_of_token, encoded.gene_embedding.flatten(0, 1)
             )
@@ -869,6 +868,31 @@ class ScGPTForPerturbation(ScGPTPreTrainedModel):
             hidden_states=encoded.hidden_states,
             attentions=encoded.attentions,
         )
+
+    def _cell_of_token(self, input_ids: Tensor, cu_seq_lens: Tensor | None) -> Tensor:
+        """Return the position of the cell of each token of the flattened input, (tokens,)."""
+        positions = torch.arange(input_ids.numel(), device=input_ids.device)
+        if cu_seq_lens is None:
+            return positions // input_ids.shape[1]
+        # Padding after the last cell belongs to no cell; its predictions are not used, so any cell will do.
+        return find_cells(positions, cu_seq_lens).clamp(max=len(cu_seq_lens) - 2)
+
+    def _sum_perturbed(self, input_ids: Tensor, flags: Tensor, cell: Tensor) -> Tensor:
+        """Return for each token the sum of the projected vectors of the perturbed genes of its cell.
+
+        Args:
+            input_ids: vocabulary ids.
+            flags: flag of each token, same shape.
+            cell: position of the cell of each token of the flattened input, (tokens,).
+        """
+        assert self.perturbation_encoder is not None
+        vectors = self.perturbation_encoder(self.scgpt.gene_encoder(input_ids))
+        # Multiplied, not selected: the number of perturbed genes would have to be copied from a GPU first.
+        vectors = (vectors * (flags == PERTURBED)[..., None].to(vectors.dtype)).flatten(0, 1)
+        sums = torch.zeros_like(vectors).index_add(
+            0, cell, vectors
+        )  # row i: cell i; there are no more cells than tokens
+        return sums.index_select(0, cell).view(*input_ids.shape, -1)
 
     def _losses(
         self,

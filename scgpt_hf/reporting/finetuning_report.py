@@ -55,6 +55,8 @@ def finetuning_report(run: Path) -> str:
     task = summary.text("task")
     if task == "annotate":
         purpose = f"A classifier that predicts {summary.text('labels_key')!r}"
+    elif task == "perturb":
+        purpose = "A model that predicts what genetic perturbations do to a cell"
     else:
         purpose = f"An encoder fine-tuned to integrate the batches in {summary.text('batch_key')!r}"
     lead = f"{purpose}, on {summary.number('train_cells')} cells. Pretrained model: {summary.text('model')}."
@@ -87,6 +89,9 @@ def _key_numbers(summary: RunRecord) -> Html:
         "macro-F1 of always naming the most frequent label": summary.number("majority_baseline.macro_f1", ".3f"),
         "expected calibration error": summary.number("calibration_error.after", ".3f"),
         "of the variance of masked genes explained": summary.number("best.eval_variance_explained", ".1%"),
+        "error of predicted effects on validation conditions, of no change": summary.number("best.eval_loss", ".2f")
+        if summary.text("task") == "perturb"
+        else UNKNOWN,
         "mean squared error of the best model (GEP), bins²": summary.number("best.eval_gep_mse", ".1f"),
         "mean squared error of each gene's mean, bins²": summary.number("best.eval_gene_mean_mse", ".1f"),
     }

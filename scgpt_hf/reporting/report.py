@@ -1,15 +1,18 @@
 """Write report.html into the folder of a run: one self-contained page about a pretraining, fine-tuning or evaluation.
 
-This module chooses the page; `pretraining_report.py`, `finetuning_report.py` and `evaluation_report.py` make it.
+This module chooses the page; `pretraining_report.py`, `finetuning_report.py`, `evaluation_report.py` and
+`perturbation/report.py` make it.
 """
 
 from pathlib import Path
 
 from scgpt_hf.cells.atomic import write_atomically
+from scgpt_hf.perturbation.evaluation.results import RESULTS
 from scgpt_hf.publishing.record import RunRecord
 from scgpt_hf.reporting.evaluation_report import evaluation_report
 from scgpt_hf.reporting.evaluation_results import SCORES
 from scgpt_hf.reporting.finetuning_report import finetuning_report
+from scgpt_hf.reporting.perturbation.report import perturbation_report
 from scgpt_hf.reporting.pretraining_report import pretraining_report
 from scgpt_hf.training.run_folder import METRICS, SUMMARY
 
@@ -38,6 +41,8 @@ def write_report(run: str | Path) -> Path:
     run = Path(run)
     if (run / SCORES).is_file():
         text = evaluation_report(run)
+    elif (run / RESULTS).is_file():
+        text = perturbation_report(run)
     elif RunRecord.read(run / SUMMARY).get("task", str):
         text = finetuning_report(run)
     elif (run / METRICS).is_file() or (run / SUMMARY).is_file():

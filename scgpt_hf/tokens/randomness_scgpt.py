@@ -25,6 +25,7 @@ Int64Array = npt.NDArray[np.int64]
 TIES, SAMPLING, MASKING, MASK_RATIO = 1, 2, 3, 4
 VIEW_SEED, VIEW_KEEP, THINNING, THINNING_NORMAL = 5, 6, 7, 8
 INPUT_SEED = 9
+PAIRING, PAIRED_CELLS, PAIRED_GENES, HIDDEN_NAMES, MADE_UP = 21, 22, 23, 24, 25  # of perturbation models
 
 # Constants of SplitMix64; see `mix_bits`. They are numpy scalars because numpy would turn a Python integer of more than
 # 63 bits into a float.

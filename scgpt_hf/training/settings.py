@@ -29,7 +29,10 @@ from scgpt_hf.training.optimization.optimizers import MUON
 from scgpt_hf.training.optimization.schedules import scheduler_arguments
 
 # Fields of `ScGPTConfig` that a pretraining run derives from the processor and the data.
-_NOT_MODEL_SETTINGS = {"vocab_size", "pad_token_id", "n_bins", "n_domains", "batch_key", "domains", "modalities"}
+_NOT_MODEL_SETTINGS = {
+    *("vocab_size", "pad_token_id", "n_bins", "n_domains", "batch_key", "domains", "modalities"),
+    *("perturbation_cls", "perturbation_sum", "total_key"),  # of perturbation models
+}
 # Arguments of `ScGPTProcessor` that come from the data.
 _NOT_TOKEN_SETTINGS = {"self", "tokenizer", "symbols", "modalities"}
 

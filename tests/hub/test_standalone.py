@@ -106,7 +106,7 @@ def test_process_without_this_package_loads_all_models(hub: Hub, expected: str, 
     )
     assert finished.returncode == 0, finished.stderr[-3000:]
     passed = json.loads(finished.stdout.splitlines()[-1])
-    assert len(passed) == 35
+    assert len(passed) == 37
     assert passed[-1] == "no other package was imported"
 
 

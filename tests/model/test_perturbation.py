@@ -64,8 +64,11 @@ def test_the_prediction_is_coefficient_times_value_plus_bias(
     torch.testing.assert_close(found.expression, coefficient * batch["values"] + bias)
 
 
-def test_packed_equals_padded(make: Callable[..., ScGPTForPerturbation], padded: Batch, packed: Batch) -> None:
-    model, real = randomize(make()), padded["attention_mask"]
+@pytest.mark.parametrize("perturbation_sum", [False, True])
+def test_packed_equals_padded(
+    make: Callable[..., ScGPTForPerturbation], padded: Batch, packed: Batch, perturbation_sum: bool
+) -> None:
+    model, real = randomize(make(perturbation_sum=perturbation_sum)), padded["attention_mask"]
     one, other = model(**with_flags(padded)), model(**with_flags(packed))
     for name in ("expression", "gepc"):
         torch.testing.assert_close(one[name][real], other[name][0][: int(real.sum())], atol=1e-5, rtol=1e-4)
@@ -87,6 +90,19 @@ def test_new_flags_leave_the_encoder_as_it_was(make: Callable[..., ScGPTForPertu
     flags = batch.pop("perturbation_flags")
     unperturbed = model(**batch, perturbation_flags=torch.where(flags == PERTURBED, 0, flags))
     assert torch.equal(unperturbed.last_hidden_state, model.scgpt(**batch).last_hidden_state)
+
+
+def test_the_vectors_of_perturbed_genes_are_summed_for_each_cell(
+    make: Callable[..., ScGPTForPerturbation], padded: Batch
+) -> None:
+    model, batch = make(perturbation_sum=True), with_flags(padded)
+    flags = batch["perturbation_flags"]
+    flags[1, 2] = PERTURBED
+    found = model._sum_perturbed(batch["input_ids"], flags, model._cell_of_token(batch["input_ids"], None))
+    for cell in range(len(flags)):
+        vectors = model.scgpt.gene_encoder(batch["input_ids"][cell][flags[cell] == PERTURBED])
+        expected = model.perturbation_encoder(vectors).sum(0)
+        torch.testing.assert_close(found[cell], expected.expand_as(found[cell]))
 
 
 def test_losses_are_the_squared_error_and_its_parts_add_up(

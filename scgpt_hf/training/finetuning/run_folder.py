@@ -25,7 +25,7 @@ def save_inputs(
     parts: dict[str, Int64Array],
     donor_key: str | None,
     settings: FinetuneSettings,
-    classes: dict[str, list[str]],
+    classes: dict[str, Any],
 ) -> None:
     """Write settings.yaml, and split.json with the cells of each part.
 

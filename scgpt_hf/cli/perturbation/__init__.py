@@ -1,0 +1,1 @@
+"""The command `perturb`: train, predict and evaluate."""

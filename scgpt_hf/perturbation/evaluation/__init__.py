@@ -1,0 +1,1 @@
+"""Score perturbation models on held-out conditions, beside simple predictors on the same split."""

@@ -1,0 +1,1 @@
+"""The report of a perturbation evaluation: its figures and its page."""
