@@ -1,8 +1,8 @@
 """Publish a run as a model on the Hub, in one commit.
 
 Only files listed here leave the machine: weights (safetensors), processor (JSON), code (Python), figures, and the
-run's record without tokens and local paths. Pickles and the state of the optimizer stay. `card.py` and
-`finetuned_card.py` write the model card; `hub.py` explains errors of the Hub.
+run's record without tokens and local paths. Pickles and the state of the optimizer stay. `card.py`,
+`finetuned_card.py` and `perturbation_card.py` write the model card; `hub.py` explains errors of the Hub.
 """
 
 import json
@@ -16,6 +16,7 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, Mo
 from scgpt_hf.publishing.card import LOCAL_CHECKPOINT, model_card, name_checkpoint
 from scgpt_hf.publishing.finetuned_card import finetuned_card
 from scgpt_hf.publishing.hub import HubError, require_repo_id, translate_hub_errors
+from scgpt_hf.publishing.perturbation_card import PERTURB, perturbation_card
 from scgpt_hf.publishing.record import RunRecord
 
 logger = logging.getLogger(__name__)
@@ -152,7 +153,10 @@ def _readme(run: Path, repo_id: str, weights: str) -> str:
 
 
 def _card(run: Path, repo_id: str | None = None, weights: str = LOCAL_CHECKPOINT) -> ModelCard:
-    if RunRecord.read(run / "summary.json").get("task", str):
+    task = RunRecord.read(run / "summary.json").get("task", str)
+    if task == PERTURB:
+        return perturbation_card(run, repo_id)
+    if task:
         return finetuned_card(run, repo_id)
     return model_card(run, repo_id, weights)
 

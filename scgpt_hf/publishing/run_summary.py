@@ -259,6 +259,9 @@ def finetuning_data(summary: RunRecord) -> Rows:
         domains = summary.get("domains", dict) or {}
         n_cells = {domain: sum(parts.values()) for domain, parts in domains.items()}
         cells["Batches, with their cells"] = ", ".join(f"{one} ({n:,})" for one, n in n_cells.items()) or UNKNOWN
+    elif summary.get("task", str) == "perturb":
+        cells["Cells of the evaluation"] = summary.number("test_cells")
+        return _data(summary, cells, summary.number("genes"))
     else:
         held_out = summary.text("held_out")
         by_cell = "nothing: cells of one donor can be in both parts"
@@ -336,6 +339,8 @@ def finetuning_recipe(summary: RunRecord, settings: RunRecord) -> Rows:
     if summary.get("task", str) == "integrate":
         weights = {name: settings.get(f"{name}_weight", _NUMBER) for name in ("gep", "gepc", "ecs", "dar")}
         trained = {"Objectives (weights)": _objectives(weights)}
+    elif summary.get("task", str) == "perturb":
+        trained = {"Objective": f"squared error of the prediction; target: {settings.text('target')}"}
     elif summary.text("kept") == PROBE:
         return {
             "Pretrained model": Code(summary.text("model")),
