@@ -48,12 +48,16 @@ SHOWN = ("pearson_delta", "pearson_top20", "l2", "mse_top20", "direction_top20",
 def main() -> None:
     """Train and score, and write scores.json, README.md and a figure."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True, help="folder with the two screens")
+    parser.add_argument("--data", type=Path, help="folder with the two screens")
     parser.add_argument("--model", default="", help="pretrained checkpoint to start from (default: a new model)")
     parser.add_argument("--out", type=Path, default=OUT)
     parser.add_argument("--epochs", type=int, help="epochs (default: that of the settings)")
     parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
+    parser.add_argument("--join", type=Path, nargs="+", help="join scores.json of several runs instead of measuring")
     options = parser.parse_args()
+    if options.join:
+        join([json.loads(path.read_text(encoding="utf-8")) for path in options.join], options.out)
+        return
     torch.set_num_threads(1)
     options.out.mkdir(parents=True, exist_ok=True)
     rows: list[dict[str, Any]] = []
@@ -64,6 +68,15 @@ def main() -> None:
         rows += [{"task": task, "seed": settings["seed"], **row} for row in evaluation.scores]
         print(f"{task}, seed {settings['seed']}: {time.process_time() - started:.0f} s of CPU time", flush=True)
         write(rows, options.out, options.model, time.process_time() - started)  # a stopped run keeps what it has
+
+
+def join(parts: list[dict[str, Any]], out: Path) -> None:
+    """Write the scores of several runs, of other seeds, as those of one."""
+    out.mkdir(parents=True, exist_ok=True)
+    scores = [row for part in parts for row in part["scores"]]
+    rows = [{name: np.nan if value is None else value for name, value in row.items()} for row in scores]
+    model = "" if parts[0]["model"] == "new" else parts[0]["model"]
+    write(rows, out, model, sum(part["cpu_seconds"] for part in parts))
 
 
 def jobs(data: Path, seeds: list[int]) -> Iterator[tuple[str, anndata.AnnData, dict[str, Any]]]:

@@ -118,32 +118,43 @@ def _finetune(data: Address, settings: PerturbationSettings) -> dict[str, Any]:
     recorded: dict[str, Any] = {"conditions": split.to_json(), "target_sum": screen.target_sum}
     save_inputs(folder, screen.source, ids, None, settings, recorded)
     trainer.train()
+    summary = _summarize(trainer, screen, split, parts, settings)
+    summary |= {"new": new, "seconds": round(time.perf_counter() - started, 1)}
+    if trainer.is_world_process_zero():
+        save_results(folder, trainer.accelerator.unwrap_model(trainer.model), processor, summary)
+    return summary
+
+
+def _summarize(
+    trainer: "PerturbationTrainer",
+    screen: Screen,
+    split: ConditionSplit,
+    parts: dict[str, Int64Array],
+    settings: PerturbationSettings,
+) -> dict[str, Any]:
+    """Return the content of summary.json, without the time that the run took."""
     validations = [line for line in trainer.state.log_history if "eval_loss" in line]
-    summary = {
+    n_seen = len(trainer.cells.controls)
+    return {
         "task": TASK,
         "model": settings.model or None,
-        "new": new,
         **{f"{part}_cells": len(rows) for part, rows in parts.items()},
-        "control_cells": {"seen": len(controls), "held_out": len(screen.controls) - len(controls)},
+        "control_cells": {"seen": n_seen, "held_out": len(screen.controls) - n_seen},
         "conditions": split.to_json(),
         "contexts": sorted(set(screen.contexts.tolist())),
         "batches": len(set(screen.batches.tolist())),
         "target_sum": screen.target_sum,
         "columns": vars(settings.columns),
-        "genes": len(processor.genes),
-        "coverage": genes.coverage,
-        "parameters": model.num_parameters(),
+        "genes": len(trainer.processor.genes),
+        "coverage": trainer.cells.genes.coverage,
+        "parameters": trainer.model.num_parameters(),
         **training_of(trainer),
         "best": min(validations, key=lambda line: line["eval_loss"]) if validations else None,
         "epochs": trainer.state.epoch,
         "steps": trainer.state.global_step,
-        "device": device_name(args.device),
-        "seconds": round(time.perf_counter() - started, 1),
+        "device": device_name(trainer.args.device),
         "data": screen.source.describe(),
     }
-    if trainer.is_world_process_zero():
-        save_results(folder, trainer.accelerator.unwrap_model(trainer.model), processor, summary)
-    return summary
 
 
 def rows_of_parts(screen: Screen, split: ConditionSplit, settings: PerturbationSettings) -> dict[str, Int64Array]:
@@ -302,7 +313,7 @@ class PerturbationTrainer(LibraryTrainer):
             trainer_arguments: arguments of `transformers.Trainer`; at least model and args.
         """
         super().__init__(**trainer_arguments)
-        self.validation, self.processor = validation, processor
+        self.cells, self.validation, self.processor = cells, validation, processor
         rank, world_size = self.args.process_index, self.args.world_size
         stream = ExampleStream(cells, processor, self.model.config, settings, rank, world_size)
         ends = [stream.steps_per_epoch * (epoch + 1) for epoch in range(settings.epochs)]

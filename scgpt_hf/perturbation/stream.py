@@ -4,7 +4,7 @@ In each epoch every (condition, context) is seen `cells_per_condition` times. An
 control. Which cells, pairs, genes, hidden names and made-up doubles an epoch has is a function of (seed, epoch, cell).
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,6 +36,8 @@ class TrainingCells:
         items: training conditions in their contexts.
         controls: the control cells that the model may see.
         deltas: mean difference that each of them makes, by item. Shape (genes,) each.
+        unknown_share: by context, the share of the mean delta that a condition of which nothing is known is expected
+            to have; see `unknown_share_of`.
     """
 
     screen: Screen
@@ -43,13 +45,18 @@ class TrainingCells:
     items: list[Item]
     controls: Int64Array
     deltas: dict[Item, Float64Array]
+    unknown_share: dict[str, float]
 
     @classmethod
     def of(cls, screen: Screen, genes: ScreenGenes, conditions: list[str], controls: Int64Array) -> "TrainingCells":
         """Return the cells of some conditions, in all contexts that have them."""
         items = [item for item in screen.items if item[0] in set(conditions)]
         deltas = {item: delta_of(screen.values, screen.batches, screen.rows_of(item), controls) for item in items}
-        return cls(screen, genes, items, controls, deltas)
+        shares = {
+            context: unknown_share_of([deltas[item] for item in items if item[1] == context])
+            for context in {item[1] for item in items}
+        }
+        return cls(screen, genes, items, controls, deltas, shares)
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,46 +115,60 @@ class ExampleStream:
     def _example(self, cell: np.int64, item: np.int64, before: Values, after: Values, *, epoch: int) -> Example:
         key = np.array([cell])
         seed, genes = self.settings.seed, self.cells.genes
-        chances = self._numbers(key, MADE_UP, 2, epoch)
-        condition, delta = self._condition(int(item), chances)
-        if self.settings.target == "cell" and condition == parse_condition(self.cells.items[item][0]):
+        parts = self._parts(int(item), self._numbers(key, MADE_UP, 2, epoch))
+        chances = self._numbers(key, HIDDEN_NAMES, 2, epoch)
+        hidden = int(chances[1] * len(parts)) if chances[0] < self.settings.hide_names else None
+        if self.settings.target == "cell" and len(parts) == 1:
             labels = after
         else:
+            context = self.cells.items[item][1]
+            shares = [self.cells.unknown_share[context] if place == hidden else 1.0 for place in range(len(parts))]
+            delta = np.sum([share * delta for share, (_, delta) in zip(shares, parts, strict=True)], axis=0)
             labels = (before + delta[genes.columns]).astype(np.float32)
-        targets = self._hide_names(genes.target_ids(condition), self._numbers(key, HIDDEN_NAMES, 3, epoch))
+        named = [condition for place, (condition, _) in enumerate(parts) if place != hidden]
+        targets = genes.target_ids(tuple(sorted({gene for condition in named for gene in condition})))
+        if hidden is not None:
+            targets = np.append(targets, nameless_id(self.processor))
         n_others = len(np.setdiff1d(targets, genes.ids))
         words = random_words(cell_keys(key, seed=seed, epoch=epoch, purpose=PAIRED_GENES), genes.ids)
         kept = keep_genes(words, np.isin(genes.ids, targets), max(self.settings.max_tokens - n_others, 1))
         return Example(before, targets, labels, kept)
 
-    def _condition(self, item: int, chances: npt.NDArray[np.float64]) -> tuple[Condition, Float64Array]:
-        """Return the condition of an example and its delta; sometimes a double that is made up of two singles."""
+    def _parts(self, item: int, chances: npt.NDArray[np.float64]) -> list[tuple[Condition, Float64Array]]:
+        """Return the condition of an example with its delta; sometimes two singles, which make up a double."""
         name, context = self.cells.items[item]
-        condition, delta = parse_condition(name), self.cells.deltas[name, context]
-        share = self.settings.made_up_doubles
-        if len(condition) != 1 or chances[0] >= share or not self._has_doubles:
-            return condition, delta
-        others = [
-            other for other in self.cells.items if other[1] == context and other[0] != name and "+ctrl" in other[0]
+        condition = parse_condition(name)
+        parts = [(condition, self.cells.deltas[name, context])]
+        if len(condition) != 1 or chances[0] >= self.settings.made_up_doubles or not self._has_doubles:
+            return parts
+        singles = [
+            (other, delta)
+            for (one, where), delta in self.cells.deltas.items()
+            if where == context and one != name and len(other := parse_condition(one)) == 1
         ]
-        if not others:
-            return condition, delta
-        other = others[int(chances[1] * len(others))]
-        joined = tuple(sorted({*condition, *parse_condition(other[0])}))
-        return joined, delta + self.cells.deltas[other]
+        return [*parts, singles[int(chances[1] * len(singles))]] if singles else parts
 
     @property
     def _has_doubles(self) -> bool:
         return any(len(parse_condition(name)) > 1 for name, _ in self.cells.screen.items)
 
-    def _hide_names(self, targets: Int64Array, chances: npt.NDArray[np.float64]) -> Int64Array:
-        """Return the perturbed genes; sometimes with the name of one of them hidden."""
-        if chances[0] >= self.settings.hide_names:
-            return targets
-        hidden = int(chances[1] * len(targets))
-        known = np.delete(targets, hidden) if chances[2] < 0.5 else targets[:0]
-        return np.append(known, nameless_id(self.processor))
-
     def _numbers(self, key: Int64Array, purpose: int, n: int, epoch: int) -> npt.NDArray[np.float64]:
         keys = cell_keys(key, seed=self.settings.seed, epoch=epoch, purpose=purpose)
         return to_uniform(random_words(keys, np.arange(n)))
+
+
+def unknown_share_of(deltas: Sequence[Float64Array]) -> float:
+    """Return the share s of the mean of the other deltas that predicts each delta best, from 0 to 1.
+
+    s = Σ_i δ_i · m_i / Σ_i |m_i|², where m_i is the mean of the deltas other than δ_i. If perturbations have nothing in
+    common, s is near 0, and no change is a better guess than the mean; if all do the same, it is 1.
+
+    Args:
+        deltas: deltas of the training conditions. Shape (genes,) each.
+    """
+    if len(deltas) < 2:
+        return 1.0
+    all_of_them = np.stack(deltas)
+    others = (all_of_them.sum(axis=0) - all_of_them) / (len(deltas) - 1)
+    size = float(np.square(others).sum())
+    return float(np.clip((all_of_them * others).sum() / size, 0.0, 1.0)) if size else 1.0

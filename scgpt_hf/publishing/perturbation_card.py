@@ -125,6 +125,6 @@ assay like those of the training.
 
 - Do not use the model for diagnosis, or for decisions about a person.
 - A gene that was never perturbed in the training is predicted from its vector. Without a pretrained model, and if the
-  screen does not measure it, the prediction is the mean effect of the training conditions.
+  screen does not measure it, the prediction is a share of the mean effect of the training conditions.
 - The model predicts mean effects. It says little about how single cells differ in their response.
 - Simple methods are hard to beat on this task. Compare the model with them on your own data."""

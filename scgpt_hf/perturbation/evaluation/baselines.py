@@ -19,7 +19,7 @@ N_NEAREST = 3
 
 @dataclass(frozen=True, eq=False)
 class Training:
-    """What a baseline may know.
+    """The knowledge of a baseline: effects and profiles of the training conditions.
 
     Attributes:
         deltas: training condition → mean difference to control cells. Shape (genes,) each; at least one.

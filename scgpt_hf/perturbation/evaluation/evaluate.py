@@ -200,7 +200,7 @@ def score_predictors(
 
 
 def _training_of(screen: Screen, split: ConditionSplit, context: str, seen: Int64Array) -> Training:
-    """Return what baselines may know of a context: training and validation conditions, and the control cells."""
+    """Return the knowledge of baselines on a context: training and validation conditions, and the control cells."""
     known = {*split.train, *split.validation}
     items = [item for item in screen.items if item[0] in known and item[1] == context]
     if not items:  # the context has no training condition of its own, so those of all contexts stand for it
