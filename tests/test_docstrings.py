@@ -22,6 +22,7 @@ SIZES = {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4, "i
 # Names that need no example: types whose fields are documented, and functions of arrays that another function returns.
 WITHOUT_EXAMPLE = {
     *("CellSource", "ScGPTConfig", "ScGPTTrainer", "StreamConfig", "AnnotateSettings", "IntegrateSettings"),
+    "PerturbationSettings",
     *("attention_maps", "mean_attention", "gene_programs"),
 }
 

@@ -1,8 +1,8 @@
 """Predict what genetic perturbations do to the expression of cells: train, predict, evaluate.
 
-  python scripts/perturb.py train screen.h5ad --out runs/crispr --batch_key replicate
-  python scripts/perturb.py evaluate screen.h5ad --run runs/crispr --out runs/crispr/scores
-  python scripts/perturb.py predict screen.h5ad KLF1+MAP2K6 STAT1+ctrl --model runs/crispr/best_model --out out.h5ad
+  scgpt-hf perturb train screen.h5ad --out runs/crispr --batch_key replicate
+  scgpt-hf perturb evaluate screen.h5ad --run runs/crispr --out runs/crispr/scores
+  scgpt-hf perturb predict screen.h5ad KLF1+MAP2K6 STAT1+ctrl --model runs/crispr/best_model --out out.h5ad
 
 The input of `train` and `evaluate` is a screen: raw counts, and the condition of each cell in obs, written as in GEARS
 (KLF1+ctrl, KLF1+MAP2K6, ctrl). `train` holds conditions out, which `evaluate` scores beside simple methods on the same
