@@ -62,8 +62,8 @@ _UNSUPPORTED = (
 )
 # Why weights are left out that do not change the embedding of a cell.
 _GENERATION_FLAGS = (
-    "marks the genes to generate in scGPT's generative training, which scgpt_hf does not support; embedding "
-    "cells, as embed_data does, never uses it"
+    "marks the genes to generate in scGPT's generative training; the conversion leaves it out, so generation has to be "
+    "trained again; embedding cells, as embed_data does, never uses it"
 )
 _MODALITIES = (
     "the expression heads of a multi-omic model take the modality of each gene as input, which no file records; pass "
