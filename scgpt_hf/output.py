@@ -53,6 +53,18 @@ def require_writable_folder(folder: str | Path) -> None:
         ) from error
 
 
+def require_free_folder(folder: Path) -> None:
+    """Check that a folder does not exist yet, or is empty.
+
+    Raises:
+        FileExistsError: it is a file, or is not empty.
+        OSError: it cannot be written to.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise FileExistsError(f"{folder} exists and is not empty; choose a new folder with --out")
+    require_writable_folder(folder)
+
+
 def write_beside(out: str | Path, write: Callable[[Path], object], cause: Exception) -> OSError:
     """Write results to a new folder beside the output that could not be written, or else to the temporary folder.
 

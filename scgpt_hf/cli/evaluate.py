@@ -33,7 +33,8 @@ from scgpt_hf.analysis.evaluation.evaluate import (
 )
 from scgpt_hf.cells.files.contents import open_anndata
 from scgpt_hf.cli.process import accept_any_locale, exit_with_error
-from scgpt_hf.reporting.evaluation_results import require_free_folder, tabulate, write_evaluation
+from scgpt_hf.output import require_free_folder
+from scgpt_hf.reporting.evaluation_results import tabulate, write_evaluation
 from scgpt_hf.reporting.report import write_report
 from scgpt_hf.training.settings_parsing import ExampleHelpFormatter
 

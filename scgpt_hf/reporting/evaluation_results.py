@@ -23,7 +23,7 @@ from scgpt_hf.analysis.evaluation.baseline_embeddings import BASELINES
 from scgpt_hf.analysis.evaluation.evaluate import PREDICTION, TRANSFER, Evaluation, MethodScores
 from scgpt_hf.analysis.evaluation.selected_cells import SelectedCells
 from scgpt_hf.cells.locking import rename_new
-from scgpt_hf.output import require_writable_folder, write_beside
+from scgpt_hf.output import require_free_folder, write_beside
 from scgpt_hf.reporting.plots import UMAP_CELLS, plot_scores, plot_umap, save_figure
 from scgpt_hf.reporting.plots_predictions import plot_calibration, plot_confusion, plot_f1
 from scgpt_hf.scoring.classification import f1_by_type
@@ -41,18 +41,6 @@ GROUPS = {
 SCORES, TABLE = "scores.json", "scores.csv"
 _MAX_METHODS = 8  # in one figure of F1 scores
 _PROBE = PREDICTION[-1]
-
-
-def require_free_folder(folder: Path) -> None:
-    """Check that a folder does not exist yet, or is empty.
-
-    Raises:
-        FileExistsError: it is a file, or is not empty.
-        OSError: it cannot be written to.
-    """
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise FileExistsError(f"{folder} exists and is not empty; choose a new folder with --out")
-    require_writable_folder(folder)
 
 
 def write_evaluation(

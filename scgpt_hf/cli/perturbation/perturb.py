@@ -22,9 +22,9 @@ from transformers import HfArgumentParser
 from scgpt_hf.cells.atomic import replace_file
 from scgpt_hf.cells.files.contents import open_anndata
 from scgpt_hf.cli.process import accept_any_locale, exit_with_error, tune_process
-from scgpt_hf.output import require_writable_file, write_beside
+from scgpt_hf.output import require_free_folder, require_writable_file, write_beside
 from scgpt_hf.perturbation.evaluation.evaluate import evaluate_perturbation
-from scgpt_hf.perturbation.evaluation.results import format_table, require_free_folder, write_results
+from scgpt_hf.perturbation.evaluation.results import format_table, write_results
 from scgpt_hf.perturbation.finetune import finetune_perturbation
 from scgpt_hf.perturbation.predict import predict_perturbation
 from scgpt_hf.perturbation.settings import PerturbationSettings

@@ -10,24 +10,12 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from scgpt_hf.output import require_writable_folder, write_beside
+from scgpt_hf.output import require_free_folder, write_beside
 from scgpt_hf.perturbation.evaluation.evaluate import CEILING, MODEL, REPLICATES, Evaluation
 from scgpt_hf.perturbation.evaluation.metrics import METRICS
 
 RESULTS, TABLE = "perturbation_scores.json", "scores.csv"
 _N_SHOWN = 20  # genes of each condition that are kept for the figures
-
-
-def require_free_folder(folder: Path) -> None:
-    """Check that a folder does not exist yet, or is empty.
-
-    Raises:
-        FileExistsError: it is a file, or is not empty.
-        OSError: it cannot be written to.
-    """
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise FileExistsError(f"{folder} exists and is not empty; choose a new folder with --out")
-    require_writable_folder(folder)
 
 
 def write_results(evaluation: Evaluation, folder: str | Path) -> Path:
