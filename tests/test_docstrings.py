@@ -7,6 +7,7 @@ import doctest
 import inspect
 import logging
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,16 @@ def namespace(folder: Path, name: str) -> dict[str, Any]:
         "model": model_class.from_pretrained(run),
         "processor": transformers.AutoProcessor.from_pretrained(run),
     }
+
+
+@pytest.fixture(autouse=True)
+def verbosity() -> Iterator[None]:
+    """Undo what the example of `set_verbosity` does."""
+    package = logging.getLogger("scgpt_hf")
+    level, handlers = package.level, package.handlers[:]
+    yield
+    package.setLevel(level)
+    package.handlers[:] = handlers
 
 
 @pytest.mark.parametrize("name", scgpt_hf.__all__)

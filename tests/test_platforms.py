@@ -6,7 +6,7 @@ import sys
 from tests.support import ROOT
 
 # Everything that the standard library and torch decide by the platform is decided before the name is changed.
-WINDOWS = "import os, scgpt_hf; os.name = 'nt'; "
+WINDOWS = "import os, torch, transformers.modeling_utils, scgpt_hf; os.name = 'nt'; "
 SENTENCE = "scgpt_hf reads cells and trains on Linux and macOS, not on native Windows; run it in WSL 2 (wsl --install)"
 
 

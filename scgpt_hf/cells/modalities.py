@@ -53,10 +53,11 @@ def join_modalities(
             counts.
 
     Example:
-        >>> joined = join_modalities(adata)  # adata.obsm["protein_counts"] and adata.uns["protein_names"]
-        >>> joined.var["modality"].value_counts().to_dict()
-        {'RNA': 16727, 'protein': 14}
-        >>> joined.write_h5ad("joined.h5ad")  # pretrain.py --data joined.h5ad
+        >>> adata.obsm["protein_counts"] = pd.DataFrame({"CD3": 5, "CD19": 1}, index=adata.obs_names)
+        >>> joined = join_modalities(adata)
+        >>> joined.var_names[-2:].tolist()
+        ['protein:CD3', 'protein:CD19']
+        >>> joined.write_h5ad("joined.h5ad")  # scgpt-hf pretrain --data joined.h5ad
     """
     if modality not in MODALITIES:
         raise ValueError(f"modality is {modality!r}; expected one of {', '.join(MODALITIES)}")

@@ -202,6 +202,7 @@ def error_rows(summary: RunRecord) -> list[ErrorRow]:
         for key, (name, meaning) in _PREDICTORS.items()
         for value in [summary.get(f"best.eval_{key}", _NUMBER)]
         if key != "tie_floor_mse" or value_unit(summary) == "bins"  # other values have no ties
+        if key != "gen_mse" or value is not None  # few runs have this objective
     ]
 
 

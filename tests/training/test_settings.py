@@ -41,7 +41,7 @@ def test_model_settings_have_the_defaults_of_the_config():
 
 def test_token_settings_have_the_defaults_of_the_processor():
     parameters = inspect.signature(ScGPTProcessor.__init__).parameters
-    assert set(TOKEN_SETTINGS) == parameters.keys() - {"self", "tokenizer", "symbols"}
+    assert set(TOKEN_SETTINGS) == parameters.keys() - {"self", "tokenizer", "symbols", "modalities"}
     assert all(getattr(DataSettings(), name) == parameters[name].default for name in TOKEN_SETTINGS)
 
 
