@@ -83,10 +83,11 @@ def thin_counts(
     lengths = np.diff(counts.indptr)
     share = np.repeat(choices[choice], lengths)
     if (large := entries > LARGEST_EXACT).any():
-        keys = np.repeat(cell_keys(cell_ids, seed=seed, epoch=epoch, purpose=THINNING_NORMAL), lengths)[large]
-        first = np.repeat(cell_keys(cell_ids, seed=seed, epoch=epoch, purpose=THINNING), lengths)[large]
-        uniform, second = (to_uniform(random_words(one, genes[large])) for one in (first, keys))
-        number[large] = _normal(uniform, second, entries[large], np.minimum(share, 1 - share)[large])
+        more_keys = cell_keys(cell_ids, seed=seed, epoch=epoch, purpose=THINNING_NORMAL)
+        first, second = (
+            to_uniform(random_words(np.repeat(one, lengths)[large], genes[large])) for one in (keys, more_keys)
+        )
+        number[large] = _normal(first, second, entries[large], np.minimum(share, 1 - share)[large])
     thinned = _Thinned(counts, np.where(share <= 0.5, number, entries - number).astype(np.float32))
     emptied = np.repeat(count_known_genes(thinned, gene_ids) == 0, lengths)
     thinned.data[emptied] = entries[emptied]

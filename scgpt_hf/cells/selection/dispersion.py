@@ -17,7 +17,13 @@ import pandas as pd
 
 from scgpt_hf.cells.block import CellBlock, Float64Array, Int64Array
 from scgpt_hf.cells.selection.counts import add_sums, stream_blocks
-from scgpt_hf.cells.selection.hvg import MIN_CELLS_PER_BATCH, moments, require_enough_genes, to_batches
+from scgpt_hf.cells.selection.hvg import (
+    MIN_CELLS_PER_BATCH,
+    moments,
+    require_enough_genes,
+    require_varying_genes,
+    to_batches,
+)
 
 if TYPE_CHECKING:
     from scgpt_hf.cells.source import CellSource
@@ -116,11 +122,7 @@ def _best_genes(scores: Float64Array, n_genes: int) -> Int64Array:
         ValueError: fewer than `n_genes` genes vary.
     """
     varying = np.flatnonzero((~np.isnan(scores)).any(axis=0))
-    if len(varying) < n_genes:
-        raise ValueError(
-            f"found {len(varying):,} genes that vary between cells, but {n_genes:,} highly variable genes were "
-            "requested; lower --n_hvg, or drop fewer genes (a lower --min_gene_counts)"
-        )
+    require_varying_genes(len(varying), n_genes)
     n_batches = np.zeros(scores.shape[1], np.int64)
     for score in scores:
         best = np.argsort(-np.nan_to_num(score, nan=-np.inf), kind="stable")[:n_genes]

@@ -105,6 +105,15 @@ def require_enough_genes(source: "CellSource", candidates: Int64Array | None, n_
     return columns
 
 
+def require_varying_genes(n_varying: int, n_genes: int) -> None:
+    """Raise ValueError if fewer than `n_genes` genes vary between cells."""
+    if n_varying < n_genes:
+        raise ValueError(
+            f"found {n_varying:,} genes that vary between cells, but {n_genes:,} highly variable genes were "
+            "requested; lower --n_hvg, or drop fewer genes (a lower --min_gene_counts)"
+        )
+
+
 def to_batches(source: "CellSource", cell_ids: Int64Array, batch_key: str | None, min_cells: int) -> Int64Array:
     """Return the number of the batch within which genes are ranked, for each cell. Shape (cells,).
 
@@ -233,11 +242,7 @@ def rank_genes(variances: Float64Array, n_genes: int) -> Int64Array:
         rank[best] = np.arange(len(best))
     n_batches = (~np.isnan(ranks)).sum(axis=0)
     ranked = np.flatnonzero(n_batches)
-    if len(ranked) < n_genes:
-        raise ValueError(
-            f"found {len(ranked):,} genes that vary between cells, but {n_genes:,} highly variable genes were "
-            "requested; lower --n_hvg, or drop fewer genes (a lower --min_gene_counts)"
-        )
+    require_varying_genes(len(ranked), n_genes)
     order = np.lexsort((-n_batches[ranked], np.nanmedian(ranks[:, ranked], axis=0)))
     return np.sort(ranked[order[:n_genes]])
 
