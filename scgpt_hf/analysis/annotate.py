@@ -178,7 +178,8 @@ def transfer_labels(
         overwrite=overwrite,
     )
     query_vectors, reference_vectors = _comparable_vectors(query, reference, use_rep)
-    labelled, labels = _reference_labels(reference, labels_key, ignore, reference_vectors, n_neighbors)
+    has_vector = np.asarray(np.isfinite(reference_vectors).all(axis=1))
+    labelled, labels = _reference_labels(reference, labels_key, ignore, has_vector, n_neighbors)
     reference_vectors = reference_vectors[labelled]
     classifier = KNeighborsClassifier(n_neighbors, weights="distance").fit(reference_vectors, labels)
     embedded = np.isfinite(query_vectors).all(axis=1)
@@ -231,7 +232,7 @@ def validate_transfer(
     for name, adata in (("query", query), ("reference", reference)):
         if not adata.n_obs:
             raise ValueError(f"the {name} has no cells")
-    _reference_labels(reference, labels_key, ignore, np.zeros((reference.n_obs, 1)), n_neighbors)
+    _reference_labels(reference, labels_key, ignore, np.ones(reference.n_obs, bool), n_neighbors)
 
 
 def _write_types(
@@ -289,9 +290,16 @@ def _comparable_vectors(query: "AnnData", reference: "AnnData", use_rep: str) ->
 
 
 def _reference_labels(
-    reference: "AnnData", labels_key: str, ignore: Sequence[str], vectors: FloatArray, n_neighbors: int
+    reference: "AnnData", labels_key: str, ignore: Sequence[str], embedded: npt.NDArray[np.bool_], n_neighbors: int
 ) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.str_]]:
     """Return which cells of the reference have a label and an embedding, (cells,), and the labels of these cells.
+
+    Args:
+        reference: see `transfer_labels`.
+        labels_key: see `transfer_labels`.
+        ignore: see `transfer_labels`.
+        embedded: true at cells that have an embedding. Shape (cells,).
+        n_neighbors: see `transfer_labels`.
 
     Raises:
         ValueError: there is no such column, too few cells are labelled, or all have the same label.
@@ -299,7 +307,7 @@ def _reference_labels(
     if labels_key not in reference.obs:
         raise ValueError(f"the reference has no obs[{labels_key!r}]; its columns are {list(reference.obs)}")
     column = reference.obs[labels_key]
-    labelled = has_label(column, ignore) & np.isfinite(vectors).all(axis=1)
+    labelled = has_label(column, ignore) & embedded
     if labelled.sum() <= n_neighbors:
         raise ValueError(
             f"{labelled.sum():,} of {len(column):,} cells of the reference have a label in obs[{labels_key!r}], "

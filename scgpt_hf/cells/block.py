@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from copy import copy
 from functools import cached_property
 from hashlib import sha256
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import pandas as pd
@@ -21,6 +21,7 @@ from scipy.sparse import csr_matrix, issparse
 CHUNK_SIZE = 2048
 
 AnyArray: TypeAlias = NDArray[Any]
+InvalidCounts: TypeAlias = Literal["not finite", "negative", "fractional"]
 FloatArray: TypeAlias = NDArray[np.floating[Any]]  # of any precision
 Float64Array: TypeAlias = NDArray[np.float64]
 Int64Array: TypeAlias = NDArray[np.int64]
@@ -177,19 +178,30 @@ def require_counts(counts: Any, where: str, *, whole: bool = True) -> None:
     """
     matrix: Any = counts
     stored = np.asarray(matrix.data if issparse(counts) else matrix).ravel()
+    if found := find_invalid_counts(stored, whole=whole):
+        what, wrong = found
+        raise ValueError(
+            f"expected raw counts (whole numbers >= 0), found {stored[wrong.argmax()]:g} and "
+            f"{int(np.count_nonzero(wrong)) - 1:,} more {what} values of {stored.size:,} in {where}; choose the layer "
+            "with counts: --layer NAME (layer='NAME' in Python)"
+        )
+
+
+def find_invalid_counts(stored: AnyArray, *, whole: bool = True) -> tuple[InvalidCounts, NDArray[np.bool_]] | None:
+    """Find values that are not raw counts: return the kind, and a mask of shape (values,); None if all are counts.
+
+    Args:
+        stored: the values. Shape (values,).
+        whole: require whole numbers.
+    """
     if stored.dtype.kind in "ub":
-        return
-    for what, wrong in (
+        return None
+    checks: tuple[tuple[InvalidCounts, NDArray[np.bool_]], ...] = (
         ("not finite", ~np.isfinite(stored)),
         ("negative", stored < 0),
         ("fractional", (stored != np.floor(stored)) & whole),
-    ):
-        if n_wrong := int(np.count_nonzero(wrong)):
-            raise ValueError(
-                f"expected raw counts (whole numbers >= 0), found {stored[wrong.argmax()]:g} and {n_wrong - 1:,} more "
-                f"{what} values of {stored.size:,} in {where}; choose the layer with counts: --layer NAME "
-                "(layer='NAME' in Python)"
-            )
+    )
+    return next(((what, wrong) for what, wrong in checks if wrong.any()), None)
 
 
 def to_float32(counts: NDArray[Any], where: str, *, whole: bool = True) -> NDArray[np.float32]:

@@ -82,10 +82,11 @@ def find_species(ids: pd.Series, symbols: pd.Series) -> str | None:
         >>> find_species(pd.Series(["ENSMUSG00000032094"]), pd.Series(["Cd3d"]))
         'mouse'
     """
+    prefixes = ids.str.extract(r"^(ENS[A-Z]*G)\d", expand=False)
     for species, prefix in ENSEMBL_PREFIXES.items():
-        if ids.str.match(rf"{prefix}\d").mean() > 0.5:
+        if (prefixes == prefix).mean() > 0.5:
             return species
-    if symbols.str.match(ENSEMBL).mean() > 0.5 or ids.str.match(ENSEMBL).mean() > 0.5:
+    if prefixes.notna().mean() > 0.5 or symbols.str.match(ENSEMBL).mean() > 0.5:
         return None
     spelling = {"mouse": MOUSE_SYMBOL, "human": HUMAN_SYMBOL}
     return next((name for name, pattern in spelling.items() if symbols.str.match(pattern).mean() > 0.5), None)

@@ -55,7 +55,7 @@ def match_source_genes(genes: pd.DataFrame, processor: ScGPTProcessor) -> GeneMa
     try:
         gene_ids = processor.match_genes(list(names))
     except ValueError as error:
-        species, model = find_species(ids, symbols), _species_of_model(processor)
+        species, model = find_species(ids, symbols), species_of_model(processor)
         if species not in (None, model) and (model is not None or species == "mouse"):
             raise ValueError(
                 f"the data have {species} genes, e.g. {symbols[:3].tolist()} ({ids.iloc[0]}), which the model does not "
@@ -84,7 +84,7 @@ def match_source_genes(genes: pd.DataFrame, processor: ScGPTProcessor) -> GeneMa
     return GeneMatch(gene_ids, coverage)
 
 
-def _species_of_model(processor: ScGPTProcessor) -> str | None:
+def species_of_model(processor: ScGPTProcessor) -> str | None:
     """Return the species of the vocabulary, as `find_species` does."""
     genes = pd.Series(processor.genes, dtype=object)
     return find_species(genes, pd.Series(processor.symbols, dtype=object) if processor.symbols else genes)
@@ -95,8 +95,10 @@ def _require_one_species(ids: pd.Series, processor: ScGPTProcessor) -> None:
 
     Mouse symbols that are written in capitals are those of human genes.
     """
-    species, model = find_species(ids, ids), _species_of_model(processor)
-    if not ids.str.match(ENSEMBL).mean() > 0.5 or None in (species, model) or species == model:
+    if not ids.str.match(ENSEMBL).mean() > 0.5:
+        return
+    species, model = find_species(ids, ids), species_of_model(processor)
+    if None in (species, model) or species == model:
         return
     has_ids = pd.Series(processor.genes, dtype=object).str.match(ENSEMBL).mean() > 0.5
     if not has_ids and {species, model} != {"human", "mouse"}:

@@ -23,7 +23,7 @@ from scgpt_hf.cells.genes import ENSEMBL, find_gene_ids, find_species
 from scgpt_hf.cells.selection.counts import stream_blocks
 from scgpt_hf.inference import embed_batches
 from scgpt_hf.measuring import peak_memory
-from scgpt_hf.pipeline.genes import GeneMatch, match_source_genes
+from scgpt_hf.pipeline.genes import GeneMatch, match_source_genes, species_of_model
 from scgpt_hf.pretrained import load_model
 from scgpt_hf.tokens.processing_scgpt import ScGPTProcessor
 
@@ -74,13 +74,13 @@ def check_cells(
         model, processor = load_model(model, processor, device=device)
     contents, source, problem = _open(data, layer, round_counts)
     try:
-        check = _check_tables(contents, source)
+        genes = source.genes if source else _genes_of(contents)
+        check = _check_tables(contents, genes, source.parts[0].layer if source else None)
         if problem:
             check.problems.append(problem)
-        genes = source.genes if source else _genes_of(contents)
         match = None
         if model is not None and processor is not None:
-            check.model, check.model_species = model.name_or_path, _species_of(processor)
+            check.model, check.model_species = model.name_or_path, species_of_model(processor)
             match = _match_genes(check, genes, processor)
         if source is not None:
             _read_counts(check, source, match, processor)
@@ -105,10 +105,14 @@ def _open(
         return contents, None, str(error)
 
 
-def _check_tables(contents: Contents, source: AnnDataSource | None) -> CellCheck:
-    """Return the findings in obs, var and the first cells of each layer."""
-    layer = source.parts[0].layer if source else None
-    genes = source.genes if source else _genes_of(contents)
+def _check_tables(contents: Contents, genes: pd.DataFrame, layer: str | None) -> CellCheck:
+    """Return the findings in obs, var and the first cells of each layer.
+
+    Args:
+        contents: all layers and tables of the file.
+        genes: its different genes, as `CellSource.genes`.
+        layer: the layer whose counts are used, if there is one.
+    """
     return CellCheck(
         name=contents.name,
         kind=contents.kind,
@@ -127,11 +131,6 @@ def _check_tables(contents: Contents, source: AnnDataSource | None) -> CellCheck
 def _genes_of(contents: Contents) -> pd.DataFrame:
     """Return the different genes of X, for a file without raw counts."""
     return find_gene_ids(contents.var, contents.name).drop_duplicates("feature_id", ignore_index=True)
-
-
-def _species_of(processor: ScGPTProcessor) -> str | None:
-    genes = pd.Series(processor.genes, dtype=object)
-    return find_species(genes, genes)
 
 
 def _match_genes(check: CellCheck, genes: pd.DataFrame, processor: ScGPTProcessor) -> GeneMatch | None:
@@ -205,12 +204,8 @@ def _add_notes(check: CellCheck) -> None:
         check.notes.append(f"{check.empty_cells:,} cells have no counts at all; training leaves them out.")
     if check.layer not in (None, "X"):
         check.notes.append(f"X does not hold the raw counts ({check.layers.get('X', 'absent')}): {check.layer} does.")
-    if (
-        check.model
-        and check.ok
-        and check.species != check.model_species
-        and None not in (*(check.species, check.model_species),)
-    ):
+    species = check.species, check.model_species
+    if check.model and check.ok and None not in species and species[0] != species[1]:
         check.notes.append(f"the genes are of {check.species}, those of the model of {check.model_species}.")
     if not any(column.role == DONOR and column.n_groups > 1 for column in check.groups):
         check.notes.append(

@@ -40,7 +40,7 @@ def find_group_columns(obs: pd.DataFrame) -> list[GroupColumn]:
     """Return the columns that divide the cells into groups, those with a known role first.
 
     A column whose name has a known role may have a single group. Measurements (floating-point numbers, and whole
-    numbers with many values) and columns with a value of its own for most cells are left out. Missing values are no
+    numbers with many values) and columns with a different value in most cells are left out. Missing values are no
     groups, and "unknown" is no label.
 
     Args:

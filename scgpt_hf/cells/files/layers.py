@@ -9,7 +9,7 @@ import logging
 import numpy as np
 from scipy.sparse import csr_matrix
 
-from scgpt_hf.cells.block import name_layers, require_counts
+from scgpt_hf.cells.block import find_invalid_counts, name_layers, require_counts
 from scgpt_hf.cells.files.contents import RAW, Contents
 from scgpt_hf.cells.files.matrices import read_rows
 
@@ -121,13 +121,11 @@ def _describe_layer(contents: Contents, layer: str) -> str:
     except ValueError:
         return "not a numeric matrix of these cells and genes"
     head = read_head(contents, layer)
-    try:
-        _require_counts(head, "", fractional=False)
-    except ValueError as error:
-        if "fractional" in str(error) and _is_normalized(head):
+    if found := find_invalid_counts(head.data):
+        what, _ = found
+        if what == "fractional" and _is_normalized(head):
             return "normalized"
-        kind = next(kind for kind in ("not finite", "negative", "fractional") if kind in str(error))
-        return "values that are not finite" if kind == "not finite" else f"{kind} values"
+        return "values that are not finite" if what == "not finite" else f"{what} values"
     return "raw counts" if head.nnz else "raw counts, but the first cells have none"
 
 
