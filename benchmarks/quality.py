@@ -131,8 +131,13 @@ ARMS |= {name: {**LOG1P, **changed} for name, changed in ABLATION.items()}
 SEURAT_V3 = {"hvg_flavor": "seurat_v3", "hvg_batch_key": "donor_id"}
 SEURAT_V3_ABLATION = {
     "": {},
-    **{name: ABLATION[name] for name in ("norm before each layer", "counts only", "385 tokens", "4,000 genes")},
-    **{name: ABLATION[name] for name in ("shortcut alone", "10,000 steps of the shortcut alone")},
+    **{
+        name: ABLATION[name]
+        for name in (
+            *("norm before each layer", "counts only", "385 tokens", "4,000 genes"),
+            *("shortcut alone", "10,000 steps of the shortcut alone"),
+        )
+    },
     "masks of 25 to 90 %, left out": {
         "mask_ratios": (0.25, 0.5, 0.75, 0.9),
         "leave_out_masked": "true",

@@ -19,8 +19,8 @@ from scgpt_hf.cells.threads import set_background_priority
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -2, -3, -8
 _HEAP_BYTES = 64 * 2**20  # glibc returns an empty heap of this size, unless at least M_TOP_PAD bytes stay free
 _LARGEST_MMAP_THRESHOLD = _HEAP_BYTES // 2  # the largest value that M_MMAP_THRESHOLD accepts
-_LOGGERS_OF_GENES = ("scgpt_hf.pipeline.genes", "scgpt_hf.tokens.vocabulary_scgpt")
 _LARGEST_TRIM_THRESHOLD = 2**31 - 1  # the largest value that fits an int
+_LOGGERS_OF_GENES = ("scgpt_hf.pipeline.genes", "scgpt_hf.tokens.vocabulary_scgpt")
 
 
 @cache

@@ -19,7 +19,7 @@ from scgpt_hf.perturbation.pseudobulk import Names
 logger = logging.getLogger(__name__)
 
 TARGET_SUM = 1e4
-"""Counts per cell after normalizing, as in scanpy's tutorials, if `total_key` tells the total of each cell."""
+"""Counts per cell after normalizing, as in scanpy's tutorials, if `total_key` names the total of each cell."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -164,8 +164,7 @@ def rows_of_parts(screen: Screen, split: ConditionSplit, settings: PerturbationS
     """
     seen = screen.controls
     if split.test:
-        one, _ = split_controls(screen, settings.control_fraction, settings.seed)
-        seen = one
+        seen, _ = split_controls(screen, settings.control_fraction, settings.seed)
     rows = {
         "train": np.concatenate([np.flatnonzero(np.isin(screen.conditions, split.train)), seen]),
         "validation": np.flatnonzero(np.isin(screen.conditions, split.validation)),
@@ -319,10 +318,6 @@ class PerturbationTrainer(LibraryTrainer):
         ends = [stream.steps_per_epoch * (epoch + 1) for epoch in range(settings.epochs)]
         self.loader = StreamLoader(stream.batches, ends)
         self.seed = settings.seed
-
-    def train_loader(self) -> StreamLoader:
-        """Return the loader."""
-        return self.loader
 
     @contextmanager
     def training_context(self) -> Iterator[None]:

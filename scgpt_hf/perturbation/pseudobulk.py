@@ -3,7 +3,7 @@
     delta(condition) = Σ_b n_b (mean of its cells in b − mean of the control cells in b) / Σ_b n_b
 
 b runs over the experimental batches with cells of the condition and n_b counts these cells, so a condition is compared
-with controls of its own batches only. All functions are pure.
+with controls of the same batches only. All functions are pure.
 """
 
 from collections.abc import Sequence

@@ -34,12 +34,13 @@ class LibraryTrainer(Trainer):
     """`transformers.Trainer` with the changes that our trainers share, and hooks for the rest.
 
     The first part of the class holds the hooks, the second the library's methods. A hook that a trainer does not
-    override leaves the library's behavior unchanged, except for the three that are required: `train_loader`,
-    `validation_metrics` and, if the run is published, `publish_run`.
+    override leaves the library's behavior unchanged, except for the two that are required: `validation_metrics` and, if
+    the run is published, `publish_run`. A trainer also sets `loader` before it trains.
     """
 
     model: Any
     push_in_progress: Any
+    loader: StreamLoader  # the training batches of this process; set by the class that derives from this one
 
     # Where checkpoint folders are written, if not to `output_dir`. Set only while `write_checkpoint` runs.
     _checkpoint_root: Path | None = None
@@ -54,10 +55,6 @@ class LibraryTrainer(Trainer):
         self._model_class = type(self.model)
 
     # Hooks: what our trainers override ------------------------------------------------------------------------------
-
-    def train_loader(self) -> StreamLoader:
-        """Return the loader of this process's training batches. Required."""
-        raise NotImplementedError
 
     def validation_metrics(self) -> dict[str, float]:
         """Run a validation and return its metrics, without the `eval_` prefix. Required."""
@@ -186,10 +183,10 @@ class LibraryTrainer(Trainer):
             return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
 
     def get_train_dataloader(self) -> StreamLoader:  # type: ignore[override]
-        """Return `train_loader`."""
+        """Return `loader`."""
         # The library would build a DataLoader and let accelerate split it between the processes once more. Our batches
         # are made ahead by threads, and the plan of the epoch has already assigned them to processes.
-        return self.train_loader()
+        return self.loader
 
     def set_initial_training_values(self, args: Any, dataloader: Any) -> tuple[Any, ...]:
         """Return the library's seven numbers on the length of the run, corrected by `planned_length`."""

@@ -109,10 +109,6 @@ class ScGPTTrainer(FaultTolerantTrainer):
 
     # Training
 
-    def train_loader(self) -> StreamLoader:
-        """Return the loader, which continues where the last step stopped."""
-        return self.loader
-
     @contextmanager
     def training_context(self) -> Iterator[None]:
         """Handle signals while `train` runs, and stop the reading threads at its end, also after an error."""

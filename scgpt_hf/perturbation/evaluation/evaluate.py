@@ -203,7 +203,7 @@ def _training_of(screen: Screen, split: ConditionSplit, context: str, seen: Int6
     """Return the knowledge of baselines on a context: training and validation conditions, and the control cells."""
     known = {*split.train, *split.validation}
     items = [item for item in screen.items if item[0] in known and item[1] == context]
-    if not items:  # the context has no training condition of its own, so those of all contexts stand for it
+    if not items:  # this context has no training condition, so those of all contexts stand for it
         items = [item for item in screen.items if item[0] in known]
     deltas = {
         parse_condition(item[0]): delta_of(screen.values, screen.batches, screen.rows_of(item), seen) for item in items

@@ -49,10 +49,6 @@ class ClassifierTrainer(LibraryTrainer):
         self.validation_stream = validation_stream
         self.loader = StreamLoader(train_stream, epoch_ends)
 
-    def train_loader(self) -> StreamLoader:
-        """Return the loader."""
-        return self.loader
-
     @contextmanager
     def training_context(self) -> Iterator[None]:
         """Stop the reading threads at the end of `train`, also after an error."""
