@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from scgpt_hf.model.modeling_scgpt import ScGPTForPreTraining as ScGPTForPreTraining
     from scgpt_hf.model.modeling_scgpt import ScGPTForSequenceClassification as ScGPTForSequenceClassification
     from scgpt_hf.model.modeling_scgpt import ScGPTModel as ScGPTModel
+    from scgpt_hf.packaged_models import packaged_model as packaged_model
     from scgpt_hf.perturbation.evaluation.evaluate import evaluate_perturbation as evaluate_perturbation
     from scgpt_hf.perturbation.finetune import finetune_perturbation as finetune_perturbation
     from scgpt_hf.perturbation.predict import predict_perturbation as predict_perturbation
@@ -89,6 +90,7 @@ _MODULE_OF = {
     "demo_census": "demo",
     "convert_scgpt": "conversion.checkpoint",
     "load_model": "pretrained",
+    "packaged_model": "packaged_models",
     "StreamConfig": "pipeline.stream",
     "stream_cells": "pipeline.stream",
     "prefetch": "cells.threads",

@@ -1,4 +1,4 @@
-"""Load a saved model together with its processor, from a folder or from the Hub, and validate that they fit together.
+"""Load a saved model with its processor, from a folder, the package or the Hub, and validate that they fit together.
 
 `load_model` serves everything that uses a trained model. `load_pretrained` below it serves fine-tuning, which changes
 fields of the config and needs to know which parts have new weights.
@@ -17,6 +17,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoModel, AutoProcessor, PreTrainedModel
 
 from scgpt_hf.model.configuration_scgpt import ScGPTConfig
+from scgpt_hf.packaged_models import locate_checkpoint, packaged_names
 from scgpt_hf.tokens.processing_scgpt import ScGPTProcessor
 
 
@@ -45,7 +46,7 @@ def load_model(
     """Load a model and its processor, or validate a pair that is loaded already.
 
     Args:
-        model: a folder, the id of a repository on the Hub, or a loaded model.
+        model: a folder, the name of a model of the package, the id of a repository on the Hub, or a loaded model.
         processor: the processor of a loaded model; of a folder or repository, replaces the saved one.
         model_class: Auto class or class of ours to load: the encoder alone, or the encoder with heads.
         heads: names of modules of which the model must have at least one, and none with random weights.
@@ -59,6 +60,7 @@ def load_model(
 
     Example:
         >>> model, processor = load_model("runs/demo/best_model")
+        >>> model, processor = load_model("blood-mini")  # comes with the package
     """
     if isinstance(model, str | Path):
         name = model
@@ -85,7 +87,7 @@ def load_pretrained(name: str | Path, model_class: Any, **changes: Any) -> Pretr
     """Load the model and the processor of a checkpoint.
 
     Args:
-        name: a folder, or the id of a repository on the Hub.
+        name: a folder, the name of a model of the package, or the id of a repository on the Hub.
         model_class: Auto class or class of ours to load. Heads and batch norms that the checkpoint lacks, or has in
             another size, get random weights.
         changes: fields of `ScGPTConfig` that replace the saved ones.
@@ -96,7 +98,7 @@ def load_pretrained(name: str | Path, model_class: Any, **changes: Any) -> Pretr
             a part of the encoder, or weights that its config has no place for; the changes do not fit the model; or
             model and processor do not fit together.
     """
-    processor = load_processor(name)
+    processor, given, name = load_processor(name), str(name), locate_checkpoint(name)
     validate_shard_names(name)
     with _translate_load_errors(name):
         saved, _ = ScGPTConfig.get_config_dict(name)
@@ -115,6 +117,7 @@ def load_pretrained(name: str | Path, model_class: Any, **changes: Any) -> Pretr
     loading = {"config": config, "output_loading_info": True, "ignore_mismatched_sizes": True}
     with _translate_load_errors(name), _without_load_report():
         model, report = model_class.from_pretrained(name, use_safetensors=True, **loading)
+    model.name_or_path = given  # and not the folder of the package
     return Pretrained(model, processor, _find_new_parts(name, model, report))
 
 
@@ -122,16 +125,20 @@ def load_processor(name: str | Path) -> ScGPTProcessor:
     """Load the processor of a checkpoint.
 
     Args:
-        name: a folder, or the id of a repository on the Hub.
+        name: a folder, the name of a model of the package, or the id of a repository on the Hub.
 
     Raises:
         OSError: there is no such folder or repository, or it holds no processor.
         ValueError: the folder is that of a run, or holds the processor of another library.
     """
+    name = locate_checkpoint(name)
     if Path(name, "best_model").is_dir():
         raise ValueError(f"{name} is the folder of a run; its model is {Path(name, 'best_model')}")
     if not Path(name).is_dir() and not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", str(name)):
-        raise FileNotFoundError(f"there is no folder {name}, and a repository of the Hub would be OWNER/NAME")
+        raise FileNotFoundError(
+            f"there is no folder {name}, a repository of the Hub would be OWNER/NAME, and the models of the package are "
+            f"{', '.join(packaged_names())}"
+        )
     with _translate_load_errors(name):
         processor: ScGPTProcessor = AutoProcessor.from_pretrained(  # type: ignore[no-untyped-call]
             name, trust_remote_code=False

@@ -16,6 +16,7 @@ from scgpt_hf.cells.block import FloatArray
 from scgpt_hf.cells.files.reader import AnnDataSource
 from scgpt_hf.cells.source import CellSource
 from scgpt_hf.inference import EmbedSettings, Float32Array, embed_cells
+from scgpt_hf.packaged_models import DEFAULT_MODEL
 from scgpt_hf.pipeline.genes import GeneMatch, match_source_genes
 from scgpt_hf.pretrained import load_model
 from scgpt_hf.tokens.processing_scgpt import ScGPTProcessor
@@ -28,7 +29,7 @@ KEY = "X_scgpt"
 
 def embed_anndata(
     adata: "AnnData",
-    model: PreTrainedModel | str | Path,
+    model: PreTrainedModel | str | Path = DEFAULT_MODEL,
     processor: ScGPTProcessor | None = None,
     *,
     key_added: str = KEY,
@@ -41,7 +42,8 @@ def embed_anndata(
 
     Args:
         adata: raw counts; genes by Ensembl id or symbol.
-        model: folder or Hub repository, or a loaded model, which runs on the device where it is.
+        model: folder or Hub repository, or a loaded model, which runs on the device where it is. By default the small
+            model of human blood and marrow cells that comes with the package, see `packaged_model`.
         processor: the processor of a loaded model.
         key_added: name of the embedding in `obsm`, and of the report in `uns`.
         layer: layer with the raw counts; by default `X`, or the only other one that has them, see `AnnDataSource`.

@@ -16,6 +16,7 @@ from scgpt_hf.cells.files.additions import create_rows, open_copy, write_plainly
 from scgpt_hf.cells.source import open_source
 from scgpt_hf.inference import EmbedSettings, embed_batches
 from scgpt_hf.output import require_writable_file, write_beside
+from scgpt_hf.packaged_models import DEFAULT_MODEL
 from scgpt_hf.pipeline.genes import match_source_genes
 from scgpt_hf.pretrained import load_model
 from scgpt_hf.tokens.processing_scgpt import ScGPTProcessor
@@ -24,7 +25,7 @@ from scgpt_hf.tokens.processing_scgpt import ScGPTProcessor
 def embed_file(
     path: str | Path,
     out: str | Path,
-    model: PreTrainedModel | str | Path,
+    model: PreTrainedModel | str | Path = DEFAULT_MODEL,
     processor: ScGPTProcessor | None = None,
     *,
     key_added: str = KEY,
