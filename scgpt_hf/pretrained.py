@@ -136,8 +136,8 @@ def load_processor(name: str | Path) -> ScGPTProcessor:
         raise ValueError(f"{name} is the folder of a run; its model is {Path(name, 'best_model')}")
     if not Path(name).is_dir() and not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", str(name)):
         raise FileNotFoundError(
-            f"there is no folder {name}, a repository of the Hub would be OWNER/NAME, and the models of the package are "
-            f"{', '.join(packaged_names())}"
+            f"there is no folder {name}, a repository of the Hub would be OWNER/NAME, and the models of the package "
+            f"are {', '.join(packaged_names())}"
         )
     with _translate_load_errors(name):
         processor: ScGPTProcessor = AutoProcessor.from_pretrained(  # type: ignore[no-untyped-call]

@@ -27,7 +27,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "tokens": set(),
     "model": set(),
     "scoring": {"cells", "model"},
-    "pretrained": {"tokens", "model"},
+    "packaged_models": set(),
+    "pretrained": {"tokens", "model", "packaged_models"},
     "conversion": {"file_kinds", "output", "tokens", "model"},
     "demo": {"cells"},
     "pipeline": {"cells", "tokens"},
@@ -39,7 +40,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
     "analysis": {
         *("measuring", "output", "cells", "tokens", "model", "scoring", "pretrained"),
-        *("pipeline", "inference"),
+        *("packaged_models", "pipeline", "inference"),
     },
     "perturbation": {
         *("output", "cells", "tokens", "model", "pretrained", "pipeline", "inference", "publishing", "training"),

@@ -61,6 +61,7 @@ def test_the_wheel_pretrains_embeds_checks_and_converts(installed: Path, tmp_pat
     assert "Everything is in" in text
     assert "Writing model shards" not in text
     run(python, "-c", "import scgpt_hf; scgpt_hf.demo_cells().write_h5ad('cells.h5ad')", cwd=tmp_path)
+    assert "using blood-mini" in run(command, "embed", "cells.h5ad", "--out", "by_default.h5ad", cwd=tmp_path)
     model = ["--model", "runs/demo/best_model"]
     assert "This file will work." in run(command, "check", "cells.h5ad", *model, cwd=tmp_path)
     assert "Embedded 700 of 700" in run(command, "embed", "cells.h5ad", *model, "--out", "out.h5ad", cwd=tmp_path)

@@ -1,6 +1,6 @@
 """Embed the cells of a file with a pretrained model: one vector per cell, in obsm.
 
-  scgpt-hf embed data.h5ad --out embedded.h5ad                                  with blood-mini, the model in the package
+  scgpt-hf embed data.h5ad --out embedded.h5ad  # with blood-mini, a small model in the package
   scgpt-hf embed data.h5ad --model runs/demo/best_model --out embedded.h5ad
   scgpt-hf embed data.h5ad --model OWNER/NAME --out embedded.h5ad --layer counts --batch_size 256
 
