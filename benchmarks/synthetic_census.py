@@ -60,8 +60,10 @@ class SyntheticBlood:
         names = [f"GENE{index}" for index in range(n_genes)]
         self.genes = pd.DataFrame({"feature_id": ids, "feature_name": names, "feature_length": 1000})
         self.labels = label_cells(n_cells, seed)
-        parts = self.labels.groupby("dataset_id", sort=False)
-        self.parts = [Dataset(f"{name}.h5ad", obs, self.genes) for name, obs in parts]
+        datasets = self.labels["dataset_id"].cat
+        sizes = np.bincount(datasets.codes, minlength=len(datasets.categories))
+        parts = zip(datasets.categories, sizes.tolist(), strict=True)
+        self.parts = [Dataset(f"{name}.h5ad", pd.DataFrame(index=range(size)), self.genes) for name, size in parts]
         self.type_of_cell = self.labels["cell_type"].cat.codes.to_numpy()
         self.tables = gene_tables(n_genes, seed)
         self.pool = ThreadPoolExecutor(os.cpu_count())
@@ -102,17 +104,31 @@ def label_cells(n_cells: int, seed: int) -> pd.DataFrame:
     shares = [share for share, _ in CELL_TYPES.values()]
     type_of_run = rng.choice(len(CELL_TYPES), n_cells, p=shares)
     kind = type_of_run[np.concatenate([[0], np.cumsum(rng.random(n_cells - 1) < 1 / TYPE_RUN)])]
-    labels = dict.fromkeys(OBS_LABELS, "unknown") | {
-        "dataset_id": [f"dataset_{index:03d}" for index in dataset],
-        "donor_id": [f"donor_{index:05d}" for index in donor],
-        "cell_type": pd.Categorical.from_codes(kind, list(CELL_TYPES)),
-        "cell_type_ontology_term_id": np.array([term for _, term in CELL_TYPES.values()])[kind],
-        "assay": np.array(["10x 3' v3", "10x 3' v2", "10x 5' v1"])[dataset % 3],
-        "sex": np.array(["female", "male"])[donor % 2],
-        **dict.fromkeys(("tissue", "tissue_general"), "blood"),
-        **{"tissue_type": "tissue", "suspension_type": "cell", "disease": "normal", "is_primary_data": True},
+    columns = {
+        "cell_type": (kind, list(CELL_TYPES)),
+        "cell_type_ontology_term_id": (kind, [term for _, term in CELL_TYPES.values()]),
+        "assay": (dataset % 3, ["10x 3' v3", "10x 3' v2", "10x 5' v1"]),
+        "sex": (donor % 2, ["female", "male"]),
+        **dict.fromkeys(("tissue", "tissue_general"), (np.zeros(n_cells, np.int8), ["blood"])),
+        "suspension_type": (np.zeros(n_cells, np.int8), ["cell"]),
+        "disease": (np.zeros(n_cells, np.int8), ["normal"]),
     }
-    return pd.DataFrame(labels)
+    return obs_table(dataset, donor, columns, np.ones(n_cells, np.bool_))
+
+
+def obs_table(
+    dataset: np.ndarray, donor: np.ndarray, columns: dict[str, tuple[np.ndarray, list[str]]], primary: np.ndarray
+) -> pd.DataFrame:
+    """Return the obs table of a Census from the codes and names of some columns; the others are "unknown"."""
+    zeros = np.zeros(len(dataset), np.int8)
+    coded = {"tissue_type": (zeros, ["tissue"])} | columns
+    coded["dataset_id"] = dataset, [f"dataset_{index:03d}" for index in range(dataset[-1] + 1)]
+    coded["donor_id"] = donor, [f"donor_{index:05d}" for index in range(donor[-1] + 1)]
+    unknown = pd.Categorical.from_codes(zeros, ["unknown"])
+    table = dict.fromkeys(OBS_LABELS, unknown) | {
+        name: pd.Categorical.from_codes(codes, names) for name, (codes, names) in coded.items()
+    }
+    return pd.DataFrame({**table, "is_primary_data": primary}, copy=False)
 
 
 def runs(n_cells: int, mean: int, rng: np.random.Generator) -> np.ndarray:

@@ -102,8 +102,14 @@ def join_genes(tables: Sequence[pd.DataFrame]) -> tuple[pd.DataFrame, list[NDArr
         The genes in the order in which they first occur, shape (all genes, 3); and for each table the position of each
         of its rows among them, shape (genes of the table,). Rows of one id have the same position.
     """
-    union = pd.concat(tables).drop_duplicates("feature_id", ignore_index=True)
-    place = pd.Index(union["feature_id"])
+    # One table after the other: thousands of files, most with the same genes, would take gigabytes together.
+    new, place = [], pd.Index(tables[0]["feature_id"][:0])
+    for table in tables:
+        unseen = table[place.get_indexer(table["feature_id"]) < 0].drop_duplicates("feature_id")
+        if len(unseen):
+            new.append(unseen)
+            place = pd.Index(np.concatenate([place, unseen["feature_id"]]))
+    union = pd.concat(new or tables[:1], ignore_index=True)
     return union, [place.get_indexer(table["feature_id"]).astype(np.int32) for table in tables]
 
 

@@ -5,7 +5,7 @@
 
 import logging
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pandas as pd
@@ -14,6 +14,8 @@ from scgpt_hf.cells.block import Int64Array
 from scgpt_hf.cells.obs_filter import CELL_ID, ObsFilter, has_order, in_one_line
 
 logger = logging.getLogger(__name__)
+
+Rows = TypeVar("Rows", pd.DataFrame, pd.Series)
 
 PRIMARY = "is_primary_data == True"
 
@@ -109,6 +111,31 @@ def read_matching_obs(frame: Any, obs_filter: str | None, columns: Sequence[str]
     obs = rows.concat().to_pandas().set_index(CELL_ID).rename_axis("cell_id")[list(columns)]
     _require_matches(len(obs), obs_filter, frame.count)
     return drop_unused_categories(obs if obs.index.is_monotonic_increasing else obs.sort_index())
+
+
+def take_cells(obs: Rows, cell_ids: Int64Array) -> Rows:
+    """Return the rows of some cells from an obs table, in the order of the ids.
+
+    `obs.loc` would build a hash table of all cells: 4 GB for 100 million of them.
+
+    Args:
+        obs: a table, or one column, with ascending cell ids as its index. Shape (cells, columns) or (cells,).
+        cell_ids: ids of cells of the table. Shape (taken cells,).
+
+    Raises:
+        KeyError: the table lacks one of the cells.
+
+    Example:
+        >>> take_cells(pd.Series(["a", "b", "c"], index=[2, 5, 7]), np.array([7, 2])).tolist()
+        ['c', 'a']
+    """
+    ids = obs.index.to_numpy(np.int64)
+    if len(ids) == len(cell_ids) and (ids == cell_ids).all():
+        return obs
+    rows = np.searchsorted(ids, cell_ids)
+    if len(missing := cell_ids[ids[np.minimum(rows, len(ids) - 1)] != cell_ids] if len(ids) else cell_ids):
+        raise KeyError(f"{len(missing):,} of {len(cell_ids):,} cells are not in obs, e.g. {missing[:5].tolist()}")
+    return obs.iloc[rows]
 
 
 def drop_unused_categories(obs: pd.DataFrame) -> pd.DataFrame:

@@ -40,6 +40,9 @@ class Presence(NamedTuple):
             Shape (groups, genes).
         """
         found = np.zeros((n_groups, self.measured.shape[1]), np.bool_)
-        for group, dataset in np.unique(np.stack([group_of_cell, self.dataset_of_cell]), axis=1).T:
+        # counted, not sorted: there may be 100 million cells
+        pairs = np.bincount(group_of_cell * len(self.measured) + self.dataset_of_cell)
+        for pair in np.flatnonzero(pairs):
+            group, dataset = divmod(pair, len(self.measured))
             found[group] |= self.measured[dataset]
         return found

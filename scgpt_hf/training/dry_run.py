@@ -45,7 +45,8 @@ def describe_run(data_module: DataModule, model: ScGPTForPreTraining, args: Trai
     lines = {
         "cells": f"{len(parts['train']):,} of {donors['train']:,} donors for training, "
         f"{len(parts['validation']):,} of {donors['validation']:,} other donors for validation",
-        "genes": f"{len(data_module.selection.genes):,} of {len(data_module.source.genes):,}",
+        "genes": f"{len(data_module.selection.genes):,} of {len(data_module.source.genes):,}"
+        + _gene_sample(data_module.selection.n_gene_cells),
         "tokens per cell": f"mean {lengths.mean():.0f}, interquartile range {low:.0f} to {high:.0f}, "
         f"maximum {lengths.max()} (first {len(lengths):,} cells)",
         "steps": f"{n_steps:,} of {plan.batch_size:,} cells; {plan.n_steps:,} per epoch, "
@@ -69,6 +70,13 @@ def _decoder_size(model: ScGPTForPreTraining) -> str:
         f", of which {sum(weight.numel() for weight in head.parameters()):,} of the count decoder, with "
         f"{head.bias.numel():,} biases of {n_domains:,} batches x {n_genes:,} genes"
     )
+
+
+def _gene_sample(n_cells: int | None) -> str:
+    """Return on how many cells the genes were chosen, if not on all; see `select_cells_and_genes`."""
+    if n_cells is None:
+        return ""
+    return f", estimated on {n_cells:,} cells; the run reads all training cells before its first step to choose them"
 
 
 def _balance_line(balance: Balance | None) -> dict[str, str]:

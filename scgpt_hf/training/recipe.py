@@ -15,8 +15,9 @@ from numpy.typing import NDArray
 from transformers import PrinterCallback, ProgressCallback
 
 from scgpt_hf.cells.block import CHUNK_SIZE, Float64Array, Int64Array
-from scgpt_hf.cells.missing import fill_missing
+from scgpt_hf.cells.missing import number_texts
 from scgpt_hf.cells.modalities import modalities_of
+from scgpt_hf.cells.obs import take_cells
 from scgpt_hf.cells.schedule.epoch import plan_validation
 from scgpt_hf.cells.selection.counts import sums_per_batch
 from scgpt_hf.cells.selection.gene_vectors import gene_vectors
@@ -159,9 +160,8 @@ def start_at_frequencies(model: ScGPTForPreTraining, source: CellSource, selecti
     def count() -> tuple[Float64Array, NDArray[np.bool_] | None]:
         domain_of_cell = np.zeros(len(train), np.int64)
         if key is not None:
-            domain_of_cell = np.asarray(
-                fill_missing(source.obs([key]).loc[train, key]).map(selection.domain_ids), np.int64
-            )
+            numbers, domains = number_texts(take_cells(source.obs([key])[key], train))
+            domain_of_cell = np.array([selection.domain_ids[domain] for domain in domains])[numbers]
         sums, presence = sums_per_batch(source, train, genes, domain_of_cell)[0], source.presence(train)
         totals = np.pad(sums, ((0, n_domains - len(sums)), (0, 0)))  # the last domains may have no training cells
         return totals, None if presence is None else presence.of_groups(domain_of_cell, n_domains)[:, genes]

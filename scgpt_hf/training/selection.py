@@ -15,11 +15,12 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
 from scgpt_hf.cells.atomic import write_atomically
-from scgpt_hf.cells.block import Int64Array
-from scgpt_hf.cells.missing import fill_missing, has_label
+from scgpt_hf.cells.block import CHUNK_SIZE, Int64Array
+from scgpt_hf.cells.missing import UNKNOWN, fill_missing, has_label, number_texts
 from scgpt_hf.cells.modalities import RNA, modalities_of
-from scgpt_hf.cells.obs import require_named_columns
+from scgpt_hf.cells.obs import require_named_columns, take_cells
 from scgpt_hf.cells.schedule.balance import Balance, balance_groups
+from scgpt_hf.cells.schedule.epoch import plan_epoch
 from scgpt_hf.cells.selection.dispersion import dispersed_genes
 from scgpt_hf.cells.selection.filters import (
     cells_expressing,
@@ -40,6 +41,8 @@ from scgpt_hf.training.settings_parsing import settings_yaml
 
 logger = logging.getLogger(__name__)
 
+MAX_GENE_CELLS = 1 << 19  # training cells on which a dry run chooses the genes; of more, it takes a sample
+
 
 @dataclass(frozen=True, eq=False)
 class Selection:
@@ -52,6 +55,7 @@ class Selection:
         n_donors: "train" and "validation" → number of donors.
         classes: labels that the run learns, in the order of their ids; empty if it learns none.
         balance: draws the training cells of each epoch; None visits each once.
+        n_gene_cells: number of training cells on which the genes were chosen, if not on all.
     """
 
     parts: dict[str, Int64Array]
@@ -60,6 +64,7 @@ class Selection:
     n_donors: dict[str, int]
     classes: list[str] = field(default_factory=list)
     balance: Balance | None = None
+    n_gene_cells: int | None = None
 
     @property
     def domain_ids(self) -> dict[str, int]:
@@ -120,7 +125,7 @@ def select_or_resume(source: CellSource, settings: Settings) -> tuple[Selection,
     if PartialState().is_main_process:
         checkpoint = None if args.dry_run else resolve_checkpoint(folder, args.resume_from_checkpoint)
         if checkpoint is None:
-            selection = select_cells_and_genes(source, settings.data, args.seed)
+            selection = select_cells_and_genes(source, settings.data, args.seed, sample=args.dry_run)
         else:
             require_resumable(Path(checkpoint))
             selection, split = load_selection(folder / SPLIT)
@@ -132,7 +137,7 @@ def select_or_resume(source: CellSource, settings: Settings) -> tuple[Selection,
     return selection, checkpoint
 
 
-def select_cells_and_genes(source: CellSource, data: DataSettings, seed: int) -> Selection:
+def select_cells_and_genes(source: CellSource, data: DataSettings, seed: int, *, sample: bool = False) -> Selection:
     """Select the cells and genes of a new run.
 
     Cells without a donor or a batch are dropped, donors are sampled, cells with few genes are dropped, donors are split
@@ -143,6 +148,8 @@ def select_cells_and_genes(source: CellSource, data: DataSettings, seed: int) ->
         source: source of the cells.
         data: the settings of the selection.
         seed: determines which donors are sampled and how they are split.
+        sample: choose the genes on the cells that the run would read first, if there are more than `MAX_GENE_CELLS`;
+            to choose them on all takes hours where there are 100 million cells.
 
     Raises:
         ValueError: a step leaves too few cells, donors or genes. The message names what was found and how to fix it.
@@ -153,22 +160,28 @@ def select_cells_and_genes(source: CellSource, data: DataSettings, seed: int) ->
     require_named_columns(named, source.obs_columns)
     obs = source.obs(sorted({data.donor_key, *([data.batch_key] if data.batch_key else [])}))
     for column in dict.fromkeys([data.donor_key, *([data.batch_key] if data.batch_key else [])]):
-        obs = obs.loc[cells_with_value(obs, column)]
+        obs = take_cells(obs, cells_with_value(obs, column))
     if data.max_cells is not None:
-        obs = obs.loc[sample_donors(obs, data.max_cells, seed=seed, donor_key=data.donor_key)]
-    obs = obs.loc[filter_cells(source, obs.index.to_numpy(np.int64), data.min_genes)]
+        obs = take_cells(obs, sample_donors(obs, data.max_cells, seed=seed, donor_key=data.donor_key))
+    obs = take_cells(obs, filter_cells(source, obs.index.to_numpy(np.int64), data.min_genes))
     fractions = {"train": 1 - data.validation_fraction, "validation": data.validation_fraction}
     parts = split_cells(obs, fractions, donor_key=data.donor_key, seed=seed)
     classes = [] if data.supervise_by is None else labels_of(source, parts["train"], data.supervise_by)
-    columns = _select_genes(source, parts["train"], data, hvg_batch_key)
-    if data.gene_selection == "hvg":
+    sampled = sample and len(parts["train"]) > MAX_GENE_CELLS
+    gene_cells = _first_cells(source, parts["train"], seed) if sampled else parts["train"]
+    min_counts = data.min_gene_counts
+    if sampled and min_counts > 0:
+        min_counts = max(1, round(min_counts * len(gene_cells) / len(parts["train"])))
+    columns = _select_genes(source, gene_cells, replace(data, min_gene_counts=min_counts), hvg_batch_key)
+    if data.gene_selection == "hvg" and not sampled:
         # A cell may express none of the variable genes. With all genes, `min_genes` already excludes such cells.
         parts = {part: cells_expressing(source, ids, columns) for part, ids in parts.items()}
     genes = source.genes["feature_id"].to_numpy()[columns]
-    domains = [] if data.batch_key is None else sorted(fill_missing(obs[data.batch_key]).unique())
-    n_donors = {part: int(obs.loc[cell_ids, data.donor_key].nunique()) for part, cell_ids in parts.items()}
+    domains = [] if data.batch_key is None else number_texts(obs[data.batch_key])[1]
+    n_donors = {part: len(number_texts(take_cells(obs[data.donor_key], ids))[1]) for part, ids in parts.items()}
     balance = _find_balance(source, parts["train"], data)
-    return Selection(parts, genes.tolist(), domains, n_donors, classes, balance)
+    n_gene_cells = len(gene_cells) if sampled else None
+    return Selection(parts, genes.tolist(), domains, n_donors, classes, balance, n_gene_cells)
 
 
 def labels_of(source: CellSource, cell_ids: Int64Array, column: str) -> list[str]:
@@ -182,8 +195,8 @@ def labels_of(source: CellSource, cell_ids: Int64Array, column: str) -> list[str
     Raises:
         ValueError: the cells have fewer than two labels.
     """
-    values = source.obs([column]).loc[cell_ids, column]
-    labels = sorted(fill_missing(values[has_label(values)]).unique())
+    values = take_cells(source.obs([column])[column], cell_ids)
+    labels = number_texts(values[has_label(values)])[1]
     if len(labels) < 2:
         raise ValueError(
             f"of {len(values):,} training cells, obs[{column!r}] has the labels {labels}; expected two or more, not "
@@ -205,11 +218,15 @@ def composition_of(source: CellSource, parts: dict[str, Int64Array]) -> dict[str
     columns = [
         column for column in ("tissue_general", "assay", "disease", "dataset_id") if column in source.obs_columns
     ]
-    obs = source.obs(columns).loc[np.concatenate(list(parts.values()))]
-    return {
-        column: {str(value): int(n) for value, n in fill_missing(obs[column]).value_counts().items()}
-        for column in columns
-    }
+    obs = take_cells(source.obs(columns), np.concatenate(list(parts.values())))
+    return {column: _count_values(obs[column]) for column in columns}
+
+
+def _count_values(column: pd.Series) -> dict[str, int]:
+    """Return the number of cells of each value of an obs column, the most frequent first."""
+    numbers, texts = number_texts(column)
+    n_cells = pd.Series(np.bincount(numbers + 1, minlength=len(texts) + 1), [UNKNOWN, *texts]).groupby(level=0).sum()
+    return {str(text): int(n) for text, n in n_cells[n_cells > 0].sort_values(ascending=False, kind="stable").items()}
 
 
 def supervision_of(source: CellSource, selection: Selection, column: str | None) -> dict[str, Any] | None:
@@ -225,7 +242,7 @@ def supervision_of(source: CellSource, selection: Selection, column: str | None)
     values = source.obs([column])[column]
     shares = {}
     for part, cell_ids in selection.parts.items():
-        of_part = values.loc[pd.Index(cell_ids)]
+        of_part = take_cells(values, cell_ids)
         learned = has_label(of_part) & fill_missing(of_part).isin(selection.classes).to_numpy()
         shares[f"labelled_{part}"] = float(learned.mean())
     return {"column": column, "classes": selection.classes, **shares}
@@ -286,6 +303,12 @@ def _find_hvg_batch_key(source: CellSource, data: DataSettings) -> str | None:
         return data.hvg_batch_key
     logger.info("variable genes are ranked within each %s, because obs has no column %s", data.donor_key, default)
     return data.donor_key
+
+
+def _first_cells(source: CellSource, train: Int64Array, seed: int) -> Int64Array:
+    """Return the training cells of the first shuffle window of a run, whose chunks are a random sample, ascending."""
+    plan = plan_epoch(train, seed=seed, epoch=0, batch_size=CHUNK_SIZE, chunk_size=source.chunk_size)
+    return np.sort(plan.window(0), axis=None)
 
 
 def _select_genes(source: CellSource, train: Int64Array, data: DataSettings, hvg_batch_key: str | None) -> Int64Array:

@@ -11,7 +11,7 @@ from anndata import AnnData
 
 from scgpt_hf import open_source, write_cache
 from scgpt_hf.analysis.evaluation.selected_cells import select_cells
-from scgpt_hf.cells.missing import fill_missing, has_label, has_value
+from scgpt_hf.cells.missing import fill_missing, has_label, has_value, number_texts
 from scgpt_hf.cells.selection.filters import cells_with_value
 from scgpt_hf.cells.selection.splits import find_donors
 from scgpt_hf.cells.soma.build import build_census
@@ -45,6 +45,13 @@ def test_nulls_and_the_texts_of_nulls_are_missing_in_every_type(kind: str) -> No
     column = MISSING[kind]
     assert np.flatnonzero(has_value(column)).tolist() == [0, 4]
     assert fill_missing(column).tolist() == ["a", "unknown", "unknown", "unknown", "b", *["unknown"] * 6]
+
+
+@pytest.mark.parametrize("kind", MISSING)
+def test_texts_are_numbered_in_their_order_in_every_type(kind: str) -> None:
+    numbers, texts = number_texts(MISSING[kind].iloc[::-1])
+    assert texts == ["a", "b"]
+    assert numbers.tolist() == [*[-1] * 6, 1, -1, -1, -1, 0]
 
 
 @pytest.mark.parametrize("kind", NUMBERS)

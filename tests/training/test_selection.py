@@ -5,6 +5,7 @@ import logging
 import pytest
 
 from scgpt_hf.cells.source import open_source
+from scgpt_hf.training import selection
 from scgpt_hf.training.selection import select_cells_and_genes
 from scgpt_hf.training.settings import DataSettings
 
@@ -36,3 +37,18 @@ def test_variable_genes_are_ranked_within_donors_whatever_the_name_of_their_colu
         found = select_cells_and_genes(source, DataSettings(donor_key="patient", **settings), seed=0)
     assert found.genes == expected.genes
     assert "ranked within each patient" in caplog.text
+
+
+def test_a_dry_run_over_many_cells_chooses_genes_on_a_sample_of_the_training_cells(small_cells, monkeypatch):
+    source, settings = open_source(small_cells[0]), DataSettings(min_gene_counts=1, validation_fraction=0.5)
+    expected = select_cells_and_genes(source, settings, seed=0)
+    few = select_cells_and_genes(source, settings, seed=0, sample=True)
+    assert (few.n_gene_cells, few.genes) == (None, expected.genes)
+
+    monkeypatch.setattr(selection, "MAX_GENE_CELLS", len(expected.parts["train"]) - 1)
+    monkeypatch.setattr(selection, "_first_cells", lambda source, train, seed: train[:3])
+    found = select_cells_and_genes(source, settings, seed=0, sample=True)
+    assert found.n_gene_cells == 3
+    assert found.parts["train"].tolist() == expected.parts["train"].tolist()
+    expressed = source.read(expected.parts["train"][:3]).counts.sum(axis=0).A1 > 0
+    assert found.genes == source.genes["feature_id"][expressed].tolist()

@@ -13,6 +13,7 @@ import pandas as pd
 
 from scgpt_hf.cells.block import Int64Array
 from scgpt_hf.cells.missing import has_value
+from scgpt_hf.cells.obs import take_cells
 from scgpt_hf.cells.selection.counts import counts_per_gene, genes_per_cell
 from scgpt_hf.cells.selection.splits import find_donors
 
@@ -157,7 +158,7 @@ def _recorded_genes_per_cell(source: "CellSource", cell_ids: Int64Array) -> Int6
     if described["kind"] != "census" or described["layer"] != "raw":  # nnz is counted in the layer `raw`
         return None
     try:
-        return source.obs(["nnz"]).loc[cell_ids, "nnz"].to_numpy(np.int64)
+        return take_cells(source.obs(["nnz"])["nnz"], cell_ids).to_numpy(np.int64)
     except ValueError:
         logger.info("obs has no nnz (a Census before 2023-12-15): counting expressed genes")
         return None

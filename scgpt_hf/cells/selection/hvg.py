@@ -20,6 +20,7 @@ import pandas as pd
 from tqdm import tqdm
 
 from scgpt_hf.cells.block import Float64Array, Int64Array
+from scgpt_hf.cells.obs import take_cells
 from scgpt_hf.cells.selection.counts import sums_per_batch
 from scgpt_hf.cells.selection.splits import find_donors
 
@@ -128,7 +129,7 @@ def to_batches(source: "CellSource", cell_ids: Int64Array, batch_key: str | None
     """
     if batch_key is None:
         return np.zeros(len(cell_ids), np.int64)
-    return _pool_small_donors(source.obs([batch_key]).loc[cell_ids], batch_key, min_cells)
+    return _pool_small_donors(take_cells(source.obs([batch_key]), cell_ids), batch_key, min_cells)
 
 
 def moments(sums: Float64Array, n_cells: Int64Array) -> tuple[Float64Array, Float64Array]:

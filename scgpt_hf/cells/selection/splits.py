@@ -26,7 +26,8 @@ import pandas as pd
 
 from scgpt_hf.cells.atomic import write_atomically
 from scgpt_hf.cells.block import Int64Array
-from scgpt_hf.cells.missing import fill_missing, has_value
+from scgpt_hf.cells.missing import number_texts
+from scgpt_hf.cells.obs import take_cells
 
 # How many times the donors are placed at random; the placement closest to the fractions is kept.
 _N_PLACEMENTS = 300
@@ -86,7 +87,7 @@ def split_cells(
     _require_fractions(fractions)
     rng = np.random.default_rng(seed)
     if donor_key is None:
-        donor_of_cell, donors = np.arange(len(obs)), obs.index
+        donor_of_cell, donors = np.arange(len(obs), dtype=np.int32), obs.index
     else:
         donor_of_cell, donors = find_donors(obs, donor_key)
     n_parts = sum(fraction > 0 for fraction in fractions.values())
@@ -102,7 +103,7 @@ def split_cells(
     return {name: np.sort(ids[part_of_donor[donor_of_cell] == part]) for part, name in enumerate(fractions)}
 
 
-def find_donors(obs: pd.DataFrame, donor_key: str) -> tuple[npt.NDArray[np.intp], pd.Index]:
+def find_donors(obs: pd.DataFrame, donor_key: str) -> tuple[npt.NDArray[np.int32], pd.Index]:
     """Return the number of each cell's donor, shape (cells,), and the sorted names of the donors, shape (donors,).
 
     Raises:
@@ -112,13 +113,12 @@ def find_donors(obs: pd.DataFrame, donor_key: str) -> tuple[npt.NDArray[np.intp]
         raise ValueError("found no cells to take donors from; widen the filter (--obs_filter)")
     if donor_key not in obs:
         raise ValueError(f"obs has no column {donor_key!r} with the donors; its columns are {list(obs.columns)}")
-    if missing := int((~has_value(obs[donor_key])).sum()):
+    donor_of_cell, donors = number_texts(obs[donor_key])
+    if missing := int((donor_of_cell < 0).sum()):
         raise ValueError(
             f"{missing:,} of {len(obs):,} cells have no {donor_key}; choose a column that every cell has "
             "(--donor_key, --hvg_batch_key), or leave these cells out (--obs_filter; `cells_with_value` in Python)"
         )
-    # As text: the same donors must get the same numbers whether a column is categorical, text or numeric.
-    donor_of_cell, donors = pd.factorize(fill_missing(obs[donor_key]), sort=True)
     return donor_of_cell, pd.Index(donors)
 
 
@@ -147,7 +147,7 @@ def save_split(
     described = {
         name: {
             "n_cells": len(ids),
-            "donors": [] if donor_key is None or not len(ids) else find_donors(obs.loc[ids], donor_key)[1].tolist(),
+            "donors": [] if donor_key is None else number_texts(take_cells(obs[donor_key], ids))[1],
             "cell_ranges": _to_ranges(ids),
         }
         for name, ids in parts.items()

@@ -12,7 +12,7 @@ import glob
 import logging
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from pathlib import Path
@@ -33,7 +33,7 @@ from scgpt_hf.cells.files.formats import name_files
 from scgpt_hf.cells.files.reader import AnnDataPart, AnnDataSource
 from scgpt_hf.cells.genes import join_genes
 from scgpt_hf.cells.locking import exclusive, rename_new
-from scgpt_hf.cells.missing import UNKNOWN, fill_missing, has_value
+from scgpt_hf.cells.missing import UNKNOWN, fill_missing, has_value, number_texts
 from scgpt_hf.cells.obs import require_columns
 from scgpt_hf.cells.soma.context import TILEDB_CONFIG
 from scgpt_hf.cells.soma.layout import OBS_LABELS, OBS_NUMBERS, PRESENCE, TILE, table_storage, x_storage
@@ -43,6 +43,7 @@ logger = logging.getLogger(__name__)
 
 # Cells of one write. A multiple of a chunk, so that the cells of a chunk are in one fragment.
 CELLS_PER_WRITE = 4 * TILE
+_ROWS_PER_WRITE = 1 << 22  # of a table, so that a write of obs takes a few hundred megabytes whatever its size
 # `_order_by_tile` guarantees the order; a check by TileDB would take a fifth of the time of writing.
 _WRITING: dict[str, str | float] = {"sm.check_global_order": "false", **TILEDB_CONFIG}
 
@@ -214,7 +215,13 @@ def _label_cells(
 
 
 def write_soma(
-    uri: str, organism: str, source: AnnDataSource, labels: pd.DataFrame, dataset_ids: Sequence[str]
+    uri: str,
+    organism: str,
+    source: AnnDataSource,
+    labels: pd.DataFrame,
+    dataset_ids: Sequence[str],
+    *,
+    write_counts: Callable[[soma.SparseNDArray, Any], tuple[pd.DataFrame, NDArray[np.int64]]] | None = None,
 ) -> None:
     """Write a SOMA in the Census layout; the source is read a few thousand cells at a time.
 
@@ -224,6 +231,7 @@ def write_soma(
         source: anything with `genes`, `read` and `parts` (`name`, `obs`, `genes`) as `AnnDataSource` has them.
         labels: obs without the columns that are computed here from the counts. Shape (cells, columns).
         dataset_ids: one id for each part.
+        write_counts: writes the counts of the source; returns what `_write_counts`, which is the default, returns.
     """
     genes, places = join_genes([part.genes for part in source.parts])
     shape = (len(labels), len(genes))
@@ -236,13 +244,15 @@ def write_soma(
         raw = rna.add_new_collection("X").add_new_sparse_ndarray(
             "raw", type=pa.float32(), shape=shape, platform_config=x_storage()
         )
-        numbers, gene_nnz = _write_counts(raw, source)
+        numbers, gene_nnz = (write_counts or _write_counts)(raw, source)
         sizes = [len(part.obs) for part in source.parts]
         numbers["n_measured_vars"] = np.repeat([len(np.unique(place)) for place in places], sizes)
         measured = np.zeros(len(genes), dtype=np.int64)
         for place, size in zip(places, sizes, strict=True):
             measured[place] += size
-        _write_table(experiment, "obs", pd.concat([labels, numbers], axis=1), OBS_LABELS)
+        obs = labels.copy(deep=False)  # not `concat`, which copies all columns of what may be 100 million cells
+        obs[numbers.columns] = numbers
+        _write_table(experiment, "obs", obs, OBS_LABELS)
         _write_table(rna, "var", genes.assign(nnz=gene_nnz, n_measured_obs=measured))
         _write_presence(rna, places, len(genes))
         _write_table(info, "datasets", _datasets_table(source.parts, dataset_ids))
@@ -266,7 +276,7 @@ def _write_counts(raw: soma.SparseNDArray, source: AnnDataSource) -> tuple[pd.Da
 
     def prepare(start: int) -> tuple[pa.Table, pd.DataFrame, NDArray[np.int64]]:
         counts = source.read(np.arange(start, min(start + CELLS_PER_WRITE, n_cells))).counts
-        return _entries_by_tile(counts, start), _count_numbers(counts), np.bincount(counts.indices, minlength=n_genes)
+        return entries_by_tile(counts, start), _count_numbers(counts), np.bincount(counts.indices, minlength=n_genes)
 
     tables, gene_nnz = [], np.zeros(n_genes, dtype=np.int64)
     with (
@@ -285,7 +295,7 @@ def _write_counts(raw: soma.SparseNDArray, source: AnnDataSource) -> tuple[pd.Da
     return pd.concat(tables, ignore_index=True), gene_nnz
 
 
-def _entries_by_tile(counts: csr_matrix, first_cell: int) -> pa.Table:
+def entries_by_tile(counts: csr_matrix, first_cell: int) -> pa.Table:
     """Return the entries in the order in which TileDB stores them."""
     n_tiles = (-(-counts.shape[0] // TILE), -(-counts.shape[1] // TILE))
     entries = _order_by_tile(counts.indptr, counts.indices, counts.data, first_cell, n_tiles)
@@ -349,12 +359,9 @@ def _write_table(parent: Any, name: str, table: pd.DataFrame, dictionaries: Sequ
         table: the columns.
         dictionaries: text columns to store as dictionaries, like categoricals.
     """
-    table = table.assign(soma_joinid=np.arange(len(table), dtype=np.int64))
-    for column in table:
-        if not _is_number(table[column]):
-            table[column] = _as_text(table[column])
     fields = [pa.field(column, _arrow_type(table[column], column in dictionaries)) for column in table]
-    schema = pa.schema(fields)
+    schema = pa.schema([*fields, pa.field("soma_joinid", pa.int64())])
+    orders = {column: _text_order(table[column]) for column in table if _has_order(table[column])}
     parent.add_new_dataframe(
         name, schema=schema, domain=[[0, len(table) - 1]], platform_config=table_storage(schema)
     ).close()
@@ -362,24 +369,43 @@ def _write_table(parent: Any, name: str, table: pd.DataFrame, dictionaries: Sequ
     # or within the same millisecond (TileDB 2.30). So wait, and open it again.
     sleep(0.002)
     with soma.DataFrame.open(f"{parent.uri}/{name}", "w", context=parent.context) as frame:
-        frame.write(pa.Table.from_pandas(table, schema=schema, preserve_index=False))
+        for start in range(0, len(table), _ROWS_PER_WRITE):
+            rows = table.iloc[start : start + _ROWS_PER_WRITE]
+            arrays = [_to_arrow(rows[field.name], field.type, orders.get(field.name)) for field in fields]
+            joinids = pa.array(np.arange(start, start + len(rows)))
+            frame.write(pa.Table.from_arrays([*arrays, joinids], schema=schema))
 
 
 def _is_number(column: pd.Series) -> bool:
     return column.dtype.kind in "biuf"
 
 
-def _as_text(column: pd.Series) -> pd.Series:
-    """Return a column of text, of categories or of mixed values as text, with None where a value is missing.
+def _to_arrow(column: pd.Series, kind: pa.DataType, order: Sequence[str] | None) -> pa.Array:
+    """Return numbers as they are; text, categories or mixed values as text, null where a value is missing.
 
-    Ordered categories keep their order, which filters such as `grade > 'low'` follow. Only those that occur are kept:
-    tiledbsoma drops the others from some tables.
+    Args:
+        column: the column, or a part of it. Shape (cells,).
+        kind: type to return; see `_arrow_type`.
+        order: the ordered categories of the complete column, if it has such.
     """
-    text = fill_missing(column).astype(object).where(has_value(column), None)
-    if not _has_order(column):
-        return text
-    categories = fill_missing(pd.Series(column.cat.categories))
-    return text.astype(pd.CategoricalDtype(categories, ordered=True)).cat.remove_unused_categories()
+    if _is_number(column):
+        return pa.array(column, kind, from_pandas=True)
+    numbers, texts = number_texts(column)
+    if not pa.types.is_dictionary(kind):
+        return pa.array(np.array([*texts, None], object)[numbers], kind)
+    if order is not None:
+        numbers, texts = np.array([*map(order.index, texts), -1], np.int32)[numbers], list(order)
+    codes = pa.array(numbers, mask=numbers < 0)
+    return pa.DictionaryArray.from_arrays(codes, pa.array(texts, pa.large_string()), ordered=kind.ordered)
+
+
+def _text_order(column: pd.Series) -> list[str]:
+    """Return the ordered categories of a column as texts, in their order, which filters such as `grade > 'low'` follow.
+
+    Only those that occur are kept: tiledbsoma drops the others from some tables.
+    """
+    present = set(number_texts(column)[1])
+    return [text for text in dict.fromkeys(fill_missing(pd.Series(column.cat.categories))) if text in present]
 
 
 def _has_order(column: pd.Series) -> bool:

@@ -37,7 +37,8 @@ from scgpt_hf.cells.block import (
     require_cell_ids,
     require_counts,
 )
-from scgpt_hf.cells.obs import add_primary_filter, read_matching_obs, require_columns
+from scgpt_hf.cells.missing import number_texts
+from scgpt_hf.cells.obs import add_primary_filter, read_matching_obs, require_columns, take_cells
 from scgpt_hf.cells.presence import Presence
 from scgpt_hf.cells.soma.chunks import Chunk, ChunkedBlock, read_chunk
 from scgpt_hf.cells.soma.context import open_context
@@ -206,10 +207,10 @@ class CensusSource:
         measured = self._retry_policy.read(self._uri, lambda: read_presence(self._uri, n_genes, context))
         if measured is None:
             return None
-        dataset_of_cell, names = pd.factorize(self.obs(["dataset_id"]).loc[cell_ids, "dataset_id"].astype(str))
+        dataset_of_cell, names = number_texts(take_cells(self.obs(["dataset_id"])["dataset_id"], cell_ids))
         if unknown := sorted(set(names) - set(measured.index)):
             logger.warning("%s has no row in the table of data sets for %s", self._uri, unknown[:5])
-        return Presence(dataset_of_cell, measured.reindex(names, fill_value=False).to_numpy())
+        return Presence(dataset_of_cell.astype(np.int64), measured.reindex(names, fill_value=False).to_numpy())
 
     def describe(self) -> dict[str, Any]:
         """Return the origin of the cells; see `CellSource.describe`."""

@@ -17,7 +17,8 @@ from transformers import TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 
 from scgpt_hf.cells.block import Int64Array
-from scgpt_hf.cells.missing import fill_missing
+from scgpt_hf.cells.missing import number_texts
+from scgpt_hf.cells.obs import take_cells
 from scgpt_hf.training.fault_tolerance.checkpoints import CheckpointError, manifest_of
 from scgpt_hf.training.fault_tolerance.losses import load_losses, losses_path
 
@@ -121,7 +122,7 @@ def require_same_cells(donors: Mapping[str, list[str]], parts: Mapping[str, Int6
                 f"{len(missing):,} of the {len(cell_ids):,} cells of {part!r} are not in the data any more, for "
                 f"example {missing[:5].tolist()}. Resume with the data that the run was started with"
             )
-        found = sorted(fill_missing(obs.loc[pd.Index(cell_ids)]).unique())
+        found = number_texts(take_cells(obs, cell_ids))[1]
         if found != sorted(donors[part]):
             raise ValueError(
                 f"the cells of {part!r} belonged to the donors {donors[part][:5]} … when the run was started and "

@@ -17,7 +17,7 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 
 from scgpt_hf.cells.missing import fill_missing, has_label
-from scgpt_hf.cells.obs import require_named_columns
+from scgpt_hf.cells.obs import require_named_columns, take_cells
 from scgpt_hf.cells.source import CellSource
 from scgpt_hf.pipeline.stream import Batch
 from scgpt_hf.scoring.embedding_scores import LabelledCells, score_embedding
@@ -139,7 +139,8 @@ def select_labelled_cells(source: CellSource, selection: Selection, settings: Se
     batch_key = settings.data.batch_key or donor_key
     require_named_columns({"--eval_labels": key}, source.obs_columns)
     assert key is not None, "the caller checks that labels are wanted"
-    obs = source.obs(list(dict.fromkeys([key, donor_key, batch_key]))).loc[selection.parts["validation"]]
+    columns = list(dict.fromkeys([key, donor_key, batch_key]))
+    obs = take_cells(source.obs(columns), selection.parts["validation"])
     obs = obs[has_label(obs[key])]
     labels = fill_missing(obs[key])
     sizes = labels.value_counts()

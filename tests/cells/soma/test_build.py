@@ -66,6 +66,27 @@ def test_cellxgene_census_reads_the_genes_that_each_file_measured(small_census, 
         assert set(genes[row == 1]) == set(part.var_names)
 
 
+def test_a_table_written_in_parts_equals_one_written_at_once(tmp_path, small_cells, monkeypatch):
+    cells = small_cells[0].copy()
+    grades = pd.Categorical(np.resize(["low", "high", None, "mid"], len(cells)), ["low", "mid", "never", "high"], True)
+    cells.obs["grade"], cells.obs["note"] = grades, np.resize(["a", "b", None], len(cells))
+    cells.write_h5ad(tmp_path / "cells.h5ad")
+    tables = {}
+    for rows in (1 << 22, 7):
+        monkeypatch.setattr(build, "_ROWS_PER_WRITE", rows)
+        folder = build_census([tmp_path / "cells.h5ad"], tmp_path / f"census_{rows}", keep_obs=["grade", "note"])
+        source = open_source(str(folder), obs_filter="grade > 'low'", primary_only=False)
+        tables[rows] = source.obs(source.obs_columns)
+    pd.testing.assert_frame_equal(*tables.values(), check_categorical=False)
+    expected = cells.obs.reset_index(drop=True)[np.asarray(grades > "low")]
+    for column in ("grade", "note", "donor_id", "cell_type"):
+        found = tables[7][column].astype(object)
+        assert (
+            found.where(found.notna(), None).tolist()
+            == expected[column].astype(object).where(expected[column].notna(), None).tolist()
+        )
+
+
 def test_computed_columns_of_obs_and_var_equal_those_of_the_counts(small_census, small_cells):
     with soma.Experiment.open(str(small_census / "census_data" / "homo_sapiens")) as experiment:
         obs, var = table(experiment.obs), table(experiment.ms["RNA"].var)

@@ -102,9 +102,6 @@ class Fragment(NamedTuple):
 
     def find_tiles(self, first: int, last: int) -> range:
         """Return the tiles with all entries of cells `first` to `last`; entries of other cells may be among them."""
-        # an array may have thousands of fragments, most of them without any of the cells: rule those out first
-        if self.lowest[0] > last or self.highest[-1] < first:
-            return range(0)
         return range(int(np.searchsorted(self.highest, first)), int(np.searchsorted(self.lowest, last, "right")))
 
 

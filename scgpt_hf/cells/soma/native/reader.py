@@ -25,6 +25,7 @@ import struct
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -85,10 +86,10 @@ class NativeArray:
         Raises:
             OSError: a file is damaged or cannot be read, or a tile holds entries that contradict its metadata.
         """
-        for fragment in self.fragments:
+        lowest, highest = self._spans
+        for number in np.flatnonzero((lowest <= last) & (highest >= first)):
+            fragment = self.fragments[number]
             tiles = fragment.find_tiles(first, last)
-            if not tiles:
-                continue
             # of each field, the offsets of these tiles and the bytes from the first tile to the last
             offsets = [of_field[tiles.start : tiles.stop + 1] for of_field in fragment.offsets]
             stored = [
@@ -100,6 +101,13 @@ class NativeArray:
                 parts = [content[edge[0] : edge[-1]] for content, edge in zip(stored, edges, strict=True)]
                 these = slice(tiles.start + tile, min(tiles.start + tile + _TILES_PER_STEP, tiles.stop))
                 yield _decode_tiles(parts, self.fields, fragment.boxes[these], fragment.sizes[these])
+
+    @cached_property
+    def _spans(self) -> tuple[Int64Array, Int64Array]:
+        """The lowest and the highest cell id of each fragment, of which an array of 100 million cells has thousands."""
+        spans = [(fragment.lowest[0], fragment.highest[-1]) for fragment in self.fragments]
+        lowest, highest = np.array(spans, np.int64).reshape(-1, 2).T
+        return lowest, highest
 
 
 def open_native(array: soma.SparseNDArray, *, enabled: bool = True) -> NativeArray | None:
