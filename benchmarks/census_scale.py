@@ -163,7 +163,7 @@ def chunks_to_read(folder: Path) -> set[int]:
         if task == "new run":
             wanted.append(parts["validation"])
         order: dict[str, Any] = {"seed": args.seed, "epoch": 0, "chunk_size": source.chunk_size}
-        for size in (args.global_batch_size, CHUNK_SIZE):  # the first batches, and the cells to choose genes on
+        for size in (args.global_batch_size, 1):  # the first batches, and the cells to choose genes on
             wanted.append(plan_epoch(parts["train"], batch_size=size, **order).window(0))
     return set(np.unique(np.concatenate([ids.ravel() for ids in wanted]) // CHUNK_SIZE).tolist())
 

@@ -320,7 +320,8 @@ class CellStream:
         """Read the window of a task; None if no step of it falls to this rank."""
         task, config = self.tasks[number], self.config
         plan = self.plans[task.plan]
-        steps = plan.steps(task.window, rank=config.rank, world_size=config.world_size)[task.n_done :]
+        ranks: dict[str, int] = {"rank": config.rank, "world_size": config.world_size}
+        steps = plan.steps(task.window, **ranks, micro_batches=config.micro_batches)[task.n_done :]
         if not steps:
             return None
         columns = sorted({column for column, _ in (*config.categories.values(), *config.labels.values())})

@@ -20,6 +20,8 @@ from scgpt_hf.cells.cache.reader import uniform_chunk_size
 from scgpt_hf.cells.cache.write_through import CachingSource
 from scgpt_hf.cells.schedule.epoch import EpochPlan, plan_epoch, plan_validation
 from scgpt_hf.cells.schedule.run import History, RunSchedule, plan_run
+from scgpt_hf.cells.schedule.tokens import CellTokens, count_tokens
+from scgpt_hf.cells.selection.filters import recorded_genes_per_cell
 from scgpt_hf.cells.source import CellSource
 from scgpt_hf.model.configuration_scgpt import ScGPTConfig
 from scgpt_hf.pipeline.stream import Batch, CellStream, StreamConfig, stream_cells
@@ -37,6 +39,7 @@ class DataModule:
 
     Attributes:
         schedule: which cells each step of the run trains on.
+        tokens: about how many tokens each training cell has; None if one process trains, or if obs does not record it.
         caching: writes the cells to `cache_dir` while the first epoch reads them; None without `cache_dir`.
         first_plan: the plan of a first epoch in natural order with the present global batch size.
         n_validation_steps: batches of one validation, over all processes.
@@ -104,6 +107,7 @@ class DataModule:
         columns = [column for column in (config.batch_key, supervise_by) if column is not None]
         self.caching = None if cache_dir is None else self._open_cache(cache_dir, list(dict.fromkeys(columns)))
         past = manifest_of(Path(checkpoint)) if checkpoint else Manifest(0, args.world_size, [])
+        self.tokens = self._count_tokens()
         self.first_plan, self.schedule = self._plan(args, chunks_per_window, past.history)
         if checkpoint:
             logger.info("%s", format_resume(past, self.schedule, args))
@@ -120,11 +124,11 @@ class DataModule:
     def _plan(self, args: TrainingSettings, chunks_per_window: int, history: History) -> tuple[EpochPlan, RunSchedule]:
         """Return the plan of a first epoch in natural order, and the schedule of the run."""
         cell_ids = self.selection.parts["train"]
-        first_epoch = _shuffle_windows(self.source.chunk_size, chunks_per_window)
+        first_epoch: dict[str, Any] = _shuffle_windows(self.source.chunk_size, chunks_per_window)
         later_epochs = first_epoch
         if self.caching is not None:
             later_epochs = _shuffle_windows(uniform_chunk_size(len(cell_ids)), chunks_per_window)
-        steps: dict[str, Any] = {"seed": args.seed, "batch_size": args.global_batch_size}
+        steps: dict[str, Any] = {"seed": args.seed, "batch_size": args.global_batch_size, "tokens": self.tokens}
         schedule = plan_run(
             cell_ids,
             n_epochs=args.num_train_epochs,
@@ -136,6 +140,16 @@ class DataModule:
             **later_epochs,
         )
         return plan_epoch(cell_ids, epoch=0, **steps, **first_epoch), schedule
+
+    def _count_tokens(self) -> CellTokens | None:
+        """Return about how many tokens the training cells have, if several ranks share them and obs records it."""
+        cell_ids = self.selection.parts["train"]
+        n_genes = None
+        if self.stream_config.world_size > 1:
+            n_genes = recorded_genes_per_cell(self.source, cell_ids)
+        if n_genes is None:
+            return None
+        return count_tokens(cell_ids, n_genes, self.stream_config.max_tokens or self.processor.max_tokens)
 
     def _open_cache(self, cache_dir: str, columns: list[str]) -> CachingSource:
         return CachingSource(
@@ -213,6 +227,6 @@ def format_resume(past: Manifest, schedule: RunSchedule, args: TrainingSettings)
     return line
 
 
-def _shuffle_windows(chunk_size: int, chunks_per_window: int) -> dict[str, int]:
+def _shuffle_windows(chunk_size: int, chunks_per_window: int) -> dict[str, Any]:
     """Return the arguments of `plan_epoch` that make windows of the same number of cells for any size of chunk."""
     return {"chunk_size": chunk_size, "chunks_per_window": chunks_per_window * CHUNK_SIZE // chunk_size}

@@ -15,7 +15,7 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
 from scgpt_hf.cells.atomic import write_atomically
-from scgpt_hf.cells.block import CHUNK_SIZE, Int64Array
+from scgpt_hf.cells.block import Int64Array
 from scgpt_hf.cells.missing import UNKNOWN, fill_missing, has_label, number_texts
 from scgpt_hf.cells.modalities import RNA, modalities_of
 from scgpt_hf.cells.obs import require_named_columns, take_cells
@@ -307,7 +307,7 @@ def _find_hvg_batch_key(source: CellSource, data: DataSettings) -> str | None:
 
 def _first_cells(source: CellSource, train: Int64Array, seed: int) -> Int64Array:
     """Return the training cells of the first shuffle window of a run, whose chunks are a random sample, ascending."""
-    plan = plan_epoch(train, seed=seed, epoch=0, batch_size=CHUNK_SIZE, chunk_size=source.chunk_size)
+    plan = plan_epoch(train, seed=seed, epoch=0, batch_size=1, chunk_size=source.chunk_size)
     return np.sort(plan.window(0), axis=None)
 
 

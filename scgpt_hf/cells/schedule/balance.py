@@ -26,9 +26,7 @@ import pandas as pd
 from scgpt_hf.cells.block import Float64Array, Int64Array
 from scgpt_hf.cells.missing import has_label
 from scgpt_hf.cells.schedule.epoch import EpochPlan, plan_epoch
-
-REPEAT = 1 << 34
-"""Difference between two draws of one cell; larger than every cell id (17 billion)."""
+from scgpt_hf.cells.schedule.tokens import REPEAT
 
 
 @dataclass(frozen=True, eq=False)
@@ -166,7 +164,7 @@ class BalancedPlan(EpochPlan):
     """
 
     balance: Balance
-    order: tuple[tuple[str, int], ...]
+    order: tuple[tuple[str, Any], ...]
 
     @property
     def drawn(self) -> EpochPlan:
@@ -193,6 +191,6 @@ def plan_balanced(balance: Balance, **order: Any) -> BalancedPlan:
 
 
 @lru_cache(maxsize=2)  # the next epoch is read ahead while the last window of this one is trained on
-def _plan_draws(balance: Balance, order: tuple[tuple[str, int], ...]) -> EpochPlan:
+def _plan_draws(balance: Balance, order: tuple[tuple[str, Any], ...]) -> EpochPlan:
     arguments = dict(order)
     return plan_epoch(balance.draw(seed=arguments["seed"], epoch=arguments["epoch"]), **arguments)

@@ -28,6 +28,8 @@ of group 1: the step has the same cells, and each rank reads one chunk of the wi
 Why chunks: cells are read several times faster in aligned ranges than one by one (see `CHUNK_SIZE`). Why windows: all
 cells of a window are in memory together, so a window bounds the memory and yet mixes many donors into each step.
 Why rank groups: without them each rank would need cells of every chunk, and N processes would read the data N times.
+There is one for 64 cells of a step, and a window has more cells where a step has many, so a rank reads as few chunks
+among 512 ranks as among 4.
 Why lazily: only the chunks are laid out in advance (80,000 of them for 160 million cells), and the cells of a window
 are computed when that window is read.
 """
@@ -39,6 +41,14 @@ from itertools import pairwise
 import numpy as np
 
 from scgpt_hf.cells.block import CHUNK_SIZE, Int64Array, to_offsets
+from scgpt_hf.cells.schedule.tokens import CellTokens, cut_steps
+
+_FEWEST_GROUPS = 4
+# Cells of a step in one rank group: few, so that ranks do not share a group, and thereby the chunks that they read.
+_CELLS_PER_GROUP = 64
+# A larger step has a larger window, with as many steps as with this number of cells. So each group still has the cells
+# of four chunks: of the chunks at its ends, two ranks read each its part.
+_CELLS_PER_STEP = 512
 
 # Ids scanned together when chunks are located, so that a memory map of any size needs 32 MiB of int64.
 _IDS_PER_SCAN = 1 << 22
@@ -58,6 +68,7 @@ class EpochPlan:
         chunk_starts: position in `cell_ids` at which each chunk starts, chunks in shuffled order. Shape (chunks,).
         chunk_offsets: position at which each chunk starts once the shuffled chunks are laid end to end, then the
             number of cells. Shape (chunks + 1,).
+        tokens: about how many tokens the cells have, to share out each step between ranks; None shares it equally.
     """
 
     cell_ids: Int64Array
@@ -68,6 +79,7 @@ class EpochPlan:
     rank_groups: int
     chunk_starts: Int64Array
     chunk_offsets: Int64Array
+    tokens: CellTokens | None
 
     @property
     def n_steps(self) -> int:
@@ -118,23 +130,28 @@ class EpochPlan:
             steps[:, start:stop] = rng.permutation(group).reshape(n_steps, stop - start)
         return steps
 
-    def steps(self, index: int, *, rank: int = 0, world_size: int = 1) -> list[Int64Array]:
+    def steps(self, index: int, *, rank: int = 0, world_size: int = 1, micro_batches: int = 1) -> list[Int64Array]:
         """Return the cells that one rank trains on in each step of a window: its columns of `window(index)`.
 
         Args:
             index: number of the window, in [0, n_windows).
             rank: number of the process, in [0, world_size).
             world_size: number of processes.
+            micro_batches: fewest cells of a step.
 
         Returns:
-            One array for each step, shape (batch_size // world_size,).
+            One array for each step, shape (batch_size // world_size,), or with `tokens` about as many.
 
         Raises:
             IndexError: `index` is out of range.
             ValueError: `rank` is out of range, or `batch_size` is not a multiple of `world_size`.
         """
-        columns = rank_columns(self.batch_size, rank, world_size)
-        return list(np.ascontiguousarray(self.window(index)[:, columns]))
+        columns, window = rank_columns(self.batch_size, rank, world_size), self.window(index)
+        if self.tokens is None or world_size == 1:
+            return list(np.ascontiguousarray(window[:, columns]))
+        least = max(micro_batches, (columns.stop - columns.start) // 4)
+        cuts = cut_steps(self.tokens.of(window), world_size, least)[:, rank : rank + 2].tolist()
+        return [step[start:stop].copy() for step, (start, stop) in zip(window, cuts, strict=True)]
 
     def _cells_of_window(self, index: int) -> Int64Array:
         """Return the window's cells in the order of the shuffled chunks; the last window includes the surplus."""
@@ -181,7 +198,7 @@ class ValidationPlan:
         """Number of windows, of all ranks together."""
         return -(-self.n_steps // self.steps_per_window)
 
-    def steps(self, index: int, *, rank: int = 0, world_size: int = 1) -> list[Int64Array]:
+    def steps(self, index: int, *, rank: int = 0, world_size: int = 1, micro_batches: int = 1) -> list[Int64Array]:
         """Return the cells of each step of a window that belongs to one rank.
 
         Steps are distributed round-robin: rank r takes the steps r, r + world_size, r + 2 * world_size and so on,
@@ -191,6 +208,7 @@ class ValidationPlan:
             index: number of the window, in [0, n_windows).
             rank: number of the process, in [0, world_size).
             world_size: number of processes.
+            micro_batches: not used; see `EpochPlan.steps`.
 
         Returns:
             One array for each step, shape (batch_size,).
@@ -218,7 +236,8 @@ def plan_epoch(
     batch_size: int,
     chunk_size: int = CHUNK_SIZE,
     chunks_per_window: int = 32,
-    rank_groups: int = 4,
+    rank_groups: int | None = None,
+    tokens: CellTokens | None = None,
 ) -> EpochPlan:
     """Plan the order in which one epoch visits the cells.
 
@@ -226,7 +245,8 @@ def plan_epoch(
 
     A window holds as many complete steps as fit into chunks_per_window * chunk_size cells, and at least one step. That
     is a number of cells, not of chunks: where a filter leaves few cells of each chunk, a window spans more chunks, and
-    its memory stays the same.
+    its memory stays the same. With steps of more than 512 cells, it holds as many steps as with 512, by default 128: a
+    rank that trains on n cells of a step then holds 128 * n cells.
 
     Args:
         cell_ids: cells to train on, ascending, without repeats. Shape (cells,). Not copied; may be a memory map.
@@ -236,8 +256,9 @@ def plan_epoch(
         chunk_size: cells of one aligned read.
         chunks_per_window: full chunks whose cells are shuffled together. The default gives a batch of 32 cells 88 % of
             the donor entropy of uniformly sampled cells (100 donors in contiguous runs; a test asserts it).
-        rank_groups: number of ranks that share a window without reading a chunk twice; any divisor of it will do,
-            so the default serves 1, 2 and 4.
+        rank_groups: number of ranks that share a window without reading a chunk twice; any divisor of it will do. By
+            default one for 64 cells of a step, and at least 4.
+        tokens: see `EpochPlan`.
 
     Returns:
         The plan: n_steps steps of batch_size cells.
@@ -258,9 +279,10 @@ def plan_epoch(
         >>> [cells.tolist() for cells in plan.steps(0, rank=1, world_size=2)]
         [[22, 23], [21, 20]]
     """
-    _require_at_least(
-        1, batch_size=batch_size, chunk_size=chunk_size, chunks_per_window=chunks_per_window, rank_groups=rank_groups
-    )
+    _require_at_least(1, batch_size=batch_size, chunk_size=chunk_size, chunks_per_window=chunks_per_window)
+    if rank_groups is None:  # a multiple of 4, as there are often 4 or 8 ranks on a machine
+        rank_groups = max(_FEWEST_GROUPS, batch_size // _CELLS_PER_GROUP // _FEWEST_GROUPS * _FEWEST_GROUPS)
+    _require_at_least(1, rank_groups=rank_groups)
     _require_at_least(0, seed=seed, epoch=epoch)
     if len(cell_ids) < batch_size:
         raise ValueError(
@@ -270,9 +292,9 @@ def plan_epoch(
     starts = _find_chunks(cell_ids, chunk_size)
     order = np.random.default_rng([seed, epoch]).permutation(len(starts))
     lengths = np.diff(starts, append=len(cell_ids))[order]
-    steps_per_window = max(1, chunks_per_window * chunk_size // batch_size)
+    steps_per_window = max(1, chunks_per_window * chunk_size // min(batch_size, _CELLS_PER_STEP))
     offsets = to_offsets(lengths)
-    return EpochPlan(cell_ids, seed, epoch, batch_size, steps_per_window, rank_groups, starts[order], offsets)
+    return EpochPlan(cell_ids, seed, epoch, batch_size, steps_per_window, rank_groups, starts[order], offsets, tokens)
 
 
 def plan_validation(cell_ids: Int64Array, batch_size: int, *, cells_per_window: int = 4 * CHUNK_SIZE) -> ValidationPlan:

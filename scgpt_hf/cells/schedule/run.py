@@ -25,8 +25,9 @@ from typing import Any
 import numpy as np
 
 from scgpt_hf.cells.block import Int64Array
-from scgpt_hf.cells.schedule.balance import REPEAT, Balance, plan_balanced
+from scgpt_hf.cells.schedule.balance import Balance, plan_balanced
 from scgpt_hf.cells.schedule.epoch import EpochPlan, plan_epoch
+from scgpt_hf.cells.schedule.tokens import REPEAT
 
 History = Sequence[tuple[int, int]]  # (cells of a global step, number of steps), in the order they were trained
 

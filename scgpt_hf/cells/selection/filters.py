@@ -101,7 +101,7 @@ def filter_cells(source: "CellSource", cell_ids: Int64Array, min_genes: int) -> 
     cell_ids = np.sort(cell_ids)
     if min_genes <= 0:
         return cell_ids
-    n_genes = _recorded_genes_per_cell(source, cell_ids)
+    n_genes = recorded_genes_per_cell(source, cell_ids)
     if n_genes is None:
         n_genes = genes_per_cell(source, cell_ids)
     kept = n_genes >= min_genes
@@ -152,7 +152,7 @@ def cells_expressing(source: "CellSource", cell_ids: Int64Array, genes: Int64Arr
     return cell_ids[kept]
 
 
-def _recorded_genes_per_cell(source: "CellSource", cell_ids: Int64Array) -> Int64Array | None:
+def recorded_genes_per_cell(source: "CellSource", cell_ids: Int64Array) -> Int64Array | None:
     """Return the numbers of expressed genes that a Census records in obs `nnz`, or None if it records none."""
     described = source.describe()
     if described["kind"] != "census" or described["layer"] != "raw":  # nnz is counted in the layer `raw`

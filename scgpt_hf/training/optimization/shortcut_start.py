@@ -8,6 +8,7 @@ starts from an embedding that separates cell types already, and the encoder lear
 import math
 from contextlib import closing
 from itertools import islice
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -76,7 +77,7 @@ def train_shortcut(
     parts.to("cpu")
 
 
-def _plans(cell_ids: Int64Array, n_steps: int, **order: int) -> list[EpochPlan]:
+def _plans(cell_ids: Int64Array, n_steps: int, **order: Any) -> list[EpochPlan]:
     """Return the plans of as many epochs as the steps need."""
     batch_size = min(_BATCH_SIZE, len(cell_ids))
     n_epochs = math.ceil(n_steps / (len(cell_ids) // batch_size))
