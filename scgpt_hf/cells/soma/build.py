@@ -361,7 +361,9 @@ def _write_table(parent: Any, name: str, table: pd.DataFrame, dictionaries: Sequ
     """
     fields = [pa.field(column, _arrow_type(table[column], column in dictionaries)) for column in table]
     schema = pa.schema([*fields, pa.field("soma_joinid", pa.int64())])
-    orders = {column: _text_order(table[column]) for column in table if _has_order(table[column])}
+    # Each part is written with the dictionaries of the complete table: if those of one part lack texts of another one,
+    # the cells of that part cannot be read (tiledbsoma 2.3).
+    texts = {field.name: _text_order(table[field.name]) for field in fields if pa.types.is_dictionary(field.type)}
     parent.add_new_dataframe(
         name, schema=schema, domain=[[0, len(table) - 1]], platform_config=table_storage(schema)
     ).close()
@@ -371,7 +373,7 @@ def _write_table(parent: Any, name: str, table: pd.DataFrame, dictionaries: Sequ
     with soma.DataFrame.open(f"{parent.uri}/{name}", "w", context=parent.context) as frame:
         for start in range(0, len(table), _ROWS_PER_WRITE):
             rows = table.iloc[start : start + _ROWS_PER_WRITE]
-            arrays = [_to_arrow(rows[field.name], field.type, orders.get(field.name)) for field in fields]
+            arrays = [_to_arrow(rows[field.name], field.type, texts.get(field.name)) for field in fields]
             joinids = pa.array(np.arange(start, start + len(rows)))
             frame.write(pa.Table.from_arrays([*arrays, joinids], schema=schema))
 
@@ -380,32 +382,35 @@ def _is_number(column: pd.Series) -> bool:
     return column.dtype.kind in "biuf"
 
 
-def _to_arrow(column: pd.Series, kind: pa.DataType, order: Sequence[str] | None) -> pa.Array:
+def _to_arrow(column: pd.Series, kind: pa.DataType, dictionary: Sequence[str] | None) -> pa.Array:
     """Return numbers as they are; text, categories or mixed values as text, null where a value is missing.
 
     Args:
         column: the column, or a part of it. Shape (cells,).
         kind: type to return; see `_arrow_type`.
-        order: the ordered categories of the complete column, if it has such.
+        dictionary: all texts of the complete column, if they are stored as a dictionary.
     """
     if _is_number(column):
         return pa.array(column, kind, from_pandas=True)
     numbers, texts = number_texts(column)
-    if not pa.types.is_dictionary(kind):
+    if dictionary is None:
         return pa.array(np.array([*texts, None], object)[numbers], kind)
-    if order is not None:
-        numbers, texts = np.array([*map(order.index, texts), -1], np.int32)[numbers], list(order)
-    codes = pa.array(numbers, mask=numbers < 0)
-    return pa.DictionaryArray.from_arrays(codes, pa.array(texts, pa.large_string()), ordered=kind.ordered)
+    place = {text: number for number, text in enumerate(dictionary)}
+    codes = np.array([*(place[text] for text in texts), -1], np.int32)[numbers]
+    return pa.DictionaryArray.from_arrays(
+        pa.array(codes, mask=codes < 0), pa.array(dictionary, pa.large_string()), ordered=kind.ordered
+    )
 
 
 def _text_order(column: pd.Series) -> list[str]:
-    """Return the ordered categories of a column as texts, in their order, which filters such as `grade > 'low'` follow.
+    """Return the texts of a column: ordered categories in their order, which filters such as `grade > 'low'` follow.
 
     Only those that occur are kept: tiledbsoma drops the others from some tables.
     """
-    present = set(number_texts(column)[1])
-    return [text for text in dict.fromkeys(fill_missing(pd.Series(column.cat.categories))) if text in present]
+    texts = number_texts(column)[1]
+    if not _has_order(column):
+        return texts
+    return [text for text in dict.fromkeys(fill_missing(pd.Series(column.cat.categories))) if text in set(texts)]
 
 
 def _has_order(column: pd.Series) -> bool:

@@ -70,6 +70,7 @@ def test_a_table_written_in_parts_equals_one_written_at_once(tmp_path, small_cel
     cells = small_cells[0].copy()
     grades = pd.Categorical(np.resize(["low", "high", None, "mid"], len(cells)), ["low", "mid", "never", "high"], True)
     cells.obs["grade"], cells.obs["note"] = grades, np.resize(["a", "b", None], len(cells))
+    cells.obs["donor_id"] = [f"donor {number // 3}" for number in range(len(cells))]  # each part has others
     cells.write_h5ad(tmp_path / "cells.h5ad")
     tables = {}
     for rows in (1 << 22, 7):
