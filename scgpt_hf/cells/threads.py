@@ -49,11 +49,23 @@ class DaemonThreadPool(Executor):
             name: prefix of their names, followed by a number.
         """
         self._tasks: _Tasks = queue.SimpleQueue()
-        self._threads = [_DaemonThread(self._tasks, f"{name}_{number}") for number in range(n_threads)]
+        self._name = name
+        self._threads: list[threading.Thread] = []
         self._open, self._lock = True, threading.Lock()
         _pools.add(self)
-        for thread in self._threads:
-            thread.start()
+        self.grow(n_threads)
+
+    def __len__(self) -> int:
+        """Return the number of threads."""
+        return len(self._threads)
+
+    def grow(self, n_threads: int) -> None:
+        """Start further threads until there are `n_threads`; a pool does not shrink."""
+        with self._lock:
+            for number in range(len(self._threads), n_threads if self._open else 0):
+                thread = _DaemonThread(self._tasks, f"{self._name}_{number}")
+                self._threads.append(thread)
+                thread.start()
 
     def submit(self, fn: Callable[..., Result], /, *args: Any, **kwargs: Any) -> Future[Result]:
         """Schedule a call of `fn`; see `concurrent.futures.Executor.submit`.

@@ -98,3 +98,15 @@ def test_prefetch_calls_while_waiting_until_an_item_is_ready_and_raises_its_erro
     with pytest.raises(InterruptedError):
         next(batches)
     released.set()
+
+
+def test_a_pool_grows_but_does_not_shrink_and_not_after_its_shutdown():
+    pool = DaemonThreadPool(1, "growing")
+    barrier = threading.Barrier(3)
+    pool.grow(3)
+    assert list(pool.map(lambda _: barrier.wait(30) < 3, range(3))) == [True] * 3  # three threads meet
+    pool.grow(2)
+    assert len(pool) == 3
+    pool.shutdown()
+    pool.grow(5)
+    assert len(pool) == 3

@@ -39,6 +39,7 @@ class Faults:
         stall_s: seconds without data in a stall; then the connection closes.
         only: regular expression of the keys that may fail.
         gone: whether the bucket is empty from now on.
+        latency_s: seconds before each answer.
         n_requests: number of times each request was sent.
     """
 
@@ -48,6 +49,7 @@ class Faults:
     stall_s: float = 30.0
     only: str = ""
     gone: bool = False
+    latency_s: float = 0.0
     n_requests: Counter[str] = field(default_factory=Counter)
 
     def draw(self, request: str, key: str) -> str | None:
@@ -102,6 +104,10 @@ class S3Server:
         """Return the files of the bucket by key."""
         return {} if self.faults.gone else self.files
 
+    def wait(self) -> None:
+        """Wait for the latency of a request."""
+        self._closing.wait(self.faults.latency_s)
+
     def stall(self) -> None:
         """Wait for `stall_s`, or until the server closes."""
         self.stalled.set()
@@ -123,6 +129,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.do_GET()
 
     def do_GET(self) -> None:
+        self.s3.wait()
         url = urlsplit(self.path)
         key, query = unquote(url.path).removeprefix("/census").lstrip("/"), parse_qs(url.query)
         request = f"{self.command} {self.path} {self.headers.get('Range', '')}"

@@ -18,7 +18,8 @@ Reading a shuffle window takes these steps:
 import errno
 import logging
 import threading
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from functools import cached_property, partial
 from typing import Any, cast
 
@@ -44,7 +45,7 @@ from scgpt_hf.cells.soma.chunks import Chunk, ChunkedBlock, read_chunk
 from scgpt_hf.cells.soma.context import open_context
 from scgpt_hf.cells.soma.native import NativeArray, open_native
 from scgpt_hf.cells.soma.presence import read_presence
-from scgpt_hf.cells.soma.remote import RetryPolicy, is_remote
+from scgpt_hf.cells.soma.remote import RetryPolicy, is_remote, threads_to_read
 from scgpt_hf.cells.soma.totals import ObsTotals, has_totals
 from scgpt_hf.cells.threads import DaemonThreadPool, n_cores
 
@@ -85,6 +86,7 @@ class CensusSource:
             primary_only: whether to keep only cells with `is_primary_data == True`.
             census_version: release of the Census, for `describe`.
             n_threads: number of chunks read at the same time; of a local Census at most one more than there are cores.
+                Of a remote Census, more are read as soon as threads wait for the network; see `threads_to_read`.
             native: whether to use the native reader where it supports the array; see `open_native`. False, or
                 `SCGPT_HF_NATIVE_READER=0` in the environment, has TileDB read everything.
 
@@ -332,7 +334,13 @@ class CensusSource:
         if self._has_totals:
             list(threads.map(self._totals.load, self._totals.missing_blocks(np.concatenate(cell_ids))))
         # Genes and the native array are opened here: the threads would each open them, or wait for each other.
-        return list(threads.map(partial(self._read_chunk_with_retries, self._native_array, len(self.genes)), cell_ids))
+        read = partial(self._read_chunk_with_retries, self._native_array, len(self.genes))
+        if not self._remote:
+            return list(threads.map(read, cell_ids))
+        # The slower the network answers, the more chunks are requested at the same time from now on.
+        chunks, busy_s, cpu_s = zip(*threads.map(partial(_timed, read), cell_ids), strict=True)
+        threads.grow(threads_to_read(sum(busy_s), sum(cpu_s), n_cores()))
+        return list(chunks)
 
     def _read_chunk_with_retries(self, native: NativeArray | None, n_genes: int, cell_ids: Int64Array) -> Chunk:
         """Read ascending cells of one chunk, natively if possible, and compare them with their totals in obs."""
@@ -361,6 +369,12 @@ class CensusSource:
             f"{self._uris['X']}: {self._totals.explain(chunk, cell_ids, wrong)}; X is damaged or incomplete: copy it "
             "again. If obs describes other counts than X, remove its columns nnz and raw_sum",
         )
+
+
+def _timed(read: Callable[[Int64Array], Chunk], cell_ids: Int64Array) -> tuple[Chunk, float, float]:
+    """Return a chunk, and the seconds and the processor time of this thread that reading it took."""
+    started, cpu = time.perf_counter(), time.thread_time()
+    return read(cell_ids), time.perf_counter() - started, time.thread_time() - cpu
 
 
 def _looks_raw(layer: soma.SparseNDArray, cell_ids: Int64Array) -> bool:

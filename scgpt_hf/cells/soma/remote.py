@@ -26,6 +26,8 @@ import tiledbsoma as soma
 
 logger = logging.getLogger(__name__)
 
+# Chunks of a remote store that are read at the same time, at most: together they take about 1 GB.
+MAX_THREADS = 24
 MAX_ATTEMPTS = 8  # of reading a remote object: 7 waits, together 127 s on average
 # Failures that another attempt would repeat. All others may be temporary.
 _PERMANENT = re.compile(r"HTTP Response Code: (401|403|404)\b|does not exist|not a valid TileDB|No such file")
@@ -38,6 +40,23 @@ Result = TypeVar("Result")
 def is_remote(uri: str) -> bool:
     """Return whether a URI is that of a remote store, not of a local file."""
     return "://" in uri and not uri.startswith("file://")
+
+
+def threads_to_read(busy_s: float, cpu_s: float, n_cores: int) -> int:
+    """Return how many threads keep the cores busy while some of them wait for the network, up to `MAX_THREADS`.
+
+    Args:
+        busy_s: seconds that threads took to read some chunks, added up.
+        cpu_s: their processor time.
+        n_cores: number of cores.
+
+    Source: cores * (1 + waiting time / processor time), Goetz et al., Java Concurrency in Practice, section 8.2.
+
+    Example:
+        >>> threads_to_read(busy_s=4.0, cpu_s=1.0, n_cores=2)
+        8
+    """
+    return max(1, min(MAX_THREADS, round(n_cores * busy_s / max(cpu_s, 1e-3))))
 
 
 def require_no_credentials(uri: str) -> None:

@@ -12,7 +12,8 @@ import tiledbsoma as soma
 
 from scgpt_hf.cells.schedule.epoch import plan_epoch
 from scgpt_hf.cells.soma import remote
-from scgpt_hf.cells.soma.remote import RetryPolicy, require_no_credentials
+from scgpt_hf.cells.soma.census import CensusSource
+from scgpt_hf.cells.soma.remote import MAX_THREADS, RetryPolicy, require_no_credentials, threads_to_read
 from scgpt_hf.cells.source import open_source
 from scgpt_hf.pipeline.stream import StreamConfig, stream_cells
 from scgpt_hf.tokens.processing_scgpt import ScGPTProcessor
@@ -50,6 +51,23 @@ def test_cells_read_from_s3_equal_the_local_ones(server, small_census):
         block, expected = source.read(ids, ["donor_id"]), local.read(ids, ["donor_id"])
         assert (block.counts != expected.counts).nnz == 0
         assert block.obs.equals(expected.obs)
+
+
+def test_a_slow_store_is_read_by_more_threads_with_the_same_result(server, small_census):
+    server.faults = Faults(latency_s=0.02)
+    with CensusSource(ADDRESS, n_threads=1) as source, open_source(small_census) as local:
+        ids = local.obs().index.to_numpy()
+        for _ in range(2):  # the second time with the further threads
+            assert (source.read(ids).counts != local.read(ids).counts).nnz == 0
+        assert 1 < len(source._pool) <= MAX_THREADS
+
+
+@pytest.mark.parametrize(
+    ("busy_s", "cpu_s", "n_cores", "expected"),
+    [(1, 1, 2, 2), (10, 1, 2, 20), (1000, 1, 2, MAX_THREADS), (0, 0, 4, 1), (3, 0, 1, MAX_THREADS)],
+)
+def test_as_many_threads_read_as_keep_the_cores_busy(busy_s, cpu_s, n_cores, expected):
+    assert threads_to_read(busy_s, cpu_s, n_cores) == expected
 
 
 def test_with_a_fifth_of_the_requests_failing_the_batches_stay_the_same(server, small_census, monkeypatch):

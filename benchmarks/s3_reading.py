@@ -1,0 +1,130 @@
+"""Measure reading a Census from a local S3 server with the latency and the bandwidth of a remote one.
+
+  python benchmarks/synthetic_census.py blood_32k --cells 32768
+  python benchmarks/s3_reading.py blood_32k
+
+A server in another process, that of the tests, waits before each answer and sends no more than --mbit per second over
+all connections. Each arm reads the same shuffled chunks three times: in the first pass the threads open the arrays, in
+the second one those that were added, and the third one is measured. In the arm `adaptive`, the reader chooses the
+number of threads, as it does by default. The server and the reader share the cores, which a real store does not.
+"""
+
+import argparse
+import os
+import threading
+import time
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from measuring import peak_memory_gb, write_result
+
+from scgpt_hf.cells.block import CHUNK_SIZE
+from scgpt_hf.cells.schedule.epoch import plan_epoch
+from scgpt_hf.cells.soma import remote
+from scgpt_hf.cells.soma.census import CensusSource
+from scgpt_hf.cells.soma.remote import MAX_THREADS
+from tests.support.s3_server import Faults, S3Server, _Handler
+
+EXPERIMENT = "s3://census/census_data/homo_sapiens"
+BLOCK = 1 << 16  # bytes that a connection sends at once
+
+
+class Line:
+    """A line of limited bandwidth that all connections share."""
+
+    def __init__(self, bytes_per_s: float) -> None:
+        self.bytes_per_s, self.free_at, self.lock = bytes_per_s, 0.0, threading.Lock()
+
+    def send(self, n_bytes: int) -> None:
+        """Wait until the line has sent this number of bytes."""
+        with self.lock:
+            self.free_at = max(self.free_at, time.monotonic()) + n_bytes / self.bytes_per_s
+            until = self.free_at
+        time.sleep(max(0.0, until - time.monotonic()))
+
+
+def serve(folder: Path, latency_s: float, mbit: float, sent: Any, pipe: Any) -> None:
+    """Serve a folder until the other end of the pipe closes."""
+    line = Line(mbit * 1e6 / 8)
+    answer = _Handler.do_GET
+
+    def slow(self: _Handler) -> None:
+        with sent.get_lock():
+            sent[0] += 1
+        write = self.wfile.write
+
+        def limited(content: bytes) -> int:
+            for start in range(0, len(content), BLOCK):
+                part = content[start : start + BLOCK]
+                line.send(len(part))
+                with sent.get_lock():
+                    sent[1] += len(part)
+                write(part)
+            return len(content)
+
+        self.wfile.write = limited  # type: ignore[method-assign]
+        try:
+            answer(self)
+        finally:
+            self.wfile.write = write  # type: ignore[method-assign]
+
+    _Handler.do_GET = slow  # type: ignore[method-assign]
+    with S3Server(folder, Faults(latency_s=latency_s)) as server:
+        pipe.send(server.environment)
+        pipe.recv()
+
+
+def measure(cells: np.ndarray, n_threads: int | None, sent: Any) -> dict[str, float]:
+    """Read the cells with a number of threads; None lets the reader choose."""
+    remote.MAX_THREADS = n_threads or MAX_THREADS
+    with CensusSource(EXPERIMENT, n_threads=n_threads or 4, primary_only=False) as source:
+        passes = []
+        for _ in range(3):
+            before, started, cpu = list(sent), time.perf_counter(), time.process_time()
+            source.read(cells)
+            passes.append((time.perf_counter() - started, time.process_time() - cpu, *np.subtract(list(sent), before)))
+        threads = len(source._threads())
+    seconds, cpu, n_requests, n_bytes = passes[-1]
+    return {
+        "threads": threads,
+        "cells_per_s": len(cells) / seconds,
+        "cells_per_s_first_pass": len(cells) / passes[0][0],
+        "requests_per_chunk": float(n_requests / (len(cells) / CHUNK_SIZE)),
+        "bytes_per_cell": float(n_bytes / len(cells)),
+        "mbit_per_s": float(n_bytes * 8e-6 / seconds),
+        "cpu_us_per_cell": cpu * 1e6 / len(cells),
+    }
+
+
+def main() -> None:
+    """Measure all arms."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("census", type=Path, help="folder written by synthetic_census.py")
+    parser.add_argument("--latency_ms", type=float, nargs="+", default=[30, 150], help="wait before each answer")
+    parser.add_argument("--mbit", type=float, default=1000, help="bandwidth of all connections together")
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, 4, 16], help="reading threads")
+    parser.add_argument("--chunks", type=int, default=16, help="chunks that each arm reads")
+    arguments = parser.parse_args()
+    context = get_context("spawn")
+    plan = plan_epoch(np.arange(arguments.chunks * CHUNK_SIZE), seed=0, epoch=0, batch_size=512)
+    cells = plan.window(0).ravel()
+    results: dict[str, Any] = {}
+    for milliseconds in arguments.latency_ms:
+        sent, (here, there) = context.Array("q", 2), context.Pipe()
+        options = (arguments.census, milliseconds / 1000, arguments.mbit, sent, there)
+        server = context.Process(target=serve, args=options, daemon=True)
+        server.start()
+        os.environ |= here.recv()
+        for n_threads in (*arguments.threads, None):
+            found = measure(cells, n_threads, sent)
+            results[f"{milliseconds:g} ms, {n_threads or 'adaptive'}"] = found
+            print(milliseconds, n_threads, {name: round(value, 1) for name, value in found.items()}, flush=True)
+        here.send(None)
+        server.join()
+    write_result("s3_reading", {"mbit": arguments.mbit, "peak_gb": peak_memory_gb(), "results": results})
+
+
+if __name__ == "__main__":
+    main()
