@@ -31,7 +31,7 @@ suppress_warnings = ["misc.highlighting_failure"]
 
 # The tests run the notebooks; the documentation shows their stored outputs.
 nb_execution_mode = "off"
-myst_enable_extensions = ["colon_fence", "deflist"]
+myst_enable_extensions = ["colon_fence", "deflist", "dollarmath"]
 myst_fence_as_directive = ["mermaid"]
 myst_heading_anchors = 3
 
