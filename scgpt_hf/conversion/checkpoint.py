@@ -101,7 +101,9 @@ def convert_scgpt(
     pad_value = 0 if is_perturbation_model(files.weights) else files.args["pad_value"]
     cls_value = unrecorded.get("cls_value", pad_value)
     modalities = unrecorded.get("modalities", [])
-    converted, left_out = map_keys(files.weights, files.weights_path, modalities)
+    converted, left_out = map_keys(
+        files.weights, files.weights_path, modalities, pooling=unrecorded.get("cell_pooling", "cls")
+    )
     weights = {key: files.weights[key] for key in converted}
     inferred = infer_settings(weights, files.weights_path)
     _require_agreement(files, inferred)
@@ -254,9 +256,13 @@ def _build_processor(
     files: OriginalFiles, cls_value: float, modalities: Sequence[str], gene_modalities: Mapping[str, str]
 ) -> ScGPTProcessor:
     args, of_genes = files.args, None
+    genes = ScGPTProcessor.from_vocab(files.vocab).genes if modalities or gene_modalities else []
+    if unknown := sorted(gene_modalities.keys() - set(genes)):
+        raise ValueError(f"gene_modalities has {len(unknown)} genes that are not in {VOCAB}, e.g. {unknown[:5]}")
+    if gene_modalities and not modalities:
+        raise ValueError("gene_modalities needs modalities, the names of all modalities by their ids")
     if modalities:
-        special = ScGPTProcessor.from_vocab(files.vocab).genes
-        of_genes = [gene_modalities.get(gene, modalities[0]) for gene in special]
+        of_genes = [gene_modalities.get(gene, modalities[0]) for gene in genes]
     if is_perturbation_model(files.weights):
         args = args | _PERTURBATION_VALUES
     return ScGPTProcessor.from_vocab(
@@ -283,6 +289,8 @@ def _assumed_settings(
         assumed.pop("gepc_detach", None)
     assumed |= {} if "cls_value" in unrecorded else {"cls_value": processor.cls_value}
     assumed |= {"target_sum": processor.target_sum} if processor.input_style == "log1p" else {}
+    if "modalities" in unrecorded and "gene_modalities" not in unrecorded:
+        assumed["gene_modalities"] = f"all genes are {unrecorded['modalities'][0]}"
     if is_perturbation_model(files.weights):
         assumed |= {**_PERTURBATION_VALUES, "decoder_activation": None, "decoder_adaptive_bias": False}
     return assumed | {f"{name} of {ARGS}": files.args[name] for name in files.missing_args}
@@ -297,6 +305,11 @@ def _notes(files: OriginalFiles, inferred: dict[str, Any]) -> tuple[str, ...]:
         notes.append(
             "this is a perturbation model: load it with AutoModelForTokenClassification, or use predict_perturbation; "
             "its input is all genes without <cls>, as in scGPT's tutorial (perturbation_cls=False in the config)"
+        )
+    if inferred.get("objective") == "generative":
+        notes.append(
+            "the checkpoint was trained to generate genes: it works with generate_cells, and in further training "
+            "masked genes are queries (objective=generative in the config)"
         )
     if "num_labels" in inferred:
         notes.append("the checkpoint has a class head: load it with AutoModelForSequenceClassification")

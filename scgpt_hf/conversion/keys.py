@@ -28,6 +28,7 @@ _PREFIXES = (
     ("decoder.coeff_decoder.zero_logit.", "expression_head.zero."),
     ("decoder.bias_decoder.fc.", "expression_head.bias."),
     ("pert_encoder.", "flag_encoder."),
+    ("flag_encoder.", "scgpt.query_flag."),
     ("mvc_decoder.gene2query.", "cell_to_gene_head.query."),
     ("mvc_decoder.W.", "cell_to_gene_head.project."),
     ("mvc_decoder.W_zero_logit.", "cell_to_gene_head.project_zero."),
@@ -62,8 +63,8 @@ _UNSUPPORTED = (
 )
 # Why weights are left out that do not change the embedding of a cell.
 _GENERATION_FLAGS = (
-    "marks the genes to generate in scGPT's generative training; the conversion leaves it out, so generation has to be "
-    "trained again; embedding cells, as embed_data does, never uses it"
+    "marks the genes to generate in scGPT's generative training; perturbation models, and models whose results depend "
+    "on padding, do not generate; embedding cells, as embed_data does, never uses it"
 )
 _MODALITIES = (
     "the expression heads of a multi-omic model take the modality of each gene as input, which no file records; pass "
@@ -75,7 +76,9 @@ _UNUSED_ZERO_HEAD = "scGPT's code reads the zero probability of a perturbation m
 _NOT_RUNNABLE = "this query style does not work with batch labels or explicit zeros; it fails in scGPT's code as well"
 
 
-def map_keys(weights: Weights, path: str, modalities: Sequence[str] = ()) -> tuple[dict[str, str], dict[str, str]]:
+def map_keys(
+    weights: Weights, path: str, modalities: Sequence[str] = (), *, pooling: str = "cls"
+) -> tuple[dict[str, str], dict[str, str]]:
     """Return the target of each key that can be converted, and the reason for each key that is left out.
 
     Args:
@@ -83,6 +86,7 @@ def map_keys(weights: Weights, path: str, modalities: Sequence[str] = ()) -> tup
         path: path of the weights, for error messages.
         modalities: names of the rows of the modality embedding of a multi-omic model; without them its heads are left
             out.
+        pooling: how cells are pooled; generation needs "cls".
 
     Raises:
         ValueError: a key belongs to an unsupported model or to no scGPT model, or two keys have the same target.
@@ -93,7 +97,8 @@ def map_keys(weights: Weights, path: str, modalities: Sequence[str] = ()) -> tup
     n_rows = len(weights["mod_encoder.embedding.weight"]) if "mod_encoder.embedding.weight" in weights else 0
     if modalities and len(modalities) != n_rows:
         raise ValueError(f"{path} has {n_rows} modalities (rows of mod_encoder), found {len(modalities)} names")
-    left_out = _left_out_keys(weights, with_modalities=bool(modalities))
+    can_generate = pooling == "cls" and not _has(weights, "pert_encoder.", "bn.", "dsbn.")
+    left_out = _left_out_keys(weights, with_modalities=bool(modalities), can_generate=can_generate)
     targets = {key: _target_of(key) for key in weights if key not in left_out}
     if unknown := [key for key, target in targets.items() if target is None]:
         raise ValueError(
@@ -142,6 +147,9 @@ def infer_settings(weights: Weights, path: str) -> dict[str, Any]:
         settings |= {"value_encoder": "category", "n_value_ids": n_value_ids}
     elif _has(weights, "value_encoder."):
         settings["value_encoder"] = "continuous"
+    if _has(weights, "flag_encoder."):
+        # Source: bowang-lab/scGPT, branch dev-temp, scgpt/model/flash_layers.py, which does not project queries.
+        settings |= {"objective": "generative", "query_out_proj": False}
     if _has(weights, "mvc_decoder.fc1."):
         n_inputs = _matrix_shape(weights, "mvc_decoder.fc1.weight", path)[1]
         settings["gepc_query"] = "sum" if n_inputs == width else "concat"
@@ -229,9 +237,10 @@ def _expected_targets(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return targets
 
 
-def _left_out_keys(weights: Weights, *, with_modalities: bool) -> dict[str, str]:
+def _left_out_keys(weights: Weights, *, with_modalities: bool, can_generate: bool) -> dict[str, str]:
     """Return the keys that are not converted, with the reasons."""
-    reasons = {"flag_encoder.": _GENERATION_FLAGS, "decoder.bias_decoder.zero_logit.": _UNUSED_ZERO_HEAD}
+    reasons = {"decoder.bias_decoder.zero_logit.": _UNUSED_ZERO_HEAD}
+    reasons |= {} if can_generate else {"flag_encoder.": _GENERATION_FLAGS}
     if _has(weights, "mod_encoder.") and not with_modalities:
         reasons |= dict.fromkeys(("mod_encoder.", "batch_encoder.", "decoder.", "mvc_decoder."), _MODALITIES)
     elif _has(weights, "mvc_decoder.fc1.") and _has(weights, "batch_encoder.", "decoder.zero_logit."):

@@ -45,9 +45,10 @@ class ConversionReport:
 def build_card(config: ScGPTConfig, processor: ScGPTProcessor, report: ConversionReport) -> str:
     """Return the model card of a converted checkpoint, as Markdown."""
     summary = "\n".join(f"- {line}" for line in str(report).splitlines())
+    perturbs = "flag_encoder.weight" in report.converted.values()
     return f"""---
 library_name: transformers
-pipeline_tag: feature-extraction
+pipeline_tag: {"tabular-regression" if perturbs else "feature-extraction"}
 license: other
 license_name: that-of-the-original-weights
 tags: [scgpt, single-cell, biology, transcriptomics, gene-expression]
@@ -61,13 +62,7 @@ scgpt_hf {version("scgpt_hf")}: {config.num_hidden_layers} layers x {config.hidd
 
 **The value of the token `<cls>` is {processor.cls_value:g}.** The processor sets it; other tokenizers must do the same.
 
-```python
-import scanpy as sc, scgpt_hf
-from transformers import AutoModel, AutoProcessor
-processor = AutoProcessor.from_pretrained("PATH_OR_REPOSITORY")
-model = AutoModel.from_pretrained("PATH_OR_REPOSITORY")
-embedding = model(**processor(sc.read_h5ad("cells.h5ad"))).cell_embedding  # raw counts in, (cells, hidden) out
-```
+{_PERTURB if perturbs else _EMBED}
 
 Without the package, pass `trust_remote_code=True`. The model's objectives are {", ".join(config.loss_weights)}. To
 train others, pass `loss_weights={{...}}` to `AutoModelForPreTraining.from_pretrained`.
@@ -85,6 +80,21 @@ generative AI. *Nature Methods* 21, 1470-1480 (2024). https://doi.org/10.1038/s4
 under the MIT license; the weights keep the license under which they were published. Do not use the model for diagnosis
 or for any decision about a person.
 """
+
+
+_EMBED = """```python
+import scanpy as sc, scgpt_hf
+from transformers import AutoModel, AutoProcessor
+processor = AutoProcessor.from_pretrained("PATH_OR_REPOSITORY")
+model = AutoModel.from_pretrained("PATH_OR_REPOSITORY")
+embedding = model(**processor(sc.read_h5ad("cells.h5ad"))).cell_embedding  # raw counts in, (cells, hidden) out
+```"""
+_PERTURB = """```python
+import scanpy as sc, scgpt_hf
+adata = sc.read_h5ad("cells.h5ad")  # raw counts, and obs["condition"] with "ctrl" for control cells
+found = scgpt_hf.predict_perturbation(adata, ["GENE1+ctrl", "GENE1+GENE2"], "PATH_OR_REPOSITORY")
+found.varm["delta"]  # genes x conditions: mean difference of log1p values
+```"""
 
 
 def _pairs(values: dict[str, Any]) -> str:

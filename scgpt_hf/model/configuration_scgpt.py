@@ -118,6 +118,8 @@ class ScGPTConfig(PreTrainedConfig):
         objective: how masked genes enter the input. "masked": as tokens with the value `mask_value`, to which the
             others attend. "generative": as queries by name only, to which no other token attends; the other genes are
             given.
+        query_out_proj: whether the output projection of attention is applied to queries; false for models of scGPT's
+            code, which leaves it out there.
         leave_out_masked: whether masked genes are left out of the input, so that the encoder reads visible genes only.
             By default they are tokens with the value `mask_value`. The objective "gep" needs them as tokens.
         perturbation_cls: whether `<cls>` precedes the genes in the input of `ScGPTForPerturbation`; false for models of
@@ -173,6 +175,7 @@ class ScGPTConfig(PreTrainedConfig):
     cls_shortcut: bool = False
     shortcut_size: int = 256
     objective: Literal["masked", "generative"] = "masked"
+    query_out_proj: bool = True
     leave_out_masked: bool = False
     perturbation_cls: bool = True
     perturbation_sum: bool = False

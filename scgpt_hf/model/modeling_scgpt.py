@@ -116,7 +116,7 @@ class ScGPTAttention(nn.Module):
         self.out_proj = nn.Linear(config.hidden_size, config.hidden_size)
 
     def forward(
-        self, hidden: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
+        self, hidden: Tensor, attention_mask: Tensor | None = None, queries: Tensor | None = None, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
         """Return attended hidden states and, with eager attention, the probabilities."""
         heads = self.qkv_proj(hidden).unflatten(-1, (3, -1, self.head_dim))
@@ -126,7 +126,11 @@ class ScGPTAttention(nn.Module):
         attended, weights = attend(
             self, query, key, value, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs
         )
-        return self.out_proj(attended.flatten(-2)), weights
+        attended = attended.flatten(-2)
+        projected = self.out_proj(attended)
+        if queries is not None and not self.config.query_out_proj:
+            projected = torch.where(queries[..., None], attended, projected)
+        return projected, weights
 
 
 class ScGPTLayer(GradientCheckpointingLayer):
@@ -235,7 +239,7 @@ class ScGPTModel(ScGPTPreTrainedModel):
         # Two rows, as in the original, of which only the one of queries is used.
         self.query_flag = nn.Embedding(2, config.hidden_size) if config.objective == "generative" else None
         self.modality_table = ModalityTable(config) if config.modalities else None
-        self.modality_encoder = make_modality_encoder(config) if config.modality_at_input else None
+        self.input_modality_encoder = make_modality_encoder(config) if config.modality_at_input else None
         self.input_norm = make_input_norm(config)
         self.shortcut = CellShortcut(config) if config.cls_shortcut else None
         self.layers = nn.ModuleList(ScGPTLayer(config, layer_idx) for layer_idx in range(config.num_hidden_layers))
@@ -319,7 +323,7 @@ class ScGPTModel(ScGPTPreTrainedModel):
             hidden = _replace_rows(hidden, cls_positions, states + shortcut)
         mask = build_mask(self.config._attn_implementation, attention_mask, packing, hidden, queries)
         for layer in self.layers:
-            hidden = layer(hidden, mask, packing=packing, **kwargs)  # positional: hooks of the library require it
+            hidden = layer(hidden, mask, packing=packing, queries=queries, **kwargs)  # hooks of the library: positional
         if self.final_norm is not None:
             hidden = self.final_norm(hidden)
         cell_embedding = self._pool_cells(hidden, values, offsets)
@@ -357,9 +361,9 @@ class ScGPTModel(ScGPTPreTrainedModel):
 
     def _embed_modalities(self, input_ids: Tensor, modality_ids: Tensor | None) -> Tensor | None:
         """Return the embedding of each token's modality, if the encoder reads it."""
-        if self.modality_encoder is None or self.modality_table is None:
+        if self.input_modality_encoder is None or self.modality_table is None:
             return None
-        return self.modality_encoder(self.modality_table(input_ids) if modality_ids is None else modality_ids)
+        return self.input_modality_encoder(self.modality_table(input_ids) if modality_ids is None else modality_ids)
 
     def _normalize_input(self, hidden: Tensor, domain_ids: Tensor | None) -> Tensor:
         if isinstance(self.input_norm, DomainNorm):

@@ -251,7 +251,8 @@ def make_model(
 
 def _plain(recorded: dict[str, Any]) -> dict[str, Any]:
     """Return the fields of a pretrained config that a perturbation model changes."""
-    return recorded | {"leave_out_masked": False, "explicit_zero_prob": False, "domains": [], "n_domains": 0}
+    plain = {"objective": "masked", "leave_out_masked": False, "explicit_zero_prob": False}
+    return recorded | plain | {"domains": [], "n_domains": 0}
 
 
 @torch.no_grad()

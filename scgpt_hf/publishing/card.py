@@ -56,12 +56,14 @@ def model_card(run: Path, repo_id: str | None = None, weights: str = LOCAL_CHECK
     """
     settings, summary = RunRecord.read(run / "settings.yaml"), read_summary(run)
     in_progress = (run / "split.json").is_file() and summary.get("steps", int) is None
+    config = RunRecord.read(run / weights / "config.json")
     title = card_title(run, repo_id)
     figures = [name for name in ("loss.png", "umap.png") if (run / name).is_file()]
     sections = [
         _how_to_load(RunRecord.read(run / weights / "processor_config.json"), settings, summary),
+        *_other_uses(config),
         _data(summary, settings),
-        _training(summary, settings, RunRecord.read(run / weights / "config.json")),
+        _training(summary, settings, config),
         _results(summary, figures),
         *_supervision(summary),
         _USE_AND_LIMITS,
@@ -184,6 +186,13 @@ The checkpoint also loads with `AutoModelForPreTraining`, `AutoModelForMaskedLM`
 The processor gives the `<cls>` token the expression value {cls_value}; other tokenizing code must do the same."""
 
 
+def _other_uses(config: RunRecord) -> list[str]:
+    """Return the sections on generation and on modalities, for models that have them."""
+    sections = [_GENERATION] if config.get("objective", str) == "generative" else []
+    names = [name for name in config.get("modalities", list) or [] if name not in ("<pad>", "<cls>")]
+    return [*sections, *([_MODALITIES.replace("{names}", ", ".join(names))] if names else [])]
+
+
 def _data(summary: RunRecord, settings: RunRecord) -> str:
     weights = "CC BY 4.0, like the training data" if summary.get("data.census_version", str) else "see the sources"
     rows = pretraining_data(summary, settings)
@@ -287,6 +296,37 @@ def escape_cell(text: str) -> str:
 
 _WHAT = """A transformer that reads a cell as a list of genes with their expression. It was pretrained to predict the
 expression of masked genes from the genes that stay visible, with the architecture and the objectives of scGPT."""
+
+_GENERATION = f"""## Generate cells
+
+The model was trained to predict genes that are asked for by name only. It predicts them from measured genes
+(`prompt=`), from a cell embedding, or from both:
+
+```python
+import scgpt_hf
+from transformers import AutoModelForPreTraining, AutoProcessor
+processor = AutoProcessor.from_pretrained("{LOCAL_CHECKPOINT}")
+model = AutoModelForPreTraining.from_pretrained("{LOCAL_CHECKPOINT}")
+cells = scgpt_hf.generate_cells(model, ["CD3D", "LYZ"], processor, cell_embedding=vectors)  # cells.X: (cells, genes)
+```
+
+`vectors` come from `embed_anndata(..., normalize=False)`. Without the package, pass `queries`, a boolean tensor that is
+true at the genes that are asked for, to `model`."""
+
+_MODALITIES = f"""## Modalities
+
+The model reads the modalities {{names}}. Each is a kind of token and has expression values of its own. Join your
+tables with `scgpt_hf.join_modalities`. In cells that lack a modality, it can be predicted:
+
+```python
+import scgpt_hf
+from transformers import AutoModelForPreTraining, AutoProcessor
+processor = AutoProcessor.from_pretrained("{LOCAL_CHECKPOINT}")
+model = AutoModelForPreTraining.from_pretrained("{LOCAL_CHECKPOINT}")
+predicted = scgpt_hf.predict_expression(rna, model, processor, genes=["protein:CD3"]).layers["gep"]
+```
+
+`processor.genes` lists the names, and `processor.modalities` the modality of each."""
 
 _SUPERVISED = """**This model was trained with labels.** Compare how well its embeddings separate such labels with other
 supervised models, not with models that never saw a label. Its class head holds these classes: the checkpoint loads as

@@ -25,7 +25,7 @@ from transformers import (
     AutoTokenizer,
 )
 
-from scgpt_hf import convert_scgpt
+from scgpt_hf import convert_scgpt, generate_cells
 from scgpt_hf.cells.source import open_source
 from scgpt_hf.conversion.checkpoint import save_converted
 from scgpt_hf.inference import embed_cells
@@ -124,13 +124,48 @@ def test_a_converted_network_computes_the_same_as_the_original(original: Origina
     assert_same(found, forward(weights, original, inputs), inputs["real"])
     written = in_layout(weights, original.layout)
     assert report.converted.keys() | report.left_out.keys() == written.keys()
-    assert set(report.left_out) == {key for key in written if key.startswith("flag_encoder")}
+    generative = original.flags and original.pooling == "cls" and original.norm == "none"
+    assert set(report.left_out) == ({"flag_encoder.weight"} if original.flags and not generative else set())
+    assert model.config.objective == ("generative" if generative else "masked")
     targets = {target.partition("[")[0] for target in report.converted.values()}
     assert targets == model.state_dict().keys()
     assert processor.tokenizer.get_vocab() == original.vocab
     assert (processor.n_bins, processor.max_tokens) == (original.n_bins, original.max_seq_len)
     assert processor.cls_value == processor.pad_value == original.args["pad_value"]
     assert processor.mask_value == original.args["mask_value"]
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("pre_norm", [False, True])
+def test_a_converted_generative_network_predicts_queries_as_the_original(
+    tmp_path: Path, pre_norm: bool, packed: bool
+) -> None:
+    original = replace(SMALL, pre_norm=pre_norm, layout="Wqkv")
+    weights, inputs = weights_of(original), some_inputs(original)
+    model, _, _ = convert(write_checkpoint(tmp_path, original, weights), original)
+    real = inputs["real"]
+    inputs["queries"] = real & (inputs["ids"] % 2 == 0) & (torch.arange(9) > 0)
+    assert 3 < inputs["queries"].sum() < real.sum() - 3
+    with torch.no_grad():
+        expected = forward(weights, original, inputs)
+        if packed:
+            lengths, given = real.sum(1), (real & ~inputs["queries"])
+            batch = {"input_ids": inputs["ids"][real][None], "values": inputs["values"][real][None]}
+            batch |= {"queries": inputs["queries"][real][None], "key_positions": given[real].nonzero()[:, 0]}
+            for name, n in (("q", lengths), ("k", given.sum(1))):
+                batch[f"cu_seq_lens_{name}"] = torch.nn.functional.pad(n.cumsum(0), (1, 0)).int()
+                batch[f"max_length_{name}"] = int(n.max())
+            found = model(**batch).gep[0]
+        else:
+            found = model(**to_batch(inputs), queries=inputs["queries"]).gep[real]
+    torch.testing.assert_close(found, expected["gep"][real], atol=5e-5, rtol=2e-4)
+
+
+def test_a_converted_generative_checkpoint_generates(tmp_path: Path) -> None:
+    out = save_converted(*convert_scgpt(write_checkpoint(tmp_path / "original", SMALL)), tmp_path / "converted")
+    cells = generate_cells(str(out), ["GENE1", "GENE5"], cell_embedding=np.ones((3, SMALL.width)), progress=False)
+    assert cells.shape == (3, 2)
+    assert np.isfinite(cells.X).all()
 
 
 @pytest.mark.parametrize("layout", ["Wqkv", "_impl.Wqkv"])
@@ -261,7 +296,7 @@ def test_every_auto_class_loads_the_folder_and_computes_the_same_as_the_original
 def test_the_card_and_the_report_list_what_was_converted(converted: Path) -> None:
     card, report = (converted / "README.md").read_text(), json.loads((converted / "conversion.json").read_text())
     assert "value of the token `<cls>` is -2" in card
-    assert "flag_encoder.weight" in card
+    assert "flag_encoder.weight: marks the genes to generate" in card
     assert "MIT" in card
     assert "bowang-lab/scGPT" in card
     assert (

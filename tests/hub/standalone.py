@@ -98,6 +98,28 @@ def main(path: str) -> list[str]:
         found = model(**batch, perturbation_flags=flags).expression
     check("perturbed expression", torch.allclose(found, expected["perturbed"], atol=1e-5))
 
+    model = transformers.AutoModelForPreTraining.from_pretrained("org/generative", **REMOTE).eval()
+    check("generative model", same_weights(model, expected, "generative."))
+    queries = batch["attention_mask"] & (batch["input_ids"] % 3 == 1)
+    real, vectors = batch["attention_mask"], torch.ones(len(counts), model.config.hidden_size)
+    with torch.no_grad():
+        found = model(**batch, queries=queries).gep
+        generated = model(**batch, queries=queries, input_cell_embedding=vectors).gep
+    check("queries", torch.allclose(found[real], expected["asked"][real], atol=1e-5))
+    check("cells from embeddings", torch.allclose(generated[real], expected["generated"][real], atol=1e-5))
+
+    model = transformers.AutoModelForPreTraining.from_pretrained("org/multimodal", **REMOTE).eval()
+    check("model of genes and proteins", same_weights(model, expected, "multimodal."))
+    names = model.config.modalities[:-2]
+    with_proteins = transformers.AutoProcessor.from_pretrained("org/multimodal", **REMOTE)
+    check("modalities of the processor", names == ["RNA", "protein"] == list(dict.fromkeys(with_proteins.modalities)))
+    joint, key = with_proteins(counts, GENES), "multimodal_batch"
+    check("proteins beside genes", all(torch.equal(joint[n], expected[f"{key}.{n}"]) for n in ("input_ids", "values")))
+    with torch.no_grad():
+        output, real = model(**joint), joint["attention_mask"]
+    same = (torch.allclose(output[n][real], expected[f"multimodal_{n}"][real], atol=1e-5) for n in ("gep", "gepc"))
+    check("predicted genes and proteins", all(same))
+
     model, report = transformers.AutoModelForSequenceClassification.from_pretrained(
         "org/tiny", num_labels=3, output_loading_info=True, **REMOTE
     )

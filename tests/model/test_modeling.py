@@ -33,6 +33,10 @@ VARIANTS = [
     {"loss_weights": {"gep": 1.0, "ecs": 10.0}},
     EVERY_OBJECTIVE,
 ]
+OF_OTHER_DATA = [
+    {"objective": "generative", "loss_weights": {"gep": 1.0, "gepc": 1.0, "gen": 1.0}},
+    *({"modalities": ["RNA", "<pad>", "<cls>"], "modality_embedding": place} for place in ("decoder", "input", "both")),
+]
 AUTO_CLASSES = {
     AutoModel: ScGPTModel,
     AutoModelForPreTraining: ScGPTForPreTraining,
@@ -201,6 +205,16 @@ def test_every_auto_class_loads_every_checkpoint(
         batch = encoder_input(padded)
         for before, after in zip(network(**batch).to_tuple(), loaded(**batch).to_tuple(), strict=True):
             assert torch.equal(before, after)
+
+
+@pytest.mark.parametrize("variant", [*VARIANTS, *OF_OTHER_DATA], ids=str)
+def test_saved_weights_are_loaded_bit_by_bit(config: Callable[..., Any], tmp_path: Path, variant: Batch) -> None:
+    saved = ScGPTForPreTraining(config(**variant))
+    saved.save_pretrained(tmp_path)
+    loaded, report = ScGPTForPreTraining.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(report.values())
+    for name, tensor in saved.state_dict().items():
+        assert torch.equal(tensor, loaded.state_dict()[name]), name
 
 
 def test_missing_weights_are_initialized(config: Callable[..., Any], tmp_path: Path) -> None:

@@ -6,7 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoModelForPreTraining
 
+from scgpt_hf.cli import convert
 from scgpt_hf.conversion.checkpoint import convert_scgpt, save_converted
 from scgpt_hf.model.modeling_scgpt import ScGPTForPreTraining
 from scgpt_hf.model.objectives_scgpt import IGNORE
@@ -69,8 +71,46 @@ def test_without_names_the_heads_are_left_out_and_wrong_names_raise(case: Path) 
         convert_scgpt(case, modalities=["RNA", "<pad>"])
     with pytest.raises(ValueError, match="expected a list"):
         convert_scgpt(case, modalities="RNA")
+    names = modalities_of_case(case)
     with pytest.raises(ValueError, match="'Antibody'"):
-        convert_scgpt(case, modalities=modalities_of_case(case), gene_modalities={"GENE": "Antibody"} | _any_gene(case))
+        convert_scgpt(case, modalities=names, gene_modalities=_any_gene(case))
+    with pytest.raises(ValueError, match=r"1 genes that are not in vocab\.json, e\.g\. \['NO_GENE'\]"):
+        convert_scgpt(case, modalities=names, gene_modalities={"NO_GENE": "RNA"})
+    with pytest.raises(ValueError, match="needs modalities"):
+        convert_scgpt(case, gene_modalities=_any_gene(case))
+    assert "all genes are RNA" in str(convert_scgpt(case, modalities=names)[2])
+
+
+def test_the_command_converts_a_multi_omic_checkpoint(
+    case: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names = modalities_of_case(case)
+    genes = [gene for gene in json.loads((case / "vocab.json").read_text()) if not gene.startswith("<")]
+    table = tmp_path / "modalities.json"
+    table.write_text(json.dumps(dict.fromkeys(genes[:5], "Protein")))
+    options = [str(case), "--out", str(tmp_path / "converted"), "--modalities", *names, "--gene_modalities", str(table)]
+    convert.main(options)
+    assert "left out" not in capsys.readouterr().out
+    model, processor = load_model(tmp_path / "converted", model_class=AutoModelForPreTraining)
+    assert isinstance(model, ScGPTForPreTraining)
+    expected, _, _ = convert_scgpt(case, modalities=names, gene_modalities=dict.fromkeys(genes[:5], "Protein"))
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, expected.state_dict()[name]), name
+    assert [
+        gene for gene, one in zip(processor.genes, processor.modalities or [], strict=True) if one == "Protein"
+    ] == (sorted(genes[:5], key=processor.genes.index))
+
+
+@pytest.mark.parametrize("content", ["{", '["RNA"]', '{"GENE": 1}'])
+def test_a_file_that_is_no_table_of_modalities_ends_the_command(
+    case: Path, tmp_path: Path, content: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    table = tmp_path / "modalities.json"
+    table.write_text(content)
+    with pytest.raises(SystemExit, match="2"):
+        convert.main([str(case), "--out", str(tmp_path / "converted"), "--gene_modalities", str(table)])
+    assert str(table) in capsys.readouterr().err
+    assert not (tmp_path / "converted").exists()
 
 
 def _any_gene(case: Path) -> dict[str, str]:

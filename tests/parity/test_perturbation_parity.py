@@ -7,14 +7,19 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pandas as pd
 import pytest
 import torch
+from anndata import AnnData
 from safetensors.torch import load_file
+from scipy.sparse import csr_matrix
 from transformers import AutoModelForTokenClassification, AutoProcessor
 
 from scgpt_hf.conversion.checkpoint import convert_scgpt, save_converted
 from scgpt_hf.model.modeling_scgpt import ScGPTForPerturbation
 from scgpt_hf.model.objectives_scgpt import elastic_cell_similarity
+from scgpt_hf.perturbation.predict import predict_perturbation
 from tests.support.parity import assert_matches
 
 Tensors = dict[str, torch.Tensor]
@@ -91,6 +96,32 @@ def test_a_saved_perturbation_model_loads_with_the_auto_class(
     assert_matches(found[real], expected["mlm_output"][real])
     assert AutoProcessor.from_pretrained(out).input_style == "log1p"
     assert "AutoModelForTokenClassification" in (out / "README.md").read_text()
+
+
+def test_predict_perturbation_runs_a_converted_checkpoint(folder: Path, tmp_path: Path) -> None:
+    out = save_converted(*convert_scgpt(folder), tmp_path / "model")
+    model = ScGPTForPerturbation.from_pretrained(out)
+    processor = AutoProcessor.from_pretrained(out)
+    genes, rng = processor.genes, np.random.default_rng(0)
+    obs = pd.DataFrame({"condition": ["ctrl"] * 6 + [f"{genes[0]}+ctrl"] * 2}, index=[f"cell{i}" for i in range(8)])
+    counts = rng.poisson(2.0, (8, len(genes) - 1)).astype(np.float32)  # the last gene is not measured
+    adata = AnnData(csr_matrix(counts), obs=obs, var=pd.DataFrame(index=genes[:-1]))
+    conditions = [f"{genes[3]}+ctrl", f"{genes[3]}+{genes[-1]}"]
+    found = predict_perturbation(adata, conditions, model, processor, progress=False)
+    assert found.shape == (12, len(genes) - 1)
+    assert np.isfinite(found.X).all()
+    again = predict_perturbation(adata, conditions, out, progress=False)
+    np.testing.assert_allclose(found.X, again.X, atol=1e-6)
+    # The first cell, by the model itself: all genes, without <cls>, and the perturbed gene that is not measured.
+    before = np.log1p(counts[0] * processor.target_sum / counts[0].sum())
+    ids = torch.tensor([processor.tokenizer.convert_tokens_to_ids(genes)])
+    flags = (ids == ids[0, 3]).long()
+    flags[0, -1] = 1
+    values = torch.tensor(np.append(before, 0.0), dtype=torch.float32)[None]
+    with torch.no_grad():
+        expected = model(input_ids=ids, values=values, perturbation_flags=flags).expression[0, :-1]
+    first = found[(found.obs["control_cell"] == "cell0") & (found.obs["condition"] == found.obs["condition"].iloc[-1])]
+    np.testing.assert_allclose(first.X[0], expected.numpy(), atol=2e-5)
 
 
 def test_a_missing_part_of_the_affine_head_raises(folder: Path, tmp_path: Path) -> None:

@@ -189,6 +189,29 @@ def test_code_of_the_card_loads_the_checkpoint_it_belongs_to(run: Path) -> None:
         assert len(lines) == 5
 
 
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        ({"objective": "generative"}, ["## Generate cells", "generate_cells(model", "`queries`"]),
+        (
+            {"modalities": ["RNA", "protein", "<pad>", "<cls>"]},
+            ["## Modalities", "the modalities RNA, protein.", "predict_expression(rna, model"],
+        ),
+    ],
+    ids=["generative", "modalities"],
+)
+def test_card_shows_what_only_such_a_model_can_do(run: Path, config: dict[str, Any], words: list[str]) -> None:
+    plain = model_card(run, "org/blood").text
+    (run / "best_model" / "config.json").write_text(json.dumps({"loss_weights": {"gep": 1.0}, **config}))
+    card = model_card(run, "org/blood").text
+    for word in words:
+        assert word in card
+        assert word not in plain
+    code = card.split(words[0])[1].split("```python")[1].split("```")[0]
+    compile(code, "card", "exec")
+    assert code.count('from_pretrained("org/blood")') == 2
+
+
 def test_cells_from_outside_the_census_have_the_license_of_their_sources(run: Path, tmp_path: Path) -> None:
     paths = [str(tmp_path / "one.h5ad"), str(tmp_path / "two.h5ad")]
     change(run, data={"kind": "h5ad", "paths": paths, "census_version": None})

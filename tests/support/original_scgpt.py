@@ -159,15 +159,21 @@ def forward(weights: Tensors, original: Original, inputs: Tensors) -> Tensors:
     Args:
         weights: state dict in the layout of torch.nn.MultiheadAttention.
         original: the network.
-        inputs: `ids` and `values`, (cells, tokens); `real`, true at tokens, false at padding; `domains`, (cells,).
+        inputs: `ids` and `values`, (cells, tokens); `real`, true at tokens, false at padding; `domains`, (cells,);
+            optionally `queries`, true at the genes that scGPT's generative training asks for.
     """
     w = _Weights(weights)
+    inputs = {"queries": torch.zeros_like(inputs["real"])} | inputs
     results: dict[str, list[torch.Tensor]] = {}
-    for ids, values, real, domain in zip(*(inputs[k] for k in ("ids", "values", "real", "domains")), strict=True):
+    for ids, values, real, domain, asked in zip(
+        *(inputs[k] for k in ("ids", "values", "real", "domains", "queries")), strict=True
+    ):
         genes = w.norm("encoder.enc_norm", weights["encoder.embedding.weight"][ids])
         hidden = _normalize(w, original, _embed(w, original, genes, values), int(domain))
+        if asked.any():
+            hidden[asked] = genes[asked] + weights["flag_encoder.weight"][1]
         for layer in range(original.n_layers):
-            hidden = _layer(w, original, f"transformer_encoder.layers.{layer}", hidden, real)
+            hidden = _layer(w, original, f"transformer_encoder.layers.{layer}", hidden, real, asked)
         cell = hidden[0] if original.pooling == "cls" else hidden.mean(0)
         if original.pooling == "weighted":
             cell = (hidden * values[:, None]).sum(0)
@@ -231,16 +237,23 @@ def _normalize(w: _Weights, original: Original, hidden: torch.Tensor, domain: in
     return hidden * w.of["bn.weight"] + w.of["bn.bias"] if original.norm == "batch" else hidden
 
 
-def _layer(w: _Weights, original: Original, name: str, hidden: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
+def _layer(
+    w: _Weights, original: Original, name: str, hidden: torch.Tensor, real: torch.Tensor, asked: torch.Tensor
+) -> torch.Tensor:
+    # A query attends to the given genes and to itself.
+    allowed = (real & ~asked)[None] | torch.diag(asked)
+
     def attend(states: torch.Tensor) -> torch.Tensor:
         parts = states @ w.of[f"{name}.self_attn.in_proj_weight"].T + w.of[f"{name}.self_attn.in_proj_bias"]
         q, k, v = parts.chunk(3, -1)
         width = original.width // original.n_heads
         heads = []
         for own in (slice(head * width, (head + 1) * width) for head in range(original.n_heads)):
-            scores = q[:, own] @ k[real][:, own].T / width**0.5
-            heads.append(scores.softmax(-1) @ v[real][:, own])
-        return w.linear(f"{name}.self_attn.out_proj", torch.cat(heads, -1))
+            scores = (q[:, own] @ k[:, own].T / width**0.5).masked_fill(~allowed, -torch.inf)
+            heads.append(scores.softmax(-1) @ v[:, own])
+        attended = torch.cat(heads, -1)
+        # scGPT's code does not project what queries attended to.
+        return torch.where(asked[:, None], attended, w.linear(f"{name}.self_attn.out_proj", attended))
 
     def feed_forward(states: torch.Tensor) -> torch.Tensor:
         return w.linear(f"{name}.linear2", w.linear(f"{name}.linear1", states).relu())
