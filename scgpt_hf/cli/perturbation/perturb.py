@@ -23,6 +23,7 @@ from scgpt_hf.cells.atomic import replace_file
 from scgpt_hf.cells.files.contents import open_anndata
 from scgpt_hf.cli.process import accept_any_locale, exit_with_error, tune_process
 from scgpt_hf.output import require_free_folder, require_writable_file, write_beside
+from scgpt_hf.perturbation.evaluation.cell_eval import CELL_EVAL, require_cell_eval, score_with_cell_eval
 from scgpt_hf.perturbation.evaluation.evaluate import evaluate_perturbation
 from scgpt_hf.perturbation.evaluation.results import format_table, write_results
 from scgpt_hf.perturbation.finetune import finetune_perturbation
@@ -44,7 +45,7 @@ def main(arguments: list[str] | None = None) -> None:
     command = parser.parse_args(arguments[:1]).command
     try:
         COMMANDS[command](arguments[1:])
-    except (OSError, ValueError, FloatingPointError) as error:
+    except (OSError, ValueError, FloatingPointError, ImportError) as error:
         exit_with_error(error)
 
 
@@ -122,11 +123,16 @@ def _evaluate(arguments: list[str]) -> None:
     add("--out", required=True, type=Path, help="folder to create")
     add("--n_cells", type=int, default=64, help="control cells for each prediction")
     add("--seed", type=int, default=0, help="seed of the halves of the ceiling")
+    add("--cell_eval", action="store_true", help="also write the metrics of cell-eval2 (extra perturb)")
     options = parser.parse_args(arguments)
     require_free_folder(options.out)
+    if options.cell_eval:
+        require_cell_eval()
     _show_log()
     evaluation = evaluate_perturbation(options.data, options.run, n_cells=options.n_cells, seed=options.seed)
     write_results(evaluation, options.out)
+    if options.cell_eval:
+        score_with_cell_eval(evaluation).to_csv(options.out / CELL_EVAL, index=False)
     write_report(options.out)
     for heading, replicates in (("that replicate", True), ("that do not replicate", False)):
         if tables := evaluation.table(replicates=replicates):
