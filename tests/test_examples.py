@@ -53,7 +53,13 @@ def test_the_second_notebook_runs_on_any_checkpoint(tmp_path: Path) -> None:
     )  # untrained: the test ignores its results
     for part in (model, processor):
         part.save_pretrained(tmp_path / "runs" / "example" / "best_model")
-    run(NOTEBOOKS[1:], tmp_path)
+    run(NOTEBOOKS[1:2], tmp_path)
+
+
+def test_the_third_notebook_runs_by_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EXAMPLE_EPOCHS", "1")
+    run(NOTEBOOKS[2:], tmp_path)
+    assert (tmp_path / "runs" / "example_perturbation" / "best_model" / "model.safetensors").exists()
 
 
 @pytest.mark.slow
@@ -61,6 +67,6 @@ def test_the_second_notebook_runs_on_any_checkpoint(tmp_path: Path) -> None:
 def test_the_notebooks_run_one_after_the_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("EXAMPLE_EPOCHS", "1")
     monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
-    assert len(NOTEBOOKS) == 2
+    assert len(NOTEBOOKS) == 3
     run(NOTEBOOKS, tmp_path)
     assert (tmp_path / "runs" / "example" / "best_model" / "model.safetensors").exists()
