@@ -154,6 +154,33 @@ def test_two_runs_are_equal_and_a_second_one_is_refused(make_screen: Callable[..
         finetune_perturbation(make_screen(), PerturbationSettings(out=str(tmp_path / "one"), **FAST))
 
 
+@pytest.mark.parametrize(
+    "kind",
+    [
+        {"objective": "generative", "query_out_proj": False, "loss_weights": {"gep": 1.0, "gepc": 1.0, "gen": 1.0}},
+        {"loss_weights": {"gep": 0.5, "counts": 1.0}, "cls_shortcut": True, "n_domains": 2},
+        {"domain_embedding": True, "n_domains": 2, "explicit_zero_prob": True},
+    ],
+    ids=["generative", "counts", "domains"],
+)
+def test_training_starts_from_every_kind_of_pretrained_model(
+    make_screen: Callable[..., AnnData], tmp_path: Path, kind: dict[str, Any]
+) -> None:
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    processor = scgpt_hf.ScGPTProcessor.from_genes([*GENES, "OUTSIDE"])
+    config = scgpt_hf.ScGPTConfig(vocab_size=processor.vocab_size, pad_token_id=processor.pad_id, **sizes, **kind)
+    for part in (scgpt_hf.ScGPTForPreTraining(config), processor):
+        part.save_pretrained(tmp_path / "pretrained")
+    settings = PerturbationSettings(
+        model=str(tmp_path / "pretrained"), out=str(tmp_path / "run"), **{**FAST, "epochs": 1}
+    )
+    finetune_perturbation(make_screen(), settings)
+    found = scgpt_hf.predict_perturbation(
+        make_screen(), ["GENE1+GENE2"], tmp_path / "run" / "best_model", n_cells=4, progress=False
+    )
+    assert np.isfinite(found.X).all()
+
+
 def test_training_starts_from_a_pretrained_model(make_screen: Callable[..., AnnData], tmp_path: Path) -> None:
     sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
     processor = scgpt_hf.ScGPTProcessor.from_genes([*GENES, "OUTSIDE"])
