@@ -95,12 +95,12 @@ def finetuned_card(run: Path, repo_id: str | None = None) -> ModelCard:
         metrics=metrics,
         dataset_name=source_name(summary),
         tags=[*TAGS, tag],
-        base_model=base if _is_on_hub(base) else None,
+        base_model=base if is_on_hub(base) else None,
     )
     return assemble_card(metadata, sections, repo_id)
 
 
-def _is_on_hub(name: str) -> bool:
+def is_on_hub(name: str) -> bool:
     """Return whether a model's name has the form OWNER/NAME and is not a local folder."""
     try:
         validate_repo_id(name)

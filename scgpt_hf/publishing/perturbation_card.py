@@ -17,6 +17,7 @@ from scgpt_hf.publishing.card import (
     how_to_cite,
     markdown_table,
 )
+from scgpt_hf.publishing.finetuned_card import is_on_hub
 from scgpt_hf.publishing.record import UNKNOWN, RunRecord
 from scgpt_hf.publishing.run_summary import finetuning_data, finetuning_recipe, source_name
 
@@ -37,7 +38,7 @@ def perturbation_card(run: Path, repo_id: str | None = None) -> ModelCard:
         ValueError: a file is malformed; the message names file and key.
     """
     summary, settings = RunRecord.read(run / "summary.json"), RunRecord.read(run / "settings.yaml")
-    title = card_title(run, repo_id)
+    title, base = card_title(run, repo_id), summary.get("model", str)
     what = (
         "A model that predicts the expression of single cells after genetic perturbations of one or several genes. It "
         "turns a control cell into a perturbed one."
@@ -60,7 +61,7 @@ def perturbation_card(run: Path, repo_id: str | None = None) -> ModelCard:
         metrics=_METRICS,
         dataset_name=source_name(summary),
         tags=[*TAGS, "perturbation"],
-        base_model=None,
+        base_model=base if base and is_on_hub(base) else None,
     )
     return assemble_card(metadata, sections, repo_id)
 
@@ -105,7 +106,7 @@ found.varm["delta"]  # genes x conditions: mean difference of log1p values
 ```
 
 You can also load the model without installing scgpt_hf, with transformers 5.4 or newer. Tokens are `<cls>` and all
-genes, with log1p values and a flag of 1 for the perturbed genes:
+genes, with log1p values and a flag of 1 for the perturbed genes, which `processor.genes` names:
 
 ```python
 from transformers import AutoModelForTokenClassification as Perturbation, AutoProcessor

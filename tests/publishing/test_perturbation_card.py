@@ -61,3 +61,9 @@ def test_the_card_states_conditions_results_and_how_to_load(run: Path) -> None:
 
 def test_the_card_of_a_run_without_validation_says_so(run: Path) -> None:
     assert "none was used for validation" in card(run, best=None)
+
+
+def test_the_card_names_a_base_model_of_the_hub_but_no_folder(run: Path) -> None:
+    assert "base_model: org/blood" in card(run, model="org/blood")
+    assert "base_model" not in card(run, model=str(run))
+    assert "base_model" not in card(run)
