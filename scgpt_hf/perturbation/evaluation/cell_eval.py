@@ -5,6 +5,7 @@ them. Those of single cells, such as differential expression, need predicted cel
 and pass the file to cell-eval2.
 """
 
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -47,7 +48,9 @@ def score_with_cell_eval(evaluation: Evaluation) -> pd.DataFrame:
         true = _bulk({condition: by[_TRUTH] for condition, by in deltas.items()})
         for method in dict.fromkeys(name for by in deltas.values() for name in by if name != _TRUTH):
             predicted = _bulk({condition: by[method] for condition, by in deltas.items() if method in by})
-            scores = pd.DataFrame({name: score(predicted, true) for name, score in metrics.items()})
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "An input array is constant")  # no change has no correlation
+                scores = pd.DataFrame({name: score(predicted, true) for name, score in metrics.items()})
             scores.insert(0, "context", context)
             scores.insert(0, "method", method)
             rows.append(scores.rename_axis("condition").reset_index())
