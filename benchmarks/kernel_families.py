@@ -1,7 +1,8 @@
-"""Measure how much of a training step each family of kernels takes, with torch.profiler."""
+"""Measure how much of a training step each family of kernels takes, and how many kernels run, with torch.profiler."""
 
 import re
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch.autograd import DeviceType
@@ -23,10 +24,21 @@ FAMILIES = {
 _LAUNCH, _OTHER = "launch gaps", "other"
 
 
-def breakdown(
-    step: Callable[[], object], wait: Callable[[], None], seconds: float, n_steps: int = 5
-) -> dict[str, float]:
-    """Return the share of a step's time that each family takes, largest first.
+@dataclass(frozen=True)
+class StepProfile:
+    """What a step's time is spent on.
+
+    Attributes:
+        shares: share of a step's time that each family takes, largest first.
+        n_kernels: kernels, copies and fills per step on a GPU; operations on a CPU.
+    """
+
+    shares: dict[str, float]
+    n_kernels: float
+
+
+def profile_step(step: Callable[[], object], wait: Callable[[], None], seconds: float, n_steps: int = 3) -> StepProfile:
+    """Profile some training steps.
 
     Args:
         step: runs one training step; called `n_steps` times under the profiler.
@@ -43,6 +55,7 @@ def breakdown(
             step()
         wait()
     spent: dict[str, float] = {}
+    n_kernels = 0
     for event in profiler.events():
         if on_gpu and event.device_type == DeviceType.CUDA and not event.is_user_annotation:
             family, microseconds = family_of(event.name), event.time_range.elapsed_us()
@@ -50,11 +63,13 @@ def breakdown(
             family, microseconds = family_of(event.name), event.self_cpu_time_total
         else:
             continue
+        n_kernels += 1
         spent[family] = spent.get(family, 0.0) + microseconds / 1e6 / n_steps
     total = seconds if on_gpu else sum(spent.values())  # on a CPU, profiled times are too slow to compare
     if on_gpu:
         spent[_LAUNCH] = max(seconds - sum(spent.values()), 0.0)
-    return {family: time / total for family, time in sorted(spent.items(), key=lambda item: -item[1])}
+    shares = {family: time / total for family, time in sorted(spent.items(), key=lambda item: -item[1])}
+    return StepProfile(shares, n_kernels / n_steps)
 
 
 def family_of(name: str) -> str:

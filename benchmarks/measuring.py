@@ -51,10 +51,10 @@ def print_medians(medians: Mapping[str, float], base: str, unit: str) -> None:
         print(f"{name:<44} {medians[name]:>14,.1f} {unit:<10} {ratio:>8.2f} x")
 
 
-def write_result(name: str, data: Mapping[str, Any]) -> Path:
-    """Write `data` with the command, the date and the machine to `results/NAME.json`, and return the path."""
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{name}.json"
+def write_result(name: str, data: Mapping[str, Any], path: Path | None = None) -> Path:
+    """Write `data` with the command, the date and the machine to `path` or `results/NAME.json`, and return the path."""
+    path = RESULTS / f"{name}.json" if path is None else path
+    path.parent.mkdir(exist_ok=True)
     command = " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *map(_without_folder, sys.argv[1:])])
     record = {"command": command, "measured": datetime.now(UTC).date().isoformat(), "machine": describe_machine()}
     temporary = path.with_suffix(".part")

@@ -9,12 +9,15 @@ import logging
 from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
-from anndata import AnnData
 from numpy.typing import NDArray
 from scipy.sparse import csr_matrix
+
+if TYPE_CHECKING:
+    from anndata import AnnData
 
 logger = logging.getLogger(__name__)
 
@@ -68,7 +71,7 @@ def demo_census(folder: str | Path) -> Path:
     return folder
 
 
-def demo_cells() -> AnnData:
+def demo_cells() -> "AnnData":
     """Return the cells of the demo as an AnnData, with raw counts in X and obs columns of the Census.
 
     Raises:
@@ -78,6 +81,7 @@ def demo_cells() -> AnnData:
         >>> demo_cells().shape
         (700, 765)
     """
+    from anndata import AnnData
     from scanpy.datasets import pbmc68k_reduced
 
     reduced = pbmc68k_reduced()

@@ -2,12 +2,17 @@
 
 import json
 import signal
+import subprocess
+import sys
 
 import torch
 
 from scgpt_hf import parse_settings, pretrain
+from scgpt_hf.cells.cache.jobs import write_cache
 from scgpt_hf.pretraining import prepare_run
 from scgpt_hf.training.recipe import make_trainer
+from tests.support import ROOT
+from tests.support.memory_source import make_cells
 from tests.support.training import QUIET, TINY
 
 
@@ -44,3 +49,19 @@ def test_genes_that_are_not_expressed_can_be_tokens_too(small_census, tmp_path):
     trainer = make_trainer(run.data_module, run.model, settings.training)
     trainer.train()
     assert any("gep_zero" in line for line in trainer.state.log_history)
+
+
+def test_training_on_a_cache_needs_no_library_that_reads_files(tmp_path):
+    """As on a machine with a GPU that has little but torch; `benchmarks/gpu.py` trains there."""
+    write_cache(make_cells([40] * 4, n_genes=60), tmp_path / "cells")
+    flags = [*QUIET, "--gene_selection", "all", "--max_steps", "2"]
+    code = (
+        "import sys; from pathlib import Path\n"
+        "sys.modules |= dict.fromkeys(['anndata', 'cellxgene_census', 'scanpy', 'tiledb', 'tiledbsoma'])\n"
+        "from tests.support.training import prepare\n"
+        f"trainer, *_ = prepare(Path({str(tmp_path / 'cells')!r}), Path({str(tmp_path / 'run')!r}), *{flags})\n"
+        "trainer.train()\n"
+        "assert trainer.state.global_step == 2"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr

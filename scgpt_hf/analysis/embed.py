@@ -13,8 +13,7 @@ from scipy.sparse import issparse
 from transformers import PreTrainedModel
 
 from scgpt_hf.cells.block import FloatArray
-from scgpt_hf.cells.files.reader import AnnDataSource
-from scgpt_hf.cells.source import CellSource
+from scgpt_hf.cells.source import CellSource, open_source
 from scgpt_hf.inference import EmbedSettings, Float32Array, embed_cells
 from scgpt_hf.packaged_models import DEFAULT_MODEL
 from scgpt_hf.pipeline.genes import GeneMatch, match_source_genes
@@ -66,7 +65,7 @@ def embed_anndata(
     """
     validate_not_backed_view(adata)
     validate_free_key(key_added, adata.obsm, overwrite)
-    source = AnnDataSource(adata, layer=layer, primary_only=False, round_counts=round_counts)
+    source = open_source(adata, layer=layer, primary_only=False, round_counts=round_counts)
     model, processor = load_model(model, processor)
     genes = match_source_genes(source.genes, processor)
     cell_ids = source.obs().index.to_numpy(np.int64)

@@ -6,14 +6,16 @@
 
 import logging
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
-from anndata import AnnData
 from scipy.sparse import csr_matrix, hstack, issparse
 
 from scgpt_hf.cells.genes import find_gene_ids
+
+if TYPE_CHECKING:
+    from anndata import AnnData
 
 logger = logging.getLogger(__name__)
 
@@ -29,8 +31,8 @@ _OTHER_NAMES = {
 
 
 def join_modalities(
-    rna: Any, other: AnnData | None = None, *, modality: str = "protein", obsm_key: str = PROTEIN_KEY
-) -> AnnData:
+    rna: Any, other: "AnnData | None" = None, *, modality: str = "protein", obsm_key: str = PROTEIN_KEY
+) -> "AnnData":
     """Join the genes and another modality of the same cells to one AnnData.
 
     The other modality is looked for in this order: `other`; the part of a `MuData` named prot, protein, adt, atac, …;
@@ -59,6 +61,8 @@ def join_modalities(
         ['protein:CD3', 'protein:CD19']
         >>> joined.write_h5ad("joined.h5ad")  # scgpt-hf pretrain --data joined.h5ad
     """
+    from anndata import AnnData
+
     if modality not in MODALITIES:
         raise ValueError(f"modality is {modality!r}; expected one of {', '.join(MODALITIES)}")
     genes, counts, names = _find_parts(rna, other, modality, obsm_key)
@@ -93,7 +97,9 @@ def modalities_of(feature_ids: Sequence[str]) -> list[str]:
     return [name.partition(":")[0] if name.startswith(prefixes) else RNA for name in map(str, feature_ids)]
 
 
-def _find_parts(rna: Any, other: AnnData | None, modality: str, obsm_key: str) -> tuple[AnnData, csr_matrix, list[str]]:
+def _find_parts(
+    rna: Any, other: "AnnData | None", modality: str, obsm_key: str
+) -> tuple["AnnData", csr_matrix, list[str]]:
     """Return the AnnData of the genes, and counts and names of the other modality for the same cells."""
     if other is not None:
         return rna, _raw_counts(_align(other, rna.obs_names, modality).X, modality), _names(other.var_names)
@@ -120,7 +126,7 @@ def _find_parts(rna: Any, other: AnnData | None, modality: str, obsm_key: str) -
     return rna, _raw_counts(found, modality), _names(rna.uns["protein_names"])
 
 
-def _split_mudata(data: Any, modality: str) -> tuple[AnnData, csr_matrix, list[str]]:
+def _split_mudata(data: Any, modality: str) -> tuple["AnnData", csr_matrix, list[str]]:
     """Return genes, counts and names of a MuData, for the cells that both parts have."""
     rna = next((data.mod[name] for name in _RNA_NAMES if name in data.mod), None)
     other = next((data.mod[name] for name in _OTHER_NAMES[modality] if name in data.mod), None)
@@ -134,7 +140,7 @@ def _split_mudata(data: Any, modality: str) -> tuple[AnnData, csr_matrix, list[s
     return rna, _raw_counts(_align(other, rna.obs_names, modality).X, modality), _names(other.var_names)
 
 
-def _align(other: AnnData, cells: pd.Index, modality: str) -> AnnData:
+def _align(other: "AnnData", cells: pd.Index, modality: str) -> "AnnData":
     """Return the other modality in the order of the cells of the RNA."""
     for index, name in ((cells, "RNA"), (other.obs_names, modality)):
         if not index.is_unique:

@@ -159,10 +159,11 @@ def _open_paths(paths: Sequence[Path], settings: dict[str, Any], round_counts: b
     if len(paths) == 1 and paths[0].is_dir():
         from scgpt_hf.cells.cache.manifest import is_cache
         from scgpt_hf.cells.cache.reader import CacheSource
-        from scgpt_hf.cells.soma.address import open_census
 
         if is_cache(paths[0]):
             return CacheSource(paths[0], **settings)
+        from scgpt_hf.cells.soma.address import open_census
+
         return open_census(str(paths[0]), **settings)
     raise ValueError(
         f"cannot open {wrong[0]!r}; expected files ({SUPPORTED}), or one folder with a SOMA in the Census layout "

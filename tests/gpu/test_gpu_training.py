@@ -37,17 +37,22 @@ class RaiseOnSync(TrainerCallback):
 
 
 @pytest.fixture(scope="session")
-def training_libraries() -> None:
-    """Skip tests of training on a machine that has the libraries of the model only."""
-    for name in ("anndata", "tiledbsoma", "datasets"):
-        pytest.importorskip(name)
+def cells(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache of 300 cells of six donors; training on a cache needs neither anndata nor tiledbsoma."""
+    pytest.importorskip("datasets")
+    from scgpt_hf.cells.cache.jobs import write_cache
+    from tests.support.memory_source import make_cells
+
+    folder = tmp_path_factory.mktemp("cells") / "cache"
+    write_cache(make_cells([50] * 6, n_genes=120), folder)
+    return folder
 
 
-def trainer_for(census: Path, folder: Path, *flags: str) -> ScGPTTrainer:
+def trainer_for(cells: Path, folder: Path, *flags: str) -> ScGPTTrainer:
     # Imported here, because a machine with the libraries of the model only must be able to import this module.
     from tests.support.training import prepare
 
-    return prepare(census, folder, *FLAGS, *flags)[0]
+    return prepare(cells, folder, *FLAGS, *flags)[0]
 
 
 @pytest.mark.parametrize("compiled", [False, True])
@@ -77,10 +82,8 @@ def test_a_plain_step_never_waits(gpu: torch.device, compiled: bool) -> None:
 
 
 @pytest.mark.parametrize("compiled", ["false", "true"])
-def test_no_step_of_the_trainer_waits(
-    gpu: torch.device, training_libraries: None, small_census: Path, tmp_path: Path, compiled: str
-) -> None:
-    trainer = trainer_for(small_census, tmp_path / "run", "--logging_steps", "100", "--torch_compile", compiled)
+def test_no_step_of_the_trainer_waits(gpu: torch.device, cells: Path, tmp_path: Path, compiled: str) -> None:
+    trainer = trainer_for(cells, tmp_path / "run", "--logging_steps", "100", "--torch_compile", compiled)
     trainer.add_callback(RaiseOnSync())
     try:
         trainer.train()
@@ -90,10 +93,8 @@ def test_no_step_of_the_trainer_waits(
 
 
 @pytest.mark.parametrize("compiled", ["false", "true"])
-def test_twenty_steps_learn(
-    gpu: torch.device, training_libraries: None, small_census: Path, tmp_path: Path, compiled: str
-) -> None:
-    trainer = trainer_for(small_census, tmp_path / "run", "--logging_steps", "5", "--torch_compile", compiled)
+def test_twenty_steps_learn(gpu: torch.device, cells: Path, tmp_path: Path, compiled: str) -> None:
+    trainer = trainer_for(cells, tmp_path / "run", "--logging_steps", "5", "--torch_compile", compiled)
     assert trainer.args.bf16
     trainer.train()
     losses = [line["loss"] for line in trainer.state.log_history if "gep" in line]

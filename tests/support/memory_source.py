@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 from scipy.sparse import csr_matrix
 
-from scgpt_hf.cells.block import CellBlock
+from scgpt_hf.cells.block import CellBlock, gene_hash
 
 
 class MemorySource:
@@ -20,6 +20,8 @@ class MemorySource:
         reads: number of cells in each call of `read` so far.
     """
 
+    chunk_size = 1
+
     def __init__(self, counts: np.ndarray, donors: Sequence[Any], kind: str = "memory", **columns: Any) -> None:
         self.counts = csr_matrix(counts.astype(np.float32))
         self.cell_ids = np.arange(len(counts)) * 3 + 5
@@ -31,6 +33,10 @@ class MemorySource:
     def genes(self) -> pd.DataFrame:
         names = [f"ENSG{gene:011d}" for gene in range(self.counts.shape[1])]
         return pd.DataFrame({"feature_id": names, "feature_name": names})
+
+    @property
+    def obs_columns(self) -> list[str]:
+        return list(self.table)
 
     def obs(self, columns: Sequence[str] = ()) -> pd.DataFrame:
         if missing := set(columns) - set(self.table):
@@ -46,7 +52,9 @@ class MemorySource:
         return None
 
     def describe(self) -> dict[str, Any]:
-        return {"kind": self.kind, "layer": "raw"}
+        origin = {"kind": self.kind, "layer": "raw", "obs_filter": None, "census_version": None, "organism": None}
+        sizes = {"n_cells": len(self.table), "n_genes": len(self.genes)}
+        return {**origin, **sizes, "gene_hash": gene_hash(self.genes["feature_id"])}
 
 
 def make_cells(n_cells: Sequence[int], n_genes: int = 300, seed: int = 0) -> MemorySource:
