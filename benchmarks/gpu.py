@@ -51,6 +51,9 @@ from training_step import StepConfig, TrainingStep, cells_per_second
 from scgpt_hf.model.configuration_scgpt import ScGPTConfig, training_flops_per_token
 from scgpt_hf.model.modeling_scgpt import ScGPTForPreTraining
 from scgpt_hf.tokens.packing_scgpt import IGNORE, bucket, pack
+from scgpt_hf.training.estimate.devices import Device, Mode, find_device
+from scgpt_hf.training.estimate.predict import predict_step
+from scgpt_hf.training.estimate.trace import Trace, trace_step
 from scgpt_hf.training.throughput import peak_flops
 
 ARMS = {
@@ -138,13 +141,15 @@ def main() -> None:
             report.run("trainer", 90, partial(run_trainer, options, report))
             trainer_done = True
         found = report.run(
-            "steps: {} tokens x {} cells, {}".format(*setting),
+            part_name(setting),
             durations.get(setting.arm, FIRST_GUESS[setting.arm] if device.type == "cuda" else 0.0),
             partial(measure_setting, setting, options, device),
         )
         durations[setting.arm] = max(durations.get(setting.arm, 0.0), (found or {}).get("seconds_of_part", 0.0))
     if not trainer_done:
         report.run("trainer", 90, partial(run_trainer, options, report))
+    if limits := find_device(name):
+        report.run("predicted", 10, partial(add_predictions, report, options, limits))
     report.run("reached", 0, partial(compare_with_targets, report.content, options))
     print_table(report.content)
 
@@ -164,6 +169,26 @@ def read_options() -> argparse.Namespace:
     add("--hidden_size", default=512, help="width (default: %(default)s)")
     add("--trainer", type=str, choices=("true", "false"), default="true", help="measure pretrain.py (default: true)")
     return parser.parse_args()
+
+
+def part_name(setting: Setting) -> str:
+    """Return the name of a setting in the file."""
+    return "steps: {} tokens x {} cells, {}".format(*setting)
+
+
+def n_genes_of(setting: Setting) -> int:
+    """Return the size of the vocabulary: highly variable genes for short cells, all genes for long ones."""
+    return 1200 if setting.mean_tokens <= 150 else 60_664
+
+
+def make_config(setting: Setting, options: argparse.Namespace) -> ScGPTConfig:
+    """Return the config of the model of a setting."""
+    n_genes = n_genes_of(setting)
+    return ScGPTConfig(
+        **{"vocab_size": n_genes + 2, "pad_token_id": n_genes, "num_hidden_layers": options.layers},
+        **{"hidden_size": options.hidden_size, "intermediate_size": options.hidden_size},
+        num_attention_heads=max(1, options.hidden_size // 64),
+    )
 
 
 def headline(options: argparse.Namespace) -> tuple[int, int]:
@@ -212,20 +237,15 @@ def run_tests(limit: float) -> dict[str, Any]:
 
 def measure_setting(setting: Setting, options: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     """Return the speed of one arm on batches of one shape, its memory, and what its time is spent on."""
-    n_genes = 1200 if setting.mean_tokens <= 150 else 60_664
     gc.collect()
     occupied = 0
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
         occupied = torch.cuda.memory_allocated(device)
-    batches, shape = make_batches(setting, n_genes, device)
+    batches, shape = make_batches(setting, device)
     torch.manual_seed(SEED)
-    config = ScGPTConfig(
-        **{"vocab_size": n_genes + 2, "pad_token_id": n_genes, "num_hidden_layers": options.layers},
-        **{"hidden_size": options.hidden_size, "intermediate_size": options.hidden_size},
-        num_attention_heads=max(1, options.hidden_size // 64),
-    )
+    config = make_config(setting, options)
     arm = replace(ARMS[setting.arm], bf16=device.type == "cuda")
     step = TrainingStep(ScGPTForPreTraining(config), device, arm)
     for batch in [*batches, *batches]:
@@ -249,9 +269,9 @@ def measure_setting(setting: Setting, options: argparse.Namespace, device: torch
     return found
 
 
-def make_batches(setting: Setting, n_genes: int, device: torch.device) -> tuple[list[dict[str, Any]], dict[str, float]]:
+def make_batches(setting: Setting, device: torch.device) -> tuple[list[dict[str, Any]], dict[str, float]]:
     """Return some random batches as an arm reads them, and the mean lengths and share of masked tokens."""
-    rng = np.random.default_rng(SEED)
+    rng, n_genes = np.random.default_rng(SEED), n_genes_of(setting)
     tokens = [sample_tokens(rng, setting.batch_size, setting.mean_tokens, n_genes) for _ in range(N_BATCHES)]
     batches = [pack(one) for one in tokens]
     if ARMS[setting.arm].compiled:
@@ -285,6 +305,25 @@ def run_trainer(options: argparse.Namespace, report: Report) -> dict[str, Any]:
         return measure_trainer([str(data)], list(map(str, flags)), TRAINER_SECONDS, limit)
 
 
+def add_predictions(report: Report, options: argparse.Namespace, limits: Device) -> dict[str, Any]:
+    """Add to each measured setting the time that `scgpt_hf.training.estimate` predicts for it; see desk_model.py."""
+    modes: dict[str, Mode] = {"eager": "eager", "compiled": "compiled", "cuda_graphs": "cuda_graphs"}
+    traces: dict[tuple[int, int], Trace] = {}
+    n_predicted = 0
+    for setting in settings_by_worth(options):
+        measured = report.content["parts"].get(part_name(setting), {})
+        shape = setting[:2]
+        if "step_ms" not in measured or setting.arm not in modes or report.seconds_left() < 15:
+            continue
+        if shape not in traces:
+            config, (batches, found) = make_config(setting, options), make_batches(setting, torch.device("cpu"))
+            squares = found["mean_length_seen"] * found["mean_tokens"] * setting.batch_size
+            traces[shape] = trace_step(config, batches[0], squares)
+        measured["predicted_ms"] = 1e3 * predict_step(traces[shape], limits, modes[setting.arm]).seconds
+        n_predicted += 1
+    return {"settings": n_predicted}
+
+
 def compare_with_targets(content: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]:
     """Return for each target what was found, and whether it was reached; None if it was not measured."""
     parts = content.get("parts", {})
@@ -311,10 +350,11 @@ def print_table(content: dict[str, Any]) -> None:
     for name, part in content.get("parts", {}).items():
         if name.startswith("steps: ") and "step_ms" in part:
             numbers = [f"{part['cells_per_second']:,.0f}", f"{part['step_ms']:.1f}"]
+            numbers += [f"{part['predicted_ms']:.1f}" if "predicted_ms" in part else ""]
             numbers += [f"{part['mfu']:.1%}" if "mfu" in part else ""]
             numbers += [f"{part['peak_memory_gb']:.1f}" if "peak_memory_gb" in part else ""]
             numbers += [f"{part['kernels_per_step']:,.0f}"]
-            print(f"{name.removeprefix('steps: '):<46}" + "".join(f"{number:>9}" for number in numbers))
+            print(f"{name.removeprefix('steps: '):<46}" + "".join(f"{number:>10}" for number in numbers))
     for line in content["skipped"]:
         print(f"skipped {line}")
     print(f"targets {TARGETS}\nreached {content['parts']['reached']}")

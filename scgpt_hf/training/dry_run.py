@@ -7,6 +7,7 @@ from itertools import islice
 import numpy as np
 import torch
 from accelerate.utils import send_to_device
+from transformers import Trainer
 
 from scgpt_hf.cells.schedule.balance import Balance
 from scgpt_hf.cells.threads import prefetch
@@ -14,7 +15,11 @@ from scgpt_hf.measuring import format_duration, peak_memory
 from scgpt_hf.model.configuration_scgpt import training_flops_per_cell, training_flops_per_token
 from scgpt_hf.model.modeling_scgpt import ScGPTForPreTraining
 from scgpt_hf.pipeline.stream import Batch, lengths_of
+from scgpt_hf.tokens.packing_scgpt import IGNORE
 from scgpt_hf.training.data_module import DataModule
+from scgpt_hf.training.estimate.advice import advise
+from scgpt_hf.training.estimate.devices import find_device
+from scgpt_hf.training.optimization.optimizers import MUON, make_muon
 from scgpt_hf.training.settings import TrainingSettings
 from scgpt_hf.training.summary import device_name
 
@@ -39,9 +44,12 @@ def describe_run(data_module: DataModule, model: ScGPTForPreTraining, args: Trai
     views = [lengths_of(batch, "view_").numpy() for batch in batches if "view_input_ids" in batch]
     encoded = np.concatenate([lengths, *views])
     mean_tokens = float(np.square(encoded).sum() / encoded.sum())  # over tokens, as attention sees it
-    flops_per_cell = training_flops_per_token(model.config, mean_tokens) * encoded.sum() / len(lengths)
+    n_masked = sum(int(torch.as_tensor(batch["labels"]).ne(IGNORE).sum()) for batch in batches)
+    flops_per_token = training_flops_per_token(model.config, mean_tokens, n_masked / encoded.sum())
+    flops_per_cell = flops_per_token * encoded.sum() / len(lengths)
     flops_per_step = (flops_per_cell + training_flops_per_cell(model.config)) * plan.batch_size
-    seconds_per_step = _time_micro_batch(model, batches, args) * args.gradient_accumulation_steps
+    seconds_per_micro_batch = _time_micro_batch(model, batches, args)
+    seconds_per_step = seconds_per_micro_batch * args.gradient_accumulation_steps
     lines = {
         "cells": f"{len(parts['train']):,} of {donors['train']:,} donors for training, "
         f"{len(parts['validation']):,} of {donors['validation']:,} other donors for validation",
@@ -57,8 +65,40 @@ def describe_run(data_module: DataModule, model: ScGPTForPreTraining, args: Trai
         "time": f"about {format_duration(seconds_per_step * n_steps)} on {device_name(args.device)} x "
         f"{args.world_size}, without validation ({seconds_per_step * 1e3:,.0f} ms per step, measured)",
         "memory": f"about {peak_memory(args.device) / 2**30:.1f} GiB per process, measured",
+        "speed": f"{len(lengths) / len(batches) / seconds_per_micro_batch:,.0f} cells/s per process, "
+        f"{seconds_per_micro_batch * 1e3:,.0f} ms per micro-batch, measured",
+        **_advice(model, batches[0], args),
     }
     return "\n".join(f"{name:>16}  {line}" for name, line in lines.items()) + "\nNothing was written (--dry_run)."
+
+
+def _advice(model: ScGPTForPreTraining, batch: Batch, args: TrainingSettings) -> dict[str, str]:
+    """Return what is predicted for this device, and which batch size to use."""
+    squares = lengths_of(batch).double().square().sum()
+    if "view_input_ids" in batch:
+        squares += lengths_of(batch, "view_").double().square().sum()
+    return advise(
+        model.config,
+        batch,
+        float(squares),
+        device=find_device(torch.cuda.get_device_name(args.device)) if args.device.type == "cuda" else None,
+        cells=len(lengths_of(batch)),
+        accumulation=args.gradient_accumulation_steps,
+        compiled=args.torch_compile,
+        checkpointing=args.gradient_checkpointing,
+    )
+
+
+def _make_optimizer(model: ScGPTForPreTraining, args: TrainingSettings) -> torch.optim.Optimizer:
+    """Return the optimizer that the run will use, with a learning rate of 0."""
+    if args.optim == MUON:
+        optimizer = make_muon(model, args, set())
+    else:
+        optimizer_class, settings = Trainer.get_optimizer_cls_and_kwargs(args, model)
+        optimizer = optimizer_class(model.parameters(), **settings)
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+    return optimizer
 
 
 def _decoder_size(model: ScGPTForPreTraining) -> str:
@@ -96,7 +136,7 @@ def _balance_line(balance: Balance | None) -> dict[str, str]:
 def _time_micro_batch(model: ScGPTForPreTraining, batches: list[Batch], args: TrainingSettings) -> float:
     """Return the mean seconds of a micro-batch: forward pass, backward pass and optimizer."""
     model.train().to(args.device)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.0)
+    optimizer = _make_optimizer(model, args)
     started = time.perf_counter()
     for number, batch in enumerate(batches):
         if number == 1:  # the first batch pays for memory allocation and compilation

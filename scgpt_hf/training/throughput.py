@@ -7,17 +7,16 @@ import torch
 
 from scgpt_hf.model.configuration_scgpt import ScGPTConfig, training_flops_per_cell, training_flops_per_token
 from scgpt_hf.pipeline.stream import Batch, lengths_of
-
-# Peak throughput of bf16 matrix products in FLOP/s, dense (without sparsity). Source: NVIDIA data sheets, SXM modules.
-PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12, "L40S": 362e12}
+from scgpt_hf.tokens.packing_scgpt import IGNORE
+from scgpt_hf.training.estimate.devices import find_device
 
 
 def peak_flops(device: torch.device) -> float | None:
     """Return the peak throughput of a GPU in FLOP/s (bf16), or None for a CPU or an unknown GPU."""
     if device.type != "cuda":
         return None
-    name = torch.cuda.get_device_name(device)
-    return next((peak for key, peak in PEAK_FLOPS.items() if key in name), None)
+    found = find_device(torch.cuda.get_device_name(device))
+    return None if found is None else found.flops
 
 
 class Throughput:
@@ -40,7 +39,7 @@ class Throughput:
         self.restart(waited_s=0.0)
 
     def count(self, batches: Iterable[Batch]) -> None:
-        """Add the cells and tokens of batches, with the tokens of second views."""
+        """Add the cells, tokens and masked genes of batches, with the tokens of second views."""
         for batch in batches:
             lengths = lengths_of(batch).double()
             self.n_cells += len(lengths)
@@ -48,6 +47,7 @@ class Throughput:
                 lengths = torch.cat([lengths, lengths_of(batch, "view_").double()])
             self.n_tokens += int(lengths.sum())
             self.sum_of_squares += float(lengths.square().sum())
+            self.n_masked += int(torch.as_tensor(batch["labels"]).ne(IGNORE).sum())
 
     def rates(self, waited_s: float) -> dict[str, float]:
         """Return the rates since the last call of `restart`: the values for a log line.
@@ -69,7 +69,7 @@ class Throughput:
             # Attention costs a token as many FLOPs as its cell has tokens; the mean over tokens weights each cell by
             # its length.
             mean_length = self.sum_of_squares / self.n_tokens
-            flops = training_flops_per_token(self.config, mean_length) * self.n_tokens
+            flops = training_flops_per_token(self.config, mean_length, self.n_masked / self.n_tokens) * self.n_tokens
             flops += training_flops_per_cell(self.config) * self.n_cells
             rates["mfu"] = flops / seconds / self.peak
         return rates
@@ -80,7 +80,7 @@ class Throughput:
 
     def restart(self, waited_s: float) -> None:
         """Set the counters to zero and restart the clock; `waited_s` as for `rates`."""
-        self.n_cells = self.n_tokens = 0
+        self.n_cells = self.n_tokens = self.n_masked = 0
         self.sum_of_squares = 0.0
         self.waited_s = waited_s
         self.started = time.perf_counter()

@@ -8,6 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from scgpt_hf.model.configuration_scgpt import ScGPTConfig, training_flops_per_cell, training_flops_per_token
 from scgpt_hf.model.modeling_scgpt import ScGPTForPreTraining
+from scgpt_hf.tokens.packing_scgpt import IGNORE
 from scgpt_hf.training.throughput import Throughput, peak_flops
 
 CPU = torch.device("cpu")
@@ -15,7 +16,9 @@ CONFIG = ScGPTConfig(vocab_size=10, pad_token_id=8)
 
 
 def packed(lengths):
-    return {"cu_seq_lens_q": torch.tensor([0, *lengths]).cumsum(0)}
+    """Cells with half of the tokens masked."""
+    labels = torch.where(torch.arange(sum(lengths)) % 2 == 0, 1.0, IGNORE)
+    return {"cu_seq_lens_q": torch.tensor([0, *lengths]).cumsum(0), "labels": labels}
 
 
 @pytest.fixture
