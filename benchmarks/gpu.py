@@ -344,9 +344,8 @@ def compare_with_targets(content: dict[str, Any], options: argparse.Namespace) -
 
 def print_table(content: dict[str, Any]) -> None:
     """Print one line per setting, the skipped parts and the targets."""
-    print(
-        f"\n{content['device']}\n{'tokens x cells, arm':<46}{'cells/s':>10}{'ms':>9}{'MFU':>7}{'GB':>7}{'kernels':>9}"
-    )
+    titles = "".join(f"{title:>10}" for title in ("cells/s", "ms", "predicted", "MFU", "GB", "kernels"))
+    print(f"\n{content['device']}\n{'tokens x cells, arm':<46}{titles}")
     for name, part in content.get("parts", {}).items():
         if name.startswith("steps: ") and "step_ms" in part:
             numbers = [f"{part['cells_per_second']:,.0f}", f"{part['step_ms']:.1f}"]
