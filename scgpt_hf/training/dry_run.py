@@ -85,7 +85,7 @@ def _advice(model: ScGPTForPreTraining, batch: Batch, args: TrainingSettings) ->
         cells=len(lengths_of(batch)),
         accumulation=args.gradient_accumulation_steps,
         compiled=args.torch_compile,
-        checkpointing=args.gradient_checkpointing,
+        checkpointing=bool(args.gradient_checkpointing),
     )
 
 
