@@ -73,7 +73,7 @@ def describe_run(data_module: DataModule, model: ScGPTForPreTraining, args: Trai
 
 
 def _advice(model: ScGPTForPreTraining, batch: Batch, args: TrainingSettings) -> dict[str, str]:
-    """Return what is predicted for this device, and which batch size to use."""
+    """Return the prediction for this device, and the batch size to use."""
     squares = lengths_of(batch).double().square().sum()
     if "view_input_ids" in batch:
         squares += lengths_of(batch, "view_").double().square().sum()

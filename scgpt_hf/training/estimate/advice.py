@@ -1,4 +1,4 @@
-"""What a dry run says about the device: the predicted time beside the measured one, and the batch size to use."""
+"""Advice in a dry run: the predicted time of a step, and the batch size to use."""
 
 from collections.abc import Mapping
 from functools import cache
@@ -23,7 +23,7 @@ def advise(
     compiled: bool,
     checkpointing: bool = False,
 ) -> dict[str, str]:
-    """Return the lines "predicted" and "advice" of a dry run.
+    """Predict the time of a step and choose a batch size: the lines "predicted" and "advice" of a dry run.
 
     Args:
         config: config of the model.
@@ -51,7 +51,7 @@ def advise(
     per_cell = now.seconds / cells * fastest
     if device is None:
         return {
-            "predicted": f"on one {_COMPARED}, {now.seconds * 1e3:.1f} ms per micro-batch of {cells:,} cells, "
+            "predicted": f"on one {_COMPARED} at best, {now.seconds * 1e3:.1f} ms per micro-batch of {cells:,} cells, "
             f"{cells / now.seconds:,.0f} cells/s; compiled and with {best.scale * cells:,} cells, "
             f"{fastest:,.0f} cells/s",
             "advice": "on a CPU, larger micro-batches need more memory and gain little speed. To use less memory, "

@@ -1,4 +1,4 @@
-"""What a GPU can do at best: its peak rates, its memory, and the time that the host needs to start a kernel."""
+"""The limits of a GPU: its peak rates, its memory, and the time that the host needs to start a kernel."""
 
 from dataclasses import dataclass
 from typing import Literal

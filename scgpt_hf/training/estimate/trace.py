@@ -70,7 +70,7 @@ class Operation:
 
     @property
     def is_fusable(self) -> bool:
-        """Whether torch.compile fuses the operation with its neighbors."""
+        """True if torch.compile fuses the operation with its neighbors."""
         return not any(part in self.name for part in _NOT_FUSED)
 
 
