@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import scipy.sparse
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 
 import scgpt_hf
 from scgpt_hf import embed_anndata
@@ -147,8 +148,8 @@ def test_bf16_and_gradient_checkpointing_give_the_same_losses(small_census, tmp_
 
 
 def test_a_dry_run_measures_the_decoder_and_reports_its_size(small_census, tmp_path, monkeypatch):
-    n_calls, loss = [], CountHead.loss
-    monkeypatch.setattr(CountHead, "loss", lambda *arguments: n_calls.append(1) or loss(*arguments))
+    calls, loss = [], CountHead.loss
+    monkeypatch.setattr(CountHead, "loss", lambda *arguments: calls.append(type(arguments[1])) or loss(*arguments))
     flops = []
     only_gep = ("--loss_weights", '{"gep": 0.01}')
     for flags in (COUNTS, (*only_gep, *COUNTS[2:]), only_gep):
@@ -162,7 +163,9 @@ def test_a_dry_run_measures_the_decoder_and_reports_its_size(small_census, tmp_p
             n_genes = int(re.search(r"genes  (\d+) of", words)[1]) + 3  # special tokens
             n_weights = 256 * (16 + 1) + 2 * 256 + 256 * n_genes + 2 * n_genes
             assert f"of which {n_weights:,} of the count decoder, with {2 * n_genes:,} biases of 2 batches x" in words
-            assert len(n_calls) == 6  # time and memory are those of steps with the decoder
+            # Time and memory are those of steps with the decoder; the prediction traces it on tensors without data.
+            assert calls.count(torch.Tensor) == 6
+            assert FakeTensor in calls
         else:
             assert "count decoder" not in words
     n_steps, n_cells = (int(text) for text in re.search(r"steps  (\d+) of (\d+) cells", words).groups())
