@@ -8,11 +8,15 @@ import pyarrow as pa
 import tiledbsoma as soma
 import tiledbsoma.pytiledbsoma as core
 from scipy.sparse import csr_matrix
-from tiledbsoma.options._util import build_clib_platform_config
 
 from scgpt_hf.cells.soma.chunks import read_chunk
 from scgpt_hf.cells.soma.layout import TILE, x_storage
 from scgpt_hf.cells.soma.native import open_native
+
+try:
+    from tiledbsoma.options._util import build_clib_platform_config
+except ModuleNotFoundError:  # where tiledbsoma 1.17 and 2.0 have it
+    from tiledbsoma._util import build_clib_platform_config
 
 DIMS = ("soma_dim_0", "soma_dim_1")
 N_CELLS, N_GENES = 5000, 3000  # shape of the arrays: cells of three chunks, genes of two tiles
