@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 
 from scgpt_hf.cells.block import Int64Array
 from scgpt_hf.cells.obs_filter import CELL_ID, ObsFilter, has_order, in_one_line
@@ -132,10 +133,27 @@ def take_cells(obs: Rows, cell_ids: Int64Array) -> Rows:
     ids = obs.index.to_numpy(np.int64)
     if len(ids) == len(cell_ids) and (ids == cell_ids).all():
         return obs
-    rows = np.searchsorted(ids, cell_ids)
-    if len(missing := cell_ids[ids[np.minimum(rows, len(ids) - 1)] != cell_ids] if len(ids) else cell_ids):
+    if len(missing := cell_ids[~are_among(cell_ids, ids)]):
         raise KeyError(f"{len(missing):,} of {len(cell_ids):,} cells are not in obs, e.g. {missing[:5].tolist()}")
-    return obs.iloc[rows]
+    return obs.iloc[np.searchsorted(ids, cell_ids)]
+
+
+def are_among(cell_ids: Int64Array, ascending: Int64Array) -> NDArray[np.bool_]:
+    """Return whether each cell is among others, by bisection; NumPy's set functions take minutes for 100 million cells.
+
+    Args:
+        cell_ids: ids in any order. Shape (cells,).
+        ascending: the other ids, ascending. Shape (other cells,).
+
+    Example:
+        >>> are_among(np.array([7, 3]), np.array([2, 5, 7])).tolist()
+        [True, False]
+    """
+    if not len(ascending):
+        return np.zeros(len(cell_ids), np.bool_)
+    rows = np.searchsorted(ascending, cell_ids)
+    found: NDArray[np.bool_] = ascending[np.minimum(rows, len(ascending) - 1)] == cell_ids
+    return found
 
 
 def drop_unused_categories(obs: pd.DataFrame) -> pd.DataFrame:

@@ -27,7 +27,7 @@ import pandas as pd
 from scgpt_hf.cells.atomic import write_atomically
 from scgpt_hf.cells.block import Int64Array
 from scgpt_hf.cells.missing import number_texts
-from scgpt_hf.cells.obs import take_cells
+from scgpt_hf.cells.obs import are_among, take_cells
 
 # How many times the donors are placed at random; the placement closest to the fractions is kept.
 _N_PLACEMENTS = 300
@@ -178,7 +178,8 @@ def load_split(path: str | Path) -> Split:
     for one, other in combinations(parts, 2):
         if shared := sorted(set(donors[one]) & set(donors[other])):
             raise ValueError(f"{path}: {len(shared)} donors are both in {one!r} and {other!r}, e.g. {shared[:5]}")
-        if len(cells := np.intersect1d(parts[one], parts[other])):
+        fewer, more = sorted((parts[one], parts[other]), key=len)
+        if len(cells := fewer[are_among(fewer, more)]):
             raise ValueError(f"{path}: {len(cells):,} cells are both in {one!r} and {other!r}, e.g. {cells[:5]}")
     donor_key = _require_key(manifest, "donor_key", str | None, path)
     seed = _require_key(manifest, "seed", int, path)

@@ -18,7 +18,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from scgpt_hf.cells.block import Int64Array
 from scgpt_hf.cells.missing import number_texts
-from scgpt_hf.cells.obs import take_cells
+from scgpt_hf.cells.obs import are_among, take_cells
 from scgpt_hf.training.fault_tolerance.checkpoints import CheckpointError, manifest_of
 from scgpt_hf.training.fault_tolerance.losses import load_losses, losses_path
 
@@ -117,7 +117,7 @@ def require_same_cells(donors: Mapping[str, list[str]], parts: Mapping[str, Int6
         ValueError: cells are missing, or their donors differ.
     """
     for part, cell_ids in parts.items():
-        if len(missing := np.setdiff1d(cell_ids, obs.index)):
+        if len(missing := cell_ids[~are_among(cell_ids, obs.index.to_numpy(np.int64))]):
             raise ValueError(
                 f"{len(missing):,} of the {len(cell_ids):,} cells of {part!r} are not in the data any more, for "
                 f"example {missing[:5].tolist()}. Resume with the data that the run was started with"
