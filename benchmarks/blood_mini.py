@@ -44,7 +44,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder of the .h5ad files")
     parser.add_argument("--runs", type=Path, default=ROOT / "runs", help="where the run is, or will be")
-    parser.add_argument("--model", type=Path, default=MODELS / "blood-mini", help="where the model is written")
+    parser.add_argument("--model", type=Path, default=Path(MODELS, "blood-mini"), help="where the model is written")
     options = parser.parse_args()
     census, run = options.runs / "blood_mini_census", options.runs / "blood_mini"
     if not census.exists():

@@ -1,8 +1,9 @@
 """The pretrained models that are installed with the package, by name. Each has a model card beside its weights."""
 
+import os
 from pathlib import Path
 
-MODELS = Path(__file__).parent / "models"
+MODELS = os.path.join(os.path.dirname(__file__), "models")  # a string: importing needs no POSIX
 DEFAULT_MODEL = "blood-mini"  # what embedding uses when no model is given
 
 
@@ -26,7 +27,7 @@ def packaged_model(name: str = DEFAULT_MODEL) -> Path:
         >>> model.config.hidden_size
         128
     """
-    folder = MODELS / name
+    folder = Path(MODELS, name)
     if name not in packaged_names():
         raise ValueError(f"the package has no model {name!r}; it has {', '.join(packaged_names())}")
     return folder
@@ -34,7 +35,7 @@ def packaged_model(name: str = DEFAULT_MODEL) -> Path:
 
 def packaged_names() -> list[str]:
     """Return the names of the models of the package."""
-    return sorted(folder.name for folder in MODELS.iterdir() if (folder / "config.json").is_file())
+    return sorted(folder.name for folder in Path(MODELS).iterdir() if (folder / "config.json").is_file())
 
 
 def locate_checkpoint(name: str | Path) -> str | Path:

@@ -15,11 +15,11 @@ from tests.support import ROOT
 
 @pytest.mark.parametrize("name", packaged_names())
 def test_a_packaged_model_is_small_and_has_a_card_and_no_code(name: str) -> None:
-    files = {path.name: path.stat().st_size for path in (MODELS / name).iterdir()}
+    files = {path.name: path.stat().st_size for path in Path(MODELS, name).iterdir()}
     assert sum(files.values()) <= 5_000_000
     assert {"README.md", "config.json", "model.safetensors", "processor_config.json"} <= set(files)
     assert not [file for file in files if file.endswith((".py", ".pt", ".bin", ".pkl"))]
-    assert "license:" in (MODELS / name / "README.md").read_text(encoding="utf-8")
+    assert "license:" in Path(MODELS, name, "README.md").read_text(encoding="utf-8")
 
 
 def test_it_loads_by_name_and_has_the_weights_of_its_folder() -> None:
@@ -61,7 +61,7 @@ def test_the_command_says_which_model_it_uses(
 
 def test_a_folder_of_that_name_takes_precedence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    assert locate_checkpoint("blood-mini") == MODELS / "blood-mini"
+    assert locate_checkpoint("blood-mini") == Path(MODELS, "blood-mini")
     (tmp_path / "blood-mini").mkdir()
     assert locate_checkpoint("blood-mini") == "blood-mini"
 
@@ -92,7 +92,7 @@ def test_the_card_has_the_scores_that_were_measured() -> None:
     import json
 
     result = json.loads((ROOT / "benchmarks/results/blood_mini.json").read_text(encoding="utf-8"))
-    card = (MODELS / "blood-mini" / "README.md").read_text(encoding="utf-8")
+    card = Path(MODELS, "blood-mini", "README.md").read_text(encoding="utf-8")
     for scores in result["methods"].values():
         for of_set in scores.values():
             assert f"{of_set['kNN macro-F1']:.3f}".lstrip("0") in card
