@@ -19,7 +19,7 @@ from synthetic_tokens import sample_tokens
 from scgpt_hf.model.configuration_scgpt import ScGPTConfig
 from scgpt_hf.tokens.packing_scgpt import pack
 from scgpt_hf.training.estimate.devices import DEVICES, MODES
-from scgpt_hf.training.estimate.predict import list_kernels, predict_step
+from scgpt_hf.training.estimate.predict import USABLE_MEMORY, list_kernels, predict_step
 from scgpt_hf.training.estimate.trace import Trace, trace_step
 
 CELLS = 32  # of the traced batch, and of the seed's step
@@ -27,7 +27,6 @@ SIZES = ((12, 512), (24, 1024), (24, 1536), (36, 2048))  # layers, width
 N_GENES = 60_664
 TOKENS_PER_STEP = 65_536
 GPUS = 8  # that share a model with FSDP2
-USABLE = 0.85
 
 
 def main() -> None:
@@ -109,7 +108,7 @@ def memory(layers: int, width: int, mean_tokens: int) -> dict[str, Any]:
         found = {"state_gb": state / 1e9, "activations_gb": one.activation_bytes / 1e9, "cells": cells}
         for gigabytes in (80, 141):
             for name, held in (("one", state), (f"fsdp{GPUS}", sharded)):
-                found[f"cells_{gigabytes}_gb_{name}"] = max(int((USABLE * gigabytes * 1e9 - held) / per_cell), 0)
+                found[f"cells_{gigabytes}_gb_{name}"] = max(int((USABLE_MEMORY * gigabytes * 1e9 - held) / per_cell), 0)
         row["checkpointing" if checkpointing else "plain"] = found
         row["parameters"] = state // 16
         print(f"\n{layers} x {width}, {row['parameters'] / 1e6:,.0f} M parameters, "

@@ -17,7 +17,6 @@ from scgpt_hf.model.modeling_scgpt import ScGPTForPreTraining
 from scgpt_hf.pipeline.stream import Batch, lengths_of
 from scgpt_hf.tokens.packing_scgpt import IGNORE
 from scgpt_hf.training.data_module import DataModule
-from scgpt_hf.training.estimate.advice import advise
 from scgpt_hf.training.estimate.devices import find_device
 from scgpt_hf.training.optimization.optimizers import MUON, make_muon
 from scgpt_hf.training.settings import TrainingSettings
@@ -74,6 +73,8 @@ def describe_run(data_module: DataModule, model: ScGPTForPreTraining, args: Trai
 
 def _advice(model: ScGPTForPreTraining, batch: Batch, args: TrainingSettings) -> dict[str, str]:
     """Return the prediction for this device, and the batch size to use."""
+    from scgpt_hf.training.estimate.advice import advise  # 0.4 s, which only a dry run needs
+
     squares = lengths_of(batch).double().square().sum()
     if "view_input_ids" in batch:
         squares += lengths_of(batch, "view_").double().square().sum()

@@ -45,8 +45,11 @@ def advise(
     now, graphs = (predict_step(trace_at(1), limits, one) for one in (mode, "cuda_graphs"))
     best = choose_scale(trace_at, limits, "compiled")
     if best is None:
-        return {"advice": "a micro-batch does not fit into the memory of the device (predicted); lower "
-                f"--per_device_train_batch_size from {cells:,}, or set --gradient_checkpointing true"}  # fmt: skip
+        advice = (
+            "a micro-batch does not fit into the memory of the device (predicted); lower "
+            f"--per_device_train_batch_size from {cells:,}, or set --gradient_checkpointing true"
+        )
+        return {"advice": advice}
     fastest = best.scale * cells / best.seconds
     per_cell = now.seconds / cells * fastest
     if device is None:

@@ -14,7 +14,10 @@ from scgpt_hf.training.estimate.trace import Operation, Trace
 
 _SHORTEST_KERNEL = 2e-6  # seconds: start, one wave of threads, end; an assumption
 _TENSORS_PER_LAUNCH = 30  # of a kernel over a list of tensors; aten/src/ATen/native/cuda/MultiTensorApply.cuh
-_USABLE_MEMORY = 0.85  # share of the device memory: the rest is context, library workspaces and fragmentation
+# Of the operations that start more than one kernel: the gradient of a norm's weights is a second pass, that of the
+# embedding table sorts the ids, that of attention prepares and converts.
+_LAUNCHES = {"native_layer_norm_backward": 2, "embedding_dense_backward": 4, "scgpt_estimate::attend_backward": 3}
+USABLE_MEMORY = 0.85  # share of the device memory: the rest is context, library workspaces and fragmentation
 _ENOUGH_SPEED = 0.95  # share of the best speed at which a smaller batch is preferred
 
 
@@ -139,7 +142,7 @@ def choose_scale(trace_at: Callable[[int], Trace], device: Device, mode: Mode, l
     """Choose by how much to enlarge a batch: the smallest one that is nearly as fast per cell as the fastest.
 
     Args:
-        trace_at: returns the trace of a batch of so many times the cells.
+        trace_at: returns the trace of a batch with this multiple of the cells.
         device: the GPU, whose memory limits the batch.
         mode: how the step is run.
         largest: largest multiple to try.
@@ -150,7 +153,7 @@ def choose_scale(trace_at: Callable[[int], Trace], device: Device, mode: Mode, l
     found = []
     for exponent in range(0, int(math.log2(largest)) + 1, 2):
         trace = trace_at(2**exponent)
-        if trace.peak_bytes > _USABLE_MEMORY * device.memory:
+        if trace.peak_bytes > USABLE_MEMORY * device.memory:
             break
         found.append(Advice(2**exponent, predict_step(trace, device, mode).seconds, trace.peak_bytes))
     best = min((one.seconds / one.scale for one in found), default=math.inf)
@@ -162,8 +165,3 @@ def _n_launches(operation: Operation) -> int:
     if operation.name.startswith(("_foreach", "_fused")):
         return math.ceil(operation.n_tensors / _TENSORS_PER_LAUNCH)
     return _LAUNCHES.get(operation.name, 1)
-
-
-# Of the operations that start more than one kernel: the gradient of a norm's weights is a second pass, that of the
-# embedding table sorts the ids, that of attention prepares and converts.
-_LAUNCHES = {"native_layer_norm_backward": 2, "embedding_dense_backward": 4, "scgpt_estimate::attend_backward": 3}

@@ -33,7 +33,7 @@ _NOT_FUSED = (
     *("mm", "bmm", "attend", "embedding_dense_backward", "_embedding_bag", "index_copy", "index_add", "sort", "sum"),
     *("_foreach", "_fused"),
 )
-# Operations that start no kernel. Dropout on a CPU draws and scales its mask in operations of their own; the kernel of
+# Operations that start no kernel. Dropout on a CPU draws and scales its mask in separate operations; the kernel of
 # a GPU does so on the way.
 _NO_KERNEL = {f"aten::{name}" for name in (
     *("_unsafe_view", "detach", "alias", "lift_fresh", "reshape", "bernoulli_", "div_"),
