@@ -29,7 +29,7 @@ from measuring import write_result
 
 from scgpt_hf.cells.block import CHUNK_SIZE
 from scgpt_hf.cells.schedule.epoch import EpochPlan, plan_epoch
-from scgpt_hf.cells.schedule.tokens import count_tokens, cut_steps
+from scgpt_hf.cells.schedule.tokens import count_tokens
 
 MEDIAN_GENES, DATASET_SPREAD, CELL_SPREAD = 900, 0.6, 0.35
 MAX_TOKENS = 1201
@@ -47,9 +47,7 @@ def draw_genes(dataset: np.ndarray, seed: int = 0) -> np.ndarray:
 def cells_of_ranks(plan: EpochPlan, world_size: int) -> list[list[np.ndarray]]:
     """Return the cells of each rank in each step of the first window; three ranks are compared with `plan.steps`."""
     window = plan.window(0)
-    cuts = np.tile(np.arange(world_size + 1) * (plan.batch_size // world_size), (len(window), 1))
-    if plan.tokens is not None:
-        cuts = cut_steps(plan.tokens.of(window), world_size, plan.batch_size // world_size // 4)
+    cuts = plan.cut(window, world_size)
     ranks = [
         [step[start:stop] for step, start, stop in zip(window, cuts[:, rank], cuts[:, rank + 1], strict=True)]
         for rank in range(world_size)

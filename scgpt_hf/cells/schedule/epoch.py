@@ -137,7 +137,7 @@ class EpochPlan:
             index: number of the window, in [0, n_windows).
             rank: number of the process, in [0, world_size).
             world_size: number of processes.
-            micro_batches: fewest cells of a step.
+            micro_batches: micro-batches that each rank makes of its cells of a step; each of them needs a cell.
 
         Returns:
             One array for each step, shape (batch_size // world_size,), or with `tokens` about as many.
@@ -149,9 +149,24 @@ class EpochPlan:
         columns, window = rank_columns(self.batch_size, rank, world_size), self.window(index)
         if self.tokens is None or world_size == 1:
             return list(np.ascontiguousarray(window[:, columns]))
-        least = max(micro_batches, (columns.stop - columns.start) // 4)
-        cuts = cut_steps(self.tokens.of(window), world_size, least)[:, rank : rank + 2].tolist()
+        cuts = self.cut(window, world_size, micro_batches)[:, rank : rank + 2].tolist()
         return [step[start:stop].copy() for step, (start, stop) in zip(window, cuts, strict=True)]
+
+    def cut(self, window: Int64Array, world_size: int, micro_batches: int = 1) -> Int64Array:
+        """Return where the steps of a window are cut into the cells of one rank after the other.
+
+        Args:
+            window: see `window`. Shape (steps, batch_size).
+            world_size: number of processes.
+            micro_batches: see `steps`.
+
+        Returns:
+            The first cell of each rank, then the number of cells. Shape (steps, world_size + 1).
+        """
+        width = self.batch_size // world_size
+        if self.tokens is None:
+            return np.tile(np.arange(world_size + 1) * width, (len(window), 1))
+        return cut_steps(self.tokens.of(window), world_size, max(micro_batches, width // 4))
 
     def _cells_of_window(self, index: int) -> Int64Array:
         """Return the window's cells in the order of the shuffled chunks; the last window includes the surplus."""

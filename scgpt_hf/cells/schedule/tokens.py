@@ -19,7 +19,8 @@ from numpy.typing import NDArray
 from scgpt_hf.cells.block import AnyArray, Int64Array
 
 REPEAT = 1 << 34
-"""Difference between two draws of one cell, see `balance.py`; larger than every cell id (17 billion)."""
+"""Difference between two draws of one cell; larger than every cell id (17 billion). `balance.py` makes such draws; the
+number is here because that module imports `epoch.py`, which imports this one."""
 
 
 @dataclass(frozen=True, eq=False)
