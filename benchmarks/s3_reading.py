@@ -13,6 +13,7 @@ import argparse
 import os
 import threading
 import time
+from collections.abc import Callable
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from scgpt_hf.cells.schedule.epoch import plan_epoch
 from scgpt_hf.cells.soma import remote
 from scgpt_hf.cells.soma.census import CensusSource
 from scgpt_hf.cells.soma.remote import MAX_THREADS
-from tests.support.s3_server import Faults, S3Server, _Handler
+from tests.support.s3_server import Faults, S3Server
 
 EXPERIMENT = "s3://census/census_data/homo_sapiens"
 BLOCK = 1 << 16  # bytes that a connection sends at once
@@ -36,55 +37,48 @@ class Line:
 
     def __init__(self, bytes_per_s: float) -> None:
         self.bytes_per_s, self.free_at, self.lock = bytes_per_s, 0.0, threading.Lock()
+        self.n_bytes = 0  # sent so far
 
     def send(self, n_bytes: int) -> None:
         """Wait until the line has sent this number of bytes."""
         with self.lock:
             self.free_at = max(self.free_at, time.monotonic()) + n_bytes / self.bytes_per_s
             until = self.free_at
+            self.n_bytes += n_bytes
         time.sleep(max(0.0, until - time.monotonic()))
 
 
-def serve(folder: Path, latency_s: float, mbit: float, sent: Any, pipe: Any) -> None:
-    """Serve a folder until the other end of the pipe closes."""
+def serve(folder: Path, latency_s: float, mbit: float, pipe: Any) -> None:
+    """Serve a folder. Answer True in the pipe with the numbers of requests and bytes so far; stop at False."""
     line = Line(mbit * 1e6 / 8)
-    answer = _Handler.do_GET
 
-    def slow(self: _Handler) -> None:
-        with sent.get_lock():
-            sent[0] += 1
-        write = self.wfile.write
+    def send_slowly(write: Callable[[bytes], object], body: bytes) -> None:
+        for start in range(0, len(body), BLOCK):
+            part = body[start : start + BLOCK]
+            line.send(len(part))
+            write(part)
 
-        def limited(content: bytes) -> int:
-            for start in range(0, len(content), BLOCK):
-                part = content[start : start + BLOCK]
-                line.send(len(part))
-                with sent.get_lock():
-                    sent[1] += len(part)
-                write(part)
-            return len(content)
-
-        self.wfile.write = limited  # type: ignore[method-assign]
-        try:
-            answer(self)
-        finally:
-            self.wfile.write = write  # type: ignore[method-assign]
-
-    _Handler.do_GET = slow  # type: ignore[method-assign]
-    with S3Server(folder, Faults(latency_s=latency_s)) as server:
+    with S3Server(folder, Faults(latency_s=latency_s), send_slowly) as server:
         pipe.send(server.environment)
-        pipe.recv()
+        while pipe.recv():
+            pipe.send((sum(server.outcomes.values()), line.n_bytes))
 
 
-def measure(cells: np.ndarray, n_threads: int | None, sent: Any) -> dict[str, float]:
+def count(pipe: Any) -> np.ndarray:
+    """Return the numbers of requests and bytes that the server has answered so far."""
+    pipe.send(True)
+    return np.array(pipe.recv())
+
+
+def measure(cells: np.ndarray, n_threads: int | None, pipe: Any) -> dict[str, float]:
     """Read the cells with a number of threads; None lets the reader choose."""
     remote.MAX_THREADS = n_threads or MAX_THREADS
     with CensusSource(EXPERIMENT, n_threads=n_threads or 4, primary_only=False) as source:
         passes = []
         for _ in range(3):
-            before, started, cpu = list(sent), time.perf_counter(), time.process_time()
+            before, started, cpu = count(pipe), time.perf_counter(), time.process_time()
             source.read(cells)
-            passes.append((time.perf_counter() - started, time.process_time() - cpu, *np.subtract(list(sent), before)))
+            passes.append((time.perf_counter() - started, time.process_time() - cpu, *(count(pipe) - before)))
         threads = len(source._threads())
     seconds, cpu, n_requests, n_bytes = passes[-1]
     return {
@@ -112,16 +106,16 @@ def main() -> None:
     cells = plan.window(0).ravel()
     results: dict[str, Any] = {}
     for milliseconds in arguments.latency_ms:
-        sent, (here, there) = context.Array("q", 2), context.Pipe()
-        options = (arguments.census, milliseconds / 1000, arguments.mbit, sent, there)
+        here, there = context.Pipe()
+        options = (arguments.census, milliseconds / 1000, arguments.mbit, there)
         server = context.Process(target=serve, args=options, daemon=True)
         server.start()
         os.environ |= here.recv()
         for n_threads in (*arguments.threads, None):
-            found = measure(cells, n_threads, sent)
+            found = measure(cells, n_threads, here)
             results[f"{milliseconds:g} ms, {n_threads or 'adaptive'}"] = found
             print(milliseconds, n_threads, {name: round(value, 1) for name, value in found.items()}, flush=True)
-        here.send(None)
+        here.send(False)
         server.join()
     write_result("s3_reading", {"mbit": arguments.mbit, "peak_gb": peak_memory_gb(), "results": results})
 

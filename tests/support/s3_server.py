@@ -10,6 +10,7 @@ import socket
 import struct
 import threading
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from hashlib import sha256
@@ -69,11 +70,17 @@ class S3Server:
         faults: the faults to inject.
         outcomes: number of requests by outcome: "ok" or a kind of fault.
         stalled: event that is set when a request stalls.
+        send: sends the body of an answer: called with the function that writes bytes to the connection, and the body.
     """
 
-    def __init__(self, folder: str | Path, faults: Faults | None = None) -> None:
+    def __init__(
+        self,
+        folder: str | Path,
+        faults: Faults | None = None,
+        send: Callable[[Callable[[bytes], object], bytes], object] = lambda write, body: write(body),
+    ) -> None:
         self.files = {str(path.relative_to(folder)): path for path in sorted(Path(folder).rglob("*")) if path.is_file()}
-        self.faults, self.outcomes = faults or Faults(), Counter[str]()
+        self.faults, self.outcomes, self.send = faults or Faults(), Counter[str](), send
         self.stalled, self._closing = threading.Event(), threading.Event()
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), partial(_Handler, self))
         self._server.daemon_threads = True
@@ -197,7 +204,7 @@ class _Handler(BaseHTTPRequestHandler):
         if self.command == "HEAD":
             return
         if fault is None:
-            self.wfile.write(body)
+            self.s3.send(self.wfile.write, body)
             return
         self.wfile.write(body[: len(body) // 2])
         self.wfile.flush()
