@@ -23,9 +23,9 @@ import anndata
 import numpy as np
 import torch
 from measuring import write_result
-from quality import BIO, ROOT, SCORED, embed, launch, on_genes, pca_of_scored_cells, read_labelled, scores_within
+from quality import BIO, ROOT, SCORED, embed, join_sets, launch, pca_of_scored_cells, read_labelled, scores_within
 from safetensors.torch import load_file, save_file
-from scipy.sparse import csr_matrix, vstack
+from scipy.sparse import csr_matrix
 
 from scgpt_hf.packaged_models import MODELS
 from scgpt_hf.scoring.fitted_pca import fit_pca
@@ -80,12 +80,10 @@ def pack(trained: Path, out: Path) -> None:
 
 def score(data: Path, cells: dict[str, Any], trained: Path, packed: Path) -> dict[str, Any]:
     """Return the scores by method and set, and how far the packed model's embeddings are from the trained one's."""
-    sets = [anndata.read_h5ad(data / f"{name}.h5ad") for name in SETS_OF_10X]
-    sets = [adata[(adata.obs["donor_id"] != VALIDATION_DONOR).to_numpy()] for adata in sets]
-    genes = sorted(set.union(*(set(adata.var_names) for adata in sets)))
-    counts = vstack([on_genes(adata, genes) for adata in sets], format="csr")
-    names = np.repeat(np.array(SETS_OF_10X), [adata.n_obs for adata in sets])
-    pca = fit_pca(counts, genes, names, 0)
+    sets = {name: anndata.read_h5ad(data / f"{name}.h5ad") for name in SETS_OF_10X}
+    trained = {name: adata[(adata.obs["donor_id"] != VALIDATION_DONOR).to_numpy()] for name, adata in sets.items()}
+    counts, genes, set_of_cell = join_sets(trained)
+    pca = fit_pca(counts, genes, set_of_cell, 0)
     methods: dict[str, Any] = {"blood-mini": {}, "PCA, training cells": {}}
     differences = []
     for name, adata in cells.items():

@@ -296,10 +296,7 @@ def baselines(
     data: Path, cells: dict[str, AnnData], references: dict[str, list[AnnData]], seeds: list[int]
 ) -> dict[str, Any]:
     """Return the scores of the baselines."""
-    trained = [anndata.read_h5ad(data / f"{name}.h5ad") for name in TRAINED]
-    genes = sorted(set.union(*(set(adata.var_names) for adata in trained)))
-    counts = vstack([on_genes(adata, genes) for adata in trained], format="csr")
-    sets = np.repeat(np.array(TRAINED), [adata.n_obs for adata in trained])
+    counts, genes, sets = join_sets({name: anndata.read_h5ad(data / f"{name}.h5ad") for name in TRAINED})
     scores: dict[str, Any] = {"PCA, scored cells": {"within": pca_of_scored_cells(cells)}}
     pca = fit_pca(counts, genes, sets, 0)
     scores["PCA, training cells"] = score(
@@ -312,6 +309,13 @@ def baselines(
         )
     scores["LR on genes"] = {"within": {}, "transfer": transfer_on_genes(cells["pbmc3k"], references)}
     return scores
+
+
+def join_sets(sets: dict[str, AnnData]) -> tuple[csr_matrix, list[str], np.ndarray]:
+    """Return the counts of several sets, shape (cells, genes of any set); these genes; and the set of each cell."""
+    genes = sorted(set.union(*(set(adata.var_names) for adata in sets.values())))
+    counts = vstack([on_genes(adata, genes) for adata in sets.values()], format="csr")
+    return counts, genes, np.repeat(np.array([*sets]), [adata.n_obs for adata in sets.values()])
 
 
 def on_genes(adata: AnnData, genes: list[str]) -> csr_matrix:

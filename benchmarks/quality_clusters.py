@@ -20,8 +20,8 @@ import pandas as pd
 import scanpy
 from anndata import AnnData
 from measuring import write_result
-from quality import SCORED, TRAINED, embed, on_genes, read_labelled
-from scipy.sparse import csr_matrix, vstack
+from quality import SCORED, TRAINED, embed, join_sets, read_labelled
+from scipy.sparse import csr_matrix
 from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
 
 from scgpt_hf.scoring.fitted_pca import fit_pca
@@ -54,10 +54,8 @@ def main() -> None:
 
 def embed_with_pca(adata: AnnData, data: Path) -> np.ndarray:
     """Return the components of PCA that was fitted on the training cells. Shape (cells, components)."""
-    sets = [anndata.read_h5ad(data / f"{name}.h5ad") for name in TRAINED]
-    genes = sorted(set.union(*(set(one.var_names) for one in sets)))
-    counts = vstack([on_genes(one, genes) for one in sets], format="csr")
-    pca = fit_pca(counts, genes, np.repeat(np.array(TRAINED), [one.n_obs for one in sets]), 0)
+    counts, genes, sets = join_sets({name: anndata.read_h5ad(data / f"{name}.h5ad") for name in TRAINED})
+    pca = fit_pca(counts, genes, sets, 0)
     return pca.transform(csr_matrix(adata.X), list(adata.var_names))
 
 
