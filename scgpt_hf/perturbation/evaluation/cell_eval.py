@@ -14,10 +14,9 @@ import pandas as pd
 
 from scgpt_hf.cells.block import Float64Array
 from scgpt_hf.perturbation.conditions import CONTROL
-from scgpt_hf.perturbation.evaluation.evaluate import Evaluation
+from scgpt_hf.perturbation.evaluation.evaluate import TRUTH, Evaluation
 
 CELL_EVAL = "cell_eval_scores.csv"
-_TRUTH = "truth"
 # Distances over all genes, and shares of the other conditions, as in `metrics.py`.
 _DISCRIMINATION = {"rank_denominator": "n-1", "exclude_target_gene": False}
 Bulk = tuple[np.ndarray[Any, Any], Float64Array]
@@ -45,8 +44,8 @@ def score_with_cell_eval(evaluation: Evaluation) -> pd.DataFrame:
     rows = []
     for context in sorted({context for _, context in evaluation.deltas}):
         deltas = {condition: by for (condition, where), by in evaluation.deltas.items() if where == context}
-        true = _bulk({condition: by[_TRUTH] for condition, by in deltas.items()})
-        for method in dict.fromkeys(name for by in deltas.values() for name in by if name != _TRUTH):
+        true = _bulk({condition: by[TRUTH] for condition, by in deltas.items()})
+        for method in dict.fromkeys(name for by in deltas.values() for name in by if name != TRUTH):
             predicted = _bulk({condition: by[method] for condition, by in deltas.items() if method in by})
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", "An input array is constant")  # no change has no correlation

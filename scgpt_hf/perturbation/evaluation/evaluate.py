@@ -33,6 +33,7 @@ from scgpt_hf.publishing.record import RunRecord
 from scgpt_hf.training.run_folder import BEST_MODEL, SPLIT, SUMMARY
 
 MODEL = "model"
+TRUTH = "truth"  # measured effect of a condition, among the effects that `Evaluation.deltas` has by method
 CEILING = "split-half ceiling"
 REPLICATES = 0.4
 """Lowest split-half correlation of a condition with an effect; as in the tables of the shared data sets."""
@@ -182,7 +183,7 @@ def score_predictors(
         found: dict[str, Float64Array | None] = {name: predict(item) for name, predict in models.items()}
         condition = parse_condition(item[0])
         found |= {name: baseline(training[item[1]], condition) for name, baseline in BASELINES.items()}
-        deltas[item] = {"truth": true[item], **{name: one for name, one in found.items() if one is not None}}
+        deltas[item] = {TRUTH: true[item], **{name: one for name, one in found.items() if one is not None}}
         facts_of_item = {
             **{"condition": item[0], "context": item[1], "category": category_of[item[0]]},
             **{"replicates": split_half[item] >= REPLICATES, "cells": len(rows)},

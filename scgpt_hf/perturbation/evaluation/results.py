@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 
 from scgpt_hf.output import require_free_folder, write_beside
-from scgpt_hf.perturbation.evaluation.evaluate import CEILING, MODEL, REPLICATES, Evaluation
+from scgpt_hf.perturbation.evaluation.evaluate import CEILING, MODEL, REPLICATES, TRUTH, Evaluation
 from scgpt_hf.perturbation.evaluation.metrics import METRICS
 
 RESULTS, TABLE = "perturbation_scores.json", "scores.csv"
@@ -64,7 +64,7 @@ def describe(evaluation: Evaluation) -> dict[str, Any]:
 def _describe_condition(evaluation: Evaluation, item: tuple[str, str]) -> dict[str, Any]:
     """Return the most affected genes of a condition, with their true and predicted deltas."""
     deltas = evaluation.deltas[item]
-    top = np.argsort(-np.abs(deltas["truth"]), kind="stable")[:_N_SHOWN]
+    top = np.argsort(-np.abs(deltas[TRUTH]), kind="stable")[:_N_SHOWN]
     shown = {name: [round(float(delta[gene]), 4) for gene in top] for name, delta in deltas.items()}
     return {
         "condition": item[0],

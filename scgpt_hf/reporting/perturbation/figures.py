@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from scgpt_hf.perturbation.evaluation.evaluate import CEILING, MODEL
+from scgpt_hf.perturbation.evaluation.evaluate import CEILING, MODEL, TRUTH
 from scgpt_hf.reporting.plots import GREY, OTHER, PALETTE, SMALL
 
 _BAR = 0.28  # inches per method
@@ -55,7 +55,7 @@ def plot_effects(conditions: Sequence[Mapping[str, Any]]) -> Figure:
     figure = Figure(figsize=(_PANEL * columns + 0.4, _PANEL * rows + 0.4), layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False).ravel()
     for axis, one in zip(axes, shown, strict=False):
-        true, predicted = np.array(one["deltas"]["truth"]), np.array(one["deltas"][MODEL])
+        true, predicted = np.array(one["deltas"][TRUTH]), np.array(one["deltas"][MODEL])
         limit = 1.1 * max(np.abs(true).max(), np.abs(predicted).max(), 1e-3)
         axis.plot([-limit, limit], [-limit, limit], color=GREY, linewidth=0.8, linestyle="--")
         axis.scatter(true, predicted, s=12, color=PALETTE[0])
