@@ -4,7 +4,7 @@
 
 Each size is a Census of `large_census.py`: all of obs, and X of the chunks that are read here, in FOLDER, which is
 removed in the end (3 GB for 100 million cells). A measurement that was stopped goes on where it was. Each task runs in
-a process of its own, and reports the seconds of its steps, its processor time and its peak memory:
+a separate process, and reports the seconds of its steps, its processor time and its peak memory:
 
 - `human dry run`, `blood dry run`: `scgpt-hf pretrain human.yaml --dry_run`, and the same of blood_300k.yaml with
   --max_cells 20000, because what follows the sampling costs the same whatever the size of the Census.
@@ -178,7 +178,7 @@ def chunks_to_read(folder: Path) -> set[int]:
 
 
 def measure(task: str, folder: Path, n_cells: int) -> dict[str, Any]:
-    """Run a task in a process of its own, and return its seconds and peak memory."""
+    """Run a task in a separate process, and return its seconds and peak memory."""
     command = [sys.executable, __file__, str(folder), "--cells", str(n_cells), "--task", task]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     *shown, last = done.stdout.strip().splitlines()

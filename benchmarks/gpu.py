@@ -62,7 +62,7 @@ ARMS = {
     "cuda_graphs": StepConfig(compiled="reduce-overhead"),
     "compiled_bf16_residual": StepConfig(compiled="default", bf16_residual=True),
 }
-TOKENS_PER_STEP = 65_536  # so many fill a GPU: about 25 ms per step on an H100, which hides kernel launches
+TOKENS_PER_STEP = 65_536  # enough to fill a GPU: about 25 ms per step on an H100, which hides kernel launches
 TARGETS = {  # on one H100 or H200, 12 layers of width 512, bf16, mean length 120
     "cells_per_second": 22_000.0,
     "mfu": 0.35,

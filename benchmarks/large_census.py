@@ -148,7 +148,7 @@ def sample_cells(lengths, by_rank, thresholds, molecules_per_gene, first):
 
 @compiled
 def random_word(state):
-    """Return 32 random bits of a counter: the finaliser of SplitMix64."""
+    """Return 32 random bits of a counter: the finalizer of SplitMix64."""
     word = state * np.uint64(0x9E3779B97F4A7C15)
     word = (word ^ (word >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     word = (word ^ (word >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)

@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-MODELS = os.path.join(os.path.dirname(__file__), "models")  # a string: importing needs no POSIX
+MODELS = os.path.join(os.path.dirname(__file__), "models")  # no Path: tests of other platforms import this
 DEFAULT_MODEL = "blood-mini"  # what embedding uses when no model is given
 
 
@@ -27,10 +27,9 @@ def packaged_model(name: str = DEFAULT_MODEL) -> Path:
         >>> model.config.hidden_size
         128
     """
-    folder = Path(MODELS, name)
     if name not in packaged_names():
         raise ValueError(f"the package has no model {name!r}; it has {', '.join(packaged_names())}")
-    return folder
+    return Path(MODELS, name)
 
 
 def packaged_names() -> list[str]:
@@ -43,6 +42,5 @@ def locate_checkpoint(name: str | Path) -> str | Path:
 
     A folder in the current directory takes precedence over a model of the package with the same name.
     """
-    if not Path(name).exists() and str(name) in packaged_names():
-        return packaged_model(str(name))
-    return name
+    is_packaged = not Path(name).exists() and str(name) in packaged_names()
+    return Path(MODELS, name) if is_packaged else name

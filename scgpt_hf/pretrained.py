@@ -98,10 +98,11 @@ def load_pretrained(name: str | Path, model_class: Any, **changes: Any) -> Pretr
             a part of the encoder, or weights that its config has no place for; the changes do not fit the model; or
             model and processor do not fit together.
     """
-    processor, given, name = load_processor(name), str(name), locate_checkpoint(name)
-    validate_shard_names(name)
+    processor = load_processor(name)
+    place = locate_checkpoint(name)
+    validate_shard_names(place)
     with _translate_load_errors(name):
-        saved, _ = ScGPTConfig.get_config_dict(name)
+        saved, _ = ScGPTConfig.get_config_dict(place)
     if saved.get("model_type") != ScGPTConfig.model_type:
         raise ValueError(f"{name} holds a {saved.get('model_type')!r} model, not one of scgpt")
     with _translate_load_errors(name):
@@ -116,8 +117,8 @@ def load_pretrained(name: str | Path, model_class: Any, **changes: Any) -> Pretr
             ) from error
     loading = {"config": config, "output_loading_info": True, "ignore_mismatched_sizes": True}
     with _translate_load_errors(name), _without_load_report():
-        model, report = model_class.from_pretrained(name, use_safetensors=True, **loading)
-    model.name_or_path = given  # and not the folder of the package
+        model, report = model_class.from_pretrained(place, use_safetensors=True, **loading)
+    model.name_or_path = str(name)  # of a model of the package, its name and not its folder
     return Pretrained(model, processor, _find_new_parts(name, model, report))
 
 

@@ -315,7 +315,7 @@ true at the genes that are asked for, to `model`."""
 
 _MODALITIES = f"""## Modalities
 
-The model reads the modalities {{names}}. Each is a kind of token and has expression values of its own. Join your
+The model reads the modalities {{names}}. Each is a kind of token with separate expression values. Join your
 tables with `scgpt_hf.join_modalities`. In cells that lack a modality, it can be predicted:
 
 ```python

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from tests.support.parity import CASES
 
-# Networks that have a test of their own, in test_model_parity, test_perturbation_parity and test_modality_parity.
+# Networks that have a separate test, in test_model_parity, test_perturbation_parity and test_modality_parity.
 OTHER_NETWORKS = {"generate_from_cell_emb", "perturbation_generator", "multiomic_mod_types"}
 FUNCTIONS = {"binning", "losses", "tokenize", "embed_data"}
 
