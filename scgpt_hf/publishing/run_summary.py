@@ -365,13 +365,15 @@ def finetuning_recipe(summary: RunRecord, settings: RunRecord) -> Rows:
 
 def _probe_recipe(summary: RunRecord) -> Rows:
     """Return the facts on a classifier whose encoder was not trained."""
-    refitted = summary.get("refit", dict)
-    part = "training and held-out" if refitted else "training"
+    fit, part = ("refit", "training and held-out") if summary.get("refit", dict) else ("probe", "training")
     rows = {
         "Classifier": _CLASSIFIERS[PROBE],
-        "Regularization": f"C = {summary.number('refit.C' if refitted else 'probe.C', 'g')}",
-        "Fitted to": f"{summary.number('refit.cells' if refitted else 'train_cells')} {part} cells",
+        "Regularization": f"C = {summary.number(f'{fit}.C', 'g')}",
+        "Fitted to": f"{summary.number(f'{fit}.cells')} {part} cells",
     }
+    if contradicted := summary.get(f"{fit}.contradicted", dict):
+        shown = ", ".join(f"{label}: {n:,}" for label, n in contradicted.items())
+        rows["Left out, as most similar to cells of other labels"] = shown
     if (train := summary.text("train")) != PROBE:
         rows["Not kept"] = f"{_CLASSIFIERS.get(train, train)}: macro-F1 did not rise by more than its standard error"
     return rows
@@ -446,7 +448,11 @@ def about_held_out(summary: RunRecord) -> str:
             "slightly too good."
         )
     scored = "The classifier that was scored was fitted and calibrated without the held-out cells."
-    return f"{scored} The saved one was then fitted to all labelled cells." if summary.get("refit", dict) else scored
+    return (
+        f"{scored} The saved one was then fitted to training and held-out cells."
+        if summary.get("refit", dict)
+        else scored
+    )
 
 
 def label_rows(summary: RunRecord) -> list[tuple[str, int, int, str, str]]:

@@ -38,7 +38,7 @@ CLASSIFIER = COMMON | {
     "labels_key": "cell_type",
     "train": "full",
     "kept": "full",
-    "probe": {"macro_f1": 0.625, "accuracy": 0.65, "C": 0.1},
+    "probe": {"macro_f1": 0.625, "accuracy": 0.65, "cells": 30, "contradicted": {}, "C": 0.1},
     "gene_baseline": {"macro_f1": 0.5, "accuracy": 0.55},
     "held_out": "donor_id",
     "train_donors": 3,
@@ -108,12 +108,14 @@ def test_card_of_a_classifier_states_scores_per_label_and_of_the_baseline(run: P
 
 
 def test_card_of_a_kept_probe_states_how_it_was_fitted(run: Path) -> None:
-    changes = {"kept": "probe", "fine_tuned": {"macro_f1": 0.7, "accuracy": 0.6}, "refit": {"cells": 40, "C": 0.01}}
+    refit = {"cells": 38, "contradicted": {"B | plasma": 1, "T": 1}, "C": 0.01}
+    changes = {"kept": "probe", "fine_tuned": {"macro_f1": 0.7, "accuracy": 0.6}, "refit": refit}
     text = finetuned_card(change(run, CLASSIFIER, **changes)).text
     for row in (
         "| Classifier | logistic regression on the frozen cell embedding |",
         "| Regularization | C = 0.01 |",
-        "| Fitted to | 40 training and held-out cells |",
+        "| Fitted to | 38 training and held-out cells |",
+        "| Left out, as most similar to cells of other labels | B \\| plasma: 1, T: 1 |",
         "| Not kept | fine-tuned, all weights: macro-F1 did not rise by more than its standard error |",
         "| this model: logistic regression on the frozen cell embedding | 0.750 | 0.700 |",
         "| not kept: fine-tuned, all weights | 0.700 | 0.600 |",
@@ -125,6 +127,7 @@ def test_card_of_a_kept_probe_states_how_it_was_fitted(run: Path) -> None:
     assert "| Fitted to | 30 training cells |" in alone
     assert "| Regularization | C = 0.1 |" in alone
     assert "Not kept" not in alone
+    assert "Left out, as" not in alone
 
 
 def test_card_of_an_integration_states_batches_and_errors(run: Path) -> None:

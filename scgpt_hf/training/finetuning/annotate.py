@@ -1,7 +1,8 @@
 """Train a classifier on labelled cells: from a pretrained checkpoint and an AnnData to a run folder.
 
-`labels.py` selects the cells, `probe.py` fits a logistic regression to their embedding, `classifier.py` trains the
-encoder, too, and `annotation_summary.py` describes the result.
+`labels.py` selects the cells, `contradictions.py` finds probable mistakes among their labels, `probe.py` fits a
+logistic regression to their embedding, `classifier.py` trains the encoder, too, and `annotation_summary.py` describes
+the result.
 """
 
 import logging
@@ -29,6 +30,7 @@ from scgpt_hf.tokens.processing_scgpt import ScGPTProcessor
 from scgpt_hf.training.finetuning.annotation_summary import describe_cells, describe_scores
 from scgpt_hf.training.finetuning.calibration import Logits, fit_temperature
 from scgpt_hf.training.finetuning.classifier import ClassifierTrainer, agreement, macro_f1_gain
+from scgpt_hf.training.finetuning.contradictions import find_contradicted
 from scgpt_hf.training.finetuning.gene_baseline import score_genes
 from scgpt_hf.training.finetuning.labels import LabelledCells, balanced_weights, keep_share, select_labelled
 from scgpt_hf.training.finetuning.probe import Probe, fit_probe
@@ -87,16 +89,17 @@ def finetune_classifier(data: Address, settings: AnnotateSettings) -> dict[str, 
     """Train a classifier on a pretrained encoder, and write a run folder.
 
     The probe, a logistic regression on the frozen cell embedding, is always fitted first. It is a class head with one
-    linear layer. With `train` "lora" or "full", training continues from it, and the result is kept only if macro-F1 on
-    the held-out cells rises by more than its standard error.
+    linear layer. Cells whose label their neighbors contradict are left out of it (`leave_out_contradicted`), and the
+    summary counts them by label. With `train` "lora" or "full", training continues from it, and the result is kept only
+    if macro-F1 on the held-out cells rises by more than its standard error.
 
     `best_model` in the run folder is the model that was kept. Its config holds the labels, and its confidence is
     calibrated: the temperature is divided into the class head, so that the softmax of the logits is the confidence
     wherever the model is loaded.
 
     The held-out cells are scored with a probe that was fitted and calibrated without them. If the probe is kept, the
-    one that is saved is then fitted to all labelled cells (`refit`). With "lora" and "full", epoch and temperature are
-    chosen on the held-out cells, so the scores of such a model are slightly too good.
+    one that is saved is then fitted to training and held-out cells (`refit`). With "lora" and "full", epoch and
+    temperature are chosen on the held-out cells, so the scores of such a model are slightly too good.
 
     Args:
         data: labelled cells with raw counts: an AnnData, .h5ad files or a SOMA; genes by Ensembl id or symbol.
@@ -231,13 +234,13 @@ def _choose(
     """
     started = time.perf_counter()
     held_out, classes = run.cells.parts["validation"], run.cells.classes("validation")
-    probe = _fit_probe(run, embedding, run.cells.parts["train"])
+    probe, facts = _fit_probe(run, embedding, run.cells.parts["train"])
     _install(model, probe)
     kept = Classifier("probe", model, probe.logits(embedding.loc[held_out].to_numpy()), probe.temperature)
-    fitting = {"C": probe.strength, "seconds": round(time.perf_counter() - started, 1)}
-    scores = {"probe": {**agreement(classes, kept.logits.argmax(axis=1)), **fitting}}
+    facts["seconds"] = round(time.perf_counter() - started, 1)
+    scores = {"probe": {**agreement(classes, kept.logits.argmax(axis=1)), **facts}}
     logger.info("probe on the frozen embedding: %s", scores["probe"])
-    facts: dict[str, Any] = {"device": device_name(run.args.device), "processes": run.args.world_size}
+    facts = {"device": device_name(run.args.device), "processes": run.args.world_size}
     if run.settings.train == "probe":
         return kept, scores, {**facts, "precision": "fp32", "trained_parameters": probe.weight.size + probe.bias.size}
     tuned, facts = _fine_tune(run, model)
@@ -255,16 +258,30 @@ def _choose(
     return kept, scores, facts
 
 
-def _fit_probe(run: AnnotationRun, embedding: pd.DataFrame, ids: Int64Array) -> Probe:
-    """Return the probe of some labelled cells."""
+def _fit_probe(run: AnnotationRun, embedding: pd.DataFrame, ids: Int64Array) -> tuple[Probe, dict[str, Any]]:
+    """Return the probe of some labelled cells, and what the summary records about it."""
     key, settings = run.cells.donor_key, run.settings
-    return fit_probe(
+    names = np.array(run.cells.class_names)
+    contradicted: dict[str, int] = {}
+    if settings.leave_out_contradicted:
+        leave_out = find_contradicted(embedding.loc[ids].to_numpy(), run.cells.classes_of(ids), seed=settings.seed)
+        labels, sizes = np.unique(names[run.cells.classes_of(ids[leave_out])], return_counts=True)
+        contradicted = dict(zip(labels.tolist(), sizes.tolist(), strict=True))
+        ids = ids[~leave_out]
+    if contradicted:
+        logger.warning(
+            "the probe leaves out %d cells that are most similar to cells of other labels: %s "
+            "(--leave_out_contradicted false keeps them)",
+            *(sum(contradicted.values()), contradicted),
+        )
+    probe = fit_probe(
         embedding.loc[ids].to_numpy(),
         run.cells.classes_of(ids),
         None if key is None else run.source.obs([key])[key].reindex(ids).astype(object).to_numpy(),
         balanced=settings.class_weights == "balanced",
         seed=settings.seed,
     )
+    return probe, {"cells": len(ids), "contradicted": contradicted, "C": probe.strength}
 
 
 def _refit(run: AnnotationRun, model: Any, embedding: pd.DataFrame) -> dict[str, Any]:
@@ -274,9 +291,9 @@ def _refit(run: AnnotationRun, model: Any, embedding: pd.DataFrame) -> dict[str,
         cells.label_of_cell.reindex(cells.parts["validation"]), run.settings.label_fraction, run.settings.seed
     )
     ids = np.sort(np.concatenate([cells.parts["train"], added]))
-    probe = _fit_probe(run, embedding, ids)
+    probe, facts = _fit_probe(run, embedding, ids)
     _install(model, probe)
-    return {"refit": {"cells": len(ids), "C": probe.strength, "temperature": probe.temperature}}
+    return {"refit": {**facts, "temperature": probe.temperature}}
 
 
 @torch.no_grad()

@@ -43,6 +43,11 @@ class AnnotateSettings(FinetuneSettings):
     refit: bool = setting(
         True, "fit the probe that is saved to the training and the held-out cells, after the held-out cells were scored"
     )
+    leave_out_contradicted: bool = setting(
+        True,
+        "leave out of the probe the cells whose label at most two of their 15 nearest cells have, as doublets do; none "
+        "if these are more than 2 % of the cells, because the types then overlap; the summary counts them",
+    )
     gene_baseline: bool = setting(
         True, "also score logistic regression on variable genes, if there are at most 50,000 training cells"
     )
