@@ -25,7 +25,7 @@ from scgpt_hf.perturbation.cells import Screen, read_screen
 from scgpt_hf.perturbation.conditions import parse_condition
 from scgpt_hf.perturbation.effects import predict_effect, spread_over_batches
 from scgpt_hf.perturbation.evaluation.metrics import pearson
-from scgpt_hf.perturbation.gene_names import match_screen_genes, vocabulary_of_screen
+from scgpt_hf.perturbation.gene_names import add_genes, lacking_genes, match_screen_genes, vocabulary_of_screen
 from scgpt_hf.perturbation.pseudobulk import halve
 from scgpt_hf.perturbation.settings import PerturbationSettings
 from scgpt_hf.perturbation.splits import ConditionSplit, split_conditions
@@ -101,7 +101,11 @@ def _finetune(data: Address, settings: PerturbationSettings) -> dict[str, Any]:
     model, processor, new = make_model(screen, split, parts["train"], settings)
     genes = match_screen_genes(screen.genes, processor)
     for name, _ in screen.items:  # before training: an unknown gene is an error of the input
-        genes.target_ids(parse_condition(name))
+        try:
+            genes.target_ids(parse_condition(name))
+        except ValueError as error:
+            hint = ". --add_genes adds the genes that a pretrained model lacks" if settings.model else ""
+            raise ValueError(f"{error}{hint}") from error
     controls = parts["train"][screen.conditions[parts["train"]] == "ctrl"]
     cells = TrainingCells.of(screen, genes, split.train, controls)
     args = _make_arguments(settings, has_validation=bool(split.validation))
@@ -216,6 +220,7 @@ def make_model(
         "total_key": settings.total_key,
         "loss_weights": {"gep": 1.0},
     }
+    targets = sorted({gene for name, _ in screen.items for gene in parse_condition(name)})
     if settings.model:
         model, processor, new = load_pretrained(
             settings.model, ScGPTForPerturbation, domain_embedding=False, domain_head=False, **_plain(recorded)
@@ -225,8 +230,11 @@ def make_model(
             logger.warning("the pretrained model read %s values, this one reads log1p values", processor.input_style)
         for name, value in values.items():
             setattr(processor, name, value)
+        if settings.add_genes:
+            names, symbols = lacking_genes(screen.genes, targets, processor)
+            processor = add_genes(model, processor, names, symbols)
+            logger.info("added %d genes that the pretrained model lacks, e.g. %s", len(names), names[:5])
         return model, processor, new
-    targets = sorted({gene for name, _ in screen.items for gene in parse_condition(name)})
     names, symbols = vocabulary_of_screen(screen.genes, targets)
     processor = ScGPTProcessor.from_genes(
         names,

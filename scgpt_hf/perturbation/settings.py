@@ -19,6 +19,11 @@ class PerturbationSettings(FinetuneSettings):
     """
 
     model: str = setting("", "folder of a pretrained model, or its repository on the Hub; by default a new model")
+    add_genes: bool = setting(
+        False,
+        "add the genes of the screen that the pretrained model lacks, measured and perturbed ones, to its vocabulary; "
+        "without it, a perturbed gene that the model lacks is an error, and a measured one is left out",
+    )
     condition_key: str = setting(
         "condition", "obs column with the conditions, as in GEARS: KLF1+ctrl, KLF1+MAP2K6, ctrl"
     )

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from anndata import AnnData, read_h5ad
 from transformers import AutoModelForTokenClassification
 
@@ -18,7 +19,7 @@ from scgpt_hf.perturbation.conditions import CONTROL
 from scgpt_hf.perturbation.evaluation.evaluate import CEILING, MODEL, evaluate_perturbation
 from scgpt_hf.perturbation.evaluation.results import write_results
 from scgpt_hf.perturbation.finetune import finetune_perturbation, make_model
-from scgpt_hf.perturbation.gene_names import match_screen_genes
+from scgpt_hf.perturbation.gene_names import add_genes, match_screen_genes
 from scgpt_hf.perturbation.predict import predict_perturbation
 from scgpt_hf.perturbation.settings import PerturbationSettings
 from scgpt_hf.perturbation.splits import split_conditions
@@ -198,9 +199,55 @@ def test_training_starts_from_a_pretrained_model(make_screen: Callable[..., AnnD
     for part in (scgpt_hf.ScGPTForPreTraining(config), small):
         part.save_pretrained(tmp_path / "small")
     settings = PerturbationSettings(model=str(tmp_path / "small"), out=str(tmp_path / "other"), **FAST)
-    with pytest.raises(ValueError, match="'OUTSIDE'"):
+    with pytest.raises(ValueError, match=r"'OUTSIDE'.*--add_genes adds"):
         finetune_perturbation(make_screen(), settings)
     assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize("cls_shortcut", [False, True])
+def test_a_pretrained_model_learns_genes_that_it_lacks(
+    make_screen: Callable[..., AnnData], tmp_path: Path, cls_shortcut: bool
+) -> None:
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    processor = scgpt_hf.ScGPTProcessor.from_genes([*GENES[:20], "ELSEWHERE"], symbols=[*GENES[:20], "GENE23"])
+    config = scgpt_hf.ScGPTConfig(
+        vocab_size=processor.vocab_size, pad_token_id=processor.pad_id, cls_shortcut=cls_shortcut, **sizes
+    )
+    for part in (scgpt_hf.ScGPTForPreTraining(config), processor):
+        part.save_pretrained(tmp_path / "pretrained")
+    folder = {"model": str(tmp_path / "pretrained"), "out": str(tmp_path / "run")}
+    settings = PerturbationSettings(**folder, add_genes=True, **{**FAST, "epochs": 2})
+    summary = finetune_perturbation(make_screen(), settings)
+    assert summary["genes"] == 25  # GENE23 is known as ELSEWHERE
+    assert summary["coverage"]["unknown"] == 0
+    found = predict_perturbation(
+        make_screen(), ["OUTSIDE", "GENE1+GENE22"], tmp_path / "run" / "best_model", n_cells=4, progress=False
+    )
+    assert found.shape == (8, 24)
+    assert found.varm["delta"]["OUTSIDE+ctrl"].abs().max() > 0
+    with pytest.raises(ValueError, match="does not know 1 of the perturbed genes"):
+        predict_perturbation(make_screen(), ["GENE99"], tmp_path / "run" / "best_model", progress=False)
+
+
+def test_added_genes_leave_the_others_as_they_are() -> None:
+    processor = scgpt_hf.ScGPTProcessor.from_genes(["A", "B"], symbols=["a", "b"], input_style="log1p", max_tokens=9)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    config = scgpt_hf.ScGPTConfig(
+        vocab_size=processor.vocab_size, pad_token_id=processor.pad_id, cls_shortcut=True, **sizes
+    )
+    model = scgpt_hf.ScGPTForPerturbation(config).eval()
+    counts, flags = [[3, 2]], {"perturbation_flags": torch.zeros(1, 3, dtype=torch.int64)}
+    before = model(**processor(counts, genes=["A", "B"]), **flags).expression
+    known = model.scgpt.gene_encoder.embedding.weight.detach()[:2].clone()
+    extended = add_genes(model, processor, ["C", "D"], ["c", "d"])
+    assert extended.genes == ["A", "B", "C", "D"]
+    assert extended.resolve_symbols(["d", "b"]) == ["D", "B"]
+    assert (extended.input_style, extended.max_tokens, extended.pad_id) == ("log1p", 9, processor.pad_id)
+    assert model.config.vocab_size == extended.vocab_size == 7
+    torch.testing.assert_close(model(**extended(counts, genes=["A", "B"]), **flags).expression, before)
+    torch.testing.assert_close(model.scgpt.gene_encoder.embedding.weight[5], known.mean(dim=0))
+    with pytest.raises(ValueError, match=r"in the vocabulary or occur twice: \['A', 'E'\]"):
+        add_genes(model, extended, ["A", "E", "E"], ["a", "e", "e"])
 
 
 def test_examples_of_a_step_depend_on_the_step_alone(make_screen: Callable[..., AnnData]) -> None:
