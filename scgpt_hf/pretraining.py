@@ -86,8 +86,8 @@ def pretrain(
     Args:
         settings: a YAML file, the name of a config of the package ("demo", "blood-300k"), or settings from
             `parse_settings`. By default those of the demo.
-        stop_signal: saves a checkpoint and stops at the first SIGTERM or SIGINT, as the command line does. None leaves
-            the signal handlers of the process alone.
+        stop_signal: saves a checkpoint and stops at the first SIGTERM, SIGUSR1 or SIGINT, as the command line does.
+            None leaves the signal handlers of the process alone.
         report: receives the text at the end of the run, on the first process.
         changes: settings by name, which replace those of the file, e.g. `data="cells.h5ad"`; the flags that
             `scgpt-hf pretrain --help` lists.

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from transformers import Trainer
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINING_ARGS_NAME
 from transformers.utils.hub import PushInProgress
 
 from scgpt_hf.pipeline.loader import StreamLoader
@@ -44,6 +45,10 @@ class LibraryTrainer(Trainer):
 
     # Where checkpoint folders are written, if not to `output_dir`. Set only while `write_checkpoint` runs.
     _checkpoint_root: Path | None = None
+
+    # Writes a large part of a checkpoint later: receives its tensors, and the function that writes a copy of them. None
+    # writes it at once. Set only while a checkpoint is saved, and not for a model that is sharded.
+    write_later: Callable[[Any, Callable[[Any], object]], None] | None = None
 
     def __init__(self, **trainer_arguments: Any) -> None:
         """Create the trainer.
@@ -318,14 +323,17 @@ class LibraryTrainer(Trainer):
         # Redirects `_save_checkpoint` to the staging folder.
         return str(self._checkpoint_root or super()._get_output_dir(trial))
 
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Save the model, without the library's pickle of the training arguments."""
-        # Loading a pickle can run code, so no folder of ours contains one. settings.yaml holds the arguments.
-        super().save_model(output_dir, _internal_call)
-        if self.is_world_process_zero():
-            (Path(output_dir or str(self.args.output_dir)) / "training_args.bin").unlink(missing_ok=True)
-
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        # The library writes the weights at once.
+        if self.write_later is not None and self.args.should_save:
+            state = self.model.state_dict()
+            # Unlike weights, buffers change in the next forward pass, for example the statistics of a batch norm.
+            state |= {name: buffer.clone() for name, buffer in self.model.named_buffers() if name in state}
+            self.write_later(state, partial(self._save_now, output_dir))
+        else:
+            self._save_now(output_dir, state_dict)
+
+    def _save_now(self, output_dir: str | None, state_dict: Any) -> None:
         # torch gives a sharded model a generated class (`FSDPScGPTForPreTraining`). `save_pretrained` would write that
         # name to config.json and look for the source code of the generated class.
         sharded_class, self.model.__class__ = type(self.model), self._model_class
@@ -333,6 +341,21 @@ class LibraryTrainer(Trainer):
             super()._save(output_dir, state_dict)
         finally:
             self.model.__class__ = sharded_class
+        # The library pickles the training arguments. Loading a pickle can run code, so no folder of ours contains one;
+        # settings.yaml holds the arguments.
+        if self.args.should_save:
+            (Path(output_dir or str(self.args.output_dir)) / TRAINING_ARGS_NAME).unlink(missing_ok=True)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        # The library writes the state of the optimizer at once.
+        if self.write_later is None or not self.args.should_save:
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        folder, optimizer, scheduler = Path(output_dir), self.optimizer, self.lr_scheduler
+        assert optimizer is not None, "a checkpoint is saved during training"
+        assert scheduler is not None, "it is created with the optimizer"
+        self.write_later(optimizer.state_dict(), lambda state: torch.save(state, folder / OPTIMIZER_NAME))
+        torch.save(scheduler.state_dict(), folder / SCHEDULER_NAME)
 
     def _save_rng_state(self, output_dir: str) -> None:
         # The library calls this on every process while a checkpoint is written; most other methods of saving run on

@@ -212,7 +212,7 @@ def make_trainer(
         data_module: batches and schedule of the run.
         model: model to train.
         args: training settings.
-        stop_signal: handles SIGTERM and SIGINT during training; None leaves the signal handlers alone.
+        stop_signal: handles SIGTERM, SIGUSR1 and SIGINT during training; None leaves the signal handlers alone.
         cell_types: scores the embedding of labelled cells at every validation; see `make_cell_type_scorer`.
 
     Raises:

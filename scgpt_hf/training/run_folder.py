@@ -45,18 +45,23 @@ def resolve_checkpoint(folder: Path, resume_from_checkpoint: str | None) -> str 
 
     Args:
         folder: the run folder.
-        resume_from_checkpoint: folder of a checkpoint; "true" or "latest" for the newest valid one in `folder`; None
-            for a new run.
+        resume_from_checkpoint: folder of a checkpoint; "true" or "latest" for the newest valid one in `folder`; "auto"
+            for that one, or a new run if there is none yet; None for a new run.
 
     Raises:
-        FileExistsError: the run is new, and the folder is not empty, or a file.
+        FileExistsError: the run is new, and the folder is not empty, or a file. With "auto", a run that was stopped
+            before its first checkpoint starts again, and replaces its files.
         FileNotFoundError: the newest checkpoint is requested, and there is no valid one.
         ValueError: the named checkpoint belongs to another run, or is damaged.
     """
     if resume_from_checkpoint is None:
         require_new_folder(folder, "--output_dir")
         return None
-    if resume_from_checkpoint.lower() in {"true", "latest"}:
+    if resume_from_checkpoint.lower() == "auto" and not checkpoints_in(folder):
+        if not (folder / SPLIT).is_file():  # the first file of a run
+            require_new_folder(folder, "--output_dir")
+        return None
+    if resume_from_checkpoint.lower() in {"true", "latest", "auto"}:
         return str(newest_valid(folder))
     checkpoint = Path(resume_from_checkpoint)
     if checkpoint.resolve().parent != folder.resolve():

@@ -348,6 +348,16 @@ class TrainingSettings(TrainingArguments):
     ema_decay: float | None = setting(
         None, "validate and save a moving average of the weights with this decay, e.g. 0.999; by default none"
     )
+    save_in_background: bool = setting(
+        False,
+        "write checkpoints while training goes on: needs host memory for a copy of weights and optimizer state on the "
+        "first process; not for sharded models, and not with push_to_hub",
+    )
+    resume_from_checkpoint: str | None = setting(
+        None,
+        "'latest': continue from the newest valid checkpoint of output_dir; 'auto': the same, or start if there is "
+        "none, for jobs that are started again with one command; or the folder of a checkpoint; by default a new run",
+    )
     dry_run: bool = setting(False, "report cells, size, time and memory of the run, and write nothing")
 
     def __post_init__(self) -> None:

@@ -339,6 +339,8 @@ class ScGPTTrainer(FaultTolerantTrainer):
         started = time.perf_counter()
         with self._with_average():
             super().write_checkpoint(write_files)
+            if self.average is not None and self.background is not None:
+                self.background.wait_for_copies()  # the weights are about to change
         self.throughput.exclude(time.perf_counter() - started)
         if self.args.push_to_hub:
             self._publish_checkpoint(checkpoint_at(self.folder, self.state.global_step))
@@ -347,7 +349,7 @@ class ScGPTTrainer(FaultTolerantTrainer):
         """Save what the base class saves, and the weights to continue from if the checkpoint's model is an average."""
         super().save_process_state(checkpoint)
         if self.average is not None and self.ranks.is_first:
-            self.average.save_trained(checkpoint)
+            self.average.save_trained(checkpoint, self.write_later)
 
     def restore_weights(self, checkpoint: Path) -> None:
         """Restore the average, and the weights to continue from."""

@@ -65,6 +65,24 @@ def test_resuming_finds_the_newest_checkpoint_or_raises(tmp_path):
         resolve_checkpoint(tmp_path, None)
 
 
+def test_a_job_that_is_started_again_continues_or_starts(tmp_path):
+    run = tmp_path / "run"
+    assert resolve_checkpoint(run, "auto") is None
+    run.mkdir()
+    (run / "split.json").touch()  # the run was killed before its first checkpoint
+    assert resolve_checkpoint(run, "auto") is None
+    with write_checkpoint(run, Manifest(5, 1, [(8, 5)]), Ranks(1, 0, 1)) as beside:
+        (beside / "model").write_text("weights")
+    assert resolve_checkpoint(run, "auto") == str(run / "checkpoint-5")
+    (run / "checkpoint-5" / "model").write_text("damaged")
+    with pytest.raises(FileNotFoundError, match="no checkpoint to resume from"):  # it is not trained again unasked
+        resolve_checkpoint(run, "auto")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "cells.h5ad").touch()
+    with pytest.raises(FileExistsError, match="holds no run"):
+        resolve_checkpoint(tmp_path / "other", "auto")
+
+
 def test_a_named_checkpoint_must_belong_to_the_run_and_be_valid(tmp_path):
     with pytest.raises(ValueError, match="is not a checkpoint of the run"):
         resolve_checkpoint(tmp_path / "run", str(tmp_path))

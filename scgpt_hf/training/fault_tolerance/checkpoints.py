@@ -7,6 +7,8 @@ A checkpoint folder is written in four steps, so that a crash at any moment leav
 3. It flushes all files to the disk (fsync), so that they survive a crash of the machine, too.
 4. It renames the folder to `checkpoint-<step>`. A rename is atomic.
 
+Steps 2 to 4 may run in a thread (`background`), with the large files of step 1.
+
 What the files contain is decided by the trainer.
 """
 
@@ -16,9 +18,10 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -67,13 +70,17 @@ def checkpoints_in(folder: Path) -> list[Path]:
 
 
 @contextmanager
-def write_checkpoint(folder: Path, manifest: Manifest, ranks: Ranks) -> Iterator[Path]:
+def write_checkpoint(
+    folder: Path, manifest: Manifest, ranks: Ranks, finish: Callable[[Callable[[], None]], object] | None = None
+) -> Iterator[Path]:
     """Yield a staging folder to all processes; it becomes the checkpoint if the block ends without an error.
 
     Args:
         folder: the run folder.
         manifest: metadata of the checkpoint.
         ranks: the processes. If one fails, all of them raise.
+        finish: receives, on the first process, the function that completes the checkpoint, and calls it later. That
+            function raises the OSError below. By default, the checkpoint is completed at the end of the block.
 
     Raises:
         OSError: the checkpoint could not be written. Existing checkpoints are unchanged.
@@ -94,24 +101,43 @@ def write_checkpoint(folder: Path, manifest: Manifest, ranks: Ranks) -> Iterator
     except (OSError, RuntimeError, SafetensorError) as error:  # torch.save reports a full disk as a RuntimeError
         problem = error
     # Every process must reach each of the three reductions below, whatever failed on it, or the others would hang.
-    if not ranks.all_reduce_max(problem is not None) and ranks.is_first:
+    complete = partial(_complete, staging, target, manifest)
+    if not ranks.all_reduce_max(problem is not None):
+        if finish is not None:
+            if ranks.is_first:
+                finish(complete)
+            return
         try:
-            _write_manifest(staging, manifest)
-            flush_to_disk([*staging.rglob("*"), staging])
-            _replace(staging, target)
+            if ranks.is_first:
+                complete()
         except OSError as error:
             problem = error
     if ranks.all_reduce_max(problem is not None):
         if ranks.is_first:
-            shutil.rmtree(folder / _STAGING, ignore_errors=True)
-        previous = next((path for path in reversed(checkpoints_in(folder)) if path != target), None)
-        remedy = (
-            f"continue with --resume_from_checkpoint latest: {previous} is unchanged" if previous else "start again"
-        )
-        raise OSError(
-            f"cannot write the checkpoint of step {manifest.step:,}: {problem or 'another process failed'}. Free disk "
-            f"space, then {remedy}"
-        ) from problem
+            discard_unfinished(folder)
+        raise cannot_write(folder, manifest.step, problem) from problem
+
+
+def cannot_write(folder: Path, step: int, problem: Exception | None) -> OSError:
+    """Return the error of a checkpoint that could not be written.
+
+    Args:
+        folder: the run folder.
+        step: step of the checkpoint.
+        problem: what went wrong; None if that is known to another process.
+    """
+    target = checkpoint_at(folder, step)
+    previous = next((path for path in reversed(checkpoints_in(folder)) if path != target), None)
+    remedy = f"continue with --resume_from_checkpoint latest: {previous} is unchanged" if previous else "start again"
+    return OSError(
+        f"cannot write the checkpoint of step {step:,}: {problem or 'another process failed'}. Free disk space, then "
+        f"{remedy}"
+    )
+
+
+def discard_unfinished(folder: Path) -> None:
+    """Delete what is left of checkpoints that could not be written."""
+    shutil.rmtree(folder / _STAGING, ignore_errors=True)
 
 
 def verify(checkpoint: Path) -> Manifest:
@@ -184,13 +210,20 @@ def supersede_later(folder: Path, step: int) -> None:
     The run will reach those steps again, perhaps with other settings. Until then, `newest_valid` must not choose them.
     They are renamed, not deleted, because you may want to go back to them.
     """
-    shutil.rmtree(folder / _STAGING, ignore_errors=True)
+    discard_unfinished(folder)
     for checkpoint in checkpoints_in(folder):
         if int(checkpoint.name.split("-")[1]) > step:
             renamed = checkpoint.with_name(checkpoint.name + _SUPERSEDED)
             shutil.rmtree(renamed, ignore_errors=True)
             os.replace(checkpoint, renamed)
             logger.warning("renamed %s to %s: the run resumes from step %d", checkpoint, renamed.name, step)
+
+
+def _complete(staging: Path, target: Path, manifest: Manifest) -> None:
+    """Make a checkpoint of a staging folder with all files."""
+    _write_manifest(staging, manifest)
+    flush_to_disk([*staging.rglob("*"), staging])
+    _replace(staging, target)
 
 
 def _write_manifest(folder: Path, manifest: Manifest) -> None:

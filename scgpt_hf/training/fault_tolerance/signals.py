@@ -1,4 +1,7 @@
-"""Stop a run by a signal: the first SIGTERM or SIGINT requests a checkpoint, a second one ends the process at once.
+"""Stop a run by a signal: the first one requests a checkpoint, a second one ends the process at once.
+
+The signals are SIGTERM, of job schedulers that end a job; SIGUSR1, of those that announce the end (`sbatch --signal`);
+and SIGINT, of Ctrl-C.
 
 Signal handlers belong to the whole process, so a trainer installs none by itself. The command line passes it a
 `StopSignal`, and so can you:
@@ -26,7 +29,8 @@ class TrainingInterrupted(Exception):
     """A signal stopped the training, after a checkpoint was saved.
 
     Attributes:
-        exit_code: what a shell expects of a process that the signal ended: 143 for SIGTERM, 130 for SIGINT.
+        exit_code: what a shell expects of a process that the signal ended: 143 for SIGTERM, 138 for SIGUSR1 (on Linux),
+            130 for SIGINT. A job script that finds one of them can start the run again.
     """
 
     def __init__(self, number: int, step: int, checkpoint: object) -> None:
@@ -45,7 +49,7 @@ class TrainingInterrupted(Exception):
 
 
 class StopSignal:
-    """Handles SIGTERM and SIGINT while it is entered as a context manager, as the trainer does during `train`.
+    """Handles SIGTERM, SIGUSR1 and SIGINT while it is entered as a context manager, as the trainer does during `train`.
 
     The first signal is only recorded; the trainer looks at `number` between two steps. A second signal ends the process
     without cleaning up, for example when a step hangs.
@@ -64,7 +68,7 @@ class StopSignal:
         """Install the handlers. Does nothing outside the main thread, the only one that Python lets install any."""
         self.number = 0
         if threading.current_thread() is threading.main_thread():
-            handled = (signal.SIGTERM, signal.SIGINT)
+            handled = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
             self._previous_handlers = {number: signal.signal(number, self._receive) for number in handled}
         return self
 

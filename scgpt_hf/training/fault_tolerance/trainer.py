@@ -6,7 +6,8 @@ is explained in the docstring of this package.
 
 import logging
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import contextmanager, nullcontext
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, NoReturn
@@ -19,6 +20,7 @@ from transformers.trainer_utils import IntervalStrategy
 from scgpt_hf.cells.schedule.run import RunSchedule
 from scgpt_hf.pipeline.stream import Batch
 from scgpt_hf.training.fault_tolerance import checkpoints
+from scgpt_hf.training.fault_tolerance.background import BackgroundSave
 from scgpt_hf.training.fault_tolerance.checkpoints import Manifest
 from scgpt_hf.training.fault_tolerance.losses import LossAccumulator, load_losses, losses_path, save_losses
 from scgpt_hf.training.fault_tolerance.nonfinite import (
@@ -38,6 +40,7 @@ logger = logging.getLogger(__name__)
 # Reason to stop that the processes exchange when one cannot read its cells. Other reasons are signal numbers, which are
 # below 65 on Linux and macOS.
 _READ_FAILED = 1_000
+_WRITE_FAILED = 2_000  # the checkpoint that is being written in the background
 
 
 class FaultTolerantTrainer(LibraryTrainer):
@@ -48,7 +51,8 @@ class FaultTolerantTrainer(LibraryTrainer):
     - FloatingPointError: too many consecutive steps were skipped because their loss or gradient was not finite, or the
       weights are not finite when they are saved.
     - TrainingInterrupted: a signal was received. A checkpoint was saved.
-    - OSError: cells could not be read (a checkpoint was saved), or a checkpoint could not be written.
+    - OSError: cells could not be read (a checkpoint was saved), or a checkpoint could not be written. With
+      `save_in_background`, this and weights that are not finite are found while the next steps run.
     - ValueError: the checkpoint to resume from does not fit the model.
 
     Attributes:
@@ -66,8 +70,8 @@ class FaultTolerantTrainer(LibraryTrainer):
 
         Args:
             schedule: which cells each step trains on.
-            stop_signal: handles SIGTERM and SIGINT while `train` runs: the first one saves a checkpoint and stops. None
-                leaves the signal handlers of the process alone.
+            stop_signal: handles SIGTERM, SIGUSR1 and SIGINT while `train` runs: the first one saves a checkpoint and
+                stops. None leaves the signal handlers of the process alone.
             trainer_arguments: arguments of `transformers.Trainer`.
 
         Raises:
@@ -88,13 +92,28 @@ class FaultTolerantTrainer(LibraryTrainer):
         self.stop_signal = stop_signal
         self.losses = LossAccumulator()
         self.last_saved_step = -1
+        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        # A checkpoint that is published must be complete first.
+        in_background = self.args.save_in_background and not (sharded or self.args.push_to_hub)
+        self.background = BackgroundSave(self.args.device) if in_background else None
         self.add_callback(_PrepareResume(self))
+        self.add_callback(_WaitForCopies(self))
 
     # The training loop
 
-    def training_context(self) -> AbstractContextManager[object]:
-        """Handle signals while `train` runs, if a `StopSignal` was passed."""
-        return self.stop_signal or nullcontext()
+    @contextmanager
+    def training_context(self) -> Iterator[None]:
+        """Handle signals while `train` runs, if a `StopSignal` was passed, and complete the last checkpoint."""
+        with self.stop_signal or nullcontext():
+            try:
+                yield
+            except (
+                BaseException
+            ):  # the processes may have failed at different points: do not let them wait for each other
+                if self.background is not None and (problem := self.background.wait()) is not None:
+                    logger.warning("%s", checkpoints.cannot_write(self.folder, self.last_saved_step, problem))
+                raise
+            self.finish_checkpoint()
 
     def planned_length(self, steps_per_epoch: int) -> tuple[int, int] | None:
         """Return the number of epochs and steps of the schedule.
@@ -122,7 +141,8 @@ class FaultTolerantTrainer(LibraryTrainer):
 
         Raises:
             TrainingInterrupted: a process received a signal. A checkpoint was saved.
-            OSError: a process could not read its cells. A checkpoint was saved.
+            OSError: a process could not read its cells. A checkpoint was saved. Or the last checkpoint could not be
+                written.
         """
         taken, problem = [], None
         try:
@@ -131,7 +151,12 @@ class FaultTolerantTrainer(LibraryTrainer):
             problem = error
         received = self.stop_signal.number if self.stop_signal else 0
         # A signal takes precedence on its process: `check_stop_signal` makes reading fail when one is received.
-        reason = self.ranks.all_reduce_max(received or (_READ_FAILED if problem else 0))
+        reason = received or (_READ_FAILED if problem else 0)
+        if self.background is not None and self.background.failed:
+            reason = _WRITE_FAILED
+        reason = self.ranks.all_reduce_max(reason)
+        if reason == _WRITE_FAILED:
+            self.finish_checkpoint()
         if reason:
             self._save_and_stop(reason, problem)
         return taken
@@ -151,6 +176,7 @@ class FaultTolerantTrainer(LibraryTrainer):
         step = self.state.global_step
         if self.last_saved_step != step:
             self.save_checkpoint_now()
+        self.finish_checkpoint()
         checkpoint = checkpoints.checkpoint_at(self.folder, step)
         if reason != _READ_FAILED:
             raise TrainingInterrupted(reason, step, checkpoint)
@@ -181,21 +207,59 @@ class FaultTolerantTrainer(LibraryTrainer):
     # Checkpoints
 
     def write_checkpoint(self, write_files: Callable[[Path | None], None]) -> None:
-        """Save a checkpoint that is complete or absent; see `checkpoints.write_checkpoint`."""
+        """Save a checkpoint that is complete or absent; see `checkpoints.write_checkpoint`.
+
+        With `save_in_background`, it is written while training goes on; see `finish_checkpoint`.
+        """
+        self.finish_checkpoint()
         self.guard.check_recent_steps()
-        self._require_finite()
+        if self.background is None:
+            self._require_finite()
         step, best_step = self.state.global_step, self.state.best_global_step
         manifest = Manifest(step, self.args.world_size, self.schedule.history(step))
-        with checkpoints.write_checkpoint(self.folder, manifest, self.ranks) as staging:
-            write_files(staging.parent)
+        finish = None if self.background is None else partial(self._finish_later, best_step)
+        with checkpoints.write_checkpoint(self.folder, manifest, self.ranks, finish) as staging:
+            self.write_later = self.background.defer if self.background is not None else None
+            try:
+                write_files(staging.parent)
+            finally:
+                self.write_later = None
             # The library looked for the best checkpoint in the staging folder. Write the state again, with its path.
             best = checkpoints.checkpoint_at(self.folder, best_step) if best_step else None
             self.state.best_model_checkpoint = str(best) if best else None
             if self.ranks.is_first:
                 self.state.save_to_json(str(staging / "trainer_state.json"))
         self.last_saved_step = step
-        if self.ranks.is_first:
+        if self.ranks.is_first and self.background is None:
             checkpoints.prune(self.folder, self.args.save_total_limit, best_step)
+
+    def _finish_later(self, best_step: int | None, complete: Callable[[], None]) -> None:
+        """Write, complete and prune in the background what `write_checkpoint` has begun, on the first process."""
+        assert self.background is not None
+
+        def finish() -> None:
+            complete()
+            checkpoints.prune(self.folder, self.args.save_total_limit, best_step)
+
+        self.background.start(_check_finite, finish)
+
+    def finish_checkpoint(self) -> None:
+        """Wait for the checkpoint that is being written in the background. All processes have to call it.
+
+        Raises:
+            FloatingPointError: weights or optimizer state are not finite. No checkpoint was saved.
+            OSError: the checkpoint could not be written. The previous one is unchanged.
+        """
+        if self.background is None:
+            return
+        problem, step = self.background.wait(), self.last_saved_step
+        failed = self.ranks.all_reduce_max((problem is not None) + isinstance(problem, FloatingPointError))
+        if failed and self.ranks.is_first:
+            checkpoints.discard_unfinished(self.folder)
+        if failed:
+            raise (
+                _diverged(step) if failed == 2 else checkpoints.cannot_write(self.folder, step, problem)
+            ) from problem
 
     def _require_finite(self) -> None:
         """Raise, on all processes, unless weights, buffers and optimizer state are finite."""
@@ -203,11 +267,7 @@ class FaultTolerantTrainer(LibraryTrainer):
         moments = [value for state in states for value in state.values() if isinstance(value, torch.Tensor)]
         finite = all_finite([*self.model.parameters(), *self.model.buffers(), *moments])
         if self.ranks.all_reduce_max(not finite):
-            raise FloatingPointError(
-                f"weights or optimizer state are not finite after step {self.state.global_step:,}, so no checkpoint "
-                "was saved: the run has diverged. Lower --learning_rate or lengthen --warmup_steps, and resume from an "
-                "earlier checkpoint"
-            )
+            raise _diverged(self.state.global_step)
 
     def save_process_state(self, checkpoint: Path) -> None:
         """Save the losses of this process since the last log line."""
@@ -234,7 +294,33 @@ class FaultTolerantTrainer(LibraryTrainer):
 
     def check_checkpoint(self, checkpoint: Path) -> None:
         """Raise `CheckpointError` unless the files of a checkpoint are those that were written."""
+        self.finish_checkpoint()  # it may be this one
         checkpoints.verify(checkpoint)
+
+
+def _check_finite(tensors: list[torch.Tensor]) -> None:
+    if not all_finite(tensors):
+        raise FloatingPointError("not finite")
+
+
+def _diverged(step: int) -> FloatingPointError:
+    return FloatingPointError(
+        f"weights or optimizer state are not finite after step {step:,}, so no checkpoint was saved: the run has "
+        "diverged. Lower --learning_rate or lengthen --warmup_steps, and resume from an earlier checkpoint"
+    )
+
+
+class _WaitForCopies(TrainerCallback):
+    """Lets an optimizer step wait until the weights and moments of the last checkpoint are copied."""
+
+    def __init__(self, trainer: FaultTolerantTrainer) -> None:
+        self.trainer = trainer
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        if self.trainer.background is not None:
+            self.trainer.background.wait_for_copies()
 
 
 class _PrepareResume(TrainerCallback):

@@ -4,9 +4,10 @@ A checkpoint holds the average as its model, so whatever loads the checkpoint ge
 end, the Hub, or you. The weights that training continues from are in the subfolder `training_weights`.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -64,12 +65,26 @@ class WeightAverage:
             self._set(self._trained)
             self._trained = None
 
-    def save_trained(self, checkpoint: Path) -> None:
-        """Write the weights that training continues from, while the average is applied."""
+    def save_trained(
+        self, checkpoint: Path, write_later: Callable[[Any, Callable[[Any], object]], None] | None = None
+    ) -> None:
+        """Write the weights that training continues from, while the average is applied.
+
+        Args:
+            checkpoint: folder of the checkpoint.
+            write_later: receives the weights, and the function that writes a copy of them; None writes them now.
+        """
         assert self._trained is not None, "a checkpoint is written while the average is applied"
         folder = checkpoint / TRAINING_WEIGHTS
         folder.mkdir()
-        save_file(self._trained, folder / "model.safetensors")
+
+        def write(weights: dict[str, torch.Tensor]) -> None:
+            save_file(weights, folder / "model.safetensors")
+
+        if write_later is None:
+            write(self._trained)
+        else:
+            write_later(self._trained, write)
 
     def restore(self, checkpoint: Path) -> None:
         """Continue from a checkpoint, whose average the model has loaded."""

@@ -38,16 +38,22 @@ def uninterrupted(small_census, tmp_path_factory):
     return folder, trainer
 
 
+@pytest.mark.parametrize("flags", [(), ("--save_in_background", "true")], ids=["foreground", "background"])
 @pytest.mark.parametrize(
     ("step", "number", "code"),  # the run saves every 4 steps
-    [(3, signal.SIGTERM, 143), (4, signal.SIGINT, 130), ("end of an epoch", signal.SIGTERM, 143)],
+    [
+        (3, signal.SIGTERM, 143),
+        (4, signal.SIGINT, 130),
+        (5, signal.SIGUSR1, 138),
+        ("end of an epoch", signal.SIGTERM, 143),
+    ],
 )
 def test_a_signal_saves_a_checkpoint_from_which_the_run_resumes_exactly(
-    small_census, uninterrupted, tmp_path, step, number, code
+    small_census, uninterrupted, tmp_path, step, number, code, flags
 ):
     run, expected = uninterrupted
     step = expected.schedule.epoch_ends[0] if step == "end of an epoch" else step
-    trainer, _, _ = prepare(small_census, tmp_path / "run", *EVERY_4, stop_signal=StopSignal())
+    trainer, _, _ = prepare(small_census, tmp_path / "run", *EVERY_4, *flags, stop_signal=StopSignal())
     trainer.add_callback(Send(number, step))
     before = signal.getsignal(number)
     with pytest.raises(

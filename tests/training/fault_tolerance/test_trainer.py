@@ -86,13 +86,14 @@ def test_consecutive_skipped_steps_stop_the_run_and_reach_no_checkpoint(small_ce
     assert all_finite(weights_of(trainer).values())
 
 
-def test_weights_that_are_not_finite_are_not_saved(small_census, tmp_path):
+@pytest.mark.parametrize("flags", [(), ("--save_in_background", "true")], ids=["foreground", "background"])
+def test_weights_that_are_not_finite_are_not_saved(small_census, tmp_path, flags):
     class Corrupt(TrainerCallback):
         def on_step_end(self, args, state, control, model=None, **_):
             if state.global_step == 8:
                 next(model.parameters()).data.view(-1)[0] = torch.inf
 
-    trainer, _, _ = prepare(small_census, tmp_path / "run", *EVERY_4)
+    trainer, _, _ = prepare(small_census, tmp_path / "run", *EVERY_4, *flags)
     trainer.add_callback(Corrupt())
     with pytest.raises(FloatingPointError, match="step 8"):
         trainer.train()
@@ -238,7 +239,8 @@ def test_with_another_batch_size_each_cell_of_the_epoch_is_still_visited_once(sm
     assert verify(newest_valid(folder)).history == sizes
 
 
-def test_a_full_disk_leaves_the_previous_checkpoint_valid(small_census, tmp_path):
+@pytest.mark.parametrize("flags", [(), ("--save_in_background", "true")], ids=["foreground", "background"])
+def test_a_full_disk_leaves_the_previous_checkpoint_valid(small_census, tmp_path, flags):
     """A limit on file sizes makes the write itself fail, as a full disk does."""
     _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
 
@@ -247,7 +249,7 @@ def test_a_full_disk_leaves_the_previous_checkpoint_valid(small_census, tmp_path
             if state.global_step == 8:
                 resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
 
-    trainer, _, _ = prepare(small_census, tmp_path / "run", *EVERY_4)
+    trainer, _, _ = prepare(small_census, tmp_path / "run", *EVERY_4, *flags)
     trainer.add_callback(FillDisk())
     try:
         with pytest.raises(OSError, match=r"step 8: .*checkpoint-4 is unchanged"):

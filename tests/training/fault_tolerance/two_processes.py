@@ -66,7 +66,7 @@ def main(census: Path, scratch: Path) -> None:
     trainer.train()
     checks["skipped"] = trainer.losses.n_steps == 0 and all_finite(weights_of(trainer).values())
 
-    trainer, _, _ = run("stopped", *EVERY_4, stop_signal=StopSignal())
+    trainer, _, _ = run("stopped", *EVERY_4, "--save_in_background", "true", stop_signal=StopSignal())
     read_step = trainer.read_step
 
     def interrupt(*arguments):
