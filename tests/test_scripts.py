@@ -166,14 +166,14 @@ def test_jobs_of_an_array_write_a_cache_and_keep_one_of_other_cells(small_census
         "disease == 'normal'",
     ]
     ends = []
-    for job in ("1/2", "0/2"):
-        done = run(*arguments, "--shard", job)
+    for job in ("--shard=1/2", "--shard=0/2", "--finish"):
+        done = run(*arguments, job)
         assert done.returncode == 0, done.stderr[-2000:]
         ends.append(done.stdout)
     assert "is complete; train on it with --data" in ends[-1]
     refused = run(script("cache_census"), str(small_census), str(tmp_path / "cache"))
     assert refused.returncode != 0
-    assert "holds a different cache (cells: expected 270" in refused.stderr
+    assert "holds different data (cells: expected 270" in refused.stderr
     assert "Traceback" not in refused.stderr
 
 
@@ -181,7 +181,7 @@ def test_an_interrupted_cache_reports_how_to_continue(small_census, tmp_path, mo
     def interrupt(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("scgpt_hf.cli.cache.write_shards", interrupt)
+    monkeypatch.setattr("scgpt_hf.cli.job_arguments.write_shards", interrupt)
     with pytest.raises(SystemExit) as ended:
         runpy.run_path(script("cache_census"))["main"]([str(small_census), str(tmp_path / "cache")])
     assert ended.value.code == 130

@@ -39,17 +39,22 @@ def replace_file(path: Path, *, folder: Path | None = None) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def write_atomically(path: Path, text: str) -> None:
+def write_atomically(path: Path, text: str, *, temporary_folder: Path | None = None) -> None:
     """Write a text file to the disk, or leave the old one untouched if writing fails or the machine crashes.
+
+    Args:
+        path: the file.
+        text: its new content.
+        temporary_folder: see `replace_file`.
 
     Raises:
         OSError: the file cannot be written.
     """
     try:
-        with replace_file(path) as temporary:
+        with replace_file(path, folder=temporary_folder) as temporary:
             temporary.write_text(text, encoding="utf-8")
     except OSError as error:
-        raise type(error)(error.errno, f"cannot write {path}: {error.strerror}") from error
+        raise type(error)(error.errno, f"cannot write {path}: {error.strerror}", error.filename) from error
 
 
 def flush_to_disk(paths: Iterable[Path]) -> None:

@@ -12,8 +12,9 @@ You can publish it on the Hub as a dataset, which others can stream, or train on
 
 Several machines can share the work. Any number of jobs gives the same files, byte for byte:
 
-  scgpt-hf cache CENSUS DIR --shard $SLURM_ARRAY_TASK_ID/64     one job of an array
-  scgpt-hf cache CENSUS DIR --ray                               on the Ray cluster of this machine
+  scgpt-hf cache CENSUS DIR --shard $SLURM_ARRAY_TASK_ID/$SLURM_ARRAY_TASK_COUNT     one job of an array
+  scgpt-hf cache CENSUS DIR --finish                                                 after it: is any file missing?
+  scgpt-hf cache CENSUS DIR --ray                                                    on the running Ray cluster
 
 After an interruption, run the same command again: finished files are verified by their hash, not written again. The
 last job that finishes completes the folder.
@@ -24,9 +25,10 @@ import logging
 import sys
 from pathlib import Path
 
-from scgpt_hf.cells.cache.jobs import CELLS_PER_SHARD, plan_cache, write_shards
+from scgpt_hf.cells.cache.jobs import plan_cache
 from scgpt_hf.cells.files.formats import SUPPORTED
 from scgpt_hf.cells.source import open_source
+from scgpt_hf.cli.job_arguments import add_job_arguments, run_jobs
 from scgpt_hf.cli.process import accept_any_locale, exit_with_error, program_name, tune_process
 from scgpt_hf.publishing.publish_cache import check_dataset, publish_cache
 from scgpt_hf.training.settings_parsing import ExampleHelpFormatter
@@ -36,14 +38,9 @@ def main(arguments: list[str] | None = None) -> None:
     """Parse the command line, write the files of this job, and print whether the cache is complete."""
     accept_any_locale()
     tune_process()
-    parser = _make_parser()
-    options = parser.parse_args(arguments)
+    options = _make_parser().parse_args(arguments)
     logging.basicConfig(format="%(message)s")
     logging.getLogger("scgpt_hf").setLevel(logging.INFO)
-    try:
-        index, n_jobs = (int(number) for number in options.shard.split("/"))
-    except ValueError:
-        parser.error(f"expected --shard I/N, e.g. 0/4, found {options.shard!r}")
     try:
         source = open_source(
             options.source,
@@ -55,16 +52,9 @@ def main(arguments: list[str] | None = None) -> None:
         if options.push_to_hub:
             check_dataset(options.push_to_hub, private=options.private or None)
         jobs = plan_cache(source, options.out, columns=options.columns, cells_per_shard=options.cells_per_shard)
-        if options.ray:
-            from scgpt_hf.cells.cache.cluster import write_on_ray
-
-            complete = write_on_ray(jobs, rewrite=options.rewrite, set_up=tune_process)
-        else:
-            complete = write_shards(jobs, (index, n_jobs), rewrite=options.rewrite)
+        complete = run_jobs(jobs, options)
         if complete:
             print(f"{options.out} is complete; train on it with --data {options.out}")
-        else:
-            print(f"this job is finished; {options.out} is complete when all other jobs are")
         if complete and options.push_to_hub:
             url = publish_cache(Path(options.out), options.push_to_hub, private=options.private or None)
             print(f"Published at {url}")
@@ -80,22 +70,10 @@ def _make_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("source", nargs="+", metavar="CENSUS", help=f"census://VERSION/ORGANISM, a local SOMA, or files: {SUPPORTED}")
     add("out", metavar="DIR", help="folder of the cache; created if it does not exist")
-    add("--obs_filter", help="SOMA value filter on obs, e.g. \"tissue_general == 'blood'\"")
     add("--layer", help="layer with the raw counts (default: raw of a SOMA, of a file the one that has them)")
     add("--round_counts", action="store_true", help="round fractional counts of files instead of stopping")
-    add("--all_cells", action="store_true", help="also keep cells with is_primary_data == False, which are duplicates")
     add("--columns", nargs="*", metavar="COLUMN", help="obs columns to keep (default: donor_id, cell_type, …)")
-    add(
-        "--cells_per_shard",
-        type=int,
-        default=CELLS_PER_SHARD,
-        help="least number of cells of a file (default: %(default)s)",
-    )
-    add(
-        "--shard", default="0/1", metavar="I/N", help="write every N-th file only, starting with file I, counted from 0"
-    )
-    add("--ray", action="store_true", help="write on the running Ray cluster (pip install 'scgpt_hf[cluster]')")
-    add("--rewrite", action="store_true", help="write corrupt files again instead of stopping")
+    add_job_arguments(parser)
     add("--push_to_hub", metavar="ORG/NAME", help="publish the cache as a dataset when it is complete")
     add("--private", action="store_true", help="make the dataset private")
     return parser

@@ -11,8 +11,9 @@ from typing import Any
 import pyarrow as pa
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, DatasetCard, DatasetCardData, HfApi
 
-from scgpt_hf.cells.cache.manifest import GENES, MANIFEST, CacheIdentity, ShardRecord, read_manifest, verify_shard
+from scgpt_hf.cells.cache.manifest import GENES, MANIFEST, read_manifest
 from scgpt_hf.cells.cache.presence import PRESENCE
+from scgpt_hf.cells.jobs.records import ShardRecord, ShardsIdentity, verify_shard
 from scgpt_hf.publishing.card import markdown_table
 from scgpt_hf.publishing.hub import HubError, require_repo_id, translate_hub_errors
 from scgpt_hf.publishing.record import UNKNOWN, strip_private
@@ -41,7 +42,7 @@ def publish_cache(folder: str | Path, repo_id: str, *, private: bool | None = No
         The address of the dataset.
 
     Raises:
-        CacheError: the cache is incomplete, or a shard is corrupt.
+        ShardError: the cache is incomplete, or a shard is corrupt.
         HubError: the Hub cannot be reached, rejects the upload, or holds something else under this id.
         ValueError: the id is malformed.
 
@@ -100,7 +101,7 @@ def cache_card(folder: Path, repo_id: str) -> DatasetCard:
         repo_id: repository that the card's code loads.
 
     Raises:
-        CacheError: the cache is incomplete.
+        ShardError: the cache is incomplete.
     """
     identity, shards = read_manifest(folder)
     source: dict[str, Any] = strip_private(identity.source)
@@ -122,7 +123,7 @@ def cache_card(folder: Path, repo_id: str) -> DatasetCard:
     return DatasetCard(f"---\n{metadata.to_yaml()}\n---\n\n{text}")
 
 
-def _facts(identity: CacheIdentity, shards: list[ShardRecord], source: dict[str, Any]) -> Rows:
+def _facts(identity: ShardsIdentity, shards: list[ShardRecord], source: dict[str, Any]) -> Rows:
     census = source.get("census_version")
     origin = ", ".join(source.get("paths", [])) or source.get("uri", UNKNOWN)
     return {

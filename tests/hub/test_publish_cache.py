@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from scgpt_hf.cells.cache.jobs import write_cache
-from scgpt_hf.cells.cache.manifest import CacheError
+from scgpt_hf.cells.jobs.records import ShardError
 from scgpt_hf.cells.source import open_source
 from scgpt_hf.publishing.hub import HubError
 from scgpt_hf.publishing.publish_cache import cache_card, check_dataset, publish_cache
@@ -179,8 +179,8 @@ def corrupt(folder: Path) -> str:
 @pytest.mark.parametrize(
     ("arrange", "error", "message"),
     [
-        (corrupt, CacheError, "data-00000-of-00001.arrow is corrupt"),
-        (lambda folder: (folder / "manifest.json").unlink() or "org/none", CacheError, "is not a cache"),
+        (corrupt, ShardError, "data-00000-of-00001.arrow is corrupt"),
+        (lambda folder: (folder / "manifest.json").unlink() or "org/none", ShardError, "is not a cache"),
         (lambda folder: "blood", ValueError, "with its owner"),
         (lambda folder: "stranger/blood", HubError, "no write access to stranger/blood"),
     ],

@@ -1,7 +1,5 @@
 """Small inputs for the tests of caches, also for those that run in another process."""
 
-import os
-import signal
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +7,8 @@ import pandas as pd
 from anndata import AnnData
 from scipy.sparse import csr_matrix, random_array
 
-from scgpt_hf.cells.source import CellSource
+from scgpt_hf.cells.cache.jobs import CacheJobs, plan_cache, write_cache
+from scgpt_hf.cells.source import CellSource, open_source
 
 SHARD = {"cells_per_shard": 2048}  # 9,000 cells make five shards
 
@@ -22,34 +21,35 @@ def make_cells(seed: int = 0, n_cells: int = 9000) -> AnnData:
     return AnnData(csr_matrix(counts, dtype=np.float32), obs.astype(str), genes)
 
 
+def write_job(folder: str, job: tuple[int, int]) -> None:
+    """Write the shards of one job of a cache of `make_cells`."""
+    write_cache(open_source(make_cells()), folder, job=job, **SHARD)
+
+
+def plan_on_ray(folder: str) -> CacheJobs:
+    """Plan the same cache from a source that breaks if a file "broken" is beside the folder."""
+    source = BreakableSource(open_source(make_cells()), Path(folder).with_name("broken"))
+    return plan_cache(source, folder, **SHARD)
+
+
 def contents(folder: Path) -> dict[str, bytes]:
     """Return the content of each file of a folder."""
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-class DeadlySource:
-    """A source that kills its process when it reads cells from 4,096 on, as often as the file `deaths` has lines."""
+class BreakableSource:
+    """A source that cannot read cell 8,000 while a file exists."""
 
-    def __init__(self, source: CellSource, deaths: Path) -> None:
-        """Wrap a source.
-
-        Args:
-            source: the source.
-            deaths: a file; each death removes a line. If a file "broken" is in the same folder, cell 8,000 raises.
-        """
-        self.source, self.deaths = source, deaths
+    def __init__(self, source: CellSource, broken: Path) -> None:
+        self.source, self.broken = source, broken
 
     def __getattr__(self, name: str):
-        if name in {"source", "deaths", "__setstate__"}:
+        if name in {"source", "broken", "__setstate__"}:
             raise AttributeError(name)
         return getattr(self.source, name)
 
     def read(self, cell_ids, columns=()):
-        """Return cells, raise, or kill this process."""
-        left = self.deaths.read_text().splitlines()
-        if left and cell_ids[0] >= 4096:
-            self.deaths.write_text("\n".join(left[1:]))
-            os.kill(os.getpid(), signal.SIGKILL)
-        if (cell_ids == 8000).any() and self.deaths.with_name("broken").exists():
+        """Return cells, or raise."""
+        if (cell_ids == 8000).any() and self.broken.exists():
             raise ValueError("cell 8000 cannot be read")
         return self.source.read(cell_ids, columns)

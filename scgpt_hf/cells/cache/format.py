@@ -8,30 +8,19 @@ of 255 or more is stored as 255, and its value is the cell's next entry of `larg
 `jobs.py` decides which cells make a shard; `shards.py` reads them.
 """
 
-import errno
-import hashlib
-import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from pathlib import Path
-from typing import IO, Any, NamedTuple
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import pyarrow as pa
 
-from scgpt_hf.cells.atomic import replace_file
 from scgpt_hf.cells.block import CHUNK_SIZE, CellBlock, Int64Array
+from scgpt_hf.cells.jobs.hashed_file import HashedFile
 
 ESCAPE = 255  # in `count`: the value is the next entry of `large_count`
 MAX_COUNT = 2**32 - 1  # the largest value of `large_count`
 CELL_COLUMNS = ("cell_id", "gene", "count", "large_count")  # the first columns; those of obs follow
-
-
-class WrittenFile(NamedTuple):
-    """The SHA-256 of a file in hexadecimal digits, and its size in bytes."""
-
-    sha256: str
-    n_bytes: int
 
 
 def cache_schema(n_genes: int, obs_types: Mapping[str, pa.DataType]) -> pa.Schema:
@@ -107,65 +96,17 @@ def encode_cells(cells: CellBlock, schema: pa.Schema) -> pa.RecordBatch:
     return pa.RecordBatch.from_arrays(columns, schema=schema)
 
 
-def write_shard(
-    path: Path,
-    schema: pa.Schema,
-    batches: Iterable[pa.RecordBatch],
-    *,
-    temporary_folder: Path,
-    before_rename: Callable[[WrittenFile], object] = lambda written: None,
-) -> WrittenFile:
-    """Write record batches to a file and return its hash and size.
-
-    The file is written to a temporary name, flushed to the disk and then renamed, so `path` is never incomplete, even
-    after a power failure.
+def write_batches(file: HashedFile, schema: pa.Schema, batches: Iterable[pa.RecordBatch]) -> None:
+    """Write record batches to an empty file.
 
     Args:
-        path: the file to write.
+        file: the file, open for writing.
         schema: the schema of the batches.
         batches: the cells.
-        temporary_folder: folder for the temporary file, on the same disk as `path`; created if it does not exist.
-        before_rename: called with the hash and size before the file is renamed; if it raises, `path` is not changed.
-
-    Raises:
-        OSError: writing failed. If the disk is full, the message says how much space is free.
     """
-    temporary_folder.mkdir(exist_ok=True)
-    try:
-        with replace_file(path, folder=temporary_folder) as temporary:
-            with temporary.open("xb") as file:
-                hashed = _HashedFile(file)
-                with pa.ipc.new_stream(hashed, schema) as writer:
-                    for batch in batches:
-                        writer.write_batch(batch)
-            written = WrittenFile(hashed.sha256.hexdigest(), hashed.n_bytes)
-            before_rename(written)
-    except OSError as error:
-        if error.errno != errno.ENOSPC:
-            raise
-        free = shutil.disk_usage(path.parent).free / 1e9
-        raise OSError(
-            errno.ENOSPC,
-            f"the disk is full: {path} was not written, {free:.2f} GB are free. Free some space, or choose another "
-            "folder, then run the same command again; it writes only the missing shards",
-        ) from error
-    return written
-
-
-class _HashedFile:
-    """A writable file that computes the hash of what is written."""
-
-    def __init__(self, file: IO[bytes]) -> None:
-        self.file, self.sha256, self.n_bytes, self.closed = file, hashlib.sha256(), 0, False
-
-    def write(self, content: bytes) -> int:
-        """Write bytes and add them to the hash."""
-        self.sha256.update(content)
-        self.n_bytes += len(content)
-        return self.file.write(content)
-
-    def flush(self) -> None:
-        """Do nothing: Arrow flushes after each batch, but the file is flushed once, at its end."""
+    with pa.ipc.new_stream(file, schema) as writer:
+        for batch in batches:
+            writer.write_batch(batch)
 
 
 def _encode_column(column: pd.Series, arrow_type: pa.DataType) -> pa.Array:

@@ -13,7 +13,8 @@ from safetensors.numpy import load, save
 
 from scgpt_hf.cells.atomic import replace_file
 from scgpt_hf.cells.block import AnyArray, Int64Array
-from scgpt_hf.cells.cache.manifest import MANIFEST, REMEDY, CacheError, hash_file
+from scgpt_hf.cells.cache.manifest import JOBS, MANIFEST
+from scgpt_hf.cells.jobs.records import REMEDY, ShardError, hash_file
 from scgpt_hf.cells.presence import Presence
 
 PRESENCE = "presence.safetensors"
@@ -34,7 +35,7 @@ def write_presence(folder: Path, cell_ids: Int64Array, presence: Presence) -> st
         # Eight genes in a byte. safetensors stores the memory as it is, whatever the order of its axes.
         "measured": np.ascontiguousarray(np.packbits(presence.measured, axis=1)),
     }
-    with replace_file(folder / PRESENCE) as temporary:
+    with replace_file(folder / PRESENCE, folder=folder / JOBS) as temporary:
         temporary.write_bytes(save(arrays))
     return hash_file(folder / PRESENCE)
 
@@ -48,16 +49,16 @@ def read_presence(folder: Path, cell_ids: Int64Array, n_genes: int) -> Presence 
         n_genes: number of genes of the cache.
 
     Raises:
-        CacheError: the file is missing, corrupt, or does not fit the genes.
+        ShardError: the file is missing, corrupt, or does not fit the genes.
     """
     expected = json.loads((folder / MANIFEST).read_text(encoding="utf-8")).get("presence")
     if expected is None:
         return None
     path = folder / PRESENCE
     if not path.is_file():
-        raise CacheError(f"{path} is missing; {REMEDY}")
+        raise ShardError(f"{path} is missing; {REMEDY}")
     if (found := hash_file(path)) != expected:
-        raise CacheError(f"{path} is corrupt: expected sha256 {str(expected)[:16]}…, found {found[:16]}…; {REMEDY}")
+        raise ShardError(f"{path} is corrupt: expected sha256 {str(expected)[:16]}…, found {found[:16]}…; {REMEDY}")
     try:
         arrays = load(path.read_bytes())
         if (width := arrays["measured"].shape[1]) != -(-n_genes // 8):
@@ -66,4 +67,4 @@ def read_presence(folder: Path, cell_ids: Int64Array, n_genes: int) -> Presence 
         run = np.searchsorted(arrays["first_cells"], cell_ids, side="right") - 1
         return Presence(arrays["datasets"][run], measured)
     except (SafetensorError, KeyError, ValueError, IndexError, TypeError) as error:
-        raise CacheError(f"{path} does not hold the measured genes of {n_genes:,} genes ({error}); {REMEDY}") from error
+        raise ShardError(f"{path} does not hold the measured genes of {n_genes:,} genes ({error}); {REMEDY}") from error

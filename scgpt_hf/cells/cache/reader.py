@@ -18,9 +18,10 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from scgpt_hf.cells.block import CellBlock, Int64Array, require_cell_ids
-from scgpt_hf.cells.cache.manifest import MANIFEST, REMEDY, CacheError, read_genes, read_manifest, verify_shard
+from scgpt_hf.cells.cache.manifest import MANIFEST, read_genes, read_manifest
 from scgpt_hf.cells.cache.presence import read_presence
 from scgpt_hf.cells.cache.shards import Shard, find_cells
+from scgpt_hf.cells.jobs.records import REMEDY, ShardError, verify_shard
 from scgpt_hf.cells.obs import PRIMARY, add_primary_filter, drop_unused_categories, find_matching_rows, require_columns
 from scgpt_hf.cells.presence import Presence
 
@@ -69,7 +70,7 @@ class CacheSource:
             n_threads: number of threads that find cells, and that wait for the disk if they are not in memory.
 
         Raises:
-            CacheError: the folder is not a complete cache.
+            ShardError: the folder is not a complete cache.
             ValueError: the cache was written from another layer, or the filter cannot be parsed.
         """
         self._settings: dict[str, Any] = {
@@ -121,7 +122,7 @@ class CacheSource:
         """Return the given cells in the given order; see `CellSource.read`.
 
         Raises:
-            CacheError: a shard is corrupt.
+            ShardError: a shard is corrupt.
             ValueError: see `CellSource.read`.
         """
         cell_ids = require_cell_ids(cell_ids, self._selected)
@@ -171,9 +172,9 @@ class CacheSource:
             expected = {"cells": record.n_cells, "first": record.first_cell, "last": record.last_cell}
             found = {"cells": len(ids), "first": int(ids[0]), "last": int(ids[-1])}
             if found != expected:
-                raise CacheError(f"{shard.path} contradicts {MANIFEST}: expected {expected}, found {found}; {REMEDY}")
+                raise ShardError(f"{shard.path} contradicts {MANIFEST}: expected {expected}, found {found}; {REMEDY}")
             if not types.equals(shards[0].table.schema):
-                raise CacheError(
+                raise ShardError(
                     f"{shard.path} has the columns {types.names}, but {shards[0].path} has "
                     f"{shards[0].table.schema.names}, or columns of other types; {REMEDY}"
                 )

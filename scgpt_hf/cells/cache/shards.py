@@ -15,8 +15,8 @@ import pyarrow as pa
 
 from scgpt_hf.cells.block import CHUNK_SIZE, AnyArray, CellBlock, CsrArrays, Int64Array, to_offsets
 from scgpt_hf.cells.cache.format import CELL_COLUMNS, ESCAPE, cache_schema
-from scgpt_hf.cells.cache.manifest import REMEDY, CacheError
 from scgpt_hf.cells.compiled import compiled
+from scgpt_hf.cells.jobs.records import REMEDY, ShardError
 
 _CELLS, _IDS, _OFFSETS, _GENES, _COUNTS, _LARGE_OFFSETS, _LARGE = range(7)  # columns of `Shard.batches`
 _PAGE = 4096  # bytes; the smallest page of memory, which the system reads from the disk at once
@@ -44,7 +44,7 @@ class Shard:
             n_genes: number of genes of the cache.
 
         Raises:
-            CacheError: the file is not a complete shard.
+            ShardError: the file is not a complete shard.
             OSError: the file cannot be opened.
         """
         self.path = path
@@ -54,7 +54,7 @@ class Shard:
             self.table = pa.ipc.open_stream(pa.BufferReader(content)).read_all()
             _validate_shard(self.table, content, n_genes)
         except (pa.ArrowException, OSError, ValueError) as error:
-            raise CacheError(f"{path} is not a valid shard: {error}; {REMEDY}") from error
+            raise ShardError(f"{path} is not a valid shard: {error}; {REMEDY}") from error
         gene_type = self.table.schema.field("gene").type.value_type.to_pandas_dtype()
         self.longs, self.ints, self.genes, self.bytes = (
             np.frombuffer(content, kind, len(content) // np.dtype(kind).itemsize)
@@ -74,13 +74,13 @@ class Shard:
         """Return an obs column. Shape (cells,).
 
         Raises:
-            CacheError: the column does not exist, or its bytes are not valid values.
+            ShardError: the column does not exist, or its bytes are not valid values.
         """
         try:
             column = self.table[name]
             column.validate(full=True)  # invalid offsets of text would crash its reader
         except (pa.ArrowException, KeyError) as error:
-            raise CacheError(f"{self.path} is not a valid shard: column {name!r}: {error}; {REMEDY}") from error
+            raise ShardError(f"{self.path} is not a valid shard: column {name!r}: {error}; {REMEDY}") from error
         return column
 
 
@@ -116,7 +116,7 @@ class MappedBlock(CellBlock):
         """Copy the cells at the given positions from the shards.
 
         Raises:
-            CacheError: a cell has a gene that the cache does not have.
+            ShardError: a cell has a gene that the cache does not have.
         """
         indptr, n_genes = to_offsets(self._lengths[positions]), self.shape[1]
         genes = np.empty(indptr[-1], np.uint16 if n_genes <= 2**16 else np.int32)
@@ -126,7 +126,7 @@ class MappedBlock(CellBlock):
             self._copy(positions, indptr, genes, counts)
         if (largest := genes.max(initial=0)) >= n_genes:
             folder = self._shards[0].path.parent
-            raise CacheError(f"{folder} has {n_genes:,} genes, but a cell has gene number {largest:,}; {REMEDY}")
+            raise ShardError(f"{folder} has {n_genes:,} genes, but a cell has gene number {largest:,}; {REMEDY}")
         return counts, genes, indptr
 
     def _copy(self, positions: Int64Array, indptr: Int64Array, genes: AnyArray, counts: AnyArray) -> int:

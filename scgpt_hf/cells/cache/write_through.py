@@ -10,6 +10,7 @@ import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -19,11 +20,14 @@ import pandas as pd
 from scipy.sparse import vstack
 
 from scgpt_hf.cells.block import CellBlock, Int64Array
-from scgpt_hf.cells.cache.format import encode_chunks, write_shard
-from scgpt_hf.cells.cache.jobs import CELLS_PER_SHARD, COLUMNS, plan_cache, write_shards
-from scgpt_hf.cells.cache.manifest import JOBS, MANIFEST, CacheError, hash_file, require_same_source
+from scgpt_hf.cells.cache.format import encode_chunks, write_batches
+from scgpt_hf.cells.cache.jobs import COLUMNS, plan_cache
+from scgpt_hf.cells.cache.manifest import JOBS, MANIFEST
 from scgpt_hf.cells.cache.reader import CacheSource
 from scgpt_hf.cells.cache.shards import Shard, find_cells, gather_obs
+from scgpt_hf.cells.jobs.hashed_file import write_hashed
+from scgpt_hf.cells.jobs.records import ShardError, hash_file, require_same_source
+from scgpt_hf.cells.jobs.shard_jobs import CELLS_PER_SHARD, write_shards
 from scgpt_hf.cells.presence import Presence
 from scgpt_hf.cells.source import CellSource
 
@@ -65,7 +69,7 @@ class CachingSource:
             cells_per_shard: least number of cells of a file.
 
         Raises:
-            CacheError: the folder holds a cache of another source, or one without some of the cells or columns.
+            ShardError: the folder holds a cache of another source, or one without some of the cells or columns.
             ValueError: the source is a cache.
         """
         if source.describe()["kind"] == "cache":
@@ -135,7 +139,7 @@ class CachingSource:
         """Complete the cache and return it. Every process must call this; further calls return the same cache.
 
         Raises:
-            CacheError, OSError, ValueError: see `write_cache`.
+            ShardError, OSError, ValueError: see `write_cache`.
         """
         if not self._finished:
             self._storing_enabled = False
@@ -171,7 +175,8 @@ class CachingSource:
         path, schema = folder / f"new-{uuid4().hex}", self._jobs.schema
         with self._jobs.ignore_if_completed():  # another run may complete the same cache, which removes the parts
             folder.mkdir(exist_ok=True)
-            written = write_shard(path, schema, encode_chunks(block, schema, rows), temporary_folder=folder)
+            fill = partial(write_batches, schema=schema, batches=encode_chunks(block, schema, rows))
+            written = write_hashed(path, fill, temporary_folder=folder)
             self._add(path.rename(folder / f"{written.sha256}.arrow"))
 
     def _find_parts(self, cell_ids: Int64Array) -> Any:
@@ -202,13 +207,13 @@ class CachingSource:
         cache, jobs = CacheSource(self._folder, primary_only=False), self._jobs
         require_same_source(self._folder, cache.identity, jobs.identity)
         if missing_columns := [name for name in columns if name not in cache.obs_columns]:
-            raise CacheError(
+            raise ShardError(
                 f"{self._folder} does not have the obs columns {missing_columns}; remove it, or choose another "
                 "--cache_dir"
             )
         missing = jobs.cell_ids[~np.isin(jobs.cell_ids, cache.obs().index.to_numpy())]
         if len(missing):
-            raise CacheError(
+            raise ShardError(
                 f"{self._folder} does not have {len(missing):,} of the {len(jobs.cell_ids):,} cells of the run, e.g. "
                 f"{missing[:5].tolist()}; remove it, or choose another --cache_dir"
             )

@@ -15,13 +15,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from scgpt_hf.cells.cache import format as cache_format
-from scgpt_hf.cells.cache import jobs as cache_jobs
-from scgpt_hf.cells.cache.jobs import plan_cache, write_cache, write_shards
-from scgpt_hf.cells.cache.manifest import CacheError
+from scgpt_hf.cells.cache.jobs import plan_cache, write_cache
+from scgpt_hf.cells.jobs import hashed_file, shard_jobs
+from scgpt_hf.cells.jobs.records import ShardError
+from scgpt_hf.cells.jobs.shard_jobs import write_shards
 from scgpt_hf.cells.source import CellSource, open_source
 from tests.support import ROOT
-from tests.support.caches import SHARD, contents, make_cells
+from tests.support.caches import SHARD, contents, make_cells, write_job
+from tests.support.killed_jobs import write_with_killed_jobs
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +95,7 @@ def test_a_corrupt_shard_raises_and_is_rewritten_if_requested(source, complete, 
     content = bytearray(complete[name])
     content[1000] ^= 4
     (folder / name).write_bytes(content)
-    with pytest.raises(CacheError, match=rf"{name} is corrupt.*--rewrite"):
+    with pytest.raises(ShardError, match=rf"{name} is corrupt.*--rewrite"):
         write_cache(source, folder, **SHARD)
     assert write_cache(source, folder, rewrite=True, **SHARD)
     assert contents(folder) == complete
@@ -112,7 +113,7 @@ def test_a_shard_is_not_replaced_if_the_counts_of_the_source_have_changed(source
     (tmp_path / "cache" / "data-00003-of-00005.arrow").unlink()
     other = make_cells()
     other.X.data[:] = 7
-    with pytest.raises(CacheError, match=r"data-00003.*source"):
+    with pytest.raises(ShardError, match=r"data-00003.*source"):
         write_cache(open_source(other), tmp_path / "cache", **SHARD)
 
 
@@ -128,14 +129,14 @@ def test_a_shard_is_not_replaced_if_the_counts_of_the_source_have_changed(source
 def test_a_different_cache_in_the_folder_raises_and_is_left_alone(source, tmp_path, finished, keywords, message):
     write_cache(source, tmp_path / "cache", job=(0, 1) if finished else (0, 2), **SHARD)
     before = contents(tmp_path / "cache") if finished else None
-    with pytest.raises(CacheError, match=message):
+    with pytest.raises(ShardError, match=message):
         write_cache(source, tmp_path / "cache", **SHARD | keywords)
     assert before is None or contents(tmp_path / "cache") == before
 
 
 def test_a_cache_with_another_filter_is_a_different_cache(source, tmp_path):
     write_cache(source, tmp_path / "cache", **SHARD)
-    with pytest.raises(CacheError, match=r"obs_filter: .*donor_id == '1'"):
+    with pytest.raises(ShardError, match=r"obs_filter: .*donor_id == '1'"):
         write_cache(open_source(make_cells(), obs_filter="donor_id == '1'"), tmp_path / "cache", **SHARD)
 
 
@@ -147,10 +148,26 @@ def test_a_folder_or_file_that_is_not_a_cache_raises_and_is_left_alone(source, t
     assert contents(tmp_path) == {"notes.txt": b"mine"}
 
 
-def test_an_incomplete_cache_cannot_be_opened(source, tmp_path):
-    write_cache(source, tmp_path / "cache", job=(1, 2), **SHARD)
-    with pytest.raises(CacheError, match="incomplete"):
-        open_source(tmp_path / "cache")
+def test_an_incomplete_cache_cannot_be_opened_or_finished_and_the_error_names_the_missing_files(source, tmp_path):
+    folder = tmp_path / "cache"
+    write_cache(source, folder, job=(1, 2), **SHARD)
+    message = "lacks 3 of 5 files: data-00000-of-00005.arrow, data-00002-of-00005.arrow, data-00004-of-00005.arrow"
+    with pytest.raises(ShardError, match=message):
+        open_source(folder)
+    jobs = plan_cache(source, folder, **SHARD)
+    with pytest.raises(ShardError, match=message):
+        jobs.require_finished()
+
+
+def test_records_without_a_manifest_are_finished_without_reading_any_cell(source, complete, tmp_path, monkeypatch):
+    folder = tmp_path / "cache"
+    with monkeypatch.context() as patch:
+        patch.setattr(shard_jobs.ShardJobs, "finish", lambda jobs: False)
+        assert not write_cache(source, folder, **SHARD)
+    jobs = plan_cache(source, folder, **SHARD)
+    monkeypatch.setattr(type(jobs), "write", None)
+    jobs.require_finished()
+    assert contents(folder) == complete
 
 
 @pytest.mark.parametrize(
@@ -185,12 +202,12 @@ def test_a_job_does_not_change_a_cache_that_another_job_has_completed_meanwhile(
     folder = tmp_path / "cache"
     jobs = plan_cache(source, folder, **SHARD)
 
-    def complete_first(path: Path, schema: object, batches: object, *, temporary_folder: Path, **_: object) -> None:
+    def complete_first(path: Path, fill: object, *, temporary_folder: Path, **_: object) -> None:
         monkeypatch.undo()
         assert write_cache(source, folder, **SHARD)
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(temporary_folder / path.name))
 
-    monkeypatch.setattr(cache_jobs, "write_shard", complete_first)
+    monkeypatch.setattr(shard_jobs, "write_hashed", complete_first)
     assert write_shards(jobs)
     assert contents(folder) == complete
 
@@ -214,7 +231,7 @@ def test_a_missing_file_of_the_source_raises_even_if_the_cache_is_complete(sourc
 def test_a_full_disk_raises_and_leaves_the_finished_shards(source, complete, tmp_path, monkeypatch):
     free = sum(len(complete[f"data-{shard:05d}-of-00005.arrow"]) for shard in range(2)) + 5000
 
-    class SmallDisk(cache_format._HashedFile):
+    class SmallDisk(hashed_file.HashedFile):
         def write(self, content: bytes) -> int:
             nonlocal free
             free -= len(content)
@@ -223,7 +240,7 @@ def test_a_full_disk_raises_and_leaves_the_finished_shards(source, complete, tmp
             return super().write(content)
 
     with monkeypatch.context() as patch:
-        patch.setattr(cache_format, "_HashedFile", SmallDisk)
+        patch.setattr(hashed_file, "HashedFile", SmallDisk)
         with pytest.raises(OSError, match=r"disk is full.*data-00002"):
             write_cache(source, tmp_path / "cache", **SHARD)
     assert sorted(path.name for path in (tmp_path / "cache").glob("data*")) == sorted(complete)[:2]
@@ -258,3 +275,9 @@ def test_a_killed_job_is_completed_by_the_same_job(source, complete, tmp_path):
     assert 0 < len(finished) < 5
     assert write_cache(source, folder, **SHARD)
     assert contents(folder) == complete
+
+
+@pytest.mark.parametrize("seed", [0, 4])
+def test_jobs_that_are_killed_while_they_write_flush_and_rename_write_the_same_bytes(complete, tmp_path, seed):
+    assert write_with_killed_jobs(write_job, tmp_path / "cache", seed) >= 3
+    assert contents(tmp_path / "cache") == complete

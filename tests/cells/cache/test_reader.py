@@ -16,8 +16,8 @@ from safetensors.numpy import save
 from scipy.sparse import csr_matrix
 
 from scgpt_hf.cells.cache.jobs import write_cache
-from scgpt_hf.cells.cache.manifest import CacheError, hash_file
 from scgpt_hf.cells.cache.reader import CacheSource, uniform_chunk_size
+from scgpt_hf.cells.jobs.records import ShardError, hash_file
 from scgpt_hf.cells.source import CellSource, open_source
 from tests.support.source_contract import SourceContract
 
@@ -165,7 +165,7 @@ def test_a_changed_byte_raises_before_the_first_cell_is_read(copied):
     damage(copied, SECOND, flipped)
     source = open_source(copied)
     for _ in range(2):
-        with pytest.raises(CacheError, match=rf"{SECOND} is corrupt.*--rewrite"):
+        with pytest.raises(ShardError, match=rf"{SECOND} is corrupt.*--rewrite"):
             source.read(np.array([10]))
     assert len(CacheSource(copied, verify=False).read(np.array([10]))) == 1
 
@@ -190,32 +190,32 @@ def test_a_changed_byte_raises_before_the_first_cell_is_read(copied):
 )
 def test_an_incomplete_cache_or_a_malformed_manifest_raises_at_opening(copied, name, how, message):
     damage(copied, name, how)
-    with pytest.raises(CacheError, match=message):
+    with pytest.raises(ShardError, match=message):
         open_source(copied)
 
 
 def test_a_missing_shard_raises(copied):
     (copied / SECOND).unlink()
-    with pytest.raises(CacheError, match=rf"{SECOND} is missing"):
+    with pytest.raises(ShardError, match=rf"{SECOND} is missing"):
         open_source(copied)
 
 
 def test_other_or_missing_genes_raise(copied):
     damage(copied, "genes.csv", lambda content: content.replace(b"ENSG00000000003", b"ENSG00000000999"))
-    with pytest.raises(CacheError, match=r"genes\.csv.*hash"):
+    with pytest.raises(ShardError, match=r"genes\.csv.*hash"):
         open_source(copied).genes  # noqa: B018
     (copied / "genes.csv").unlink()
-    with pytest.raises(CacheError, match=r"genes\.csv"):
+    with pytest.raises(ShardError, match=r"genes\.csv"):
         open_source(copied).genes  # noqa: B018
 
 
 def test_a_missing_or_damaged_presence_raises(copied):
     cell_ids = open_source(copied).obs().index.to_numpy()
     damage(copied, "presence.safetensors", lambda content: content[:-1] + bytes([content[-1] ^ 1]))
-    with pytest.raises(CacheError, match=r"presence\.safetensors is corrupt"):
+    with pytest.raises(ShardError, match=r"presence\.safetensors is corrupt"):
         open_source(copied).presence(cell_ids)
     (copied / "presence.safetensors").unlink()
-    with pytest.raises(CacheError, match=r"presence\.safetensors is missing"):
+    with pytest.raises(ShardError, match=r"presence\.safetensors is missing"):
         open_source(copied).presence(cell_ids)
 
 
@@ -223,7 +223,7 @@ def test_a_presence_with_a_valid_hash_but_other_genes_raises(copied):
     path, manifest = copied / "presence.safetensors", copied / "manifest.json"
     path.write_bytes(save({"first_cells": np.zeros(1, int), "datasets": np.zeros(1, int), "measured": np.ones((1, 9))}))
     manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "presence": hash_file(path)}))
-    with pytest.raises(CacheError, match=r"presence\.safetensors does not hold the measured genes"):
+    with pytest.raises(ShardError, match=r"presence\.safetensors does not hold the measured genes"):
         open_source(copied).presence(np.array([0]))
 
 
@@ -241,13 +241,13 @@ def test_a_cache_of_a_source_without_presence_has_none(copied, everything, small
 
 def test_a_file_that_is_not_a_shard_raises(copied):
     (copied / SECOND).write_bytes(b"\0" * (copied / SECOND).stat().st_size)
-    with pytest.raises(CacheError, match=SECOND):
+    with pytest.raises(ShardError, match=SECOND):
         CacheSource(copied, verify=False).obs()
 
 
 def test_a_changed_byte_raises_before_obs_is_read(copied):
     damage(copied, SECOND, flipped)
-    with pytest.raises(CacheError, match=rf"{SECOND} is corrupt"):
+    with pytest.raises(ShardError, match=rf"{SECOND} is corrupt"):
         CacheSource(copied).obs(["donor_id"])
 
 
@@ -315,13 +315,13 @@ def far(offsets: np.ndarray) -> np.ndarray:
 )
 def test_a_shard_with_a_valid_hash_but_invalid_contents_raises(copied, change, message, verify):
     rewritten(copied, change)
-    with pytest.raises(CacheError, match=message):
+    with pytest.raises(ShardError, match=message):
         CacheSource(copied, verify=verify).obs(["donor_id"])
 
 
 def test_a_compressed_shard_raises(copied):
     rewritten(copied, lambda batch: batch, pa.ipc.IpcWriteOptions(compression="zstd"))
-    with pytest.raises(CacheError, match=rf"{SECOND}.*compressed"):
+    with pytest.raises(ShardError, match=rf"{SECOND}.*compressed"):
         CacheSource(copied).obs()
 
 
@@ -330,7 +330,7 @@ def test_a_cell_with_a_gene_that_the_cache_does_not_have_raises(copied):
         return pa.ListArray.from_arrays(column.offsets, pa.array(column.values.to_numpy() + 30, pa.uint16()))
 
     rewritten(copied, with_column("gene", beyond))
-    with pytest.raises(CacheError, match=r"30 genes.*59"):
+    with pytest.raises(ShardError, match=r"30 genes.*59"):
         CacheSource(copied).read(np.array([4100])).take(np.array([0]))
 
 
@@ -358,5 +358,5 @@ def test_a_manifest_with_wrong_types_or_inconsistent_numbers_raises(copied, plac
         inner = inner[key]
     inner[place[-1]] = value
     (copied / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(CacheError, match=r"manifest\.json is malformed"):
+    with pytest.raises(ShardError, match=r"manifest\.json is malformed"):
         open_source(copied)

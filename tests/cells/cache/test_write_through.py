@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from scgpt_hf.cells.cache.jobs import CacheJobs, write_cache
-from scgpt_hf.cells.cache.manifest import CacheError
 from scgpt_hf.cells.cache.write_through import CachingSource
+from scgpt_hf.cells.jobs.records import ShardError
 from scgpt_hf.cells.schedule.epoch import plan_epoch
 from scgpt_hf.cells.source import CellSource, open_source
 from tests.support.caches import SHARD, contents, make_cells
@@ -134,11 +134,11 @@ def test_nothing_is_written_before_something_is_read(source, tmp_path):
 
 def test_a_cache_without_the_cells_or_columns_of_the_run_raises(source, tmp_path):
     write_cache(source, tmp_path / "some", cell_ids=CELLS[:50], columns=[])
-    with pytest.raises(CacheError, match="8,750 of the 8,800 cells"):
+    with pytest.raises(ShardError, match="8,750 of the 8,800 cells"):
         CachingSource(source, tmp_path / "some", CELLS)
-    with pytest.raises(CacheError, match=r"\['donor_id'\]"):
+    with pytest.raises(ShardError, match=r"\['donor_id'\]"):
         CachingSource(source, tmp_path / "some", CELLS[:50], columns=["donor_id"])
-    with pytest.raises(CacheError, match="gene_hash"):
+    with pytest.raises(ShardError, match="gene_hash"):
         CachingSource(open_source(make_cells()[:, ::-1].copy()), tmp_path / "some", CELLS[:50])
     with pytest.raises(ValueError, match="already a cache"):
         CachingSource(open_source(tmp_path / "some"), tmp_path / "other", CELLS[:50])

@@ -9,8 +9,9 @@ import pytest
 from anndata import AnnData
 from scipy.sparse import csr_matrix
 
-from scgpt_hf.cells.cache.jobs import plan_cache, write_shards
+from scgpt_hf.cells.cache.jobs import plan_cache
 from scgpt_hf.cells.cache.reader import CacheSource
+from scgpt_hf.cells.jobs.shard_jobs import write_shards
 from scgpt_hf.cells.source import open_source
 
 

@@ -1,0 +1,1 @@
+"""Work on many cells that is divided into shards, one file each, and done by any number of processes."""
