@@ -46,7 +46,7 @@ class AnnotateSettings(FinetuneSettings):
     leave_out_contradicted: bool = setting(
         True,
         "leave out of the probe the cells whose label at most two of their 15 nearest cells have, as doublets do; none "
-        "if these are more than 2 % of the cells, because the types then overlap; the summary counts them",
+        "if these are more than 2 %% of the cells, because the types then overlap; the summary counts them",
     )
     gene_baseline: bool = setting(
         True, "also score logistic regression on variable genes, if there are at most 50,000 training cells"
