@@ -12,7 +12,7 @@ COMMANDS = {
     "pretrain": ("pretrain", "pretrain a gene transformer, from a Census query to a checkpoint"),
     "finetune": ("finetune", "fine-tune a pretrained model to predict cell types"),
     "check": ("check", "check a file before any work: raw counts, genes, obs columns, time and memory"),
-    "embed": ("embed", "embed the cells of a file with a pretrained model"),
+    "embed": ("embed", "embed the cells of a file, or of a Census, with a pretrained model"),
     "integrate": ("finetune", "integrate batches: fine-tune an encoder that mixes them"),
     "annotate": ("annotate", "annotate the cells of a file with their types"),
     "evaluate": ("evaluate", "score the embeddings of labelled cells, and baselines on the same cells"),

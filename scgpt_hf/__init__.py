@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from scgpt_hf.analysis.annotate_cells import annotate as annotate
     from scgpt_hf.analysis.checking.check import check_cells as check_cells
     from scgpt_hf.analysis.embed import embed_anndata as embed_anndata
+    from scgpt_hf.analysis.embed_census import embed_census as embed_census
     from scgpt_hf.analysis.embed_file import embed_file as embed_file
     from scgpt_hf.analysis.evaluation.evaluate import evaluate_embeddings as evaluate_embeddings
     from scgpt_hf.analysis.expression import predict_expression as predict_expression
@@ -107,6 +108,7 @@ _MODULE_OF = {
     "check_cells": "analysis.checking.check",
     "embed_anndata": "analysis.embed",
     "embed_cells": "inference",
+    "embed_census": "analysis.embed_census",
     "embed_file": "analysis.embed_file",
     "predict_cell_types": "analysis.annotate",
     "transfer_labels": "analysis.annotate",

@@ -83,6 +83,7 @@ def iterate_outputs(
     processor: ScGPTProcessor,
     *,
     gene_match: GeneMatch | None = None,
+    cells_per_window: int | None = None,
     batch_size: int = 64,
     empty: Literal["raise", "nan"] = "raise",
     progress: bool = True,
@@ -97,6 +98,7 @@ def iterate_outputs(
         model: the model that `compute` runs; it is in evaluation mode until the last batch.
         processor: the processor of the model.
         gene_match: see `CellStream`.
+        cells_per_window: cells that are read together; one chunk by default.
         batch_size: see `InferenceSettings`.
         empty: see `InferenceSettings`.
         progress: see `InferenceSettings`.
@@ -112,7 +114,7 @@ def iterate_outputs(
     if not len(cell_ids):
         return
     config: Any = model.config
-    plan = plan_validation(cell_ids, batch_size, cells_per_window=CHUNK_SIZE)
+    plan = plan_validation(cell_ids, batch_size, cells_per_window=cells_per_window or CHUNK_SIZE)
     stream = CellStream(source, [plan], processor, inference_config(config, empty), gene_match=gene_match)
     with (
         evaluation_mode(model),

@@ -145,7 +145,7 @@ def describe_embedding(
     return {
         "model": model.name_or_path,
         "scgpt_hf": version("scgpt_hf"),
-        "cells": len(source.obs()),
+        "cells": source.describe()["n_cells"],
         "normalized": settings.get("normalize", True),
         **{name: value for name, value in source.describe().items() if name in ("layer", "round_counts")},
         "genes": genes.coverage,

@@ -1,6 +1,6 @@
 """Run the jobs of a folder of shards as processes that are killed at random, and run the killed ones again.
 
-  python -m tests.support.killed_jobs MODULE FUNCTION FOLDER SEED
+  python -m tests.support.killed_jobs MODULE FUNCTION FOLDER SEED LAST_EVENT
 
 FUNCTION of MODULE gets FOLDER and (index, number) of a job, and writes its shards. This runs in another process, which
 has no threads and may therefore fork: each job starts without importing the libraries again.
@@ -21,12 +21,20 @@ from scgpt_hf.cells.jobs.hashed_file import HashedFile
 from tests.support import ROOT
 
 N_JOBS = 3
-LAST_EVENT = 60  # a shard of the tests takes about 20 events
 
 
-def write_with_killed_jobs(function: Callable[[str, tuple[int, int]], object], folder: Path, seed: int) -> int:
-    """Run an array of jobs until all have ended normally; return how many were killed."""
-    arguments = [function.__module__, function.__name__, str(folder), str(seed)]
+def write_with_killed_jobs(
+    function: Callable[[str, tuple[int, int]], object], folder: Path, *, seed: int, last_event: int
+) -> int:
+    """Run an array of jobs until all have ended normally; return how many were killed.
+
+    Args:
+        function: see the docstring of the module.
+        folder: see the docstring of the module.
+        seed: of the events at which jobs are killed.
+        last_event: events are drawn up to this one; a job that ends before its event is not killed.
+    """
+    arguments = [function.__module__, function.__name__, str(folder), str(seed), str(last_event)]
     command = [sys.executable, "-m", "tests.support.killed_jobs", *arguments]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=250)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -66,11 +74,11 @@ def start(job: Callable[[], object], event: int) -> int:
 
 def main() -> None:
     """Start all jobs at the same time, and those that were killed again, until none is left."""
-    module, name, folder, seed = sys.argv[1:]
+    module, name, folder, seed, last_event = sys.argv[1:]
     function = getattr(import_module(module), name)
     rng, waiting, n_killed = np.random.default_rng(int(seed)), set(range(N_JOBS)), 0
     while waiting:
-        events = rng.integers(1, LAST_EVENT, N_JOBS)
+        events = rng.integers(1, int(last_event), N_JOBS)
         processes = {
             start(lambda index=index: function(folder, (index, N_JOBS)), int(events[index])): index for index in waiting
         }

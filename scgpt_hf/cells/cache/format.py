@@ -91,7 +91,7 @@ def encode_cells(cells: CellBlock, schema: pa.Schema) -> pa.RecordBatch:
         pa.ListArray.from_arrays(offsets, genes),
         pa.ListArray.from_arrays(offsets, small),
         pa.ListArray.from_arrays(np.searchsorted(large, offsets), counts[large].astype(np.uint32)),
-        *(_encode_column(cells.obs[field.name], field.type) for field in list(schema)[len(CELL_COLUMNS) :]),
+        *(encode_column(cells.obs[field.name], field.type) for field in list(schema)[len(CELL_COLUMNS) :]),
     ]
     return pa.RecordBatch.from_arrays(columns, schema=schema)
 
@@ -109,8 +109,13 @@ def write_batches(file: HashedFile, schema: pa.Schema, batches: Iterable[pa.Reco
             writer.write_batch(batch)
 
 
-def _encode_column(column: pd.Series, arrow_type: pa.DataType) -> pa.Array:
-    """Return an obs column as an Arrow array, with nulls where a value is missing."""
+def encode_column(column: pd.Series, arrow_type: pa.DataType) -> pa.Array:
+    """Return an obs column as an Arrow array, with nulls where a value is missing.
+
+    Args:
+        column: the column. Shape (cells,).
+        arrow_type: its type, from `obs_type`.
+    """
     if arrow_type == pa.string():
         codes, values = pd.factorize(column)  # converts each label once, not once for each cell
         return pa.array([str(value) for value in values], pa.string()).take(pa.array(codes, mask=codes < 0))

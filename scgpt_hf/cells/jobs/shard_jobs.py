@@ -264,13 +264,16 @@ def divide_cells(cell_ids: Int64Array, cells_per_shard: int) -> list[int]:
     return [*chunks[first].tolist(), len(cell_ids)]
 
 
-def write_shards(jobs: ShardJobs, job: tuple[int, int] = (0, 1), *, rewrite: bool = False) -> bool:
+def write_shards(
+    jobs: ShardJobs, job: tuple[int, int] = (0, 1), *, rewrite: bool = False, progress: bool = True
+) -> bool:
     """Write the shards of one job in this process, and the manifest if all shards are complete afterwards.
 
     Args:
         jobs: the plan of the folder.
         job: (i, n) writes every n-th shard, starting with shard i.
         rewrite: write corrupt shards again instead of raising.
+        progress: show a progress bar.
 
     Returns:
         Whether the folder is complete.
@@ -285,6 +288,6 @@ def write_shards(jobs: ShardJobs, job: tuple[int, int] = (0, 1), *, rewrite: boo
     jobs.prepare_folder()
     mine = range(index, jobs.n_shards, n_jobs)
     n_cells = sum(jobs.bounds[shard + 1] - jobs.bounds[shard] for shard in mine)
-    with tqdm(total=n_cells, unit=" cells", unit_scale=True, desc=jobs.ACTION) as progress:
-        jobs.write(mine, rewrite=rewrite, on_progress=progress.update)
+    with tqdm(total=n_cells, unit=" cells", unit_scale=True, desc=jobs.ACTION, disable=not progress) as bar:
+        jobs.write(mine, rewrite=rewrite, on_progress=bar.update)
     return jobs.finish()

@@ -279,5 +279,5 @@ def test_a_killed_job_is_completed_by_the_same_job(source, complete, tmp_path):
 
 @pytest.mark.parametrize("seed", [0, 4])
 def test_jobs_that_are_killed_while_they_write_flush_and_rename_write_the_same_bytes(complete, tmp_path, seed):
-    assert write_with_killed_jobs(write_job, tmp_path / "cache", seed) >= 3
+    assert write_with_killed_jobs(write_job, tmp_path / "cache", seed=seed, last_event=60) >= 3
     assert contents(tmp_path / "cache") == complete
