@@ -49,7 +49,9 @@ def main() -> None:
     """Train and score, and write scores.json, README.md and a figure."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, help="folder with the two screens")
-    parser.add_argument("--model", default="", help="pretrained checkpoint to start from (default: a new model)")
+    parser.add_argument(
+        "--model", default="", help="pretrained checkpoint to start from, with --add_genes (default: a new model)"
+    )
     parser.add_argument("--out", type=Path, default=OUT)
     parser.add_argument("--epochs", type=int, help="epochs (default: that of the settings)")
     parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
@@ -61,7 +63,8 @@ def main() -> None:
     torch.set_num_threads(1)
     options.out.mkdir(parents=True, exist_ok=True)
     rows: list[dict[str, Any]] = []
-    changes = {"model": options.model} | ({"epochs": options.epochs} if options.epochs else {})
+    changes: dict[str, Any] = {"model": options.model, "add_genes": bool(options.model)}
+    changes |= {"epochs": options.epochs} if options.epochs else {}
     started = time.process_time()
     for task, adata, settings in jobs(options.data, options.seeds):
         evaluation = run(adata, settings | changes)
