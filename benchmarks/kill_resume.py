@@ -299,11 +299,13 @@ def main() -> None:
         "--batch_size", type=int, default=16, help="cells per step, of all processes together (default: %(default)s)"
     )
     parser.add_argument("--save_steps", type=int, default=7, help="steps between checkpoints (default: %(default)s)")
+    parser.add_argument("--background", action="store_true", help="save with --save_in_background")
     parser.add_argument("--seed", type=int, default=0, help="seed of the moments (default: %(default)s)")
     parser.add_argument("--no_report", action="store_true", help="print the results, and do not write them to a file")
     options = parser.parse_args()
     flags = ["--per_device_train_batch_size", str(options.batch_size // options.processes)]
     flags += ["--num_train_epochs", str(options.epochs), "--save_steps", str(options.save_steps)]
+    flags += ["--save_in_background", str(options.background)]
     warm_up()
     results = {}
     for kind in options.sources:
@@ -313,7 +315,8 @@ def main() -> None:
             results[kind] = compare([*flags, "--data", data], options.kills, options.processes, Path(name), chance)
             print(kind, json.dumps(results[kind]), flush=True)
     if not options.no_report:
-        write_result(f"kill_resume_{options.processes}", {"processes": options.processes, "sources": results})
+        name = f"kill_resume_{options.processes}{'_background' if options.background else ''}"
+        write_result(name, {"processes": options.processes, "sources": results})
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Write the large files of a checkpoint in a thread, while training goes on."""
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -12,9 +12,10 @@ from scgpt_hf.training.fault_tolerance.host_copy import HostCopy, tensors_in
 class BackgroundSave:
     """Writes one checkpoint at a time in a thread.
 
-    A checkpoint is saved in this order: `defer` for each large file, `start`, `wait_for_copies` before the tensors
-    change, and `wait` before the next checkpoint. A thread suffices, because `torch.save`, safetensors 0.8, hashing and
-    fsync let other threads run. It is not a daemon: a process that ends because of an error completes its checkpoint.
+    Call `warm_up` once, early in the run. A checkpoint is saved in this order: `defer` for each large file, `start`,
+    `wait_for_copies` before the tensors change, and `wait` before the next checkpoint. A thread suffices, because
+    `torch.save`, safetensors 0.8, hashing and fsync let other threads run. It is not a daemon: a process that ends
+    because of an error completes its checkpoint.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -53,19 +54,35 @@ class BackgroundSave:
 
         def work() -> None:
             try:
-                try:
-                    self._copies.fill()
-                finally:
-                    self._copied.set()
-                check([tensor for _, state in writes for tensor in tensors_in(state)])
-                for write, state in writes:
-                    write(state)
-                finish()
+                self._copies.fill()
+            finally:
+                self._copied.set()
+            check([tensor for _, state in writes for tensor in tensors_in(state)])
+            for write, state in writes:
+                write(state)
+            finish()
+
+        self._copied.clear()
+        self._start_thread(work)
+
+    def warm_up(self, states: Iterable[Any]) -> None:
+        """Copy states in the thread and forget them, so that the first checkpoint finds memory that was used before.
+
+        Args:
+            states: as they will be passed to `defer`, in the same order. They may change meanwhile.
+        """
+        if all(self._copies.add(state) is not None for state in states):
+            self._copied.set()
+            self._start_thread(self._copies.fill)
+
+    def _start_thread(self, work: Callable[[], object]) -> None:
+        def run() -> None:
+            try:
+                work()
             except Exception as error:  # noqa: BLE001 — `wait` returns it to the training loop
                 self._problem = error
 
-        self._copied.clear()
-        self._thread = threading.Thread(target=work, name="scgpt-checkpoint")
+        self._thread = threading.Thread(target=run, name="scgpt-checkpoint")
         self._thread.start()
 
     def wait_for_copies(self) -> None:

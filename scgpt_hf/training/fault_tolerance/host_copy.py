@@ -32,6 +32,7 @@ class HostCopy:
         """
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
         self._memory: list[torch.Tensor] = []  # as bytes, in the order of the tensors
+        self._untouched_bytes = 0  # of memory that the system has not provided yet, and still counts as available
         self._copies: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # by storage: its bytes, and their copy
 
     def clear(self) -> None:
@@ -49,14 +50,17 @@ class HostCopy:
         new = [tensor for place, tensor in storages.items() if place not in self._copies]
         reused = self._memory[len(self._copies) :][: len(new)]
         needed = sum(tensor.untyped_storage().nbytes() for tensor in new) - sum(len(memory) for memory in reused)
-        free = available_memory()
-        if free is not None and needed + _RESERVE_BYTES > free and needed > 0:
+        free, expected = available_memory(), self._untouched_bytes + needed
+        if self._stream is None:  # on a CPU: the gradients of AdamW's step are not there now, but will be
+            expected += expected // 3
+        if free is not None and expected + _RESERVE_BYTES > free and needed > 0:
             logger.warning(
                 "a checkpoint is written in the foreground: its copy needs %.1f GB of host memory, %.1f GB are free",
-                needed / 1e9,
+                expected / 1e9,
                 free / 1e9,
             )
             return None
+        self._untouched_bytes += max(needed, 0)
         for tensor in new:
             self._reserve(tensor)
         if self._stream is not None:
@@ -65,6 +69,7 @@ class HostCopy:
 
     def fill(self) -> None:
         """Copy the tensors that were added, as they are now. May be called in another thread."""
+        self._untouched_bytes = 0
         if self._stream is None:
             for source, copy in self._copies.values():
                 copy.copy_(source)

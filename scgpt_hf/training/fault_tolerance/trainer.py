@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 import numpy as np
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
-from transformers.trainer_utils import IntervalStrategy
+from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 from scgpt_hf.cells.schedule.run import RunSchedule
 from scgpt_hf.pipeline.stream import Batch
@@ -97,7 +97,8 @@ class FaultTolerantTrainer(LibraryTrainer):
         in_background = self.args.save_in_background and not (sharded or self.args.push_to_hub)
         self.background = BackgroundSave(self.args.device) if in_background else None
         self.add_callback(_PrepareResume(self))
-        self.add_callback(_WaitForCopies(self))
+        if self.background is not None:
+            self.add_callback(_BackgroundCallback(self, self.background))
 
     # The training loop
 
@@ -310,17 +311,22 @@ def _diverged(step: int) -> FloatingPointError:
     )
 
 
-class _WaitForCopies(TrainerCallback):
+class _BackgroundCallback(TrainerCallback):
     """Lets an optimizer step wait until the weights and moments of the last checkpoint are copied."""
 
-    def __init__(self, trainer: FaultTolerantTrainer) -> None:
-        self.trainer = trainer
+    def __init__(self, trainer: FaultTolerantTrainer, background: BackgroundSave) -> None:
+        self.trainer, self.background = trainer, background
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        if self.trainer.background is not None:
-            self.trainer.background.wait_for_copies()
+        self.background.wait_for_copies()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        trainer, optimizer = self.trainer, self.trainer.optimizer
+        first_step = state.global_step == trainer.schedule.start_step + 1  # the optimizer has its state now
+        if first_step and trainer.ranks.is_first and args.save_strategy != SaveStrategy.NO and optimizer is not None:
+            self.background.warm_up([trainer.model.state_dict(), optimizer.state_dict()])
 
 
 class _PrepareResume(TrainerCallback):

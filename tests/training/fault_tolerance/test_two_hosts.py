@@ -6,6 +6,7 @@ A run on two hosts equals one on a single host; one that loses a host, or is sto
 import os
 import re
 import shlex
+import signal
 import subprocess
 import time
 from collections.abc import Callable
@@ -116,6 +117,27 @@ def test_a_run_continues_when_a_host_dies_and_when_it_comes_back(small_census, t
     expected = losses(uninterrupted)
     assert losses(run) == pytest.approx(expected, rel=TOLERANCE)
     assert len(expected) == verify(newest_valid(run)).step > killed_at + 40
+
+
+def test_torchrun_passes_the_signal_of_a_scheduler_on(small_census, tmp_path):
+    run, logs = tmp_path / "run", [tmp_path / f"{rank}.log" for rank in (0, 1)]
+    flags = ("--num_train_epochs", "60", "--save_steps", "20", "--per_device_train_batch_size", "8")
+    command = small_run(documented("torchrun --nnodes $NODES"), small_census, run, *flags)
+    text = (ROOT / "docs" / "how_to" / "clusters.md").read_text()
+    (options,) = re.findall(r"`(--signals-to-handle [^`]*)`", text)
+    command = command.replace("torchrun", f"torchrun {options}")
+    with two_hosts(tmp_path) as hosts:
+        nodes = [
+            host.start(["bash", "-c", f"exec {command}"], ENV | {"RANK": str(rank)}, logs[rank])
+            for rank, host in enumerate(hosts)
+        ]
+        wait_until(lambda: last_step(run) >= 20, logs[0])
+        for host in hosts:
+            host.kill(signal.SIGUSR1)  # to torchrun and to the run, as srun does
+        assert 0 not in [node.wait(60) for node in nodes]
+    saved = verify(newest_valid(run))
+    assert saved.world_size == 2
+    assert f"stopped by SIGUSR1 after step {saved.step}" in logs[0].read_text()
 
 
 @pytest.mark.skipif(why_no_slurm() is not None, reason=f"{why_no_slurm()}")
