@@ -30,6 +30,7 @@ def run_on_ray(function: Callable[[str], ShardJobs], folder: Path, events: Seque
     arguments = [function.__module__, function.__name__, str(folder), str(file)]
     command = [sys.executable, "-m", "tests.support.ray_jobs", *arguments]
     environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
+    environment["RAY_worker_niceness"] = "0"  # by default, workers wait for every other process of a busy machine
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=250, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout

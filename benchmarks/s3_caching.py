@@ -1,0 +1,124 @@
+"""Measure reading windows ahead from a Census on S3, and writing a cache from it during an epoch (`--cache_dir`).
+
+  python benchmarks/synthetic_census.py blood_32k --cells 32768
+  python benchmarks/s3_caching.py blood_32k
+
+The server is that of `s3_reading.py`, with its latency and bandwidth. Every arm reads the same windows in the same
+order, after a first pass in which the reader opens the arrays and chooses its number of threads. The pipeline reads one
+window while it waits for the one before it: two at the same time. The arm `cache_dir` stores what it reads, and
+completes the cache at the end; it must equal the cache that `write_cache` makes of the same cells.
+"""
+
+import argparse
+import os
+import tempfile
+import time
+from collections import deque
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from measuring import peak_memory_gb, write_result
+from s3_reading import EXPERIMENT, serve
+
+from scgpt_hf.cells.block import CHUNK_SIZE, CellBlock, Int64Array
+from scgpt_hf.cells.cache.jobs import write_cache
+from scgpt_hf.cells.cache.write_through import CachingSource
+from scgpt_hf.cells.schedule.epoch import plan_epoch
+from scgpt_hf.cells.soma.census import CensusSource
+from scgpt_hf.cells.source import CellSource
+
+SEED = 0
+
+
+def read_all(source: CellSource, windows: Sequence[Int64Array], n_at_once: int) -> float:
+    """Read the windows in order, some at the same time, and return how many seconds it took."""
+    started, reading = time.perf_counter(), deque[Future[CellBlock]]()
+    with ThreadPoolExecutor(n_at_once) as pool:
+        for window in windows:
+            if len(reading) == n_at_once:
+                reading.popleft().result()
+            reading.append(pool.submit(source.read, window))
+        for future in reading:
+            future.result()
+    return time.perf_counter() - started
+
+
+def measure(windows: Sequence[Int64Array], n_repeats: int, folder: Path) -> dict[str, Any]:
+    """Measure all arms for one latency, in turn in each repeat.
+
+    Args:
+        windows: the cells of each window, which together are all cells from 0 on.
+        n_repeats: how often each arm is measured.
+        folder: an empty folder for the caches.
+    """
+    cell_ids = np.sort(np.concatenate(windows))
+    speeds: dict[str, list[float]] = {}
+    finish_s = []
+    with CensusSource(EXPERIMENT, primary_only=False) as source:
+        read_all(source, windows, 2)
+        for repeat in range(n_repeats):
+            for n_at_once in (1, 2, 4):
+                seconds = read_all(source, windows, n_at_once)
+                speeds.setdefault(f"{n_at_once} at once", []).append(len(cell_ids) / seconds)
+            caching = CachingSource(source, folder / str(repeat), cell_ids)
+            seconds = read_all(caching, windows, 2)
+            speeds.setdefault("2 at once, cache_dir", []).append(len(cell_ids) / seconds)
+            started = time.perf_counter()
+            caching.finish().close()
+            finish_s.append(time.perf_counter() - started)
+        threads = len(source._threads())
+        write_cache(source, folder / "expected", cell_ids=cell_ids)
+    n_bytes = _require_equal(folder / "0", folder / "expected")
+    return {
+        "threads": threads,
+        "cells_per_s": {name: {"median": float(np.median(each)), "each": each} for name, each in speeds.items()},
+        "finish_s": finish_s,
+        "bytes_per_cell": n_bytes / len(cell_ids),
+    }
+
+
+def _require_equal(found: Path, expected: Path) -> int:
+    """Raise unless two folders have the same files; return their size in bytes."""
+    contents = [{path.name: path.read_bytes() for path in folder.iterdir()} for folder in (found, expected)]
+    if contents[0] != contents[1]:
+        raise ValueError(f"{found} differs from {expected}")
+    return sum(map(len, contents[0].values()))
+
+
+def main() -> None:
+    """Measure all latencies."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("census", type=Path, help="folder written by synthetic_census.py")
+    parser.add_argument("--latency_ms", type=float, nargs="+", default=[30, 150], help="wait before each answer")
+    parser.add_argument("--mbit", type=float, default=1000, help="bandwidth of all connections together")
+    parser.add_argument("--chunks", type=int, default=16, help="chunks that each arm reads")
+    parser.add_argument("--chunks_per_window", type=int, default=4, help="chunks of a window")
+    parser.add_argument("--repeats", type=int, default=3, help="measurements of each arm")
+    arguments = parser.parse_args()
+    context = get_context("spawn")
+    cell_ids = np.arange(arguments.chunks * CHUNK_SIZE)
+    plan = plan_epoch(cell_ids, seed=SEED, epoch=0, batch_size=512, chunks_per_window=arguments.chunks_per_window)
+    windows = [plan.window(index).ravel() for index in range(plan.n_windows)]
+    results = {}
+    for milliseconds in arguments.latency_ms:
+        here, there = context.Pipe()
+        options = (arguments.census, milliseconds / 1000, arguments.mbit, there)
+        server = context.Process(target=serve, args=options, daemon=True)
+        server.start()
+        os.environ |= here.recv()
+        with tempfile.TemporaryDirectory() as folder:
+            found = measure(windows, arguments.repeats, Path(folder))
+        results[f"{milliseconds:g} ms"] = found
+        speeds = {name: round(speed["median"]) for name, speed in found["cells_per_s"].items()}
+        print(milliseconds, speeds, [round(seconds, 2) for seconds in found["finish_s"]], flush=True)
+        here.send(False)
+        server.join()
+    write_result("s3_caching", {"mbit": arguments.mbit, "peak_gb": peak_memory_gb(), "results": results})
+
+
+if __name__ == "__main__":
+    main()
