@@ -125,7 +125,7 @@ def test_torchrun_passes_the_signal_of_a_scheduler_on(small_census, tmp_path):
     command = small_run(documented("torchrun --nnodes $NODES"), small_census, run, *flags)
     text = (ROOT / "docs" / "how_to" / "clusters.md").read_text()
     (options,) = re.findall(r"`(--signals-to-handle [^`]*)`", text)
-    command = command.replace("torchrun", f"torchrun {options}")
+    command = command.replace("torchrun", f"torchrun {options}", 1)
     with two_hosts(tmp_path) as hosts:
         nodes = [
             host.start(["bash", "-c", f"exec {command}"], ENV | {"RANK": str(rank)}, logs[rank])
