@@ -12,7 +12,6 @@ from typing import Any, Literal, TypedDict, Unpack
 import numpy as np
 import numpy.typing as npt
 import torch
-from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from scgpt_hf.cells.block import CHUNK_SIZE, Int64Array
@@ -23,6 +22,7 @@ from scgpt_hf.model.configuration_scgpt import ScGPTConfig
 from scgpt_hf.pipeline.genes import GeneMatch
 from scgpt_hf.pipeline.stream import Batch, CellStream, StreamConfig
 from scgpt_hf.pretrained import domain_classes, validate_pair
+from scgpt_hf.progress_bar import progress_bar
 from scgpt_hf.tokens.processing_scgpt import ScGPTProcessor
 
 Float32Array = npt.NDArray[np.float32]
@@ -119,7 +119,7 @@ def iterate_outputs(
     with (
         evaluation_mode(model),
         closing(prefetch(stream.batches())) as batches,
-        tqdm(total=len(cell_ids), unit="cell", desc=description, disable=not progress) as bar,
+        progress_bar(total=len(cell_ids), unit="cells", description=description, show=progress) as bar,
     ):
         for batch in batches:
             positions = np.searchsorted(cell_ids, np.asarray(batch.pop("cell_ids")))

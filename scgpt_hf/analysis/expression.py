@@ -17,7 +17,6 @@ import numpy.typing as npt
 import pandas as pd
 import torch
 from scipy.sparse import csr_matrix, vstack
-from tqdm import tqdm
 from transformers import AutoModelForPreTraining, PreTrainedModel
 
 from scgpt_hf.analysis.inverse_binning import bins_to_counts, log1p_to_counts
@@ -31,6 +30,7 @@ from scgpt_hf.inference import evaluation_mode, move_batch
 from scgpt_hf.pipeline.genes import GeneMatch, match_source_genes
 from scgpt_hf.pipeline.stream import CellStream, StreamConfig, TokenizedCells
 from scgpt_hf.pretrained import load_model
+from scgpt_hf.progress_bar import progress_bar
 from scgpt_hf.tokens.packing_scgpt import IGNORE, Tokens, pack
 from scgpt_hf.tokens.processing_scgpt import ScGPTProcessor
 from scgpt_hf.tokens.targets_scgpt import leave_out_masked
@@ -107,7 +107,7 @@ def predict_expression(
     parts: list[Layers] = []
     with (
         closing(_read_tokens(source, cell_ids, gene_match, processor)) as chunks,
-        tqdm(total=len(cell_ids), unit="cell", desc="predicting", disable=not progress) as bar,
+        progress_bar(total=len(cell_ids), unit="cells", description="predicting", show=progress) as bar,
     ):
         for cells in chunks:
             requested = None if genes is None else columns

@@ -15,13 +15,13 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 import torch
-from tqdm import tqdm
 from transformers import AutoModelForPreTraining, PreTrainedModel
 
 from scgpt_hf.cells.files.reader import AnnDataSource
 from scgpt_hf.inference import evaluation_mode, move_batch
 from scgpt_hf.pipeline.genes import match_source_genes
 from scgpt_hf.pretrained import load_model
+from scgpt_hf.progress_bar import progress_bar
 from scgpt_hf.tokens.packing_scgpt import IGNORE, Tokens, pack
 from scgpt_hf.tokens.processing_scgpt import ScGPTProcessor
 
@@ -121,7 +121,7 @@ def generate_cells(
     with (
         torch.inference_mode(),
         evaluation_mode(model),
-        tqdm(total=len(given), unit="cell", desc="generating", disable=not progress) as bar,
+        progress_bar(total=len(given), unit="cells", description="generating", show=progress) as bar,
     ):
         for start in range(0, len(given), batch_size):
             cells = slice(start, min(start + batch_size, len(given)))

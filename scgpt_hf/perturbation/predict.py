@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
-from tqdm import tqdm
 from transformers import AutoModelForTokenClassification, PreTrainedModel
 
 from scgpt_hf.cells.block import Int64Array
@@ -20,6 +19,7 @@ from scgpt_hf.perturbation.conditions import CONTROL, name_condition, parse_cond
 from scgpt_hf.perturbation.effects import predict_cells, spread_over_batches
 from scgpt_hf.perturbation.gene_names import match_screen_genes
 from scgpt_hf.pretrained import load_model
+from scgpt_hf.progress_bar import progress_bar
 from scgpt_hf.tokens.processing_scgpt import ScGPTProcessor
 
 if TYPE_CHECKING:
@@ -106,7 +106,7 @@ def predict_perturbation(
     contexts, batches = (_text(obs, key) for key in (context_key, batch_key))
     parts, columns = [], {}
     jobs = [(one, context) for one in wanted for context in np.unique(contexts)]
-    for condition, context in tqdm(jobs, desc="predicting", unit="condition", disable=not progress):
+    for condition, context in progress_bar(jobs, description="predicting", unit="conditions", show=progress):
         name = name_condition(condition)
         chosen = spread_over_batches(np.flatnonzero(contexts == context), batches, n_cells, seed)
         found = predict_cells(

@@ -78,7 +78,8 @@ def match_source_genes(genes: pd.DataFrame, processor: ScGPTProcessor) -> GeneMa
         "unknown": len(genes) - n_known - n_repeated,
         "vocabulary": len(vocabulary),
     }
-    logger.info("genes: %s", coverage)
+    if n_symbols:
+        logger.info("%d genes were found by symbol", n_symbols)
     # The processor validates a read-only array once, and a writable one again for each batch.
     gene_ids.flags.writeable = False
     return GeneMatch(gene_ids, coverage)

@@ -137,6 +137,7 @@ def match_genes(vocab: Mapping[str, int], genes: Sequence[str]) -> Int64Array:
     ids = np.fromiter((targets.get(bare.get(name, name), -1) for name in names), np.int64, len(names))
     found = [bare.get(name, name) for name, index in zip(names, ids, strict=True) if index >= 0]
     n_known, n_present = len(found), len(set(found))
+    n_suffixes = sum(name in targets for name in bare.values())
     share = max(n_known / max(len(names), 1), n_present / len(targets))
     if share < 0.1:
         unknown = [name for name, index in zip(names, ids, strict=True) if index < 0]
@@ -148,8 +149,8 @@ def match_genes(vocab: Mapping[str, int], genes: Sequence[str]) -> Int64Array:
         )
     logger.log(
         logging.WARNING if share < 0.5 else logging.INFO,
-        "%d of %d genes of the data are known, %d of %d genes of the vocabulary present; ignored %d version suffixes",
-        n_known, len(names), n_present, len(targets), sum(name in targets for name in bare.values()),
+        "%d of %d genes of the data are known, %d of %d genes of the vocabulary present%s",
+        n_known, len(names), n_present, len(targets), f"; ignored {n_suffixes} version suffixes" if n_suffixes else "",
     )  # fmt: skip
     if n_known > n_present:
         logger.warning(

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict, Unpack
 
 import pandas as pd
-from tqdm import tqdm
 
 from scgpt_hf.analysis.evaluation.baseline_embeddings import (
     BASELINES,
@@ -28,6 +27,7 @@ from scgpt_hf.analysis.evaluation.run_baselines import available_baselines, run_
 from scgpt_hf.analysis.evaluation.selected_cells import MAX_CELLS, SelectedCells, select_cells
 from scgpt_hf.cells.block import FloatArray
 from scgpt_hf.cells.source import open_source
+from scgpt_hf.progress_bar import progress_bar
 from scgpt_hf.scoring.metrics import (
     AVERAGES,
     BATCH,
@@ -166,7 +166,7 @@ def evaluate_embeddings(
     features, pairs = _compute_features(adata, cells, reference, reference_cells, complete)
     metrics = complete["metrics"] or [name for name in METRICS if reference is not None or name not in TRANSFER]
     methods = {}
-    for method in tqdm(features, unit="method", desc="scoring", disable=not complete["progress"]):
+    for method in progress_bar(features, unit="methods", description="scoring", show=complete["progress"]):
         scores = methods[method] = MethodScores()
         scorers = _scorers(method, features[method], cells, scores.predictions, complete["seed"])
         if reference_cells is not None and method in pairs:

@@ -9,9 +9,8 @@ from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
-from tqdm.auto import tqdm
-
 from scgpt_hf.cells.jobs.shard_jobs import ShardJobs
+from scgpt_hf.progress_bar import progress_bar
 
 RETRIES = 5  # of a shard whose worker died
 
@@ -45,7 +44,7 @@ def write_on_ray(
     task: Any = ray.remote(max_retries=RETRIES, num_gpus=n_gpus)(_write)
     waiting = [task.remote([shared], shard, rewrite, set_up) for shard in range(jobs.n_shards)]
     try:
-        with tqdm(total=len(jobs.cell_ids), unit=" cells", unit_scale=True, desc=jobs.ACTION) as progress:
+        with progress_bar(total=len(jobs.cell_ids), unit="cells", description=jobs.ACTION) as progress:
             while waiting:
                 done, waiting = ray.wait(waiting)
                 progress.update(sum(ray.get(done)))

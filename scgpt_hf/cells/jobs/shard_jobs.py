@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
-from tqdm.auto import tqdm
 
 from scgpt_hf.cells.atomic import write_atomically
 from scgpt_hf.cells.block import CHUNK_SIZE, Int64Array

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 from scipy.sparse import csr_matrix
-from tqdm import tqdm
 
 from scgpt_hf.cells.block import CHUNK_SIZE, CellBlock, Float64Array, Int64Array, to_offsets
+from scgpt_hf.progress_bar import progress_bar
 
 if TYPE_CHECKING:
     from scgpt_hf.cells.source import CellSource
@@ -26,11 +26,11 @@ def stream_blocks(source: "CellSource", cell_ids: Int64Array, description: str) 
     Args:
         source: where to read the cells.
         cell_ids: cells to read, in any order. Shape (cells,).
-        description: title of the progress bar, which is shown on a terminal after two seconds.
+        description: title of the progress bar, which is shown after two seconds.
     """
     cells = np.sort(cell_ids)
     start = 0
-    with tqdm(total=len(cells), desc=description, unit=" cells", disable=None, delay=2) as bar:
+    with progress_bar(total=len(cells), description=description, unit="cells") as bar:
         while start < len(cells):
             stop = start + _CELLS_PER_READ
             if stop < len(cells):

@@ -172,4 +172,5 @@ def _log_dropped(what: str, kept: npt.NDArray[np.bool_], reason: str) -> None:
             f"all {len(kept):,} {what} would be dropped: {reason}; lower the threshold or widen the filter "
             "(--obs_filter)"
         )
-    logger.info("dropped %d of %d %s: %s", n_dropped, len(kept), what, reason)
+    level = logging.INFO if n_dropped else logging.DEBUG
+    logger.log(level, "dropped %d of %d %s: %s", n_dropped, len(kept), what, reason)

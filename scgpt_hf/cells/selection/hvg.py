@@ -17,12 +17,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
-from tqdm import tqdm
 
 from scgpt_hf.cells.block import Float64Array, Int64Array
 from scgpt_hf.cells.obs import take_cells
 from scgpt_hf.cells.selection.counts import sums_per_batch
 from scgpt_hf.cells.selection.splits import find_donors
+from scgpt_hf.progress_bar import progress_bar
 
 if TYPE_CHECKING:
     from scgpt_hf.cells.source import CellSource
@@ -84,7 +84,7 @@ def highly_variable_genes(
     n_cells = np.bincount(batch_of_cell)
     means, variances = moments(sums_per_batch(source, cell_ids, columns, batch_of_cell), n_cells)
     std = np.empty_like(means)
-    for batch in tqdm(range(len(n_cells)), desc="fitting variance over mean", unit=" donors", disable=None, delay=2):
+    for batch in progress_bar(range(len(n_cells)), description="fitting variance over mean", unit="donors"):
         std[batch] = expected_std(means[batch], variances[batch])
     clip = means + std * np.sqrt(n_cells)[:, None]  # Source: Stuart et al. 2019; standardized counts ≤ sqrt(cells)
     clipped_sums = sums_per_batch(source, cell_ids, columns, batch_of_cell, clip)

@@ -26,7 +26,6 @@ import pyarrow as pa
 import tiledbsoma as soma
 from numpy.typing import NDArray
 from scipy.sparse import csr_matrix
-from tqdm.auto import tqdm
 
 from scgpt_hf.cells.compiled import compiled
 from scgpt_hf.cells.files.formats import name_files
@@ -38,6 +37,7 @@ from scgpt_hf.cells.obs import require_columns
 from scgpt_hf.cells.soma.context import TILEDB_CONFIG
 from scgpt_hf.cells.soma.layout import OBS_LABELS, OBS_NUMBERS, PRESENCE, TILE, table_storage, x_storage
 from scgpt_hf.output import require_writable_folder
+from scgpt_hf.progress_bar import progress_bar
 
 logger = logging.getLogger(__name__)
 
@@ -199,7 +199,12 @@ def _label_cells(
     require_columns(keep_obs, source.obs_columns)
     absent = [name for name in (*OBS_LABELS, "is_primary_data") if name not in found and name != "dataset_id"]
     dropped = sorted(set(source.obs_columns) - {*OBS_LABELS, *OBS_NUMBERS, "is_primary_data", donor_key, *keep_obs})
-    logger.info("filled with 'unknown', because no file has them: %s; dropped columns: %s", absent, dropped)
+    if absent:
+        shown = [name for name in absent if not name.endswith("_ontology_term_id")]
+        n_hidden = len(absent) - len(shown)
+        logger.info("'unknown', because no file has these obs columns: %s, %d of ontology ids", shown, n_hidden)
+    if dropped:
+        logger.info("obs columns that a Census does not have are left out: %s; --keep_obs keeps them", dropped)
     sizes = [len(part.obs) for part in source.parts]
     labels = pd.DataFrame({"dataset_id": np.repeat(np.array(dataset_ids, dtype=object), sizes)})
     found["donor_id"] = labels["dataset_id"].array if donor_key == "dataset_id" else found[donor_key]
@@ -209,8 +214,9 @@ def _label_cells(
     for name in keep_obs:
         if name not in labels:
             labels[name] = found[name].array
-    if filled := {name: int((~has_value(found[name])).sum()) for name in OBS_LABELS if name in found}:
-        logger.info("cells without a value: %s", {name: n for name, n in filled.items() if n} or "none")
+    missing = {name: int((~has_value(found[name])).sum()) for name in OBS_LABELS if name in found}
+    if filled := {name: n for name, n in missing.items() if n}:
+        logger.info("cells without a value: %s", filled)
     return labels
 
 
@@ -281,7 +287,7 @@ def _write_counts(raw: soma.SparseNDArray, source: AnnDataSource) -> tuple[pd.Da
     tables, gene_nnz = [], np.zeros(n_genes, dtype=np.int64)
     with (
         ThreadPoolExecutor(1) as pool,
-        tqdm(total=n_cells, unit=" cells", unit_scale=True, desc="building") as progress,
+        progress_bar(total=n_cells, unit="cells", description="building") as progress,
     ):
         ahead = pool.submit(prepare, 0)  # the next cells are read and sorted while TileDB writes these
         for start in range(0, n_cells, CELLS_PER_WRITE):

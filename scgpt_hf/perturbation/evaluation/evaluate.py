@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from scgpt_hf.cells.block import Float64Array, Int64Array
 from scgpt_hf.cells.selection.splits import load_split
@@ -29,6 +28,7 @@ from scgpt_hf.perturbation.gene_names import match_screen_genes
 from scgpt_hf.perturbation.pseudobulk import delta_of, halve, mean_rows, welch_t
 from scgpt_hf.perturbation.splits import ConditionSplit
 from scgpt_hf.pretrained import load_model
+from scgpt_hf.progress_bar import progress_bar
 from scgpt_hf.publishing.record import RunRecord
 from scgpt_hf.training.run_folder import BEST_MODEL, SPLIT, SUMMARY
 
@@ -176,7 +176,7 @@ def score_predictors(
     split_half = {item: float(np.mean([pearson(*pair) for pair in pairs])) for item, pairs in halves.items()}
     deltas: dict[Item, dict[str, Float64Array]] = {}
     scores: list[dict[str, Any]] = []
-    for item in tqdm(tested, desc="scoring", unit="condition", disable=not progress):
+    for item in progress_bar(tested, description="scoring", unit="conditions", show=progress):
         rows = screen.rows_of(item)
         of_context = unseen[screen.contexts[unseen] == item[1]]
         top = top_genes(welch_t(screen.values, rows, of_context))

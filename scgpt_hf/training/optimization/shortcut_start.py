@@ -11,7 +11,6 @@ from itertools import islice
 from typing import Any
 
 import torch
-from tqdm import tqdm
 from transformers import get_cosine_schedule_with_warmup
 
 from scgpt_hf.cells.block import Int64Array
@@ -20,6 +19,7 @@ from scgpt_hf.cells.threads import prefetch
 from scgpt_hf.model.attention_scgpt import cell_offsets
 from scgpt_hf.model.modeling_scgpt import ScGPTForPreTraining
 from scgpt_hf.pipeline.stream import StreamConfig, stream_cells
+from scgpt_hf.progress_bar import progress_bar
 from scgpt_hf.scoring.count_mlp import MAX_NORM, WARMUP_STEPS, make_optimizer
 from scgpt_hf.training.data_module import DataModule
 
@@ -58,7 +58,7 @@ def train_shortcut(
     parameters = [parameter for name, parameter in parts.named_parameters() if not name.endswith("state_weight")]
     optimizer = make_optimizer(parameters)
     schedule = get_cosine_schedule_with_warmup(optimizer, min(WARMUP_STEPS, n_steps // 10), n_steps)
-    bar = tqdm(total=n_steps, desc="shortcut", unit="step", disable=not progress)
+    bar = progress_bar(total=n_steps, description="shortcut", unit="steps", show=progress)
     with bar, closing(prefetch(stream_cells(data_module.source, plans, data_module.processor, config))) as batches:
         for batch in islice(batches, n_steps):
             tensors = {key: value.to(device) for key, value in batch.items() if isinstance(value, torch.Tensor)}

@@ -137,7 +137,7 @@ def test_filled_and_dropped_columns_are_logged_and_columns_can_be_kept(tmp_path,
     cells.write_h5ad(tmp_path / "a.h5ad")
     with caplog.at_level(logging.INFO):
         build_census([tmp_path / "a.h5ad"], tmp_path / "soma", keep_obs=["age"], organism="mus_musculus")
-    assert "dropped columns: ['lane']" in caplog.text
+    assert "left out: ['lane']" in caplog.text
     assert "'sex'" in caplog.text
     obs = table(soma.DataFrame.open(str(tmp_path / "soma" / "census_data" / "mus_musculus" / "obs")))
     assert obs["is_primary_data"].all()

@@ -1,0 +1,34 @@
+"""The progress bar: lines in a log file, nothing for short or quiet work."""
+
+import logging
+
+import pytest
+
+from scgpt_hf import progress_bar as module
+from scgpt_hf.progress_bar import progress_bar
+
+
+def test_a_log_file_gets_whole_lines(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(module, "_DELAY_S", 0.0)
+    with progress_bar(total=700, description="embedding", unit="cells") as bar:
+        bar.update(350)
+        bar.refresh()
+    assert "embedding: 50 %, 350 of 700 cells, " in capsys.readouterr().err.splitlines()[-2]
+
+
+def test_short_work_shows_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    assert list(progress_bar(range(3), description="embedding", unit="cells")) == [0, 1, 2]
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("hidden_by", ["argument", "verbosity"])
+def test_a_bar_can_be_hidden(
+    hidden_by: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(module, "_DELAY_S", 0.0)
+    if hidden_by == "verbosity":
+        monkeypatch.setattr(logging.getLogger("scgpt_hf"), "level", logging.ERROR)
+    with progress_bar(total=3, description="embedding", unit="cells", show=hidden_by != "argument") as bar:
+        bar.update(3)
+        bar.refresh()
+    assert capsys.readouterr().err == ""
