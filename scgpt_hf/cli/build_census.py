@@ -18,7 +18,7 @@ import logging
 
 from scgpt_hf.cells.files.formats import SUPPORTED
 from scgpt_hf.cells.soma.build import build_census
-from scgpt_hf.cli.process import accept_any_locale, exit_with_error, tune_process
+from scgpt_hf.cli.process import accept_any_locale, exit_with_error, show_log, tune_process
 from scgpt_hf.training.settings_parsing import ExampleHelpFormatter
 
 
@@ -48,7 +48,7 @@ def main(arguments: list[str] | None = None) -> None:
         help="more obs columns to copy, besides those of the Census",
     )
     settings = parser.parse_args(arguments)
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    show_log(logging.INFO)
     try:
         folder = build_census(
             settings.files,

@@ -29,7 +29,7 @@ from scgpt_hf.cells.cache.jobs import plan_cache
 from scgpt_hf.cells.files.formats import SUPPORTED
 from scgpt_hf.cells.source import open_source
 from scgpt_hf.cli.job_arguments import add_job_arguments, run_jobs
-from scgpt_hf.cli.process import accept_any_locale, exit_with_error, program_name, tune_process
+from scgpt_hf.cli.process import accept_any_locale, exit_with_error, program_name, show_log, tune_process
 from scgpt_hf.publishing.publish_cache import check_dataset, publish_cache
 from scgpt_hf.training.settings_parsing import ExampleHelpFormatter
 
@@ -39,8 +39,7 @@ def main(arguments: list[str] | None = None) -> None:
     accept_any_locale()
     tune_process()
     options = _make_parser().parse_args(arguments)
-    logging.basicConfig(format="%(message)s")
-    logging.getLogger("scgpt_hf").setLevel(logging.INFO)
+    show_log(logging.INFO)
     try:
         source = open_source(
             options.source,

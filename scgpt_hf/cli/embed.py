@@ -35,7 +35,7 @@ from scgpt_hf.cells.files.formats import SUPPORTED, find_format
 from scgpt_hf.cells.source import open_source
 from scgpt_hf.cli.inference_arguments import add_inference_arguments
 from scgpt_hf.cli.job_arguments import add_job_arguments, run_jobs
-from scgpt_hf.cli.process import accept_any_locale, exit_with_error, program_name, tune_process
+from scgpt_hf.cli.process import accept_any_locale, exit_with_error, program_name, show_log, tune_process
 from scgpt_hf.output import require_writable_file
 from scgpt_hf.packaged_models import DEFAULT_MODEL, packaged_model
 from scgpt_hf.pretrained import load_model
@@ -118,8 +118,7 @@ def _embed_file(options: argparse.Namespace) -> None:
 
 def _embed_census(options: argparse.Namespace) -> None:
     """Embed the cells of a source in jobs, and print whether the folder is complete."""
-    logging.basicConfig(format="%(message)s")
-    logging.getLogger("scgpt_hf").setLevel(logging.INFO)
+    show_log(logging.INFO)
     source = open_source(
         options.data, obs_filter=options.obs_filter, layer=options.layer, primary_only=not options.all_cells
     )

@@ -19,7 +19,7 @@ from typing import Any
 from transformers import HfArgumentParser
 
 from scgpt_hf.cells.files.formats import SUPPORTED
-from scgpt_hf.cli.process import accept_any_locale, exit_with_error, tune_process
+from scgpt_hf.cli.process import accept_any_locale, exit_with_error, show_log, tune_process
 from scgpt_hf.publishing.record import RunRecord
 from scgpt_hf.publishing.run_summary import classifier_rows
 from scgpt_hf.reporting.report import write_report
@@ -53,8 +53,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("data", nargs="+", help=f"files with raw counts ({SUPPORTED}), or one SOMA")
     try:
         settings, others = parser.parse_args_into_dataclasses(flags, look_for_args_file=False)
-        logging.basicConfig(format="%(message)s")
-        logging.getLogger("scgpt_hf").setLevel(logging.INFO)
+        show_log(logging.INFO)
         summary = finetune(others.data, settings)
         write_report(settings.out)
     except (OSError, ValueError, ImportError, FloatingPointError) as error:

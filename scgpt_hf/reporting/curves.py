@@ -143,12 +143,12 @@ def _draw_validation(
     best = next((line for line in lines if line["step"] == best_step), best)
     labels = []
     for key, name in BASELINES.items():
-        if key in best:
+        if best.get(key):  # values that are not binned have no ties, and a tie floor of 0
             axes.axhline(best[key], color=GREY, linewidth=0.9, linestyle=(0, (4, 2)), label=name)
-            labels.append((f"{name} {best[key]:.1f}", float(best[key]), GREY))
+            labels.append((f"{name} {best[key]:.3g}", float(best[key]), GREY))
     for (name, (epochs, values)), color in zip(curves.items(), PALETTE, strict=False):
         axes.plot(epochs, values, color=color, linewidth=1.4, marker="o", markersize=2.5, label=name, clip_on=False)
-        labels.append((f"{_title(name)} {values[-1]:.1f}", float(values[-1]), color))
+        labels.append((f"{_title(name)} {values[-1]:.3g}", float(values[-1]), color))
         if f"eval_{name}_mse" in best:
             place = (best["epoch"], best[f"eval_{name}_mse"])
             axes.plot(*place, "o", markersize=7, fillstyle="none", color=color, label=f"best {name}", clip_on=False)

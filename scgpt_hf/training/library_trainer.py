@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
-from transformers import Trainer
+from transformers import PrinterCallback, ProgressCallback, Trainer
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINING_ARGS_NAME
 from transformers.utils.hub import PushInProgress
 
@@ -29,6 +29,7 @@ from scgpt_hf.pipeline.loader import StreamLoader
 from scgpt_hf.pipeline.stream import Batch
 from scgpt_hf.training.fault_tolerance.resume import require_all_weights, translate_load_errors, translate_model_errors
 from scgpt_hf.training.optimization.optimizers import matrix_names
+from scgpt_hf.training.validation.progress import TerminalProgress
 
 
 class LibraryTrainer(Trainer):
@@ -58,6 +59,9 @@ class LibraryTrainer(Trainer):
         """
         super().__init__(**trainer_arguments, eval_dataset=_NoDataset())
         self._model_class = type(self.model)
+        # In a notebook the library shows a table instead, which stays.
+        if self.pop_callback(ProgressCallback) or self.pop_callback(PrinterCallback):
+            self.add_callback(TerminalProgress())
 
     # Hooks: what our trainers override ------------------------------------------------------------------------------
 

@@ -12,7 +12,6 @@ import pandas as pd
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from numpy.typing import NDArray
-from transformers import PrinterCallback, ProgressCallback
 
 from scgpt_hf.cells.block import CHUNK_SIZE, Float64Array, Int64Array
 from scgpt_hf.cells.missing import number_texts
@@ -35,7 +34,6 @@ from scgpt_hf.training.selection import Selection
 from scgpt_hf.training.settings import TOKEN_SETTINGS, DataSettings, ModelSettings, Settings, TrainingSettings
 from scgpt_hf.training.trainer import ScGPTTrainer, over_ranks
 from scgpt_hf.training.validation.cell_types import CellTypeScorer, require_scoring
-from scgpt_hf.training.validation.progress import TerminalProgress
 
 # Scale of the gene vectors of the shortcut that start from the data; those of the encoder have 1. Source: our
 # measurements.
@@ -239,9 +237,6 @@ def make_trainer(
         stop_signal=stop_signal,
         cell_types=cell_types,
     )
-    # In a notebook the library shows a table instead, which stays.
-    if trainer.pop_callback(ProgressCallback) or trainer.pop_callback(PrinterCallback):
-        trainer.add_callback(TerminalProgress())
     trainer.baselines = measure_baselines(data_module, partial(over_ranks, accelerator=trainer.accelerator))
     _require_known_metric(trainer)
     return trainer

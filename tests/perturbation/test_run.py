@@ -291,7 +291,10 @@ def test_the_command_trains_predicts_and_evaluates(
     make_screen().write_h5ad(screen)
     fast = ["--epochs", "1", "--hidden_size", "16", "--use_cpu", "true", "--disable_tqdm", "true"]
     perturb.main(["train", screen, "--out", run, "--batch_key", "replicate", "--split", "unseen_single", *fast])
-    assert "held out, unseen_single" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "held out, unseen_single" in printed
+    assert "validation: loss " in printed
+    assert "{" not in printed
     perturb.main(["predict", screen, "GENE0+GENE1", "--model", f"{run}/best_model", "--out", out, "--n_cells", "3"])
     assert "GENE0+GENE1: " in capsys.readouterr().out
     assert read_h5ad(out).n_obs == 3

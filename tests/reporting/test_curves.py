@@ -77,7 +77,7 @@ def test_total_of_a_single_objective_is_not_drawn_twice() -> None:
 def test_panel_without_data_is_left_out() -> None:
     assert len(plot_loss([one for one in a_run() if "gep" in one]).axes) == 1
     (axes,) = plot_loss([{"step": 30, "epoch": 1.0, "eval_gep_mse": 95.0}]).axes
-    assert [text.get_text() for text in axes.texts] == ["GEP 95.0"]
+    assert [text.get_text() for text in axes.texts] == ["GEP 95"]
 
 
 def test_losses_that_are_not_finite_are_left_out() -> None:

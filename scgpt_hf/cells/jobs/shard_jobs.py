@@ -287,6 +287,6 @@ def write_shards(
     jobs.prepare_folder()
     mine = range(index, jobs.n_shards, n_jobs)
     n_cells = sum(jobs.bounds[shard + 1] - jobs.bounds[shard] for shard in mine)
-    with tqdm(total=n_cells, unit=" cells", unit_scale=True, desc=jobs.ACTION, disable=not progress) as bar:
+    with progress_bar(total=n_cells, unit="cells", description=jobs.ACTION, show=progress) as bar:
         jobs.write(mine, rewrite=rewrite, on_progress=bar.update)
     return jobs.finish()

@@ -21,7 +21,7 @@ from transformers import HfArgumentParser
 
 from scgpt_hf.cells.atomic import replace_file
 from scgpt_hf.cells.files.contents import open_anndata
-from scgpt_hf.cli.process import accept_any_locale, exit_with_error, tune_process
+from scgpt_hf.cli.process import accept_any_locale, exit_with_error, show_log, tune_process
 from scgpt_hf.output import require_free_folder, require_writable_file, write_beside
 from scgpt_hf.perturbation.evaluation.cell_eval import CELL_EVAL, require_cell_eval, score_with_cell_eval
 from scgpt_hf.perturbation.evaluation.evaluate import evaluate_perturbation
@@ -61,14 +61,15 @@ def _train(arguments: list[str]) -> None:
     )
     parser.add_argument("data", nargs="+", help="files with raw counts, such as .h5ad")
     settings, others = parser.parse_args_into_dataclasses(arguments, look_for_args_file=False)
-    _show_log()
+    show_log(logging.INFO)
     summary = finetune_perturbation(others.data, settings)
     split = summary["conditions"]
     print(f"{len(split['train'])} training conditions, {len(split['validation'])} to choose the checkpoint")
     for category, names in split["test"].items():
         print(f"held out, {category}: {', '.join(names)}")
     if summary["best"]:
-        print(f"error of the effects on validation conditions, of no change: {summary['best']['eval_loss']:.2f}")
+        share = summary["best"]["eval_loss"]
+        print(f"error on the validation conditions: {share:.2f} times that of predicting no change")
     write_report(settings.out)
     print(list_results(Path(settings.out)))
 
@@ -95,7 +96,7 @@ def _predict(arguments: list[str]) -> None:
     options = vars(parser.parse_args(arguments))
     out, overwrite = options.pop("out"), options.pop("overwrite")
     require_writable_file(out, overwrite=overwrite)
-    _show_log()
+    show_log(logging.INFO)
     data, conditions, name = (options.pop(key) for key in ("data", "conditions", "model"))
     from transformers import AutoModelForTokenClassification
 
@@ -128,26 +129,21 @@ def _evaluate(arguments: list[str]) -> None:
     require_free_folder(options.out)
     if options.cell_eval:
         require_cell_eval()
-    _show_log()
+    show_log(logging.INFO)
     evaluation = evaluate_perturbation(options.data, options.run, n_cells=options.n_cells, seed=options.seed)
     write_results(evaluation, options.out)
     if options.cell_eval:
         score_with_cell_eval(evaluation).to_csv(options.out / CELL_EVAL, index=False)
     write_report(options.out)
-    for heading, replicates in (("that replicate", True), ("that do not replicate", False)):
+    for heading, replicates in (("replicates", True), ("does not replicate", False)):
         if tables := evaluation.table(replicates=replicates):
-            print(f"Conditions {heading}:\n{format_table(tables)}")
+            print(f"Conditions whose effect {heading} in two halves of their cells:\n{format_table(tables)}")
     print(f"wrote scores and report.html to {options.out}")
 
 
 def _make_parser(command: str, description: str) -> argparse.ArgumentParser:
     prog = f"{Path(sys.argv[0]).name} {command}"
     return argparse.ArgumentParser(prog=prog, description=description, formatter_class=ExampleHelpFormatter)
-
-
-def _show_log() -> None:
-    logging.basicConfig(format="%(message)s")
-    logging.getLogger("scgpt_hf").setLevel(logging.INFO)
 
 
 COMMANDS: dict[str, Callable[[list[str]], None]] = {"train": _train, "predict": _predict, "evaluate": _evaluate}

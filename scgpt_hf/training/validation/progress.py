@@ -73,6 +73,8 @@ def format_log(step: int, logs: dict[str, Any]) -> str:
         'step 50  loss 211.2  gep 104.8  lr 0.001  85 cells/s'
         >>> format_log(50, {"eval_loss": 90.0, "eval_gep_mse": 90.0, "eval_constant_mse": 214.0})
         'step 50  validation: gep_mse 90 (one constant 214)'
+        >>> format_log(7, {"eval_loss": 0.94, "eval_pearson_delta": 0.5})
+        'step 7  validation: loss 0.94  pearson_delta 0.5'
     """
     if any(name.startswith("eval_") for name in logs):
         metrics = {name.removeprefix("eval_"): value for name, value in logs.items() if name.startswith("eval_")}
@@ -92,8 +94,8 @@ def format_log(step: int, logs: dict[str, Any]) -> str:
 def _format_validation(step: int, metrics: dict[str, Any]) -> str:
     """Return the errors of the model, with those of the baselines on the same masked positions in parentheses."""
     shown = [f"{name} {value:.4g}" for name, value in metrics.items() if name not in _NOT_SHOWN and _is_number(value)]
-    if not shown and "loss" in metrics:
-        shown = [f"loss {metrics['loss']:.4g}"]
+    if "loss" in metrics and not any(name.endswith("_mse") for name in metrics):
+        shown.insert(0, f"loss {metrics['loss']:.4g}")
     baselines = [f"{label} {metrics[name]:.4g}" for name, label in _BASELINES.items() if name in metrics]
     line = f"step {step:,}  validation: {'  '.join(shown)}"
     return _wrap(f"{line} ({', '.join(baselines)})" if baselines else line)
