@@ -95,8 +95,8 @@ def split_cells(
         raise ValueError(
             f"found {len(donors)} {donor_key or 'cells'} in {len(obs):,} cells, expected at least {n_parts}: one for "
             f"each of {list(fractions)}; use more cells (a wider --obs_filter, a larger --max_cells), "
-            "or keep the values of another obs column together (--donor_key). If there is one donor, write such a column, "
-            "e.g. adata.obs['part'] = [str(cell % 5) for cell in range(adata.n_obs)]"
+            "or keep the values of another obs column together (--donor_key). If there is one donor, write such a "
+            "column, e.g. adata.obs['part'] = [str(cell % 5) for cell in range(adata.n_obs)]"
         )
     n_cells = np.bincount(donor_of_cell, minlength=len(donors))
     part_of_donor = _place_donors(n_cells, np.array(list(fractions.values())), rng)
