@@ -1,4 +1,4 @@
-"""Commands of the README and the documentation are accepted: names of configs, flags, and settings that fit together."""
+"""Commands of the README and the documentation are accepted: names of configs, flags, settings that fit together."""
 
 import re
 import shlex
