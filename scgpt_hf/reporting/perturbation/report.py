@@ -110,6 +110,8 @@ def _claim(methods: Mapping[str, Mapping[str, Any]], metric: str) -> str:
         return "No baseline predicts the same conditions."
     sign = 1 if metric in HIGHER_IS_BETTER else -1
     best = max(others, key=lambda name: sign * others[name])
+    if f"{own:.2f}" == f"{others[best]:.2f}":
+        return f"The model is as good as {best} ({own:.2f})."
     better = sign * own > sign * others[best]
     subject, worse = ("The model", best) if better else (f"The baseline {best!r}", "the model")
     values = (own, others[best]) if better else (others[best], own)
