@@ -34,6 +34,7 @@ from scgpt_hf.cells.jobs.records import (
 )
 from scgpt_hf.cells.source import CellSource
 from scgpt_hf.output import require_writable_folder
+from scgpt_hf.progress_bar import progress_bar
 
 logger = logging.getLogger(__name__)
 
