@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterable
 from typing import Any
 
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 _DELAY_S = 2.0  # shorter work shows no bar
 _SECONDS_BETWEEN_LINES = 30.0
