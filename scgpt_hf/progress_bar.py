@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 _DELAY_S = 2.0  # shorter work shows no bar
 _SECONDS_BETWEEN_LINES = 30.0
+_LINE = "{desc}: {percentage:.0f} %, {n_fmt} of {total_fmt}{unit}, {rate_fmt}, {remaining} left"
 
 
 def progress_bar(
@@ -34,15 +35,26 @@ def progress_bar(
         [0, 2, 4]
     """
     is_log_file = not sys.stderr.isatty() and "ipykernel" not in sys.modules
-    return tqdm(
+    return (_Lines if is_log_file else tqdm)(
         items,
         desc=description,
         unit=f" {unit}",
         total=total,
         delay=_DELAY_S,
         mininterval=_SECONDS_BETWEEN_LINES if is_log_file else 0.1,
-        bar_format="{desc}: {percentage:.0f} %, {n_fmt} of {total_fmt}{unit}, {rate_fmt}, {remaining} left\n"
-        if is_log_file
-        else None,
+        bar_format=_LINE if is_log_file else None,
         disable=not show or logging.getLogger("scgpt_hf").level >= logging.ERROR,
     )
+
+
+class _Lines(tqdm):  # type: ignore[type-arg]
+    """Writes each state as a line of its own, once."""
+
+    written = -1
+
+    def display(self, msg: str | None = None, pos: int | None = None) -> None:
+        """Write the line, unless it would repeat the one before; `tqdm` calls it."""
+        if self.n != self.written:
+            self.written = self.n
+            self.fp.write(f"{self}\n")
+            self.fp.flush()

@@ -13,7 +13,12 @@ def test_a_log_file_gets_whole_lines(monkeypatch: pytest.MonkeyPatch, capsys: py
     with progress_bar(total=700, description="embedding", unit="cells") as bar:
         bar.update(350)
         bar.refresh()
-    assert "embedding: 50 %, 350 of 700 cells, " in capsys.readouterr().err.splitlines()[-2]
+        bar.update(350)
+        bar.refresh()
+    lines = [line for line in capsys.readouterr().err.splitlines() if line]
+    assert len(lines) == 3
+    assert lines[1].startswith("embedding: 50 %, 350 of 700 cells, ")
+    assert lines[2].startswith("embedding: 100 %, 700 of 700 cells, ")
 
 
 def test_short_work_shows_nothing(capsys: pytest.CaptureFixture[str]) -> None:

@@ -32,7 +32,7 @@ def stream_blocks(source: "CellSource", cell_ids: Int64Array, description: str) 
     start = 0
     with progress_bar(total=len(cells), description=description, unit="cells") as bar:
         while start < len(cells):
-            stop = start + _CELLS_PER_READ
+            stop = min(start + _CELLS_PER_READ, len(cells))
             if stop < len(cells):
                 # Stop where a chunk starts: to read a part of a chunk costs as much as all of it.
                 stop = int(np.searchsorted(cells, cells[stop] // CHUNK_SIZE * CHUNK_SIZE))
