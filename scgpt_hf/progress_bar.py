@@ -47,7 +47,7 @@ def progress_bar(
     )
 
 
-class _Lines(tqdm):  # type: ignore[type-arg]
+class _Lines(tqdm):  # type: ignore[misc]
     """Writes each state as a line of its own, once."""
 
     written = -1
