@@ -5,6 +5,7 @@ import logging
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -42,7 +43,14 @@ def content_of(checkpoint: Path) -> dict[str, object]:
     ],
     ids=["adamw", "muon and average", "batch norm, every step"],
 )
-def test_checkpoints_have_the_bytes_of_those_written_in_the_foreground(small_census, tmp_path, flags):
+def test_checkpoints_have_the_bytes_of_those_written_in_the_foreground(small_census, tmp_path, monkeypatch, flags):
+    copy = HostCopy.fill
+
+    def copy_late(self):
+        time.sleep(0.3)  # training goes on as far as it may
+        copy(self)
+
+    monkeypatch.setattr(HostCopy, "fill", copy_late)
     trainers = []
     for name, extra in (("foreground", ()), ("background", BACKGROUND)):
         trainer, _, _ = prepare(
