@@ -12,6 +12,12 @@ controls, another order of the genes and other weights:
 The settings are the defaults of `finetune_perturbation`, but all training conditions are trained on
 (validation_fraction 0). They were chosen on seed 1 of the first split and on four genes of Papalexi, so these scores
 are those of a development set. One thread, about seven minutes of CPU time. Results: `results/perturbation/`.
+
+`--model` starts from a pretrained checkpoint, and adds the genes that it lacks. Results of the recipe for embeddings
+with all genes, about 70 minutes of CPU time: `results/perturbation_pretrained/`. The two commands are
+
+    scgpt-hf pretrain blood-cpu --gene_selection all --output_dir runs/blood_all
+    python benchmarks/perturbation.py --data … --model runs/blood_all/best_model --out results/perturbation_pretrained
 """
 
 import argparse
@@ -172,11 +178,12 @@ def _round(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def _text(groups: dict[str, dict[str, dict[str, Any]]], content: dict[str, Any]) -> str:
-    start = "a new model" if content["model"] == "new" else f"the checkpoint {content['model']}"
+    model = content["model"]
+    start, flag = ("a new model", "") if model == "new" else (f"the checkpoint {model}", f" --model {model}")
     lines = [
         "# Perturbation prediction",
         "",
-        f"`python benchmarks/perturbation.py --data DIR`, from {start}, seeds {content['seeds']}, "
+        f"`python benchmarks/perturbation.py --data DIR{flag}`, from {start}, seeds {content['seeds']}, "
         f"{content['cpu_seconds']:,} s of CPU time on one thread. Means over conditions and seeds; items are held-out "
         "conditions per seed. A method has fewer items where it does not apply. `docs/perturbation.md` explains "
         "methods, metrics and what the numbers mean.",
