@@ -6,6 +6,7 @@ import torch, which takes seconds.
 
 import sys
 from importlib import import_module
+from importlib.metadata import version
 
 # Name → module of `scgpt_hf.cli`, and what the command does.
 COMMANDS = {
@@ -31,6 +32,9 @@ def main() -> None:
     """Run the command that the first argument names, with the other arguments."""
     if len(sys.argv) < 2 or sys.argv[1] in ("-h", "--help"):
         print(help_text())
+        return
+    if sys.argv[1] == "--version":
+        print(f"scgpt_hf {version('scgpt_hf')}")
         return
     name, arguments = sys.argv[1], sys.argv[2:]
     if name not in COMMANDS:

@@ -6,6 +6,7 @@ import tomllib
 
 import pytest
 
+import scgpt_hf
 import scgpt_hf_cli
 from scgpt_hf.cells.files.formats import SUPPORTED
 from tests.support import ROOT
@@ -46,6 +47,12 @@ def test_the_arguments_reach_the_command_and_its_errors_name_it(monkeypatch, tmp
     monkeypatch.setattr(sys, "argv", ["scgpt-hf", "report", str(tmp_path / "absent")])
     with pytest.raises(SystemExit, match=r"^scgpt-hf report: .*absent"):
         scgpt_hf_cli.main()
+
+
+def test_the_version_is_that_of_the_package(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["scgpt-hf", "--version"])
+    scgpt_hf_cli.main()
+    assert capsys.readouterr().out == f"scgpt_hf {scgpt_hf.__version__}\n"
 
 
 def test_an_unknown_command_ends_with_the_known_ones(monkeypatch):
