@@ -97,5 +97,5 @@ def test_an_error_of_writing_names_the_file_and_not_its_temporary_name(tmp_path:
 
 
 def test_commands_are_those_that_write() -> None:
-    others = {"check", "inference_arguments", "process", "publish", "report", "__init__"}
+    others = {"check", "inference_arguments", "job_arguments", "process", "publish", "report", "__init__"}
     assert COMMANDS.keys() | others == {path.stem for path in (ROOT / "scgpt_hf" / "cli").glob("*.py")}

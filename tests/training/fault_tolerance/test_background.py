@@ -79,7 +79,8 @@ import torch
 from scgpt_hf.training.fault_tolerance import checkpoints
 from tests.support.training import EVERY_4, prepare
 
-census, folder, moment = sys.argv[1:]
+census, folder, moment, threads = sys.argv[1:]
+torch.set_num_threads(int(threads))  # as those of the run that resumes, or sums are rounded differently
 trainer, _, _ = prepare(Path(census), Path(folder), *EVERY_4, "--dropout", "0.1", "--save_in_background", "true")
 module, name = {"writing": (torch, "save"), "completing": (checkpoints, "_replace")}[moment]
 original = getattr(module, name)
@@ -102,7 +103,7 @@ trainer.train()
 @pytest.mark.parametrize("moment", ["writing", "completing"])
 def test_a_run_killed_while_it_writes_resumes_from_the_previous_checkpoint(small_census, tmp_path, moment):
     run, expected = tmp_path / "killed", tmp_path / "uninterrupted"
-    command = [sys.executable, "-c", KILLED, str(small_census), str(run), moment]
+    command = [sys.executable, "-c", KILLED, str(small_census), str(run), moment, str(torch.get_num_threads())]
     killed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)
     assert killed.returncode == -9, killed.stderr[-4000:]
     assert (run / ".unfinished" / "checkpoint-8").is_dir()
