@@ -13,9 +13,9 @@ What is measured:
   prediction of cell types  macro-F1 of nearest neighbors and of a linear probe, trained on other donors
   transfer of cell types    the same two classifiers, trained on the cells of --reference
 
-scib-metrics is an extra: pip install "scgpt_hf[metrics]". If there are more than 50,000 cells, a sample is scored that
-is stratified by label and batch. A metric that cannot be computed is reported with the cause; if you pass it with
---metrics, it stops the command.
+scib-metrics is an extra: pip install "scgpt_hf[metrics]"; without it, its metrics are left out. If there are more than
+50,000 cells, a sample is scored that is stratified by label and batch. A metric that cannot be computed is reported
+with the cause; if you pass it with --metrics, it stops the command.
 
 The output folder gets scores.csv, scores.json, figures and report.html.
 """
@@ -95,8 +95,9 @@ def _print_scores(evaluation: Evaluation) -> None:
     table = scores.pivot(index="metric", columns="method", values="value").round(3)
     print(table.reindex(index=scores["metric"].unique(), columns=list(evaluation.methods)).to_string(na_rep="–"))
     not_computable = scores[~scores["reason"].isin(["", NOT_APPLICABLE])]
-    for method, metric, _, reason in not_computable.itertuples(index=False):
-        print(f"{metric} of {method} cannot be computed: {reason}")
+    for reason, rows in not_computable.groupby("reason", sort=False):
+        metrics, methods = (", ".join(rows[column].unique()) for column in ("metric", "method"))
+        print(f"{metrics} of {methods} cannot be computed: {reason}")
     print(f"{len(evaluation.cells.rows):,} cells scored; left out: {dict(evaluation.cells.left_out) or 'none'}")
 
 

@@ -148,7 +148,7 @@ def evaluate_embeddings(
         NotComputable: a metric that you passed by name cannot be computed.
         ValueError: a column, an embedding, a metric or a baseline does not exist, an embedding is not finite, or the
             counts are not raw; see `select_cells`.
-        ModuleNotFoundError: scib-metrics or scvi-tools is needed and not installed.
+        ModuleNotFoundError: scvi-tools, or scib-metrics for a metric that you passed by name, is not installed.
 
     Example:
         >>> result = evaluate_embeddings(adata, ["X_scgpt"], "cell_type", "donor_id")  # doctest: +SKIP
@@ -301,10 +301,10 @@ def _score(scores: MethodScores, scorers: Scorers, metrics: Sequence[str], *, st
             continue
         try:
             scores.values[metric] = scorers[metric]()
-        except NotComputable as error:
+        except (NotComputable, ModuleNotFoundError) as error:
             if strict:
                 raise
-            scores.reasons[metric] = error.cause
+            scores.reasons[metric] = error.cause if isinstance(error, NotComputable) else str(error)
     scores.values = add_averages(scores.values)
     for average, parts in AVERAGES.items():
         if missing := [part for part in parts if part in scores.reasons]:

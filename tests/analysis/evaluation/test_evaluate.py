@@ -147,6 +147,17 @@ def test_metrics_that_cannot_be_computed_are_reported_by_default(small_cells: li
     assert set(done.methods["X_scgpt"].values) == {"graph connectivity"}
 
 
+def test_without_scib_metrics_the_other_metrics_are_computed(small_cells: list[AnnData], monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "scib_metrics", None)
+    cells = labelled_cells(small_cells)
+    scores = evaluate_embeddings(cells, *KEYS, baselines=[], **QUIET).methods["X_scgpt"]
+    assert scores.values["kNN macro-F1"] > 0.5
+    assert "scgpt_hf[metrics]" in scores.reasons["NMI"]
+    assert "NMI" not in scores.values
+    with pytest.raises(ModuleNotFoundError, match="scib_metrics is not installed"):
+        evaluate_embeddings(cells, *KEYS, baselines=[], metrics=["NMI"], **QUIET)
+
+
 def test_baselines_need_raw_counts(small_cells: list[AnnData]) -> None:
     cells = labelled_cells(small_cells)
     cells.X = csr_matrix(cells.X) * 0.5
