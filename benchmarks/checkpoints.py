@@ -146,7 +146,7 @@ def measure(size: str, background: bool, folder: Path, steps: int) -> dict[str, 
 
 
 def main() -> None:
-    """Measure each arm in a process of its own, and write the results."""
+    """Measure each arm in a separate process, and write the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES), help="default: all")

@@ -10,19 +10,17 @@ completes the cache at the end; it must equal the cache that `write_cache` makes
 """
 
 import argparse
-import os
 import tempfile
 import time
 from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from measuring import peak_memory_gb, write_result
-from s3_reading import EXPERIMENT, serve
+from s3_reading import EXPERIMENT, serving
 
 from scgpt_hf.cells.block import CHUNK_SIZE, CellBlock, Int64Array
 from scgpt_hf.cells.cache.jobs import write_cache
@@ -99,24 +97,17 @@ def main() -> None:
     parser.add_argument("--chunks_per_window", type=int, default=4, help="chunks of a window")
     parser.add_argument("--repeats", type=int, default=3, help="measurements of each arm")
     arguments = parser.parse_args()
-    context = get_context("spawn")
     cell_ids = np.arange(arguments.chunks * CHUNK_SIZE)
     plan = plan_epoch(cell_ids, seed=SEED, epoch=0, batch_size=512, chunks_per_window=arguments.chunks_per_window)
     windows = [plan.window(index).ravel() for index in range(plan.n_windows)]
     results = {}
     for milliseconds in arguments.latency_ms:
-        here, there = context.Pipe()
-        options = (arguments.census, milliseconds / 1000, arguments.mbit, there)
-        server = context.Process(target=serve, args=options, daemon=True)
-        server.start()
-        os.environ |= here.recv()
-        with tempfile.TemporaryDirectory() as folder:
+        server = serving(arguments.census, milliseconds / 1000, arguments.mbit)
+        with server, tempfile.TemporaryDirectory() as folder:
             found = measure(windows, arguments.repeats, Path(folder))
         results[f"{milliseconds:g} ms"] = found
         speeds = {name: round(speed["median"]) for name, speed in found["cells_per_s"].items()}
         print(milliseconds, speeds, [round(seconds, 2) for seconds in found["finish_s"]], flush=True)
-        here.send(False)
-        server.join()
     write_result("s3_caching", {"mbit": arguments.mbit, "peak_gb": peak_memory_gb(), "results": results})
 
 

@@ -13,7 +13,8 @@ import argparse
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -64,6 +65,19 @@ def serve(folder: Path, latency_s: float, mbit: float, pipe: Any) -> None:
             pipe.send((sum(server.outcomes.values()), line.n_bytes))
 
 
+@contextmanager
+def serving(census: Path, latency_s: float, mbit: float) -> Iterator[Any]:
+    """Serve a folder in another process while the block runs; yield the connection to the server, for `count`."""
+    context = get_context("spawn")
+    here, there = context.Pipe()
+    server = context.Process(target=serve, args=(census, latency_s, mbit, there), daemon=True)
+    server.start()
+    os.environ |= here.recv()
+    yield here
+    here.send(False)
+    server.join()
+
+
 def count(pipe: Any) -> np.ndarray:
     """Return the numbers of requests and bytes that the server has answered so far."""
     pipe.send(True)
@@ -101,22 +115,15 @@ def main() -> None:
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 4, 16], help="reading threads")
     parser.add_argument("--chunks", type=int, default=16, help="chunks that each arm reads")
     arguments = parser.parse_args()
-    context = get_context("spawn")
     plan = plan_epoch(np.arange(arguments.chunks * CHUNK_SIZE), seed=0, epoch=0, batch_size=512)
     cells = plan.window(0).ravel()
     results: dict[str, Any] = {}
     for milliseconds in arguments.latency_ms:
-        here, there = context.Pipe()
-        options = (arguments.census, milliseconds / 1000, arguments.mbit, there)
-        server = context.Process(target=serve, args=options, daemon=True)
-        server.start()
-        os.environ |= here.recv()
-        for n_threads in (*arguments.threads, None):
-            found = measure(cells, n_threads, here)
-            results[f"{milliseconds:g} ms, {n_threads or 'adaptive'}"] = found
-            print(milliseconds, n_threads, {name: round(value, 1) for name, value in found.items()}, flush=True)
-        here.send(False)
-        server.join()
+        with serving(arguments.census, milliseconds / 1000, arguments.mbit) as server:
+            for n_threads in (*arguments.threads, None):
+                found = measure(cells, n_threads, server)
+                results[f"{milliseconds:g} ms, {n_threads or 'adaptive'}"] = found
+                print(milliseconds, n_threads, {name: round(value, 1) for name, value in found.items()}, flush=True)
     write_result("s3_reading", {"mbit": arguments.mbit, "peak_gb": peak_memory_gb(), "results": results})
 
 

@@ -48,7 +48,7 @@ def progress_bar(
 
 
 class _Lines(tqdm):  # type: ignore[misc]
-    """Writes each state as a line of its own, once."""
+    """Writes each state once, on a new line."""
 
     written = -1
 

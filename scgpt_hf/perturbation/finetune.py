@@ -8,6 +8,7 @@ import logging
 import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from scgpt_hf.model.configuration_scgpt import ScGPTConfig
 from scgpt_hf.model.modeling_scgpt import ScGPTForPerturbation
 from scgpt_hf.perturbation.batches import nameless_id
 from scgpt_hf.perturbation.cells import Screen, read_screen
-from scgpt_hf.perturbation.conditions import parse_condition
+from scgpt_hf.perturbation.conditions import parse_condition, require_genes
 from scgpt_hf.perturbation.effects import predict_effect, spread_over_batches
 from scgpt_hf.perturbation.evaluation.metrics import pearson
 from scgpt_hf.perturbation.gene_names import add_genes, lacking_genes, match_screen_genes, vocabulary_of_screen
@@ -100,12 +101,13 @@ def _finetune(data: Address, settings: PerturbationSettings) -> dict[str, Any]:
     set_seed(settings.seed)
     model, processor, new = make_model(screen, split, parts["train"], settings)
     genes = match_screen_genes(screen.genes, processor)
-    for name, _ in screen.items:  # before training: an unknown gene is an error of the input
-        try:
-            genes.target_ids(parse_condition(name))
-        except ValueError as error:
-            hint = ". --add_genes adds the genes that a pretrained model lacks" if settings.model else ""
-            raise ValueError(f"{error}{hint}") from error
+    conditions = [parse_condition(name) for name, _ in screen.items]
+    try:  # before training: an unknown gene is an error of the input
+        require_genes(chain.from_iterable(conditions), genes.id_of_name.keys(), "the model")
+    except ValueError as error:  # a new model knows all genes of its screen
+        raise ValueError(f"{error}. --add_genes adds the genes that a pretrained model lacks") from error
+    for condition in conditions:
+        genes.target_ids(condition)
     controls = parts["train"][screen.conditions[parts["train"]] == "ctrl"]
     cells = TrainingCells.of(screen, genes, split.train, controls)
     args = _make_arguments(settings, has_validation=bool(split.validation))

@@ -108,9 +108,8 @@ class FaultTolerantTrainer(LibraryTrainer):
         with self.stop_signal or nullcontext():
             try:
                 yield
-            except (
-                BaseException
-            ):  # the processes may have failed at different points: do not let them wait for each other
+            except BaseException:
+                # The processes may have failed at different points: do not let them wait for each other.
                 if self.background is not None and (problem := self.background.wait()) is not None:
                     logger.warning("%s", checkpoints.cannot_write(self.folder, self.last_saved_step, problem))
                 raise

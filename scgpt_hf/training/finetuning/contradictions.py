@@ -14,7 +14,7 @@ N_NEIGHBORS = 15  # Source: default of scanpy.pp.neighbors
 # A label is contradicted if fewer than this share of the neighbors have it: none, one or two of 15. Our choice.
 LOWEST_SHARE = 0.2
 # If more labels than this share are contradicted, the types overlap, and the labels are no mistakes. Our choice: it
-# lies between .7 % (PBMC 4k and 8k, with doublets called megakaryocytes) and 9 % (ten types of T cells in lupus).
+# is between .7 % (PBMC 4k and 8k, with doublets called megakaryocytes) and 9 % (ten types of T cells in lupus).
 MOST_CONTRADICTED = 0.02
 # A label keeps all of its cells if less than this share of them would be left. Our choice.
 LOWEST_KEPT = 0.25
