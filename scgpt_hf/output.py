@@ -1,5 +1,6 @@
 """Check that output can be written before anything is computed, and keep results that could not be written."""
 
+import re
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -37,8 +38,11 @@ def require_writable_folder(folder: str | Path) -> None:
 
     Raises:
         NotADirectoryError: the folder, or a parent of it, is a file.
+        ValueError: it is the address of a store, such as `s3://bucket/folder`.
         OSError: the folder, or its nearest parent that exists, cannot be written to.
     """
+    if re.match("[a-z][a-z0-9]+:/", str(folder)):  # a Path has one slash less
+        raise ValueError(f"cannot write to {folder}: it is not on this machine; write to a folder, then upload that")
     folder = Path(folder).absolute()
     existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
     if not existing.is_dir():

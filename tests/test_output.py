@@ -99,3 +99,9 @@ def test_an_error_of_writing_names_the_file_and_not_its_temporary_name(tmp_path:
 def test_commands_are_those_that_write() -> None:
     others = {"check", "inference_arguments", "job_arguments", "process", "publish", "report", "__init__"}
     assert COMMANDS.keys() | others == {path.stem for path in (ROOT / "scgpt_hf" / "cli").glob("*.py")}
+
+
+@pytest.mark.parametrize("kind", [str, Path])
+def test_the_address_of_a_store_is_no_folder(kind):
+    with pytest.raises(ValueError, match="it is not on this machine; write to a folder"):
+        require_writable_folder(kind("s3://bucket/folder"))

@@ -101,6 +101,7 @@ def open_source(
             - `census://VERSION/ORGANISM`: a release of the public Census;
             - a folder: a SOMA in the Census layout, one organism of it, or a cache;
             - `hf://datasets/OWNER/NAME`: a cache on the Hub, which is downloaded once;
+            - `s3://BUCKET/FOLDER`: a SOMA, which is streamed, or a cache, which is downloaded once to each machine;
             - one or several files: `.h5ad` (also `.gz`), `.zarr`, `.h5` of 10x, folders of 10x with `matrix.mtx`,
               `.loom`, tables of counts as `.csv` or `.tsv`;
             - an AnnData, which is not copied.
@@ -131,9 +132,13 @@ def open_source(
 
         address = download_cache(address)
     if isinstance(address, str) and "://" in address:
+        from scgpt_hf.cells.cache.store import download_from_store
         from scgpt_hf.cells.soma.address import open_census
 
-        return open_census(address, **settings)
+        cache = None if address.startswith(("census://", "file://")) else download_from_store(address)
+        if cache is None:
+            return open_census(address, **settings)
+        address = cache
     if not isinstance(address, str | Path | Sequence):
         from scgpt_hf.cells.files.reader import AnnDataSource
 

@@ -11,7 +11,7 @@ from typing import Any
 import pyarrow as pa
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, DatasetCard, DatasetCardData, HfApi
 
-from scgpt_hf.cells.cache.manifest import GENES, MANIFEST, read_manifest
+from scgpt_hf.cells.cache.manifest import DATASET_FILES, GENES, MANIFEST, read_manifest
 from scgpt_hf.cells.cache.presence import PRESENCE
 from scgpt_hf.cells.jobs.records import ShardRecord, ShardsIdentity, verify_shard
 from scgpt_hf.publishing.card import markdown_table
@@ -21,7 +21,7 @@ from scgpt_hf.publishing.run_summary import Code, Rows
 
 logger = logging.getLogger(__name__)
 
-_UNCHANGED = (GENES, "dataset_info.json", "state.json")
+_UNCHANGED = (GENES, *DATASET_FILES)
 # The Hub's names for sizes of data sets: fewer rows than the key.
 _SIZES = {10**3: "n<1K", 10**4: "1K<n<10K", 10**5: "10K<n<100K", 10**6: "100K<n<1M", 10**7: "1M<n<10M"}
 _SIZES |= {10**8: "10M<n<100M", 10**9: "100M<n<1B"}

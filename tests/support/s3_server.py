@@ -21,7 +21,7 @@ from urllib.parse import parse_qs, unquote, urlsplit
 from xml.sax.saxutils import escape
 
 KINDS = ("500", "503", "reset", "truncate", "stall")
-_ERRORS = {"404": "NoSuchKey", "500": "InternalError", "503": "SlowDown"}
+_ERRORS = {"403": "AccessDenied", "404": "NoSuchKey", "500": "InternalError", "503": "SlowDown"}
 _CHANGING = re.compile(
     r"[0-9a-f]{32}|\d{10,}"
 )  # ids and timestamps in TileDB's file names, which differ between builds

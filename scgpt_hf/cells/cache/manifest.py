@@ -20,6 +20,7 @@ from scgpt_hf.cells.block import gene_hash
 from scgpt_hf.cells.jobs.records import REMEDY, ShardError, ShardRecord, ShardsIdentity, describe_missing
 
 MANIFEST, GENES = "manifest.json", "genes.csv"
+DATASET_FILES = ("dataset_info.json", "state.json")  # by which `datasets` opens the folder
 JOBS = ".jobs"  # folder within the cache where jobs record finished shards; removed when the cache is complete
 FORMAT = 1
 
@@ -65,8 +66,10 @@ def write_manifest(
     }
     texts = {
         GENES: genes[["feature_id", "feature_name"]].to_csv(index=False, lineterminator="\n"),
-        "dataset_info.json": json.dumps(asdict(info), indent=1, sort_keys=True) + "\n",
-        "state.json": json.dumps(state, indent=1, sort_keys=True) + "\n",
+        **{
+            name: json.dumps(value, indent=1, sort_keys=True) + "\n"
+            for name, value in zip(DATASET_FILES, (asdict(info), state), strict=True)
+        },
         MANIFEST: manifest,
     }
     for name, text in texts.items():

@@ -1,4 +1,4 @@
-"""Retry reads of remote stores, and translate the errors of TileDB into those of Python.
+"""Retry reads of remote stores, and translate the errors of TileDB and Arrow into those of Python.
 
 Two layers retry:
 
@@ -29,8 +29,9 @@ logger = logging.getLogger(__name__)
 # Chunks of a remote store that are read at the same time, at most: together they take about 1 GB.
 MAX_THREADS = 24
 MAX_ATTEMPTS = 8  # of reading a remote object: 7 waits, together 127 s on average
-# Failures that another attempt would repeat. All others may be temporary.
-_PERMANENT = re.compile(r"HTTP Response Code: (401|403|404)\b|does not exist|not a valid TileDB|No such file")
+# Failures that another attempt would repeat, in the words of TileDB or of Arrow. All others may be temporary.
+_DENIED = re.compile(r"HTTP Response Code: 40[13]\b|ACCESS_DENIED|INVALID_ACCESS_KEY_ID|SIGNATURE_DOES_NOT_MATCH")
+_PERMANENT = re.compile(rf"{_DENIED.pattern}|HTTP Response Code: 404\b|does not exist|not a valid TileDB|No such file")
 # Headers and line breaks in the messages of the S3 client, which are removed
 _NOISE = re.compile(r"\s*\[(Headers|Remote IP): [^\]]*\]|\s*\n\s*")
 
@@ -125,7 +126,7 @@ class RetryPolicy:
 
 def _translate_error(uri: str, error: Exception, reason: str, n_attempts: int, seconds: float) -> OSError:
     """Return the OSError to raise: its type is the kind of failure, its message names the object and what to do."""
-    if re.search(r"HTTP Response Code: 40[13]\b", reason):
+    if _DENIED.search(reason):
         return PermissionError(
             errno.EACCES, f"access to {uri} was denied: {reason}; check the policy of the store and your credentials"
         )
