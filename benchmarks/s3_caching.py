@@ -1,12 +1,13 @@
-"""Measure reading windows ahead from a Census on S3, and writing a cache from it during an epoch (`--cache_dir`).
+"""Measure windows read ahead from a Census on S3, a cache written in an epoch (`--cache_dir`), and a cache on S3.
 
   python benchmarks/synthetic_census.py blood_32k --cells 32768
   python benchmarks/s3_caching.py blood_32k
 
 The server is that of `s3_reading.py`, with its latency and bandwidth. Every arm reads the same windows in the same
-order, after a first pass in which the reader opens the arrays and chooses its number of threads. The pipeline reads one
-window while it waits for the one before it: two at the same time. The arm `cache_dir` stores what it reads, and
-completes the cache at the end; it must equal the cache that `write_cache` makes of the same cells.
+order, after a first pass in which the reader opens the arrays and chooses its number of threads. The pipeline reads at
+least one window ahead: two at the same time, or as many as keep the threads of the reader busy (the arm `pipeline`).
+The arm `cache_dir` stores what it reads, and completes the cache at the end; it must equal the cache that `write_cache`
+makes of the same cells. The arm `download` gets that cache, in files of a chunk each, from another such server.
 """
 
 import argparse
@@ -19,15 +20,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from huggingface_hub import constants
 from measuring import peak_memory_gb, write_result
-from s3_reading import EXPERIMENT, serving
+from s3_reading import EXPERIMENT, count, serving
 
 from scgpt_hf.cells.block import CHUNK_SIZE, CellBlock, Int64Array
 from scgpt_hf.cells.cache.jobs import write_cache
 from scgpt_hf.cells.cache.write_through import CachingSource
 from scgpt_hf.cells.schedule.epoch import plan_epoch
 from scgpt_hf.cells.soma.census import CensusSource
-from scgpt_hf.cells.source import CellSource
+from scgpt_hf.cells.source import CellSource, open_source
 
 SEED = 0
 
@@ -59,23 +61,44 @@ def measure(windows: Sequence[Int64Array], n_repeats: int, folder: Path) -> dict
     with CensusSource(EXPERIMENT, primary_only=False) as source:
         read_all(source, windows, 2)
         for repeat in range(n_repeats):
-            for n_at_once in (1, 2, 4):
+            n_pipeline = 1 + -(-source.cells_at_once // len(windows[0]))
+            for name, n_at_once in {"1 at once": 1, "2 at once": 2, "4 at once": 4, "pipeline": n_pipeline}.items():
                 seconds = read_all(source, windows, n_at_once)
-                speeds.setdefault(f"{n_at_once} at once", []).append(len(cell_ids) / seconds)
+                speeds.setdefault(name, []).append(len(cell_ids) / seconds)
             caching = CachingSource(source, folder / str(repeat), cell_ids)
             seconds = read_all(caching, windows, 2)
             speeds.setdefault("2 at once, cache_dir", []).append(len(cell_ids) / seconds)
             started = time.perf_counter()
             caching.finish().close()
             finish_s.append(time.perf_counter() - started)
-        threads = len(source._threads())
+        threads = source.cells_at_once // CHUNK_SIZE
         write_cache(source, folder / "expected", cell_ids=cell_ids)
+        write_cache(source, folder / "store" / "blood", cell_ids=cell_ids, cells_per_shard=CHUNK_SIZE)
     n_bytes = _require_equal(folder / "0", folder / "expected")
     return {
         "threads": threads,
+        "windows_of_pipeline": n_pipeline,
         "cells_per_s": {name: {"median": float(np.median(each)), "each": each} for name, each in speeds.items()},
         "finish_s": finish_s,
         "bytes_per_cell": n_bytes / len(cell_ids),
+    }
+
+
+def measure_download(store: Path, n_cells: int, n_repeats: int, latency_s: float, mbit: float) -> dict[str, Any]:
+    """Measure `open_source` of a cache in a store until its files are on the disk."""
+    speeds, sent = [], []
+    with serving(store, latency_s, mbit) as server:
+        for _ in range(n_repeats):
+            before, started = count(server), time.perf_counter()
+            with tempfile.TemporaryDirectory() as constants.HF_HOME:
+                open_source("s3://census/blood")
+                speeds.append(n_cells / (time.perf_counter() - started))
+            sent.append(count(server) - before)
+    n_requests, n_bytes = np.median(sent, axis=0)
+    return {
+        "cells_per_s": {"median": float(np.median(speeds)), "each": speeds},
+        "requests": float(n_requests),
+        "bytes_per_cell": float(n_bytes / n_cells),
     }
 
 
@@ -105,9 +128,13 @@ def main() -> None:
         server = serving(arguments.census, milliseconds / 1000, arguments.mbit)
         with server, tempfile.TemporaryDirectory() as folder:
             found = measure(windows, arguments.repeats, Path(folder))
+            store = Path(folder) / "store"
+            found["download"] = measure_download(
+                store, len(cell_ids), arguments.repeats, milliseconds / 1000, arguments.mbit
+            )
         results[f"{milliseconds:g} ms"] = found
         speeds = {name: round(speed["median"]) for name, speed in found["cells_per_s"].items()}
-        print(milliseconds, speeds, [round(seconds, 2) for seconds in found["finish_s"]], flush=True)
+        print(milliseconds, speeds, found["download"], [round(seconds, 2) for seconds in found["finish_s"]], flush=True)
     write_result("s3_caching", {"mbit": arguments.mbit, "peak_gb": peak_memory_gb(), "results": results})
 
 

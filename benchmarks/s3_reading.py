@@ -93,7 +93,7 @@ def measure(cells: np.ndarray, n_threads: int | None, pipe: Any) -> dict[str, fl
             before, started, cpu = count(pipe), time.perf_counter(), time.process_time()
             source.read(cells)
             passes.append((time.perf_counter() - started, time.process_time() - cpu, *(count(pipe) - before)))
-        threads = len(source._threads())
+        threads = source.cells_at_once // CHUNK_SIZE
     seconds, cpu, n_requests, n_bytes = passes[-1]
     return {
         "threads": threads,

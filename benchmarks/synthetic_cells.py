@@ -37,6 +37,7 @@ class RandomCells:
     """A source of random cells with ids 0, 1, …; see `CellSource`."""
 
     chunk_size = CHUNK_SIZE
+    cells_at_once = 0
     obs_columns: Sequence[str] = ("donor_id",)
 
     def __init__(self, n_cells: int, mean_tokens: int, n_genes: int, seed: int) -> None:

@@ -164,6 +164,11 @@ class _ObsKeeper:
         self._source, self._columns = source, list(columns)
         self._parts: list[pd.DataFrame] = []
 
+    @property
+    def cells_at_once(self) -> int:
+        """Number of cells that the source reads at the same time."""
+        return self._source.cells_at_once
+
     def read(self, cell_ids: Int64Array, columns: Sequence[str] = ()) -> CellBlock:
         """Return the cells, and keep their obs."""
         block = self._source.read(cell_ids, list(dict.fromkeys([*columns, *self._columns])))

@@ -42,6 +42,13 @@ class CellSource(Protocol):
     def chunk_size(self) -> int:
         """Number of neighboring cell ids, aligned to its multiples, to read together; 1 if any order is as fast."""
 
+    @property
+    def cells_at_once(self) -> int:
+        """Number of cells that the threads of the source read at the same time; 0 if reading needs no threads.
+
+        It may grow while a remote store is read. A stream reads at least as many cells ahead.
+        """
+
     def obs(self, columns: Sequence[str] = ()) -> pd.DataFrame:
         """Return obs of the cells that match the filters.
 

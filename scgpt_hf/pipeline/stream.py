@@ -6,8 +6,9 @@ tokens are (`tokens`). A stream works in six steps:
 
 1. **List the windows** (`_list_tasks`). A plan cuts its cells into shuffle windows of many steps each. One `WindowTask`
    stands for one window, or for the rest of it when training resumes in the middle.
-2. **Read the next window ahead** (`_take_window`). One thread reads a window from the source in a single call, in the
-   order of its steps, while the window before it is tokenized. So memory holds two windows, however large the source.
+2. **Read the next windows ahead** (`_take_window`). One thread reads a window from the source in a single call, in the
+   order of its steps, while the window before it is tokenized. More are read ahead only if one does not keep the
+   threads of the source busy. So memory holds two windows, or `CellSource.cells_at_once`, however large the source.
 3. **Cut the window into micro-batches** (`_tokenize_window`). A step of a rank is one batch, or several with gradient
    accumulation. Neighboring batches, together about 512 cells, are one unit of work for a thread.
 4. **Tokenize and mask in threads** (`_tokenize_batches`). Random numbers depend on the seed, the epoch, the cell and
@@ -146,18 +147,6 @@ class _Window:
     batch_size: int
 
 
-class _ReadAhead(NamedTuple):
-    """The window that is read ahead.
-
-    Attributes:
-        task_number: index of its task.
-        future: its result; None if nothing is being read.
-    """
-
-    task_number: int = 0
-    future: Future[_Window | None] | None = None
-
-
 @dataclass(frozen=True, eq=False)
 class TokenizedCells:
     """The cells of one micro-batch, tokenized and not yet turned into tensors.
@@ -225,9 +214,9 @@ def stream_cells(
 
 
 class CellStream:
-    """Reads the windows of plans one ahead and makes batches of them; see the steps in the module's docstring.
+    """Reads the windows of plans ahead and makes batches of them; see the steps in the module's docstring.
 
-    Iterate over one method at a time: all share the window that is read ahead.
+    Iterate over one method at a time: all share the windows that are read ahead.
     """
 
     def __init__(
@@ -256,11 +245,11 @@ class CellStream:
         self.source, self.plans, self.processor, self.config = source, plans, processor, config
         self.tasks = _list_tasks(plans, start_step)
         self.gene_ids = (gene_match or match_source_genes(source.genes, processor)).gene_ids
-        # Two, because the read of the next window is submitted before that of the current one has returned.
-        self._readers = DaemonThreadPool(2, "scgpt-read-window")
+        self._readers = DaemonThreadPool(1, "scgpt-read-window")
+        self._reads: dict[int, Future[_Window | None]] = {}  # of the current window and those ahead, by task number
+        self._n_ahead = 1
         self._n_tokenizing = min(_MAX_TOKENIZING_THREADS, n_cores())
         self._tokenizers = DaemonThreadPool(self._n_tokenizing, "scgpt-tokenize")
-        self._read_ahead = _ReadAhead()
 
     def __getstate__(self) -> dict[str, Any]:
         # `IterableDataset.from_generator` pickles the generator to derive the dataset's cache name from its bytes. A
@@ -294,27 +283,32 @@ class CellStream:
             raise
 
     def _stop_reading(self) -> None:
-        """Cancel the read ahead, or wait a moment for it: the consumer may close the source next."""
-        future = self._read_ahead.future
-        self._read_ahead = _ReadAhead()
-        if future is not None and not future.cancel():
-            wait([future], JOIN_TIMEOUT_S)
+        """Cancel the reads ahead, or wait a moment for them: the consumer may close the source next."""
+        reads, self._reads = self._reads, {}
+        wait([future for future in reads.values() if not future.cancel()], JOIN_TIMEOUT_S)
 
     def _take_window(self, number: int) -> _Window | None:
-        """Return the window of a task, which may have been read ahead, and start to read the next one.
+        """Return the window of a task, which may have been read ahead, and start to read the next ones.
 
         The next read starts while this one waits for its last chunks. Only the first window is read without
         competition, because the consumer waits for it.
         """
-        task_number, current = self._read_ahead
-        if current is None or task_number != number:
-            current = self._readers.submit(self._read, number)
-            self._read_ahead = _ReadAhead(number, current)
-            current.result()
-        following = number + 1
-        has_next = following < len(self.tasks)
-        self._read_ahead = _ReadAhead(following, self._readers.submit(self._read, following) if has_next else None)
-        return current.result()
+        if number not in self._reads:
+            self._stop_reading()
+            self._start_reading(number)
+            self._reads[number].result()
+        for following in range(number + 1, min(number + 1 + self._n_ahead, len(self.tasks))):
+            self._start_reading(following)
+        window = self._reads.pop(number).result()
+        if window is not None:
+            self._n_ahead = max(1, -(-self.source.cells_at_once // len(window.draws)))
+        return window
+
+    def _start_reading(self, number: int) -> None:
+        """Start to read the window of a task, unless that has started."""
+        if number not in self._reads:
+            self._readers.grow(len(self._reads) + 1)
+            self._reads[number] = self._readers.submit(self._read, number)
 
     def _read(self, number: int) -> _Window | None:
         """Read the window of a task; None if no step of it falls to this rank."""

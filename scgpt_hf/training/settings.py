@@ -152,7 +152,7 @@ class CellSettings:
     data: list[str] = setting(
         [],
         "'demo' (700 blood cells that come with scanpy), census://VERSION/ORGANISM, a local SOMA, files "
-        f"({SUPPORTED}), a cache, or a cache on the Hub, hf://datasets/OWNER/NAME",
+        f"({SUPPORTED}), a cache, one on the Hub, hf://datasets/OWNER/NAME, or a SOMA or cache in s3://BUCKET/FOLDER",
     )
     obs_filter: str | None = setting(None, "SOMA value filter on obs, e.g. \"tissue_general == 'blood'\"")
     primary_only: bool = setting(True, "keep only cells with is_primary_data == True, so that no cell occurs twice")

@@ -1,5 +1,6 @@
 """Test the pipeline: which cells a batch holds, for any number of ranks, from any step on, and how batches are made."""
 
+import threading
 from dataclasses import replace
 from itertools import pairwise
 
@@ -265,3 +266,38 @@ def test_counts_belong_to_the_cells_that_are_left_where_some_are_empty(source_wi
     for batch in batches:
         assert batch["count_cells"].tolist() == [0] * 5 + [1] * 5
         assert (batch["count_values"] == 2).all()
+
+
+class CountingSource:
+    """A source that counts the windows that are read from it."""
+
+    def __init__(self, source, cells_at_once):
+        self.source, self.cells_at_once, self.n_windows = source, cells_at_once, 0
+        self.changed = threading.Condition()
+
+    def __getattr__(self, name):
+        return getattr(self.source, name)
+
+    def read(self, cell_ids, columns=()):
+        with self.changed:
+            self.n_windows += 1
+            self.changed.notify_all()
+        return self.source.read(cell_ids, columns)
+
+
+@pytest.mark.parametrize(("cells_at_once", "n_ahead"), [(0, 1), (24, 1), (25, 2), (70, 3)])
+def test_as_many_windows_are_read_ahead_as_keep_the_threads_of_the_source_busy(
+    source, processor, cells_at_once, n_ahead
+):
+    counting, config = CountingSource(source, cells_at_once), StreamConfig(seed=0, mask_ratios=None)
+    plans = plans_of(3)  # windows of 24 cells: two batches
+    expected = list(stream_cells(source, plans, processor, config))
+    found = []
+    for number, batch in enumerate(CellStream(counting, plans, processor, config).batches()):
+        found.append(batch)
+        if number == 4:  # the first batch of the third window
+            with counting.changed:
+                assert counting.changed.wait_for(lambda: counting.n_windows >= 3 + n_ahead, timeout=60)
+        if number <= 5:
+            assert counting.n_windows <= 3 + n_ahead
+    assert_same_batches(found, expected)

@@ -21,6 +21,7 @@ class MemorySource:
     """
 
     chunk_size = 1
+    cells_at_once = 0
 
     def __init__(self, counts: np.ndarray, donors: Sequence[Any], kind: str = "memory", **columns: Any) -> None:
         self.counts = csr_matrix(counts.astype(np.float32))

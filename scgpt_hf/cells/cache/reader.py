@@ -48,6 +48,8 @@ def uniform_chunk_size(n_cells: int) -> int:
 class CacheSource:
     """The cells of a cache; see `CellSource` for the members."""
 
+    cells_at_once = 0  # the shards are mapped into memory
+
     def __init__(
         self,
         folder: str | Path,

@@ -105,6 +105,11 @@ class CachingSource:
         """The chunk size of the source, because in the first epoch cells are read from there."""
         return self._source.chunk_size
 
+    @property
+    def cells_at_once(self) -> int:
+        """Number of cells that the source reads at the same time."""
+        return self._source.cells_at_once
+
     def obs(self, columns: Sequence[str] = ()) -> pd.DataFrame:
         """Return the cells of the source; see `CellSource.obs`."""
         return self._source.obs(columns)

@@ -91,6 +91,7 @@ class AnnDataSource:
     """
 
     chunk_size = CHUNK_SIZE
+    cells_at_once = 0
 
     def __init__(
         self,

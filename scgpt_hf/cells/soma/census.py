@@ -146,6 +146,11 @@ class CensusSource:
         for handle in handles:
             handle.close()
 
+    @property
+    def cells_at_once(self) -> int:
+        """Number of cells that are read at the same time: a chunk by each thread."""
+        return len(self._threads()) * CHUNK_SIZE
+
     @cached_property
     def genes(self) -> pd.DataFrame:
         """The genes of `ms/RNA/var` in the order of their joinids: columns `feature_id` and `feature_name`."""
