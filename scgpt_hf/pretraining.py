@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import accelerate
 from transformers import set_seed
 
 from scgpt_hf.cells.atomic import write_atomically
@@ -191,8 +190,7 @@ def prepare_run(settings: Settings) -> PreparedRun:
     """
     data, args = settings.data, settings.training
     check_settings(settings)
-    with accelerate.PartialState().main_process_first():  # the first process may have to write the demo's cells
-        source = open_cells(settings)
+    source = open_cells(settings)
     selection, checkpoint = select_or_resume(source, settings)
     processor = build_processor(selection.genes, data, source)
     set_seed(args.seed)
