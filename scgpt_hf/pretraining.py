@@ -21,6 +21,7 @@ from scgpt_hf.tokens.processing_scgpt import ScGPTProcessor
 from scgpt_hf.training.data_module import DataModule
 from scgpt_hf.training.dry_run import describe_run
 from scgpt_hf.training.fault_tolerance.signals import StopSignal
+from scgpt_hf.training.optimization.schedules import warn_of_long_warmup
 from scgpt_hf.training.optimization.shortcut_start import train_shortcut
 from scgpt_hf.training.recipe import (
     build_model,
@@ -215,7 +216,14 @@ def prepare_run(settings: Settings) -> PreparedRun:
         cache_dir=None if args.dry_run else data.cache_dir,  # opening a cache may create its folder
         checkpoint=checkpoint,
     )
+    if checkpoint is None:
+        warn_of_long_warmup(args, data_module.schedule.n_steps)
     if args.shortcut_steps and checkpoint is None and not args.dry_run:
+        logger.info(
+            "before the %s steps of the run, %s steps train the shortcut and the count decoder alone; fewer with "
+            "--shortcut_steps, none with 0",
+            *(f"{data_module.schedule.n_steps:,}", f"{args.shortcut_steps:,}"),
+        )
         train_shortcut(
             model,
             data_module,

@@ -57,7 +57,7 @@ def describe_run(data_module: DataModule, model: ScGPTForPreTraining, args: Trai
         "tokens per cell": f"mean {lengths.mean():.0f}, interquartile range {low:.0f} to {high:.0f}, "
         f"maximum {lengths.max()} (first {len(lengths):,} cells)",
         "steps": f"{n_steps:,} of {plan.batch_size:,} cells; {plan.n_steps:,} per epoch, "
-        f"which leaves {plan.n_dropped:,} cells out",
+        f"which leaves {plan.n_dropped:,} cells out{_shortcut_steps(args)}",
         **_balance_line(data_module.selection.balance),
         "parameters": f"{model.num_parameters():,}{_decoder_size(model)}",
         "compute": f"{flops_per_step / 1e9:,.1f} GFLOP per step, {flops_per_step * n_steps / 1e15:,.3g} PFLOP in total",
@@ -111,6 +111,13 @@ def _decoder_size(model: ScGPTForPreTraining) -> str:
         f", of which {sum(weight.numel() for weight in head.parameters()):,} of the count decoder, with "
         f"{head.bias.numel():,} biases of {n_domains:,} batches x {n_genes:,} genes"
     )
+
+
+def _shortcut_steps(args: TrainingSettings) -> str:
+    """Return what a run with a shortcut does before its first step, which the measured time does not include."""
+    if not args.shortcut_steps:
+        return ""
+    return f"; before them {args.shortcut_steps:,} of the shortcut alone (--shortcut_steps), not in the time below"
 
 
 def _gene_sample(n_cells: int | None) -> str:

@@ -336,8 +336,8 @@ class TrainingSettings(TrainingArguments):
     )
     shortcut_steps: int = setting(
         0,
-        "first train the shortcut and the count decoder alone for this many steps of 128 cells, which takes a minute "
-        "on a CPU; needs cls_shortcut and the objective 'counts'",
+        "first train the shortcut and the count decoder alone for this many steps of 128 cells, also before a short "
+        "run (max_steps); a thousand take one to three minutes on a CPU; needs cls_shortcut and the objective 'counts'",
     )
     gen_after_steps: int = setting(
         1000, "with the objective 'gen': its second pass starts after this many steps of the run (scGPT: 1,000)"

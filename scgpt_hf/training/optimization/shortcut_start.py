@@ -73,7 +73,7 @@ def train_shortcut(
             schedule.step()
             bar.update()
             if bar.n % 100 == 0:
-                bar.set_postfix(loss=f"{loss.item():.3f}")
+                bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
     parts.to("cpu")
 
 

@@ -4,7 +4,6 @@ The library prints the values of a step as a dictionary of about 300 characters.
 all of them; these lines show what a person reads. Without a terminal there is no bar.
 """
 
-import textwrap
 from typing import Any
 
 from tqdm.auto import tqdm
@@ -12,7 +11,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 _WIDTH = 80
 # Metrics of a validation that are not errors of the model: they are shown in another place, or in the files only.
-_BASELINES = {"gene_mean_mse": "mean of each gene", "constant_mse": "one constant"}
+_BASELINES = {"gene_mean_mse": "gene mean", "constant_mse": "constant"}
 _NOT_SHOWN = {"loss", "cells", "seconds", "tie_floor_mse", "variance_explained", *_BASELINES}
 
 
@@ -72,7 +71,7 @@ def format_log(step: int, logs: dict[str, Any]) -> str:
         >>> format_log(50, {"loss": 211.2, "gep": 104.75, "learning_rate": 0.001, "cells_per_second": 85.3})
         'step 50  loss 211.2  gep 104.8  lr 0.001  85 cells/s'
         >>> format_log(50, {"eval_loss": 90.0, "eval_gep_mse": 90.0, "eval_constant_mse": 214.0})
-        'step 50  validation: gep_mse 90 (one constant 214)'
+        'step 50  validation: gep_mse 90 (constant 214)'
         >>> format_log(7, {"eval_loss": 0.94, "eval_pearson_delta": 0.5})
         'step 7  validation: loss 0.94  pearson_delta 0.5'
     """
@@ -88,22 +87,31 @@ def format_log(step: int, logs: dict[str, Any]) -> str:
         parts.append(f"lr {logs['learning_rate']:.2g}")
     if "cells_per_second" in logs:
         parts.append(f"{logs['cells_per_second']:,.0f} cells/s")
-    return _wrap("  ".join(parts))
+    return _wrap(parts)
 
 
 def _format_validation(step: int, metrics: dict[str, Any]) -> str:
     """Return the errors of the model, with those of the baselines on the same masked positions in parentheses."""
-    shown = [f"{name} {value:.4g}" for name, value in metrics.items() if name not in _NOT_SHOWN and _is_number(value)]
-    if "loss" in metrics and not any(name.endswith("_mse") for name in metrics):
-        shown.insert(0, f"loss {metrics['loss']:.4g}")
+    shown = {name: value for name, value in metrics.items() if name not in _NOT_SHOWN and _is_number(value)}
+    errors = [f"{name} {value:.4g}" for name, value in shown.items() if name.endswith("_mse")]
+    others = [f"{name} {value:.4g}" for name, value in shown.items() if not name.endswith("_mse")]
+    if "loss" in metrics and not errors:
+        others.insert(0, f"loss {metrics['loss']:.4g}")
     baselines = [f"{label} {metrics[name]:.4g}" for name, label in _BASELINES.items() if name in metrics]
-    line = f"step {step:,}  validation: {'  '.join(shown)}"
-    return _wrap(f"{line} ({', '.join(baselines)})" if baselines else line)
+    if errors and baselines:  # they are comparable with the squared errors only, not with what follows
+        errors[-1] += f" ({', '.join(baselines)})"
+    first, *rest = errors + others
+    return _wrap([f"step {step:,}", f"validation: {first}", *rest])
 
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float)
 
 
-def _wrap(line: str) -> str:
-    return textwrap.fill(line, _WIDTH, subsequent_indent="    ", break_long_words=False, break_on_hyphens=False)
+def _wrap(parts: list[str]) -> str:
+    """Return the parts side by side, on as few lines as fit the width of a terminal."""
+    lines = [parts[0]]
+    for part in parts[1:]:
+        longer = f"{lines[-1]}  {part}"
+        lines = [*lines[:-1], longer] if len(longer) <= _WIDTH else [*lines, f"    {part}"]
+    return "\n".join(lines)

@@ -33,3 +33,10 @@ def test_the_decay_may_be_a_share_or_a_number_of_steps(small_census, tmp_path, n
     arguments = f'{{"num_decay_steps": {n_decay}, "decay_type": "linear"}}'
     found, _ = rates(small_census, tmp_path / "run", "--lr_scheduler_kwargs", arguments)
     assert found == pytest.approx([0, 5e-4, *[1e-3] * 5, 7.5e-4, 5e-4, 2.5e-4])
+
+
+def test_a_run_that_ends_before_its_warm_up_is_warned_of(small_census, tmp_path, caplog):
+    prepare(small_census, tmp_path / "enough", "--max_steps", "20", "--warmup_steps", "20")
+    assert "--warmup_steps" not in caplog.text
+    prepare(small_census, tmp_path / "short", "--max_steps", "20", "--warmup_steps", "200")
+    assert "the run has 20 steps, but the learning rate rises for 200 (--warmup_steps)" in caplog.text

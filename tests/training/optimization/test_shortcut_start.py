@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from scgpt_hf.pretraining import prepare_run
+from scgpt_hf.pretraining import describe_pretraining, prepare_run
 from scgpt_hf.training.settings_parsing import parse_settings
 from tests.support.training import QUIET, TINY, prepare, read_metrics, weights_of
 
@@ -55,6 +55,33 @@ def test_a_resumed_run_equals_an_uninterrupted_one(small_census, tmp_path):
     assert read_metrics(tmp_path / "run") == expected
     for name, weight in weights_of(whole).items():
         assert torch.equal(weight, weights_of(resumed)[name]), name
+
+
+def test_the_loss_beside_the_bar_adds_no_lines_to_a_log_file(small_census, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("scgpt_hf.progress_bar._DELAY_S", 0.0)
+    monkeypatch.setattr("scgpt_hf.progress_bar._SECONDS_BETWEEN_LINES", 1e9)
+    prepare(small_census, tmp_path / "run", *COUNTS, "--shortcut_steps", "200", "--disable_tqdm", "false")
+    assert [line.partition(",")[0] for line in capsys.readouterr().err.splitlines() if "shortcut" in line] == [
+        "shortcut: 0 %",
+        "shortcut: 100 %",
+    ]
+
+
+def test_the_steps_before_the_run_are_announced(small_census, tmp_path, caplog):
+    flags = (*COUNTS, *QUIET, "--max_steps", "7", "--shortcut_steps")
+    with caplog.at_level("INFO", "scgpt_hf"):
+        prepare(small_census, tmp_path / "none", *flags, "0")
+        assert "shortcut" not in caplog.text
+        prepare(small_census, tmp_path / "some", *flags, "5")
+    assert "before the 7 steps of the run, 5 steps train the shortcut" in caplog.text
+
+
+def test_the_dry_run_says_that_its_time_is_without_the_shortcut(small_census, tmp_path):
+    flags = [*TINY, *COUNTS, "--data", str(small_census), "--output_dir", str(tmp_path / "run"), "--dry_run", "true"]
+    assert "before them 5 of the shortcut alone" in describe_pretraining(
+        parse_settings([*flags, "--shortcut_steps", "5"])
+    )
+    assert "shortcut" not in describe_pretraining(parse_settings(flags))
 
 
 @pytest.mark.parametrize(

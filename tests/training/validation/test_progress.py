@@ -31,7 +31,15 @@ def test_a_run_prints_one_line_for_each_step_and_validation(small_census, tmp_pa
     assert text.count("validation:") == len(validations)
     for logged in validations:
         assert f"gep_mse {logged['eval_gep_mse']:.4g}" in text
-        assert f"mean of each gene {logged['eval_gene_mean_mse']:.4g}" in text
+        assert f"(gene mean {logged['eval_gene_mean_mse']:.4g}, constant {logged['eval_constant_mse']:.4g})" in text
+
+
+def test_baselines_stand_beside_the_errors_that_they_compare_with():
+    metrics = {"eval_gep_mse": 199.2, "eval_counts": 36.26, "eval_gene_mean_mse": 152.9, "eval_constant_mse": 203.4}
+    assert format_log(17, metrics).splitlines() == [
+        "step 17  validation: gep_mse 199.2 (gene mean 152.9, constant 203.4)",
+        "    counts 36.26",
+    ]
 
 
 def test_totals_of_the_library_are_not_printed():
