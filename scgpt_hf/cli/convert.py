@@ -20,7 +20,7 @@ import argparse
 import json
 from typing import Any
 
-from scgpt_hf.cli.process import accept_any_locale, exit_with_error
+from scgpt_hf.cli.process import accept_any_locale, exit_with_error, hide_short_progress_bars
 from scgpt_hf.conversion.checkpoint import convert_scgpt, require_new_folder, save_converted
 from scgpt_hf.training.settings_parsing import ExampleHelpFormatter
 
@@ -33,6 +33,7 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         require_new_folder(out)
         model, processor, report = convert_scgpt(folder, **{k: v for k, v in options.items() if v is not None})
+        hide_short_progress_bars()
         save_converted(model, processor, report, out)
     except (OSError, ValueError) as error:
         exit_with_error(error)

@@ -2,13 +2,13 @@
 
   scgpt-hf finetune data.h5ad --model runs/demo/best_model --labels_key cell_type --out runs/types
   scgpt-hf finetune data.h5ad --model OWNER/NAME --labels_key cell_type --out runs/types --train lora
-  scgpt-hf finetune a.h5ad b.h5ad --task integrate --model OWNER/NAME --batch_key assay --out runs/joined
+  scgpt-hf integrate a.h5ad b.h5ad --model OWNER/NAME --batch_key assay --out runs/joined
 
 The first command fits a logistic regression to the embedding of the frozen model. The second one continues from it,
 and trains the encoder, too; the result is kept only if it predicts held-out cells better. Both write a classifier for
 scgpt-hf annotate. The third command trains an encoder for scgpt-hf embed.
 OUT/best_model is the model; report.html, summary.json, metrics, split and settings are beside it.
-`--task integrate --help` shows the flags of that task. An interrupted run cannot be resumed: remove OUT and run again.
+`scgpt-hf integrate --help` shows its flags. An interrupted run cannot be resumed: remove OUT and run again.
 """
 
 import logging
@@ -51,8 +51,13 @@ def main(arguments: list[str] | None = None) -> None:
         allow_abbrev=False,
     )
     parser.add_argument("data", nargs="+", help=f"files with raw counts ({SUPPORTED}), or one SOMA")
+    parser.set_defaults(task=task.task)  # what the help shows
     try:
-        settings, others = parser.parse_args_into_dataclasses(flags, look_for_args_file=False)
+        settings, others, unknown = parser.parse_args_into_dataclasses(
+            flags, look_for_args_file=False, return_remaining_strings=True
+        )
+        if unknown:
+            parser.error(f"unrecognized arguments: {' '.join(unknown)}")
         show_log(logging.INFO)
         summary = finetune(others.data, settings)
         write_report(settings.out)

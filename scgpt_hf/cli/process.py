@@ -35,7 +35,7 @@ def tune_process() -> None:
     """
     _keep_freed_memory()
     set_background_priority(True)
-    _hide_short_progress_bars()
+    hide_short_progress_bars()
 
 
 def show_log(level: int) -> None:
@@ -100,16 +100,18 @@ def exit_with_error(error: Exception) -> NoReturn:
     sys.exit(f"{program_name()}: {error}")
 
 
-def _hide_short_progress_bars() -> None:
+def hide_short_progress_bars() -> None:
     """Hide the bars of transformers for loading and writing weights, one or two for each checkpoint.
 
     Bars of downloads, of training and of our own work stay.
     """
+    from huggingface_hub.constants import HF_HUB_DISABLE_PROGRESS_BARS
     from huggingface_hub.utils.tqdm import enable_progress_bars
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # also hides downloads
-    enable_progress_bars()
+    if not HF_HUB_DISABLE_PROGRESS_BARS:  # the user's choice, which the library defends with a warning
+        enable_progress_bars()
 
 
 def _keep_freed_memory() -> None:

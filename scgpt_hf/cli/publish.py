@@ -6,7 +6,7 @@
 
 Log in with `hf auth login` first, or set HF_TOKEN. The repository is created if it does not exist. Running the command
 again sends only what changed, or what is missing after an interruption. To publish during training, pass
---push_to_hub to pretrain.py.
+--push_to_hub true to scgpt-hf pretrain.
 """
 
 import argparse

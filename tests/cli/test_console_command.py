@@ -31,7 +31,7 @@ def test_the_help_of_a_command_shows_its_name_an_example_and_its_options(name, m
     assert not ended.value.code
     text = capsys.readouterr().out
     assert text.startswith(f"usage: scgpt-hf {name}")
-    assert f"  scgpt-hf {'finetune' if name == 'integrate' else name}" in text
+    assert f"  scgpt-hf {name}" in text
     assert "default: None" not in text
 
 
@@ -47,6 +47,30 @@ def test_the_arguments_reach_the_command_and_its_errors_name_it(monkeypatch, tmp
     monkeypatch.setattr(sys, "argv", ["scgpt-hf", "report", str(tmp_path / "absent")])
     with pytest.raises(SystemExit, match=r"^scgpt-hf report: .*absent"):
         scgpt_hf_cli.main()
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("finetune", "--model", "M", "--labels_key", "cell_type"),
+        ("integrate", "--model", "M", "--batch_key", "assay"),
+        ("perturb", "train"),
+    ],
+)
+def test_a_flag_that_does_not_exist_ends_a_training_command_with_2(command, monkeypatch, capsys):
+    flags = ("cells.h5ad", "--out", "runs/new", "--num_train_epochs", "1")
+    monkeypatch.setattr(sys, "argv", ["scgpt-hf", *command, *flags])
+    with pytest.raises(SystemExit) as ended:
+        scgpt_hf_cli.main()
+    assert ended.value.code == 2
+    assert "unrecognized arguments: --num_train_epochs 1" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_the_help_of_integrate_shows_its_own_task_as_the_default(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["scgpt-hf", "integrate", "--help"])
+    with pytest.raises(SystemExit):
+        scgpt_hf_cli.main()
+    assert "what to fine-tune for (default: integrate)" in " ".join(capsys.readouterr().out.split())
 
 
 def test_the_version_is_that_of_the_package(monkeypatch, capsys):

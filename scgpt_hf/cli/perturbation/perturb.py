@@ -60,7 +60,11 @@ def _train(arguments: list[str]) -> None:
         allow_abbrev=False,
     )
     parser.add_argument("data", nargs="+", help="files with raw counts, such as .h5ad")
-    settings, others = parser.parse_args_into_dataclasses(arguments, look_for_args_file=False)
+    settings, others, unknown = parser.parse_args_into_dataclasses(
+        arguments, look_for_args_file=False, return_remaining_strings=True
+    )
+    if unknown:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     show_log(logging.INFO)
     summary = finetune_perturbation(others.data, settings)
     split = summary["conditions"]
