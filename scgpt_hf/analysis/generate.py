@@ -143,7 +143,7 @@ def _gene_ids(genes: Sequence[str], processor: ScGPTProcessor) -> Int64Array:
     if unknown := [gene for gene, name in zip(genes, names, strict=True) if name not in vocabulary]:
         raise ValueError(
             f"the model does not know {len(unknown)} of the {len(names)} requested genes, e.g. {unknown[:5]}; its "
-            f"genes are such as {processor.genes[:3]}"
+            f"genes, by id or symbol, are those of processor.genes, such as {processor.genes[:3]}"
         )
     if not names or len(set(names)) < len(names):
         raise ValueError(f"expected one or more genes to generate, each once; found {list(genes)[:10]}")

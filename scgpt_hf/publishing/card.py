@@ -210,7 +210,7 @@ def _training(summary: RunRecord, settings: RunRecord, config: RunRecord) -> str
 
 {markdown_table(pretraining_recipe(summary, settings, config))}
 
-`settings.yaml` holds all settings. To repeat the run, get the data and run `pretrain.py settings.yaml`."""
+`settings.yaml` holds all settings. To repeat the run, get the data and run `scgpt-hf pretrain settings.yaml`."""
 
 
 def _results(summary: RunRecord, figures: list[str]) -> str:

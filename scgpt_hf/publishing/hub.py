@@ -72,7 +72,7 @@ def _format_http_error(error: HfHubHTTPError, repo_id: str) -> str:
             "sent again"
         )
     messages = {
-        401: "the Hub does not accept your token (401); run `hf auth login`, or pass a token with write access",
+        401: "you are not logged in to the Hub, or it rejects your token (401); run `hf auth login`, or set HF_TOKEN",
         403: f"no write access to {repo_id} (403); use a token with write access to {owner}, or another repository id",
         404: f"the Hub has no {repo_id} that you can read, or no such revision (404); check both, and your token",
         409: f"{repo_id} exists, or is being changed by someone else (409); run the same command again, or choose "

@@ -202,7 +202,7 @@ def error_rows(summary: RunRecord) -> list[ErrorRow]:
         for key, (name, meaning) in _PREDICTORS.items()
         for value in [summary.get(f"best.eval_{key}", _NUMBER)]
         if key != "tie_floor_mse" or value_unit(summary) == "bins"  # other values have no ties
-        if key != "gen_mse" or value is not None  # few runs have this objective
+        if key not in ("gepc_mse", "gen_mse") or value is not None  # not every run has these objectives
     ]
 
 
@@ -319,6 +319,7 @@ def pretraining_recipe(summary: RunRecord, settings: RunRecord, config: RunRecor
         "Masked share of a cell's genes": masked + left_out,
         "Steps": f"{summary.number('steps')}, each of {summary.number('global_batch_size')} cells; "
         f"{summary.number('epochs', '.3g')} epochs",
+        **_shortcut_start(settings),
         **_sampling(settings),
         "Dropout": settings.number("model.dropout", "g"),
         **_optimization(summary, settings.number("training.learning_rate", "g")),
@@ -326,6 +327,14 @@ def pretraining_recipe(summary: RunRecord, settings: RunRecord, config: RunRecor
         "Speed": f"{summary.number('cells_per_second', ',.0f')} cells/s, without validation and checkpoints",
         "Software": _name_values(summary.get("versions", dict)),
     }
+
+
+def _shortcut_start(settings: RunRecord) -> Rows:
+    """Return what is trained before the first step of the run, if anything is."""
+    if not settings.get("training.shortcut_steps", int):
+        return {}
+    n_steps = settings.number("training.shortcut_steps")
+    return {"Before these steps": f"shortcut and count decoder alone, {n_steps} steps; not included in the time"}
 
 
 def _sampling(settings: RunRecord) -> Rows:

@@ -70,7 +70,9 @@ def evaluation_report(folder: Path) -> str:
             _provenance(record),
         )
     except (KeyError, TypeError) as error:
-        raise ValueError(f"{SCORES} of {folder} is incomplete: {error} is missing; run evaluate.py again") from error
+        raise ValueError(
+            f"{SCORES} of {folder} is incomplete: {error} is missing; run scgpt-hf evaluate again"
+        ) from error
 
 
 def _first_numbers(keys: list[str], methods: dict[str, Any]) -> Html:

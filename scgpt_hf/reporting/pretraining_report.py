@@ -148,7 +148,7 @@ def _cell_types(run: Path, summary: RunRecord) -> Html:
 
 
 def _how_to_load(run: Path) -> Html:
-    checkpoint = f"{run.resolve().name}/{BEST_MODEL}"
+    checkpoint = f"{run.resolve().name if run.is_absolute() else run.as_posix()}/{BEST_MODEL}"
     return section(
         "How to load",
         code_block(f"scgpt-hf embed data.h5ad --model {checkpoint} --out embedded.h5ad"),

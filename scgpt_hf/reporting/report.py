@@ -49,8 +49,8 @@ def write_report(run: str | Path) -> Path:
         text = pretraining_report(run)
     else:
         raise FileNotFoundError(
-            f"nothing to report in {run}: found neither {METRICS} of a run nor {SCORES} of an evaluation; pass a "
-            "folder that pretrain.py, finetune.py or evaluate.py wrote"
+            f"nothing to report in {run}: found neither {METRICS} of a run nor {SCORES} of an evaluation; pass the "
+            "folder of a run or of an evaluation"
         )
     write_atomically(run / REPORT, text)
     return run / REPORT

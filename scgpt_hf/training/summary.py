@@ -129,8 +129,8 @@ def format_summary(summary: dict[str, Any], folder: Path) -> str:
             "{validation_cells:,} cells of {validation_donors} other donors, mean squared error in {unit}:".format(
                 **summary, unit=value_unit(RunRecord(summary, SUMMARY))
             ),
-            *[f"  {row.name:38} {row.value:8.2f}" for row in errors if row.value is not None],
-            f"  share of the variance explained        {best.get('eval_variance_explained', math.nan):8.1%}",
+            *[f"  {row.name:40} {row.value:8.2f}" for row in errors if row.value is not None],
+            f"  {'share of the variance explained':40} {best.get('eval_variance_explained', math.nan):8.1%}",
         ]
     if rows := score_rows(RunRecord(summary, SUMMARY)):
         names = [name for name, _ in EMBEDDING_SCORES.values()]

@@ -228,6 +228,14 @@ def test_card_of_the_demo_says_that_its_donors_are_wells(run: Path) -> None:
     assert "| Source | demo: 700 blood cells of one donor that come with scanpy; its eight" in model_card(run).text
 
 
+def test_card_states_what_was_trained_before_the_first_step(run: Path) -> None:
+    assert "Before these steps" not in model_card(run).text
+    training = SETTINGS["training"] | {"shortcut_steps": 3000}
+    (run / "settings.yaml").write_text(yaml.safe_dump(SETTINGS | {"training": training}))
+    row = "| Before these steps | shortcut and count decoder alone, 3,000 steps; not included in the time |"
+    assert row in model_card(run).text
+
+
 def test_cache_from_the_hub_is_listed_as_a_dataset(run: Path) -> None:
     data = {"data": ["hf://datasets/org/blood@v1"]}
     (run / "settings.yaml").write_text(yaml.safe_dump(SETTINGS | {"data": SETTINGS["data"] | data}))

@@ -153,6 +153,15 @@ def test_pretraining_report_is_complete_and_holds_no_local_path(tmp_path: Path) 
     assert sorted(file.suffix for file in path.parent.glob("report*")) == [".html"]
 
 
+def test_the_report_shows_the_command_with_the_relative_path_of_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "runs").mkdir()
+    a_run(tmp_path / "runs" / "mine")
+    monkeypatch.chdir(tmp_path)
+    assert "--model runs/mine/best_model " in write_report("runs/mine").read_text()
+
+
 def test_pretraining_report_of_a_run_in_progress(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text(json.dumps({"step": 1, "epoch": 0.1, "loss": 3.0}))
     text = write_report(tmp_path).read_text()

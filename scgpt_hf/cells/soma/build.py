@@ -202,7 +202,7 @@ def _label_cells(
     if absent:
         shown = [name for name in absent if not name.endswith("_ontology_term_id")]
         n_hidden = len(absent) - len(shown)
-        logger.info("'unknown', because no file has these obs columns: %s, %d of ontology ids", shown, n_hidden)
+        logger.info("no file has the obs columns %s and %d of ontology ids: they are 'unknown'", shown, n_hidden)
     if dropped:
         logger.info("obs columns that a Census does not have are left out: %s; --keep_obs keeps them", dropped)
     sizes = [len(part.obs) for part in source.parts]

@@ -17,8 +17,11 @@ import os
 import signal
 import threading
 import time
+from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
+
+from scgpt_hf.training.run_folder import SETTINGS
 
 # Ctrl-C in a terminal reaches every process of the terminal, and a launcher forwards its own to its children. Two
 # signals in such a short time are one request.
@@ -33,7 +36,7 @@ class TrainingInterrupted(Exception):
             130 for SIGINT. A job script that finds one of them can start the run again.
     """
 
-    def __init__(self, number: int, step: int, checkpoint: object) -> None:
+    def __init__(self, number: int, step: int, checkpoint: Path) -> None:
         """Create the exception.
 
         Args:
@@ -42,9 +45,10 @@ class TrainingInterrupted(Exception):
             checkpoint: where the checkpoint is.
         """
         self.exit_code = 128 + number
+        settings = checkpoint.parent / SETTINGS
         super().__init__(
             f"stopped by {signal.Signals(number).name} after step {step:,}. Nothing is lost: {checkpoint} was saved; "
-            "continue with --resume_from_checkpoint latest"
+            f"continue with {f'{settings} ' if settings.is_file() else ''}--resume_from_checkpoint latest"
         )
 
 

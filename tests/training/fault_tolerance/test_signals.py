@@ -70,6 +70,13 @@ def test_a_signal_saves_a_checkpoint_from_which_the_run_resumes_exactly(
     assert read_metrics(tmp_path / "run") == read_metrics(run)
 
 
+def test_the_message_names_the_settings_that_continue_the_run(tmp_path):
+    assert "continue with --resume_from_checkpoint latest" in str(TrainingInterrupted(2, 1, tmp_path / "checkpoint-1"))
+    (tmp_path / "settings.yaml").touch()
+    message = str(TrainingInterrupted(2, 1, tmp_path / "checkpoint-1"))
+    assert message.endswith(f"continue with {tmp_path / 'settings.yaml'} --resume_from_checkpoint latest")
+
+
 def test_a_run_resumes_after_a_signal_before_the_first_step(small_census, tmp_path):
     class SendBeforeFirstStep(TrainerCallback):
         def on_train_begin(self, *_, **__):
