@@ -330,7 +330,7 @@ def pretraining_recipe(summary: RunRecord, settings: RunRecord, config: RunRecor
 
 
 def _shortcut_start(settings: RunRecord) -> Rows:
-    """Return what is trained before the first step of the run, if anything is."""
+    """Name the parts that are trained before the first step of the run, if any are."""
     if not settings.get("training.shortcut_steps", int):
         return {}
     n_steps = settings.number("training.shortcut_steps")

@@ -114,7 +114,7 @@ def _decoder_size(model: ScGPTForPreTraining) -> str:
 
 
 def _shortcut_steps(args: TrainingSettings) -> str:
-    """Return what a run with a shortcut does before its first step, which the measured time does not include."""
+    """Return the steps of the shortcut before the run, which the measured time does not include."""
     if not args.shortcut_steps:
         return ""
     return f"; before them {args.shortcut_steps:,} of the shortcut alone (--shortcut_steps), not in the time below"
