@@ -131,7 +131,7 @@ def test_uploaded_packages_import_siblings_by_one_dot_and_little_else(part: str)
 
 @pytest.mark.parametrize("entry", ["tokens/processing_scgpt.py", "model/modeling_scgpt.py"])
 def test_the_loaded_module_imports_every_sibling_that_is_needed(entry: str) -> None:
-    """Transformers 5.4 copies from a local folder only the files that the loaded module imports itself."""
+    """Transformers 5.6 copies from a local folder only the files that the loaded module imports itself."""
     found: set[str] = set()
     needed = {(PACKAGE / entry).stem}
     while new := needed - found:

@@ -144,7 +144,7 @@ def build_mask(
     return None if allowed is None else allowed[:, None]
 
 
-def eager_attention(
+def eager_attention_forward(
     module: nn.Module,
     query: Tensor,
     key: Tensor,
@@ -248,7 +248,7 @@ def _attend_per_run(query: Tensor, key: Tensor, value: Tensor, lengths: list[int
 
 
 def _attend_with_varlen_kernel(query: Tensor, key: Tensor, value: Tensor, packing: Packing, scaling: float) -> Tensor:
-    # Imported here, because it exists from torch 2.10 on and only CUDA devices have the kernel.
+    # Imported here, because only CUDA devices have the kernel.
     from torch.nn.attention.varlen import varlen_attn
 
     query, key, value = (states[0].transpose(0, 1) for states in (query, key, value))  # (tokens, heads, width)

@@ -19,7 +19,7 @@ try:
     from transformers.configuration_utils import PreTrainedConfig, strict  # type: ignore[attr-defined]
 except ImportError as error:
     raise ImportError(
-        f"models of scgpt need transformers 5.4 or newer, found {transformers.__version__}; "
+        f"models of scgpt need transformers 5.6 or newer, found {transformers.__version__}; "
         "run `pip install --upgrade transformers`"
     ) from error
 

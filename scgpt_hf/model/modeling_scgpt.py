@@ -29,7 +29,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils.generic import ModelOutput, can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .attention_scgpt import VARLEN, build_mask, cell_offsets, eager_attention, find_cells, make_packing
+from .attention_scgpt import VARLEN, build_mask, cell_offsets, eager_attention_forward, find_cells, make_packing
 from .configuration_scgpt import ScGPTConfig
 from .count_decoder_scgpt import CountHead
 from .embeddings_scgpt import (
@@ -60,7 +60,7 @@ from .objectives_scgpt import (
     masked_mse,
     share_of_batch,
 )
-from .query_attention_scgpt import GivenKeys  # noqa: F401  # transformers 5.4 copies only what this file imports
+from .query_attention_scgpt import GivenKeys  # noqa: F401  # transformers 5.6 copies only what this file imports
 from .shortcut_scgpt import STATE_WEIGHT, CellShortcut
 
 # Row of the flag table that marks queries. Source: bowang-lab/scGPT, branch dev-temp, scgpt/model/model.py.
@@ -121,7 +121,7 @@ class ScGPTAttention(nn.Module):
         """Return attended hidden states and, with eager attention, the probabilities."""
         heads = self.qkv_proj(hidden).unflatten(-1, (3, -1, self.head_dim))
         query, key, value = (states.transpose(1, 2) for states in heads.unbind(-3))  # (cells, heads, tokens, width)
-        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
         dropout = self.config.attention_dropout if self.training else 0.0
         attended, weights = attend(
             self, query, key, value, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs

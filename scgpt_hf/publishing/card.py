@@ -170,7 +170,7 @@ adata = sc.read_h5ad("cells.h5ad")  # raw counts
 scgpt_hf.embed_anndata(adata, model, processor)  # adata.obsm["X_scgpt"]: (cells, hidden)
 ```
 
-You can also load the model without installing scgpt_hf. This needs transformers 5.4 or newer, which downloads the
+You can also load the model without installing scgpt_hf. This needs transformers 5.6 or newer, which downloads the
 code of the model along with its weights. Embed a few hundred cells per call:
 
 ```python

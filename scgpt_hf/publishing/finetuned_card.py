@@ -169,7 +169,7 @@ adata = sc.read_h5ad("cells.h5ad")  # raw counts
 scgpt_hf.predict_cell_types(adata, model, processor)  # obs["predicted_cell_type"], and its confidence
 ```
 
-You can also load the model without installing scgpt_hf. This needs transformers 5.4 or newer, which downloads the
+You can also load the model without installing scgpt_hf. This needs transformers 5.6 or newer, which downloads the
 code of the model along with its weights. Compute the logits of a few hundred cells per call:
 
 ```python

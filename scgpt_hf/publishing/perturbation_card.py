@@ -105,7 +105,7 @@ found = scgpt_hf.predict_perturbation(adata, ["GENE1+ctrl", "GENE1+GENE2"], mode
 found.varm["delta"]  # genes x conditions: mean difference of log1p values
 ```
 
-You can also load the model without installing scgpt_hf, with transformers 5.4 or newer. Tokens are `<cls>` and all
+You can also load the model without installing scgpt_hf, with transformers 5.6 or newer. Tokens are `<cls>` and all
 genes, with log1p values and a flag of 1 for the perturbed genes, which `processor.genes` names:
 
 ```python

@@ -30,7 +30,7 @@ from .kernels_scgpt import TIE_CODES
 from .masking_scgpt import mask_tokens, sample_mask_ratios
 from .packing_scgpt import Tokens, pack, pad
 from .randomness_scgpt import Int64Array, input_seed, view_seed
-from .sampling_scgpt import COMPILED  # noqa: F401  # transformers 5.4 copies only the modules that this file imports
+from .sampling_scgpt import COMPILED  # noqa: F401  # transformers 5.6 copies only the modules that this file imports
 from .thinning_scgpt import thin_counts
 from .tokenizing_scgpt import TokenSettings, check_gene_ids, tokenize_counts, tokenize_modalities
 from .vocabulary_scgpt import (

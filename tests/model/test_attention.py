@@ -16,7 +16,7 @@ from scgpt_hf.model.attention_scgpt import (
     _attend_per_cell,
     build_mask,
     cell_offsets,
-    eager_attention,
+    eager_attention_forward,
     find_cells,
     make_packing,
     varlen_attention,
@@ -46,7 +46,7 @@ def test_every_code_path_attends_within_each_cell_only(lengths: list[int], seed:
     query, key, value = torch.randn(3, 1, 2, sum(lengths), 4, generator=random)
     slow = torch.cat(
         [
-            eager_attention(module, query[:, :, a:b], key[:, :, a:b], value[:, :, a:b], None, scaling=0.3)[0]
+            eager_attention_forward(module, query[:, :, a:b], key[:, :, a:b], value[:, :, a:b], None, scaling=0.3)[0]
             for a, b in pairwise(packing.offsets.tolist())
         ],
         dim=1,
@@ -54,7 +54,7 @@ def test_every_code_path_attends_within_each_cell_only(lengths: list[int], seed:
     mask = build_mask("eager", None, packing, value[0].transpose(0, 1)[None, :, 0])
     assert build_mask(VARLEN, None, packing, query) is None
     for found in (
-        eager_attention(module, query, key, value, mask, scaling=0.3)[0],
+        eager_attention_forward(module, query, key, value, mask, scaling=0.3)[0],
         varlen_attention(module, query, key, value, None, scaling=0.3, packing=packing)[0],
         _attend_per_cell(query, key, value, packing, 0.3, 0.0).transpose(1, 2),
         _attend_padded(query, key, value, packing, 0.3, 0.0).transpose(1, 2),
@@ -75,7 +75,7 @@ def test_each_row_of_padded_input_is_a_cell() -> None:
 
 @pytest.mark.parametrize("name", ["eager", VARLEN])
 def test_padding_is_not_attended_to(name: str) -> None:
-    attend = {"eager": eager_attention, VARLEN: varlen_attention}[name]
+    attend = {"eager": eager_attention_forward, VARLEN: varlen_attention}[name]
     query, key, value = torch.randn(3, 1, 1, 4, 2, generator=torch.Generator().manual_seed(0))
     mask = build_mask(name, torch.tensor([[1, 1, 0, 0]]), None, query)
     found = attend(nn.Module(), query, key, value, mask, scaling=1.0)[0]

@@ -142,7 +142,7 @@ def test_card_states_data_training_and_results_with_baselines(run: Path) -> None
         "constant): 54.1%.",
         "gives the `<cls>` token the expression value 0;",
         "![loss.png](loss.png)",
-        "transformers 5.4 or newer",
+        "transformers 5.6 or newer",
         "10.1038/s41592-024-02201-0",
         "10.1093/nar/gkae1142",
         "scgpt_hf, version 0.1.0",

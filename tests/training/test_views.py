@@ -78,12 +78,13 @@ def views_model(padded: bool, bucketed: bool = False, **config):
     return model, batch
 
 
+@pytest.mark.filterwarnings("ignore:.gradient_checkpointing_enable:FutureWarning")
 def test_packed_padded_and_bucketed_batches_give_the_same_loss_and_gradients():
     results = []
     for case in ("packed", "padded", "bucketed", "checkpointing"):
         model, batch = views_model(case == "padded", case == "bucketed")
         if case == "checkpointing":
-            model.activation_checkpointing_enable()
+            model.gradient_checkpointing_enable()
         output = model.train()(**batch)
         output.loss.backward()
         results.append((output.losses, {name: weight.grad for name, weight in model.named_parameters()}))
