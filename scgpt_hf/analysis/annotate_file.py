@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from anndata import AnnData
-from anndata.io import write_elem
 
 from scgpt_hf.cells.files.additions import open_copy, write_columns, write_plainly
 from scgpt_hf.cells.files.contents import open_anndata
+from scgpt_hf.cells.files.elements import write_element
 from scgpt_hf.output import require_writable_file, write_beside
 
 
@@ -60,7 +60,7 @@ def annotate_file(
         try:
             write_columns(copy, columns)
             for name, value in changed.items():
-                write_elem(copy, name, value)
+                write_element(copy, name, value)
             copy.flush()
         except Exception as error:
             raise write_beside(out, partial(write_plainly, additions={"obs": columns, **changed}), error) from error

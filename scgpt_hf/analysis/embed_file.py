@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any, Unpack
 
 import numpy as np
-from anndata.io import write_elem
 from transformers import PreTrainedModel
 
 from scgpt_hf.analysis.embed import KEY, describe_embedding, validate_free_key
 from scgpt_hf.cells.files.additions import create_rows, open_copy, write_plainly
+from scgpt_hf.cells.files.elements import write_element
 from scgpt_hf.cells.source import open_source
 from scgpt_hf.inference import EmbedSettings, embed_batches
 from scgpt_hf.output import require_writable_file, write_beside
@@ -78,7 +78,7 @@ def embed_file(
             n_embedded += len(positions)
         report["empty_cells"] = len(cell_ids) - n_embedded
         try:
-            write_elem(file, f"uns/{key_added}", report)
+            write_element(file, f"uns/{key_added}", report)
             file.flush()
         except Exception as error:
             additions = {f"obsm/{key_added}": rows, f"uns/{key_added}": report}

@@ -20,6 +20,7 @@ from anndata import OldFormatWarning
 from anndata.io import write_elem
 
 from scgpt_hf.cells.files.contents import copy_as_h5ad, open_anndata
+from scgpt_hf.cells.files.elements import write_element
 from scgpt_hf.cells.files.validation import translate_read_errors
 from scgpt_hf.output import require_writable_file
 
@@ -102,7 +103,7 @@ def create_rows(file: h5py.File, name: str, shape: tuple[int, int]) -> h5py.Data
     """
     # anndata writes one row with its metadata; h5py then extends the array.
     row = np.full((1, shape[1]), np.nan, np.float32)
-    write_elem(file, name, row, dataset_kwargs={"maxshape": (None, shape[1]), "fillvalue": np.nan})
+    write_element(file, name, row, dataset_kwargs={"maxshape": (None, shape[1]), "fillvalue": np.nan})
     rows = file[name]
     rows.resize(shape)
     for start in range(0, shape[0], _ROWS_KEPT):

@@ -20,8 +20,9 @@ import anndata
 import h5py
 import pandas as pd
 from anndata import AnnData
-from anndata.io import read_elem, write_elem
+from anndata.io import read_elem
 
+from scgpt_hf.cells.files.elements import write_element
 from scgpt_hf.cells.files.formats import SUPPORTED, Format, find_format
 from scgpt_hf.cells.files.loom_and_text import read_loom, read_text_table
 from scgpt_hf.cells.files.matrices import copy_matrix, native, open_matrix
@@ -184,19 +185,22 @@ def _copy_group(source: Any, file: h5py.File) -> None:
     others = [name for name in source if name not in ("X", "layers", "raw")]
     others += [f"raw/{name}" for name in source.get("raw", {}) if name != "X"]
     if "raw" in source:
-        write_elem(file, "raw", {})
+        write_element(file, "raw", {})
         file["raw"].attrs.update({"encoding-type": "raw", "encoding-version": "0.1.0"})
-    write_elem(file, "layers", {})
+    write_element(file, "layers", {})
     with anndata.settings.override(allow_write_nullable_strings=True):
         for name in others:
-            write_elem(file, name, read_elem(source[name]))
+            write_element(file, name, read_elem(source[name]))
     for name in matrices:
         copy_matrix(source[name], file, name)
 
 
 def contents_of(adata: AnnData, name: str = "AnnData", kind: str = "anndata") -> Contents:
     """Return the contents of an AnnData, which is not copied."""
-    found = {"X": adata.X, **adata.layers, RAW: None if adata.raw is None else adata.raw.X}
+    layers = {
+        layer: adata.layers[layer] for layer in adata.layers if layer is not None
+    }  # from anndata 0.13 on, None is X
+    found = {"X": adata.X, **layers, RAW: None if adata.raw is None else adata.raw.X}
     matrices = {layer: open_matrix(matrix) for layer, matrix in found.items() if matrix is not None}
     raw_var = None if adata.raw is None else adata.raw.var
     return Contents(name, kind, matrices, native(adata.obs), native(adata.var), raw_var)

@@ -12,10 +12,11 @@ import h5py
 import numpy as np
 import pandas as pd
 from anndata.abc import CSCDataset, CSRDataset
-from anndata.io import sparse_dataset, write_elem
+from anndata.io import sparse_dataset
 from scipy.sparse import csr_matrix, issparse, vstack
 
 from scgpt_hf.cells.block import Int64Array, to_float32
+from scgpt_hf.cells.files.elements import write_element
 from scgpt_hf.cells.files.validation import translate_read_errors, validate_sparse
 
 logger = logging.getLogger(__name__)
@@ -78,7 +79,7 @@ def open_matrix(matrix: Any) -> Any:
 def copy_matrix(source: Any, file: h5py.File, name: str) -> None:
     """Copy a matrix of zarr to an HDF5 file, a few thousand rows (of CSC: columns) at a time."""
     if not hasattr(source, "keys"):
-        write_elem(file, name, source[:ROWS_COPIED], dataset_kwargs={"maxshape": (None, *source.shape[1:])})
+        write_element(file, name, source[:ROWS_COPIED], dataset_kwargs={"maxshape": (None, *source.shape[1:])})
         file[name].resize(source.shape)
         for start in range(ROWS_COPIED, source.shape[0], ROWS_COPIED):
             file[name][start : start + ROWS_COPIED] = source[start : start + ROWS_COPIED]
@@ -91,7 +92,7 @@ def copy_matrix(source: Any, file: h5py.File, name: str) -> None:
         if start:
             sparse_dataset(file[name]).append(found)
         else:
-            write_elem(file, name, found)
+            write_element(file, name, found)
 
 
 def read_rows(matrix: Any, rows: Int64Array, name: str, *, whole: bool = True) -> csr_matrix:

@@ -1,15 +1,23 @@
 """Cells of .loom files, and of tables of text in either direction, are the same cells; other tables raise."""
 
 import sys
+from importlib import metadata
 
 import loompy
 import numpy as np
 import pandas as pd
 import pytest
+from packaging import version
 
 from scgpt_hf.cells.files.additions import create_rows, open_copy
 from scgpt_hf.cells.files.contents import open_anndata
 from scgpt_hf.cells.source import open_source
+
+# anndata 0.13 advises against loom, and loompy uses a function that Python 3.12 advises against.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*Loom isn:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:datetime.datetime.utcnow:DeprecationWarning"),
+]
 
 
 @pytest.fixture
@@ -83,6 +91,10 @@ def test_a_loom_file_is_read_with_its_layers(tmp_path, table):
     copy.file.close()
 
 
+@pytest.mark.skipif(
+    version.parse(metadata.version("anndata")) >= version.parse("0.13"),
+    reason="write_loom of anndata 0.13 also gives loompy X as a layer without a name, which loompy refuses",
+)
 def test_a_loom_file_of_anndata_keeps_its_names(tmp_path, small_cells, table):
     cells = small_cells[0].copy()
     for frame in (cells.obs, cells.var):
