@@ -76,7 +76,7 @@ def download_from_store(address: str) -> Path | None:
 def _open_store(address: str) -> tuple[FileSystem, str]:
     """Return the file system of an address and the path there.
 
-    What TileDB is told in the environment about the endpoint is used too, so that one setting serves both.
+    Endpoint, scheme and region that the environment sets for TileDB apply to Arrow too: one setting serves both.
     """
     settings = {
         "endpoint_override": os.environ.get("TILEDB_VFS_S3_ENDPOINT_OVERRIDE"),

@@ -100,7 +100,7 @@ def _format_validation(step: int, metrics: dict[str, Any]) -> str:
     baselines = [f"{label} {metrics[name]:.4g}" for name, label in _BASELINES.items() if name in metrics]
     if errors and baselines:  # they are comparable with the squared errors only, not with what follows
         errors[-1] += f" ({', '.join(baselines)})"
-    first, *rest = errors + others
+    first, *rest = errors + others or [""]  # a log without numbers must not end the run
     return _wrap([f"step {step:,}", f"validation: {first}", *rest])
 
 
