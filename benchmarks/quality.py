@@ -186,6 +186,12 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=1500, help="training steps of each run (default: %(default)s)")
     parser.add_argument("--no_baselines", action="store_true", help="keep the baselines of the last run")
     parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "quality", help="where runs are kept")
+    parser.add_argument(
+        "--precision",
+        choices=["bf16", "no"],
+        default="bf16",
+        help="'no' where the CPU has no instructions for bfloat16 (default: %(default)s)",
+    )
     options = parser.parse_args()
     census = options.runs / "census"
     if not census.exists():
@@ -204,19 +210,20 @@ def main() -> None:
         for arm in options.arms:
             folder, seconds = train(arm, seed, census, options)
             scores = score(lambda adata, model=folder / "best_model": embed(adata, model), cells, transfers)
-            run = {"arm": arm, "seed": seed, "flags": flags_of(arm, options.steps), "training_seconds": seconds}
+            run = {"arm": arm, "seed": seed, "flags": flags_of(arm, options), "training_seconds": seconds}
             result["runs"][f"{arm}, seed {seed}, {options.steps} steps"] = run | scores | gap_closed(folder)
             save(result)
 
 
-def flags_of(arm: str, steps: int) -> dict[str, Any]:
+def flags_of(arm: str, options: argparse.Namespace) -> dict[str, Any]:
     """Return the flags in which an arm differs from the others."""
-    return {"max_steps": steps, **ARMS[arm]}
+    flags = {"max_steps": options.steps, **ARMS[arm]}
+    return flags if options.precision == COMMON["precision"] else {**flags, "precision": options.precision}
 
 
 def train(arm: str, seed: int, census: Path, options: argparse.Namespace) -> tuple[Path, float]:
     """Train one arm, unless it was trained before; return its run folder and the seconds that training took."""
-    flags = {**COMMON, **flags_of(arm, options.steps), "seed": seed, "data": census}
+    flags = {**COMMON, **flags_of(arm, options), "seed": seed, "data": census}
     flags["eval_steps"] = flags["max_steps"]
     folder = options.runs / f"{arm.replace(', ', '-').replace(' ', '_').replace('%', 'percent')}-{options.steps}-{seed}"
     if not (folder / "best_model").is_dir():
