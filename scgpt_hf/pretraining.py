@@ -44,6 +44,7 @@ from scgpt_hf.training.selection import Selection, open_cells, save_selection, s
 from scgpt_hf.training.settings import Settings
 from scgpt_hf.training.settings_parsing import make_settings
 from scgpt_hf.training.summary import RunSummary, format_summary, summarize
+from scgpt_hf.training.throughput import warn_of_slow_bfloat16
 from scgpt_hf.training.validation.cell_types import make_cell_type_scorer
 from scgpt_hf.training.validation.simple_methods import save_simple_methods
 
@@ -191,6 +192,7 @@ def prepare_run(settings: Settings) -> PreparedRun:
     """
     data, args = settings.data, settings.training
     check_settings(settings)
+    warn_of_slow_bfloat16(args)
     source = open_cells(settings)
     selection, checkpoint = select_or_resume(source, settings)
     processor = build_processor(selection.genes, data, source)
