@@ -23,6 +23,7 @@ from scgpt_hf.training.dry_run import describe_run
 from scgpt_hf.training.fault_tolerance.signals import StopSignal
 from scgpt_hf.training.optimization.schedules import warn_of_long_warmup
 from scgpt_hf.training.optimization.shortcut_start import train_shortcut
+from scgpt_hf.training.precision import warn_of_slow_bfloat16
 from scgpt_hf.training.recipe import (
     build_model,
     build_processor,
@@ -44,7 +45,6 @@ from scgpt_hf.training.selection import Selection, open_cells, save_selection, s
 from scgpt_hf.training.settings import Settings
 from scgpt_hf.training.settings_parsing import make_settings
 from scgpt_hf.training.summary import RunSummary, format_summary, summarize
-from scgpt_hf.training.throughput import warn_of_slow_bfloat16
 from scgpt_hf.training.validation.cell_types import make_cell_type_scorer
 from scgpt_hf.training.validation.simple_methods import save_simple_methods
 

@@ -27,6 +27,7 @@ from scgpt_hf.scoring.embedding_scores import EMBEDDING_SCORES
 from scgpt_hf.tokens.processing_scgpt import ScGPTProcessor
 from scgpt_hf.training.optimization.optimizers import MUON
 from scgpt_hf.training.optimization.schedules import scheduler_arguments
+from scgpt_hf.training.precision import has_bfloat16
 
 # Fields of `ScGPTConfig` that a pretraining run derives from the processor and the data.
 _NOT_MODEL_SETTINGS = {
@@ -318,8 +319,9 @@ class TrainingSettings(TrainingArguments):
     remove_unused_columns: bool = setting(False, "has no effect: batches hold only what the model reads")
     ignore_data_skip: bool = setting(True, "has no effect: the data stream resumes at its position")
     ddp_find_unused_parameters: bool | None = setting(False, "not needed: every parameter gets a gradient at each step")
-    precision: Literal["auto", "no", "fp16", "bf16"] = setting(
-        "auto", "mixed precision; 'auto': bf16 if the GPU supports it"
+    precision: Literal["auto", "no", "fp16", "bf16", "bf16_if_fast"] = setting(
+        "auto",
+        "mixed precision; 'auto': bf16 if the GPU supports it; 'bf16_if_fast': also on a CPU with instructions for it",
     )
     ddp_timeout: int = setting(
         86_400, "seconds that processes wait for each other; the first one selects cells and genes for all"
@@ -369,6 +371,8 @@ class TrainingSettings(TrainingArguments):
         if self.precision == "auto":
             if not (self.bf16 or self.fp16 or self.use_cpu):
                 self.bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+        elif self.precision == "bf16_if_fast":
+            self.bf16, self.fp16 = has_bfloat16(use_cpu=self.use_cpu), False
         else:
             self.bf16, self.fp16 = self.precision == "bf16", self.precision == "fp16"
         if self.bf16 and not torch.accelerator.is_available():

@@ -1,22 +1,14 @@
 """Measure the speed of training: cells and tokens per second, share of time spent waiting, model-FLOPs utilization."""
 
-import logging
 import time
 from collections.abc import Iterable
 
 import torch
-from transformers import TrainingArguments
 
 from scgpt_hf.model.configuration_scgpt import ScGPTConfig, training_flops_per_cell, training_flops_per_token
 from scgpt_hf.pipeline.stream import Batch, lengths_of
 from scgpt_hf.tokens.packing_scgpt import IGNORE
 from scgpt_hf.training.estimate.devices import find_device
-
-logger = logging.getLogger(__name__)
-
-BFLOAT16_INSTRUCTIONS = ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16")
-"""Instructions of a CPU that multiply numbers of type bfloat16, as `torch.cpu.get_capabilities` names them: two of
-x86-64, two of ARM."""
 
 
 def peak_flops(device: torch.device) -> float | None:
@@ -25,28 +17,6 @@ def peak_flops(device: torch.device) -> float | None:
         return None
     found = find_device(torch.cuda.get_device_name(device))
     return None if found is None else found.flops
-
-
-def warn_of_slow_bfloat16(args: TrainingArguments) -> None:
-    """Warn of a run in bfloat16 on a CPU that has no instructions for it and converts each number to float32.
-
-    Such a CPU trains the demo at 12 cells per second instead of 105 (`scgpt-hf pretrain --precision bf16`, two cores of
-    an AMD EPYC with AVX2 alone).
-
-    Args:
-        args: device and precision of the run.
-
-    Example:
-        >>> warn_of_slow_bfloat16(TrainingArguments(use_cpu=True))
-    """
-    if args.device.type != "cpu" or not args.bf16:
-        return
-    capabilities = torch.cpu.get_capabilities()
-    if not any(capabilities.get(name) for name in BFLOAT16_INSTRUCTIONS):
-        logger.warning(
-            "this CPU has no instructions for bfloat16, and computes in it several times slower than in float32; train "
-            "with --precision no"
-        )
 
 
 class Throughput:

@@ -9,8 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from scgpt_hf.model.configuration_scgpt import ScGPTConfig, training_flops_per_cell, training_flops_per_token
 from scgpt_hf.model.modeling_scgpt import ScGPTForPreTraining
 from scgpt_hf.tokens.packing_scgpt import IGNORE
-from scgpt_hf.training.settings import TrainingSettings
-from scgpt_hf.training.throughput import BFLOAT16_INSTRUCTIONS, Throughput, peak_flops, warn_of_slow_bfloat16
+from scgpt_hf.training.throughput import Throughput, peak_flops
 
 CPU = torch.device("cpu")
 CONFIG = ScGPTConfig(vocab_size=10, pad_token_id=8)
@@ -89,16 +88,3 @@ def test_flops_per_cell_are_those_that_pytorch_counts():
 
 def test_a_cpu_has_no_peak():
     assert peak_flops(CPU) is None
-
-
-@pytest.mark.parametrize("precision", ["bf16", "no"])
-@pytest.mark.parametrize("instruction", [None, *BFLOAT16_INSTRUCTIONS])
-def test_bfloat16_warns_on_a_cpu_without_instructions_for_it(monkeypatch, caplog, tmp_path, precision, instruction):
-    """The capabilities of CPUs that this machine is not: with one kind of instructions, or with none."""
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True, instruction: True})
-    warn_of_slow_bfloat16(TrainingSettings(output_dir=str(tmp_path), use_cpu=True, precision=precision))
-    assert ("--precision no" in caplog.text) == (precision == "bf16" and instruction is None)
-
-
-def test_torch_names_the_instructions_for_bfloat16():
-    assert set(torch.cpu.get_capabilities()) & set(BFLOAT16_INSTRUCTIONS)
