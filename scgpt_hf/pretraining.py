@@ -21,9 +21,9 @@ from scgpt_hf.tokens.processing_scgpt import ScGPTProcessor
 from scgpt_hf.training.data_module import DataModule
 from scgpt_hf.training.dry_run import describe_run
 from scgpt_hf.training.fault_tolerance.signals import StopSignal
+from scgpt_hf.training.optimization.precision import warn_of_slow_bfloat16
 from scgpt_hf.training.optimization.schedules import warn_of_long_warmup
 from scgpt_hf.training.optimization.shortcut_start import train_shortcut
-from scgpt_hf.training.precision import warn_of_slow_bfloat16
 from scgpt_hf.training.recipe import (
     build_model,
     build_processor,

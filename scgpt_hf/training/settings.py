@@ -26,8 +26,8 @@ from scgpt_hf.model.configuration_scgpt import ScGPTConfig
 from scgpt_hf.scoring.embedding_scores import EMBEDDING_SCORES
 from scgpt_hf.tokens.processing_scgpt import ScGPTProcessor
 from scgpt_hf.training.optimization.optimizers import MUON
+from scgpt_hf.training.optimization.precision import has_bfloat16
 from scgpt_hf.training.optimization.schedules import scheduler_arguments
-from scgpt_hf.training.precision import has_bfloat16
 
 # Fields of `ScGPTConfig` that a pretraining run derives from the processor and the data.
 _NOT_MODEL_SETTINGS = {

@@ -1,4 +1,4 @@
-"""Whether a device has instructions for bfloat16. Without them it converts each number, and float32 is faster."""
+"""Find devices with instructions for bfloat16. Others convert each number, so float32 is faster there."""
 
 import logging
 

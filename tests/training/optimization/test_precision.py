@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from scgpt_hf.training.precision import CPU_INSTRUCTIONS, warn_of_slow_bfloat16
+from scgpt_hf.training.optimization.precision import CPU_INSTRUCTIONS, warn_of_slow_bfloat16
 from scgpt_hf.training.settings import TrainingSettings
 
 
