@@ -34,7 +34,8 @@ def progress_bar(
         >>> [cell * 2 for cell in progress_bar(range(3), description="doubling", unit="cells")]
         [0, 2, 4]
     """
-    is_log_file = not sys.stderr.isatty() and "ipykernel" not in sys.modules
+    in_notebook = type(sys.stderr).__module__.startswith("ipykernel")
+    is_log_file = not sys.stderr.isatty() and not in_notebook
     return (_Lines if is_log_file else tqdm)(
         items,
         desc=description,

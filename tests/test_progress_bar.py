@@ -1,6 +1,8 @@
 """The progress bar: lines in a log file, nothing for short or quiet work."""
 
 import logging
+import sys
+from types import ModuleType
 
 import pytest
 
@@ -10,6 +12,7 @@ from scgpt_hf.progress_bar import progress_bar
 
 def test_a_log_file_gets_whole_lines(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(module, "_DELAY_S", 0.0)
+    monkeypatch.setitem(sys.modules, "ipykernel", ModuleType("ipykernel"))  # other libraries import it, too
     with progress_bar(total=700, description="embedding", unit="cells") as bar:
         bar.update(350)
         bar.refresh()

@@ -84,7 +84,7 @@ def test_without_a_yaml_file_the_values_of_the_demo_are_the_base():
     assert (changed.data.data, changed.model) == (["cells.h5ad"], demo.model)
     shape = (default.model.hidden_size, default.model.num_hidden_layers, default.model.intermediate_size)
     assert shape == (64, 2, 128)
-    assert (default.training.num_train_epochs, default.training.learning_rate) == (20, 2e-3)
+    assert (default.training.num_train_epochs, default.training.learning_rate) == (12, 2e-3)
 
 
 def test_the_configs_of_the_package_are_found_from_any_folder(tmp_path, monkeypatch):

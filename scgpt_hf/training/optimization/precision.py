@@ -29,8 +29,8 @@ def has_bfloat16(*, use_cpu: bool) -> bool:
 def warn_of_slow_bfloat16(args: TrainingArguments) -> None:
     """Warn of a run in bfloat16 on a CPU without instructions for it.
 
-    Such a CPU trains the demo at 12 cells per second instead of 105 (`scgpt-hf pretrain --train_tokens 1200 --precision
-    bf16` on two cores of an AMD EPYC with AVX2 alone).
+    Such a CPU trains the demo at 12 cells per second instead of 105 (`scgpt-hf pretrain --precision bf16`, on two cores
+    of an AMD EPYC that has AVX2 alone).
 
     Args:
         args: device and precision of the run.
