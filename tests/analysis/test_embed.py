@@ -134,6 +134,7 @@ def test_windows_are_small_and_do_not_change_the_result(
     np.testing.assert_allclose(embedding, expected, atol=2e-6)
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_length_of_a_file(
     model: ScGPTModel, processor: ScGPTProcessor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

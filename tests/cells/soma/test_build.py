@@ -243,7 +243,7 @@ def test_a_wrong_count_in_the_middle_raises_and_leaves_nothing_behind(tmp_path, 
     assert [path.name for path in tmp_path.iterdir()] == ["bad.h5ad"]
 
 
-@pytest.mark.parametrize("limit", [4_000, 20_000])
+@pytest.mark.parametrize("limit", [4_000, pytest.param(20_000, marks=pytest.mark.slow)])
 def test_a_failed_write_is_reported_in_one_line_and_leaves_nothing_behind(tmp_path, files, limit):
     script = ROOT / "scripts" / "build_census.py"
     limited = f"import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))\n"

@@ -181,7 +181,7 @@ def test_the_probe_is_kept_where_training_does_not_help(cells: AnnData, base: Pa
     assert all(torch.equal(saved[0][name], saved[1][name]) for name in saved[0])
 
 
-@pytest.mark.parametrize("train", ["probe", "full"])
+@pytest.mark.parametrize("train", ["probe", pytest.param("full", marks=pytest.mark.slow)])
 def test_the_same_seed_gives_the_same_weights(train: str, cells: AnnData, base: Path, tmp_path: Path) -> None:
     weights = []
     changed = {"train": train, "epochs": 1, "learning_rate": 3e-3, "label_fraction": 0.3}
