@@ -226,6 +226,8 @@ def train(arm: str, seed: int, census: Path, options: argparse.Namespace) -> tup
     flags = {**COMMON, **flags_of(arm, options), "seed": seed, "data": census}
     flags["eval_steps"] = flags["max_steps"]
     folder = options.runs / f"{arm.replace(', ', '-').replace(' ', '_').replace('%', 'percent')}-{options.steps}-{seed}"
+    if options.precision != COMMON["precision"]:
+        folder = folder.with_name(f"{folder.name}-{options.precision}")
     if not (folder / "best_model").is_dir():
         started = time.perf_counter()
         flags["output_dir"] = folder
