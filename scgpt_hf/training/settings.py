@@ -26,7 +26,7 @@ from scgpt_hf.model.configuration_scgpt import ScGPTConfig
 from scgpt_hf.scoring.embedding_scores import EMBEDDING_SCORES
 from scgpt_hf.tokens.processing_scgpt import ScGPTProcessor
 from scgpt_hf.training.optimization.optimizers import MUON
-from scgpt_hf.training.optimization.precision import has_bfloat16
+from scgpt_hf.training.optimization.precision import gpu_has_bfloat16, has_bfloat16
 from scgpt_hf.training.optimization.schedules import scheduler_arguments
 
 # Fields of `ScGPTConfig` that a pretraining run derives from the processor and the data.
@@ -370,7 +370,7 @@ class TrainingSettings(TrainingArguments):
             self.optim = TrainingArguments.default_optim
         if self.precision == "auto":
             if not (self.bf16 or self.fp16 or self.use_cpu):
-                self.bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+                self.bf16 = gpu_has_bfloat16()
         elif self.precision == "bf16_if_fast":
             self.bf16, self.fp16 = has_bfloat16(use_cpu=self.use_cpu), False
         else:

@@ -11,6 +11,11 @@ CPU_INSTRUCTIONS = ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16")
 """Instructions of a CPU for bfloat16, as `torch.cpu.get_capabilities` names them: two of x86-64, two of ARM."""
 
 
+def gpu_has_bfloat16() -> bool:
+    """Return whether there is a CUDA device with instructions for bfloat16."""
+    return torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+
+
 def has_bfloat16(*, use_cpu: bool) -> bool:
     """Return whether a run in bfloat16 is faster than one in float32 on this machine.
 
@@ -22,7 +27,7 @@ def has_bfloat16(*, use_cpu: bool) -> bool:
         True
     """
     if torch.accelerator.is_available() and not use_cpu:
-        return torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+        return gpu_has_bfloat16()
     return any(torch.cpu.get_capabilities().get(name) for name in CPU_INSTRUCTIONS)
 
 
